@@ -1,0 +1,413 @@
+"""Control: owns the sockets, sessions, leases and credits of one daemon, and keeps its worker alive.
+
+One thread, one poll loop, no torch. It never waits for a forward, a transfer or a trainer.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable
+from typing import Any
+
+import zmq
+
+import specd
+from specd import channel
+from specd import protocol as wire
+from specd.admission import Unfit, admit_batch, admit_probe, check_fetch, check_hello
+from specd.config import DaemonConfig
+from specd.errors import DaemonError, ProtocolError
+from specd.metrics import Counters
+from specd.protocol import Message
+from specd.ring import Lease, Ring
+from specd.sessions import Session, Sessions
+from specd.supervisor import Supervisor
+
+log = logging.getLogger(__name__)
+
+RETRY_MS = 300
+"""How long a rejected trainer is asked to wait while a worker starts."""
+COUNTERS = ("batches", "bytes", "failed", "refused_messages", "revoked_sessions", "worker_restarts")
+
+
+class Control:
+    """The control loop of one daemon.
+
+    endpoints: what to bind, ipc, tcp or inproc. supervisor: starts workers. on_ready: called once with the status when
+    the first worker serves. Raises DaemonError from `run` when no worker can be started.
+    """
+
+    def __init__(
+        self,
+        settings: DaemonConfig,
+        endpoints: tuple[str, ...],
+        supervisor: Supervisor,
+        context: zmq.Context[zmq.Socket[bytes]],
+        on_ready: Callable[[wire.StatusReport], None] = lambda status: None,
+    ) -> None:
+        self._settings = settings
+        self._supervisor = supervisor
+        self._on_ready = on_ready
+        self._clock = time.monotonic
+        self._began = self._clock()
+        self._wake = os.eventfd(0, os.EFD_NONBLOCK)
+        ring = settings.ring
+        self._ring = Ring(ring.slots, ring.max_sessions, ring.lease_ttl_s, self._clock)
+        self._started: channel.Started | None = None
+        self._draining = False
+        self._stopping = False
+        self._served = False
+        self.counters = Counters(COUNTERS)
+        self._front = context.socket(zmq.ROUTER)
+        self._front.set(zmq.ROUTER_MANDATORY, 1)
+        self._front.set(zmq.SNDHWM, 1000)
+        self._front.set(zmq.RCVHWM, 1000)
+        self._front.set(zmq.MAXMSGSIZE, wire.MAX_MESSAGE_BYTES)
+        self._front.set(zmq.HEARTBEAT_IVL, 5000)
+        self._front.set(zmq.HEARTBEAT_TIMEOUT, 20000)
+        self._poller = zmq.Poller()
+        self._sessions = Sessions(self._poller)
+        self._poller.register(self._wake, zmq.POLLIN)
+        self.endpoints = tuple(self._bind(endpoint) for endpoint in endpoints)
+        self._poller.register(self._front, zmq.POLLIN)
+
+    def _bind(self, endpoint: str) -> str:
+        try:
+            self._front.bind(endpoint)
+        except zmq.ZMQError as error:
+            self._front.close(linger=0)
+            raise DaemonError(f"cannot listen on {endpoint}: {error.strerror or error}") from None
+        bound = self._front.get(zmq.LAST_ENDPOINT)
+        return bound.decode() if isinstance(bound, bytes) else str(bound)
+
+    # The loop
+
+    def run(self) -> None:
+        """Serve until stopped or drained."""
+        try:
+            while not self._stopping:
+                self._supervisor.tend(self._poller)
+                events = dict(self._poller.poll(self._patience_ms()))
+                if self._wake in events:
+                    os.eventfd_read(self._wake)
+                for key in self._sessions.dead(events):
+                    self._end(key, "the trainer's process ended")
+                for note in self._supervisor.notes(events):
+                    self._hear(note)
+                if (death := self._supervisor.death(events)) is not None:
+                    self._lose_worker(death)
+                if self._front in events:
+                    self._listen()
+                for key in self._ring.expire():
+                    self._end(key, "its lease expired", expired=True)
+                self._schedule()
+                if self._draining and not self._ring.busy and not self._ring.queued():
+                    break
+        finally:
+            self._close()
+
+    def stop(self) -> None:
+        """End the loop soon; safe from any thread and from a signal handler."""
+        self._stopping = True
+        os.eventfd_write(self._wake, 1)
+
+    def drain(self) -> None:
+        """Serve what is outstanding, take nothing new, then end; the second call ends at once. As safe as `stop`."""
+        if self._draining:
+            self.stop()
+        self._draining = True
+        os.eventfd_write(self._wake, 1)
+
+    def _patience_ms(self) -> int | None:
+        deadlines = [d for d in (self._ring.next_deadline(), self._supervisor.next_start()) if d is not None]
+        return max(0, int((min(deadlines) - self._clock()) * 1000) + 1) if deadlines else None
+
+    def _close(self) -> None:
+        for session in self._sessions:
+            self._end(session.key, "the daemon ended", tell=True)
+        self._supervisor.stop()
+        self._front.close(linger=500)
+        os.close(self._wake)
+
+    # Trainers
+
+    def _listen(self, limit: int = 100) -> None:
+        """Take up to `limit` messages, so that a flood does not keep the worker's news waiting."""
+        for _ in range(limit):
+            try:
+                key, *frames = self._front.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            try:
+                if len(frames) != 1:
+                    raise ProtocolError(f"a message has {len(frames)} frames, expected 1")
+                self._handle(key, wire.decode(frames[0]))
+            except ProtocolError as error:
+                self.counters.add("refused_messages")
+                self._send(key, wire.Error(epoch=self._epoch, reason=str(error)[: wire.MAX_REASON_CHARS]))
+
+    def _handle(self, key: bytes, message: Any) -> None:
+        """Act on one message; ProtocolError is answered with ERROR and changes nothing."""
+        match message:
+            case wire.Status():
+                self._send(key, self.status())
+                return
+            case wire.Hello():
+                self._greet(key, message)
+                return
+        session = self._sessions.get(key)
+        if session is None or message.epoch != self._epoch:
+            if not isinstance(message, wire.Bye):
+                self._send(key, wire.Revoke(epoch=self._epoch, reason="no session in this epoch: say HELLO"))
+            return
+        match message:
+            case wire.Submit() | wire.Probe():
+                self._submit(session, message)
+            case wire.Release():
+                lease = self._ring.lease(key, message.lease)
+                if self._ring.release(key, message.lease) and lease is not None:
+                    session.requests.pop(lease.seq, None)
+            case wire.RecvReady():
+                self._publish(session, message)
+            case wire.Renew():
+                self._ring.renew(key)
+                self._send(key, wire.Renewed(epoch=self._epoch))
+            case wire.Attach():
+                self._attach(session, message)
+            case wire.Fetch():
+                self._fetch(session, message)
+            case wire.Bye():
+                self._end(key, "")
+            case _:
+                raise ProtocolError(f"a daemon does not take {type(message).__name__}: it only sends it")
+
+    def _greet(self, key: bytes, hello: wire.Hello) -> None:
+        """Open a session, or say why not."""
+        if key in self._sessions:
+            self._end(key, "")
+        started = self._started
+        if started is None or self._draining:
+            state = "draining" if self._draining else "starting its worker"
+            self._send(key, wire.Reject(epoch=self._epoch, reason=f"the daemon is {state}", retry_ms=RETRY_MS))
+            return
+        reason = check_hello(hello, started.contract)
+        if reason is not None:
+            self._send(key, wire.Reject(epoch=self._epoch, reason=reason))
+            return
+        granted = self._ring.open(key, hello.credits)
+        if granted is None:
+            full = f"all {self._ring.max_holders} sessions are taken (ring.max_sessions of the daemon)"
+            self._send(key, wire.Reject(epoch=self._epoch, reason=full, retry_ms=RETRY_MS))
+            return
+        self._sessions.open(key, hello, granted, self._clock())
+        log.info("session %s of %s: %d credits", key.hex()[:8], hello.name, granted)
+        self._send(
+            key,
+            wire.Welcome(
+                epoch=self._epoch,
+                contract=started.contract,
+                ring=started.ring,
+                credits=granted,
+                slots=1 + self._ring.pool,
+                lease_ttl_ms=round(self._settings.ring.lease_ttl_s * 1000),
+                transports=started.transports,
+            ),
+        )
+
+    def _end(self, key: bytes, reason: str, *, expired: bool = False, tell: bool = False) -> None:
+        """Close a session and free all it holds. reason: for the log, empty for an orderly end."""
+        session = self._sessions.pop(key)
+        if session is None:
+            return
+        self._ring.close(key)
+        self._supervisor.send(channel.Drop(session=key))
+        if reason:
+            log.info("session %s of %s is over: %s", key.hex()[:8], session.name, reason)
+        if expired or tell:
+            self.counters.add("revoked_sessions")
+            self._send(key, wire.Revoke(epoch=self._epoch, reason=reason))
+
+    def _send(self, key: bytes, message: Message) -> None:
+        """Send to one trainer; one that is gone, or does not read what it is sent, loses its session."""
+        try:
+            self._front.send_multipart([key, wire.encode(message)], zmq.NOBLOCK)
+        except zmq.Again:
+            self._end(key, "it does not read its messages")
+        except zmq.ZMQError as error:
+            if error.errno != zmq.EHOSTUNREACH:
+                raise
+            self._end(key, "its connection is gone")
+
+    # Batches
+
+    def _submit(self, session: Session, message: wire.Submit | wire.Probe) -> None:
+        assert self._started is not None
+        contract, ring = self._started.contract, self._started.ring
+        try:
+            if self._draining:
+                raise Unfit("the daemon is draining")
+            if isinstance(message, wire.Probe):
+                request = admit_probe(message, session.key, ring)
+            else:
+                request = admit_batch(message, session.spec, contract, ring)
+        except Unfit as error:
+            identity = message.batch_id if isinstance(message, wire.Submit) else bytes(wire.BATCH_ID_BYTES)
+            self._fail(session.key, message.seq, identity, str(error), retry=self._draining)
+            return
+        self._ring.submit(session.key, message.seq, request.batch_id)
+        session.requests[message.seq] = request
+
+    def _schedule(self) -> None:
+        """Give free slots to waiting requests and tell the worker what to fill."""
+        plan = self._ring.schedule()
+        for fill in plan.fills:
+            session = self._sessions.get(fill.holder)
+            assert session is not None, "nothing was sent since it was scheduled"
+            request = session.requests[fill.seq]
+            content, request.content = request.content, None
+            assert content is not None, "a request is given a slot once"
+            if isinstance(content, wire.Probe):
+                note: channel.ToWorker = channel.FillNoise(
+                    slot=fill.slot, generation=fill.generation, nonce=content.nonce, nbytes=content.nbytes
+                )
+            else:
+                note = channel.FillSlot(
+                    slot=fill.slot,
+                    generation=fill.generation,
+                    spec=session.spec,
+                    tokens=content.tokens,
+                    lengths=content.lengths,
+                    layout=request.layout,
+                )
+            self._supervisor.send(note)
+        for lease in plan.ready:
+            self._announce(lease, 0)
+
+    def _announce(self, lease: Lease, target_us: int) -> None:
+        session = self._sessions.get(lease.holder)
+        if session is None:  # it was lost while its other leases were announced
+            return
+        layout = session.requests[lease.seq].layout
+        session.batches += 1
+        session.nbytes += layout.nbytes
+        self.counters.add("batches")
+        self.counters.add("bytes", layout.nbytes)
+        self._send(
+            lease.holder,
+            wire.Ready(
+                epoch=self._epoch,
+                seq=lease.seq,
+                batch_id=lease.batch_id,
+                lease=lease.id,
+                slot=lease.slot,
+                generation=lease.generation,
+                layout=layout,
+                busy_slots=self._ring.busy,
+                target_us=target_us,
+            ),
+        )
+
+    def _fail(self, key: bytes, seq: int, identity: bytes, reason: str, *, retry: bool) -> None:
+        self.counters.add("failed")
+        reason = reason[: wire.MAX_REASON_CHARS]
+        self._send(key, wire.Failed(epoch=self._epoch, seq=seq, batch_id=identity, reason=reason, retry=retry))
+
+    def _publish(self, session: Session, message: wire.RecvReady) -> None:
+        lease = self._ring.lease(session.key, message.lease)
+        if lease is None or not session.transport:
+            raise ProtocolError(f"lease {message.lease} is not one this session can receive")
+        nbytes = session.requests[lease.seq].layout.nbytes
+        self._supervisor.send(
+            channel.Publish(
+                session=session.key,
+                transport=session.transport,
+                slot=lease.slot,
+                generation=lease.generation,
+                nbytes=nbytes,
+            )
+        )
+
+    def _attach(self, session: Session, message: wire.Attach) -> None:
+        assert self._started is not None
+        if message.transport not in self._started.transports:
+            reason = f"the daemon does not serve it (it serves {', '.join(self._started.transports)})"
+            self._send(session.key, wire.Refuse(epoch=self._epoch, transport=message.transport, reason=reason))
+            return
+        session.transport = message.transport
+        accept = channel.Accept(session=session.key, transport=message.transport, hello=message.hello)
+        self._supervisor.send(accept)
+
+    def _fetch(self, session: Session, message: wire.Fetch) -> None:
+        assert self._started is not None
+        check_fetch(message, self._started.contract)
+        self._supervisor.send(
+            channel.ReadArtifact(session=session.key, name=message.name, offset=message.offset, length=message.length)
+        )
+
+    # The worker
+
+    @property
+    def _epoch(self) -> bytes:
+        return self._supervisor.epoch
+
+    def _hear(self, note: channel.ToControl) -> None:
+        """Act on the worker's news."""
+        match note:
+            case channel.Started():
+                self._started = note
+                self._supervisor.serving()
+                log.info("worker serves %s after %.1f s", note.contract.model, note.load_s)
+                if not self._served:
+                    self._served = True
+                    self._on_ready(self.status())
+            case channel.StartFailed():
+                self._supervisor.failed(note.reason)
+            case channel.Filled():
+                self._supervisor.productive()
+                for lease in self._ring.filled(note.slot, note.generation):
+                    self._announce(lease, note.target_us)
+            case channel.FillFailed():
+                for lease in self._ring.failed(note.slot, note.generation):
+                    if (session := self._sessions.get(lease.holder)) is not None:
+                        session.requests.pop(lease.seq, None)
+                    self._fail(lease.holder, lease.seq, lease.batch_id, note.reason, retry=False)
+            case channel.Accepted():
+                self._send(note.session, wire.Offer(epoch=self._epoch, transport=note.transport, offer=note.offer))
+            case channel.Refused():
+                reason = note.reason[: wire.MAX_REASON_CHARS]
+                self._send(note.session, wire.Refuse(epoch=self._epoch, transport=note.transport, reason=reason))
+            case channel.ArtifactBytes():
+                data = wire.Artifact(epoch=self._epoch, name=note.name, offset=note.offset, data=note.data)
+                self._send(note.session, data)
+
+    def _lose_worker(self, reason: str) -> None:
+        """Void all that the dead worker held, tell every trainer, and have a new one started."""
+        self._started = None
+        self.counters.add("worker_restarts")
+        for session in self._sessions:
+            self._end(session.key, f"the worker died ({reason})", tell=True)
+        self._ring.reset()
+        self._supervisor.restart(reason)
+
+    def status(self) -> wire.StatusReport:
+        """What `specd status` shows."""
+        now = self._clock()
+        state = "draining" if self._draining else "starting" if self._started is None else "serving"
+        return wire.StatusReport(
+            epoch=self._epoch,
+            state=state,
+            version=specd.__version__,
+            pid=os.getpid(),
+            worker_pid=self._supervisor.worker_pid,
+            uptime_s=now - self._began,
+            contract=self._started.contract if self._started else None,
+            ring=self._started.ring if self._started else None,
+            slots=self._ring.counts(),
+            queued=self._ring.queued(),
+            sessions=tuple(session.status(self._ring, now) for session in self._sessions),
+            counters={**self.counters.values(), **self._ring.counters},
+            endpoints=self.endpoints,
+            transports=self._settings.transports,
+        )

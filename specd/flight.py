@@ -1,0 +1,532 @@
+"""The flight: the batches a subscriber has under way, and the threads that bring them home.
+
+The I/O thread owns the sessions' sockets, the fetch thread pulls ready slots into staging buffers, and a short-lived
+thread per endpoint (re)opens its session. They share one lock with the training loop, which only ever waits.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import logging
+import os
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+import zmq
+from zmq.utils.monitor import recv_monitor_message
+
+from specd import protocol as wire
+from specd.config import SubscriberConfig, resolve_endpoint
+from specd.errors import BatchError, DaemonError, ProtocolError, SpecdError, TransportError
+from specd.metrics import Stats
+from specd.packing import ALIGNMENT, Batch, Layout
+from specd.protocol import Message
+from specd.session import Later, Session, Terms, open_session
+from specd.transport import SlotRef
+
+log = logging.getLogger(__name__)
+
+RENEWALS_PER_TTL = 6
+FETCH_S = 30.0
+"""Longest a single transfer may take before it is tried again."""
+ARTIFACT_WINDOW = 8
+"""Chunks of an artifact that are asked for at once."""
+
+
+class State(enum.Enum):
+    """Where a batch is."""
+
+    PENDING = "waits for a daemon"
+    SUBMITTED = "is being captured"
+    READY = "waits to be fetched"
+    FETCHING = "is being fetched"
+    FETCHED = "is here"
+
+
+class Entry:
+    """One batch under way. dropped: nobody wants it any more. buffer: its bytes, once FETCHED."""
+
+    __slots__ = (
+        "attempts",
+        "batch",
+        "buffer",
+        "dropped",
+        "error",
+        "identity",
+        "layout",
+        "link",
+        "ready",
+        "seq",
+        "state",
+    )
+
+    def __init__(self, seq: int, batch: Batch, identity: bytes, layout: Layout) -> None:
+        self.seq = seq
+        self.batch = batch
+        self.identity = identity
+        self.layout = layout
+        self.state = State.PENDING
+        self.attempts = 0
+        self.dropped = False
+        self.link: Link | None = None
+        self.ready: wire.Ready | None = None
+        self.buffer: torch.Tensor | None = None
+        self.error: SpecdError | None = None
+
+    def __str__(self) -> str:
+        return f"batch {self.batch.index} of epoch {self.batch.epoch} (id {self.identity.hex()})"
+
+
+class Link:
+    """One endpoint: its session while it is up, and the entries it works on by seq."""
+
+    __slots__ = ("endpoint", "entries", "heard", "monitor", "problem", "renew_at", "session")
+
+    def __init__(self, endpoint: str) -> None:
+        self.endpoint = endpoint
+        self.session: Session | None = None
+        self.monitor: zmq.Socket[bytes] | None = None
+        self.entries: dict[int, Entry] = {}
+        self.problem = "not reached yet"
+        self.renew_at = self.heard = 0.0
+
+    @property
+    def room(self) -> int:
+        """How many more batches its daemon would take now."""
+        return self.session.welcome.credits - len(self.entries) if self.session else 0
+
+
+class Flight:
+    """Brings submitted entries home over any number of daemons, whatever dies on the way.
+
+    Everything public is called from one thread, the training loop's.
+    """
+
+    def __init__(
+        self, config: SubscriberConfig, terms: Terms, context: zmq.Context[zmq.Socket[bytes]], stats: Stats
+    ) -> None:
+        self._config = config
+        self._terms = terms
+        self._context = context
+        self._stats = stats
+        self.lock = threading.Condition()
+        self._wake = os.eventfd(0, os.EFD_NONBLOCK)
+        self.links = [Link(resolve_endpoint(endpoint)) for endpoint in config.endpoints]
+        self._entries: deque[Entry] = deque()
+        self._outbox: deque[tuple[Session, Message]] = deque()
+        self._fetches: queue.SimpleQueue[tuple[Entry, Session] | Session | None] = queue.SimpleQueue()
+        self._chunks: dict[tuple[str, int], bytes] = {}
+        self._buffers: list[torch.Tensor] = []
+        self._fatal: SpecdError | None = None
+        self._closing = threading.Event()
+        self._down_since = time.monotonic()
+        self._connecting: set[threading.Thread] = set()
+        self._threads = [
+            threading.Thread(target=self._guard, args=(run,), name=f"specd-{kind}", daemon=True)
+            for kind, run in (("io", self._run_io), ("fetch", self._run_fetch))
+        ]
+        for thread in self._threads:
+            thread.start()
+        for link in self.links:
+            self._connect(link)
+
+    # For the subscriber
+
+    def first_session(self) -> Session:
+        """The first session that is up; waits for it. Raises what keeps all of them from opening."""
+        with self.lock:
+            while (session := next((link.session for link in self.links if link.session), None)) is None:
+                self._check()
+                self.lock.wait(0.5)
+            return session
+
+    def submit(self, entries: Iterable[Entry]) -> None:
+        """Have batches captured; they come home by `take`, in this order."""
+        with self.lock:
+            self._entries.extend(entries)
+        self._kick()
+
+    def take(self) -> Entry:
+        """Wait for the oldest entry and charge the time to whom it waited for. Raises what keeps it from coming."""
+        entry = self._entries[0]
+        limit = time.monotonic() + self._config.timeout_s
+        with self.lock:
+            while entry.state is not State.FETCHED:
+                if entry.error is not None:
+                    raise entry.error
+                self._check()
+                begin = time.monotonic()
+                if begin > limit:
+                    raise DaemonError(
+                        f"{entry} did not come within {self._config.timeout_s:g} s (subscriber.timeout_s): it "
+                        f"{entry.state.value}, attempt {entry.attempts}; {self._problems()}"
+                    )
+                on_wire = entry.state in (State.READY, State.FETCHING)
+                self.lock.wait(min(1.0, limit - begin))
+                waited = time.monotonic() - begin
+                if on_wire:
+                    self._stats.wire_wait_s += waited
+                else:
+                    self._stats.target_wait_s += waited
+            self._entries.popleft()
+        return entry
+
+    def recycle(self, buffer: torch.Tensor) -> None:
+        """Take a staging buffer back."""
+        self._buffers.append(buffer)
+
+    def drop_all(self) -> None:
+        """Give up everything under way."""
+        with self.lock:
+            for entry in self._entries:
+                entry.dropped = True
+                if entry.state is not State.SUBMITTED:  # until it is announced it still takes a credit
+                    self._let_go(entry)
+            self._entries.clear()
+
+    def read_artifact(self, name: str, nbytes: int) -> bytearray:
+        """All bytes of an artifact, over whatever session is up."""
+        data, step = bytearray(nbytes), wire.ARTIFACT_CHUNK_BYTES
+        for start in range(0, nbytes, step * ARTIFACT_WINDOW):
+            wanted = [(name, offset) for offset in range(start, min(start + step * ARTIFACT_WINDOW, nbytes), step)]
+            for key, chunk in self._read_chunks(wanted, nbytes).items():
+                data[key[1] : key[1] + len(chunk)] = chunk
+        return data
+
+    def close(self) -> None:
+        """End every session and thread. Idempotent."""
+        if self._closing.is_set():
+            return
+        self._closing.set()
+        self._kick()
+        self._threads[0].join()
+        self._fetches.put(None)
+        for thread in (*self._threads[1:], *self._connecting):
+            thread.join()
+        os.close(self._wake)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    # Waiting, on the subscriber's thread
+
+    def _check(self) -> None:
+        """Raise what ends the run: a fatal error, or no daemon for too long."""
+        if self._fatal is not None:
+            raise self._fatal
+        if any(link.session for link in self.links):
+            return
+        down = time.monotonic() - self._down_since
+        if down > self._config.connect_s:
+            raise DaemonError(
+                f"no daemon for {down:.0f} s (subscriber.connect_s): {self._problems()}. Start one with "
+                f"`specd start --model MODEL`, or name its --endpoint"
+            )
+
+    def _problems(self) -> str:
+        return "; ".join(f"{link.endpoint}: {'up' if link.session else link.problem}" for link in self.links)
+
+    def _read_chunks(self, wanted: list[tuple[str, int]], nbytes: int) -> dict[tuple[str, int], bytes]:
+        step = wire.ARTIFACT_CHUNK_BYTES
+        limit = time.monotonic() + self._config.timeout_s
+        asked: Session | None = None
+        with self.lock:
+            while not all(key in self._chunks for key in wanted):
+                self._check()
+                if time.monotonic() > limit:
+                    raise DaemonError(
+                        f"artifact {wanted[0][0]!r} did not come in {self._config.timeout_s:g} s: {self._problems()}"
+                    )
+                session = next((link.session for link in self.links if link.session), None)
+                if session is not None and session is not asked:
+                    asked = session
+                    for name, offset in wanted:
+                        length = min(step, nbytes - offset)
+                        message = wire.Fetch(epoch=session.epoch, name=name, offset=offset, length=length)
+                        self._outbox.append((session, message))
+                    self._kick()
+                self.lock.wait(0.5)
+            return {key: self._chunks.pop(key) for key in wanted}
+
+    # Sessions
+
+    def _connect(self, link: Link) -> None:
+        """Open a session with an endpoint on a thread of its own."""
+        thread = threading.Thread(target=self._guard, args=(self._run_connect, link), name="specd-connect", daemon=True)
+        self._connecting = {other for other in self._connecting if other.is_alive()} | {thread}
+        thread.start()
+
+    def _run_connect(self, link: Link) -> None:
+        said = False
+        while not self._closing.is_set():
+            try:
+                session = open_session(self._context, link.endpoint, self._terms, self._closing.wait)
+            except Later as reason:
+                link.problem = str(reason)
+                if not said:
+                    log.warning("waiting for %s: %s", link.endpoint, reason)
+                    said = True
+                continue
+            with self.lock:
+                # The first target met is the one every other daemon, and every later life of it, must serve.
+                self._terms = self._terms._replace(fingerprint=session.welcome.contract.fingerprint)
+                link.monitor = session.socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+                link.heard = link.renew_at = time.monotonic()
+                link.session = session
+                self._stats.num_slots = session.welcome.ring.num_slots
+                self.lock.notify_all()
+            self._kick()
+            return
+
+    def _lose(self, link: Link, reason: str) -> None:
+        """A session is over: what it worked on is pending again, and a new session is opened."""
+        if link.session is None:
+            return
+        log.warning("lost %s: %s", link.endpoint, reason)
+        self._hang_up(link)
+        link.problem = reason
+        for entry in list(link.entries.values()):
+            if entry.state is not State.FETCHING:  # a transfer in flight verifies itself and decides
+                self._retry(entry, reason)
+        self._stats.reconnects += 1
+        if not any(other.session for other in self.links):
+            self._down_since = time.monotonic()
+        self.lock.notify_all()
+        self._connect(link)
+
+    def _hang_up(self, link: Link) -> None:
+        session, link.session = link.session, None
+        assert session is not None
+        assert link.monitor is not None
+        session.socket.disable_monitor()
+        link.monitor.close(linger=0)
+        session.socket.close(linger=100)
+        self._fetches.put(session)  # the fetch thread closes the transport, since it may be using it
+
+    def _retry(self, entry: Entry, reason: str) -> None:
+        """Make an entry pending again, or give it up after too many attempts."""
+        self._let_go(entry)
+        entry.state = State.PENDING
+        if entry.dropped:
+            return
+        if entry.attempts >= self._config.max_attempts:
+            entry.error = BatchError(f"{entry} failed {entry.attempts} times (subscriber.max_attempts): {reason}")
+        else:
+            self._stats.resubmitted += 1
+
+    def _let_go(self, entry: Entry) -> None:
+        """Take an entry from its link, and give the daemon its lease back."""
+        link, entry.link = entry.link, None
+        if link is None:
+            return
+        link.entries.pop(entry.seq, None)
+        if entry.ready is not None and link.session is not None and entry.ready.epoch == link.session.epoch:
+            self._outbox.append((link.session, wire.Release(epoch=link.session.epoch, lease=entry.ready.lease)))
+            self._kick()
+        entry.ready = None
+
+    # The I/O thread
+
+    def _guard(self, run: Callable[..., None], *args: Any) -> None:
+        """Run a thread's body; what it raises ends the training loop's wait."""
+        try:
+            run(*args)
+        except SpecdError as error:
+            self._die(error)
+        except Exception as error:
+            log.exception("a subscriber thread failed")
+            self._die(DaemonError(f"the subscriber failed: {error!r}"))
+
+    def _die(self, error: SpecdError) -> None:
+        with self.lock:
+            self._fatal = self._fatal or error
+            self.lock.notify_all()
+
+    def _kick(self) -> None:
+        """Wake the I/O thread."""
+        os.eventfd_write(self._wake, 1)
+
+    def _run_io(self) -> None:
+        try:
+            while not self._closing.is_set():
+                poller = zmq.Poller()
+                poller.register(self._wake, zmq.POLLIN)
+                with self.lock:
+                    up = [(link, link.session, link.monitor) for link in self.links if link.session]
+                    patience = min((link.renew_at for link, _, _ in up), default=time.monotonic() + 1.0)
+                for _, session, monitor in up:
+                    poller.register(session.socket, zmq.POLLIN)
+                    poller.register(monitor, zmq.POLLIN)
+                events = dict(poller.poll(max(0, int((patience - time.monotonic()) * 1000) + 1)))
+                if self._wake in events:
+                    with contextlib.suppress(BlockingIOError):
+                        os.eventfd_read(self._wake)
+                for link, session, monitor in up:
+                    if session.socket in events:
+                        self._read(link, session)
+                    if monitor in events and link.session is session:
+                        assert monitor is not None
+                        recv_monitor_message(monitor)
+                        with self.lock:
+                            self._lose(link, "its connection is gone")
+                with self.lock:
+                    self._renew()
+                    self._pump()
+        finally:
+            with self.lock:
+                for link in self.links:
+                    if link.session is not None:
+                        with contextlib.suppress(zmq.ZMQError):
+                            link.session.socket.send(wire.encode(wire.Bye(epoch=link.session.epoch)), zmq.NOBLOCK)
+                        self._hang_up(link)
+
+    def _read(self, link: Link, session: Session) -> None:
+        """Act on all that a daemon has sent."""
+        while link.session is session:
+            try:
+                message = wire.decode(session.socket.recv(zmq.NOBLOCK))
+            except zmq.Again:
+                return
+            with self.lock:
+                link.heard = time.monotonic()
+                self._act(link, message)
+                self.lock.notify_all()
+
+    def _act(self, link: Link, message: Any) -> None:
+        match message:
+            case wire.Ready():
+                self._ready(link, message)
+            case wire.Failed():
+                entry = link.entries.get(message.seq)
+                if message.retry:
+                    self._lose(link, message.reason)
+                elif entry is not None:
+                    self._let_go(entry)
+                    entry.error = BatchError(f"{entry} cannot be captured: {message.reason}")
+            case wire.Revoke():
+                self._lose(link, message.reason)
+            case wire.Artifact():
+                self._chunks[message.name, message.offset] = message.data
+            case wire.Renewed():
+                pass
+            case wire.Error():
+                raise ProtocolError(f"{link.endpoint} refused a message: {message.reason}")
+            case _:
+                raise ProtocolError(f"{link.endpoint} sent {type(message).__name__}, which a trainer does not expect")
+
+    def _ready(self, link: Link, message: wire.Ready) -> None:
+        assert link.session is not None
+        entry = link.entries.get(message.seq)
+        self._stats.busy_slots = message.busy_slots
+        if entry is None:
+            raise ProtocolError(f"{link.endpoint} announced seq {message.seq}, which was not asked for")
+        if message.batch_id != entry.identity or message.layout != entry.layout:
+            raise ProtocolError(f"{link.endpoint} announced {entry} as id {message.batch_id.hex()}, {message.layout}")
+        entry.ready, entry.state = message, State.READY
+        if entry.dropped:
+            self._let_go(entry)
+            return
+        self._stats.forward_s += message.target_us / 1e6
+        self._fetches.put((entry, link.session))
+
+    def _renew(self) -> None:
+        """Keep leases alive; a daemon that has not answered for half their life is lost."""
+        now = time.monotonic()
+        for link in self.links:
+            session = link.session
+            if session is None:
+                continue
+            ttl_s = session.welcome.lease_ttl_ms / 1000
+            if now - link.heard > ttl_s / 2:
+                self._lose(link, f"it has not answered for {now - link.heard:.1f} s")
+            elif now >= link.renew_at:
+                link.renew_at = now + ttl_s / RENEWALS_PER_TTL
+                self._outbox.append((session, wire.Renew(epoch=session.epoch)))
+
+    def _pump(self) -> None:
+        """Submit pending entries in order to whoever has most room, then send all that is due."""
+        for entry in self._entries:
+            if entry.state is not State.PENDING or entry.error is not None:
+                continue
+            link = max(self.links, key=lambda link: link.room)
+            if link.session is None or link.room <= 0:
+                break
+            entry.link, entry.state = link, State.SUBMITTED
+            entry.attempts += 1
+            link.entries[entry.seq] = entry
+            submit = wire.Submit(
+                epoch=link.session.epoch,
+                seq=entry.seq,
+                batch_id=entry.identity,
+                tokens=entry.batch.tokens.astype("<i4", copy=False).tobytes(),
+                lengths=entry.batch.lengths.astype("<i4", copy=False).tobytes(),
+            )
+            self._outbox.append((link.session, submit))
+        while self._outbox:
+            session, message = self._outbox.popleft()
+            if not session.socket.closed:
+                try:
+                    session.socket.send(wire.encode(message), zmq.NOBLOCK)
+                except zmq.Again:
+                    link = next(link for link in self.links if link.session is session)
+                    self._lose(link, "it does not take messages")
+
+    # The fetch thread
+
+    def _run_fetch(self) -> None:
+        while (item := self._fetches.get()) is not None:
+            if isinstance(item, Session):
+                item.client.close()
+            else:
+                self._fetch(*item)
+
+    def _fetch(self, entry: Entry, session: Session) -> None:
+        """Pull one slot into a staging buffer and give its lease back."""
+        with self.lock:
+            ready = entry.ready
+            if (
+                entry.state is not State.READY
+                or ready is None
+                or entry.link is None
+                or entry.link.session is not session
+            ):
+                return
+            entry.state = State.FETCHING
+            if session.needs_recv_ready:
+                self._outbox.append((session, wire.RecvReady(epoch=session.epoch, lease=ready.lease)))
+                self._kick()
+            buffer = self._take_buffer(entry.layout.nbytes)
+        begin = time.monotonic()
+        problem = ""
+        try:
+            ref = SlotRef(ready.slot, ready.generation, entry.layout.nbytes)
+            session.client.fetch(ref, buffer, min(FETCH_S, self._config.timeout_s))
+        except TransportError as error:
+            problem = str(error)
+        with self.lock:
+            self._stats.fetch_s += time.monotonic() - begin
+            if problem:
+                log.warning("%s: %s is fetched again: %s", session.endpoint, entry, problem)
+                self._buffers.append(buffer)
+                self._retry(entry, problem)
+            else:
+                self._let_go(entry)
+                entry.buffer, entry.state = buffer, State.FETCHED
+            self._kick()
+            self.lock.notify_all()
+
+    def _take_buffer(self, nbytes: int) -> torch.Tensor:
+        """A staging buffer of at least `nbytes`, page-aligned; as many exist as entries are under way or in use."""
+        if self._buffers and self._buffers[-1].numel() >= nbytes:
+            return self._buffers.pop()
+        size = -(-nbytes // ALIGNMENT) * ALIGNMENT
+        if self._buffers:
+            self._buffers.pop()
+        raw = torch.empty(size + ALIGNMENT, dtype=torch.uint8, device=self._terms.device)
+        return raw[-raw.data_ptr() % ALIGNMENT :][:size]
