@@ -14,7 +14,8 @@ import zmq
 from specd.capture import CaptureSpec
 from specd.config import SubscriberConfig
 from specd.errors import ConfigError
-from specd.flight import Entry, Flight
+from specd.flight import Flight
+from specd.links import Entry
 from specd.metrics import Stats
 from specd.packing import Batch, Layout, batch_id, slot_layout
 from specd.protocol import RingInfo, TargetContract

@@ -93,7 +93,8 @@ class DataConfig(Config, kw_only=True, frozen=True):
 
     format: `auto` looks at the columns. last_turn_only: only the last assistant turn is a label.
     max_length: longer samples are cut. batch_tokens: token budget of a batch. max_batch_sequences: at most so many
-    sequences in one, 0 for no limit.
+    sequences in one, 0 for no limit. max_samples: only the first so many rows, 0 for all. template: variables of the
+    chat template, as enable_thinking. cache_dir: where prepared data is kept; empty for specd's own cache.
     """
 
     path: str = ""
@@ -104,6 +105,7 @@ class DataConfig(Config, kw_only=True, frozen=True):
     batch_tokens: int = 3072
     max_batch_sequences: int = 0
     max_samples: int = 0
+    template: dict[str, Any] = {}
     cache_dir: str = ""
 
 

@@ -1,16 +1,14 @@
 """The flight: the batches a subscriber has under way, and the threads that bring them home.
 
-The I/O thread owns the sessions' sockets, the fetch thread pulls ready slots into staging buffers, and a short-lived
-thread per endpoint (re)opens its session. They share one lock with the training loop, which only ever waits.
+The I/O thread owns the sessions' sockets, the fetcher's thread pulls ready slots, and a short-lived thread per endpoint
+(re)opens its session. They share one lock with the training loop, which only ever waits.
 """
 
 from __future__ import annotations
 
 import contextlib
-import enum
 import logging
 import os
-import queue
 import threading
 import time
 from collections import deque
@@ -23,9 +21,10 @@ from zmq.utils.monitor import recv_monitor_message
 
 from specd import protocol as wire
 from specd.config import SubscriberConfig, resolve_endpoint
-from specd.errors import BatchError, DaemonError, ProtocolError, SpecdError, TransportError
+from specd.errors import BatchError, DaemonError, ProtocolError, SpecdError
+from specd.fetcher import Fetcher
+from specd.links import Entry, Link, State
 from specd.metrics import Stats
-from specd.packing import ALIGNMENT, Batch, Layout
 from specd.protocol import Message
 from specd.session import Later, Session, Terms, open_session
 from specd.transport import SlotRef
@@ -33,73 +32,8 @@ from specd.transport import SlotRef
 log = logging.getLogger(__name__)
 
 RENEWALS_PER_TTL = 6
-FETCH_S = 30.0
-"""Longest a single transfer may take before it is tried again."""
 ARTIFACT_WINDOW = 8
 """Chunks of an artifact that are asked for at once."""
-
-
-class State(enum.Enum):
-    """Where a batch is."""
-
-    PENDING = "waits for a daemon"
-    SUBMITTED = "is being captured"
-    READY = "waits to be fetched"
-    FETCHING = "is being fetched"
-    FETCHED = "is here"
-
-
-class Entry:
-    """One batch under way. dropped: nobody wants it any more. buffer: its bytes, once FETCHED."""
-
-    __slots__ = (
-        "attempts",
-        "batch",
-        "buffer",
-        "dropped",
-        "error",
-        "identity",
-        "layout",
-        "link",
-        "ready",
-        "seq",
-        "state",
-    )
-
-    def __init__(self, seq: int, batch: Batch, identity: bytes, layout: Layout) -> None:
-        self.seq = seq
-        self.batch = batch
-        self.identity = identity
-        self.layout = layout
-        self.state = State.PENDING
-        self.attempts = 0
-        self.dropped = False
-        self.link: Link | None = None
-        self.ready: wire.Ready | None = None
-        self.buffer: torch.Tensor | None = None
-        self.error: SpecdError | None = None
-
-    def __str__(self) -> str:
-        return f"batch {self.batch.index} of epoch {self.batch.epoch} (id {self.identity.hex()})"
-
-
-class Link:
-    """One endpoint: its session while it is up, and the entries it works on by seq."""
-
-    __slots__ = ("endpoint", "entries", "heard", "monitor", "problem", "renew_at", "session")
-
-    def __init__(self, endpoint: str) -> None:
-        self.endpoint = endpoint
-        self.session: Session | None = None
-        self.monitor: zmq.Socket[bytes] | None = None
-        self.entries: dict[int, Entry] = {}
-        self.problem = "not reached yet"
-        self.renew_at = self.heard = 0.0
-
-    @property
-    def room(self) -> int:
-        """How many more batches its daemon would take now."""
-        return self.session.welcome.credits - len(self.entries) if self.session else 0
 
 
 class Flight:
@@ -120,19 +54,14 @@ class Flight:
         self.links = [Link(resolve_endpoint(endpoint)) for endpoint in config.endpoints]
         self._entries: deque[Entry] = deque()
         self._outbox: deque[tuple[Session, Message]] = deque()
-        self._fetches: queue.SimpleQueue[tuple[Entry, Session] | Session | None] = queue.SimpleQueue()
         self._chunks: dict[tuple[str, int], bytes] = {}
-        self._buffers: list[torch.Tensor] = []
         self._fatal: SpecdError | None = None
         self._closing = threading.Event()
         self._down_since = time.monotonic()
         self._connecting: set[threading.Thread] = set()
-        self._threads = [
-            threading.Thread(target=self._guard, args=(run,), name=f"specd-{kind}", daemon=True)
-            for kind, run in (("io", self._run_io), ("fetch", self._run_fetch))
-        ]
-        for thread in self._threads:
-            thread.start()
+        self._fetcher = Fetcher(terms.device, self._begin_fetch, self._end_fetch, self._guard)
+        self._io = threading.Thread(target=self._guard, args=(self._run_io,), name="specd-io", daemon=True)
+        self._io.start()
         for link in self.links:
             self._connect(link)
 
@@ -178,8 +107,8 @@ class Flight:
         return entry
 
     def recycle(self, buffer: torch.Tensor) -> None:
-        """Take a staging buffer back."""
-        self._buffers.append(buffer)
+        """Take the buffer of an entry back; its bytes may be overwritten from now on."""
+        self._fetcher.recycle(buffer)
 
     def drop_all(self) -> None:
         """Give up everything under way."""
@@ -205,9 +134,9 @@ class Flight:
             return
         self._closing.set()
         self._kick()
-        self._threads[0].join()
-        self._fetches.put(None)
-        for thread in (*self._threads[1:], *self._connecting):
+        self._io.join()
+        self._fetcher.close()
+        for thread in self._connecting:
             thread.join()
         os.close(self._wake)
 
@@ -307,7 +236,7 @@ class Flight:
         session.socket.disable_monitor()
         link.monitor.close(linger=0)
         session.socket.close(linger=100)
-        self._fetches.put(session)  # the fetch thread closes the transport, since it may be using it
+        self._fetcher.retire(session)
 
     def _retry(self, entry: Entry, reason: str) -> None:
         """Make an entry pending again, or give it up after too many attempts."""
@@ -433,7 +362,7 @@ class Flight:
             self._let_go(entry)
             return
         self._stats.forward_s += message.target_us / 1e6
-        self._fetches.put((entry, link.session))
+        self._fetcher.fetch(entry, link.session)
 
     def _renew(self) -> None:
         """Keep leases alive; a daemon that has not answered for half their life is lost."""
@@ -477,56 +406,27 @@ class Flight:
                     link = next(link for link in self.links if link.session is session)
                     self._lose(link, "it does not take messages")
 
-    # The fetch thread
+    # Fetching, on the fetcher's thread
 
-    def _run_fetch(self) -> None:
-        while (item := self._fetches.get()) is not None:
-            if isinstance(item, Session):
-                item.client.close()
-            else:
-                self._fetch(*item)
-
-    def _fetch(self, entry: Entry, session: Session) -> None:
-        """Pull one slot into a staging buffer and give its lease back."""
+    def _begin_fetch(self, entry: Entry, session: Session) -> SlotRef | None:
         with self.lock:
-            ready = entry.ready
-            if (
-                entry.state is not State.READY
-                or ready is None
-                or entry.link is None
-                or entry.link.session is not session
-            ):
-                return
-            entry.state = State.FETCHING
+            ready, link = entry.ready, entry.link
+            if entry.state is not State.READY or ready is None or link is None or link.session is not session:
+                return None
+            entry.state, entry.began = State.FETCHING, time.monotonic()
             if session.needs_recv_ready:
                 self._outbox.append((session, wire.RecvReady(epoch=session.epoch, lease=ready.lease)))
                 self._kick()
-            buffer = self._take_buffer(entry.layout.nbytes)
-        begin = time.monotonic()
-        problem = ""
-        try:
-            ref = SlotRef(ready.slot, ready.generation, entry.layout.nbytes)
-            session.client.fetch(ref, buffer, min(FETCH_S, self._config.timeout_s))
-        except TransportError as error:
-            problem = str(error)
+            return SlotRef(ready.slot, ready.generation, entry.layout.nbytes)
+
+    def _end_fetch(self, entry: Entry, session: Session, buffer: torch.Tensor | None, problem: str) -> None:
         with self.lock:
-            self._stats.fetch_s += time.monotonic() - begin
-            if problem:
+            self._stats.fetch_s += time.monotonic() - entry.began
+            if buffer is None:
                 log.warning("%s: %s is fetched again: %s", session.endpoint, entry, problem)
-                self._buffers.append(buffer)
                 self._retry(entry, problem)
             else:
                 self._let_go(entry)
                 entry.buffer, entry.state = buffer, State.FETCHED
             self._kick()
             self.lock.notify_all()
-
-    def _take_buffer(self, nbytes: int) -> torch.Tensor:
-        """A staging buffer of at least `nbytes`, page-aligned; as many exist as entries are under way or in use."""
-        if self._buffers and self._buffers[-1].numel() >= nbytes:
-            return self._buffers.pop()
-        size = -(-nbytes // ALIGNMENT) * ALIGNMENT
-        if self._buffers:
-            self._buffers.pop()
-        raw = torch.empty(size + ALIGNMENT, dtype=torch.uint8, device=self._terms.device)
-        return raw[-raw.data_ptr() % ALIGNMENT :][:size]

@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Sequence
 from importlib.metadata import entry_points
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeVar
 
 import msgspec
 import numpy as np
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     import torch
 
     from specd.arena import Arena
+
+T = TypeVar("T")
 
 BUILTIN: dict[str, str] = {
     "inproc": "specd.transports.inproc:Inproc",
@@ -137,6 +139,14 @@ class Transport(Protocol):
     def client(device: str) -> Client:
         """The trainer's side; `device` is where `fetch` delivers. Raises TransportError when it cannot run here."""
         ...
+
+
+def unwrap(data: bytes, kind: type[T], what: str) -> T:
+    """A hello or an offer that came from the peer, as the struct `kind`. Raises TransportError that names it."""
+    try:
+        return msgspec.msgpack.decode(data, type=kind)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise TransportError(f"not a {what}: {error}") from None
 
 
 def check_ref(ref: SlotRef, num_slots: int, slot_bytes: int) -> None:

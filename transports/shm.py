@@ -8,7 +8,7 @@ import msgspec
 
 from specd.arena import MAX_SLOTS, HostArena
 from specd.errors import TransportError
-from specd.transport import ServerContext, SlotRef, Traits, boot_id, pull
+from specd.transport import ServerContext, SlotRef, Traits, boot_id, pull, unwrap
 
 if TYPE_CHECKING:
     import torch
@@ -39,10 +39,7 @@ class ShmServer:
         )
 
     def accept(self, session: bytes, hello: bytes) -> bytes:
-        try:
-            trainer = msgspec.msgpack.decode(hello, type=ShmHello)
-        except msgspec.MsgspecError as error:
-            raise TransportError(f"not a shm hello: {error}") from None
+        trainer = unwrap(hello, ShmHello, "shm hello")
         if trainer.host != boot_id():
             raise TransportError("shm needs the trainer on the daemon's host: use --transport bytes")
         return self._offer
@@ -70,10 +67,7 @@ class ShmClient:
         return msgspec.msgpack.encode(ShmHello(host=boot_id()))
 
     def attach(self, offer: bytes, deadline_s: float) -> None:
-        try:
-            found = msgspec.msgpack.decode(offer, type=ShmOffer)
-        except msgspec.MsgspecError as error:
-            raise TransportError(f"not a shm offer: {error}") from None
+        found = unwrap(offer, ShmOffer, "shm offer")
         if not 1 <= found.num_slots <= MAX_SLOTS:
             raise TransportError(f"shm offer of {found.num_slots} slots: expected 1 to {MAX_SLOTS}")
         arena = HostArena.open(found.path, found.num_slots, found.slot_bytes)

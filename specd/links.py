@@ -1,0 +1,84 @@
+"""Links and entries: each daemon a subscriber talks to, each batch it has under way. The flight's lock guards both."""
+
+from __future__ import annotations
+
+import enum
+from typing import TYPE_CHECKING
+
+from specd.errors import SpecdError
+
+if TYPE_CHECKING:
+    import torch
+    import zmq
+
+    from specd.packing import Batch, Layout
+    from specd.protocol import Ready
+    from specd.session import Session
+
+
+class State(enum.Enum):
+    """Where a batch is."""
+
+    PENDING = "waits for a daemon"
+    SUBMITTED = "is being captured"
+    READY = "waits to be fetched"
+    FETCHING = "is being fetched"
+    FETCHED = "is here"
+
+
+class Entry:
+    """One batch under way.
+
+    began: when its transfer did, in monotonic seconds. buffer: its bytes, once FETCHED. dropped: nobody wants it.
+    """
+
+    __slots__ = (
+        "attempts",
+        "batch",
+        "began",
+        "buffer",
+        "dropped",
+        "error",
+        "identity",
+        "layout",
+        "link",
+        "ready",
+        "seq",
+        "state",
+    )
+
+    def __init__(self, seq: int, batch: Batch, identity: bytes, layout: Layout) -> None:
+        self.seq = seq
+        self.batch = batch
+        self.identity = identity
+        self.layout = layout
+        self.state = State.PENDING
+        self.attempts = 0
+        self.began = 0.0
+        self.dropped = False
+        self.link: Link | None = None
+        self.ready: Ready | None = None
+        self.buffer: torch.Tensor | None = None
+        self.error: SpecdError | None = None
+
+    def __str__(self) -> str:
+        return f"batch {self.batch.index} of epoch {self.batch.epoch} (id {self.identity.hex()})"
+
+
+class Link:
+    """One endpoint: its session while it is up, and the entries it works on by seq."""
+
+    __slots__ = ("endpoint", "entries", "heard", "monitor", "problem", "renew_at", "session")
+
+    def __init__(self, endpoint: str) -> None:
+        self.endpoint = endpoint
+        self.session: Session | None = None
+        self.monitor: zmq.Socket[bytes] | None = None
+        self.entries: dict[int, Entry] = {}
+        self.problem = "not reached yet"
+        self.renew_at = self.heard = 0.0
+
+    @property
+    def room(self) -> int:
+        """How many more batches its daemon would take now."""
+        return self.session.welcome.credits - len(self.entries) if self.session else 0

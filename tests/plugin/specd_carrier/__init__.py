@@ -1,0 +1,117 @@
+"""Carrier: the worker answers each announcement with a file, which the trainer reads and removes. Slow and complete."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from specd.arena import Arena
+from specd.errors import TransportError
+from specd.transport import ServerContext, SlotRef, Traits, check_into, check_ref, pull, stale, unwrap
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Offer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """directory: where the files of this session appear."""
+
+    directory: str
+    num_slots: int
+    slot_bytes: int
+
+
+class CarrierServer:
+    def __init__(self, arena: Arena) -> None:
+        self._arena = arena
+        self._root = tempfile.mkdtemp(prefix="specd-carrier-")
+        self._sessions: dict[bytes, str] = {}
+
+    def accept(self, session: bytes, hello: bytes) -> bytes:
+        if hello != b"carrier":
+            raise TransportError(f"not a carrier hello: {hello[:20]!r}")
+        self._sessions[session] = directory = tempfile.mkdtemp(dir=self._root)
+        offer = Offer(directory=directory, num_slots=self._arena.num_slots, slot_bytes=self._arena.slot_bytes)
+        return msgspec.msgpack.encode(offer)
+
+    def publish(self, session: bytes, ref: SlotRef) -> None:
+        check_ref(ref, self._arena.num_slots, self._arena.slot_bytes)
+        directory = self._sessions.get(session)
+        if directory is None:
+            return
+        import torch
+
+        copy = torch.empty(ref.nbytes, dtype=torch.uint8)
+        name = Path(directory, f"{ref.slot}-{ref.generation}")
+        try:
+            pull(self._arena, ref, copy)
+        except TransportError:
+            copy = copy[:0]  # an empty file says that the slot is gone
+        part = name.with_suffix(f".{time.monotonic_ns()}")
+        part.write_bytes(copy.numpy().data)
+        part.replace(name)
+
+    def drop(self, session: bytes) -> None:
+        shutil.rmtree(self._sessions.pop(session, ""), ignore_errors=True)
+
+    def close(self) -> None:
+        shutil.rmtree(self._root, ignore_errors=True)
+
+
+class CarrierClient:
+    def __init__(self) -> None:
+        self._offer: Offer | None = None
+        self._closed = threading.Event()
+
+    def hello(self) -> bytes:
+        return b"carrier"
+
+    def attach(self, offer: bytes, deadline_s: float) -> None:
+        found = unwrap(offer, Offer, "carrier offer")
+        if "\0" in found.directory or not os.path.isdir(found.directory):
+            raise TransportError(
+                f"carrier directory {found.directory!r} is not here: the trainer must share the daemon's disk"
+            )
+        self._offer = found
+
+    def fetch(self, ref: SlotRef, into: torch.Tensor, deadline_s: float) -> None:
+        import torch
+
+        if self._offer is None or self._closed.is_set():
+            raise TransportError("carrier: not attached, or closed")
+        check_ref(ref, self._offer.num_slots, self._offer.slot_bytes)
+        check_into(ref, into)
+        name = Path(self._offer.directory, f"{ref.slot}-{ref.generation}")
+        deadline = time.monotonic() + deadline_s
+        while not name.exists():
+            if time.monotonic() > deadline or self._closed.wait(0.002):
+                raise TransportError(f"carrier: {name} did not appear in time")
+        data = bytearray(name.read_bytes())
+        name.unlink()
+        if len(data) < ref.nbytes:
+            raise stale(ref, 0)
+        into[: ref.nbytes].copy_(torch.frombuffer(data, dtype=torch.uint8)[: ref.nbytes])
+
+    def close(self) -> None:
+        self._closed.set()
+
+
+class Carrier:
+    """Registry entry of `carrier`."""
+
+    traits = Traits(memory=frozenset({"host"}), scope="host", one_sided=False, needs_recv_ready=True, abortable=True)
+
+    @staticmethod
+    def server(arena: Arena, context: ServerContext) -> CarrierServer:
+        return CarrierServer(arena)
+
+    @staticmethod
+    def client(device: str) -> CarrierClient:
+        return CarrierClient()
