@@ -1,0 +1,68 @@
+"""What a target backend is: it runs packed batches and writes their states straight into slots."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from specd.capture import CaptureSpec
+from specd.packing import Layout
+from specd.protocol import TargetContract
+
+
+class Fill(msgspec.Struct, frozen=True, kw_only=True):
+    """One batch to capture and the slot to capture it into.
+
+    tokens: int32 [T], lengths: int32 [B]. slot: the slot's bytes, a writable memoryview of a host arena or a
+    uint8 tensor of a device arena. layout: where in the slot each tensor goes.
+    """
+
+    tokens: NDArray[np.int32]
+    lengths: NDArray[np.int32]
+    spec: CaptureSpec
+    layout: Layout
+    slot: Any
+
+
+class Completion(Protocol):
+    """Bytes that are still on their way into a slot (a device event)."""
+
+    def wait(self) -> None:
+        """Block the calling thread until every byte of the fills is in place."""
+
+
+class Target(Protocol):
+    """A frozen LLM behind one backend. All methods but `artifact` are called from one thread."""
+
+    contract: TargetContract
+
+    def run(self, fills: Sequence[Fill]) -> Completion | None:
+        """Run one forward over all `fills` packed together and write each one's states into its slot.
+
+        All fills share one CaptureSpec. Returns None when the bytes are in place, else what to wait for.
+        Raises TargetError with the reason when this forward failed but the target lives on.
+        """
+
+    def artifact(self, name: str) -> memoryview:
+        """The raw bytes of one artifact the contract lists; thread-safe. Raises KeyError for any other name."""
+        ...
+
+    def close(self) -> None:
+        """Free the target. Idempotent."""
+
+
+def eligible_layers(config: Mapping[str, Any]) -> tuple[int, ...] | None:
+    """The layers that may be tapped of a hybrid-attention target, from its config.json; None when all legal ones may.
+
+    Hybrid targets (Qwen3.5 and its like) mix full and linear attention; only full-attention layers carry a tap. The
+    last layer is left out, as everywhere. For `specd.capture.dflash_taps`.
+    """
+    text = config.get("text_config") or config
+    kinds = text.get("layer_types") or ()
+    if "linear_attention" not in kinds:
+        return None
+    return tuple(layer for layer, kind in enumerate(kinds[:-1]) if kind == "full_attention")

@@ -1,0 +1,173 @@
+"""A target without a model: states are a hash of token, position, layer and hidden index. For tests and benchmarks."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from specd.capture import DTYPE_BYTES, StateDtype
+from specd.config import Config, TargetConfig, convert
+from specd.errors import ConfigError, TargetError
+from specd.packing import TensorRef, slot_layout
+from specd.protocol import ArtifactRef, TargetContract
+from specd.targets.base import Fill
+
+_CHUNK_BYTES = 1 << 20  # float32 scratch per step: small enough to stay in the L2 cache
+_EMBEDDING, _LM_HEAD = 1 << 20, 1 << 21  # numbers no layer has, for the artifacts' hash
+_ARTIFACT_SCALE = 0.035  # uniform in [-scale, scale) has the standard deviation 0.02 of a fresh embedding
+
+_U32 = NDArray[np.uint32]
+
+
+class SyntheticConfig(Config, kw_only=True, frozen=True):
+    """The options of a model string like `synthetic:hidden=64,layers=8,vocab=512,ms=20`.
+
+    ms, us_per_token: how long a forward sleeps, per forward and per token. seed: another one gives other states.
+    """
+
+    hidden: int = 64
+    layers: int = 8
+    vocab: int = 512
+    ms: float = 0.0
+    us_per_token: float = 0.0
+    seed: int = 0
+
+
+class SyntheticTarget:
+    """A Target that costs what it is told to cost. It sleeps, so that a trainer can use the processor meanwhile.
+
+    Raises ConfigError for a model string with unknown or impossible options.
+    """
+
+    def __init__(self, config: TargetConfig) -> None:
+        self._options = options = _parse(config.model)
+        dtype: StateDtype = "float32" if config.dtype == "auto" else config.dtype
+        layers = config.num_layers or options.layers
+        self._config_json = json.dumps(_published(options, layers, dtype), indent=2).encode()
+        shape = (options.vocab, options.hidden)
+        weights = ArtifactRef(nbytes=options.vocab * options.hidden * DTYPE_BYTES[dtype], shape=shape, dtype=dtype)
+        self.contract = TargetContract(
+            model="synthetic",
+            model_type="synthetic",
+            hidden_size=options.hidden,
+            num_layers=layers,
+            vocab_size=options.vocab,
+            dtype=dtype,
+            weights=f"synthetic-{options.seed}",
+            artifacts={
+                "config.json": ArtifactRef(nbytes=len(self._config_json)),
+                "embedding": weights,
+                "lm_head": weights,
+            },
+        )
+
+    def run(self, fills: Sequence[Fill]) -> None:
+        """See Target.run. Sleeps first, then writes."""
+        spec, num_tokens = fills[0].spec, sum(int(fill.tokens.size) for fill in fills)
+        if (problem := spec.problem(self.contract.num_layers)) is not None:
+            raise TargetError(f"synthetic target: {problem}")
+        for fill in fills:
+            size = int(fill.tokens.size)
+            if fill.spec != spec or fill.layout != slot_layout(spec, self._options.hidden, size):
+                raise TargetError(f"synthetic target: the slot's layout is not that of {size} tokens of {spec}")
+            if size == 0 or int(fill.lengths.sum()) != size or int(fill.lengths.min(initial=1)) < 1:
+                raise TargetError(f"synthetic target: {fill.lengths.size} lengths do not cover {size} tokens")
+            if not 0 <= int(fill.tokens.min()) <= int(fill.tokens.max()) < self._options.vocab:
+                raise TargetError(f"synthetic target: token ids leave the vocabulary 0…{self._options.vocab - 1}")
+        time.sleep(self._options.ms / 1e3 + self._options.us_per_token * num_tokens / 1e6)
+        for fill in fills:
+            positions = np.concatenate([np.arange(length, dtype=np.uint32) for length in fill.lengths])
+            for ref in fill.layout.tensors:
+                layers = spec.taps if ref.name == "taps" else (self.contract.num_layers,)
+                self._write(fill.slot, ref, fill.tokens.astype(np.uint32), positions, layers, 1.0)
+
+    def artifact(self, name: str) -> memoryview:
+        """See Target.artifact."""
+        if name == "config.json":
+            return memoryview(self._config_json)
+        layer = {"embedding": _EMBEDDING, "lm_head": _LM_HEAD}[name]
+        ref = self.contract.artifacts[name]
+        data = bytearray(ref.nbytes)
+        rows = np.arange(self._options.vocab, dtype=np.uint32)
+        place = TensorRef(name=name, offset=0, shape=ref.shape, dtype=ref.dtype)
+        self._write(memoryview(data), place, rows, np.zeros_like(rows), (layer,), _ARTIFACT_SCALE)
+        return memoryview(data).toreadonly()
+
+    def close(self) -> None:
+        """See Target.close."""
+
+    def _write(
+        self, slot: memoryview, ref: TensorRef, tokens: _U32, positions: _U32, layers: Sequence[int], scale: float
+    ) -> None:
+        """One tensor of a slot: row t is a hash of (token, position), column (k, h) one of (layer k, h)."""
+        seed = np.uint32(self._options.seed & 0xFFFFFFFF)
+        row = _mix(tokens * np.uint32(0x9E3779B1) ^ _mix(positions + seed))
+        layer = np.asarray(layers, dtype=np.uint32)[:, None] * np.uint32(0x85EBCA6B)
+        column = _mix(layer + np.arange(self._options.hidden, dtype=np.uint32)[None, :]).reshape(-1)
+        stored = np.dtype(np.uint16) if ref.dtype == "bfloat16" else np.dtype(ref.dtype)
+        out = np.frombuffer(slot, stored, count=tokens.size * column.size, offset=ref.offset).reshape(tokens.size, -1)
+        step = max(1, _CHUNK_BYTES // (4 * column.size))
+        for start in range(0, tokens.size, step):
+            bits = row[start : start + step, None] ^ column
+            bits *= np.uint32(0x9E3779B1)
+            bits >>= np.uint32(9)
+            bits |= np.uint32(0x40000000)  # a float32 in [2, 4)
+            values = bits.view(np.float32)
+            values -= np.float32(3)
+            if scale != 1.0:
+                values *= np.float32(scale)
+            out[start : start + step] = _round_to_bfloat16(bits) if ref.dtype == "bfloat16" else values
+
+
+def _mix(value: _U32) -> _U32:
+    """Scatter the bits of 32-bit numbers, one to one."""
+    value = (value ^ (value >> np.uint32(16))) * np.uint32(0x7FEB352D)
+    value = (value ^ (value >> np.uint32(15))) * np.uint32(0x846CA68B)
+    return value ^ (value >> np.uint32(16))
+
+
+def _round_to_bfloat16(bits: _U32) -> NDArray[np.uint16]:
+    """Upper halves of finite float32 bit patterns, rounded to nearest even; `bits` is used up."""
+    bits += np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
+    bits >>= np.uint32(16)
+    return bits.astype(np.uint16)
+
+
+def _parse(model: str) -> SyntheticConfig:
+    name, _, text = model.partition(":")
+    pairs = [item.partition("=") for item in text.split(",") if item]
+    if name != "synthetic" or any(not equals for _, equals, _ in pairs):
+        raise ConfigError(f"model {model!r}: expected synthetic:KEY=NUMBER,… like synthetic:hidden=64,layers=8,ms=20")
+    try:
+        settings = {key.strip(): float(value) if "." in value else int(value) for key, _, value in pairs}
+    except ValueError as error:
+        raise ConfigError(f"model {model!r}: its options are numbers ({error})") from None
+    options = convert(settings, SyntheticConfig, f"model {model!r}")
+    if min(options.hidden, options.layers - 1, options.vocab) < 1 or min(options.ms, options.us_per_token) < 0:
+        raise ConfigError(f"model {model!r}: expected hidden ≥ 1, layers ≥ 2, vocab ≥ 1, ms ≥ 0, us_per_token ≥ 0")
+    return options
+
+
+def _published(options: SyntheticConfig, layers: int, dtype: str) -> dict[str, str | int | float | bool]:
+    """A config.json a draft can be built from."""
+    heads = next(count for count in (8, 4, 2, 1) if options.hidden % (2 * count) == 0 or count == 1)
+    return {
+        "model_type": "synthetic",
+        "hidden_size": options.hidden,
+        "intermediate_size": 2 * options.hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads,
+        "head_dim": options.hidden // heads,
+        "vocab_size": options.vocab,
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 10000.0,
+        "max_position_embeddings": 32768,
+        "tie_word_embeddings": False,
+        "dtype": dtype,
+    }
