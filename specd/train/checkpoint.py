@@ -1,0 +1,309 @@
+"""Atomic checkpoints of a training run: weights, AdamW moments, RNG states and the place in the data.
+
+A checkpoint is a directory `step-00000123` with `model.safetensors`, `optimizer.safetensors` and `state.json`, written
+under another name, synced and renamed: it exists whole or not at all. `state.json` holds size and crc32 of the others.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import re
+import shutil
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from specd.errors import CheckpointError
+
+logger = logging.getLogger(__name__)
+
+FORMAT = 1
+_NAME = re.compile(r"step-(\d{8,})")
+
+
+class Position(msgspec.Struct, frozen=True, kw_only=True):
+    """Where a run stands: optimizer steps done, and the first batch of the data plan that no step has trained."""
+
+    step: int = 0
+    epoch: int = 0
+    index: int = 0
+
+
+class Identity(msgspec.Struct, frozen=True, kw_only=True):
+    """What a resumed run must share. target: the fingerprint. settings: flat `a.b` names and plain values."""
+
+    target: str
+    settings: dict[str, Any]
+
+
+class RngStates(msgspec.Struct, frozen=True, kw_only=True):
+    """The states of all global random generators; the tensors are uint8."""
+
+    torch_cpu: torch.Tensor
+    torch_cuda: tuple[torch.Tensor, ...]
+    python: Any
+    numpy: Any
+
+    @classmethod
+    def capture(cls) -> RngStates:
+        """The states as they are now."""
+        cuda = tuple(torch.cuda.get_rng_state_all()) if torch.cuda.is_available() else ()
+        kind, keys, *rest = np.random.get_state(legacy=True)
+        return cls(
+            torch_cpu=torch.get_rng_state(),
+            torch_cuda=cuda,
+            python=random.getstate(),
+            numpy=(kind, np.asarray(keys).tolist(), *rest),
+        )
+
+    def restore(self) -> None:
+        """Put the states back. CUDA devices that the checkpoint does not know keep theirs."""
+        torch.set_rng_state(self.torch_cpu)
+        for device, state in enumerate(self.torch_cuda[: torch.cuda.device_count()]):
+            torch.cuda.set_rng_state(state, device)
+        version, internal, gauss = self.python
+        random.setstate((version, tuple(internal), gauss))
+        kind, keys, *rest = self.numpy
+        np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
+
+
+class _File(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    nbytes: int
+    crc32: int
+
+
+class _State(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    format: int
+    position: Position
+    identity: Identity
+    python_rng: Any
+    numpy_rng: Any
+    files: dict[str, _File]
+
+
+class Checkpoints:
+    """The checkpoints of one run directory. keep: how many of the newest stay on disk."""
+
+    __slots__ = ("directory", "identity", "keep")
+
+    def __init__(self, directory: Path, identity: Identity, keep: int = 2) -> None:
+        if keep < 1:
+            raise CheckpointError(f"train.keep is {keep}: at least one checkpoint must stay")
+        self.directory = directory
+        self.identity = identity
+        self.keep = keep
+
+    def __repr__(self) -> str:
+        return f"Checkpoints({str(self.directory)!r}, steps={[step for step, _ in self._complete()]})"
+
+    def save(
+        self, position: Position, module: torch.nn.Module, optimizer: torch.optim.Optimizer, rng: RngStates
+    ) -> Path:
+        """Write the checkpoint of `position` and drop the oldest beyond `keep`; one that exists already is left alone.
+
+        Raises CheckpointError when it cannot be written; the earlier ones are then untouched.
+        """
+        final = self.directory / f"step-{position.step:08d}"
+        if _state(final) is not None:
+            return final
+        partial = self.directory / f".partial-{final.name}-{os.getpid()}"
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            self._clear_partial()
+            shutil.rmtree(final, ignore_errors=True)
+            partial.mkdir()
+            save_file(_host(_weights(module)), partial / "model.safetensors")
+            save_file(_host(_moments(module, optimizer) | _rng_tensors(rng)), partial / "optimizer.safetensors")
+            files = {path.name: _seal(path) for path in sorted(partial.iterdir())}
+            state = _State(
+                format=FORMAT,
+                position=position,
+                identity=self.identity,
+                python_rng=rng.python,
+                numpy_rng=rng.numpy,
+                files=files,
+            )
+            (partial / "state.json").write_bytes(msgspec.json.encode(state))
+            _seal(partial / "state.json")
+            _sync_directory(partial)
+            partial.rename(final)
+            _sync_directory(self.directory)
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise CheckpointError(
+                f"cannot write checkpoint {final}: {error}; free some space there or choose another --output, "
+                f"then continue with --resume"
+            ) from None
+        for _, old in self._complete()[: -self.keep]:
+            shutil.rmtree(old, ignore_errors=True)
+        return final
+
+    def latest(self) -> Path:
+        """The newest complete checkpoint; torn ones are passed over. Raises CheckpointError when there is none."""
+        complete = self._complete()
+        if not complete:
+            torn = len([path for path in self.directory.glob("*step-*") if path.is_dir()])
+            raise CheckpointError(
+                f"no complete checkpoint in {self.directory} ({torn} torn): "
+                f"start the run without --resume, in an empty --output"
+            )
+        return complete[-1][1]
+
+    def step(self) -> int:
+        """The step of the newest complete checkpoint, 0 if there is none."""
+        return max((step for step, _ in self._complete()), default=0)
+
+    def restore(self, path: Path, module: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Position:
+        """Load a checkpoint into `module`, `optimizer` and the global random generators; return where it stands.
+
+        Raises CheckpointError, before anything is changed, when it is corrupt or belongs to another target, draft or
+        data plan; the message names what differs.
+        """
+        state = _state(path)
+        if state is None:
+            raise CheckpointError(f"{path} is no complete checkpoint: delete it and --resume from the one before")
+        _compare(path, state.identity, self.identity)
+        for name, file in state.files.items():
+            if _crc32(path / name) != file.crc32:
+                raise CheckpointError(
+                    f"{path / name} is corrupt (its checksum differs): delete {path} and --resume again"
+                )
+        try:
+            weights = load_file(path / "model.safetensors")
+            extra = load_file(path / "optimizer.safetensors")
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{path} cannot be read: {error}; delete it and --resume again") from None
+        _check_shapes(path, weights, _weights(module))
+        module.load_state_dict(weights, strict=False)
+        _load_moments(module, optimizer, extra)
+        cuda = sorted((name for name in extra if name.startswith("rng.cuda.")), key=lambda name: int(name[9:]))
+        RngStates(
+            torch_cpu=extra["rng.cpu"],
+            torch_cuda=tuple(extra[name] for name in cuda),
+            python=state.python_rng,
+            numpy=state.numpy_rng,
+        ).restore()
+        return state.position
+
+    def _complete(self) -> list[tuple[int, Path]]:
+        found = []
+        for path in self.directory.glob("step-*"):
+            if (match := _NAME.fullmatch(path.name)) and _state(path) is not None:
+                found.append((int(match[1]), path))
+        return sorted(found)
+
+    def _clear_partial(self) -> None:
+        """Remove what a killed run left half-written. One run owns the directory, so nobody else writes there."""
+        for path in self.directory.glob(".partial-*"):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _state(path: Path) -> _State | None:
+    """The state of a checkpoint, None unless all its files are there in full length."""
+    try:
+        state = msgspec.json.decode((path / "state.json").read_bytes(), type=_State)
+        whole = all((path / name).stat().st_size == file.nbytes for name, file in state.files.items())
+    except (OSError, msgspec.DecodeError, msgspec.ValidationError, UnicodeDecodeError):
+        return None
+    return state if whole and state.format == FORMAT else None
+
+
+def _compare(path: Path, old: Identity, new: Identity) -> None:
+    if old.target != new.target:
+        raise CheckpointError(
+            f"cannot resume {path}: it was trained on target {old.target}, the daemon hosts {new.target}: "
+            f"start the daemon with the first, or train the second in a new --output"
+        )
+    # Through JSON, so that tuples and lists of the same values are equal.
+    now = msgspec.json.decode(msgspec.json.encode(new.settings))
+    changed = [
+        f"{key} was {old.settings.get(key)!r}, is {now.get(key)!r}"
+        for key in sorted(old.settings.keys() | now.keys())
+        if old.settings.get(key) != now.get(key)
+    ]
+    if changed:
+        raise CheckpointError(
+            f"cannot resume {path}: {'; '.join(changed)}: "
+            f"give the old values back, or start a new run in another --output"
+        )
+
+
+def _check_shapes(path: Path, saved: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.Tensor]) -> None:
+    for name in sorted(saved.keys() | wanted.keys()):
+        old = tuple(saved[name].shape) if name in saved else None
+        new = tuple(wanted[name].shape) if name in wanted else None
+        if old != new:
+            raise CheckpointError(
+                f"cannot resume {path}: weight {name} has shape {old} there and {new} in this draft: "
+                f"use the draft settings it was made with, or start a new run in another --output"
+            )
+
+
+def _weights(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """What the run must keep: trained parameters and persistent buffers, not the target's frozen embedding and head."""
+    frozen = {name for name, parameter in module.named_parameters() if not parameter.requires_grad}
+    return {name: tensor for name, tensor in module.state_dict().items() if name not in frozen}
+
+
+def _names(module: torch.nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:
+    """Parameter names in the order of the optimizer's state dict."""
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    return [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _moments(module: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    state = optimizer.state_dict()["state"]
+    names = _names(module, optimizer)
+    return {f"adam.{key}.{names[i]}": value for i, moments in state.items() for key, value in moments.items()}
+
+
+def _load_moments(
+    module: torch.nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, torch.Tensor]
+) -> None:
+    order = {name: i for i, name in enumerate(_names(module, optimizer))}
+    state: dict[int, dict[str, torch.Tensor]] = {}
+    for key, value in tensors.items():
+        if key.startswith("adam."):
+            _, moment, name = key.split(".", 2)
+            state.setdefault(order[name], {})[moment] = value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _rng_tensors(rng: RngStates) -> dict[str, torch.Tensor]:
+    return {"rng.cpu": rng.torch_cpu} | {f"rng.cuda.{i}": state for i, state in enumerate(rng.torch_cuda)}
+
+
+def _host(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+
+
+def _crc32(path: Path) -> int:
+    crc = 0
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 22):
+            crc = zlib.crc32(chunk, crc)
+    return crc
+
+
+def _seal(path: Path) -> _File:
+    """Put a written file on disk and describe it."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+    return _File(nbytes=path.stat().st_size, crc32=_crc32(path))
+
+
+def _sync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

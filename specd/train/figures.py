@@ -1,0 +1,183 @@
+"""The pictures of a report, as SVG: loss, teacher-forced accuracy, acceptance per offset, where the time went."""
+
+from __future__ import annotations
+
+import io
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from specd.errors import missing_extra
+from specd.train.journal import StepRecord
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+# Okabe and Ito's palette: told apart with any colour vision, and of different lightness in print.
+BLUE, ORANGE, GREEN, RED, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#6B7280"
+INK = "#1F2937"
+WIDTH, HEIGHT = 5.2, 3.1
+"""Inches: small, so that letters keep their size on a phone."""
+STYLE: Any = {
+    "font.size": 9,
+    "axes.edgecolor": GREY,
+    "axes.labelcolor": INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.8,
+    "axes.titlesize": 9,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "text.color": INK,
+    "lines.solid_capstyle": "round",
+    "legend.frameon": False,
+    "svg.hashsalt": "specd",
+}
+SMOOTH = 0.05
+"""Width of the running mean, as a share of the run."""
+
+
+def loss(records: Sequence[StepRecord]) -> str:
+    """Loss of every step, and its running mean."""
+    points = [(record.step, record.loss) for record in records if record.loss is not None]
+
+    def draw(axes: Axes) -> None:
+        steps, values = [step for step, _ in points], [value for _, value in points]
+        axes.plot(steps, values, color=BLUE, alpha=0.3, linewidth=0.8)
+        axes.plot(steps, running_mean(values), color=BLUE, linewidth=1.8)
+        # A fresh draft's first losses would flatten all the rest.
+        top = 1.2 * sorted(values)[int(0.95 * (len(values) - 1))] if values else 1.0
+        if values and values[0] > 1.5 * top:
+            axes.set_ylim(top=top)
+            axes.annotate(
+                f"{values[0]:.1f} at step {steps[0]}", (0.16, 0.98), xycoords="axes fraction", va="top", fontsize=8
+            )
+        axes.set_ylabel("loss (nats per predicted token)")
+        _steps(axes, records)
+
+    return _svg(draw)
+
+
+def accuracy(records: Sequence[StepRecord]) -> str:
+    """Teacher-forced accuracy of the first offset, of the last, and of all together."""
+    last = max((len(record.teacher_forced_by_offset) for record in records), default=0)
+    series: list[tuple[str, str, list[tuple[int, float | None]]]] = [
+        ("all offsets", BLUE, [(record.step, record.teacher_forced_accuracy) for record in records])
+    ]
+    for colour, offset in ((GREEN, 1), (ORANGE, last)):
+        if last > 1:
+            values = [(record.step, _at(record.teacher_forced_by_offset, offset)) for record in records]
+            series.append((f"offset {offset}", colour, values))
+
+    def draw(axes: Axes) -> None:
+        ends: list[tuple[float, str, str]] = []
+        for name, colour, values in series:
+            known = [(step, value) for step, value in values if value is not None]
+            means = [100 * value for value in running_mean([value for _, value in known])]
+            axes.plot([step for step, _ in known], means, color=colour, linewidth=1.8)
+            if known:
+                ends.append((means[-1], name, colour))
+        axes.set_ylim(bottom=0)
+        _labels(axes, ends)
+        axes.set_ylabel("teacher-forced accuracy (%)")
+        _steps(axes, records)
+
+    return _svg(draw)
+
+
+def acceptance(runs: Mapping[str, Sequence[float]]) -> str:
+    """Share of drafted blocks whose first k tokens the target accepted; one line per named evaluation."""
+
+    def draw(axes: Axes) -> None:
+        longest = max(len(shares) for shares in runs.values())
+        for (name, shares), colour in zip(runs.items(), (GREY, RED, BLUE, GREEN), strict=False):
+            offsets = range(1, len(shares) + 1)
+            axes.plot(
+                offsets, [100 * share for share in shares], "o-", color=colour, linewidth=1.6, markersize=4, label=name
+            )
+        axes.set_xticks(range(1, longest + 1))
+        axes.set_xlim(0.6, longest + 0.4)
+        top = max(5.0, *(110 * share for shares in runs.values() for share in shares))
+        axes.set_ylim(-0.03 * top, top)
+        axes.set_xlabel("block offset k")
+        axes.set_ylabel("blocks accepted up to k (%)")
+        axes.grid(axis="y", color=GREY, alpha=0.2, linewidth=0.6)
+        axes.legend(loc="upper right")
+
+    return _svg(draw)
+
+
+def time_split(records: Sequence[StepRecord]) -> str:
+    """Seconds a step, stacked by what the trainer waited for or did."""
+    names = (
+        ("trainer computes", "train_s", GREEN),
+        ("waits for wire", "wire_wait_s", ORANGE),
+        ("waits for target", "target_wait_s", BLUE),
+    )
+
+    def draw(axes: Axes) -> None:
+        steps = [record.step for record in records]
+        parts = [running_mean([getattr(record, field) for record in records]) for _, field, _ in names]
+        axes.stackplot(
+            steps, parts, colors=[colour for _, _, colour in names], labels=[name for name, _, _ in names], alpha=0.85
+        )
+        top = max((sum(part[i] for part in parts) for i in range(len(steps))), default=1.0)
+        axes.set_ylim(0, 1.3 * top)
+        axes.set_ylabel("time (s per step)")
+        _steps(axes, records)
+        axes.legend(loc="upper center", ncols=3, fontsize=8, handlelength=1.0, columnspacing=1.2)
+
+    return _svg(draw)
+
+
+def running_mean(values: Sequence[float]) -> list[float]:
+    """Mean over the neighbours on both sides, over SMOOTH of the run in all; the ends use what they have."""
+    half = max(0, round(len(values) * SMOOTH / 2))
+    sums = [0.0, *itertools.accumulate(values)]
+    spans = [(max(0, i - half), min(len(values), i + half + 1)) for i in range(len(values))]
+    return [(sums[end] - sums[begin]) / (end - begin) for begin, end in spans]
+
+
+def _at(values: Sequence[float | None], offset: int) -> float | None:
+    return values[offset - 1] if offset <= len(values) else None
+
+
+def _steps(axes: Axes, records: Sequence[StepRecord]) -> None:
+    axes.set_xlabel("optimizer step")
+    if records:
+        axes.set_xlim(records[0].step, max(records[-1].step, records[0].step + 1))
+    axes.grid(axis="y", color=GREY, alpha=0.2, linewidth=0.6)
+
+
+def _labels(axes: Axes, ends: Sequence[tuple[float, str, str]]) -> None:
+    """Name lines at their right ends, in their colours, pushed apart where they would overlap."""
+    gap = 0.06 * axes.get_ylim()[1]
+    below = -gap
+    for y, name, colour in sorted(ends):
+        below = max(y, below + gap)
+        axes.annotate(
+            name,
+            (1, below),
+            (4, 0),
+            xycoords=("axes fraction", "data"),
+            textcoords="offset points",
+            va="center",
+            color=colour,
+            fontsize=8,
+            annotation_clip=False,
+        )
+
+
+def _svg(draw: Any) -> str:
+    """Run `draw` on fresh axes and return the picture."""
+    try:
+        from matplotlib import rc_context
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise missing_extra("matplotlib", "report") from None
+    with rc_context(STYLE):
+        figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
+        draw(figure.subplots())
+        out = io.StringIO()
+        figure.savefig(out, format="svg", metadata={"Date": None}, facecolor="white")
+    return out.getvalue()

@@ -1,0 +1,150 @@
+"""The journal of a run: one line of JSON per optimizer step, each step exactly once whatever happened in between."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Literal
+
+import msgspec
+
+from specd.errors import CheckpointError
+
+logger = logging.getLogger(__name__)
+
+Bound = Literal["target", "wire", "trainer"]
+
+
+class TrainedBatch(msgspec.Struct, frozen=True, kw_only=True):
+    """One batch that went into an optimizer step: its place in the data plan and the ids of its samples."""
+
+    epoch: int
+    index: int
+    samples: tuple[int, ...]
+
+
+class StepRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """What one optimizer step did and where its time went.
+
+    step: optimizer steps done, this one included. loss: weighted mean over the step; None when the whole step had no
+    weight. teacher_forced_accuracy: share of predicted tokens that equal the data, given true context; it is not the
+    acceptance length. teacher_forced_by_offset: the same for each block offset 1, 2, …; None where nothing counted.
+    grad_norm: before clipping. tokens: of the target. step_s = target_wait_s (next batch not computed yet) +
+    wire_wait_s (computed, not fetched yet) + train_s (the rest). forward_s: the daemons' forward time of the batches
+    that came in during the step, overlapped or not. resubmitted, reconnects: in this step.
+    """
+
+    step: int
+    epoch: int
+    batches: tuple[TrainedBatch, ...]
+    loss: float | None
+    teacher_forced_accuracy: float | None
+    teacher_forced_by_offset: tuple[float | None, ...]
+    lr: float
+    grad_norm: float | None
+    weight: float
+    tokens: int
+    step_s: float
+    target_wait_s: float
+    wire_wait_s: float
+    train_s: float
+    forward_s: float
+    busy_slots: int
+    num_slots: int
+    resubmitted: int = 0
+    reconnects: int = 0
+
+    @property
+    def bound(self) -> Bound:
+        """What the step spent most of its time on."""
+        return bound(self.target_wait_s, self.wire_wait_s, self.train_s)
+
+
+def bound(target_s: float, wire_s: float, train_s: float) -> Bound:
+    """Which of the three shares of a time span is the largest; the trainer wins ties."""
+    if train_s >= target_s and train_s >= wire_s:
+        return "trainer"
+    return "target" if target_s >= wire_s else "wire"
+
+
+class Journal:
+    """Appends StepRecords to a file. Opened at a step, it first drops the lines of all later steps.
+
+    path: metrics.jsonl of the run. step: the step the run continues from, 0 for a new run.
+    """
+
+    __slots__ = ("_file", "_last", "path")
+
+    def __init__(self, path: Path, step: int = 0) -> None:
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file: IO[bytes] = open(path, "ab")  # noqa: SIM115 (lives as long as the journal)
+        kept, end = 0, 0
+        for record, line_end in _records(path):
+            if record.step > step:
+                break
+            kept, end = record.step, line_end
+        if kept < step:
+            self._file.close()
+            raise CheckpointError(
+                f"{path} ends at step {kept}, the checkpoint is at step {step}: restore the file, "
+                f"or start a new run in another --output"
+            )
+        self._file.truncate(end)
+        self._last = kept
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"Journal({str(self.path)!r}, step={self._last})"
+
+    def append(self, record: StepRecord) -> None:
+        """Write one line. Steps must come in order, without a gap."""
+        assert record.step == self._last + 1, f"journal is at step {self._last}, got {record.step}"
+        try:
+            self._file.write(msgspec.json.encode(record) + b"\n")
+            self._file.flush()
+        except OSError as error:
+            raise CheckpointError(
+                f"cannot write {self.path}: {error.strerror}; free some space there, then continue with --resume"
+            ) from None
+        self._last = record.step
+
+    def sync(self) -> None:
+        """Put every line on disk; a checkpoint must never know of a step the journal can lose."""
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Close the file. Idempotent."""
+        self._file.close()
+
+
+def read(path: Path) -> list[StepRecord]:
+    """All complete records, in order; a torn last line is left out. Raises CheckpointError for an unreadable file."""
+    return [record for record, _ in _records(path)]
+
+
+def _records(path: Path) -> Iterator[tuple[StepRecord, int]]:
+    """Each complete record with the file offset where its line ends, up to the first line that is not one."""
+    decoder = msgspec.json.Decoder(StepRecord)
+    end = 0
+    try:
+        with open(path, "rb") as file:
+            for line in file:
+                if not line.endswith(b"\n"):
+                    return
+                try:
+                    record = decoder.decode(line)
+                except (msgspec.DecodeError, msgspec.ValidationError, UnicodeDecodeError) as error:
+                    logger.warning("%s: ignoring everything from byte %d on: %s", path, end, error)
+                    return
+                end += len(line)
+                yield record, end
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}; give the directory of a run") from None

@@ -1,0 +1,378 @@
+"""The training loop: deliveries in, optimizer steps out, whatever the draft.
+
+An optimizer step takes `accumulation` batches in a row, across the ends of epochs; only the last step of a run may take
+fewer. Gradients of loss sums are added up and divided once by the weight of the whole step, so the result does not
+depend on how the step was cut into batches. The position in the data moves when a step is done and never before.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+import msgspec
+import torch
+
+from specd.capture import CaptureSpec
+from specd.config import TrainConfig
+from specd.errors import BatchError, SpecdError
+from specd.packing import Batch
+from specd.protocol import TargetContract
+from specd.train.checkpoint import Checkpoints, Position, RngStates
+from specd.train.interrupt import Interrupt
+from specd.train.journal import Journal, StepRecord, TrainedBatch
+
+if TYPE_CHECKING:
+    from specd.client import Delivery
+    from specd.metrics import Stats
+
+logger = logging.getLogger(__name__)
+
+
+class Loss(Protocol):
+    """The loss of one batch. sum: weighted sum over predictions, a 0-d tensor with a graph; weight: sum of weights.
+
+    metrics: `counted` and `correct`, both [K]: predictions at block offsets 1…K under teacher forcing, and how many of
+    them were right. A batch without a prediction has sum 0 and weight 0. Everything stays on the device.
+    """
+
+    @property
+    def sum(self) -> torch.Tensor: ...
+
+    @property
+    def weight(self) -> torch.Tensor: ...
+
+    @property
+    def metrics(self) -> Mapping[str, torch.Tensor]: ...
+
+
+class Objective(Protocol):
+    """A draft, how it is trained, and how it is exported."""
+
+    @property
+    def module(self) -> torch.nn.Module:
+        """The draft; its trainable parameters are the float32 masters."""
+        ...
+
+    def spec_for(self, contract: TargetContract) -> CaptureSpec:
+        """What this draft needs captured from that target."""
+        ...
+
+    def loss(self, delivery: Delivery) -> Loss:
+        """The loss of one delivered batch; random choices depend on seed, epoch and sample only."""
+        ...
+
+    def export(self, path: Path) -> None:
+        """Write the draft to a directory in its published format."""
+        ...
+
+
+class Feed(Protocol):
+    """The batches of all epochs of a run, in order."""
+
+    @property
+    def num_batches(self) -> int:
+        """How many there are."""
+        ...
+
+    def batches(self, epoch: int, index: int) -> Iterator[Batch]:
+        """All of them from batch `index` of `epoch` on; `index` may be the length of that epoch."""
+        ...
+
+
+class Source(Protocol):
+    """Where states come from; a Subscriber is one."""
+
+    def stream(self, batches: Iterable[Batch]) -> Iterator[Delivery]:
+        """One delivery for each batch, in order; its tensors live until the next one is asked for."""
+        ...
+
+    def stats(self) -> Stats:
+        """Counters since the start."""
+        ...
+
+
+class Sink(Protocol):
+    """Something that shows or stores the progress of a run."""
+
+    def step(self, record: StepRecord) -> None:
+        """One more optimizer step is trained."""
+        ...
+
+
+def total_steps(config: TrainConfig, num_batches: int) -> int:
+    """Optimizer steps of a run over `num_batches` batches: max_steps, or as many as the data gives if that is less."""
+    steps = math.ceil(num_batches / config.accumulation)
+    return min(steps, config.max_steps) if config.max_steps else steps
+
+
+def learning_rate(config: TrainConfig, step: int, steps: int) -> float:
+    """Rate of optimizer step `step` (from 0) of `steps`: linear warm-up, then a cosine that reaches 0 at the end."""
+    warmup = math.ceil(config.warmup_ratio * steps)
+    if step < warmup:
+        return config.lr * (step + 1) / warmup
+    return config.lr * 0.5 * (1.0 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+def make_optimizer(module: torch.nn.Module, config: TrainConfig) -> torch.optim.AdamW:
+    """AdamW over the trainable parameters; weight decay on matrices only, norms keep their scale."""
+    trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [parameter for parameter in trainable if parameter.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [parameter for parameter in trainable if parameter.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW([group for group in groups if group["params"]], config.lr, config.betas, fused=True)
+
+
+class _Window:
+    """The batches of one optimizer step and their sums, which stay on the device until they are logged."""
+
+    __slots__ = ("_counts", "_losses", "_weights", "batches", "tokens")
+
+    def __init__(self) -> None:
+        self.batches: list[TrainedBatch] = []
+        self.tokens = 0
+        self._losses: list[torch.Tensor] = []
+        self._weights: list[torch.Tensor] = []
+        self._counts: list[torch.Tensor] = []
+
+    def add(self, batch: Batch, loss: Loss) -> None:
+        if loss.sum.requires_grad:
+            loss.sum.backward()  # type: ignore[no-untyped-call]
+        self.batches.append(TrainedBatch(epoch=batch.epoch, index=batch.index, samples=batch.samples))
+        self.tokens += batch.num_tokens
+        self._losses.append(loss.sum.detach().double())
+        self._weights.append(loss.weight.detach().double())
+        self._counts.append(torch.stack([loss.metrics["correct"], loss.metrics["counted"]]).double())
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """Total weight, a float64 scalar."""
+        return torch.stack(self._weights).sum()
+
+    @property
+    def losses(self) -> torch.Tensor:
+        """Loss sum of each batch, float64 [batches]."""
+        return torch.stack(self._losses)
+
+    @property
+    def counts(self) -> torch.Tensor:
+        """Correct and counted predictions, float64 [2, K]."""
+        return torch.stack(self._counts).sum(0)
+
+
+class _Done:
+    """An optimizer step that is not logged yet: host facts, and one device tensor of all it needs from there."""
+
+    __slots__ = ("facts", "values", "window")
+
+    def __init__(self, window: _Window, norm: torch.Tensor, facts: StepRecord) -> None:
+        self.window = window
+        self.facts = facts
+        self.values = torch.cat([window.weight[None], norm.double()[None], window.losses, window.counts.flatten()])
+
+    def record(self, values: Sequence[float]) -> StepRecord:
+        """The full record, from the host copy of `values`. Raises SpecdError if the step was not finite."""
+        weight, norm = values[0], values[1]
+        losses = values[2 : 2 + len(self.window.batches)]
+        counts = values[2 + len(losses) :]
+        correct, counted = counts[: len(counts) // 2], counts[len(counts) // 2 :]
+        for batch, loss in zip(self.window.batches, losses, strict=True):
+            if not math.isfinite(loss):
+                raise _not_finite(self.facts.step, f"the loss is {loss}", [batch])
+        if not math.isfinite(norm):
+            raise _not_finite(self.facts.step, f"the gradient norm is {norm}", self.window.batches)
+        return msgspec.structs.replace(
+            self.facts,
+            loss=sum(losses) / weight if weight else None,
+            grad_norm=norm,
+            weight=weight,
+            teacher_forced_accuracy=sum(correct) / sum(counted) if sum(counted) else None,
+            teacher_forced_by_offset=tuple(
+                right / of if of else None for right, of in zip(correct, counted, strict=True)
+            ),
+        )
+
+
+class _Run:
+    """The mutable state of one call of `train`."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        objective: Objective,
+        source: Source,
+        checkpoints: Checkpoints,
+        journal: Journal,
+        sinks: Sequence[Sink],
+        optimizer: torch.optim.AdamW,
+        position: Position,
+        steps: int,
+    ) -> None:
+        self.config, self.steps, self.position = config, steps, position
+        self.module = objective.module
+        self.source, self.checkpoints, self.journal, self.sinks = source, checkpoints, journal, sinks
+        self.optimizer = optimizer
+        self.rng = RngStates.capture()
+        self.poisoned = False
+        self._parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        self._pending: list[_Done] = []
+        # 1 from the first non-finite step on: no later step changes a weight, though the host learns of it only when
+        # it logs.
+        self._halted = torch.zeros((), device=self._parameters[0].device)
+        self._stats = source.stats()
+        self._mark = time.perf_counter()
+
+    def step(self, window: _Window) -> None:
+        """One optimizer step over the window, then log and save as configured."""
+        rate = learning_rate(self.config, self.position.step, self.steps)
+        norm = self._update(window, rate)
+        last = window.batches[-1]
+        self.position = Position(step=self.position.step + 1, epoch=last.epoch, index=last.index + 1)
+        self.rng = RngStates.capture()
+        self._pending.append(_Done(window, norm, self._facts(window, rate)))
+        step = self.position.step
+        if step % self.config.log_every == 0 or step == self.steps:
+            self.flush()
+        if step == self.steps or (self.config.save_every and step % self.config.save_every == 0):
+            self.save()
+
+    def flush(self) -> None:
+        """Log all steps that are not logged yet: the one place where the host waits for the device."""
+        pending, self._pending = self._pending, []
+        if not pending:
+            return
+        values = torch.cat([done.values for done in pending]).tolist()
+        for done in pending:
+            size = done.values.numel()
+            try:
+                record = done.record(values[:size])
+            except SpecdError:
+                self.poisoned = True
+                raise
+            values = values[size:]
+            self.journal.append(record)
+            for sink in self.sinks:
+                sink.step(record)
+
+    def save(self) -> None:
+        """Checkpoint the last optimizer step, if there is one and it is not saved yet."""
+        if self.position.step:
+            self.flush()
+            self.journal.sync()
+            path = self.checkpoints.save(self.position, self.module, self.optimizer, self.rng)
+            logger.info("checkpoint of step %d: %s", self.position.step, path)
+
+    def _update(self, window: _Window, rate: float) -> torch.Tensor:
+        """Apply the accumulated gradients; returns their norm before clipping. No host sync.
+
+        A window without weight, a non-finite one, and any after that, leave weights and moments as they are.
+        """
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
+        weight = window.weight.float()
+        divisor = torch.where(weight > 0, weight, 1.0)
+        norm = torch.nn.utils.get_total_norm(gradients).to(divisor.device) / divisor
+        finite = torch.isfinite(norm) & torch.isfinite(window.losses).all()
+        self._halted = torch.maximum(self._halted, (~finite).float())
+        if gradients:
+            clip = self.config.clip
+            # What GradScaler sets on a fused optimizer (torch 2.9 to 2.13, AdamW.step): gradients are divided by
+            # grad_scale, and nothing changes where found_inf is 1. This way the decision never leaves the device.
+            self.optimizer.grad_scale = divisor * (torch.clamp((norm + 1e-6) / clip, min=1.0) if clip else 1.0)  # type: ignore[attr-defined]
+            self.optimizer.found_inf = torch.maximum(self._halted, (weight <= 0).float())  # type: ignore[attr-defined]
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def _facts(self, window: _Window, rate: float) -> StepRecord:
+        """The host's part of a record: what was trained, and where the time since the last step went."""
+        now, total = time.perf_counter(), self.source.stats()
+        wall, stats = now - self._mark, total.difference(self._stats)
+        self._mark, self._stats = now, total
+        return StepRecord(
+            step=self.position.step,
+            epoch=window.batches[-1].epoch,
+            batches=tuple(window.batches),
+            loss=None,
+            teacher_forced_accuracy=None,
+            teacher_forced_by_offset=(),
+            lr=rate,
+            grad_norm=None,
+            weight=0.0,
+            tokens=window.tokens,
+            step_s=wall,
+            target_wait_s=stats.target_wait_s,
+            wire_wait_s=stats.wire_wait_s,
+            train_s=max(0.0, wall - stats.target_wait_s - stats.wire_wait_s),
+            forward_s=stats.forward_s,
+            busy_slots=stats.busy_slots,
+            num_slots=stats.num_slots,
+            resubmitted=stats.resubmitted,
+            reconnects=stats.reconnects,
+        )
+
+
+def train(
+    config: TrainConfig,
+    objective: Objective,
+    feed: Feed,
+    source: Source,
+    checkpoints: Checkpoints,
+    journal: Path,
+    *,
+    sinks: Sequence[Sink] = (),
+    interrupt: Interrupt | None = None,
+    resume: bool = False,
+) -> Position:
+    """Train to the end, from the start or from the newest checkpoint; returns the last position.
+
+    journal: path of the step records. A SpecdError or KeyboardInterrupt on the way leaves a checkpoint of the last
+    optimizer step behind, unless that error is a non-finite loss or gradient, which no weight has seen.
+    """
+    interrupt = interrupt or Interrupt()
+    optimizer = make_optimizer(objective.module, config)
+    position = Position()
+    if resume:
+        position = checkpoints.restore(checkpoints.latest(), objective.module, optimizer)
+        logger.info("resuming at step %d", position.step)
+    steps = total_steps(config, feed.num_batches)
+    left = min(feed.num_batches, steps * config.accumulation) - position.step * config.accumulation
+    with Journal(journal, position.step) as lines:
+        run = _Run(config, objective, source, checkpoints, lines, sinks, optimizer, position, steps)
+        try:
+            window = _Window()
+            for delivery in source.stream(islice(feed.batches(position.epoch, position.index), max(0, left))):
+                window.add(delivery.batch, objective.loss(delivery))
+                left -= 1
+                if len(window.batches) == config.accumulation or not left:
+                    with interrupt.shield():
+                        run.step(window)
+                    window = _Window()
+            if left > 0:
+                raise BatchError(
+                    f"the stream ended {left} batches early, after step {run.position.step}: plan and source disagree"
+                )
+        except (KeyboardInterrupt, SpecdError):
+            if not run.poisoned:
+                with interrupt.shield():
+                    run.save()
+            raise
+        return run.position
+
+
+def _not_finite(step: int, what: str, batches: Sequence[TrainedBatch]) -> SpecdError:
+    names = "; ".join(
+        f"batch {batch.index} of epoch {batch.epoch} (samples {', '.join(map(str, batch.samples))})"
+        for batch in batches
+    )
+    return SpecdError(
+        f"step {step}: {what} in {names}; the weights are still those of step {step - 1}: look at these samples with "
+        f"`specd data show`, lower train.lr, or train in float32"
+    )
