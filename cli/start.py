@@ -1,0 +1,213 @@
+"""`specd start`: run a daemon in the foreground, or detached from the terminal."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Annotated, Any
+
+import msgspec
+import typer
+
+from specd.config import DaemonConfig, convert, load_yaml, merge, overrides, preset, runtime_dir
+from specd.errors import ConfigError, DaemonError
+
+if TYPE_CHECKING:
+    from specd.protocol import StatusReport
+
+EXAMPLES = (
+    "Examples: `specd start --model smollm2-135m` · "
+    "`specd start --model Qwen3-8B --load-format dummy --num-layers 4 --detach`"
+)
+TARGET, SHAPE, PLACE = "Target", "Ring", "Endpoint"
+
+
+def start(
+    model: Annotated[
+        str, typer.Option("--model", "-m", help="Preset, local directory or hub name.", rich_help_panel=TARGET)
+    ] = "",
+    backend: Annotated[str, typer.Option(help="auto, transformers or synthetic.", rich_help_panel=TARGET)] = "",
+    load_format: Annotated[
+        str, typer.Option(help="auto reads weights, dummy makes them up.", rich_help_panel=TARGET)
+    ] = "",
+    num_layers: Annotated[
+        int | None, typer.Option(help="Cut the model's depth (dummy weights only).", rich_help_panel=TARGET)
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.", rich_help_panel=TARGET)] = "",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.", rich_help_panel=TARGET)] = "",
+    exact: Annotated[
+        bool | None,
+        typer.Option("--exact/--merged", help="One batch a forward: bit-identical results.", rich_help_panel=TARGET),
+    ] = None,
+    slots: Annotated[int | None, typer.Option(help="Slots of the ring.", rich_help_panel=SHAPE)] = None,
+    slot_tokens: Annotated[int | None, typer.Option(help="Longest batch, in tokens.", rich_help_panel=SHAPE)] = None,
+    transports: Annotated[
+        str, typer.Option(help="What to serve, comma-separated: shm,bytes.", rich_help_panel=SHAPE)
+    ] = "",
+    endpoint: Annotated[
+        str, typer.Option("--endpoint", "-e", help="ipc://… or tcp://host:port.", rich_help_panel=PLACE)
+    ] = "",
+    insecure: Annotated[
+        bool | None, typer.Option("--insecure", help="Allow TCP beyond loopback: unencrypted.", rich_help_panel=PLACE)
+    ] = None,
+    detach: Annotated[
+        bool, typer.Option("--detach/--foreground", help="Return once it is ready; it logs to a file.")
+    ] = False,
+    config: Annotated[
+        Path | None, typer.Option("--config", "-c", help="YAML file of a DaemonConfig; flags win over it.")
+    ] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="Any setting by path, e.g. --set ring.lease_ttl_s=10.")
+    ] = None,
+    ready_fd: Annotated[int, typer.Option(hidden=True)] = -1,
+) -> None:
+    """Run a daemon that hosts a target model and serves its hidden states."""
+    flags = {
+        "target": {
+            "model": model,
+            "backend": backend,
+            "load_format": load_format,
+            "num_layers": num_layers,
+            "device": device,
+            "dtype": dtype,
+            "exact": exact,
+        },
+        "ring": {"slots": slots, "slot_tokens": slot_tokens},
+        "transports": [name.strip() for name in transports.split(",") if name.strip()],
+        "endpoint": endpoint,
+        "insecure": insecure,
+    }
+    daemon = daemon_config(load_yaml(config) if config else {}, given(flags), settings or [])
+    if detach:
+        raise typer.Exit(_detach(daemon))
+    raise typer.Exit(_serve(daemon, ready_fd))
+
+
+def given(flags: dict[str, Any]) -> dict[str, Any]:
+    """The flags that were given: no None, no empty text or list, no empty mapping left by them."""
+    kept = {key: given(value) if isinstance(value, dict) else value for key, value in flags.items()}
+    return {key: value for key, value in kept.items() if value is not None and value not in ("", [], {})}
+
+
+def daemon_config(file: dict[str, Any], flags: dict[str, Any], settings: list[str]) -> DaemonConfig:
+    """A DaemonConfig from, weakest first: the preset's recipe, a config file, flags, `--set`.
+
+    Raises ConfigError that names the key at fault, or when no model is given.
+    """
+    asked = merge(merge(file, flags), overrides(settings))
+    target = asked.get("target")
+    model = target.get("model") if isinstance(target, dict) else None
+    if not model:
+        raise ConfigError("no target given: expected --model with a preset, a local directory or a hub name")
+    recipe = preset(str(model))
+    under: dict[str, Any] = {"capture": recipe.capture, "ring": recipe.ring} if recipe else {}
+    return convert(merge(under, asked), DaemonConfig, "specd start")
+
+
+def _serve(daemon: DaemonConfig, ready_fd: int) -> int:
+    from specd.host import serve
+
+    if ready_fd >= 0:
+        os.set_inheritable(ready_fd, False)  # the worker must not hold it open
+
+    def announce(report: StatusReport) -> None:
+        line = ready_line(report)
+        typer.echo(line)
+        if ready_fd >= 0:
+            os.write(ready_fd, f"{line}\n".encode())
+            os.close(ready_fd)
+
+    serve(daemon, on_ready=announce)
+    return 0
+
+
+def _detach(daemon: DaemonConfig) -> int:
+    """Start the same daemon in a session of its own, and wait until it is ready or has failed."""
+    directory = runtime_dir()
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    log_path = directory / f"{re.sub(r'[^A-Za-z0-9]+', '-', daemon.endpoint)[-80:].strip('-')}.log"
+    reader, writer = os.pipe()
+    with open(log_path, "ab", opener=_private) as log, open(reader, "rb") as ready:
+        begin = log.tell()
+        command = [sys.executable, "-m", "specd", *_verbosity(), "start", "--ready-fd", str(writer)]
+        for key, value in msgspec.to_builtins(daemon).items():
+            command += ["--set", f"{key}={json.dumps(value)}"]
+        log.write(f"$ {shlex.join(command)}\n".encode())
+        log.flush()
+        child = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, pass_fds=(writer,)
+        )
+        os.close(writer)
+        try:
+            line = ready.readline().decode()
+        except BaseException:
+            child.terminate()
+            child.wait()
+            raise
+    if line:
+        typer.echo(f"{line.rstrip()} · pid {child.pid} · log {log_path}")
+        child.returncode = 0  # it goes on without this process: nothing is left to wait for
+        return 0
+    code = child.wait()
+    with open(log_path, "rb") as written:
+        raise _failure(written, begin, code, log_path)
+
+
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
+
+
+def _verbosity() -> list[str]:
+    level = logging.getLogger("specd").level
+    return ["--verbose"] if level == logging.DEBUG else ["--quiet"] if level == logging.WARNING else []
+
+
+def _failure(log: IO[bytes], begin: int, code: int, path: Path) -> DaemonError | ConfigError:
+    """The error of a detached daemon that ended before it was ready, from what it wrote."""
+    log.seek(begin)
+    lines = log.read().decode(errors="replace").splitlines()
+    said = [line.partition("specd: error: ")[2] for line in lines if line.startswith("specd: error: ")]
+    message = said[-1] if said else f"the daemon ended with exit code {code} before it was ready; its log is {path}"
+    return (ConfigError if code == 2 else DaemonError)(message)
+
+
+def ready_line(report: StatusReport) -> str:
+    """One line: where the daemon listens, what it hosts, how large its ring is and what it takes of memory."""
+    parts = [f"specd ready at {', '.join(report.endpoints)}"]
+    if (contract := report.contract) is not None:
+        parts.append(
+            f"{contract.model} ({contract.num_layers} layers, hidden {contract.hidden_size}, {contract.dtype})"
+        )
+    if (ring := report.ring) is not None:
+        nbytes = ring.num_slots * ring.slot_bytes
+        parts.append(f"ring {ring.num_slots} slots × {ring.slot_tokens} tokens = {nbytes:,} bytes ({human(nbytes)})")
+    parts.append(f"memory {human(resident_bytes({report.pid, report.worker_pid}))} with the ring")
+    return " · ".join(parts)
+
+
+def resident_bytes(pids: set[int]) -> int:
+    """Resident memory of these processes of this host; 0 where it cannot be read."""
+    total = 0
+    for pid in pids:
+        try:
+            text = Path(f"/proc/{pid}/status").read_text()
+        except OSError:
+            continue
+        if found := re.search(r"^VmRSS:\s+(\d+) kB", text, re.MULTILINE):
+            total += int(found[1]) * 1024
+    return total
+
+
+def human(nbytes: float) -> str:
+    """Bytes for people: 1.5 GiB, 252.0 MiB, 17 B."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(nbytes) < 1024:
+            return f"{nbytes:.0f} B" if unit == "B" else f"{nbytes:.1f} {unit}"
+        nbytes /= 1024
+    return f"{nbytes:.1f} TiB"

@@ -1,0 +1,88 @@
+"""`specd stop`: let a daemon serve what is outstanding, then end it, and wait until it is gone."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import signal
+import time
+from collections.abc import Iterator
+from typing import Annotated
+
+import typer
+
+from specd.config import resolve_endpoint
+from specd.errors import DaemonError
+
+EXAMPLES = "Examples: `specd stop` · `specd stop --timeout 60 --force`"
+GRACE_S = 5.0
+"""How long a daemon that is forced to end has after SIGINT, before SIGKILL."""
+
+
+def stop(
+    endpoint: Annotated[str, typer.Option("--endpoint", "-e", help="The daemon's endpoint.")] = "auto",
+    timeout: Annotated[float, typer.Option(help="Seconds to wait for it to drain.")] = 30.0,
+    force: Annotated[bool, typer.Option("--force", help="End it at once if it has not drained by then.")] = False,
+) -> None:
+    """Drain a daemon of this host and wait until it has ended."""
+    from specd.session import ask_status
+
+    deadline = time.monotonic() + timeout
+    where = resolve_endpoint(endpoint)
+    report = ask_status(endpoint, min(5.0, timeout))
+    if not where.startswith("ipc://"):
+        raise DaemonError(
+            f"the daemon at {where} may be on another host, where process ids mean something else: expected an ipc "
+            f"endpoint; send SIGTERM to process {report.pid} on its own host to drain it"
+        )
+    with _watched({pid for pid in (report.pid, report.worker_pid) if pid > 0}) as pidfds:
+        _tell(pidfds, report.pid, signal.SIGTERM)
+        gone = _ended(pidfds, deadline)
+        if not gone and force:
+            _tell(pidfds, report.pid, signal.SIGINT)
+            gone = _ended(pidfds, time.monotonic() + GRACE_S)
+            if not gone:
+                for pid in pidfds:
+                    _tell(pidfds, pid, signal.SIGKILL)
+                gone = _ended(pidfds, time.monotonic() + GRACE_S)
+    if not gone:
+        remedy = "send it SIGKILL" if force else "--force ends it, and its trainers submit again to the next one"
+        raise DaemonError(f"the daemon at {where} (pid {report.pid}) still runs after {timeout:g} s: {remedy}")
+    typer.echo(f"the daemon at {where} has ended")
+
+
+@contextlib.contextmanager
+def _watched(pids: set[int]) -> Iterator[dict[int, int]]:
+    """A pidfd for each process that still lives, by pid: it turns readable when the process ends."""
+    pidfds: dict[int, int] = {}
+    try:
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                pidfds[pid] = os.pidfd_open(pid)
+        yield pidfds
+    finally:
+        for fd in pidfds.values():
+            os.close(fd)
+
+
+def _tell(pidfds: dict[int, int], pid: int, number: signal.Signals) -> None:
+    if pid not in pidfds:
+        return  # gone already
+    try:
+        signal.pidfd_send_signal(pidfds[pid], number)
+    except ProcessLookupError:
+        return
+    except PermissionError:
+        raise DaemonError(f"process {pid} belongs to another user: only that user can stop its daemon") from None
+
+
+def _ended(pidfds: dict[int, int], deadline: float) -> bool:
+    """Wait until all of these processes have ended; False at the deadline."""
+    alive = set(pidfds.values())
+    while alive:
+        ready, _, _ = select.select(alive, [], [], max(0.0, deadline - time.monotonic()))
+        if not ready:
+            return False
+        alive -= set(ready)
+    return True
