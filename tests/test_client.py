@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 
+import msgspec
 import pytest
 import torch
+import zmq
 
+from samples import batch
+from specd import protocol as wire
 from specd.capture import CaptureSpec
 from specd.client import Subscriber
 from specd.config import DaemonConfig, RingConfig, SubscriberConfig, TargetConfig
+from specd.daemon import Control
 from specd.errors import BatchError, DaemonError, RejectedError
 from specd.host import Embedded, embedded
-from specd.packing import Batch
-from samples import batch
+from specd.packing import Batch, batch_id
+from specd.supervisor import Supervisor, ThreadHandle
+from specd.transport import ServerContext
 
 SPEC = CaptureSpec(taps=(1, 3), final=True, dtype="float32")
 
@@ -42,7 +49,8 @@ def test_delivers_every_batch_in_order_with_its_own_states(host: Embedded, depth
     with subscriber(host, depth) as source:
         alone = {}
         for item in source.stream(iter(batches)):
-            assert item.taps is not None and item.final is not None
+            assert item.taps is not None
+            assert item.final is not None
             assert item.taps.shape == (item.batch.num_tokens, 2, 16)
             alone[item.batch.index] = item.taps.clone()
             seen.append(item.batch.index)
@@ -54,7 +62,9 @@ def test_delivers_every_batch_in_order_with_its_own_states(host: Embedded, depth
 
 def test_two_positions_of_the_same_content_are_two_deliveries(host: Embedded) -> None:
     with subscriber(host, 3) as source:
-        items = [(d.batch.index, d.taps.clone()) for d in source.stream([batch(1), batch(1), batch(1)]) if d.taps is not None]
+        items = [
+            (d.batch.index, d.taps.clone()) for d in source.stream([batch(1), batch(1), batch(1)]) if d.taps is not None
+        ]
     assert len(items) == 3
     assert torch.equal(items[0][1], items[2][1])
 
@@ -104,7 +114,7 @@ def test_an_illegal_tap_is_refused(host: Embedded) -> None:
 
 
 def test_another_target_is_refused_with_both_values(host: Embedded) -> None:
-    with pytest.raises(RejectedError, match="not the trainer's.*synthetic.*another"):
+    with pytest.raises(RejectedError, match=r"not the trainer's.*synthetic.*another"):
         subscriber(host, fingerprint="another")
 
 
@@ -122,9 +132,68 @@ def test_no_daemon_is_an_error_with_the_endpoint(tmp_path: object) -> None:
 
 
 def test_two_daemons_share_the_work_and_order_holds() -> None:
-    with embedded(daemon_config()) as one, embedded(daemon_config()) as two:
-        # Two contexts cannot share inproc endpoints, so each subscriber here has one; over ipc see test_faults.
-        with subscriber(one, 2) as a, subscriber(two, 2) as b:
-            left = [d.taps.clone() for d in a.stream(batch(i) for i in range(5)) if d.taps is not None]
-            right = [d.taps.clone() for d in b.stream(batch(i) for i in range(5)) if d.taps is not None]
-    assert all(torch.equal(x, y) for x, y in zip(left, right, strict=True))
+    with zmq.Context() as context, embedded(daemon_config(), context) as one, embedded(daemon_config(), context) as two:
+        config = SubscriberConfig(endpoints=(one.endpoint, two.endpoint), depth=5, timeout_s=20)
+        with Subscriber(config, SPEC, context=context) as source:
+            seen = [item.batch.index for item in source.stream(batch(i) for i in range(60))]
+            served = [ask(context, host.endpoint).counters["batches"] for host in (one, two)]
+    assert seen == list(range(60))
+    assert min(served) > 10
+
+
+def ask(context: zmq.Context[zmq.Socket[bytes]], endpoint: str) -> wire.StatusReport:
+    with context.socket(zmq.DEALER) as peer:
+        peer.connect(endpoint)
+        peer.send(wire.encode(wire.Status()))
+        assert peer.poll(20_000)
+        report = wire.decode(peer.recv())
+        assert isinstance(report, wire.StatusReport)
+        return report
+
+
+def test_a_trainer_that_holds_all_it_may_does_not_block_another(host: Embedded) -> None:
+    with host.context.socket(zmq.DEALER) as greedy:
+        greedy.set(zmq.LINGER, 0)
+        greedy.connect(host.endpoint)
+        hello = wire.Hello(name="greedy", host="elsewhere", pid=0, transports=("inproc",), spec=SPEC, credits=100)
+        greedy.send(wire.encode(hello))
+        welcome = wire.decode(greedy.recv())
+        for index in range(welcome.credits):
+            work = batch(1000 + index)
+            identity = batch_id(welcome.contract.fingerprint, SPEC, work.tokens, work.lengths)
+            submit = wire.Submit(
+                epoch=welcome.epoch,
+                seq=index,
+                batch_id=identity,
+                tokens=work.tokens.tobytes(),
+                lengths=work.lengths.tobytes(),
+            )
+            greedy.send(wire.encode(submit))
+            assert isinstance(wire.decode(greedy.recv()), wire.Ready)
+        held = ask(host.context, host.endpoint)
+        assert held.slots["free"] == 1, "all but the slot that belongs to whoever comes next"
+        with subscriber(host, 2) as source:
+            assert [item.batch.index for item in source.stream(batch(i) for i in range(30))] == list(range(30))
+        greedy.send(wire.encode(wire.Bye(epoch=welcome.epoch)))
+
+
+def test_draining_serves_what_is_outstanding_and_refuses_the_rest() -> None:
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    endpoint = "inproc://drain-test"
+    settings = msgspec.structs.replace(
+        daemon_config("synthetic:hidden=16,layers=6,vocab=128,ms=50"), transports=("inproc",)
+    )
+    supervisor = Supervisor(settings, lambda w: ThreadHandle(w, context), endpoint, ServerContext(), context)
+    control = Control(settings, (endpoint,), supervisor, context)
+    thread = threading.Thread(target=control.run)
+    thread.start()
+    config = SubscriberConfig(endpoints=(endpoint,), depth=0, timeout_s=20, connect_s=1)
+    with Subscriber(config, SPEC, context=context) as source:
+        stream = source.stream(batch(i) for i in range(5))
+        assert next(stream).batch.index == 0
+        control.drain()
+        with pytest.raises(DaemonError, match="no daemon"):
+            next(stream)
+    thread.join(20)
+    assert not thread.is_alive()
+    context.term()

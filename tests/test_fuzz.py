@@ -9,12 +9,12 @@ from typing import Any
 import msgspec
 import zmq
 
+from samples import batch
 from specd import protocol as wire
 from specd.capture import CaptureSpec
 from specd.client import Subscriber
 from specd.config import DaemonConfig, RingConfig, SubscriberConfig, TargetConfig, host_id
 from specd.host import embedded
-from samples import batch
 
 SEED = 20261123
 NUM_MESSAGES = 100_000
@@ -32,9 +32,7 @@ def templates(epoch: bytes) -> list[dict[str, Any]]:
         wire.Hello(epoch=epoch, name="fuzz", host=host_id(), pid=0, transports=("inproc",), spec=SPEC, credits=3),
         wire.Attach(epoch=epoch, transport="inproc", hello=b""),
         wire.Probe(epoch=epoch, seq=1, nonce=b"n" * 16, nbytes=64),
-        wire.Submit(
-            epoch=epoch, seq=2, batch_id=b"i" * 16, tokens=one.tokens.tobytes(), lengths=one.lengths.tobytes()
-        ),
+        wire.Submit(epoch=epoch, seq=2, batch_id=b"i" * 16, tokens=one.tokens.tobytes(), lengths=one.lengths.tobytes()),
         wire.RecvReady(epoch=epoch, lease=1),
         wire.Release(epoch=epoch, lease=1),
         wire.Renew(epoch=epoch),

@@ -1,0 +1,114 @@
+"""The synthetic target: its states are a pure function, it costs what it is told to, and it needs no torch."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from specd.capture import CaptureSpec, StateDtype
+from specd.config import TargetConfig
+from specd.errors import ConfigError, TargetError
+from specd.targets import load_target
+from specd.targets.base import Target
+from tests.fills import LENGTHS, TAPS, make_fill, read
+
+
+def synthetic(options: str = "", **config: Any) -> Target:
+    return load_target(TargetConfig(model=f"synthetic:{options}", **config))
+
+
+def test_synthetic_states_depend_on_token_position_and_layer_alone() -> None:
+    target = synthetic("hidden=64,vocab=256")
+    whole, again, other = make_fill(LENGTHS), make_fill(LENGTHS), make_fill(LENGTHS, seed=1)
+    target.run([whole, again])
+    synthetic("hidden=64,vocab=256").run([other])
+    assert bytes(whole.slot) == bytes(again.slot)
+    assert bytes(whole.slot) != bytes(other.slot)
+    states = read(whole)
+    assert states["taps"].abs().max() <= 1
+    assert states["taps"].std().item() == pytest.approx(3**-0.5, rel=0.05)
+    wide = make_fill(LENGTHS, CaptureSpec(taps=(1, 2, 3, 4), dtype="float32"))
+    target.run([wide])
+    assert torch.equal(read(wide)["taps"][:, 1], states["taps"][:, 1])  # layer 2 in both
+    assert not torch.equal(read(wide)["taps"][:, 0], read(wide)["taps"][:, 1])
+    tail = make_fill((16,))
+    tail.tokens[:] = whole.tokens[-16:]
+    target.run([tail])
+    assert torch.equal(read(tail)["final"], states["final"][-16:])
+    seeded = make_fill(LENGTHS)
+    synthetic("hidden=64,vocab=256,seed=1").run([seeded])
+    assert not torch.equal(read(seeded)["final"], states["final"])
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_synthetic_dtypes_round_as_torch_does(dtype: StateDtype) -> None:
+    target = synthetic("hidden=64,vocab=256")
+    exact, narrow = make_fill((300,)), make_fill((300,), CaptureSpec(taps=TAPS, final=True, dtype=dtype))
+    target.run([exact])
+    target.run([narrow])
+    for name, states in read(exact).items():
+        assert torch.equal(read(narrow)[name], states.to(getattr(torch, dtype)))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_synthetic_artifacts_have_the_size_the_contract_says(dtype: str) -> None:
+    target = synthetic("hidden=48,vocab=100,layers=5", dtype=dtype)
+    rows = {}
+    for name in ("embedding", "lm_head"):
+        ref = target.contract.artifacts[name]
+        rows[name] = torch.frombuffer(bytearray(target.artifact(name)), dtype=getattr(torch, ref.dtype)).view(ref.shape)
+        assert rows[name].shape == (100, 48)
+        assert rows[name].float().std().item() == pytest.approx(0.02, rel=0.1)
+    assert not torch.equal(rows["embedding"], rows["lm_head"])
+    config = json.loads(bytes(target.artifact("config.json")))
+    assert (config["hidden_size"], config["num_hidden_layers"], config["vocab_size"]) == (48, 5, 100)
+    with pytest.raises(KeyError):
+        target.artifact("tokenizer.json")
+
+
+def test_synthetic_targets_sleep_as_long_as_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    naps: list[float] = []
+    monkeypatch.setattr(time, "sleep", naps.append)
+    synthetic("hidden=64,vocab=256,ms=20,us_per_token=2.5").run([make_fill((4,)), make_fill((6,))])
+    assert naps == [pytest.approx(0.020 + 10 * 2.5e-6)]
+
+
+@pytest.mark.parametrize("options", ["hidden=0", "layers=1", "width=3", "hidden", "hidden=x", "ms=-1"])
+def test_synthetic_options_are_checked(options: str) -> None:
+    with pytest.raises(ConfigError, match="model 'synthetic:"):
+        synthetic(options)
+
+
+def test_synthetic_fills_are_checked() -> None:
+    target = synthetic("hidden=64,vocab=100")
+    with pytest.raises(TargetError, match="vocabulary"):
+        target.run([make_fill((50,))])
+    with pytest.raises(TargetError, match="legal range"):
+        target.run([make_fill((4,), CaptureSpec(taps=(7,)))])
+    with pytest.raises(TargetError, match="layout"):
+        target.run([make_fill((4,), hidden=32)])
+
+
+def test_the_synthetic_target_needs_no_torch() -> None:
+    code = (
+        "import sys, numpy as np\n"
+        "from specd.capture import CaptureSpec\n"
+        "from specd.config import TargetConfig\n"
+        "from specd.packing import slot_layout\n"
+        "from specd.targets import load_target\n"
+        "from specd.targets.base import Fill\n"
+        "target = load_target(TargetConfig(model='synthetic:hidden=8'))\n"
+        "spec = CaptureSpec(taps=(1,))\n"
+        "layout = slot_layout(spec, 8, 3)\n"
+        "one = dict(tokens=np.arange(3, dtype=np.int32), lengths=np.array([3], np.int32))\n"
+        "target.run([Fill(**one, spec=spec, layout=layout, slot=memoryview(bytearray(layout.nbytes)))])\n"
+        "assert not {'torch', 'transformers'} & set(sys.modules), 'torch came along'\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1], timeout=60)
