@@ -7,24 +7,43 @@ from typing import Any
 
 import numpy as np
 
+from specd import channel
 from specd import protocol as wire
 from specd.capture import CaptureSpec
 from specd.errors import ProtocolError
 from specd.packing import Layout, batch_id, slot_layout
 from specd.protocol import RingInfo, TargetContract
+from specd.ring import SlotFill
 
 Tokens = np.ndarray[Any, np.dtype[np.int32]]
 
 
 class Request:
-    """One request of a session that may be served. content: what the worker must do, None once it has been told."""
+    """One request of a session that may be served. layout: of its states in a slot."""
 
-    __slots__ = ("batch_id", "content", "layout")
+    __slots__ = ("_message", "batch_id", "layout")
 
-    def __init__(self, content: wire.Submit | wire.Probe, identity: bytes, layout: Layout) -> None:
-        self.content: wire.Submit | wire.Probe | None = content
+    def __init__(self, message: wire.Submit | wire.Probe, identity: bytes, layout: Layout) -> None:
+        self._message: wire.Submit | wire.Probe | None = message
         self.batch_id = identity
         self.layout = layout
+
+    def task(self, fill: SlotFill, spec: CaptureSpec) -> channel.FillSlot | channel.FillNoise:
+        """What the worker must do for it. Asked once: the tokens are not kept longer."""
+        message, self._message = self._message, None
+        assert message is not None, "a request is given a slot once"
+        if isinstance(message, wire.Probe):
+            return channel.FillNoise(
+                slot=fill.slot, generation=fill.generation, nonce=message.nonce, nbytes=message.nbytes
+            )
+        return channel.FillSlot(
+            slot=fill.slot,
+            generation=fill.generation,
+            spec=spec,
+            tokens=message.tokens,
+            lengths=message.lengths,
+            layout=self.layout,
+        )
 
 
 class Unfit(Exception):

@@ -65,7 +65,6 @@ class HostArena:
     with the last of them.
     """
 
-    memory: Final = "host"
     __slots__ = (
         "__weakref__", "_fd", "_map", "_start", "_stride", "_words", "address", "nbytes", "num_slots", "path",
         "slot_bytes", "writable",
@@ -155,6 +154,10 @@ class HostArena:
                 f"{path} holds (magic, version, slots, slot bytes, epoch) {found}, expected {expected}"
             )
         return cls(mapping, -1, num_slots, slot_bytes, path, writable=False)
+
+    @property
+    def memory(self) -> Literal["host"]:
+        return "host"
 
     def slot(self, slot: int) -> memoryview:
         """One slot's bytes, [slot_bytes], page-aligned; read-only in a trainer."""
@@ -298,9 +301,9 @@ def _create_segment(path: str, total: int) -> int:
         if os.fstat(fd).st_nlink:
             break
         os.close(fd)  # a sweep took it between creation and lock
+    facts = os.fstatvfs(fd)
+    free = facts.f_bavail * facts.f_frsize
     try:
-        facts = os.fstatvfs(fd)
-        free = facts.f_bavail * facts.f_frsize
         if total > free:
             raise _no_space(total, free)
         os.fchmod(fd, 0o600)  # whatever the umask is

@@ -99,7 +99,7 @@ class StartFailed(Note, kw_only=True, frozen=True, tag="start_failed"):
 
 
 class Filled(Note, kw_only=True, frozen=True, tag="filled"):
-    """A slot's bytes are in place. target_us: duration of the forward that wrote them."""
+    """A slot's bytes are in place. target_us: its share, by tokens, of the forward that wrote them."""
 
     slot: int
     generation: int

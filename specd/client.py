@@ -115,7 +115,7 @@ class Subscriber:
         if ref is None:
             offers = ", ".join(sorted(self.contract.artifacts))
             raise ConfigError(f"the target has no artifact {name!r}; it has {offers}")
-        return bytes(self._flight.read_artifact(ref.same_as or name, ref.nbytes))
+        return bytes(self._flight.artifacts.read(ref.same_as or name, ref.nbytes))
 
     def tensor(self, name: str) -> torch.Tensor:
         """One artifact that is a tensor, such as `embedding` [V, H] or `lm_head` [V, H], in the target's dtype."""

@@ -265,23 +265,7 @@ class Control:
         for fill in plan.fills:
             session = self._sessions.get(fill.holder)
             assert session is not None, "nothing was sent since it was scheduled"
-            request = session.requests[fill.seq]
-            content, request.content = request.content, None
-            assert content is not None, "a request is given a slot once"
-            if isinstance(content, wire.Probe):
-                note: channel.ToWorker = channel.FillNoise(
-                    slot=fill.slot, generation=fill.generation, nonce=content.nonce, nbytes=content.nbytes
-                )
-            else:
-                note = channel.FillSlot(
-                    slot=fill.slot,
-                    generation=fill.generation,
-                    spec=session.spec,
-                    tokens=content.tokens,
-                    lengths=content.lengths,
-                    layout=request.layout,
-                )
-            self._supervisor.send(note)
+            self._supervisor.send(session.requests[fill.seq].task(fill, session.spec))
         for lease in plan.ready:
             self._announce(lease, 0)
 

@@ -20,6 +20,7 @@ import zmq
 from zmq.utils.monitor import recv_monitor_message
 
 from specd import protocol as wire
+from specd.artifacts import Artifacts
 from specd.config import SubscriberConfig, resolve_endpoint
 from specd.errors import BatchError, DaemonError, ProtocolError, SpecdError
 from specd.fetcher import Fetcher
@@ -32,8 +33,6 @@ from specd.transport import SlotRef
 log = logging.getLogger(__name__)
 
 RENEWALS_PER_TTL = 6
-ARTIFACT_WINDOW = 8
-"""Chunks of an artifact that are asked for at once."""
 
 
 class Flight:
@@ -54,7 +53,7 @@ class Flight:
         self.links = [Link(resolve_endpoint(endpoint)) for endpoint in config.endpoints]
         self._entries: deque[Entry] = deque()
         self._outbox: deque[tuple[Session, Message]] = deque()
-        self._chunks: dict[tuple[str, int], bytes] = {}
+        self.artifacts = Artifacts(self.lock, config.timeout_s, self._ask)
         self._fatal: SpecdError | None = None
         self._closing = threading.Event()
         self._down_since = time.monotonic()
@@ -70,7 +69,7 @@ class Flight:
     def first_session(self) -> Session:
         """The first session that is up; waits for it. Raises what keeps all of them from opening."""
         with self.lock:
-            while (session := next((link.session for link in self.links if link.session), None)) is None:
+            while (session := self._session()) is None:
                 self._check()
                 self.lock.wait(0.5)
             return session
@@ -99,10 +98,8 @@ class Flight:
                 on_wire = entry.state in (State.READY, State.FETCHING)
                 self.lock.wait(min(1.0, limit - begin))
                 waited = time.monotonic() - begin
-                if on_wire:
-                    self._stats.wire_wait_s += waited
-                else:
-                    self._stats.target_wait_s += waited
+                self._stats.wire_wait_s += waited * on_wire
+                self._stats.target_wait_s += waited * (not on_wire)
             self._entries.popleft()
         return entry
 
@@ -118,15 +115,6 @@ class Flight:
                 if entry.state is not State.SUBMITTED:  # until it is announced it still takes a credit
                     self._let_go(entry)
             self._entries.clear()
-
-    def read_artifact(self, name: str, nbytes: int) -> bytearray:
-        """All bytes of an artifact, over whatever session is up."""
-        data, step = bytearray(nbytes), wire.ARTIFACT_CHUNK_BYTES
-        for start in range(0, nbytes, step * ARTIFACT_WINDOW):
-            wanted = [(name, offset) for offset in range(start, min(start + step * ARTIFACT_WINDOW, nbytes), step)]
-            for key, chunk in self._read_chunks(wanted, nbytes).items():
-                data[key[1] : key[1] + len(chunk)] = chunk
-        return data
 
     def close(self) -> None:
         """End every session and thread. Idempotent."""
@@ -149,39 +137,27 @@ class Flight:
         """Raise what ends the run: a fatal error, or no daemon for too long."""
         if self._fatal is not None:
             raise self._fatal
-        if any(link.session for link in self.links):
-            return
         down = time.monotonic() - self._down_since
-        if down > self._config.connect_s:
+        if down > self._config.connect_s and self._session() is None:
             raise DaemonError(
                 f"no daemon for {down:.0f} s (subscriber.connect_s): {self._problems()}. Start one with "
                 f"`specd start --model MODEL`, or name its --endpoint"
             )
 
+    def _session(self) -> Session | None:
+        return next((link.session for link in self.links if link.session), None)
+
     def _problems(self) -> str:
         return "; ".join(f"{link.endpoint}: {'up' if link.session else link.problem}" for link in self.links)
 
-    def _read_chunks(self, wanted: list[tuple[str, int]], nbytes: int) -> dict[tuple[str, int], bytes]:
-        step = wire.ARTIFACT_CHUNK_BYTES
-        limit = time.monotonic() + self._config.timeout_s
-        asked: Session | None = None
-        with self.lock:
-            while not all(key in self._chunks for key in wanted):
-                self._check()
-                if time.monotonic() > limit:
-                    raise DaemonError(
-                        f"artifact {wanted[0][0]!r} did not come in {self._config.timeout_s:g} s: {self._problems()}"
-                    )
-                session = next((link.session for link in self.links if link.session), None)
-                if session is not None and session is not asked:
-                    asked = session
-                    for name, offset in wanted:
-                        length = min(step, nbytes - offset)
-                        message = wire.Fetch(epoch=session.epoch, name=name, offset=offset, length=length)
-                        self._outbox.append((session, message))
-                    self._kick()
-                self.lock.wait(0.5)
-            return {key: self._chunks.pop(key) for key in wanted}
+    def _ask(self, messages: Callable[[bytes], list[Message]], asked: Session | None) -> Session | None:
+        """Send messages over the first session that is up, unless it is the one asked already; returns that one."""
+        self._check()
+        session = self._session()
+        if session is not None and session is not asked:
+            self._outbox.extend((session, message) for message in messages(session.epoch))
+            self._kick()
+        return session
 
     # Sessions
 
@@ -203,11 +179,13 @@ class Flight:
                     said = True
                 continue
             with self.lock:
+                if self._closing.is_set():
+                    session.client.close()
+                    session.socket.close(linger=0)
+                    return
                 # The first target met is the one every other daemon, and every later life of it, must serve.
                 self._terms = self._terms._replace(fingerprint=session.welcome.contract.fingerprint)
-                link.monitor = session.socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
-                link.heard = link.renew_at = time.monotonic()
-                link.session = session
+                link.open(session)
                 self._stats.num_slots = session.welcome.ring.num_slots
                 self.lock.notify_all()
             self._kick()
@@ -218,25 +196,15 @@ class Flight:
         if link.session is None:
             return
         log.warning("lost %s: %s", link.endpoint, reason)
-        self._hang_up(link)
-        link.problem = reason
+        self._fetcher.retire(link.hang_up(reason))
         for entry in list(link.entries.values()):
             if entry.state is not State.FETCHING:  # a transfer in flight verifies itself and decides
                 self._retry(entry, reason)
         self._stats.reconnects += 1
-        if not any(other.session for other in self.links):
+        if self._session() is None:
             self._down_since = time.monotonic()
         self.lock.notify_all()
         self._connect(link)
-
-    def _hang_up(self, link: Link) -> None:
-        session, link.session = link.session, None
-        assert session is not None
-        assert link.monitor is not None
-        session.socket.disable_monitor()
-        link.monitor.close(linger=0)
-        session.socket.close(linger=100)
-        self._fetcher.retire(session)
 
     def _retry(self, entry: Entry, reason: str) -> None:
         """Make an entry pending again, or give it up after too many attempts."""
@@ -313,7 +281,7 @@ class Flight:
                     if link.session is not None:
                         with contextlib.suppress(zmq.ZMQError):
                             link.session.socket.send(wire.encode(wire.Bye(epoch=link.session.epoch)), zmq.NOBLOCK)
-                        self._hang_up(link)
+                        self._fetcher.retire(link.hang_up("the subscriber is closed"))
 
     def _read(self, link: Link, session: Session) -> None:
         """Act on all that a daemon has sent."""
@@ -341,7 +309,7 @@ class Flight:
             case wire.Revoke():
                 self._lose(link, message.reason)
             case wire.Artifact():
-                self._chunks[message.name, message.offset] = message.data
+                self.artifacts.arrived(message)
             case wire.Renewed():
                 pass
             case wire.Error():
@@ -399,12 +367,8 @@ class Flight:
             self._outbox.append((link.session, submit))
         while self._outbox:
             session, message = self._outbox.popleft()
-            if not session.socket.closed:
-                try:
-                    session.socket.send(wire.encode(message), zmq.NOBLOCK)
-                except zmq.Again:
-                    link = next(link for link in self.links if link.session is session)
-                    self._lose(link, "it does not take messages")
+            if not session.socket.closed:  # HWM is far above what credits allow: it never blocks
+                session.socket.send(wire.encode(message), zmq.NOBLOCK)
 
     # Fetching, on the fetcher's thread
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import enum
+import time
 from typing import TYPE_CHECKING
+
+import zmq
 
 from specd.errors import SpecdError
 
 if TYPE_CHECKING:
     import torch
-    import zmq
 
     from specd.packing import Batch, Layout
     from specd.protocol import Ready
@@ -77,6 +79,22 @@ class Link:
         self.entries: dict[int, Entry] = {}
         self.problem = "not reached yet"
         self.renew_at = self.heard = 0.0
+
+    def open(self, session: Session) -> None:
+        """The session is up."""
+        self.monitor = session.socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+        self.heard = self.renew_at = time.monotonic()
+        self.session = session
+
+    def hang_up(self, reason: str) -> Session:
+        """The session is over; returns it, for its transport to be closed by whoever may still use it."""
+        session, self.session, self.problem = self.session, None, reason
+        assert session is not None
+        assert self.monitor is not None
+        session.socket.disable_monitor()
+        self.monitor.close(linger=0)
+        session.socket.close(linger=100)
+        return session
 
     @property
     def room(self) -> int:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Sequence
 from importlib.metadata import entry_points
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol, TypeVar
 
 import msgspec
 import numpy as np
@@ -126,9 +126,9 @@ class Client(Protocol):
 
 
 class Transport(Protocol):
-    """What a registry entry points to: static traits and a factory for each side."""
+    """What a registry entry points to: a class with static traits and a factory for each side, never instantiated."""
 
-    traits: Traits
+    traits: ClassVar[Traits]
 
     @staticmethod
     def server(arena: Arena, context: ServerContext) -> Server:
@@ -206,7 +206,7 @@ def names() -> list[str]:
     return [*BUILTIN, *sorted(plugins - BUILTIN.keys())]
 
 
-def load(name: str) -> Transport:
+def load(name: str) -> type[Transport]:
     """Import the transport called `name`. Raises TransportError that lists the known names, or says what failed."""
     target = BUILTIN.get(name)
     try:

@@ -218,21 +218,25 @@ class Worker:
             else:
                 tokens, lengths = np.frombuffer(task.tokens, "<i4"), np.frombuffer(task.lengths, "<i4")
                 fills.append(Fill(tokens=tokens, lengths=lengths, spec=task.spec, layout=task.layout, slot=slot))
+        sizes = [len(task.tokens) if isinstance(task, channel.FillSlot) else 1 for task in group]
         begin = time.monotonic()
         try:
             completion = self._target.run(fills) if fills else None
         except SpecdError as error:
-            for task in group:
-                note = channel.FillFailed(slot=task.slot, generation=task.generation, reason=str(error))
-                outbox.send(channel.encode(note))
+            if len(group) > 1:  # so that a bad batch fails alone
+                for task in group:
+                    self._fill([task], outbox)
+                return
+            failed = channel.FillFailed(slot=group[0].slot, generation=group[0].generation, reason=str(error))
+            outbox.send(channel.encode(failed))
             return
 
         def announce(pipe: zmq.Socket[bytes]) -> None:
-            micros = round((time.monotonic() - begin) * 1e6)
-            for task in group:
+            micros = (time.monotonic() - begin) * 1e6 / sum(sizes)
+            for task, size in zip(group, sizes, strict=True):
                 arena.seal(task.slot, task.generation)
-                filled = channel.Filled(slot=task.slot, generation=task.generation, target_us=micros)
-                pipe.send(channel.encode(filled))
+                share = round(micros * size)
+                pipe.send(channel.encode(channel.Filled(slot=task.slot, generation=task.generation, target_us=share)))
 
         if completion is None:
             announce(outbox)

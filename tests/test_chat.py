@@ -69,7 +69,10 @@ def test_an_empty_think_block_is_no_label_but_thoughts_are(chats: dict[str, Chat
     assert labels(thinking, {"messages": talk("Hi", "Hello.")}) == ["Hello.<|im_end|>"]
     thought = "<think>\nA greeting.\n</think>\n\nHello."
     assert labels(thinking, {"messages": talk("Hi", thought)}) == [thought + "<|im_end|>"]
-    assert labels(thinking, {"messages": talk("Hi", thought, "And?", "Fine.")}) == ["Hello.<|im_end|>", "Fine.<|im_end|>"]
+    assert labels(thinking, {"messages": talk("Hi", thought, "And?", "Fine.")}) == [
+        "Hello.<|im_end|>",
+        "Fine.<|im_end|>",
+    ]
 
 
 def test_template_options_reach_the_template(chats: dict[str, Chat]) -> None:
@@ -155,7 +158,9 @@ def test_malformed_rows_are_named(row: dict[str, Any], said: str) -> None:
 
 
 def test_a_template_that_refuses_is_named(chats: dict[str, Chat], tmp_path: Path) -> None:
-    strict = CHATML.replace("{% for message", "{% if messages[0].content == 'x' %}{{ 1 / 0 }}{% endif %}{% for message", 1)
+    strict = CHATML.replace(
+        "{% for message", "{% if messages[0].content == 'x' %}{{ 1 / 0 }}{% endif %}{% for message", 1
+    )
     chat = Chat(load_tokenizer(write_tokenizer(tmp_path, strict)))
     with pytest.raises(DataError, match=r"row 1: the chat template refuses this conversation: division by zero"):
         chat.conversation({"messages": talk("x", "y")}, "row 1")

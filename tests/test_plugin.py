@@ -65,7 +65,7 @@ def test_a_broken_plugin_says_what_failed() -> None:
 
 @pytest.mark.usefixtures("installed")
 def test_it_serves_from_another_process() -> None:
-    carrier: Transport = load("carrier")
+    carrier: type[Transport] = load("carrier")
     rig = Rig(carrier, "cpu", SpawnedHost("carrier", 2, 100_000))
     try:
         client = rig.attach()

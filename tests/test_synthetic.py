@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 import torch
 
+from fills import LENGTHS, TAPS, make_fill, read
 from specd.capture import CaptureSpec, StateDtype
 from specd.config import TargetConfig
 from specd.errors import ConfigError, TargetError
 from specd.targets import load_target
 from specd.targets.base import Target
-from tests.fills import LENGTHS, TAPS, make_fill, read
 
 
 def synthetic(options: str = "", **config: Any) -> Target:

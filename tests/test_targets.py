@@ -13,13 +13,13 @@ import pytest
 import torch
 import transformers
 
+from fills import HIDDEN, LENGTHS, SPEC, TAPS, VOCAB, draw_tokens, make_fill, read
 from specd.capture import CaptureSpec, StateDtype, dflash_taps
 from specd.config import TargetConfig
 from specd.errors import ConfigError, TargetError
 from specd.packing import slot_layout
 from specd.targets import load_target
 from specd.targets.base import Fill, Target, eligible_layers
-from tests.fills import HIDDEN, LENGTHS, SPEC, TAPS, VOCAB, draw_tokens, make_fill, read
 
 LAYERS = 6
 SMALL: dict[str, Any] = {

@@ -291,14 +291,13 @@ def test_bytes_socket_is_private_and_removed(tmp_path: Path) -> None:
 
 
 def test_bytes_sweeps_dead_sockets_only(tmp_path: Path) -> None:
-    for name in ("bulk-dead.sock", "bulk-live.sock", "other.sock", "bulk-young.sock"):
-        listener = socket.socket(socket.AF_UNIX)
-        listener.bind(str(tmp_path / name))
-        if name == "bulk-live.sock":
-            listener.listen()
-            live = listener
-        else:
-            listener.close()
+    live = socket.socket(socket.AF_UNIX)
+    live.bind(str(tmp_path / "bulk-live.sock"))
+    live.listen()
+    os.utime(tmp_path / "bulk-live.sock", (0, 0))
+    for name in ("bulk-dead.sock", "other.sock", "bulk-young.sock"):
+        with socket.socket(socket.AF_UNIX) as dead:
+            dead.bind(str(tmp_path / name))
         if name != "bulk-young.sock":
             os.utime(tmp_path / name, (0, 0))
     with live:

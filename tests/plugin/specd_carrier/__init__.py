@@ -8,7 +8,7 @@ import tempfile
 import threading
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import msgspec
 
@@ -106,7 +106,9 @@ class CarrierClient:
 class Carrier:
     """Registry entry of `carrier`."""
 
-    traits = Traits(memory=frozenset({"host"}), scope="host", one_sided=False, needs_recv_ready=True, abortable=True)
+    traits: ClassVar[Traits] = Traits(
+        memory=frozenset({"host"}), scope="host", one_sided=False, needs_recv_ready=True, abortable=True
+    )
 
     @staticmethod
     def server(arena: Arena, context: ServerContext) -> CarrierServer:

@@ -1,0 +1,65 @@
+"""Artifacts of the target over the wire: files and tensors in chunks, over whatever session is up."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+
+from specd.errors import DaemonError
+from specd.protocol import ARTIFACT_CHUNK_BYTES, Artifact, Fetch, Message
+from specd.session import Session
+
+WINDOW = 8
+"""Chunks that are asked for at once."""
+
+Ask = Callable[[Callable[[bytes], list[Message]], Session | None], Session | None]
+
+
+class Artifacts:
+    """Reads artifacts for one subscriber.
+
+    lock: notified when something arrives. ask: sends messages, given their epoch, over a session that is up unless that
+    one was asked already, and returns it; it raises what ends the run.
+    """
+
+    __slots__ = ("_ask", "_chunks", "_lock", "_timeout_s")
+
+    def __init__(self, lock: threading.Condition, timeout_s: float, ask: Ask) -> None:
+        self._lock = lock
+        self._timeout_s = timeout_s
+        self._ask = ask
+        self._chunks: dict[int, bytes] = {}
+
+    def arrived(self, message: Artifact) -> None:
+        """A chunk is here. Called with the lock held."""
+        self._chunks[message.offset] = message.data
+
+    def read(self, name: str, nbytes: int) -> bytearray:
+        """All bytes of one artifact. Raises DaemonError when a chunk does not come in time."""
+        data = bytearray(nbytes)
+        offsets = range(0, nbytes, ARTIFACT_CHUNK_BYTES)
+        for first in range(0, len(offsets), WINDOW):
+            for offset, chunk in self._read(name, offsets[first : first + WINDOW], nbytes).items():
+                data[offset : offset + len(chunk)] = chunk
+        return data
+
+    def _read(self, name: str, offsets: range, nbytes: int) -> dict[int, bytes]:
+        def fetches(epoch: bytes) -> list[Message]:
+            self._chunks.clear()
+            lengths = (min(ARTIFACT_CHUNK_BYTES, nbytes - offset) for offset in offsets)
+            return [
+                Fetch(epoch=epoch, name=name, offset=offset, length=length)
+                for offset, length in zip(offsets, lengths, strict=True)
+            ]
+
+        limit, asked = time.monotonic() + self._timeout_s, None
+        with self._lock:
+            while len(self._chunks) < len(offsets):
+                if time.monotonic() > limit:
+                    raise DaemonError(f"artifact {name!r} did not come within {self._timeout_s:g} s")
+                asked = self._ask(fetches, asked)
+                self._lock.wait(0.5)
+            found = dict(self._chunks)
+            self._chunks.clear()
+            return found
