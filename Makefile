@@ -3,7 +3,7 @@ PYTHON ?= .venv/bin/python
 # The first Python that is new enough makes the environment.
 BASE := $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
-PIP := .venv/bin/python -m pip install --quiet --disable-pip-version-check
+PIP := .venv/bin/python -m pip install -qq --disable-pip-version-check
 SETUP := $(if $(filter .venv/%,$(PYTHON)),.venv/.stamp)
 
 .PHONY: demo test check bench test-gpu test-faults clean

@@ -149,7 +149,7 @@ def _probe(name: str) -> str | None:
     return None if _holds(into, nonce) else "the bytes that arrived are not the ones that were sent"
 
 
-def _host(name: str, transport: Transport, nbytes: int) -> Host:
+def _host(name: str, transport: type[Transport], nbytes: int) -> Host:
     if "host" not in transport.traits.memory:
         raise TransportError(f"{name} serves device memory only")
     if transport.traits.scope == "process":
@@ -174,7 +174,7 @@ def _measure(name: str, plan: Sequence[tuple[int, str]], iterations: int) -> lis
         return rows
 
 
-def _row(transport: Transport, host: Host, client: Client, ref: SlotRef, iterations: int) -> dict[str, Any]:
+def _row(transport: type[Transport], host: Host, client: Client, ref: SlotRef, iterations: int) -> dict[str, Any]:
     """Time `ref` and raw copies of its size in turn, then compare every byte."""
     import torch
 
@@ -226,7 +226,7 @@ def _row(transport: Transport, host: Host, client: Client, ref: SlotRef, iterati
     }
 
 
-def _transfer(transport: Transport, host: Host, client: Client, ref: SlotRef, into: torch.Tensor) -> None:
+def _transfer(transport: type[Transport], host: Host, client: Client, ref: SlotRef, into: torch.Tensor) -> None:
     if transport.traits.needs_recv_ready:
         host.announce(SESSION, ref)
     client.fetch(ref, into, DEADLINE_S)

@@ -80,20 +80,25 @@ def regenerate(
             rate = f"{progress.tokens / max(progress.seconds, 1e-9):.0f} tokens/s"
             bar.update(task, completed=progress.samples, total=progress.total, rate=rate)
 
-        output.unlink(missing_ok=True)
-        done = regeneration.regenerate(
-            network,
-            tokenizer,
-            config.path,
-            output,
-            target=model,
-            split=split,
-            max_new_tokens=max_new_tokens,
-            batch_size=batch_size,
-            limit=max_samples,
-            template=config.template,
-            on_batch=show,
-        )
+        try:
+            done = regeneration.regenerate(
+                network,
+                tokenizer,
+                config.path,
+                output,
+                target=model,
+                split=split,
+                max_new_tokens=max_new_tokens,
+                batch_size=batch_size,
+                limit=max_samples,
+                template=config.template,
+                overwrite=overwrite,
+                on_batch=show,
+            )
+        except KeyboardInterrupt:
+            bar.stop()
+            typer.echo("specd: interrupted; give the same command again to go on", err=True)
+            raise typer.Exit(130) from None
     rate = f"{done.tokens / max(done.seconds, 1e-9):.0f} tokens/s"
     typer.echo(f"{output}: {done.samples} answered, {done.tokens} tokens now in {done.seconds:.1f} s ({rate})")
 

@@ -61,7 +61,7 @@ def demo(
         with stage.step("Ask the daemon what it did, and stop it"):
             stage.run("status", "--endpoint", endpoint)
             stage.run("stop", "--endpoint", endpoint)
-        with stage.step("Decode held-out prompts: the draft as it was before training, and as it is now"):
+        with stage.step("Decode held-out prompts with the draft before and after training"):
             stage.run("eval", "--draft", str(run), "--untrained", *prompts)
         with stage.step("Write the report"):
             stage.run("report", str(run))
@@ -137,7 +137,7 @@ class Stage:
     def close(self) -> None:
         """End every child that still runs: asked first, then killed, the youngest first. Idempotent."""
         killed = False
-        if self._children:
+        if any(child.poll() is None for child, _ in self._children):
             self._console.print("[dim]ending what still runs[/]")
         while self._children:
             child, end = self._children.pop()

@@ -106,7 +106,8 @@ def daemon_config(file: dict[str, Any], flags: dict[str, Any], settings: list[st
     if not model:
         raise ConfigError("no target given: expected --model with a preset, a local directory or a hub name")
     recipe = preset(str(model))
-    under: dict[str, Any] = {"capture": recipe.capture, "ring": recipe.ring} if recipe else {}
+    names = ("target", "capture", "ring")
+    under: dict[str, Any] = {name: getattr(recipe, name) for name in names} if recipe else {}
     return convert(merge(under, asked), DaemonConfig, "specd start")
 
 

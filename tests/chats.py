@@ -79,7 +79,7 @@ def write_tokenizer(directory: Path, template: str = CHATML) -> Path:
         show_progress=False,
     )
     core.train_from_iterator(CORPUS, trainer)
-    tokenizer = PreTrainedTokenizerFast(
+    tokenizer = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=core,
         eos_token="<|im_end|>",
         pad_token="<|endoftext|>",

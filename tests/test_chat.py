@@ -125,7 +125,7 @@ def test_encoder_gives_the_tokenizers_own_ids(chats: dict[str, Chat]) -> None:
 def test_whitespace_belongs_to_whoever_wrote_it_though_the_core_trims_offsets(tmp_path: Path) -> None:
     from tokenizers import processors
 
-    tokenizer = load_tokenizer(write_tokenizer(tmp_path))
+    tokenizer: Any = load_tokenizer(write_tokenizer(tmp_path))
     tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
     assert labels(Chat(tokenizer), {"messages": talk("Hi", " Hello.\n")}) == [" Hello.\n<|im_end|>"]
 
@@ -133,8 +133,8 @@ def test_whitespace_belongs_to_whoever_wrote_it_though_the_core_trims_offsets(tm
 def test_share_gpt_rows_and_parts_of_text() -> None:
     row = {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello."}]}
     assert turns(row, "row 1") == talk("Hi", "Hello.")
-    row = {"messages": [{"role": "user", "content": [{"type": "text", "text": "H"}, {"type": "text", "text": "i"}]}]}
-    assert turns(row, "row 1") == talk("Hi")
+    parts = {"messages": [{"role": "user", "content": [{"type": "text", "text": "H"}, {"type": "text", "text": "i"}]}]}
+    assert turns(parts, "row 1") == talk("Hi")
 
 
 @pytest.mark.parametrize(
@@ -162,7 +162,7 @@ def test_a_template_that_refuses_is_named(chats: dict[str, Chat], tmp_path: Path
         "{% for message", "{% if messages[0].content == 'x' %}{{ 1 / 0 }}{% endif %}{% for message", 1
     )
     chat = Chat(load_tokenizer(write_tokenizer(tmp_path, strict)))
-    with pytest.raises(DataError, match=r"row 1: the chat template refuses this conversation: division by zero"):
+    with pytest.raises(DataError, match=r"row 1: the chat template refuses it: division by zero"):
         chat.conversation({"messages": talk("x", "y")}, "row 1")
 
 

@@ -101,3 +101,18 @@ def test_settings_and_missing_data_are_refused_by_name(tmp_path: Path, model: Pa
     path = write_rows(tmp_path / "a.jsonl", {"messages": talk("Hi", "Hello.")})
     with pytest.raises(ConfigError, match="max_lenght"):
         run("stats", path, "--model", model, "--set", "data.max_lenght=3")
+
+
+def test_ctrl_c_says_how_to_go_on(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from specd import regenerate
+    from specd.targets import checkpoint
+
+    def interrupt(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint, "load_causal_lm", lambda *_, **__: ("model", "tokenizer"))
+    monkeypatch.setattr(regenerate, "regenerate", interrupt)
+    prompts = write_rows(tmp_path / "a.jsonl", {"messages": talk("Hi")})
+    result = run("regenerate", "--model", model, "--prompts", prompts, "--output", tmp_path / "out.jsonl")
+    assert result.exit_code == 130
+    assert "give the same command again" in result.output

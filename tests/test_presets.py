@@ -83,7 +83,7 @@ def test_recipes_fit_the_configuration(name: str) -> None:
         assert (run.draft.num_layers, run.draft.block_size, run.draft.num_anchors) == (5, 16, 512)
         assert recipe.mask_token_id == 151669
     else:
-        assert run.data.path == "demo"
+        assert run.data.path == "specd:demo/train.jsonl"
 
 
 @pytest.mark.parametrize("name", PARAMETERS)

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from chats import talk, write_rows, write_tokenizer
+from chats import CHATML, talk, write_rows, write_tokenizer
 from specd.chat import Chat, load_tokenizer
 from specd.errors import ConfigError, DataError
 from specd.regenerate import Progress, generate, regenerate
 
-ROWS = [
+ROWS: list[dict[str, Any]] = [
     {"messages": talk("What is the tone of this message? " * (i % 3) + "Hi" * i, "an old answer"), "form": f"f{i}"}
     for i in range(1, 8)
 ]
@@ -41,7 +41,7 @@ def model(tokenizer: Any) -> Any:
         initializer_range=0.5,
         eos_token_id=tokenizer.eos_token_id,
     )
-    return LlamaForCausalLM(config).eval()
+    return LlamaForCausalLM(config).eval()  # type: ignore[no-untyped-call]
 
 
 def greedy(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int) -> str:
@@ -70,11 +70,11 @@ def test_answers_are_the_targets_own_in_input_order(tmp_path: Path, model: Any, 
     chat = Chat(tokenizer)
     rows = lines(out)
     for asked, row in zip(ROWS, rows, strict=True):
-        prompt = chat.render(asked["messages"][:1], open_answer=True)  # type: ignore[index]
+        prompt = chat.render(asked["messages"][:1], open_answer=True)
         assert row["messages"] == [
             asked["messages"][0],
             {"role": "assistant", "content": row["messages"][1]["content"]},
-        ]  # type: ignore[index]
+        ]
         assert row["messages"][1]["content"] == greedy(model, tokenizer, prompt, 9)
         assert row["form"] == asked["form"]
     assert [progress.samples for progress in seen] == [3, 6, 7]
@@ -159,4 +159,12 @@ def test_too_long_for_the_target(model: Any, tokenizer: Any) -> None:
 def test_bad_rows_are_named_before_the_target_works(tmp_path: Path, tokenizer: Any) -> None:
     source = write_rows(tmp_path / "in.jsonl", *ROWS, {"messages": [{"role": "system", "content": "Be brief."}]})
     with pytest.raises(DataError, match=r"in\.jsonl line 8: no user turn to answer"):
+        regenerate(None, tokenizer, source, tmp_path / "out.jsonl", target="tiny")  # type: ignore[arg-type]
+
+
+def test_a_conversation_the_template_refuses_is_named(tmp_path: Path) -> None:
+    strict = "{% if messages[0].content == 'x' %}{{ 1 / 0 }}{% endif %}" + CHATML
+    tokenizer = load_tokenizer(write_tokenizer(tmp_path / "strict", strict))
+    source = write_rows(tmp_path / "in.jsonl", {"messages": talk("Hi")}, {"messages": talk("x")})
+    with pytest.raises(DataError, match=r"in\.jsonl line 2: the chat template refuses it: division by zero"):
         regenerate(None, tokenizer, source, tmp_path / "out.jsonl", target="tiny")  # type: ignore[arg-type]

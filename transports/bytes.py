@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import msgspec
 import zmq
@@ -223,7 +223,7 @@ class BytesServer:
 class Bytes:
     """Registry entry of `bytes`."""
 
-    traits = Traits(
+    traits: ClassVar[Traits] = Traits(
         memory=frozenset({"host"}), scope="anywhere", one_sided=False, needs_recv_ready=True, abortable=True
     )
 

@@ -36,7 +36,7 @@ GUARD = 64
 class Rig:
     """A host and the clients attached to it."""
 
-    def __init__(self, transport: Transport, device: str, host: Host) -> None:
+    def __init__(self, transport: type[Transport], device: str, host: Host) -> None:
         self.transport = transport
         self.device = device
         self.host = host
@@ -82,7 +82,7 @@ def holds(found: torch.Tensor, nonce: bytes) -> bool:
 class TransportConformance:
     """Override `host` to serve from elsewhere, for example from another process."""
 
-    transport: ClassVar[Transport]
+    transport: ClassVar[type[Transport]]
     device: ClassVar[str] = "cpu"
     num_slots: ClassVar[int] = 3
     slot_bytes: ClassVar[int] = (9 << 20) + 12345

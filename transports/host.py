@@ -47,19 +47,30 @@ class Host(Protocol):
 
 
 class LocalHost:
-    """A host in this process. tcp: an address of this machine to serve at as well, empty for none."""
+    """A host in this process.
+
+    epoch, directory: its arena's name and a place for its sockets, made up when empty. tcp: an address of this machine
+    to serve at as well, empty for none.
+    """
 
     def __init__(
-        self, transport: Transport, num_slots: int, slot_bytes: int, *, epoch: str = "", tcp: str = ""
+        self,
+        transport: type[Transport],
+        num_slots: int,
+        slot_bytes: int,
+        *,
+        epoch: str = "",
+        directory: str = "",
+        tcp: str = "",
     ) -> None:
         self.epoch = epoch or secrets.token_hex(16)
-        self._directory = tempfile.mkdtemp(prefix="specd-host-")
         self._resources = contextlib.ExitStack()
-        self._resources.callback(shutil.rmtree, self._directory, ignore_errors=True)
+        if not directory:
+            directory = self._resources.enter_context(tempfile.TemporaryDirectory(prefix="specd-host-"))
         try:
             shared = self.epoch if transport.traits.scope == "host" else None
             self._arena = self._resources.enter_context(HostArena.create(num_slots, slot_bytes, shared))
-            self._server = transport.server(self._arena, ServerContext(directory=self._directory, host=tcp))
+            self._server = transport.server(self._arena, ServerContext(directory=directory, host=tcp))
             self._resources.callback(self._server.close)
         except TransportError:
             self._resources.close()
@@ -119,9 +130,12 @@ class SpawnedHost:
         context = multiprocessing.get_context("spawn")
         self.epoch = secrets.token_hex(16)
         self._owed = 0
+        self._directory = tempfile.mkdtemp(prefix="specd-host-")  # ours to remove, however the child ends
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(
-            target=_serve, args=(theirs, transport, num_slots, slot_bytes, self.epoch, tcp), daemon=True
+            target=_serve,
+            args=(theirs, transport, num_slots, slot_bytes, self.epoch, self._directory, tcp),
+            daemon=True,
         )
         self._process.start()
         theirs.close()
@@ -174,6 +188,7 @@ class SpawnedHost:
             self._process.join()
         self._process.close()
         remove(self.epoch)
+        shutil.rmtree(self._directory, ignore_errors=True)
 
     def _call(self, call: _Call) -> _Reply:
         self._settle()
@@ -202,10 +217,12 @@ class SpawnedHost:
         return reply
 
 
-def _serve(pipe: Connection, transport: str, num_slots: int, slot_bytes: int, epoch: str, tcp: str) -> None:
+def _serve(
+    pipe: Connection, transport: str, num_slots: int, slot_bytes: int, epoch: str, directory: str, tcp: str
+) -> None:
     """The child: one call after the other, until told to close or the parent is gone."""
     try:
-        host = LocalHost(load(transport), num_slots, slot_bytes, epoch=epoch, tcp=tcp)
+        host = LocalHost(load(transport), num_slots, slot_bytes, epoch=epoch, directory=directory, tcp=tcp)
     except TransportError as error:
         pipe.send_bytes(msgspec.msgpack.encode(_Reply(error=str(error))))
         return

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import threading
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, ClassVar, Final
 
 from specd.errors import TransportError
 from specd.transport import ServerContext, SlotRef, Traits, pull
@@ -88,7 +88,7 @@ class InprocClient:
 class Inproc:
     """Registry entry of `inproc`."""
 
-    traits = Traits(
+    traits: ClassVar[Traits] = Traits(
         memory=frozenset({"host", "device"}), scope="process", one_sided=True, needs_recv_ready=False, abortable=True
     )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import msgspec
 
@@ -92,7 +92,9 @@ class ShmClient:
 class Shm:
     """Registry entry of `shm`."""
 
-    traits = Traits(memory=frozenset({"host"}), scope="host", one_sided=True, needs_recv_ready=False, abortable=True)
+    traits: ClassVar[Traits] = Traits(
+        memory=frozenset({"host"}), scope="host", one_sided=True, needs_recv_ready=False, abortable=True
+    )
 
     @staticmethod
     def server(arena: Arena, context: ServerContext) -> ShmServer:
