@@ -1,7 +1,8 @@
-"""What does the daemon add? Latency of a batch through an idle daemon, and overlap when target and trainer cost the same."""
+"""What does the daemon add? Latency of a batch when it is idle, overlap when target and trainer cost the same."""
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import subprocess
 import sys
@@ -65,7 +66,7 @@ def overlap(transport: str, cost_ms: float = 20.0, num_batches: int = 60) -> lis
             for _ in _deliveries(endpoint, context, transport, depth, (_batch(i) for i in range(num_batches))):
                 stamps.append(time.perf_counter())
                 time.sleep(cost_ms / 1e3)  # the trainer's own work: it waits, it does not spin
-            iterations = [b - a for a, b in zip(stamps[5:], stamps[6:], strict=False)]
+            iterations = [b - a for a, b in itertools.pairwise(stamps[5:])]
             median = statistics.median(iterations) * 1e3
             rows.append({"transport": transport, "depth": depth, "iteration_ms": round(median, 2)})
     for row in rows:
@@ -84,7 +85,9 @@ def run() -> dict[str, Any]:
 def _batch(index: int) -> Batch:
     tokens = np.random.default_rng(index).integers(0, 512, TINY_TOKENS, dtype=np.int32)
     lengths = np.array([TINY_TOKENS], np.int32)
-    return Batch(tokens=tokens, lengths=lengths, loss_mask=np.ones(TINY_TOKENS, np.bool_), samples=(index,), index=index)
+    return Batch(
+        tokens=tokens, lengths=lengths, loss_mask=np.ones(TINY_TOKENS, np.bool_), samples=(index,), index=index
+    )
 
 
 def _deliveries(
@@ -98,7 +101,9 @@ def _deliveries(
 
 
 @contextmanager
-def _daemon(transport: str, model: str, exact: bool = False) -> Iterator[tuple[str, zmq.Context[zmq.Socket[bytes]] | None]]:
+def _daemon(
+    transport: str, model: str, exact: bool = False
+) -> Iterator[tuple[str, zmq.Context[zmq.Socket[bytes]] | None]]:
     """A daemon on threads of this process for `inproc`, on processes of its own for every other transport."""
     from specd.host import embedded
 

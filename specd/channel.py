@@ -13,6 +13,7 @@ import msgspec
 from specd.capture import CaptureSpec
 from specd.packing import Layout
 from specd.protocol import RingInfo, TargetContract
+from specd.transport import SlotRef
 
 
 class Note(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="type"):
@@ -55,9 +56,7 @@ class Publish(Note, kw_only=True, frozen=True, tag="publish"):
 
     session: bytes
     transport: str
-    slot: int
-    generation: int
-    nbytes: int
+    ref: SlotRef
 
 
 class Drop(Note, kw_only=True, frozen=True, tag="drop"):

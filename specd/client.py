@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from types import TracebackType
 from typing import Self
 
@@ -86,7 +86,7 @@ class Subscriber:
             (config.depth + 2) * self.ring.slot_bytes / 2**20,
         )
 
-    def stream(self, batches: Iterable[Batch]) -> Iterator[Delivery]:
+    def stream(self, batches: Iterable[Batch]) -> Generator[Delivery, None, None]:
         """Yield every batch with its states, in order, each exactly once.
 
         While one delivery is in use, the next `depth` are under way. Raises BatchError for a batch that cannot be

@@ -5,6 +5,7 @@ One thread, one poll loop, no torch. It never waits for a forward, a transfer or
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import time
@@ -24,6 +25,7 @@ from specd.protocol import Message
 from specd.ring import Lease, Ring
 from specd.sessions import Session, Sessions
 from specd.supervisor import Supervisor
+from specd.transport import SlotRef
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +38,8 @@ class Control:
     """The control loop of one daemon.
 
     endpoints: what to bind, ipc, tcp or inproc. supervisor: starts workers. on_ready: called once with the status when
-    the first worker serves. Raises DaemonError from `run` when no worker can be started.
+    the first worker serves. wake_fd: a byte written to it makes the loop look around, as signals must.
+    Raises DaemonError from `run` when no worker can be started.
     """
 
     def __init__(
@@ -52,7 +55,7 @@ class Control:
         self._on_ready = on_ready
         self._clock = time.monotonic
         self._began = self._clock()
-        self._wake = os.eventfd(0, os.EFD_NONBLOCK)
+        self._wake, self.wake_fd = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         ring = settings.ring
         self._ring = Ring(ring.slots, ring.max_sessions, ring.lease_ttl_s, self._clock)
         self._started: channel.Started | None = None
@@ -91,7 +94,7 @@ class Control:
                 self._supervisor.tend(self._poller)
                 events = dict(self._poller.poll(self._patience_ms()))
                 if self._wake in events:
-                    os.eventfd_read(self._wake)
+                    os.read(self._wake, 4096)
                 for key in self._sessions.dead(events):
                     self._end(key, "the trainer's process ended")
                 for note in self._supervisor.notes(events):
@@ -108,17 +111,26 @@ class Control:
         finally:
             self._close()
 
+    def close(self) -> None:
+        """Give `wake_fd` up, once nobody can call `stop` or `drain` any more."""
+        os.close(self._wake)
+        os.close(self.wake_fd)
+
     def stop(self) -> None:
         """End the loop soon; safe from any thread and from a signal handler."""
         self._stopping = True
-        os.eventfd_write(self._wake, 1)
+        self._kick()
 
     def drain(self) -> None:
         """Serve what is outstanding, take nothing new, then end; the second call ends at once. As safe as `stop`."""
         if self._draining:
             self.stop()
         self._draining = True
-        os.eventfd_write(self._wake, 1)
+        self._kick()
+
+    def _kick(self) -> None:
+        with contextlib.suppress(BlockingIOError):  # full: it is awake
+            os.write(self.wake_fd, b"\0")
 
     def _patience_ms(self) -> int | None:
         deadlines = [d for d in (self._ring.next_deadline(), self._supervisor.next_start()) if d is not None]
@@ -129,7 +141,6 @@ class Control:
             self._end(session.key, "the daemon ended", tell=True)
         self._supervisor.stop()
         self._front.close(linger=500)
-        os.close(self._wake)
 
     # Trainers
 
@@ -302,16 +313,8 @@ class Control:
         lease = self._ring.lease(session.key, message.lease)
         if lease is None or not session.transport:
             raise ProtocolError(f"lease {message.lease} is not one this session can receive")
-        nbytes = session.requests[lease.seq].layout.nbytes
-        self._supervisor.send(
-            channel.Publish(
-                session=session.key,
-                transport=session.transport,
-                slot=lease.slot,
-                generation=lease.generation,
-                nbytes=nbytes,
-            )
-        )
+        ref = SlotRef(lease.slot, lease.generation, session.requests[lease.seq].layout.nbytes)
+        self._supervisor.send(channel.Publish(session=session.key, transport=session.transport, ref=ref))
 
     def _attach(self, session: Session, message: wire.Attach) -> None:
         assert self._started is not None

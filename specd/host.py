@@ -25,6 +25,7 @@ from specd.errors import ConfigError, DaemonError
 from specd.protocol import StatusReport
 from specd.supervisor import ProcessHandle, Supervisor, ThreadHandle
 from specd.transport import ServerContext
+from specd.transports import bulk
 
 log = logging.getLogger(__name__)
 
@@ -48,16 +49,21 @@ def serve(settings: DaemonConfig, on_ready: Callable[[StatusReport], None]) -> N
     _check_exposure(endpoint, settings.insecure)
     with _owned(endpoint) as pipes, zmq.Context() as context:
         arena.sweep()
+        bulk.sweep(str(pipes.parent))
         supervisor = Supervisor(settings, ProcessHandle, f"ipc://{pipes}", _serving(endpoint, pipes), context)
         control = Control(settings, (endpoint,), supervisor, context, on_ready)
+        # A signal that lands while libzmq is about to sleep must still end that sleep.
+        wakeup = signal.set_wakeup_fd(control.wake_fd, warn_on_full_buffer=False)
         previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             signal.signal(signal.SIGINT, lambda *_: control.stop())
             signal.signal(signal.SIGTERM, lambda *_: control.drain())
             control.run()
         finally:
+            signal.set_wakeup_fd(wakeup)
             for number, handler in previous.items():
                 signal.signal(number, handler)
+            control.close()
 
 
 @contextlib.contextmanager
@@ -96,6 +102,7 @@ def embedded(settings: DaemonConfig, context: Context | None = None) -> Iterator
             if thread.is_alive():
                 control.stop()
             thread.join()
+            control.close()
 
 
 def _check_exposure(endpoint: str, insecure: bool) -> None:

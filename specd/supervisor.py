@@ -44,12 +44,14 @@ class Handle(Protocol):
 
     def reap(self) -> str:
         """How it died, once `fd` is readable."""
+        ...
 
     def kill(self) -> None:
         """End it now, if it can be."""
 
     def wait(self, timeout_s: float) -> bool:
         """Whether it ended within `timeout_s`."""
+        ...
 
 
 Launch = Callable[[WorkerConfig], Handle]
@@ -124,7 +126,8 @@ class Supervisor:
     def send(self, note: channel.ToWorker) -> None:
         """Tell the worker something; nothing happens while none serves."""
         if self._to is not None and self._up:
-            self._to.send(channel.encode(note))
+            with contextlib.suppress(zmq.Again):  # it is dead, though nobody has told us yet
+                self._to.send(channel.encode(note), zmq.NOBLOCK)
 
     def serving(self) -> None:
         """The worker is up."""
@@ -168,6 +171,8 @@ class Supervisor:
             assert self._to is not None
             with contextlib.suppress(zmq.Again):
                 self._to.send(channel.encode(channel.Stop()), zmq.NOBLOCK)
+            if not self._up:
+                handle.kill()  # it may load for minutes
             if not handle.wait(STOP_S):
                 log.warning("the worker did not stop within %.0f s: it is killed", STOP_S)
                 handle.kill()
@@ -245,7 +250,7 @@ class ThreadHandle:
         return self._reason
 
     def kill(self) -> None:
-        log.warning("a worker thread cannot be killed")
+        """A thread cannot be killed: it ends when it hears Stop."""
 
     def wait(self, timeout_s: float) -> bool:
         self._thread.join(timeout_s)

@@ -30,7 +30,7 @@ from specd.packing import slot_bytes
 from specd.protocol import RingInfo, TargetContract
 from specd.targets import load_target
 from specd.targets.base import Completion, Fill, Target
-from specd.transport import Server, ServerContext, SlotRef, load, pattern
+from specd.transport import Server, ServerContext, load, pattern
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -113,11 +113,10 @@ class Worker:
             case channel.FillSlot() | channel.FillNoise():
                 self._tasks.put(note)
             case channel.Publish():
-                ref = SlotRef(note.slot, note.generation, note.nbytes)
                 try:
-                    self._servers[note.transport].publish(note.session, ref)
+                    self._servers[note.transport].publish(note.session, note.ref)
                 except TransportError as error:  # the session ended meanwhile; its trainer's deadline notices
-                    log.info("%s is not sent: %s", ref, error)
+                    log.info("%s is not sent: %s", note.ref, error)
             case channel.Accept():
                 outbox.send(channel.encode(self._accept(note)))
             case channel.Drop():

@@ -294,7 +294,7 @@ def test_stop_never_signals_what_may_be_another_hosts(capsys: pytest.CaptureFixt
 
 def test_doctor_finds_what_works_here() -> None:
     result = specd_command("doctor", "--json")
-    assert result.returncode == 0, result.stderr
+    assert result.returncode == 0, result.stdout + result.stderr
     found = {(entry["kind"], entry["name"]): entry["works"] for entry in json.loads(result.stdout)["findings"]}
     assert found["transport", "inproc"]
     assert found["transport", "bytes"]

@@ -196,4 +196,5 @@ def test_draining_serves_what_is_outstanding_and_refuses_the_rest() -> None:
             next(stream)
     thread.join(20)
     assert not thread.is_alive()
+    control.close()
     context.term()

@@ -107,8 +107,8 @@ def train(output: Path, data: Path, *endpoints: str, resume: bool = False) -> su
     }  # fmt: skip
     for key, value in settings.items():
         command += ["--set", f"{key}={value}"]
-    log = output.with_suffix(".log").open("ab")
-    return subprocess.Popen([*command, *(["--resume"] if resume else [])], stdout=log, stderr=log)
+    with output.with_suffix(".log").open("ab") as log:
+        return subprocess.Popen([*command, *(["--resume"] if resume else [])], stdout=log, stderr=log)
 
 
 def losses(output: Path) -> list[float | None]:

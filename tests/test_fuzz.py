@@ -79,7 +79,7 @@ def test_hostile_messages_neither_crash_nor_wedge_the_daemon() -> None:
         ring=RingConfig(slots=6, max_sessions=4, slot_tokens=64),
     )
     rng = random.Random(SEED)
-    delivered = []
+    delivered: list[int] = []
     with embedded(settings) as host:
         config = SubscriberConfig(endpoints=(host.endpoint,), depth=2, timeout_s=60)
         done = threading.Event()
