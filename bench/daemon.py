@@ -115,7 +115,7 @@ def _daemon(
             return
         directory = stack.enter_context(tempfile.TemporaryDirectory(prefix="specd-"))
         endpoint = f"ipc://{directory}/d.sock"
-        command = [sys.executable, "-m", "specd", "start", "--model", model, "--endpoint", endpoint]
+        command = [sys.executable, "-m", "specd", "--quiet", "start", "--model", model, "--endpoint", endpoint]
         command += ["--slots", str(RING.slots), "--slot-tokens", str(RING.slot_tokens), "--transports", transport]
         process = subprocess.Popen([*command, *(["--exact"] if exact else [])], stdout=subprocess.PIPE)
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from typing import Annotated, Any
 
 import typer
@@ -45,6 +46,7 @@ def daemon(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON 
     """What does a daemon add to a batch, and how well do target and trainer overlap?"""
     from specd.bench.daemon import run
 
+    logging.getLogger("specd").setLevel(logging.WARNING)  # one session after the other is no news here
     result = run()
     if as_json:
         typer.echo(json.dumps(result, indent=2))

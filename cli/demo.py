@@ -38,7 +38,7 @@ def demo(
     """Run everything once on two cores: daemon, answers by the target, training, evaluation, report."""
     from specd.targets.checkpoint import resolve
 
-    steps, prompts = (["--max-steps", "12"], ["--limit", "2"]) if quick else ([], [])
+    steps, prompts = (["--max-steps", "12"], 2) if quick else ([], 10)
     run = output / "run"
     shutil.rmtree(run, ignore_errors=True)
     output.mkdir(parents=True, exist_ok=True)
@@ -62,7 +62,7 @@ def demo(
             stage.run("status", "--endpoint", endpoint)
             stage.run("stop", "--endpoint", endpoint)
         with stage.step("Decode held-out prompts with the draft before and after training"):
-            stage.run("eval", "--draft", str(run), "--untrained", *prompts)
+            stage.run("eval", "--draft", str(run), "--untrained", "--limit", str(prompts), "--max-new-tokens", "36")
         with stage.step("Write the report"):
             stage.run("report", str(run))
         summarise(stage, run, time.monotonic() - began)
