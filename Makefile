@@ -22,7 +22,7 @@ bench: $(SETUP)
 test-gpu: $(SETUP)
 	@SPECD_REQUIRE_GPU=1 $(PYTHON) -m pytest -q -m gpu
 test-faults: $(SETUP)
-	@$(PYTHON) -m pytest -q -m slow
+	@SPECD_FAULTS=20 $(PYTHON) -m pytest -q -m 'slow or not slow' --timeout 900 tests/test_faults.py tests/test_fuzz.py
 clean:
 	rm -rf .venv build dist runs *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 
