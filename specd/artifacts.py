@@ -19,21 +19,24 @@ Ask = Callable[[Callable[[bytes], list[Message]], Session | None], Session | Non
 class Artifacts:
     """Reads artifacts for one subscriber.
 
-    lock: notified when something arrives. ask: sends messages, given their epoch, over a session that is up unless that
-    one was asked already, and returns it; it raises what ends the run.
+    lock: notified when something arrives. ask: sends messages, given their epoch, over a session that is up unless the
+    one asked already is still up, and returns the one asked; it raises what ends the run.
     """
 
-    __slots__ = ("_ask", "_chunks", "_lock", "_timeout_s")
+    __slots__ = ("_ask", "_chunks", "_lock", "_timeout_s", "_wanted")
 
     def __init__(self, lock: threading.Condition, timeout_s: float, ask: Ask) -> None:
         self._lock = lock
         self._timeout_s = timeout_s
         self._ask = ask
         self._chunks: dict[int, bytes] = {}
+        self._wanted: tuple[str, range] = ("", range(0))
 
     def arrived(self, message: Artifact) -> None:
-        """A chunk is here. Called with the lock held."""
-        self._chunks[message.offset] = message.data
+        """A chunk is here; one that a lost session was asked for may come late. Called with the lock held."""
+        name, offsets = self._wanted
+        if message.name == name and message.offset in offsets:
+            self._chunks[message.offset] = message.data
 
     def read(self, name: str, nbytes: int) -> bytearray:
         """All bytes of one artifact. Raises DaemonError when a chunk does not come in time."""
@@ -55,6 +58,7 @@ class Artifacts:
 
         limit, asked = time.monotonic() + self._timeout_s, None
         with self._lock:
+            self._wanted = (name, offsets)
             while len(self._chunks) < len(offsets):
                 if time.monotonic() > limit:
                     raise DaemonError(f"artifact {name!r} did not come within {self._timeout_s:g} s")

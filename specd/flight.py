@@ -151,10 +151,12 @@ class Flight:
         return "; ".join(f"{link.endpoint}: {'up' if link.session else link.problem}" for link in self.links)
 
     def _ask(self, messages: Callable[[bytes], list[Message]], asked: Session | None) -> Session | None:
-        """Send messages over the first session that is up, unless it is the one asked already; returns that one."""
+        """Send messages over the first session that is up, unless the one asked already is; returns the one asked."""
         self._check()
+        if asked is not None and any(link.session is asked for link in self.links):
+            return asked
         session = self._session()
-        if session is not None and session is not asked:
+        if session is not None:
             self._outbox.extend((session, message) for message in messages(session.epoch))
             self._kick()
         return session
