@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import threading
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -14,7 +15,10 @@ from specd import protocol as wire
 from specd.capture import CaptureSpec
 from specd.client import Subscriber
 from specd.config import DaemonConfig, RingConfig, SubscriberConfig, TargetConfig, host_id
+from specd.daemon import Control
 from specd.host import embedded
+from specd.supervisor import Supervisor, ThreadHandle
+from specd.transport import ServerContext
 
 SEED = 20261123
 NUM_MESSAGES = 100_000
@@ -130,3 +134,38 @@ def test_hostile_messages_neither_crash_nor_wedge_the_daemon() -> None:
     assert status.state == "serving"
     assert status.counters["refused_messages"] > NUM_MESSAGES // 4
     assert status.counters["worker_restarts"] == 0
+
+
+def test_an_oversized_message_ends_only_its_own_connection(tmp_path: Path) -> None:
+    tmp_path.chmod(0o700)
+    endpoint = f"ipc://{tmp_path}/d.sock"
+    settings = DaemonConfig(
+        target=TargetConfig(model="synthetic:hidden=16,layers=6,vocab=128"),
+        ring=RingConfig(slots=4, max_sessions=2, slot_tokens=64),
+        transports=("inproc",),
+    )
+    with zmq.Context() as context:
+        supervisor = Supervisor(
+            settings, lambda worker: ThreadHandle(worker, context), "inproc://oversized", ServerContext(), context
+        )
+        control = Control(settings, (endpoint,), supervisor, context)
+        loop = threading.Thread(target=control.run)
+        loop.start()
+        try:
+            with context.socket(zmq.DEALER) as hostile, context.socket(zmq.DEALER) as honest:
+                for peer in (hostile, honest):
+                    peer.set(zmq.LINGER, 0)
+                    peer.set(zmq.RECONNECT_IVL, -1)
+                    peer.connect(endpoint)
+                monitor = hostile.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+                hostile.send(b"\1" + bytes(wire.MAX_MESSAGE_BYTES))
+                assert monitor.poll(20_000), "a frame over the limit must end the connection"
+                hostile.disable_monitor()
+                monitor.close()
+                honest.send(wire.encode(wire.Status()))
+                assert honest.poll(20_000)
+                assert wire.decode(honest.recv()).counters["refused_messages"] == 0
+        finally:
+            control.stop()
+            loop.join()
+            control.close()

@@ -1,0 +1,121 @@
+"""A user's mistake ends in one clear line that names value, expectation and remedy, and an exit code; no traceback."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+TARGET = "synthetic:hidden=32,layers=8,vocab=256"
+TINY = {
+    "draft.num_layers": 1, "draft.num_taps": 2, "draft.block_size": 4, "draft.num_anchors": 4,
+    "draft.mask_token_id": 255, "data.batch_tokens": 80, "data.max_length": 40, "train.epochs": 1,
+    "subscriber.connect_s": 5,
+}  # fmt: skip
+
+
+def specd(*arguments: str) -> tuple[int, str]:
+    """Exit code and stderr of one command."""
+    done = subprocess.run([sys.executable, "-m", "specd", "--quiet", *arguments], capture_output=True, text=True)
+    assert "Traceback" not in done.stderr, done.stderr
+    return done.returncode, done.stderr
+
+
+def train(output: Path, *arguments: str, **settings: object) -> tuple[int, str]:
+    merged = TINY | {key.replace("__", "."): value for key, value in settings.items()}
+    pairs = [part for key, value in merged.items() for part in ("--set", f"{key}={value}")]
+    return specd("train", "dflash", "--output", str(output), *pairs, *arguments)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "tokens.jsonl"
+    rows = [{"input_ids": [(i * j) % 250 for j in range(1, 30)], "loss_mask": [1] * 29} for i in range(1, 13)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="module")
+def endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A daemon whose slots hold 32 tokens."""
+    directory = tmp_path_factory.mktemp("d")
+    directory.chmod(0o700)
+    where = f"ipc://{directory}/d.sock"
+    command = [sys.executable, "-m", "specd", "--quiet", "start", "--model", TARGET, "--endpoint", where]
+    command += ["--slot-tokens", "32", "--set", "capture.num_taps=2"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as daemon:
+        try:
+            assert daemon.stdout is not None
+            assert b"ready" in daemon.stdout.readline()
+            yield where
+        finally:
+            daemon.terminate()
+    assert daemon.returncode == 0
+
+
+def test_unknown_config_key() -> None:
+    code, said = specd("start", "--model", TARGET, "--set", "ring.slotz=3")
+    assert code == 2
+    assert "unknown field `slotz`" in said
+
+
+def test_a_ring_that_does_not_fit_shared_memory() -> None:
+    code, said = specd("start", "--model", TARGET, "--slots", "4096", "--slot-tokens", "1000000")
+    assert code == 1
+    assert "MiB of shared memory" in said
+    assert "--transports bytes" in said
+
+
+def test_an_endpoint_that_is_taken(endpoint: str) -> None:
+    code, said = specd("start", "--model", TARGET, "--endpoint", endpoint)
+    assert code == 1
+    assert f"a daemon already owns {endpoint}" in said
+
+
+def test_unreadable_data(endpoint: str, tmp_path: Path) -> None:
+    code, said = train(tmp_path / "run", "--endpoint", endpoint, "--data", "/nowhere/chats.jsonl")
+    assert code != 0
+    assert "/nowhere/chats.jsonl" in said
+
+
+def test_unknown_transport(endpoint: str, data: Path, tmp_path: Path) -> None:
+    code, said = train(tmp_path / "run", "--endpoint", endpoint, "--data", str(data), "--transport", "pigeon")
+    assert code == 1
+    assert "'pigeon'" in said
+    assert "shm, bytes" in said
+
+
+def test_a_batch_longer_than_a_slot(endpoint: str, data: Path, tmp_path: Path) -> None:
+    code, said = train(tmp_path / "run", "--endpoint", endpoint, "--data", str(data))
+    assert code == 1
+    assert "batch 0 of epoch 0" in said
+    assert "ring.slot_tokens" in said
+
+
+def test_no_daemon(data: Path, tmp_path: Path) -> None:
+    where = f"ipc://{tmp_path}/none.sock"
+    code, said = train(tmp_path / "run", "--endpoint", where, "--data", str(data), subscriber__connect_s=1)
+    assert code == 1
+    assert where in said
+    assert "specd start" in said
+
+
+def test_resume_against_another_target(data: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    assert train(output, "--model", TARGET, "--data", str(data))[0] == 0
+    code, said = train(output, "--model", f"{TARGET},seed=7", "--data", str(data), "--resume")
+    assert code == 1
+    assert "synthetic-0" in said
+    assert "synthetic-7" in said
+
+
+def test_an_output_that_exists(data: Path, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    code, said = train(tmp_path / "run", "--model", TARGET, "--data", str(data))
+    assert code == 2
+    assert "--resume" in said
