@@ -28,7 +28,7 @@ def specd(*arguments: str) -> tuple[int, str]:
 def train(output: Path, *arguments: str, **settings: object) -> tuple[int, str]:
     merged = TINY | {key.replace("__", "."): value for key, value in settings.items()}
     pairs = [part for key, value in merged.items() for part in ("--set", f"{key}={value}")]
-    return specd("train", "dflash", "--output", str(output), *pairs, *arguments)
+    return specd("train", "dflash", "--device", "cpu", "--output", str(output), *pairs, *arguments)
 
 
 @pytest.fixture(scope="module")

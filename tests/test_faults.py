@@ -96,7 +96,8 @@ def daemons(place: Path) -> Iterator[Callable[[str], Daemon]]:
 
 def train(output: Path, data: Path, *endpoints: str, resume: bool = False) -> subprocess.Popen[bytes]:
     """`specd train dflash` with a tiny draft."""
-    command = [sys.executable, "-m", "specd", "train", "dflash", "--data", str(data), "--output", str(output)]
+    command = [sys.executable, "-m", "specd", "train", "dflash", "--device", "cpu"]
+    command += ["--data", str(data), "--output", str(output)]
     for endpoint in endpoints:
         command += ["--endpoint", endpoint]
     settings = {

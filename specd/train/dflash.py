@@ -178,6 +178,8 @@ class DFlash:
                 f"{shape.hidden_size}, its contract {contract.vocab_size} and {contract.hidden_size}"
             )
         self.decay = loss_decay(config)
+        tiny = config.attention == "auto" and shape.head_dim < 16  # flex_attention's kernels want 16 at least
+        self._attention = "sdpa" if tiny else config.attention
         self.draft = DFlashDraft(shape, seed).to(self.device)
         self.module: torch.nn.Module = self.draft
         shared = embedding.data_ptr() == lm_head.data_ptr()
@@ -202,7 +204,7 @@ class DFlash:
             for array in (blocks.tokens, blocks.positions, blocks.context_positions, blocks.rows, blocks.labels,
                           blocks.offsets, blocks.weights)
         )  # fmt: skip
-        attend = block_attention(self.config.attention, blocks.layout, self.device)
+        attend = block_attention(self._attention, blocks.layout, self.device)
         states = self.module(taps.flatten(1), context, F.embedding(tokens, self.embedding), positions, attend)
         total, correct = head_loss(states.index_select(0, rows), self.lm_head, labels, weights, self.config.loss_chunk)
         by_offset = torch.zeros(2, shape.block_size - 1, device=self.device)
