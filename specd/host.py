@@ -30,6 +30,8 @@ from specd.transports import bulk
 log = logging.getLogger(__name__)
 
 Context = zmq.Context[zmq.Socket[bytes]]
+MAX_PREFIX = 107 - len(".01234567.out")
+"""Bytes of a path that still give socket paths, 107 bytes at most, when the workers' pipes are named after it."""
 
 
 class Embedded(NamedTuple):
@@ -128,6 +130,11 @@ def _owned(endpoint: str) -> Iterator[Path]:
         if not socket.parent.is_dir():
             raise ConfigError(f"endpoint {endpoint}: its directory does not exist; create it with mode 700")
         prefix = socket
+        if (length := len(os.fsencode(prefix))) > MAX_PREFIX:
+            raise ConfigError(
+                f"endpoint {endpoint}: its path has {length} bytes, at most {MAX_PREFIX} leave room for the daemon's "
+                f"own sockets beside it; choose a shorter one"
+            )
     else:
         socket, prefix = None, own_dir / endpoint.rpartition(":")[2]
     facts = prefix.parent.stat()

@@ -76,6 +76,19 @@ def test_an_endpoint_that_is_taken(endpoint: str) -> None:
     assert f"a daemon already owns {endpoint}" in said
 
 
+def test_an_endpoint_with_a_path_that_is_too_long(tmp_path: Path) -> None:
+    where = f"ipc:///{tmp_path}/{'x' * 95}.sock"
+    code, said = specd("start", "--model", TARGET, "--endpoint", where)
+    assert code == 2
+    assert "shorter" in said or "at most 107" in said
+
+
+def test_a_tcp_endpoint_that_strangers_can_reach() -> None:
+    code, said = specd("start", "--model", TARGET, "--endpoint", "tcp://0.0.0.0:7070")
+    assert code == 2
+    assert "--insecure" in said
+
+
 def test_unreadable_data(endpoint: str, tmp_path: Path) -> None:
     code, said = train(tmp_path / "run", "--endpoint", endpoint, "--data", "/nowhere/chats.jsonl")
     assert code != 0
