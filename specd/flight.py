@@ -369,10 +369,11 @@ class Flight:
             self._outbox.append((link.session, submit))
         while self._outbox:
             session, message = self._outbox.popleft()
-            if not session.socket.closed:  # HWM is far above what credits allow: it never blocks
-                session.socket.send(wire.encode(message), zmq.NOBLOCK)
-
-    # Fetching, on the fetcher's thread
+            for owner in [link for link in self.links if link.session is session]:
+                try:
+                    session.socket.send(wire.encode(message), zmq.NOBLOCK)
+                except zmq.Again:  # an embedded daemon that has ended
+                    self._lose(owner, "its connection is gone")
 
     def _begin_fetch(self, entry: Entry, session: Session) -> SlotRef | None:
         with self.lock:

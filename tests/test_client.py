@@ -197,4 +197,4 @@ def test_draining_serves_what_is_outstanding_and_refuses_the_rest() -> None:
     thread.join(20)
     assert not thread.is_alive()
     control.close()
-    context.term()
+    context.destroy(linger=0)
