@@ -16,6 +16,9 @@ from specd.errors import ConfigError
 
 T = TypeVar("T")
 
+AttentionKind = Literal["auto", "flex", "sdpa"]
+"""How a draft attends: flex_attention, plain torch ops, or whichever suits the device."""
+
 
 class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Base of all configuration."""
@@ -128,7 +131,7 @@ class DFlashConfig(Config, kw_only=True, frozen=True):
     num_kv_heads: int = 0
     head_dim: int = 0
     sliding_window: int = 0
-    attention: Literal["auto", "flex", "sdpa"] = "auto"
+    attention: AttentionKind = "auto"
     loss_chunk: int = 1024
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from specd.config import AttentionKind
 from specd.train.dflash_model import Attend, KeyValue
 
 TILE = 128
@@ -53,7 +54,7 @@ def to_device(array: NDArray[Any], device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
-def block_attention(kind: Literal["auto", "flex", "sdpa"], layout: BlockLayout, device: torch.device) -> Attend:
+def block_attention(kind: AttentionKind, layout: BlockLayout, device: torch.device) -> Attend:
     """The attention of `layout`'s blocks. `auto` is flex on CUDA and the plain path elsewhere."""
     if kind == "flex" or (kind == "auto" and device.type == "cuda"):
         return flex_attention(layout, device)

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from specd.capture import DTYPE_BYTES, CaptureSpec, StateDtype, dflash_taps
-from specd.config import DFlashConfig
+from specd.config import AttentionKind, DFlashConfig
 from specd.errors import ConfigError
 from specd.packing import Batch
 from specd.protocol import TargetContract
@@ -179,7 +179,7 @@ class DFlash:
             )
         self.decay = loss_decay(config)
         tiny = config.attention == "auto" and shape.head_dim < 16  # flex_attention's kernels want 16 at least
-        self._attention = "sdpa" if tiny else config.attention
+        self._attention: AttentionKind = "sdpa" if tiny else config.attention
         self.draft = DFlashDraft(shape, seed).to(self.device)
         self.module: torch.nn.Module = self.draft
         shared = embedding.data_ptr() == lm_head.data_ptr()
