@@ -3,8 +3,12 @@
 A host arena is a header and the slots, in one mapping:
 
     offset 0    magic 8s · version u32 · epoch length u32 · num_slots u64 · slot_bytes u64 · epoch 32s   (little-endian)
-    offset 64   one 64-byte line per slot: its generation u64, then zeros; 0 while the slot is being written
+    offset 64   one 64-byte line per slot: the generation of its bytes here u64, that of its bytes on a device u64, then
+                zeros; a generation is 0 while those bytes are being written
     page-aligned: slot 0, slot 1, …, each rounded up to whole pages
+
+The ring of a GPU target lies in a `specd.device.DeviceArena` and keeps its generations in a host arena, the ledger;
+slot_bytes is 0 there unless its slots are mirrored to the host.
 """
 
 from __future__ import annotations
@@ -34,7 +38,7 @@ PAGE: Final = 4096
 LINE: Final = 64
 MAX_SLOTS: Final = 65536
 _MAGIC: Final = b"specdmem"
-_VERSION: Final = 1
+_VERSION: Final = 2
 _HEADER: Final = struct.Struct("<8sIIQQ32s")
 _EPOCH: Final = re.compile(r"[0-9a-f]{8,64}")
 
@@ -58,11 +62,11 @@ class Arena(Protocol):
 
 
 class HostArena:
-    """Slots in host memory. Built by `create` (the worker, writable) or `open` (a trainer, read-only).
+    """Slots in host memory. Built by `create` (the worker) or `open` (a trainer).
 
-    num_slots, slot_bytes: geometry. path: the named segment, empty when private. address, nbytes: the whole mapping,
-    page-aligned, for registration with a device driver. All views stay valid after `close`: the memory itself goes
-    with the last of them.
+    num_slots, slot_bytes: geometry; slot_bytes 0 for generations alone. path: the named segment, empty when private.
+    address, nbytes: the whole mapping, page-aligned, for registration with a device driver. All views stay valid after
+    `close`: the memory itself goes with the last of them.
     """
 
     __slots__ = (
@@ -115,17 +119,22 @@ class HostArena:
         return cls(mapping, fd, num_slots, slot_bytes, path, writable=True)
 
     @classmethod
-    def open(cls, path: str, num_slots: int, slot_bytes: int) -> HostArena:
-        """A trainer's read-only view of a shared arena.
+    def open(
+        cls, path: str, num_slots: int, slot_bytes: int, *, words_only: bool = False, writable: bool = False
+    ) -> HostArena:
+        """A trainer's view of a shared arena.
 
+        words_only: map the generations and no slot. writable: map it so that a device driver can page-lock it, which
+        a read-only mapping is refused; a trainer still writes nothing.
         Raises TransportError when the path is not a segment of this user or does not hold that arena.
         """
         start, stride = _geometry(num_slots, slot_bytes)
         total = start + num_slots * stride
+        mapped = start if words_only else total
         if not is_segment_path(path):
             raise TransportError(f"{path!r} is not a segment of this user: expected {SHM_DIR}/{_prefix()}EPOCH")
         try:
-            fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            fd = os.open(path, (os.O_RDWR if writable else os.O_RDONLY) | os.O_NOFOLLOW | os.O_CLOEXEC)
         except OSError as error:
             raise TransportError(
                 f"cannot open {path}: {error.strerror}; daemon and trainer must share {SHM_DIR} (same host, and the "
@@ -141,9 +150,10 @@ class HostArena:
                 )
             if facts.st_size != total:
                 raise TransportError(f"{path} has {facts.st_size} bytes, expected {total}: it is not the daemon's ring")
-            mapping = mmap.mmap(fd, total, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE, prot=mmap.PROT_READ)
+            access = mmap.PROT_READ | mmap.PROT_WRITE if writable else mmap.PROT_READ
+            mapping = mmap.mmap(fd, mapped, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE, prot=access)
         except OSError as error:
-            raise TransportError(f"cannot map {path}, {total} bytes: {error.strerror}") from None
+            raise TransportError(f"cannot map {path}, {mapped} bytes: {error.strerror}") from None
         finally:
             os.close(fd)
         magic, version, length, slots, nbytes, epoch = _HEADER.unpack_from(mapping)
@@ -153,39 +163,50 @@ class HostArena:
             raise TransportError(
                 f"{path} holds (magic, version, slots, slot bytes, epoch) {found}, expected {expected}"
             )
-        return cls(mapping, -1, num_slots, slot_bytes, path, writable=False)
+        return cls(mapping, -1, num_slots, slot_bytes, path, writable=writable)
 
     @property
     def memory(self) -> Literal["host"]:
         return "host"
 
     def slot(self, slot: int) -> memoryview:
-        """One slot's bytes, [slot_bytes], page-aligned; read-only in a trainer."""
+        """One slot's bytes, [slot_bytes], page-aligned; read-only in a trainer.
+
+        Raises TransportError where only generations are.
+        """
         offset = self._offset(slot)
+        if offset + self.slot_bytes > self.nbytes or not self.slot_bytes:
+            raise TransportError(f"{self!r} has generations alone: its slots' bytes are not mapped")
         return memoryview(self._mapping())[offset : offset + self.slot_bytes]
 
     def tensor(self, slot: int) -> torch.Tensor:
         """One slot as uint8 [slot_bytes], without a copy. A trainer must not write to it: that faults."""
         import torch
 
+        owner = self.slot(slot)
         # By address: torch warns of a read-only buffer, and numpy cannot hide that a mapping is one.
         view = (ctypes.c_uint8 * self.slot_bytes).from_address(self.address + self._offset(slot))
-        view.owner = self.slot(slot)  # type: ignore[attr-defined]  # the tensor keeps the view, the view the mapping
+        view.owner = owner  # type: ignore[attr-defined]  # the tensor keeps the view, the view the mapping
         return torch.frombuffer(view, dtype=torch.uint8)
 
-    def begin(self, slot: int) -> None:
-        """Mark a slot as being written; a transfer that still reads it will notice."""
-        self._offset(slot)
-        self._words[(slot + 1) * LINE // 8] = 0
+    def begin(self, slot: int, *, device: bool = False) -> None:
+        """Mark a slot as being written; a transfer that still reads it will notice.
 
-    def seal(self, slot: int, generation: int) -> None:
+        device: the bytes of this slot on the device, instead of those here; as in the next two.
+        """
+        self._words[self._word(slot, device)] = 0
+
+    def seal(self, slot: int, generation: int, *, device: bool = False) -> None:
         """Mark a slot as holding `generation` (≥ 1), with a single aligned store. All its bytes must be written."""
-        self._offset(slot)
-        self._words[(slot + 1) * LINE // 8] = generation
+        self._words[self._word(slot, device)] = generation
 
-    def generation(self, slot: int) -> int:
-        self._offset(slot)
-        return self._words[(slot + 1) * LINE // 8]
+    def generation(self, slot: int, *, device: bool = False) -> int:
+        """The generation whose bytes the slot holds; 0 while it is being written or before it was ever filled."""
+        return self._words[self._word(slot, device)]
+
+    def word_address(self, slot: int, *, device: bool = False) -> int:
+        """Where a slot's generation lies, u64: for a copy that must see it at its own place on a stream."""
+        return self.address + self._word(slot, device) * 8
 
     def close(self) -> None:
         """Unlink the segment if this is its creator, and let go of the memory. Idempotent."""
@@ -208,6 +229,11 @@ class HostArena:
         if self._map is None:
             raise TransportError(f"{self!r} is closed: its slots can no longer be used")
         return self._map
+
+    def _word(self, slot: int, device: bool) -> int:
+        """Index of a generation among the mapping's 64-bit words."""
+        self._offset(slot)
+        return (slot + 1) * LINE // 8 + device
 
     def _offset(self, slot: int) -> int:
         if not 0 <= slot < self.num_slots:
@@ -283,9 +309,9 @@ def _prefix() -> str:
 
 def _geometry(num_slots: int, slot_bytes: int) -> tuple[int, int]:
     """(offset of slot 0, distance between slots), both in whole pages."""
-    if not (1 <= num_slots <= MAX_SLOTS and 1 <= slot_bytes < 1 << 48):
+    if not (1 <= num_slots <= MAX_SLOTS and 0 <= slot_bytes < 1 << 48):
         raise TransportError(
-            f"{num_slots} slots of {slot_bytes} bytes: expected 1 to {MAX_SLOTS} slots of at least 1 byte each"
+            f"{num_slots} slots of {slot_bytes} bytes: expected 1 to {MAX_SLOTS} slots of 0 to 2⁴⁸ bytes"
         )
     return -(-(LINE * (num_slots + 1)) // PAGE) * PAGE, -(-slot_bytes // PAGE) * PAGE
 

@@ -66,11 +66,14 @@ class CaptureConfig(Config, kw_only=True, frozen=True):
 
 
 class DaemonConfig(Config, kw_only=True, frozen=True):
-    """One daemon. endpoint: `auto` is the default ipc endpoint of this user. transports: what it serves."""
+    """One daemon. endpoint: `auto` is the default ipc endpoint of this user.
+
+    transports: what it serves; `auto` is everything that can be served from where its ring lies.
+    """
 
     target: TargetConfig
     endpoint: str = "auto"
-    transports: tuple[str, ...] = ("shm", "bytes")
+    transports: tuple[str, ...] = ("auto",)
     ring: RingConfig = RingConfig()
     capture: CaptureConfig = CaptureConfig()
     insecure: bool = False
@@ -81,6 +84,8 @@ class SubscriberConfig(Config, kw_only=True, frozen=True):
 
     timeout_s: longest wait for one batch. connect_s: longest time without any usable daemon.
     max_attempts: how often one batch may be submitted before the run ends with an error that names it.
+    borrow: read the daemon's slots in place, without a copy, where trainer and target share one GPU; a slot then stays
+    taken until its batch was trained.
     """
 
     endpoints: tuple[str, ...] = ("auto",)
@@ -89,6 +94,7 @@ class SubscriberConfig(Config, kw_only=True, frozen=True):
     timeout_s: float = 300.0
     connect_s: float = 120.0
     max_attempts: int = 5
+    borrow: bool = False
 
 
 class DataConfig(Config, kw_only=True, frozen=True):

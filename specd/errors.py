@@ -44,7 +44,14 @@ class BatchError(SpecdError):
 
 
 class TransportError(SpecdError):
-    """A transport cannot be used here, or a transfer failed its check."""
+    """A transport cannot be used here, or a transfer failed its check.
+
+    lost: the side that raises it is good for nothing but `close` from now on; a trainer has to attach anew.
+    """
+
+    def __init__(self, message: str, *, lost: bool = False) -> None:
+        super().__init__(message)
+        self.lost = lost
 
 
 class TargetError(SpecdError):

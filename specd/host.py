@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 import msgspec
 import zmq
 
-from specd import arena
+from specd import arena, cuda
 from specd.config import DaemonConfig, resolve_endpoint, runtime_dir
 from specd.daemon import Control
 from specd.errors import ConfigError, DaemonError
@@ -75,7 +75,9 @@ def embedded(settings: DaemonConfig, context: Context | None = None) -> Iterator
     context: to share with other embedded daemons, so that one Subscriber reaches them all.
     Raises DaemonError with the reason when the target cannot be loaded.
     """
-    settings = msgspec.structs.replace(settings, transports=("inproc",))
+    # The worker's thread starts on the first device, whichever the caller made its own.
+    target = msgspec.structs.replace(settings.target, device=cuda.resolve(settings.target.device))
+    settings = msgspec.structs.replace(settings, target=target, transports=("inproc",))
     endpoint = f"inproc://specd-{secrets.token_hex(8)}"
     ready = threading.Event()
     failure: list[Exception] = []

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol, 
 
 import msgspec
 import numpy as np
+import xxhash
 from numpy.typing import NDArray
 
 from specd.errors import SpecdError, TransportError
@@ -23,26 +24,37 @@ if TYPE_CHECKING:
     import torch
 
     from specd.arena import Arena
+    from specd.cuda import Copier
 
 T = TypeVar("T")
 
 BUILTIN: dict[str, str] = {
     "inproc": "specd.transports.inproc:Inproc",
+    "cuda_ipc": "specd.transports.cuda_ipc:CudaIpc",
+    "nixl": "specd.transports.nixl:Nixl",
+    "nccl": "specd.transports.nccl:Nccl",
     "shm": "specd.transports.shm:Shm",
     "bytes": "specd.transports.bytes:Bytes",
 }
 ENTRY_POINT_GROUP = "specd.transports"
 HOST_ORDER = ("shm", "bytes")
-"""What `auto` tries, best first, when either side has its states in host memory; between two processes."""
+"""What `auto` tries, best first, for a trainer whose states go to host memory; between two processes."""
+DEVICE_ORDER = ("cuda_ipc", "nixl", "nccl", *HOST_ORDER)
+"""What `auto` tries, best first, for a trainer on a GPU."""
+
+
+DIGEST_BYTES = 8
 
 
 class Traits(msgspec.Struct, frozen=True, kw_only=True):
     """Static facts of a transport.
 
-    memory: where the arena it exports may lie. scope: how far apart the two sides may be.
+    memory: where the arena it exports may lie; one that takes both is given the device's.
+    scope: how far apart the two sides may be.
     one_sided: the trainer pulls without the worker taking part.
     needs_recv_ready: the trainer announces RECV_READY and only then `Server.publish` is called.
-    abortable: a transfer in flight can be abandoned without harm to the process.
+    abortable: a transfer in flight can be given up and the next one made over the same client; if not, giving one up
+    loses the client. borrow: its client is a `Borrower`. floor_gb_s: slower than this, `auto` does not take it.
     """
 
     memory: frozenset[Literal["host", "device"]]
@@ -50,6 +62,8 @@ class Traits(msgspec.Struct, frozen=True, kw_only=True):
     one_sided: bool
     needs_recv_ready: bool
     abortable: bool
+    borrow: bool = False
+    floor_gb_s: float = 0.0
 
 
 class SlotRef(NamedTuple):
@@ -88,9 +102,10 @@ class Server(Protocol):
     def publish(self, session: bytes, ref: SlotRef) -> None:
         """Start sending one slot to one session; returns at once. Only called for `needs_recv_ready` transports.
 
-        The caller has checked that the session holds a lease on it. Publishing it again starts it over. Transfers of
-        one session are made in the order they were published in. Raises TransportError for a slot or session that
-        does not exist; a slot that no longer holds the generation is the client's `fetch` to report.
+        The caller has checked that the session holds a lease on it. Transfers of one session are made in the order they
+        were published in, and fetched in that order. Publishing it again starts it over where a transfer is abortable;
+        elsewhere every publication is one transfer, which the client has to fetch. Raises TransportError for a slot or
+        session that does not exist; a slot that no longer holds the generation is the client's `fetch` to report.
         """
         ...
 
@@ -117,12 +132,26 @@ class Client(Protocol):
     def fetch(self, ref: SlotRef, into: torch.Tensor, deadline_s: float) -> None:
         """Copy the slot's first `ref.nbytes` bytes to `into` (uint8 [≥ nbytes], on the client's device).
 
-        On return the bytes are usable and were verified to be of `ref.generation`.
-        Raises TransportError when they are not, or after `deadline_s`; `into` then holds garbage.
+        Nothing may still be reading or writing `into`: a transfer waits for no stream but its own.
+        On return the bytes are usable on any stream and were verified to be of `ref.generation`.
+        Raises TransportError when they are not, or after `deadline_s`; `into` then holds garbage. If the error says
+        `lost`, nothing can be fetched any more.
         """
 
     def close(self) -> None:
         """Release everything. Idempotent."""
+
+
+class Borrower(Client, Protocol):
+    """A client that can also lend a slot where it lies, without a copy."""
+
+    def view(self, ref: SlotRef) -> torch.Tensor:
+        """The slot's first `ref.nbytes` bytes in place, uint8, on the client's device, not to be written.
+
+        Valid until the lease is released, and verified to be of `ref.generation` now. Raises TransportError when they
+        are not, or lie on another device.
+        """
+        ...
 
 
 class Transport(Protocol):
@@ -141,10 +170,22 @@ class Transport(Protocol):
         ...
 
 
+def wrap(facts: Any) -> bytes:
+    """A hello or an offer as it travels: the XXH3-64 of its MessagePack, 8 bytes, then that."""
+    body = msgspec.msgpack.encode(facts)
+    return xxhash.xxh3_64_digest(body) + body
+
+
 def unwrap(data: bytes, kind: type[T], what: str) -> T:
-    """A hello or an offer that came from the peer, as the struct `kind`. Raises TransportError that names it."""
+    """A hello or an offer that came from the peer, as the struct `kind`. Raises TransportError that names it.
+
+    The checksum is there because drivers crash, or wait for ever, on a handle that was damaged on its way.
+    """
+    digest, body = data[:DIGEST_BYTES], data[DIGEST_BYTES:]
+    if digest != xxhash.xxh3_64_digest(body):
+        raise TransportError(f"not a {what}: {len(data)} bytes that do not match their checksum")
     try:
-        return msgspec.msgpack.decode(data, type=kind)
+        return msgspec.msgpack.decode(body, type=kind)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise TransportError(f"not a {what}: {error}") from None
 
@@ -167,13 +208,13 @@ def check_into(ref: SlotRef, into: torch.Tensor) -> None:
         )
 
 
-def pull(arena: Arena, ref: SlotRef, into: torch.Tensor) -> None:
+def pull(arena: Arena, ref: SlotRef, into: torch.Tensor, copier: Copier) -> None:
     """Copy a slot that this process can address, as `Client.fetch` specifies: what the one-sided transports share."""
     check_ref(ref, arena.num_slots, arena.slot_bytes)
     check_into(ref, into)
     if (found := arena.generation(ref.slot)) != ref.generation:
         raise stale(ref, found)
-    into[: ref.nbytes].copy_(arena.tensor(ref.slot)[: ref.nbytes])
+    copier.copy(into[: ref.nbytes], arena.tensor(ref.slot)[: ref.nbytes])
     if (found := arena.generation(ref.slot)) != ref.generation:
         raise stale(ref, found)
 
@@ -238,12 +279,15 @@ class Choice(NamedTuple):
     reasons: dict[str, str]
 
 
-def choose(asked: str, offered: Sequence[str], same_process: bool, probe: Callable[[str], str | None]) -> Choice:
+def choose(
+    asked: str, offered: Sequence[str], same_process: bool, device: str, probe: Callable[[str], str | None]
+) -> Choice:
     """Pick the transport for one session.
 
     asked: `auto` or a name. offered: what the daemon serves. same_process: whether trainer and worker share one.
-    probe: moves verified bytes over one candidate and returns None, or the reason why it failed. `auto` tries the
-    built-in ones best first, then plug-ins by name. A name is that transport or a TransportError, never another one.
+    device: where the trainer wants the states. probe: moves verified bytes over one candidate and returns None, or the
+    reason why it failed. `auto` tries the built-in ones best first, then plug-ins by name. A name is that transport or
+    a TransportError, never another one.
     """
     served = f"the daemon does not serve it (it serves {', '.join(offered) or 'none'})"
     if asked != "auto":
@@ -252,7 +296,9 @@ def choose(asked: str, offered: Sequence[str], same_process: bool, probe: Callab
             raise TransportError(f"transport {asked!r} cannot be used: {reason}")
         return Choice(asked, {})
     reasons: dict[str, str] = {}
-    order = ("inproc", *HOST_ORDER) if same_process else HOST_ORDER
+    order = HOST_ORDER if device == "cpu" else DEVICE_ORDER
+    if same_process:
+        order = ("inproc", *order)
     for name in (*order, *sorted(set(offered) - set(order) - {"inproc"})):
         reason = _attempt(probe, name) if name in offered else served
         if reason is None:

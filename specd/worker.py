@@ -1,7 +1,8 @@
 """The worker: owns the target, the ring's memory and the transports' serving sides.
 
-Two threads. The service thread talks with control and with the transports; the target thread loads the target and runs
-forwards. A slot is announced only when its bytes are in place.
+Three threads. The service thread talks with control and with the transports; the target thread loads the target and
+launches forwards; the announcer thread waits for those that run on a device, and copies their slots to the host while
+a trainer reads there. A slot is announced only when its bytes are in place.
 """
 
 from __future__ import annotations
@@ -25,12 +26,13 @@ from specd import channel
 from specd.arena import HostArena
 from specd.capture import CaptureSpec
 from specd.config import DaemonConfig
+from specd.device import DeviceArena
 from specd.errors import SpecdError, TransportError
 from specd.packing import slot_bytes
 from specd.protocol import RingInfo, TargetContract
 from specd.targets import load_target
 from specd.targets.base import Completion, Fill, Target
-from specd.transport import Server, ServerContext, load, pattern
+from specd.transport import DEVICE_ORDER, HOST_ORDER, Server, ServerContext, Transport, load, pattern
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -39,6 +41,8 @@ log = logging.getLogger(__name__)
 
 Announce = Callable[[zmq.Socket[bytes]], None]
 Task = channel.FillSlot | channel.FillNoise
+
+RDMA_DEVICES = "/sys/class/infiniband"
 
 
 class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -59,8 +63,9 @@ class Worker:
         self._config = config
         self._context = context
         self._target: Target | None = None
-        self._arena: HostArena | None = None
+        self._arena: HostArena | DeviceArena | None = None
         self._servers: dict[str, Server] = {}
+        self._host_side: set[str] = set()  # what is served from the host, of a ring on a device
         self._tasks: queue.SimpleQueue[Task | None] = queue.SimpleQueue()
         self._announcements: queue.SimpleQueue[tuple[Completion, Announce] | None] = queue.SimpleQueue()
         self._announcer: threading.Thread | None = None
@@ -87,18 +92,20 @@ class Worker:
                     log.warning("control is gone: the worker ends")
                     self._abandon()
                 if self._crashed in ready:
-                    raise RuntimeError("the target thread crashed")
+                    raise RuntimeError("the target failed")
                 if inbox in ready and not self._serve(channel.decode(inbox.recv()), outbox):
                     break
         finally:
             self._tasks.put(None)
             thread.join()
-            self._close()
-            for socket in (inbox, outbox):
-                socket.close(linger=1000)
-            for fd in (parent, self._crashed):
-                if fd >= 0:
-                    os.close(fd)
+            try:
+                self._close()
+            finally:
+                for socket in (inbox, outbox):
+                    socket.close(linger=1000)
+                for fd in (parent, self._crashed):
+                    if fd >= 0:
+                        os.close(fd)
 
     def _outbox(self) -> zmq.Socket[bytes]:
         """A pipe to control; each thread that reports has its own."""
@@ -122,6 +129,7 @@ class Worker:
             case channel.Drop():
                 for server in self._servers.values():
                     server.drop(note.session)
+                self._read_on_host(note.session, False)
             case channel.ReadArtifact():
                 assert self._target is not None
                 data = bytes(self._target.artifact(note.name)[note.offset : note.offset + note.length])
@@ -133,10 +141,17 @@ class Worker:
 
     def _accept(self, note: channel.Accept) -> channel.Accepted | channel.Refused:
         try:
+            # Before the trainer can ask for a slot, all that are in the ring must lie where it reads.
+            self._read_on_host(note.session, note.transport in self._host_side)
             offer = self._servers[note.transport].accept(note.session, note.hello)
         except SpecdError as error:
+            self._read_on_host(note.session, False)
             return channel.Refused(session=note.session, transport=note.transport, reason=str(error))
         return channel.Accepted(session=note.session, transport=note.transport, offer=offer)
+
+    def _read_on_host(self, session: bytes, wanted: bool) -> None:
+        if isinstance(self._arena, DeviceArena):
+            self._arena.read_on_host(session, wanted)
 
     def _run_target(self) -> None:
         """The target thread: load, then fill slots until told to stop."""
@@ -168,17 +183,52 @@ class Worker:
         self._target = target = load_target(config.target)
         contract = target.contract
         nbytes = slot_bytes(capture_of(config, contract), contract.hidden_size, config.ring.slot_tokens)
-        shared = self._config.epoch.hex() if "shm" in config.transports else None
-        self._arena = HostArena.create(config.ring.slots, nbytes, shared)
-        for name in config.transports:
-            self._servers[name] = load(name).server(self._arena, self._config.serving)
+        path = self._open_ring(nbytes)
         return channel.Started(
             contract=contract,
             ring=RingInfo(num_slots=config.ring.slots, slot_bytes=nbytes, slot_tokens=config.ring.slot_tokens),
-            transports=config.transports,
-            segment=self._arena.path,
+            transports=tuple(self._servers),
+            segment=path,
             load_s=time.monotonic() - begin,
         )
+
+    def _open_ring(self, nbytes: int) -> str:
+        """Make the ring where the target computes, and serve it; returns the path of its segment, empty if private.
+
+        A transport that was named must work; of those that `auto` stands for, the ones that do not are left out.
+        """
+        assert self._target is not None
+        config, device = self._config.daemon, self._target.device
+        automatic = _candidates(device) if "auto" in config.transports else ()
+        found: dict[str, type[Transport]] = {}
+        for name in dict.fromkeys([*automatic, *(name for name in config.transports if name != "auto")]):
+            try:
+                found[name] = _usable(name, device)
+            except TransportError as error:
+                self._leave_out(name, error)
+        shared = self._config.epoch.hex() if any(one.traits.scope == "host" for one in found.values()) else None
+        arena: HostArena | DeviceArena
+        if device == "cpu":
+            self._arena = arena = HostArena.create(config.ring.slots, nbytes, shared)
+        else:
+            self._host_side = {name for name, one in found.items() if "device" not in one.traits.memory}
+            mirrored = bool(self._host_side)
+            self._arena = arena = DeviceArena.create(config.ring.slots, nbytes, device, shared, mirrored)
+        for name, transport in found.items():
+            here = arena.ledger if isinstance(arena, DeviceArena) and name in self._host_side else arena
+            try:
+                self._servers[name] = transport.server(here, self._config.serving)
+            except TransportError as error:
+                self._leave_out(name, error)
+        if not self._servers:
+            raise TransportError(f"no transport can serve a ring on {device}; the log says why, at level INFO")
+        return arena.path
+
+    def _leave_out(self, name: str, error: TransportError) -> None:
+        """Go on without a transport that only `auto` asked for; raise the error of one that was named."""
+        if name in self._config.daemon.transports:
+            raise TransportError(f"transport {name!r} cannot be served: {error}") from error
+        log.info("%s is not served: %s", name, error)
 
     def _gather(self, first: Task) -> tuple[list[Task], Task | None]:
         """`first` and the waiting batches that may share its forward; and one that may not, to start the next group."""
@@ -211,10 +261,14 @@ class Worker:
         arena, fills = self._arena, []
         for task in group:
             arena.begin(task.slot)
-            slot = arena.slot(task.slot)
             if isinstance(task, channel.FillNoise):
-                slot[: task.nbytes] = pattern(task.nonce, task.nbytes).data
+                noise = pattern(task.nonce, task.nbytes)
+                if isinstance(arena, DeviceArena):
+                    arena.write(task.slot, noise)
+                else:
+                    arena.slot(task.slot)[: task.nbytes] = noise.data
             else:
+                slot = arena.tensor(task.slot) if isinstance(arena, DeviceArena) else arena.slot(task.slot)
                 tokens, lengths = np.frombuffer(task.tokens, "<i4"), np.frombuffer(task.lengths, "<i4")
                 fills.append(Fill(tokens=tokens, lengths=lengths, spec=task.spec, layout=task.layout, slot=slot))
         sizes = [len(task.tokens) if isinstance(task, channel.FillSlot) else 1 for task in group]
@@ -233,7 +287,11 @@ class Worker:
         def announce(pipe: zmq.Socket[bytes]) -> None:
             micros = (time.monotonic() - begin) * 1e6 / sum(sizes)
             for task, size in zip(group, sizes, strict=True):
-                arena.seal(task.slot, task.generation)
+                if isinstance(arena, DeviceArena):
+                    nbytes = task.layout.nbytes if isinstance(task, channel.FillSlot) else task.nbytes
+                    arena.seal(task.slot, task.generation, nbytes)
+                else:
+                    arena.seal(task.slot, task.generation)
                 share = round(micros * size)
                 pipe.send(channel.encode(channel.Filled(slot=task.slot, generation=task.generation, target_us=share)))
 
@@ -251,11 +309,16 @@ class Worker:
 
     def _run_announcer(self) -> None:
         outbox = self._outbox()
-        while (item := self._announcements.get()) is not None:
-            completion, announce = item
-            completion.wait()
-            announce(outbox)
-        outbox.close(linger=1000)
+        try:
+            while (item := self._announcements.get()) is not None:
+                completion, announce = item
+                completion.wait()
+                announce(outbox)
+        except BaseException:
+            log.exception("a forward failed on the device")
+            os.eventfd_write(self._crashed, 1)
+        finally:
+            outbox.close(linger=1000)
 
     def _abandon(self) -> None:
         """End this process now, without waiting for a forward; shared memory does not outlive it."""
@@ -265,12 +328,13 @@ class Worker:
         os._exit(1)
 
     def _close(self) -> None:
-        for server in self._servers.values():
-            server.close()
-        if self._arena is not None:
-            self._arena.close()
-        if self._target is not None:
-            self._target.close()
+        with contextlib.ExitStack() as ends:  # the servers first, then what they serve
+            if self._target is not None:
+                ends.callback(self._target.close)
+            if self._arena is not None:
+                ends.callback(self._arena.close)
+            for server in self._servers.values():
+                ends.callback(server.close)
 
 
 def capture_of(config: DaemonConfig, contract: TargetContract) -> CaptureSpec:
@@ -278,6 +342,22 @@ def capture_of(config: DaemonConfig, contract: TargetContract) -> CaptureSpec:
     capture = config.capture
     dtype = contract.dtype if capture.dtype == "auto" else capture.dtype
     return CaptureSpec(taps=tuple(range(capture.num_taps)), final=capture.final, dtype=dtype)  # type: ignore[arg-type]
+
+
+def _candidates(device: str) -> tuple[str, ...]:
+    """What `auto` serves of a ring on `device`."""
+    if device == "cpu":
+        return HOST_ORDER
+    rdma = os.path.isdir(RDMA_DEVICES) and os.listdir(RDMA_DEVICES)
+    return tuple(name for name in DEVICE_ORDER if name != "nixl" or rdma)
+
+
+def _usable(name: str, device: str) -> type[Transport]:
+    """The transport called `name`, if it can take a ring on `device`. Raises TransportError."""
+    transport = load(name)
+    if device == "cpu" and "host" not in transport.traits.memory:
+        raise TransportError("it moves device memory, and the ring lies where the target computes, on the CPU")
+    return transport
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 import secrets
@@ -57,6 +58,54 @@ def test_generation_words_hold_64_bits_and_begin_clears_only_its_own() -> None:
         assert [arena.generation(slot) for slot in range(3)] == [1, 0, (1 << 64) - 1]
 
 
+def test_a_slot_has_a_generation_here_and_one_on_a_device() -> None:
+    with HostArena.create(2, 10, None) as arena:
+        arena.seal(1, 5)
+        arena.seal(1, (1 << 64) - 2, device=True)
+        assert (arena.generation(1), arena.generation(1, device=True)) == (5, (1 << 64) - 2)
+        assert (arena.generation(0), arena.generation(0, device=True)) == (0, 0)
+        for device, generation in ((False, 5), (True, (1 << 64) - 2)):
+            word = ctypes.c_uint64.from_address(arena.word_address(1, device=device))
+            assert word.value == generation
+        arena.begin(1, device=True)
+        assert (arena.generation(1), arena.generation(1, device=True)) == (5, 0)
+        arena.begin(1)
+        assert arena.generation(1) == 0
+
+
+def test_generations_alone(epoch: str) -> None:
+    with HostArena.create(100, 0, epoch) as arena, HostArena.open(arena.path, 100, 0) as view:
+        assert arena.nbytes == os.stat(arena.path).st_size == 2 * PAGE
+        arena.seal(99, 7, device=True)
+        assert view.generation(99, device=True) == 7
+        for call in (arena.slot, arena.tensor, view.slot):
+            with pytest.raises(TransportError, match="generations alone"):
+                call(0)
+
+
+def test_a_trainer_may_map_the_generations_alone(epoch: str) -> None:
+    with (
+        HostArena.create(3, 1 << 20, epoch) as arena,
+        HostArena.open(arena.path, 3, 1 << 20, words_only=True) as view,
+    ):
+        assert view.nbytes == PAGE
+        arena.seal(2, 9, device=True)
+        assert view.generation(2, device=True) == 9
+        with pytest.raises(TransportError, match="generations alone"):
+            view.tensor(2)
+        with pytest.raises(TransportError, match="bytes, expected"):
+            HostArena.open(arena.path, 4, 1 << 20, words_only=True)
+
+
+def test_a_mapping_that_can_be_page_locked_is_writable(epoch: str) -> None:
+    with HostArena.create(1, PAGE, epoch) as arena, HostArena.open(arena.path, 1, PAGE, writable=True) as view:
+        assert (view.writable, view.slot(0).readonly) == (True, False)
+        maps = Path("/proc/self/maps").read_text().splitlines()
+        assert [line.split()[1] for line in maps if epoch in line] == ["rw-s", "rw-s"]
+        view.close()
+        assert os.path.exists(arena.path), "a trainer unlinked the daemon's segment"
+
+
 @pytest.mark.parametrize("slot", [-1, 2, 1 << 40])
 def test_slots_out_of_range_are_refused(slot: int) -> None:
     with HostArena.create(2, 10, None) as arena:
@@ -65,7 +114,9 @@ def test_slots_out_of_range_are_refused(slot: int) -> None:
                 call(slot)
 
 
-@pytest.mark.parametrize(("num_slots", "slot_bytes"), [(0, 1), (-1, 1), (1, 0), (1, -4096), (1 << 17, 1), (1, 1 << 60)])
+@pytest.mark.parametrize(
+    ("num_slots", "slot_bytes"), [(0, 1), (-1, 1), (1, -1), (1, -4096), (1 << 17, 1), (1, 1 << 60)]
+)
 def test_impossible_geometry_is_refused(num_slots: int, slot_bytes: int) -> None:
     with pytest.raises(TransportError, match="expected 1 to"):
         HostArena.create(num_slots, slot_bytes, None)
@@ -221,7 +272,7 @@ def test_the_header_has_one_line_per_slot(epoch: str) -> None:
         arena.seal(99, 0x0102030405060708)
         with open(arena.path, "rb") as file:
             header = file.read(LINE * 101)
-        assert header[:16] == b"specdmem\x01\0\0\0\x10\0\0\0"
+        assert header[:16] == b"specdmem\x02\0\0\0\x10\0\0\0"
         assert (
             header[16:64]
             == (100).to_bytes(8, "little") + (10).to_bytes(8, "little") + bytes.fromhex(epoch) + b"\0" * 16

@@ -9,9 +9,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 
+import fake_cuda
 from fills import LENGTHS, TAPS, make_fill, read
 from specd.capture import CaptureSpec, StateDtype
 from specd.config import TargetConfig
@@ -55,6 +57,50 @@ def test_synthetic_dtypes_round_as_torch_does(dtype: StateDtype) -> None:
     target.run([narrow])
     for name, states in read(exact).items():
         assert torch.equal(read(narrow)[name], states.to(getattr(torch, dtype)))
+
+
+def states_on(device: str, slot: torch.Tensor, dtype: StateDtype) -> bytes:
+    """The slot's bytes after a run of a synthetic target on a GPU."""
+    fill = make_fill((300, 17), CaptureSpec(taps=TAPS, final=True, dtype=dtype))
+    target = synthetic("hidden=64,vocab=256,seed=7", device=device)
+    completion = target.run([msgspec.structs.replace(fill, slot=slot[: fill.layout.nbytes])])
+    assert (completion is not None) == slot.is_cuda
+    if completion is not None:
+        completion.wait()
+    return slot[: fill.layout.nbytes].cpu().numpy().tobytes()
+
+
+def states_on_cpu(dtype: StateDtype) -> bytes:
+    fill = make_fill((300, 17), CaptureSpec(taps=TAPS, final=True, dtype=dtype))
+    fill.slot[:] = bytes(len(fill.slot))
+    target = synthetic("hidden=64,vocab=256,seed=7")
+    assert target.device == "cpu"
+    assert target.run([fill]) is None
+    return bytes(fill.slot[: fill.layout.nbytes])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_synthetic_states_have_the_same_bits_on_a_device(dtype: StateDtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The arithmetic of the device, done by torch on the CPU; in steps of a few rows, too."""
+    fake_cuda.install(monkeypatch)
+    slot = torch.zeros(1 << 20, dtype=torch.uint8)
+    assert states_on("cuda:1", slot, dtype) == states_on_cpu(dtype)
+    monkeypatch.setattr("specd.targets.synthetic._DEVICE_CHUNK_BYTES", 5000)
+    assert states_on("cuda", slot.zero_(), dtype) == states_on_cpu(dtype)
+
+
+@pytest.mark.gpu(1)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_synthetic_states_have_the_same_bits_on_a_gpu(dtype: StateDtype) -> None:
+    slot = torch.zeros(1 << 20, dtype=torch.uint8, device="cuda:0")
+    assert states_on("cuda", slot, dtype) == states_on_cpu(dtype)
+
+
+@pytest.mark.parametrize("device", ["cuda:2", "cuda:x", "mps", "gpu"])
+def test_synthetic_devices_that_are_not_here_are_refused(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_cuda.install(monkeypatch)
+    with pytest.raises(ConfigError, match=f"device '{device}' of a synthetic target.*use auto, cpu or cuda:N"):
+        synthetic(device=device)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

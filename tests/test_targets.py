@@ -251,6 +251,32 @@ def test_running_out_of_memory_is_a_target_error(targets: dict[str, Target], mon
         targets["llama"].run([make_fill((4,))])
 
 
+def test_a_model_that_does_not_fit_is_a_target_error(models: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_args: Any, **_kwargs: Any) -> None:
+        raise torch.OutOfMemoryError("no memory for 1 TB")
+
+    monkeypatch.setattr("specd.targets.transformers.load_network", full)
+    with pytest.raises(TargetError, match=r"does not fit in the memory of cpu: no memory.*--device"):
+        load_target(TargetConfig(model=f"{models['llama']}/", device="cpu"))
+
+
+@pytest.mark.gpu(2)
+def test_a_target_on_another_gpu_announces_what_ran_there(models: dict[str, Path], targets: dict[str, Target]) -> None:
+    """The thread's own current device is the first one: neither its kernels nor its event may go there."""
+    fill, expected = make_fill(LENGTHS), make_fill(LENGTHS)
+    targets["llama"].run([expected])
+    target = load_target(TargetConfig(model=f"{models['llama']}/", device="cuda:1"))
+    assert target.device == "cuda:1"
+    slot = torch.zeros(fill.layout.nbytes, dtype=torch.uint8, device="cuda:1")
+    assert torch.cuda.current_device() == 0
+    completion = target.run([msgspec.structs.replace(fill, slot=slot)])
+    assert completion is not None
+    completion.wait()
+    assert torch.cuda.current_stream("cuda:1").query()
+    fill.slot[: fill.layout.nbytes] = slot.cpu().numpy().data
+    torch.testing.assert_close(read(fill), read(expected), rtol=2e-3, atol=2e-3)
+
+
 def test_threads_are_set_where_forwards_run(models: dict[str, Path]) -> None:
     before = torch.get_num_threads()
     try:
@@ -303,26 +329,19 @@ def test_an_unknown_backend_is_refused() -> None:
 
 @pytest.mark.gpu(1)
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("device_slot", [True, False], ids=["device-slot", "host-slot"])
-def test_the_gpu_agrees_with_the_cpu(
-    models: dict[str, Path], targets: dict[str, Target], family: str, device_slot: bool
-) -> None:
+def test_the_gpu_agrees_with_the_cpu(models: dict[str, Path], targets: dict[str, Target], family: str) -> None:
     """bfloat16 through the varlen kernel, against float32 on the CPU: within bfloat16's error over six layers."""
     expected = make_fill(LENGTHS)
     targets[family].run([expected])
     for dtype, limit in (("float32", 2e-3), ("bfloat16", 6e-2)):
         target = load_target(TargetConfig(model=f"{models[family]}/", device="cuda", dtype=dtype))  # type: ignore[arg-type]
+        assert target.device == "cuda:0"
         fill = make_fill(LENGTHS)
-        if device_slot:
-            slot = torch.zeros(fill.layout.nbytes, dtype=torch.uint8, device="cuda")
-            completion = target.run([msgspec.structs.replace(fill, slot=slot)])
-            assert completion is not None
-            completion.wait()
-            fill.slot[: fill.layout.nbytes] = slot.cpu().numpy().data
-        else:
-            completion = target.run([fill])
-            assert completion is not None
-            completion.wait()
+        slot = torch.zeros(fill.layout.nbytes, dtype=torch.uint8, device="cuda")
+        completion = target.run([msgspec.structs.replace(fill, slot=slot)])
+        assert completion is not None
+        completion.wait()
+        fill.slot[: fill.layout.nbytes] = slot.cpu().numpy().data
         for name, states in read(fill).items():
             reference = read(expected)[name]
             assert (states - reference).norm() / reference.norm() < limit, (family, dtype, name)

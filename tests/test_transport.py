@@ -13,11 +13,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from specd import transport as module
+from specd.cuda import Copier
 from specd.errors import TransportError
-from specd.transport import BUILTIN, SlotRef, Traits, choose, load, names, pattern, pull
+from specd.transport import BUILTIN, DEVICE_ORDER, HOST_ORDER, SlotRef, Traits, choose, load, names, pattern, pull
 
 GOLDEN = "9eee6dbf13703835a829e187e6f5b032f3e0d6cb"
-NAMES = ("inproc", "shm", "bytes", "rdma", "carrier")
+NAMES = ("inproc", "cuda_ipc", "nixl", "nccl", "shm", "bytes", "rdma", "carrier")
+GPU = "cuda:1"
 
 
 def probe_of(works: set[str]) -> tuple[list[str], Callable[[str], str | None]]:
@@ -31,34 +33,43 @@ def probe_of(works: set[str]) -> tuple[list[str], Callable[[str], str | None]]:
 
 
 @pytest.mark.parametrize(
-    ("asked", "offered", "same_process", "works", "taken"),
+    ("asked", "offered", "same_process", "device", "works", "taken"),
     [
-        ("auto", ("shm", "bytes"), False, {"shm", "bytes"}, "shm"),
-        ("auto", ("bytes", "shm"), False, {"shm", "bytes"}, "shm"),
-        ("auto", ("shm", "bytes"), False, {"bytes"}, "bytes"),
-        ("auto", ("bytes",), False, {"shm", "bytes"}, "bytes"),
-        ("auto", ("inproc", "shm"), True, {"inproc", "shm"}, "inproc"),
-        ("auto", ("inproc", "shm"), False, {"inproc", "shm"}, "shm"),
-        ("auto", ("rdma", "bytes"), False, {"rdma"}, "rdma"),
-        ("bytes", ("shm", "bytes"), False, {"shm", "bytes"}, "bytes"),
-        ("inproc", ("inproc",), False, {"inproc"}, "inproc"),
-        ("auto", ("shm", "bytes"), False, set(), None),
-        ("auto", (), False, {"shm"}, None),
-        ("auto", ("inproc",), False, {"inproc"}, None),
-        ("shm", ("bytes",), False, {"shm", "bytes"}, None),
-        ("shm", ("shm", "bytes"), False, {"bytes"}, None),
-        ("carrier", ("shm",), False, {"shm"}, None),
+        ("auto", ("shm", "bytes"), False, "cpu", {"shm", "bytes"}, "shm"),
+        ("auto", ("bytes", "shm"), False, "cpu", {"shm", "bytes"}, "shm"),
+        ("auto", ("shm", "bytes"), False, "cpu", {"bytes"}, "bytes"),
+        ("auto", ("bytes",), False, "cpu", {"shm", "bytes"}, "bytes"),
+        ("auto", ("inproc", "shm"), True, "cpu", {"inproc", "shm"}, "inproc"),
+        ("auto", ("inproc", "shm"), False, "cpu", {"inproc", "shm"}, "shm"),
+        ("auto", ("rdma", "bytes"), False, "cpu", {"rdma"}, "rdma"),
+        ("bytes", ("shm", "bytes"), False, "cpu", {"shm", "bytes"}, "bytes"),
+        ("inproc", ("inproc",), False, "cpu", {"inproc"}, "inproc"),
+        ("auto", ("shm", "bytes"), False, "cpu", set(), None),
+        ("auto", (), False, "cpu", {"shm"}, None),
+        ("auto", ("inproc",), False, "cpu", {"inproc"}, None),
+        ("shm", ("bytes",), False, "cpu", {"shm", "bytes"}, None),
+        ("shm", ("shm", "bytes"), False, "cpu", {"bytes"}, None),
+        ("carrier", ("shm",), False, "cpu", {"shm"}, None),
+        ("auto", ("cuda_ipc", "shm", "bytes"), False, "cpu", {"cuda_ipc", "shm", "bytes"}, "shm"),
+        ("auto", NAMES, False, GPU, set(NAMES), "cuda_ipc"),
+        ("auto", NAMES, True, GPU, set(NAMES), "inproc"),
+        ("auto", NAMES, False, GPU, {"nixl", "nccl", "shm"}, "nixl"),
+        ("auto", ("bytes", "shm", "nccl"), False, GPU, {"nccl", "shm", "bytes"}, "nccl"),
+        ("auto", ("nccl", "shm", "bytes"), False, GPU, {"shm", "bytes"}, "shm"),
+        ("auto", ("rdma", "nccl"), False, GPU, {"rdma", "nccl"}, "nccl"),
+        ("cuda_ipc", ("nccl", "cuda_ipc"), False, GPU, {"nccl"}, None),
+        ("nccl", NAMES, False, GPU, set(NAMES), "nccl"),
     ],
 )
 def test_choose_table(
-    asked: str, offered: tuple[str, ...], same_process: bool, works: set[str], taken: str | None
+    asked: str, offered: tuple[str, ...], same_process: bool, device: str, works: set[str], taken: str | None
 ) -> None:
     _, probe = probe_of(works)
     if taken is None:
         with pytest.raises(TransportError):
-            choose(asked, offered, same_process, probe)
+            choose(asked, offered, same_process, device, probe)
     else:
-        assert choose(asked, offered, same_process, probe).name == taken
+        assert choose(asked, offered, same_process, device, probe).name == taken
 
 
 @given(
@@ -66,9 +77,10 @@ def test_choose_table(
     offered=st.lists(st.sampled_from(NAMES), unique=True),
     works=st.sets(st.sampled_from(NAMES)),
     same_process=st.booleans(),
+    device=st.sampled_from(("cpu", GPU)),
 )
 def test_choose_never_takes_another_or_an_unverified_one(
-    asked: str, offered: list[str], works: set[str], same_process: bool
+    asked: str, offered: list[str], works: set[str], same_process: bool, device: str
 ) -> None:
     tried, probe = probe_of(works)
     usable = works & (set(offered) if asked == "auto" else {asked} & set(offered))
@@ -76,10 +88,10 @@ def test_choose_never_takes_another_or_an_unverified_one(
         usable -= {"inproc"}
     if not usable:
         with pytest.raises(TransportError) as caught:
-            choose(asked, offered, same_process, probe)
+            choose(asked, offered, same_process, device, probe)
         assert all(name in str(caught.value) for name in tried)
     else:
-        choice = choose(asked, offered, same_process, probe)
+        choice = choose(asked, offered, same_process, device, probe)
         assert choice.name in offered
         assert choice.name in works
         assert choice.name == tried[-1]
@@ -87,8 +99,17 @@ def test_choose_never_takes_another_or_an_unverified_one(
         assert choice.name not in choice.reasons
         assert set(tried[:-1]) <= set(choice.reasons)
         assert all(choice.reasons[name] for name in choice.reasons)
+        if asked == "auto" and choice.name not in ("inproc", "rdma", "carrier"):
+            order = HOST_ORDER if device == "cpu" else DEVICE_ORDER
+            better = order[: order.index(choice.name)] if choice.name in order else order
+            assert not set(better) & usable, "a better one works"
     assert set(tried) <= set(offered)
     assert len(tried) == len(set(tried))
+
+
+def test_host_memory_is_the_last_resort_of_a_gpu() -> None:
+    assert DEVICE_ORDER[-len(HOST_ORDER) :] == HOST_ORDER
+    assert {"inproc", *DEVICE_ORDER} == set(BUILTIN)
 
 
 def test_a_probe_that_raises_is_a_reason() -> None:
@@ -97,9 +118,15 @@ def test_a_probe_that_raises_is_a_reason() -> None:
             raise TransportError("no such segment")
         return None
 
-    assert choose("auto", ("shm", "bytes"), False, probe) == ("bytes", {"shm": "no such segment"})
+    assert choose("auto", ("shm", "bytes"), False, "cpu", probe) == ("bytes", {"shm": "no such segment"})
     with pytest.raises(TransportError, match="'shm' cannot be used: no such segment"):
-        choose("shm", ("shm", "bytes"), False, probe)
+        choose("shm", ("shm", "bytes"), False, "cpu", probe)
+
+
+def test_an_error_says_whether_the_client_is_lost() -> None:
+    assert not TransportError("torn").lost
+    assert TransportError("aborted", lost=True).lost
+    assert str(TransportError("aborted", lost=True)) == "aborted"
 
 
 def test_registry_loads_every_built_in_one() -> None:
@@ -109,7 +136,7 @@ def test_registry_loads_every_built_in_one() -> None:
 
 
 def test_an_unknown_name_lists_the_known_ones() -> None:
-    with pytest.raises(TransportError, match="'pigeon'; known here: inproc, shm, bytes"):
+    with pytest.raises(TransportError, match="'pigeon'; known here: inproc, cuda_ipc, nixl, nccl, shm, bytes"):
         load("pigeon")
 
 
@@ -147,7 +174,7 @@ class _Refilled:
 def test_pull_looks_at_the_generation_again_after_the_copy() -> None:
     into = torch.ones(16, dtype=torch.uint8)
     with pytest.raises(TransportError, match="holds generation 2, the lease is for 1"):
-        pull(_Refilled(), SlotRef(0, 1, 16), into)  # type: ignore[arg-type]
+        pull(_Refilled(), SlotRef(0, 1, 16), into, Copier())  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -161,7 +188,7 @@ def test_pull_looks_at_the_generation_again_after_the_copy() -> None:
 )
 def test_pull_refuses_a_destination_that_does_not_fit(into: torch.Tensor) -> None:
     with pytest.raises(TransportError, match="contiguous uint8 vector"):
-        pull(_Refilled(), SlotRef(0, 1, 16), into)  # type: ignore[arg-type]
+        pull(_Refilled(), SlotRef(0, 1, 16), into, Copier())  # type: ignore[arg-type]
 
 
 def test_patterns_are_the_same_everywhere() -> None:
@@ -172,6 +199,7 @@ def test_patterns_are_the_same_everywhere() -> None:
 
 
 def test_it_imports_without_torch() -> None:
-    modules = "specd.transport, specd.arena, specd.transports.bytes, specd.transports.shm, specd.transports.inproc"
+    transports = ", ".join(f"specd.transports.{name}" for name in BUILTIN)
+    modules = f"specd.transport, specd.arena, specd.cuda, specd.device, {transports}"
     code = f"import sys, {modules}; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

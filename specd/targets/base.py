@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import msgspec
 import numpy as np
@@ -13,12 +13,15 @@ from specd.capture import CaptureSpec
 from specd.packing import Layout
 from specd.protocol import TargetContract
 
+if TYPE_CHECKING:
+    import torch
+
 
 class Fill(msgspec.Struct, frozen=True, kw_only=True):
     """One batch to capture and the slot to capture it into.
 
-    tokens: int32 [T], lengths: int32 [B]. slot: the slot's bytes, a writable memoryview of a host arena or a
-    uint8 tensor of a device arena. layout: where in the slot each tensor goes.
+    tokens: int32 [T], lengths: int32 [B]. layout: where in the slot each tensor goes. slot: the slot's bytes, where the
+    target computes: a uint8 tensor on its GPU, or a writable memoryview for a target on the CPU.
     """
 
     tokens: NDArray[np.int32]
@@ -35,16 +38,39 @@ class Completion(Protocol):
         """Block the calling thread until every byte of the fills is in place."""
 
 
+class Launched:
+    """The completion of what was launched on a device, on the calling thread's current stream, up to now."""
+
+    __slots__ = ("_event",)
+
+    def __init__(self, device: torch.device) -> None:
+        import torch
+
+        event: Any = torch.cuda.Event  # untyped
+        # Its waiter sleeps: a forward takes long enough to give its processor to somebody else.
+        self._event = event(blocking=True)
+        self._event.record(torch.cuda.current_stream(device))
+
+    def wait(self) -> None:
+        """See Completion.wait. Raises RuntimeError when the device failed."""
+        self._event.synchronize()
+
+
 class Target(Protocol):
-    """A frozen LLM behind one backend. All methods but `artifact` are called from one thread."""
+    """A frozen LLM behind one backend. All methods but `artifact` are called from one thread.
+
+    device: where its states are computed, `cpu` or a GPU with its number as in `cuda:0`; the ring lies there.
+    """
 
     contract: TargetContract
+    device: str
 
     def run(self, fills: Sequence[Fill]) -> Completion | None:
         """Run one forward over all `fills` packed together and write each one's states into its slot.
 
         All fills share one CaptureSpec. Returns None when the bytes are in place, else what to wait for.
-        Raises TargetError with the reason when this forward failed but the target lives on.
+        Raises TargetError with the reason when this forward failed but the target lives on; nothing writes to the slots
+        any more then.
         """
 
     def artifact(self, name: str) -> memoryview:

@@ -5,18 +5,24 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
+from specd import cuda
 from specd.capture import DTYPE_BYTES, StateDtype
 from specd.config import Config, TargetConfig, convert
-from specd.errors import ConfigError, TargetError
+from specd.errors import ConfigError, TargetError, TransportError
 from specd.packing import TensorRef, slot_layout
 from specd.protocol import ArtifactRef, TargetContract
-from specd.targets.base import Fill
+from specd.targets.base import Fill, Launched
+
+if TYPE_CHECKING:
+    import torch
 
 _CHUNK_BYTES = 1 << 20  # float32 scratch per step: small enough to stay in the L2 cache
+_DEVICE_CHUNK_BYTES = 64 << 20  # the same on a GPU, where a step costs its launches
 _EMBEDDING, _LM_HEAD = 1 << 20, 1 << 21  # numbers no layer has, for the artifacts' hash
 _ARTIFACT_SCALE = 0.035  # uniform in [-scale, scale) has the standard deviation 0.02 of a fresh embedding
 
@@ -40,11 +46,13 @@ class SyntheticConfig(Config, kw_only=True, frozen=True):
 class SyntheticTarget:
     """A Target that costs what it is told to cost. It sleeps, so that a trainer can use the processor meanwhile.
 
-    Raises ConfigError for a model string with unknown or impossible options.
+    Its device is the CPU unless the configuration names a GPU, whose states have the same bits.
+    Raises ConfigError for a model string with unknown or impossible options, or a device that is not here.
     """
 
     def __init__(self, config: TargetConfig) -> None:
         self._options = options = _parse(config.model)
+        self.device = _pick_device(config.device)
         dtype: StateDtype = "float32" if config.dtype == "auto" else config.dtype
         layers = config.num_layers or options.layers
         self._config_json = json.dumps(_published(options, layers, dtype), indent=2).encode()
@@ -65,7 +73,7 @@ class SyntheticTarget:
             },
         )
 
-    def run(self, fills: Sequence[Fill]) -> None:
+    def run(self, fills: Sequence[Fill]) -> Launched | None:
         """See Target.run. Sleeps first, then writes."""
         spec, num_tokens = fills[0].spec, sum(int(fill.tokens.size) for fill in fills)
         if (problem := spec.problem(self.contract.num_layers)) is not None:
@@ -81,9 +89,15 @@ class SyntheticTarget:
         time.sleep(self._options.ms / 1e3 + self._options.us_per_token * num_tokens / 1e6)
         for fill in fills:
             positions = np.concatenate([np.arange(length, dtype=np.uint32) for length in fill.lengths])
+            row = self._rows(fill.tokens.astype(np.uint32), positions)
             for ref in fill.layout.tensors:
-                layers = spec.taps if ref.name == "taps" else (self.contract.num_layers,)
-                self._write(fill.slot, ref, fill.tokens.astype(np.uint32), positions, layers, 1.0)
+                column = self._columns(spec.taps if ref.name == "taps" else (self.contract.num_layers,))
+                if self.device == "cpu":
+                    _write(fill.slot, ref, row, column, 1.0)
+                else:
+                    _write_on_device(fill.slot, ref, row, column)
+        on_gpu = self.device != "cpu" and fills[0].slot.is_cuda
+        return Launched(fills[0].slot.device) if on_gpu else None
 
     def artifact(self, name: str) -> memoryview:
         """See Target.artifact."""
@@ -92,35 +106,61 @@ class SyntheticTarget:
         layer = {"embedding": _EMBEDDING, "lm_head": _LM_HEAD}[name]
         ref = self.contract.artifacts[name]
         data = bytearray(ref.nbytes)
-        rows = np.arange(self._options.vocab, dtype=np.uint32)
+        ids = np.arange(self._options.vocab, dtype=np.uint32)
         place = TensorRef(name=name, offset=0, shape=ref.shape, dtype=ref.dtype)
-        self._write(memoryview(data), place, rows, np.zeros_like(rows), (layer,), _ARTIFACT_SCALE)
+        row, column = self._rows(ids, np.zeros_like(ids)), self._columns((layer,))
+        _write(memoryview(data), place, row, column, _ARTIFACT_SCALE)
         return memoryview(data).toreadonly()
 
     def close(self) -> None:
         """See Target.close."""
 
-    def _write(
-        self, slot: memoryview, ref: TensorRef, tokens: _U32, positions: _U32, layers: Sequence[int], scale: float
-    ) -> None:
-        """One tensor of a slot: row t is a hash of (token, position), column (k, h) one of (layer k, h)."""
+    def _rows(self, tokens: _U32, positions: _U32) -> _U32:
+        """A hash of each (token, position)."""
         seed = np.uint32(self._options.seed & 0xFFFFFFFF)
-        row = _mix(tokens * np.uint32(0x9E3779B1) ^ _mix(positions + seed))
+        return _mix(tokens * np.uint32(0x9E3779B1) ^ _mix(positions + seed))
+
+    def _columns(self, layers: Sequence[int]) -> _U32:
+        """A hash of each (layer k, hidden index h), [k · h]."""
         layer = np.asarray(layers, dtype=np.uint32)[:, None] * np.uint32(0x85EBCA6B)
-        column = _mix(layer + np.arange(self._options.hidden, dtype=np.uint32)[None, :]).reshape(-1)
-        stored = np.dtype(np.uint16) if ref.dtype == "bfloat16" else np.dtype(ref.dtype)
-        out = np.frombuffer(slot, stored, count=tokens.size * column.size, offset=ref.offset).reshape(tokens.size, -1)
-        step = max(1, _CHUNK_BYTES // (4 * column.size))
-        for start in range(0, tokens.size, step):
-            bits = row[start : start + step, None] ^ column
-            bits *= np.uint32(0x9E3779B1)
-            bits >>= np.uint32(9)
-            bits |= np.uint32(0x40000000)  # a float32 in [2, 4)
-            values = bits.view(np.float32)
-            values -= np.float32(3)
-            if scale != 1.0:
-                values *= np.float32(scale)
-            out[start : start + step] = _round_to_bfloat16(bits) if ref.dtype == "bfloat16" else values
+        return _mix(layer + np.arange(self._options.hidden, dtype=np.uint32)[None, :]).reshape(-1)
+
+
+def _write(slot: memoryview, ref: TensorRef, row: _U32, column: _U32, scale: float) -> None:
+    """One tensor of a slot: each value, uniform in [-scale, scale), is a hash of its row's and its column's."""
+    stored = np.dtype(np.uint16) if ref.dtype == "bfloat16" else np.dtype(ref.dtype)
+    out = np.frombuffer(slot, stored, count=row.size * column.size, offset=ref.offset).reshape(row.size, -1)
+    step = max(1, _CHUNK_BYTES // (4 * column.size))
+    for start in range(0, row.size, step):
+        bits = row[start : start + step, None] ^ column
+        bits *= np.uint32(0x9E3779B1)
+        bits >>= np.uint32(9)
+        bits |= np.uint32(0x40000000)  # a float32 in [2, 4)
+        values = bits.view(np.float32)
+        values -= np.float32(3)
+        if scale != 1.0:
+            values *= np.float32(scale)
+        out[start : start + step] = _round_to_bfloat16(bits) if ref.dtype == "bfloat16" else values
+
+
+def _write_on_device(slot: torch.Tensor, ref: TensorRef, row: _U32, column: _U32) -> None:
+    """`_write` at scale 1, launched on the slot's device."""
+    import torch
+
+    dtype = getattr(torch, ref.dtype)
+    out = slot[ref.offset : ref.offset + ref.nbytes].view(dtype).view(row.size, column.size)
+    # int32 for uint32: products wrap alike, and after the shift only the bits that a signed one would spoil are cut.
+    rows, columns = (torch.from_numpy(half.view(np.int32)).to(slot.device) for half in (row, column))
+    step = max(1, _DEVICE_CHUNK_BYTES // (4 * column.size))
+    for start in range(0, row.size, step):
+        bits = rows[start : start + step, None] ^ columns
+        bits *= 0x9E3779B1 - (1 << 32)
+        bits >>= 9
+        bits &= 0x007FFFFF
+        bits |= 0x40000000
+        values = bits.view(torch.float32)
+        values -= 3.0
+        out[start : start + step].copy_(values)
 
 
 def _mix(value: _U32) -> _U32:
@@ -135,6 +175,15 @@ def _round_to_bfloat16(bits: _U32) -> NDArray[np.uint16]:
     bits += np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
     bits >>= np.uint32(16)
     return bits.astype(np.uint16)
+
+
+def _pick_device(device: str) -> str:
+    if device in ("auto", "cpu"):
+        return "cpu"
+    try:
+        return f"cuda:{cuda.ordinal(cuda.resolve(device))}"
+    except TransportError as error:
+        raise ConfigError(f"device {device!r} of a synthetic target: {error}; use auto, cpu or cuda:N") from None
 
 
 def _parse(model: str) -> SyntheticConfig:

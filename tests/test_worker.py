@@ -1,0 +1,384 @@
+"""The worker with its ring on a device, over a stand-in for CUDA: what it serves, announces, and leaves behind."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import msgspec
+import pytest
+import torch
+import zmq
+
+import fake_cuda
+from specd import worker
+from specd.arena import HostArena, remove, segment_path
+from specd.channel import (
+    Accept,
+    Accepted,
+    Drop,
+    FillFailed,
+    FillNoise,
+    FillSlot,
+    Publish,
+    Refused,
+    Started,
+    StartFailed,
+    Stop,
+)
+from specd.config import TargetConfig
+from specd.errors import TargetError, TransportError
+from specd.supervisor import ThreadHandle
+from specd.targets import load_target
+from specd.targets.base import Fill
+from specd.transport import ServerContext, SlotRef, load, pattern
+from workers import MODEL, Control, Served, expected
+
+TESTS = Path(__file__).parent
+
+
+@pytest.fixture(autouse=True)
+def device_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    fake_cuda.install(monkeypatch)
+    yield
+    assert not fake_cuda.registered, "page-locked memory was unmapped"
+
+
+Run = Callable[..., tuple[Control, ThreadHandle]]
+
+
+@pytest.fixture
+def run() -> Iterator[Run]:
+    """Start workers on threads; each is stopped in order, and must have cleaned up."""
+    with zmq.Context() as context, contextlib.ExitStack() as stack:
+
+        def start(device: str, *transports: str) -> tuple[Control, ThreadHandle]:
+            control = Control(context, f"inproc://{secrets.token_hex(4)}", device, *transports)
+            handle = ThreadHandle(control.worker, context)
+
+            def end() -> None:
+                with contextlib.suppress(zmq.Again):  # it died, as the test wanted
+                    control.send(Stop())
+                assert handle.wait(30)
+                control.close()
+                os.close(handle.fd)
+                assert not os.path.exists(segment_path(control.epoch.hex()))
+
+            stack.callback(end)
+            return control, handle
+
+        yield start
+
+
+Known = dict[str, Served]
+
+
+@pytest.fixture
+def known(monkeypatch: pytest.MonkeyPatch) -> Known:
+    """The transports there are, by name; a name that is not among them cannot be imported."""
+    found: Known = {
+        "cuda_ipc": Served(["device"]),
+        "nccl": Served(["device"], "anywhere"),
+        "shm": Served(["host"]),
+        "bytes": Served(["host"], "anywhere"),
+    }
+
+    def load(name: str) -> Served:
+        if name not in found:
+            raise TransportError(f"{name} cannot be imported")
+        return found[name]
+
+    monkeypatch.setattr(worker, "load", load)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("device", "served"), [("cpu", ("shm", "bytes")), ("cuda:0", ("cuda_ipc", "nccl", "shm", "bytes"))]
+)
+def test_auto_serves_all_that_the_ring_allows(known: Known, run: Run, device: str, served: tuple[str, ...]) -> None:
+    control, _ = run(device, "auto")
+    started = control.hear()
+    assert isinstance(started, Started)
+    assert started.transports == served
+    assert started.segment == segment_path(control.epoch.hex())
+    kinds = {name: known[name].arena.memory for name in served}
+    assert kinds == {name: "device" if name in ("cuda_ipc", "nccl") else "host" for name in served}
+    assert known["shm"].arena.slot_bytes == started.ring.slot_bytes
+
+
+def test_auto_leaves_out_what_does_not_work(known: Known, run: Run, caplog: pytest.LogCaptureFixture) -> None:
+    known["cuda_ipc"].problem = "no driver"
+    del known["nccl"]
+    with caplog.at_level("INFO", logger="specd.worker"):
+        started = run("cuda:0", "auto")[0].hear()
+    assert started.transports == ("shm", "bytes")
+    said = [record.getMessage() for record in caplog.records]
+    assert "cuda_ipc is not served: no driver" in said
+    assert "nccl is not served: nccl cannot be imported" in said
+
+
+def test_nixl_is_a_candidate_where_there_is_an_rdma_device(
+    known: Known, run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    known["nixl"] = Served(["host", "device"], "anywhere")
+    monkeypatch.setattr(worker, "RDMA_DEVICES", str(tmp_path / "missing"))
+    assert "nixl" not in worker._candidates("cuda:0")
+    monkeypatch.setattr(worker, "RDMA_DEVICES", str(tmp_path))
+    assert "nixl" not in worker._candidates("cuda:0")
+    (tmp_path / "mlx5_0").touch()
+    assert run("cuda:0", "auto")[0].hear().transports == ("cuda_ipc", "nixl", "nccl", "shm", "bytes")
+    assert known["nixl"].arena.memory == "device", "what takes both is given the device's"
+
+
+@pytest.mark.parametrize(
+    ("device", "asked", "reason"),
+    [
+        ("cuda:0", ("bytes", "cuda_ipc"), "transport 'cuda_ipc' cannot be served: no driver"),
+        ("cuda:0", ("auto", "cuda_ipc"), "transport 'cuda_ipc' cannot be served: no driver"),
+        ("cpu", ("nccl",), "'nccl' cannot be served: it moves device memory"),
+        ("cpu", ("shm", "gone"), "'gone' cannot be served: gone cannot be imported"),
+    ],
+)
+def test_a_transport_that_was_named_must_work(
+    known: Known, run: Run, device: str, asked: tuple[str, ...], reason: str
+) -> None:
+    known["cuda_ipc"].problem = "no driver"
+    failed = run(device, *asked)[0].hear()
+    assert isinstance(failed, StartFailed)
+    assert reason in failed.reason
+
+
+def test_a_ring_nobody_can_read_is_not_served(known: Known, run: Run) -> None:
+    known.clear()
+    failed = run("cuda:0", "auto")[0].hear()
+    assert isinstance(failed, StartFailed)
+    assert "no transport can serve a ring on cuda:0" in failed.reason
+
+
+def test_device_memory_that_cannot_be_had_fails_the_start(
+    known: Known, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_args: object) -> None:
+        raise TransportError("cannot reserve 7 MiB on cuda:0: out of memory; configure fewer or shorter slots")
+
+    monkeypatch.setattr(fake_cuda.Allocation, "__init__", refuse)
+    failed = run("cuda:0", "auto")[0].hear()
+    assert isinstance(failed, StartFailed)
+    assert "7 MiB on cuda:0" in failed.reason
+
+
+def test_slots_are_filled_on_the_device_and_mirrored_for_those_who_read_on_the_host(known: Known, run: Run) -> None:
+    control, _ = run("cuda:1", "auto")
+    started = control.hear()
+    ring, near, far = started.ring, b"n" * 16, b"f" * 16
+    device = known["cuda_ipc"].arena
+    with HostArena.open(started.segment, ring.num_slots, ring.slot_bytes) as host:
+
+        def on_host(slot: int, task: FillSlot) -> bytes:
+            return bytes(host.slot(slot)[: task.layout.nbytes])
+
+        first = control.fill(0, 1, 40)
+        control.filled(0, 1)
+        assert device.tensor(0)[: first.layout.nbytes].numpy().tobytes() == expected(first)
+        assert (host.generation(0), host.generation(0, device=True)) == (0, 1)
+        control.send(Accept(session=near, transport="cuda_ipc", hello=b""))
+        assert isinstance(control.hear(), Accepted)
+        assert host.generation(0) == 0, "nobody reads it there"
+        control.send(Accept(session=far, transport="shm", hello=b""))
+        assert isinstance(control.hear(), Accepted)
+        assert host.generation(0) == 1, "it was in the ring when the session came"
+        assert on_host(0, first) == expected(first)
+        second = control.fill(1, 2, 64)
+        control.filled(1, 2)
+        assert (host.generation(1), host.generation(1, device=True)) == (2, 2)
+        assert on_host(1, second) == expected(second)
+        nonce = secrets.token_bytes(16)
+        control.send(FillNoise(slot=2, generation=3, nonce=nonce, nbytes=1000))
+        control.filled(2, 3)
+        assert bytes(host.slot(2)[:1000]) == device.tensor(2)[:1000].numpy().tobytes() == pattern(nonce, 1000).tobytes()
+        control.send(Drop(session=far))
+        control.fill(0, 4, 8)
+        control.filled(0, 4)
+        assert (host.generation(0), host.generation(0, device=True)) == (0, 4)
+        control.send(Accept(session=near, transport="bytes", hello=b"not a hello"))
+        assert isinstance(control.hear(), Refused)
+        control.fill(0, 5, 8)
+        control.filled(0, 5)
+        assert host.generation(0) == 0, "a session that was refused reads nothing"
+
+
+def test_two_workers_share_a_process(run: Run) -> None:
+    ones = [run("cuda:0", "inproc")[0], run("cuda:1", "inproc")[0]]
+    for one in ones:
+        started = one.hear()
+        assert (started.transports, started.segment) == (("inproc",), "")
+    assert not fake_cuda.live, "a private ring is torch's"
+    for generation in (1, 2):
+        for one in ones:
+            one.fill(generation, generation, 20)
+        for one in ones:
+            one.filled(generation, generation)
+
+
+class Pending:
+    """A completion that comes when the test says so."""
+
+    def __init__(self) -> None:
+        self.done = threading.Event()
+        self.error: Exception | None = None
+
+    def wait(self) -> None:
+        assert self.done.wait(30)
+        if self.error is not None:
+            raise self.error
+
+
+class SlowTarget:
+    """A target on a device whose forwards end when the test says so."""
+
+    def __init__(self) -> None:
+        inner = load_target(TargetConfig(model=MODEL, device="cuda:0"))
+        self.contract, self.device = inner.contract, inner.device
+        self._inner = inner
+        self.pending: list[Pending] = []
+        self.began = threading.Semaphore(0)
+
+    def run(self, fills: Sequence[Fill]) -> Pending:
+        if int(fills[0].tokens.size) == 13:
+            raise TargetError("thirteen tokens")
+        self._inner.run(fills)
+        self.pending.append(Pending())
+        self.began.release()
+        return self.pending[-1]
+
+    def artifact(self, name: str) -> memoryview:
+        return self._inner.artifact(name)
+
+    def close(self) -> None:
+        self._inner.close()
+
+
+@pytest.fixture
+def slow(monkeypatch: pytest.MonkeyPatch) -> SlowTarget:
+    target = SlowTarget()
+    monkeypatch.setattr(worker, "load_target", lambda config: target)
+    return target
+
+
+def test_a_slot_is_announced_when_its_bytes_are_there_and_the_next_forward_does_not_wait(
+    known: Known, slow: SlowTarget, run: Run
+) -> None:
+    control, _ = run("cuda:0", "cuda_ipc", "bytes")
+    control.hear()
+    arena = known["cuda_ipc"].arena
+    control.send(Accept(session=b"s" * 16, transport="bytes", hello=b""))
+    assert isinstance(control.hear(), Accepted)
+    for slot in range(2):
+        control.fill(slot, slot + 1, 16)
+        assert slow.began.acquire(timeout=30), "the forward waited for the one before it"
+    assert [arena.generation(slot) for slot in range(2)] == [0, 0]
+    assert control.hears.poll(0) == 0
+    slow.pending[0].done.set()
+    control.filled(0, 1)
+    assert [arena.generation(slot) for slot in range(2)] == [1, 0]
+    assert [arena.ledger.generation(slot) for slot in range(2)] == [1, 0]
+    slow.pending[1].done.set()
+    control.filled(1, 2)
+    control.fill(2, 3, 13)
+    failed = control.hear()
+    assert isinstance(failed, FillFailed)
+    assert (failed.slot, failed.reason, arena.generation(2)) == (2, "thirteen tokens", 0)
+
+
+def test_a_device_that_fails_ends_the_worker(known: Known, slow: SlowTarget, run: Run) -> None:
+    control, handle = run("cuda:0", "shm")
+    control.hear()
+    control.fill(0, 1, 16)
+    assert slow.began.acquire(timeout=30)
+    slow.pending[0].error = RuntimeError("CUDA error: an illegal memory access was encountered")
+    slow.pending[0].done.set()
+    assert handle.wait(30)
+    assert "the target failed" in handle.reap()
+    assert known["shm"].closed_before_its_arena
+
+
+PROCESS = "import fake_cuda; fake_cuda.install(); from specd.worker import main; main()"
+
+
+@contextlib.contextmanager
+def process(parent_pid: int, *transports: str) -> Iterator[tuple[Control, subprocess.Popen[bytes]]]:
+    """A worker in a process of its own."""
+    with (
+        zmq.Context() as context,
+        tempfile.TemporaryDirectory(dir=os.environ["XDG_RUNTIME_DIR"], ignore_cleanup_errors=True) as directory,
+    ):
+        control = Control(context, f"ipc://{directory}/w", "cuda:0", *transports)
+        settings = msgspec.structs.replace(
+            control.worker, parent_pid=parent_pid, serving=ServerContext(directory=directory)
+        )
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent)])}
+        with subprocess.Popen([sys.executable, "-c", PROCESS], stdin=subprocess.PIPE, env=environment) as child:
+            try:
+                assert child.stdin is not None
+                child.stdin.write(msgspec.json.encode(settings) + b"\n")
+                child.stdin.flush()
+                yield control, child
+            finally:
+                child.kill()
+                child.wait()
+                control.close()
+                remove(control.epoch.hex())
+
+
+def test_trainers_of_both_kinds_read_the_ring_of_a_worker_process() -> None:
+    names = ("cuda_ipc", "shm", "bytes")
+    with process(os.getpid(), *names) as (control, child), contextlib.ExitStack() as stack:
+        started = control.hear()
+        assert started.transports == names
+        clients = {name: load(name).client("cuda:1" if name == "cuda_ipc" else "cpu") for name in names}
+        tasks = [control.fill(0, 1, 40)]
+        control.filled(0, 1)
+        for name, client in clients.items():
+            stack.callback(client.close)
+            control.send(Accept(session=name.encode(), transport=name, hello=client.hello()))
+            accepted = control.hear()
+            assert isinstance(accepted, Accepted), accepted
+            client.attach(accepted.offer, 10)
+        tasks.append(control.fill(1, 2, 64))
+        control.filled(1, 2)
+        refs = [SlotRef(task.slot, task.generation, task.layout.nbytes) for task in tasks]
+        into = torch.empty(started.ring.slot_bytes, dtype=torch.uint8)
+        for name, client in clients.items():
+            for ref, task in zip(refs, tasks, strict=True):
+                if name == "bytes":
+                    control.send(Publish(session=name.encode(), transport=name, ref=ref))
+                client.fetch(ref, into, 10)
+                assert into[: ref.nbytes].numpy().tobytes() == expected(task)
+        control.fill(0, 3, 40)
+        control.filled(0, 3)
+        for name in ("cuda_ipc", "shm"):
+            with pytest.raises(TransportError, match="holds generation 3, the lease is for 1"):
+                clients[name].fetch(refs[0], into, 10)
+        control.send(Stop())
+        assert child.wait(30) == 0
+        assert not os.path.exists(started.segment)
+
+
+def test_a_worker_whose_parent_died_takes_its_segment_along() -> None:
+    with subprocess.Popen(["sleep", "600"]) as parent:
+        try:
+            with process(parent.pid, "shm") as (control, child):
+                started = control.hear()
+                assert os.path.exists(started.segment)
+                parent.kill()
+                assert child.wait(30) == 1
+                assert not os.path.exists(started.segment)
+        finally:
+            parent.kill()

@@ -1,0 +1,117 @@
+"""Both ends of a worker under test: control's end of its pipes, and a transport's server that notes what it is told."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import zmq
+
+from fills import HIDDEN, VOCAB, draw_tokens
+from specd.capture import CaptureSpec
+from specd.channel import Filled, FillSlot, decode, encode
+from specd.config import CaptureConfig, DaemonConfig, RingConfig, TargetConfig
+from specd.errors import TransportError
+from specd.packing import slot_layout
+from specd.targets import load_target
+from specd.targets.base import Fill
+from specd.transport import ServerContext, SlotRef, Traits
+from specd.worker import WorkerConfig
+
+MODEL = f"synthetic:hidden={HIDDEN},vocab={VOCAB},layers=8"
+SPEC = CaptureSpec(taps=(1, 4), final=True, dtype="float32")
+
+
+class Control:
+    """Control's end of a worker's two pipes."""
+
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], prefix: str, device: str, *transports: str) -> None:
+        self.epoch = secrets.token_bytes(16)
+        self.to, self.hears = context.socket(zmq.PUSH), context.socket(zmq.PULL)
+        self.to.bind(f"{prefix}.in")
+        self.hears.bind(f"{prefix}.out")
+        self.hears.set(zmq.RCVTIMEO, 60_000)
+        self.worker = WorkerConfig(
+            daemon=DaemonConfig(
+                target=TargetConfig(model=MODEL, device=device, exact=True),
+                transports=transports,
+                ring=RingConfig(slots=3, slot_tokens=64),
+                capture=CaptureConfig(num_taps=2, final=True),
+            ),
+            epoch=self.epoch,
+            inbox=f"{prefix}.in",
+            outbox=f"{prefix}.out",
+            serving=ServerContext(),
+        )
+
+    def send(self, note: Any) -> None:
+        self.to.send(encode(note), zmq.NOBLOCK)
+
+    def hear(self) -> Any:
+        return decode(self.hears.recv())
+
+    def fill(self, slot: int, generation: int, num_tokens: int) -> FillSlot:
+        """Ask for a batch of `num_tokens` tokens; returns what was asked."""
+        task = FillSlot(
+            slot=slot,
+            generation=generation,
+            spec=SPEC,
+            tokens=draw_tokens(num_tokens, seed=generation).tobytes(),
+            lengths=np.array([num_tokens], "<i4").tobytes(),
+            layout=slot_layout(SPEC, HIDDEN, num_tokens),
+        )
+        self.send(task)
+        return task
+
+    def filled(self, slot: int, generation: int) -> None:
+        note = self.hear()
+        assert isinstance(note, Filled), note
+        assert (note.slot, note.generation) == (slot, generation)
+
+    def close(self) -> None:
+        self.to.close(linger=0)
+        self.hears.close(linger=0)
+
+
+def expected(task: FillSlot) -> bytes:
+    """What a target on the CPU writes for the same batch."""
+    slot = memoryview(bytearray(task.layout.nbytes))
+    tokens, lengths = np.frombuffer(task.tokens, "<i4"), np.frombuffer(task.lengths, "<i4")
+    load_target(TargetConfig(model=MODEL)).run(
+        [Fill(tokens=tokens, lengths=lengths, spec=SPEC, layout=task.layout, slot=slot)]
+    )
+    return bytes(slot)
+
+
+class Served:
+    """A transport's server that notes what it is told. memory: of its traits."""
+
+    def __init__(self, memory: Sequence[str], scope: str = "host", problem: str = "") -> None:
+        self.traits = Traits(
+            memory=frozenset(memory),  # type: ignore[arg-type]
+            scope=scope,  # type: ignore[arg-type]
+            one_sided=True,
+            needs_recv_ready=False,
+            abortable=True,
+        )
+        self.problem = problem
+        self.arena: Any = None
+        self.closed_before_its_arena = False
+
+    def server(self, arena: Any, _context: ServerContext) -> Served:
+        if self.problem:
+            raise TransportError(self.problem)
+        self.arena = arena
+        return self
+
+    def accept(self, _session: bytes, hello: bytes) -> bytes:
+        if hello:
+            raise TransportError("not to you")
+        return b"offer"
+
+    def publish(self, _session: bytes, _ref: SlotRef) -> None: ...
+    def drop(self, _session: bytes) -> None: ...
+    def close(self) -> None:
+        self.closed_before_its_arena = self.arena.generation(0) >= 0
