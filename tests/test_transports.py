@@ -16,7 +16,7 @@ import zmq
 
 from specd.arena import HostArena
 from specd.errors import TransportError
-from specd.transport import ServerContext, SlotRef, load
+from specd.transport import ServerContext, SlotRef, load, unwrap, wrap
 from specd.transports.bulk import BytesOffer, sweep
 from specd.transports.bytes import Bytes, BytesServer
 from specd.transports.bytes_client import BytesClient
@@ -43,7 +43,7 @@ class _OverTcp(BytesClient):
     """A trainer that believes it is on another host."""
 
     def hello(self) -> bytes:
-        return msgspec.msgpack.encode({"host": "elsewhere"})
+        return wrap({"host": "elsewhere"})
 
 
 class _BytesTcp(Bytes):
@@ -103,7 +103,7 @@ def test_shm_keeps_serving_what_is_mapped_after_the_worker_is_gone(tmp_path: Pat
 )  # fmt: skip
 def test_shm_offers_of_other_files_are_refused(path: str) -> None:
     path = path.format(uid=os.getuid(), other=os.getuid() + 1)
-    offer = msgspec.msgpack.encode(ShmOffer(path=path, num_slots=1, slot_bytes=4096))
+    offer = wrap(ShmOffer(path=path, num_slots=1, slot_bytes=4096))
     client = Shm.client("cpu")
     with pytest.raises(TransportError):
         client.attach(offer, 1.0)
@@ -113,7 +113,14 @@ def test_shm_refuses_a_private_ring_and_a_trainer_elsewhere() -> None:
     with HostArena.create(1, 4096, None) as arena, pytest.raises(TransportError, match="shared host memory"):
         Shm.server(arena, ServerContext())
     with HostArena.create(1, 4096, "cd" * 16) as arena, pytest.raises(TransportError, match="daemon's host"):
-        Shm.server(arena, ServerContext()).accept(b"one", msgspec.msgpack.encode({"host": "elsewhere"}))
+        Shm.server(arena, ServerContext()).accept(b"one", wrap({"host": "elsewhere"}))
+
+
+def test_shm_serves_no_ledger_without_slots() -> None:
+    with HostArena.create(1, 0, "ab" * 16) as ledger:
+        for transport in (Shm, Bytes):
+            with pytest.raises(TransportError, match="host memory"):
+                transport.server(ledger, ServerContext(directory="/tmp"))
 
 
 class BytesRig:
@@ -129,7 +136,7 @@ class BytesRig:
 
     def offer(self, session: bytes = b"one") -> BytesOffer:
         hello = Bytes.client("cpu").hello()
-        return msgspec.msgpack.decode(self.server.accept(session, hello), type=BytesOffer)
+        return unwrap(self.server.accept(session, hello), BytesOffer, "offer")
 
     def raw(self, token: bytes) -> zmq.Socket[bytes]:
         """A peer that speaks as it likes."""
@@ -220,7 +227,7 @@ def test_bytes_client_refuses_altered_payload(tmp_path: Path) -> None:
     liar = threading.Thread(target=lie)
     liar.start()
     try:
-        client.attach(msgspec.msgpack.encode(offer), 5.0)
+        client.attach(wrap(offer), 5.0)
         into = torch.zeros(16, dtype=torch.uint8)
         with pytest.raises(TransportError, match="checksum"):
             client.fetch(SlotRef(0, 1, 16), into, 5.0)
@@ -275,7 +282,7 @@ def test_bytes_survives_raw_noise_on_its_socket(bulk: BytesRig) -> None:
             raw.connect(path)
             raw.sendall(noise)
     client = Bytes.client("cpu")
-    client.attach(msgspec.msgpack.encode(bulk.offer()), 5.0)
+    client.attach(wrap(bulk.offer()), 5.0)
     bulk.arena.seal(0, 1)
     bulk.server.publish(b"one", SlotRef(0, 1, 100))
     client.fetch(SlotRef(0, 1, 100), torch.zeros(100, dtype=torch.uint8), 5.0)
@@ -321,7 +328,7 @@ def test_bytes_says_why_it_cannot_bind(where: ServerContext, match: str) -> None
 
 def test_bytes_without_tcp_refuses_a_trainer_elsewhere(bulk: BytesRig) -> None:
     with pytest.raises(TransportError, match="another host"):
-        bulk.server.accept(b"far", msgspec.msgpack.encode({"host": "elsewhere"}))
+        bulk.server.accept(b"far", wrap({"host": "elsewhere"}))
 
 
 @pytest.mark.parametrize("change", [{"token": b"x" * 16}, {"token": b"s"}, {"endpoints": ()}, {"endpoints": ("tcp://*:1",)},
@@ -330,7 +337,7 @@ def test_bytes_without_tcp_refuses_a_trainer_elsewhere(bulk: BytesRig) -> None:
 def test_bytes_offers_that_make_no_sense_are_refused(bulk: BytesRig, change: dict[str, object]) -> None:
     client = Bytes.client("cpu")
     with pytest.raises(TransportError):
-        client.attach(msgspec.msgpack.encode(msgspec.structs.replace(bulk.offer(), **change)), 0.2)
+        client.attach(wrap(msgspec.structs.replace(bulk.offer(), **change)), 0.2)
     client.close()
 
 

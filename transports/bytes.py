@@ -16,12 +16,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-import msgspec
 import zmq
 
 from specd.arena import HostArena
 from specd.errors import TransportError
-from specd.transport import ServerContext, SlotRef, Traits, boot_id, check_ref, unwrap
+from specd.transport import ServerContext, SlotRef, Traits, boot_id, check_ref, unwrap, wrap
 from specd.transports.bulk import BytesHello, BytesOffer, bind, new_token
 from specd.transports.bytes_client import BytesClient
 from specd.transports.frames import CHUNK_BYTES, WINDOW, Header, Kind, checksum, unpack
@@ -94,7 +93,7 @@ class BytesServer:
         offer = BytesOffer(
             token=token, endpoints=endpoints, num_slots=self._arena.num_slots, slot_bytes=self._arena.slot_bytes
         )
-        return msgspec.msgpack.encode(offer)
+        return wrap(offer)
 
     def publish(self, session: bytes, ref: SlotRef) -> None:
         check_ref(ref, self._arena.num_slots, self._arena.slot_bytes)
@@ -229,7 +228,7 @@ class Bytes:
 
     @staticmethod
     def server(arena: Arena, context: ServerContext) -> BytesServer:
-        if not isinstance(arena, HostArena):
+        if not isinstance(arena, HostArena) or not arena.slot_bytes:
             raise TransportError(f"bytes cannot serve {arena!r}: the ring must lie in host memory")
         return BytesServer(arena, context)
 

@@ -8,11 +8,11 @@ import threading
 import time
 from typing import TYPE_CHECKING
 
-import msgspec
 import zmq
 
+from specd.cuda import Copier
 from specd.errors import TransportError
-from specd.transport import SlotRef, boot_id, check_into, check_ref, stale, unwrap
+from specd.transport import SlotRef, boot_id, check_into, check_ref, stale, unwrap, wrap
 from specd.transports.bulk import BytesHello, BytesOffer, connect, usable
 from specd.transports.frames import Header, Kind, checksum, unpack
 
@@ -39,11 +39,12 @@ class BytesClient:
         self._taken = 0
         self._transfer = -1
         self._staging: torch.Tensor | None = None
+        self._copier = Copier()
         self.ignored = 0
         """Messages that were not of this protocol, or of a transfer that is no longer wanted."""
 
     def hello(self) -> bytes:
-        return msgspec.msgpack.encode(BytesHello(host=boot_id()))
+        return wrap(BytesHello(host=boot_id()))
 
     def attach(self, offer: bytes, deadline_s: float) -> None:
         deadline = time.monotonic() + deadline_s
@@ -84,7 +85,7 @@ class BytesClient:
                     self._tell(Header(Kind.CANCEL, transfer=self._transfer))
                 raise
             if host.device != into.device:
-                into[: ref.nbytes].copy_(host)
+                self._copier.copy(into[: ref.nbytes], host)
 
     def close(self) -> None:
         with self._closing:
@@ -94,6 +95,7 @@ class BytesClient:
             os.eventfd_write(self._wake, 1)
         with self._lock:
             self._disconnect()
+            self._staging = None
             os.close(self._wake)
 
     def _disconnect(self) -> None:

@@ -6,6 +6,7 @@ import secrets
 import threading
 from typing import TYPE_CHECKING, ClassVar, Final
 
+from specd.cuda import Copier
 from specd.errors import TransportError
 from specd.transport import ServerContext, SlotRef, Traits, pull
 
@@ -63,6 +64,7 @@ class InprocClient:
 
     def __init__(self) -> None:
         self._token = b""
+        self._copier = Copier()
 
     def hello(self) -> bytes:
         return b""
@@ -76,7 +78,7 @@ class InprocClient:
         arena = _arenas.get(self._token)
         if arena is None:
             raise TransportError("inproc: not attached, or the daemon ended the session")
-        pull(arena, ref, into)
+        pull(arena, ref, into, self._copier)
 
     def close(self) -> None:
         self._token = b""
