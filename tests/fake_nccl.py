@@ -1,0 +1,215 @@
+"""A stand-in for NCCL and the stream it runs on: both ranks in one process, messages between their memories.
+
+What it keeps of the real thing: a call is only started, and using the communicator or the stream before it is over is
+an error; small sends are eager until the buffers between are full; a receive of another size hangs for good; a peer
+that went away is not noticed. `install` of `fake_cuda` has to be in force.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import secrets
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+
+import torch
+
+from specd import cuda
+from specd.transports.nccl_comm import NOTE_BYTES, UNIQUE_ID_BYTES, Library, Side
+
+SUCCESS, REMOTE_ERROR, IN_PROGRESS = 0, 6, 7
+BUFFERED, EAGER_BYTES = 4, 1024
+"""Messages that the buffers between two ranks hold, and the largest that is sent before its receiver comes."""
+
+
+class FakeError(Exception):
+    """What the stand-in raises for a misuse that NCCL would punish."""
+
+
+class FakeSide(Side):
+    """A stream: what is put on it runs in order, on a thread that ends when nothing is left."""
+
+    def __init__(self, device: str) -> None:
+        self._work: deque[Callable[[], object]] = deque()
+        self._lock = threading.Lock()
+        self._running = False
+        self.busy = False
+        """NCCL is still launching onto it."""
+
+    @staticmethod
+    def on(device: str) -> contextlib.nullcontext[None]:
+        cuda.ordinal(device)
+        return contextlib.nullcontext()
+
+    @property
+    def handle(self) -> int:
+        return self  # type: ignore[return-value]  # only the stand-in reads it
+
+    def current(self) -> contextlib.nullcontext[None]:
+        return contextlib.nullcontext()
+
+    def rows(self, count: int, *, on_host: bool) -> torch.Tensor:
+        return torch.zeros((count, NOTE_BYTES), dtype=torch.uint8)
+
+    def copy(self, into: torch.Tensor, source: torch.Tensor) -> None:
+        self.put(lambda: into.copy_(source))
+
+    def mark(self) -> Callable[[], bool]:
+        event = threading.Event()
+        self.put(event.set)
+        return event.is_set
+
+    def idle(self) -> bool:
+        return not self._running
+
+    def put(self, work: Callable[[], object]) -> None:
+        if self.busy:
+            raise FakeError("the stream was used while NCCL was in progress")
+        with self._lock:
+            self._work.append(work)
+            if not self._running:
+                self._running = True
+                threading.Thread(target=self._run, daemon=True).start()
+
+    def _run(self) -> None:
+        while True:
+            with self._lock:
+                if not self._work:
+                    self._running = False
+                    return
+                work = self._work.popleft()
+            work()
+
+
+class FakeNccl:
+    """nccl.core, as far as it is used: two ranks in one process, messages of one way in order and sent eagerly."""
+
+    UniqueId = SimpleNamespace(from_bytes=bytes)
+
+    def __init__(self) -> None:
+        self.Communicator = SimpleNamespace(init=self._init)
+        self.pairs: dict[bytes, FakePair] = {}
+        self.hang = threading.Event()
+        """Set while aborts hang."""
+        self.looks = 0
+        self.on_payload: Callable[[], object] = lambda: None
+        """Called when a payload has left, before anything behind it."""
+        self._group = threading.local()
+
+    def get_unique_id(self) -> bytes:
+        unique_id = secrets.token_bytes(UNIQUE_ID_BYTES)
+        self.pairs[unique_id] = FakePair()
+        return unique_id
+
+    def NCCLConfig(self, *, blocking: bool, max_ctas: int) -> int:
+        assert not blocking
+        return max_ctas
+
+    def get_error_string(self, state: int) -> str:
+        return f"state {state}"
+
+    def _init(self, nranks: int, rank: int, unique_id: bytes, config: int) -> FakeRaw:
+        assert nranks == 2
+        return FakeRaw(self, self.pairs[unique_id], rank, config)
+
+    @contextlib.contextmanager
+    def group(self) -> Iterator[None]:
+        self._group.calls = []
+        yield
+        calls, self._group.calls = self._group.calls, None
+        calls[0][0].launch([call[1] for call in calls], calls[0][2])
+
+    def call(self, raw: FakeRaw, operation: tuple[str, torch.Tensor], side: FakeSide) -> None:
+        if getattr(self._group, "calls", None) is None:
+            raw.launch([operation], side)
+        else:
+            self._group.calls.append((raw, operation, side))
+
+
+class FakePair:
+    def __init__(self) -> None:
+        self.ranks: dict[int, FakeRaw] = {}
+        self.state = SUCCESS
+        self.ways: tuple[queue.Queue[bytes], ...] = (queue.Queue(BUFFERED), queue.Queue(BUFFERED))
+
+
+class FakeRaw:
+    """A communicator of the stand-in: a call is in progress until it was looked at twice, and on the stream then."""
+
+    def __init__(self, core: FakeNccl, pair: FakePair, rank: int, max_ctas: int) -> None:
+        self._core, self._pair, self._rank, self._max_ctas = core, pair, rank, max_ctas
+        self._aborted = threading.Event()
+        self._launch: Callable[[], None] | None = None
+        self._looks = 0
+        pair.ranks[rank] = self
+
+    def get_async_error(self) -> int:
+        self._core.looks += 1
+        if self._pair.state != SUCCESS:
+            return self._pair.state
+        if len(self._pair.ranks) < 2:
+            return IN_PROGRESS
+        if self._launch is not None:
+            self._looks += 1
+            if self._looks < 2:
+                return IN_PROGRESS
+            launch, self._launch = self._launch, None
+            launch()
+        return SUCCESS
+
+    def send(self, buffer: torch.Tensor, peer: int, *, stream: FakeSide) -> None:
+        assert peer == 1 - self._rank
+        self._core.call(self, ("send", buffer), stream)
+
+    def recv(self, buffer: torch.Tensor, peer: int, *, stream: FakeSide) -> None:
+        assert peer == 1 - self._rank
+        self._core.call(self, ("recv", buffer), stream)
+
+    def launch(self, operations: list[tuple[str, torch.Tensor]], side: FakeSide) -> None:
+        if self._launch is not None or len(self._pair.ranks) < 2:
+            raise FakeError("the communicator was used while NCCL was in progress")
+        side.busy, self._looks = True, 0
+
+        def launch() -> None:
+            side.busy = False
+            side.put(lambda: self._run(operations))
+
+        self._launch = launch
+
+    def _run(self, operations: list[tuple[str, torch.Tensor]]) -> None:
+        for kind, buffer in sorted(operations, key=lambda operation: operation[0] != "send"):
+            if kind == "send":
+                self._put(buffer.numpy().tobytes())
+                if buffer.numel() != NOTE_BYTES:
+                    self._core.on_payload()
+                continue
+            while not self._aborted.is_set():
+                with contextlib.suppress(queue.Empty):
+                    data = self._pair.ways[1 - self._rank].get(timeout=0.005)
+                    if len(data) != buffer.numel():  # as NCCL: nobody is told, and it never ends
+                        self._aborted.wait()
+                        return
+                    buffer.numpy()[:] = memoryview(data)
+                    break
+
+    def _put(self, data: bytes) -> None:
+        way = self._pair.ways[self._rank]
+        while not self._aborted.is_set():
+            with contextlib.suppress(queue.Full):
+                way.put(data, timeout=0.005)
+                break
+        while len(data) > EAGER_BYTES and not way.empty() and not self._aborted.is_set():
+            time.sleep(0.001)
+
+    def abort(self) -> None:
+        while self._core.hang.is_set():
+            time.sleep(0.001)
+        self._aborted.set()
+
+
+NCCL = FakeNccl()
+LIBRARY = Library(NCCL, (FakeError,), 22809, FakeSide)
