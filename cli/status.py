@@ -50,7 +50,7 @@ def _show(report: StatusReport) -> None:
         "", f"control pid {report.pid}, worker pid {report.worker_pid or '–'}, epoch {report.epoch.hex() or '–'}"
     )
     facts.add_row("endpoints", ", ".join(report.endpoints))
-    facts.add_row("transports", ", ".join(report.transports))
+    facts.add_row("transports", ", ".join(report.transports) or "–")
     if (contract := report.contract) is not None:
         shape = f"{contract.num_layers} layers, hidden {contract.hidden_size}, vocabulary {contract.vocab_size:,}"
         facts.add_row("target", f"{contract.model} ({contract.model_type}), {shape}, {contract.dtype}")
@@ -65,10 +65,13 @@ def _show(report: StatusReport) -> None:
     if not report.sessions:
         console.print("no trainers")
         return
-    sessions = Table("trainer", "transport", "credits", "outstanding", "leases", "batches", "bytes served", "age")
+    sessions = Table(
+        "trainer", "GPU", "transport", "credits", "outstanding", "leases", "batches", "bytes served", "age"
+    )
     for session in report.sessions:
         sessions.add_row(
             f"{session.name} {session.session[:8]}",
+            ", ".join(gpu[:12] for gpu in session.gpus) or "–",
             session.transport or "–",
             str(session.credits),
             str(session.outstanding),

@@ -23,7 +23,7 @@ from specd.errors import DaemonError, ProtocolError
 from specd.metrics import Counters
 from specd.protocol import Message
 from specd.ring import Lease, Ring
-from specd.sessions import Session, Sessions
+from specd.sessions import Session, Sessions, peer_pid
 from specd.supervisor import Supervisor
 from specd.transport import SlotRef
 
@@ -71,7 +71,7 @@ class Control:
         self._front.set(zmq.HEARTBEAT_IVL, 5000)
         self._front.set(zmq.HEARTBEAT_TIMEOUT, 20000)
         self._poller = zmq.Poller()
-        self._sessions = Sessions(self._poller)
+        self._sessions = Sessions(self._poller, self._ring)
         self._poller.register(self._wake, zmq.POLLIN)
         self.endpoints = tuple(self._bind(endpoint) for endpoint in endpoints)
         self._poller.register(self._front, zmq.POLLIN)
@@ -97,6 +97,7 @@ class Control:
                     os.read(self._wake, 4096)
                 for key in self._sessions.dead(events):
                     self._end(key, "the trainer's process ended")
+                self._sessions.bury(events)
                 for note in self._supervisor.notes(events):
                     self._hear(note)
                 if (death := self._supervisor.death(events)) is not None:
@@ -106,7 +107,7 @@ class Control:
                 for key in self._ring.expire():
                     self._end(key, "its lease expired", expired=True)
                 self._schedule()
-                if self._draining and not self._ring.busy and not self._ring.queued():
+                if self._draining and not any(self._ring.outstanding(session.key) for session in self._sessions):
                     break
         finally:
             self._close()
@@ -139,6 +140,7 @@ class Control:
     def _close(self) -> None:
         for session in self._sessions:
             self._end(session.key, "the daemon ended", tell=True)
+        self._sessions.reset()
         self._supervisor.stop()
         self._front.close(linger=500)
 
@@ -148,25 +150,25 @@ class Control:
         """Take up to `limit` messages, so that a flood does not keep the worker's news waiting."""
         for _ in range(limit):
             try:
-                key, *frames = self._front.recv_multipart(zmq.NOBLOCK)
+                sender, *frames = self._front.recv_multipart(zmq.NOBLOCK, copy=False)
             except zmq.Again:
                 return
             try:
                 if len(frames) != 1:
                     raise ProtocolError(f"a message has {len(frames)} frames, expected 1")
-                self._handle(key, wire.decode(frames[0]))
+                self._handle(sender.bytes, wire.decode(frames[0].buffer), frames[0])
             except ProtocolError as error:
                 self.counters.add("refused_messages")
-                self._send(key, wire.Error(epoch=self._epoch, reason=str(error)[: wire.MAX_REASON_CHARS]))
+                self._send(sender.bytes, wire.Error(epoch=self._epoch, reason=str(error)[: wire.MAX_REASON_CHARS]))
 
-    def _handle(self, key: bytes, message: Any) -> None:
+    def _handle(self, key: bytes, message: Any, frame: zmq.Frame) -> None:
         """Act on one message; ProtocolError is answered with ERROR and changes nothing."""
         match message:
             case wire.Status():
                 self._send(key, self.status())
                 return
             case wire.Hello():
-                self._greet(key, message)
+                self._greet(key, message, peer_pid(frame))
                 return
         session = self._sessions.get(key)
         if session is None or message.epoch != self._epoch:
@@ -176,6 +178,8 @@ class Control:
         match message:
             case wire.Submit() | wire.Probe():
                 self._submit(session, message)
+            case wire.Borrow():
+                self._ring.borrow(key, message.lease)
             case wire.Release():
                 lease = self._ring.lease(key, message.lease)
                 if self._ring.release(key, message.lease) and lease is not None:
@@ -194,8 +198,8 @@ class Control:
             case _:
                 raise ProtocolError(f"a daemon does not take {type(message).__name__}: it only sends it")
 
-    def _greet(self, key: bytes, hello: wire.Hello) -> None:
-        """Open a session, or say why not."""
+    def _greet(self, key: bytes, hello: wire.Hello, peer: int) -> None:
+        """Open a session, or say why not. peer: the sender's process, if the kernel told."""
         if key in self._sessions:
             self._end(key, "")
         started = self._started
@@ -207,20 +211,17 @@ class Control:
         if reason is not None:
             self._send(key, wire.Reject(epoch=self._epoch, reason=reason))
             return
-        granted = self._ring.open(key, hello.credits)
-        if granted is None:
-            full = f"all {self._ring.max_holders} sessions are taken (ring.max_sessions of the daemon)"
-            self._send(key, wire.Reject(epoch=self._epoch, reason=full, retry_ms=RETRY_MS))
+        session = self._sessions.open(key, hello, peer, self._clock())
+        if isinstance(session, str):
+            self._send(key, wire.Reject(epoch=self._epoch, reason=session, retry_ms=RETRY_MS))
             return
-        self._sessions.open(key, hello, granted, self._clock())
-        log.info("session %s of %s: %d credits", key.hex()[:8], hello.name, granted)
         self._send(
             key,
             wire.Welcome(
                 epoch=self._epoch,
                 contract=started.contract,
                 ring=started.ring,
-                credits=granted,
+                credits=session.credits,
                 slots=1 + self._ring.pool,
                 lease_ttl_ms=round(self._settings.ring.lease_ttl_s * 1000),
                 transports=started.transports,
@@ -232,7 +233,6 @@ class Control:
         session = self._sessions.pop(key)
         if session is None:
             return
-        self._ring.close(key)
         self._supervisor.send(channel.Drop(session=key))
         if reason:
             log.info("session %s of %s is over: %s", key.hex()[:8], session.name, reason)
@@ -313,6 +313,7 @@ class Control:
         lease = self._ring.lease(session.key, message.lease)
         if lease is None or not session.transport:
             raise ProtocolError(f"lease {message.lease} is not one this session can receive")
+        self._ring.renew(session.key)
         ref = SlotRef(lease.slot, lease.generation, session.requests[lease.seq].layout.nbytes)
         self._supervisor.send(channel.Publish(session=session.key, transport=session.transport, ref=ref))
 
@@ -323,8 +324,7 @@ class Control:
             self._send(session.key, wire.Refuse(epoch=self._epoch, transport=message.transport, reason=reason))
             return
         session.transport = message.transport
-        accept = channel.Accept(session=session.key, transport=message.transport, hello=message.hello)
-        self._supervisor.send(accept)
+        self._supervisor.send(channel.Accept(session=session.key, transport=message.transport, hello=message.hello))
 
     def _fetch(self, session: Session, message: wire.Fetch) -> None:
         assert self._started is not None
@@ -375,7 +375,7 @@ class Control:
         self.counters.add("worker_restarts")
         for session in self._sessions:
             self._end(session.key, f"the worker died ({reason})", tell=True)
-        self._ring.reset()
+        self._sessions.reset()
         self._supervisor.restart(reason)
 
     def status(self) -> wire.StatusReport:
@@ -396,5 +396,5 @@ class Control:
             sessions=tuple(session.status(self._ring, now) for session in self._sessions),
             counters={**self.counters.values(), **self._ring.counters},
             endpoints=self.endpoints,
-            transports=self._settings.transports,
+            transports=self._started.transports if self._started else (),
         )

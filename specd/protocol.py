@@ -16,7 +16,7 @@ from specd.capture import CaptureSpec
 from specd.errors import ProtocolError
 from specd.packing import Layout
 
-VERSION = 1
+VERSION = 2
 EPOCH_BYTES = 16
 BATCH_ID_BYTES = 16
 MAX_MESSAGE_BYTES = 8 << 20
@@ -99,11 +99,12 @@ class RingInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
 
 class SessionStatus(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One trainer as STATUS shows it. session: hex id. counts are since it said HELLO."""
+    """One trainer as STATUS shows it. session: hex id. gpus: as in its HELLO. counts are since then."""
 
     session: str
     name: str
     transport: str
+    gpus: tuple[str, ...]
     credits: int
     outstanding: int
     leases: int
@@ -162,6 +163,14 @@ class Submit(Message, kw_only=True, frozen=True, tag="submit"):
 
 class RecvReady(Message, kw_only=True, frozen=True, tag="recv_ready"):
     """The trainer has a place for a leased slot; the worker may send it."""
+
+    lease: U64
+
+
+class Borrow(Message, kw_only=True, frozen=True, tag="borrow"):
+    """The trainer reads a leased slot in place until it RELEASEs it: if its session ends first, the slot is filled
+    again only when its process is dead. Not answered; refused for a process the daemon cannot watch.
+    """
 
     lease: U64
 
@@ -268,7 +277,10 @@ class Artifact(Message, kw_only=True, frozen=True, tag="artifact"):
 
 
 class StatusReport(Message, kw_only=True, frozen=True, tag="status_report"):
-    """Answer to STATUS. state: starting, serving, draining. slots: how many are in each state."""
+    """Answer to STATUS. state: starting, serving, draining. slots: how many are in each state.
+
+    transports: what the worker serves, empty while none does.
+    """
 
     state: str
     version: str
@@ -291,7 +303,7 @@ class Error(Message, kw_only=True, frozen=True, tag="error"):
     reason: Reason
 
 
-ToDaemon = Hello | Attach | Probe | Submit | RecvReady | Release | Renew | Fetch | Status | Bye
+ToDaemon = Hello | Attach | Probe | Submit | RecvReady | Borrow | Release | Renew | Fetch | Status | Bye
 ToTrainer = Welcome | Reject | Offer | Refuse | Ready | Failed | Revoke | Renewed | Artifact | StatusReport | Error
 
 _encoder = msgspec.msgpack.Encoder()

@@ -6,16 +6,27 @@ worker then fills, or on the slot that holds or is getting the same content alre
 
     FREE ──schedule──▶ FILLING ──filled──▶ READY ──last lease ends──▶ FREE
                           └──failed, or filled after its last lease ended──▶ FREE
+    READY ──its holder ends while borrowing it──▶ QUARANTINED ──every such reader is dead──▶ READY or FREE
+
+A holder *borrows* a leased slot to read it in place. If it ends without having released it, it may read on: the slot
+is quarantined, that is not filled again until the holder's process, its *reader*, is `dead`, or the worker is
+(`reset`). Its content stays: leases on it go on, and requests may join it.
 
 **The slot guarantee.** With N slots and at most M holders, P = N − M slots form a shared pool. h is a holder's number
 of leases; *extras* = Σ max(h − 1, 0); an *orphan* is a FILLING slot without a lease (its holders are gone, but the
-worker still writes to it, so nobody may have it). A holder with h > 0 gets another lease, joined or not, only if
-afterwards extras + orphans ≤ P; a holder with h = 0 only needs a free slot or one to join.
+worker still writes to it, so nobody may have it); Q is the number of QUARANTINED slots. A holder with h > 0 gets
+another lease, joined or not, only if afterwards extras + orphans + Q ≤ P; one with h = 0 only needs a free slot or one
+to join. A holder is let in only if afterwards holders + extras + Q ≤ N.
 
-Proof that a holder with h = 0 finds a slot: used slots ≤ Σh + orphans ≤ extras + (M − 1) + orphans, and always
-extras ≤ P, so without orphans used ≤ N − 1. Orphans come only from closed or expired holders, end when the worker
-reports the slot, and extras never take the place they still occupy: the slot is there at once, or as soon as the
-worker answers.
+Proof that a holder with h = 0 finds a slot. Always holders + extras + Q ≤ N: letting in checks it; a lease beyond the
+first leaves extras + Q ≤ P, and holders ≤ M; a holder that ends with b of its h leases borrowed takes 1 from holders
+and max(h − 1, 0) from extras and adds at most b ≤ h to Q; nothing else adds to any of them. So used slots ≤ Σh + Q +
+orphans ≤ extras + (holders − 1) + Q + orphans, and without orphans used ≤ N − 1. Orphans come only from holders that
+ended, end when the worker reports the slot, and extras never take the place they still occupy: the slot is there at
+once, or as soon as the worker answers.
+
+So no holder that is in pays for quarantine: the pool pays, then the places of those that ended; while Q > P, Q − P
+fewer fit. A reader's quarantined slots count against its credits when it opens again; with 1 + P it is not let in.
 """
 
 from __future__ import annotations
@@ -52,7 +63,7 @@ class Lease(NamedTuple):
 
 
 class Schedule(NamedTuple):
-    """What `schedule` decided: slots to fill, and leases that joined a slot which is READY already."""
+    """What `schedule` decided: slots to fill, and leases that joined a slot whose content is in place."""
 
     fills: list[SlotFill]
     ready: list[Lease]
@@ -62,27 +73,31 @@ class _State(enum.Enum):
     FREE = "free"
     FILLING = "filling"
     READY = "ready"
+    QUARANTINED = "quarantined"
 
 
 class _Slot:
-    """leases: ids of all leases on it. batch_id: its content, empty when FREE."""
+    """leases: ids of all leases on it. readers: why it is QUARANTINED. batch_id: its content, empty when FREE."""
 
-    __slots__ = ("batch_id", "generation", "leases", "state")
+    __slots__ = ("batch_id", "generation", "leases", "readers", "state")
 
     def __init__(self) -> None:
         self.state = _State.FREE
         self.generation = 0
         self.batch_id = b""
         self.leases: set[int] = set()
+        self.readers: set[int] = set()
 
 
 class _Holder:
-    """queue: (seq, batch id) of requests without a lease. seqs: of all outstanding requests."""
+    """queue: (seq, batch id) of requests without a lease. seqs: of all outstanding requests. borrowed: lease ids."""
 
-    __slots__ = ("credits", "deadline", "leases", "queue", "seqs")
+    __slots__ = ("borrowed", "credits", "deadline", "leases", "queue", "reader", "seqs")
 
-    def __init__(self, credits: int) -> None:
+    def __init__(self, credits: int, reader: int) -> None:
         self.credits = credits
+        self.reader = reader
+        self.borrowed: set[int] = set()
         self.deadline = 0.0
         self.queue: deque[tuple[int, bytes]] = deque()
         self.leases: dict[int, Lease] = {}
@@ -121,29 +136,44 @@ class Ring:
 
     # Holders
 
-    def open(self, holder: bytes, credits: int) -> int | None:
-        """Let `holder` in and return the credits it gets, at most 1 + pool; None when max_holders are in.
+    def open(self, holder: bytes, credits: int, reader: int = -1) -> int | None:
+        """Let `holder` in and return the credits it gets, at most 1 + pool; None when there is no room.
 
-        A holder that is in already is closed first: its old requests and leases are void.
+        reader: identity of its process; −1 when nobody would notice its death: it cannot borrow then. There is room
+        for max_holders, fewer while slots are quarantined, and none for a reader with 1 + pool quarantined slots. A
+        holder that is in already is closed first: its old requests and leases are void.
         """
         self.close(holder)
-        if len(self._holders) >= self.max_holders:
+        most = 1 + self.pool - self.quarantined(reader)
+        taken = len(self._holders) + self._extras() + self.counts()["quarantined"]
+        if len(self._holders) >= self.max_holders or taken >= self.num_slots or most < 1:
             return None
-        granted = max(1, min(credits, 1 + self.pool))
-        self._holders[holder] = _Holder(granted)
+        state = self._holders[holder] = _Holder(max(1, min(credits, most)), reader)
         self._turns.append(holder)  # behind everyone: opening anew never jumps the queue
         self.renew(holder)
-        return granted
+        return state.credits
 
     def close(self, holder: bytes) -> None:
-        """Drop the holder's requests and leases. An unknown holder is a no-op."""
+        """Drop the holder's requests and leases; what it borrows is quarantined. An unknown holder is a no-op."""
         state = self._holders.get(holder)
         if state is None:
             return
+        for borrowed in state.borrowed:
+            slot = self._slots[state.leases[borrowed].slot]
+            slot.state = _State.QUARANTINED
+            slot.readers.add(state.reader)
         for lease in list(state.leases.values()):
             self._end(lease)
         del self._holders[holder]
         self._turns.remove(holder)
+
+    def dead(self, reader: int) -> None:
+        """The reader's process is dead: what is quarantined for it alone is READY, or FREE if it has no lease."""
+        for index, slot in enumerate(self._slots):
+            slot.readers.discard(reader)
+            if slot.state is _State.QUARANTINED and not slot.readers:
+                slot.state = _State.READY
+                self._settle(index)
 
     def renew(self, holder: bytes) -> bool:
         """Put the holder's deadline off to ttl_s from now; False when it is not in."""
@@ -166,16 +196,15 @@ class Ring:
         self.counters["expired"] += len(expired)
         return expired
 
-    def reset(self) -> list[bytes]:
-        """The worker died: every slot is FREE, every holder closed; returns them. Generations and ids keep counting."""
-        closed = list(self._holders)
-        for holder in closed:
+    def reset(self) -> None:
+        """The worker died: every slot is FREE, every holder closed. Generations and ids keep counting."""
+        for holder in list(self._holders):
             self.close(holder)
         for index, slot in enumerate(self._slots):
+            slot.readers.clear()
             if slot.state is not _State.FREE:
                 self._vacate(index)
         self.counters["resets"] += 1
-        return closed
 
     # Requests
 
@@ -214,10 +243,8 @@ class Ring:
         found = self._filling(slot, generation)
         if found is None:
             return []
-        if not found.leases:
-            self._vacate(slot)
-            return []
         found.state = _State.READY
+        self._settle(slot)
         return [self._leases[lease] for lease in sorted(found.leases)]
 
     def failed(self, slot: int, generation: int) -> list[Lease]:
@@ -231,22 +258,33 @@ class Ring:
         self._vacate(slot)
         return leases
 
-    def wanted(self, slot: int, generation: int) -> bool:
-        """Whether somebody still waits for this fill; if not, `failed` may be reported without running it."""
-        found = self._slots[slot]
-        return found.state is _State.FILLING and found.generation == generation and bool(found.leases)
-
     # Leases
 
     def lease(self, holder: bytes, lease: int) -> Lease | None:
-        """The holder's own lease of a READY slot, or None for anything else."""
+        """The holder's own lease of a slot whose content is in place, or None for anything else."""
         found = self._leases.get(lease)
-        if found is None or found.holder != holder or self._slots[found.slot].state is not _State.READY:
+        if found is None or found.holder != holder or self._slots[found.slot].state is _State.FILLING:
             return None
         return found
 
+    def borrow(self, holder: bytes, lease: int) -> None:
+        """The holder reads its leased slot in place until it releases it; renews the holder. Again: no change.
+
+        Raises ProtocolError for anything but a lease as `lease` returns it, and for a holder without a reader.
+        """
+        if self.lease(holder, lease) is None:
+            raise ProtocolError(f"lease {lease} is not one this session can borrow")
+        state = self._holders[holder]
+        if state.reader < 0:
+            raise ProtocolError(
+                f"lease {lease} cannot be borrowed: the daemon cannot watch the trainer's process and would not know "
+                f"when nobody reads the slot any more; run both in one pid namespace, or set subscriber.borrow=false"
+            )
+        state.borrowed.add(lease)
+        self.renew(holder)
+
     def release(self, holder: bytes, lease: int) -> bool:
-        """End the holder's own lease of a READY slot and renew the holder. False, counted, for anything else."""
+        """End the holder's own lease, borrowed or not, and renew the holder. False, counted, for anything else."""
         found = self.lease(holder, lease)
         if found is None:
             self.counters["stale_release"] += 1
@@ -259,14 +297,13 @@ class Ring:
     # What is going on
 
     @property
-    def holders(self) -> list[bytes]:
-        """The holders that are in."""
-        return list(self._holders)
-
-    @property
     def busy(self) -> int:
         """Slots that are not FREE."""
         return self.num_slots - len(self._free)
+
+    def quarantined(self, reader: int) -> int:
+        """Slots that are quarantined for this reader, alone or with others."""
+        return sum(reader in slot.readers for slot in self._slots)
 
     def outstanding(self, holder: bytes) -> int:
         """The holder's requests that are queued, being filled or leased; 0 when it is not in."""
@@ -274,7 +311,7 @@ class Ring:
         return len(state.seqs) if state else 0
 
     def leases(self, holder: bytes) -> list[Lease]:
-        """The holder's leases, oldest first, of FILLING and READY slots."""
+        """The holder's leases, oldest first, of slots that are being filled or have been."""
         state = self._holders.get(holder)
         return list(state.leases.values()) if state else []
 
@@ -283,7 +320,7 @@ class Ring:
         return sum(len(state.queue) for state in self._holders.values())
 
     def counts(self) -> dict[str, int]:
-        """How many slots are in each state: free, filling, ready."""
+        """How many slots are in each state: free, filling, ready, quarantined."""
         states = [slot.state for slot in self._slots]
         return {state.value: states.count(state) for state in _State}
 
@@ -315,14 +352,17 @@ class Ring:
         lease = Lease(self._last_lease, name, seq, index, slot.generation, batch_id)
         self._leases[lease.id] = holder.leases[lease.id] = lease
         slot.leases.add(lease.id)
-        if slot.state is _State.READY:
+        if slot.state is not _State.FILLING:
             schedule.ready.append(lease)
         return True
 
     def _pool_left(self) -> int:
-        """pool − extras − orphans; negative while orphans sit in slots that were some holder's only one."""
-        extras = sum(max(len(holder.leases) - 1, 0) for holder in self._holders.values())
-        return self.pool - extras - sum(self._orphaned(index) for index in range(self.num_slots))
+        """pool − extras − orphans − Q; negative while orphans or Q sit in slots that were some holder's only one."""
+        orphans = sum(self._orphaned(index) for index in range(self.num_slots))
+        return self.pool - self._extras() - orphans - self.counts()["quarantined"]
+
+    def _extras(self) -> int:
+        return sum(max(len(holder.leases) - 1, 0) for holder in self._holders.values())
 
     def _orphaned(self, index: int) -> bool:
         slot = self._slots[index]
@@ -330,25 +370,31 @@ class Ring:
 
     def _filling(self, index: int, generation: int) -> _Slot | None:
         """The slot the worker reports on, or None, counted, when the report is of another time."""
-        if 0 <= index < self.num_slots:
-            slot = self._slots[index]
-            if slot.state is _State.FILLING and slot.generation == generation:
-                return slot
-        self.counters["stale_fill"] += 1
-        return None
+        slot = self._slots[index] if 0 <= index < self.num_slots else None
+        if slot is None or slot.state is not _State.FILLING or slot.generation != generation:
+            self.counters["stale_fill"] += 1
+            return None
+        return slot
 
     def _end(self, lease: Lease) -> None:
-        """Take a lease away. A READY slot goes with its last lease; a FILLING one waits for the worker's report."""
+        """Take a lease away. A READY slot goes with its last lease, a FILLING one waits for the worker's report."""
         holder, slot = self._holders[lease.holder], self._slots[lease.slot]
         del self._leases[lease.id], holder.leases[lease.id]
         holder.seqs.remove(lease.seq)
+        holder.borrowed.discard(lease.id)
         slot.leases.remove(lease.id)
-        if not slot.leases and slot.state is _State.READY:
-            self._vacate(lease.slot)
+        self._settle(lease.slot)
+
+    def _settle(self, index: int) -> None:
+        """Give a READY slot away if nobody leases it."""
+        if self._slots[index].state is _State.READY and not self._slots[index].leases:
+            self._vacate(index)
 
     def _vacate(self, index: int) -> None:
         slot = self._slots[index]
-        assert not slot.leases, f"slot {index} has leases {slot.leases} and is given away"
+        assert not slot.leases | slot.readers, (
+            f"slot {index} is given away: {slot.leases} lease it, {slot.readers} read"
+        )
         del self._resident[slot.batch_id]
         slot.state, slot.batch_id = _State.FREE, b""
         self._free.append(index)

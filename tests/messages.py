@@ -40,6 +40,7 @@ SAMPLES: tuple[wire.Message, ...] = (
         epoch=EPOCH, seq=1, batch_id=BATCH, tokens=struct.pack("<3i", 5, 6, 49151), lengths=struct.pack("<2i", 1, 2)
     ),
     wire.RecvReady(epoch=EPOCH, lease=7),
+    wire.Borrow(epoch=EPOCH, lease=8),
     wire.Release(epoch=EPOCH, lease=1 << 40),
     wire.Renew(epoch=EPOCH),
     wire.Fetch(epoch=EPOCH, name="embedding", offset=1048576, length=1048576),
@@ -61,11 +62,11 @@ SAMPLES: tuple[wire.Message, ...] = (
     wire.Artifact(epoch=EPOCH, name="config.json", offset=0, data=b"{}\n"),
     wire.StatusReport(
         epoch=EPOCH, state="serving", version="0.1.0", pid=10, worker_pid=11, uptime_s=1.5, contract=None, ring=RING,
-        slots={"free": 7, "filling": 0, "ready": 1}, queued=0,
+        slots={"free": 6, "filling": 0, "ready": 1, "quarantined": 1}, queued=0,
         sessions=(
             wire.SessionStatus(
-                session="00ff", name="trainer", transport="shm", credits=3, outstanding=1, leases=1, batches=2,
-                nbytes=24576, age_s=0.5,
+                session="00ff", name="trainer", transport="shm", gpus=("GPU-0",), credits=3, outstanding=1, leases=1,
+                batches=2, nbytes=24576, age_s=0.5,
             ),
         ),
         counters={"batches": 2}, endpoints=("ipc:///run/s.sock",), transports=("shm", "bytes"),

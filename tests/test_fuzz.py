@@ -38,6 +38,7 @@ def templates(epoch: bytes) -> list[dict[str, Any]]:
         wire.Probe(epoch=epoch, seq=1, nonce=b"n" * 16, nbytes=64),
         wire.Submit(epoch=epoch, seq=2, batch_id=b"i" * 16, tokens=one.tokens.tobytes(), lengths=one.lengths.tobytes()),
         wire.RecvReady(epoch=epoch, lease=1),
+        wire.Borrow(epoch=epoch, lease=1),
         wire.Release(epoch=epoch, lease=1),
         wire.Renew(epoch=epoch),
         wire.Fetch(epoch=epoch, name="embedding", offset=0, length=128),
@@ -158,7 +159,7 @@ def test_an_oversized_message_ends_only_its_own_connection(tmp_path: Path) -> No
                     peer.set(zmq.RECONNECT_IVL, -1)
                     peer.connect(endpoint)
                 monitor = hostile.get_monitor_socket(zmq.EVENT_DISCONNECTED)
-                hostile.send(b"\1" + bytes(wire.MAX_MESSAGE_BYTES))
+                hostile.send(bytes((wire.VERSION,)) + bytes(wire.MAX_MESSAGE_BYTES))
                 assert monitor.poll(20_000), "a frame over the limit must end the connection"
                 hostile.disable_monitor()
                 monitor.close()

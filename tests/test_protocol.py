@@ -92,7 +92,7 @@ def test_golden_bytes(tag: str) -> None:
 
 def test_a_golden_frame_by_hand() -> None:
     frame = (
-        b"\x01" + b"\x83" + b"\xa4type" + b"\xa7release" + b"\xa5epoch" + b"\xc4\x10" + EPOCH + b"\xa5lease" + b"\x07"
+        b"\x02" + b"\x83" + b"\xa4type" + b"\xa7release" + b"\xa5epoch" + b"\xc4\x10" + EPOCH + b"\xa5lease" + b"\x07"
     )
     assert wire.encode(wire.Release(epoch=EPOCH, lease=7)) == frame
 
@@ -126,8 +126,8 @@ contracts = st.builds(
 rings = st.builds(wire.RingInfo, num_slots=positive, slot_bytes=st.integers(1, 2**64 - 1), slot_tokens=positive)
 finite = st.floats(allow_nan=False)
 sessions = st.builds(
-    wire.SessionStatus, session=text, name=text, transport=text, credits=u64, outstanding=u64, leases=u64, batches=u64,
-    nbytes=u64, age_s=finite,
+    wire.SessionStatus, session=text, name=text, transport=text, gpus=names, credits=u64, outstanding=u64, leases=u64,
+    batches=u64, nbytes=u64, age_s=finite,
 )  # fmt: skip
 counts = st.dictionaries(text, u64, max_size=3)
 FIELDS: dict[type[wire.Message], dict[str, st.SearchStrategy[Any]]] = {
@@ -139,6 +139,7 @@ FIELDS: dict[type[wire.Message], dict[str, st.SearchStrategy[Any]]] = {
     wire.Probe: {"seq": u64, "nonce": st.binary(min_size=8, max_size=64), "nbytes": st.integers(1, 2**64 - 1)},
     wire.Submit: {"seq": u64, "batch_id": batch_ids, "tokens": data, "lengths": data},
     wire.RecvReady: {"lease": u64},
+    wire.Borrow: {"lease": u64},
     wire.Release: {"lease": u64},
     wire.Renew: {},
     wire.Fetch: {"name": name, "offset": u64, "length": st.integers(1, 1 << 20)},

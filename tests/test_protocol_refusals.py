@@ -12,9 +12,11 @@ from messages import BATCH, BY_TAG, EPOCH, SAMPLES
 from specd import protocol as wire
 from specd.errors import ProtocolError
 
+VERSION = bytes((wire.VERSION,))
+
 
 def pack(fields: dict[str, Any]) -> bytes:
-    return bytes((wire.VERSION,)) + msgspec.msgpack.encode(fields)
+    return VERSION + msgspec.msgpack.encode(fields)
 
 
 def unpack(message: wire.Message) -> dict[str, Any]:
@@ -33,11 +35,11 @@ def test_an_empty_frame_is_refused() -> None:
     assert "empty frame" in refused(b"")
 
 
-@pytest.mark.parametrize("version", [0, 2, 0x83, 255])
+@pytest.mark.parametrize("version", [0, 1, 0x83, 255])
 def test_another_version_is_refused_whatever_follows(version: int) -> None:
     frame = wire.encode(wire.Renew(epoch=EPOCH))
-    assert f"version {version} is not 1" in refused(bytes((version,)) + frame[1:])
-    assert f"version {version} is not 1" in refused(bytes((version,)))
+    assert f"version {version} is not {wire.VERSION}" in refused(bytes((version,)) + frame[1:])
+    assert f"version {version} is not {wire.VERSION}" in refused(bytes((version,)))
 
 
 @pytest.mark.parametrize("tag", BY_TAG)
@@ -70,7 +72,7 @@ def test_unknown_missing_and_mistyped_fields_are_refused_by_name(tag: str) -> No
     [None, True, 0, "release", b"release", [], ["release", 7], {}, {"type": "nope"}, {"type": 1}, {"type": None}, 1.5],
 )
 def test_what_is_no_tagged_map_is_refused(value: Any) -> None:
-    refused(bytes((wire.VERSION,)) + msgspec.msgpack.encode(value))
+    refused(VERSION + msgspec.msgpack.encode(value))
 
 
 def test_unknown_fields_inside_nested_structs_are_refused() -> None:
@@ -104,7 +106,7 @@ BOUNDS: list[tuple[str, str, Any]] = [
     *((tag, "seq", -1) for tag in ("probe", "submit", "ready", "failed")),
     *((tag, "batch_id", value) for tag in ("submit", "ready", "failed") for value in (b"", bytes(15), bytes(17))),
     *(("submit", field, value) for field in ("tokens", "lengths") for value in (b"", b"\0\0\0")),
-    *((tag, "lease", value) for tag in ("recv_ready", "release", "ready") for value in (-1, -(2**63))),
+    *((tag, "lease", value) for tag in ("recv_ready", "borrow", "release", "ready") for value in (-1, -(2**63))),
     *(("fetch", "name", value) for value in ("", LONG)),
     ("fetch", "offset", -1),
     *(("fetch", "length", value) for value in (-1, 0, (1 << 20) + 1, 2**64 - 1)),
@@ -143,18 +145,18 @@ def test_text_that_is_not_utf8_is_refused() -> None:
 @pytest.mark.parametrize("opener", [b"\x91", b"\x81\xa1a", b"\xdd\x00\x00\x00\x01", b"\x81\x91"])
 def test_deep_nesting_is_refused(opener: bytes) -> None:
     for depth in (200, 5_000, 100_000):
-        refused(b"\x01" + opener * depth)
-        refused(b"\x01" + b"\x82\xa1x" + opener * depth + b"\x00\xa4type\xa5renew")
-        refused(b"\x01" + b"\x82\xa4type\xa5renew\xa5epoch" + opener * depth + b"\x00")
+        refused(VERSION + opener * depth)
+        refused(VERSION + b"\x82\xa1x" + opener * depth + b"\x00\xa4type\xa5renew")
+        refused(VERSION + b"\x82\xa4type\xa5renew\xa5epoch" + opener * depth + b"\x00")
 
 
 @pytest.mark.parametrize(
     "claim", [b"\xdd\xff\xff\xff\xff", b"\xdf\xff\xff\xff\xff", b"\xc6\xff\xff\xff\xff", b"\xdb\xff\xff\xff\xff"]
 )
 def test_a_length_that_is_only_claimed_is_refused(claim: bytes) -> None:
-    refused(b"\x01" + claim)
-    refused(b"\x01" + b"\x82\xa4type\xa5renew\xa5epoch" + claim)
-    refused(b"\x01" + b"\x82\xa4type\xa5hello\xaatransports" + claim)
+    refused(VERSION + claim)
+    refused(VERSION + b"\x82\xa4type\xa5renew\xa5epoch" + claim)
+    refused(VERSION + b"\x82\xa4type\xa5hello\xaatransports" + claim)
 
 
 def test_a_refusal_does_not_repeat_all_that_was_sent() -> None:
@@ -164,8 +166,8 @@ def test_a_refusal_does_not_repeat_all_that_was_sent() -> None:
 
 def test_msgpack_extensions_and_timestamps_are_refused() -> None:
     for value in (b"\xd6\xff\x00\x00\x00\x00", b"\xd4\x05\x00", b"\xc7\x03\x05abc"):
-        refused(b"\x01" + value)
-        refused(b"\x01" + b"\x82\xa4type\xa7release\xa5lease" + value)
+        refused(VERSION + value)
+        refused(VERSION + b"\x82\xa4type\xa7release\xa5lease" + value)
 
 
 def test_a_message_too_large_to_be_taken_is_not_sent() -> None:
