@@ -11,6 +11,7 @@ import msgspec
 import torch
 import zmq
 
+from specd import cuda
 from specd.capture import CaptureSpec
 from specd.config import SubscriberConfig
 from specd.errors import ConfigError
@@ -28,7 +29,12 @@ class Delivery:
     """One batch with its states on the trainer's device.
 
     taps: [T, N, H], so that `taps.flatten(1)` is [T, N·H] without a copy; final: [T, H]; None where not captured.
-    Both are views of a staging buffer and valid until the next delivery is asked for.
+    Both are views of a staging buffer, valid until the next delivery is asked for or stream or subscriber are closed;
+    what reads them has to be launched by then, on the stream that is current then or on one that it waits for.
+
+    With `subscriber.borrow` they are views of the daemon's slot: not to be written, and not to be touched after that.
+    Until then they stay as they are, whatever happens to the session: the daemon refills no slot that is borrowed, and
+    the memory of a worker that died stays mapped here.
     """
 
     __slots__ = ("batch", "final", "taps")
@@ -70,7 +76,17 @@ class Subscriber:
         self._stats = Stats()
         self._seq = 0
         spec_for = spec if callable(spec) else lambda contract: spec
-        terms = Terms(name, spec_for, config.depth + 1, config.transport, device, fingerprint)
+        # A borrowed slot takes its credit until its batch is trained, not only fetched.
+        credits = config.depth + (2 if config.borrow else 1)
+        terms = Terms(
+            name=name,
+            spec=spec_for,
+            credits=credits,
+            transport=config.transport,
+            device=cuda.resolve(device),
+            borrow=config.borrow,
+            fingerprint=fingerprint,
+        )
         self._flight = Flight(config, terms, self._context, self._stats)
         try:
             session = self._flight.first_session()
@@ -80,11 +96,14 @@ class Subscriber:
         self.contract: TargetContract = session.welcome.contract
         self.ring: RingInfo = session.welcome.ring
         self.spec: CaptureSpec = session.spec
-        log.info(
-            "at most %d batches under way, %.1f MiB of staging buffers",
-            config.depth + 1,
-            (config.depth + 2) * self.ring.slot_bytes / 2**20,
-        )
+        if config.borrow:
+            log.info("at most %d batches under way, read in the daemon's slots", config.depth + 1)
+        else:
+            log.info(
+                "at most %d batches under way, %.1f MiB of staging buffers",
+                config.depth + 1,
+                (config.depth + 2) * self.ring.slot_bytes / 2**20,
+            )
 
     def stream(self, batches: Iterable[Batch]) -> Generator[Delivery, None, None]:
         """Yield every batch with its states, in order, each exactly once.
@@ -99,13 +118,15 @@ class Subscriber:
                 if not self._flight:
                     return
                 entry = self._flight.take()
-                self._extend(source, self._depth)
-                self._stats.batches += 1
-                self._stats.tokens += entry.batch.num_tokens
-                self._stats.nbytes += entry.layout.nbytes
-                assert entry.buffer is not None
-                yield Delivery(entry.batch, _views(entry.buffer, entry.layout))
-                self._flight.recycle(entry.buffer)
+                try:
+                    self._extend(source, self._depth)
+                    self._stats.batches += 1
+                    self._stats.tokens += entry.batch.num_tokens
+                    self._stats.nbytes += entry.layout.nbytes
+                    assert entry.buffer is not None
+                    yield Delivery(entry.batch, _views(entry.buffer, entry.layout))
+                finally:
+                    self._flight.recycle(entry)
         finally:
             self._flight.drop_all()
 

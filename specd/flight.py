@@ -1,33 +1,34 @@
 """The flight: the batches a subscriber has under way, and the threads that bring them home.
 
-The I/O thread owns the sessions' sockets, the fetcher's thread pulls ready slots, and a short-lived thread per endpoint
-(re)opens its session. They share one lock with the training loop, which only ever waits.
+The dialer's threads (re)open sessions, the courier's owns their sockets, the fetcher's pulls ready slots. They share
+one lock with the training loop, which only ever waits.
 """
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import os
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
 import zmq
-from zmq.utils.monitor import recv_monitor_message
 
 from specd import protocol as wire
 from specd.artifacts import Artifacts
 from specd.config import SubscriberConfig, resolve_endpoint
-from specd.errors import BatchError, DaemonError, ProtocolError, SpecdError
+from specd.courier import Courier
+from specd.dialer import Dialer
+from specd.errors import BatchError, DaemonError, ProtocolError, RejectedError, SpecdError, TransportError
 from specd.fetcher import Fetcher
 from specd.links import Entry, Link, State
 from specd.metrics import Stats
 from specd.protocol import Message
-from specd.session import Later, Session, Terms, open_session
+from specd.session import Session, Terms
+from specd.staging import reached
 from specd.transport import SlotRef
 
 log = logging.getLogger(__name__)
@@ -45,24 +46,23 @@ class Flight:
         self, config: SubscriberConfig, terms: Terms, context: zmq.Context[zmq.Socket[bytes]], stats: Stats
     ) -> None:
         self._config = config
-        self._terms = terms
-        self._context = context
+        self._device = terms.device
         self._stats = stats
         self.lock = threading.Condition()
-        self._wake = os.eventfd(0, os.EFD_NONBLOCK)
         self.links = [Link(resolve_endpoint(endpoint)) for endpoint in config.endpoints]
         self._entries: deque[Entry] = deque()
-        self._outbox: deque[tuple[Session, Message]] = deque()
+        self._in_use: set[Entry] = set()
         self.artifacts = Artifacts(self.lock, config.timeout_s, self._ask)
         self._fatal: SpecdError | None = None
         self._closing = threading.Event()
         self._down_since = time.monotonic()
-        self._connecting: set[threading.Thread] = set()
-        self._fetcher = Fetcher(terms.device, self._begin_fetch, self._end_fetch, self._guard)
-        self._io = threading.Thread(target=self._guard, args=(self._run_io,), name="specd-io", daemon=True)
-        self._io.start()
+        self._dialer = Dialer(context, terms, self._opened, self._closing, self._guard)
+        self._fetcher = Fetcher(terms.device, config.depth + 2, self._begin_fetch, self._end_fetch, self._guard)
+        self._courier = Courier(
+            self.links, self.lock, self._act, self._lose, self._tend, self._fetcher.retire, self._guard
+        )
         for link in self.links:
-            self._connect(link)
+            self._dialer.dial(link)
 
     # For the subscriber
 
@@ -78,7 +78,7 @@ class Flight:
         """Have batches captured; they come home by `take`, in this order."""
         with self.lock:
             self._entries.extend(entries)
-        self._kick()
+        self._courier.kick()
 
     def take(self) -> Entry:
         """Wait for the oldest entry and charge the time to whom it waited for. Raises what keeps it from coming."""
@@ -100,33 +100,56 @@ class Flight:
                 waited = time.monotonic() - begin
                 self._stats.wire_wait_s += waited * on_wire
                 self._stats.target_wait_s += waited * (not on_wire)
+            if self._fatal is not None:
+                raise self._fatal
             self._entries.popleft()
+            entry.state = State.USED
+            self._in_use.add(entry)
         return entry
 
-    def recycle(self, buffer: torch.Tensor) -> None:
-        """Take the buffer of an entry back; its bytes may be overwritten from now on."""
-        self._fetcher.recycle(buffer)
+    def recycle(self, entry: Entry) -> None:
+        """Take an entry that was taken back, once the calling thread's current stream has done what it was told so far.
+
+        Idempotent; `close` does it too.
+        """
+        if entry not in self._in_use:
+            return
+        self._in_use.remove(entry)
+        buffer, entry.buffer = entry.buffer, None
+        assert buffer is not None
+        after, ready, session = reached(self._device), entry.ready, entry.session
+        if session is None or ready is None:
+            self._fetcher.recycle(buffer, after)
+        else:
+            ref = SlotRef(ready.slot, ready.generation, entry.layout.nbytes)
+            self._fetcher.give_back(session, ref, after, partial(self._returned, entry))
 
     def drop_all(self) -> None:
         """Give up everything under way."""
         with self.lock:
             for entry in self._entries:
                 entry.dropped = True
-                if entry.state is not State.SUBMITTED:  # until it is announced it still takes a credit
+                if entry.state is State.FETCHED and entry.session is None:
+                    assert entry.buffer is not None
+                    self._fetcher.recycle(entry.buffer)
+                elif entry.state is State.FETCHED or (entry.state is State.READY and not entry.announced):
                     self._let_go(entry)
+                # A daemon that works on an entry announces it yet, and what it was told to send has to be received.
             self._entries.clear()
 
     def close(self) -> None:
         """End every session and thread. Idempotent."""
         if self._closing.is_set():
             return
+        for entry in list(self._in_use):
+            self._guard(self.recycle, entry)
+        self.drop_all()
         self._closing.set()
-        self._kick()
-        self._io.join()
+        self._fetcher.stop()  # while there are sessions that a borrowed slot can be released in
+        self._courier.stop()
         self._fetcher.close()
-        for thread in self._connecting:
-            thread.join()
-        os.close(self._wake)
+        self._dialer.join()
+        self._courier.close()
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -157,41 +180,26 @@ class Flight:
             return asked
         session = self._session()
         if session is not None:
-            self._outbox.extend((session, message) for message in messages(session.epoch))
-            self._kick()
+            for message in messages(session.epoch):
+                self._courier.post(session, message)
         return session
 
     # Sessions
 
-    def _connect(self, link: Link) -> None:
-        """Open a session with an endpoint on a thread of its own."""
-        thread = threading.Thread(target=self._guard, args=(self._run_connect, link), name="specd-connect", daemon=True)
-        self._connecting = {other for other in self._connecting if other.is_alive()} | {thread}
-        thread.start()
-
-    def _run_connect(self, link: Link) -> None:
-        said = False
-        while not self._closing.is_set():
-            try:
-                session = open_session(self._context, link.endpoint, self._terms, self._closing.wait)
-            except Later as reason:
-                link.problem = str(reason)
-                if not said:
-                    log.warning("waiting for %s: %s", link.endpoint, reason)
-                    said = True
-                continue
-            with self.lock:
-                if self._closing.is_set():
-                    session.client.close()
-                    session.socket.close(linger=0)
-                    return
-                # The first target met is the one every other daemon, and every later life of it, must serve.
-                self._terms = self._terms._replace(fingerprint=session.welcome.contract.fingerprint)
-                link.open(session)
-                self._stats.num_slots = session.welcome.ring.num_slots
-                self.lock.notify_all()
-            self._kick()
-            return
+    def _opened(self, link: Link, session: Session) -> bool:
+        with self.lock:
+            if self._closing.is_set():
+                return False
+            if (first := self._session()) is not None:  # two may have been met at the same moment
+                one, other = (each.welcome.contract.fingerprint for each in (first, session))
+                if one != other:
+                    self._die(RejectedError(f"{session.endpoint} serves target {other}, {first.endpoint} serves {one}"))
+                    return False
+            link.open(session)
+            self._stats.num_slots = session.welcome.ring.num_slots
+            self.lock.notify_all()
+        self._courier.kick()
+        return True
 
     def _lose(self, link: Link, reason: str) -> None:
         """A session is over: what it worked on is pending again, and a new session is opened."""
@@ -200,13 +208,16 @@ class Flight:
         log.warning("lost %s: %s", link.endpoint, reason)
         self._fetcher.retire(link.hang_up(reason))
         for entry in list(link.entries.values()):
-            if entry.state is not State.FETCHING:  # a transfer in flight verifies itself and decides
+            if entry.state is State.USED:  # borrowed: its bytes stay, and there is nobody left to give them back to
+                del link.entries[entry.seq]
+                entry.link = None
+            elif entry.state is not State.FETCHING:  # a transfer in flight verifies itself and decides
                 self._retry(entry, reason)
         self._stats.reconnects += 1
         if self._session() is None:
             self._down_since = time.monotonic()
         self.lock.notify_all()
-        self._connect(link)
+        self._dialer.dial(link)
 
     def _retry(self, entry: Entry, reason: str) -> None:
         """Make an entry pending again, or give it up after too many attempts."""
@@ -221,16 +232,28 @@ class Flight:
 
     def _let_go(self, entry: Entry) -> None:
         """Take an entry from its link, and give the daemon its lease back."""
-        link, entry.link = entry.link, None
+        link, ready, session = entry.link, entry.ready, entry.session
+        entry.link = entry.ready = entry.session = None
+        entry.announced = False
+        if entry.state is State.FETCHED and session is not None:  # borrowed, and not looked at
+            entry.buffer = None
+            self._fetcher.unborrow(session)
         if link is None:
             return
         link.entries.pop(entry.seq, None)
-        if entry.ready is not None and link.session is not None and entry.ready.epoch == link.session.epoch:
-            self._outbox.append((link.session, wire.Release(epoch=link.session.epoch, lease=entry.ready.lease)))
-            self._kick()
-        entry.ready = None
+        if ready is not None and session is not None and link.session is session:
+            self._courier.post(session, wire.Release(epoch=session.epoch, lease=ready.lease))
+        self._courier.kick()
 
-    # The I/O thread
+    def _returned(self, entry: Entry, problem: TransportError | None) -> None:
+        """The training stream no longer reads a borrowed slot."""
+        with self.lock:
+            self._let_go(entry)
+        if problem is not None:
+            log.error("%s was overwritten while it was borrowed: %s", entry, problem)
+            self._die(TransportError(f"{entry} was overwritten while it was borrowed: {problem}"))
+
+    # Threads
 
     def _guard(self, run: Callable[..., None], *args: Any) -> None:
         """Run a thread's body; what it raises ends the training loop's wait."""
@@ -247,55 +270,7 @@ class Flight:
             self._fatal = self._fatal or error
             self.lock.notify_all()
 
-    def _kick(self) -> None:
-        """Wake the I/O thread."""
-        os.eventfd_write(self._wake, 1)
-
-    def _run_io(self) -> None:
-        try:
-            while not self._closing.is_set():
-                poller = zmq.Poller()
-                poller.register(self._wake, zmq.POLLIN)
-                with self.lock:
-                    up = [(link, link.session, link.monitor) for link in self.links if link.session]
-                    patience = min((link.renew_at for link, _, _ in up), default=time.monotonic() + 1.0)
-                for _, session, monitor in up:
-                    poller.register(session.socket, zmq.POLLIN)
-                    poller.register(monitor, zmq.POLLIN)
-                events = dict(poller.poll(max(0, int((patience - time.monotonic()) * 1000) + 1)))
-                if self._wake in events:
-                    with contextlib.suppress(BlockingIOError):
-                        os.eventfd_read(self._wake)
-                for link, session, monitor in up:
-                    if session.socket in events:
-                        self._read(link, session)
-                    if monitor in events and link.session is session:
-                        assert monitor is not None
-                        recv_monitor_message(monitor)
-                        with self.lock:
-                            self._lose(link, "its connection is gone")
-                with self.lock:
-                    self._renew()
-                    self._pump()
-        finally:
-            with self.lock:
-                for link in self.links:
-                    if link.session is not None:
-                        with contextlib.suppress(zmq.ZMQError):
-                            link.session.socket.send(wire.encode(wire.Bye(epoch=link.session.epoch)), zmq.NOBLOCK)
-                        self._fetcher.retire(link.hang_up("the subscriber is closed"))
-
-    def _read(self, link: Link, session: Session) -> None:
-        """Act on all that a daemon has sent."""
-        while link.session is session:
-            try:
-                message = wire.decode(session.socket.recv(zmq.NOBLOCK))
-            except zmq.Again:
-                return
-            with self.lock:
-                link.heard = time.monotonic()
-                self._act(link, message)
-                self.lock.notify_all()
+    # The courier's thread
 
     def _act(self, link: Link, message: Any) -> None:
         match message:
@@ -327,12 +302,22 @@ class Flight:
             raise ProtocolError(f"{link.endpoint} announced seq {message.seq}, which was not asked for")
         if message.batch_id != entry.identity or message.layout != entry.layout:
             raise ProtocolError(f"{link.endpoint} announced {entry} as id {message.batch_id.hex()}, {message.layout}")
+        session = entry.session = link.session
         entry.ready, entry.state = message, State.READY
         if entry.dropped:
             self._let_go(entry)
             return
         self._stats.forward_s += message.target_us / 1e6
-        self._fetcher.fetch(entry, link.session)
+        if session.borrow:
+            self._courier.say(session, wire.Borrow(epoch=session.epoch, lease=message.lease))  # before there is a view
+        elif session.needs_recv_ready:
+            entry.announced = True
+            self._courier.say(session, wire.RecvReady(epoch=session.epoch, lease=message.lease))
+        self._fetcher.fetch(entry, session)
+
+    def _tend(self) -> None:
+        self._renew()
+        self._submit()
 
     def _renew(self) -> None:
         """Keep leases alive; a daemon that has not answered for half their life is lost."""
@@ -342,58 +327,73 @@ class Flight:
             if session is None:
                 continue
             ttl_s = session.welcome.lease_ttl_ms / 1000
-            if now - link.heard > ttl_s / 2:
+            if link.broken:
+                self._lose(link, link.broken)
+            elif now - link.heard > ttl_s / 2:
                 self._lose(link, f"it has not answered for {now - link.heard:.1f} s")
             elif now >= link.renew_at:
                 link.renew_at = now + ttl_s / RENEWALS_PER_TTL
-                self._outbox.append((session, wire.Renew(epoch=session.epoch)))
+                self._courier.post(session, wire.Renew(epoch=session.epoch))
 
-    def _pump(self) -> None:
-        """Submit pending entries in order to whoever has most room, then send all that is due."""
+    def _submit(self) -> None:
+        """Submit pending entries in order to whoever has most room."""
         for entry in self._entries:
             if entry.state is not State.PENDING or entry.error is not None:
                 continue
             link = max(self.links, key=lambda link: link.room)
             if link.session is None or link.room <= 0:
+                if entry is self._entries[0]:
+                    self._make_room()
                 break
             entry.link, entry.state = link, State.SUBMITTED
             entry.attempts += 1
             link.entries[entry.seq] = entry
-            submit = wire.Submit(
-                epoch=link.session.epoch,
-                seq=entry.seq,
-                batch_id=entry.identity,
-                tokens=entry.batch.tokens.astype("<i4", copy=False).tobytes(),
-                lengths=entry.batch.lengths.astype("<i4", copy=False).tobytes(),
-            )
-            self._outbox.append((link.session, submit))
-        while self._outbox:
-            session, message = self._outbox.popleft()
-            for owner in [link for link in self.links if link.session is session]:
-                try:
-                    session.socket.send(wire.encode(message), zmq.NOBLOCK)
-                except zmq.Again:  # an embedded daemon that has ended
-                    self._lose(owner, "its connection is gone")
+            self._courier.post(link.session, entry.request(link.session.epoch))
+
+    def _make_room(self) -> None:
+        """Give the last borrowed batch back that nobody has looked at: the one that is waited for needs its credit."""
+        for entry in reversed(self._entries):
+            if entry.state is State.FETCHED and entry.session is not None:
+                self._let_go(entry)
+                entry.state = State.PENDING
+                entry.attempts -= 1
+                return
+
+    # The fetcher's thread
 
     def _begin_fetch(self, entry: Entry, session: Session) -> SlotRef | None:
         with self.lock:
             ready, link = entry.ready, entry.link
             if entry.state is not State.READY or ready is None or link is None or link.session is not session:
                 return None
+            if link.broken or self._closing.is_set():
+                return None
             entry.state, entry.began = State.FETCHING, time.monotonic()
-            if session.needs_recv_ready:
-                self._outbox.append((session, wire.RecvReady(epoch=session.epoch, lease=ready.lease)))
-                self._kick()
             return SlotRef(ready.slot, ready.generation, entry.layout.nbytes)
 
-    def _end_fetch(self, entry: Entry, session: Session, buffer: torch.Tensor | None, problem: str) -> None:
+    def _end_fetch(
+        self, entry: Entry, session: Session, buffer: torch.Tensor | None, error: TransportError | None
+    ) -> None:
         with self.lock:
+            link = entry.link
             self._stats.fetch_s += time.monotonic() - entry.began
-            if buffer is None:
-                log.warning("%s: %s is fetched again: %s", session.endpoint, entry, problem)
-                self._retry(entry, problem)
-            else:
-                self._let_go(entry)
+            problem = "" if error is None else str(error)
+            if error is not None and error.lost and link is not None and link.session is session:
+                link.broken = problem
+            if buffer is not None and session.borrow:
                 entry.buffer, entry.state = buffer, State.FETCHED
-            self._kick()
+                if entry.dropped:
+                    self._let_go(entry)
+                elif link is None or link.session is not session:
+                    problem = "its session was lost"
+            elif buffer is not None:
+                self._let_go(entry)
+                if entry.dropped:
+                    self._fetcher.recycle(buffer)
+                else:
+                    entry.buffer, entry.state = buffer, State.FETCHED
+            if problem:
+                log.warning("%s: %s did not arrive: %s", session.endpoint, entry, problem)
+                self._retry(entry, problem)
+            self._courier.kick()
             self.lock.notify_all()

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import zmq
 
 from specd.errors import SpecdError
+from specd.protocol import Submit
 
 if TYPE_CHECKING:
     import torch
@@ -26,15 +27,19 @@ class State(enum.Enum):
     READY = "waits to be fetched"
     FETCHING = "is being fetched"
     FETCHED = "is here"
+    USED = "is being trained"
 
 
 class Entry:
     """One batch under way.
 
-    began: when its transfer did, in monotonic seconds. buffer: its bytes, once FETCHED. dropped: nobody wants it.
+    ready, session: the lease it has, and whose it is, while it has one. announced: whether RECV_READY was sent for it.
+    began: when its transfer did, in monotonic seconds. buffer: its bytes once FETCHED, the borrowed slot's if it still
+    has its lease. dropped: nobody wants it.
     """
 
     __slots__ = (
+        "announced",
         "attempts",
         "batch",
         "began",
@@ -46,6 +51,7 @@ class Entry:
         "link",
         "ready",
         "seq",
+        "session",
         "state",
     )
 
@@ -56,21 +62,36 @@ class Entry:
         self.layout = layout
         self.state = State.PENDING
         self.attempts = 0
+        self.announced = False
         self.began = 0.0
         self.dropped = False
         self.link: Link | None = None
         self.ready: Ready | None = None
+        self.session: Session | None = None
         self.buffer: torch.Tensor | None = None
         self.error: SpecdError | None = None
+
+    def request(self, epoch: bytes) -> Submit:
+        """What asks a daemon for it."""
+        return Submit(
+            epoch=epoch,
+            seq=self.seq,
+            batch_id=self.identity,
+            tokens=self.batch.tokens.astype("<i4", copy=False).tobytes(),
+            lengths=self.batch.lengths.astype("<i4", copy=False).tobytes(),
+        )
 
     def __str__(self) -> str:
         return f"batch {self.batch.index} of epoch {self.batch.epoch} (id {self.identity.hex()})"
 
 
 class Link:
-    """One endpoint: its session while it is up, and the entries it works on by seq."""
+    """One endpoint: its session while it is up, and the entries that take its credits, by seq.
 
-    __slots__ = ("endpoint", "entries", "heard", "monitor", "problem", "renew_at", "session")
+    broken: why the session has to be opened anew, as a thread found that may not touch its socket; else empty.
+    """
+
+    __slots__ = ("broken", "endpoint", "entries", "heard", "monitor", "problem", "renew_at", "session")
 
     def __init__(self, endpoint: str) -> None:
         self.endpoint = endpoint
@@ -78,12 +99,14 @@ class Link:
         self.monitor: zmq.Socket[bytes] | None = None
         self.entries: dict[int, Entry] = {}
         self.problem = "not reached yet"
+        self.broken = ""
         self.renew_at = self.heard = 0.0
 
     def open(self, session: Session) -> None:
         """The session is up."""
         self.monitor = session.socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
         self.heard = self.renew_at = time.monotonic()
+        self.broken = ""
         self.session = session
 
     def hang_up(self, reason: str) -> Session:
@@ -93,7 +116,7 @@ class Link:
         assert self.monitor is not None
         session.socket.disable_monitor()
         self.monitor.close(linger=0)
-        session.socket.close(linger=100)
+        session.hang_up()
         return session
 
     @property
