@@ -20,9 +20,9 @@ check: $(SETUP)
 bench: $(SETUP)
 	@$(PYTHON) -m specd bench transport
 test-gpu: $(SETUP)
-	@SPECD_REQUIRE_GPU=1 $(PYTHON) -m pytest -q -m gpu
+	@SPECD_REQUIRE_GPU=1 $(PYTHON) -m pytest -q -m 'gpu and not slow' --durations 10
 test-faults: $(SETUP)
-	@SPECD_FAULTS=20 $(PYTHON) -m pytest -q -m 'slow or not slow' --timeout 900 tests/test_faults.py tests/test_fuzz.py
+	@SPECD_FAULTS=20 $(PYTHON) -m pytest -q -m 'slow or not slow' --timeout 900 tests/test_*faults.py tests/test_fuzz.py
 clean:
 	rm -rf .venv build dist runs *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from specd.errors import TransportError
-from specd.transport import SlotRef, Transport, choose, load, names
+from specd.transport import BUILTIN, SlotRef, Transport, choose, load, names
 from specd.transports.conformance import Rig, TransportConformance, holds
 from specd.transports.host import Host, LocalHost, SpawnedHost
 
@@ -48,10 +48,10 @@ class TestCarrier(TransportConformance):
 
 
 def test_it_is_known_by_its_entry_point_only(installed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert names() == ["inproc", "shm", "bytes", "carrier", "lost", "odd"]
+    assert names() == [*BUILTIN, "carrier", "lost", "odd"]
     monkeypatch.setattr(sys, "path", [path for path in sys.path if path != str(installed)])
     assert "carrier" not in names()
-    with pytest.raises(TransportError, match="unknown transport 'carrier'; known here: inproc, shm, bytes"):
+    with pytest.raises(TransportError, match=f"unknown transport 'carrier'; known here: {', '.join(BUILTIN)}"):
         load("carrier")
 
 
@@ -76,8 +76,10 @@ def test_it_serves_from_another_process() -> None:
 
 
 @pytest.mark.usefixtures("installed")
-def test_auto_takes_it_after_the_built_in_ones() -> None:
+@pytest.mark.parametrize("device", ["cpu", "cuda:0"])
+def test_auto_takes_it_after_the_built_in_ones(device: str) -> None:
     offered = ("carrier", "bytes")
-    assert choose("auto", offered, False, lambda name: None).name == "bytes"
-    assert choose("auto", offered, False, lambda name: None if name == "carrier" else "broken").name == "carrier"
-    assert choose("carrier", offered, False, lambda name: None).name == "carrier"
+    assert choose("auto", offered, False, device, lambda name: None).name == "bytes"
+    only = choose("auto", offered, False, device, lambda name: None if name == "carrier" else "broken")
+    assert only.name == "carrier"
+    assert choose("carrier", offered, False, device, lambda name: None).name == "carrier"

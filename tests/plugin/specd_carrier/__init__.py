@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, ClassVar
 import msgspec
 
 from specd.arena import Arena
+from specd.cuda import Copier
 from specd.errors import TransportError
-from specd.transport import ServerContext, SlotRef, Traits, check_into, check_ref, pull, stale, unwrap
+from specd.transport import ServerContext, SlotRef, Traits, check_into, check_ref, pull, stale, unwrap, wrap
 
 if TYPE_CHECKING:
     import torch
@@ -32,6 +33,7 @@ class CarrierServer:
     def __init__(self, arena: Arena) -> None:
         self._arena = arena
         self._root = tempfile.mkdtemp(prefix="specd-carrier-")
+        self._copier = Copier()
         self._sessions: dict[bytes, str] = {}
 
     def accept(self, session: bytes, hello: bytes) -> bytes:
@@ -39,7 +41,7 @@ class CarrierServer:
             raise TransportError(f"not a carrier hello: {hello[:20]!r}")
         self._sessions[session] = directory = tempfile.mkdtemp(dir=self._root)
         offer = Offer(directory=directory, num_slots=self._arena.num_slots, slot_bytes=self._arena.slot_bytes)
-        return msgspec.msgpack.encode(offer)
+        return wrap(offer)
 
     def publish(self, session: bytes, ref: SlotRef) -> None:
         check_ref(ref, self._arena.num_slots, self._arena.slot_bytes)
@@ -51,7 +53,7 @@ class CarrierServer:
         copy = torch.empty(ref.nbytes, dtype=torch.uint8)
         name = Path(directory, f"{ref.slot}-{ref.generation}")
         try:
-            pull(self._arena, ref, copy)
+            pull(self._arena, ref, copy, self._copier)
         except TransportError:
             copy = copy[:0]  # an empty file says that the slot is gone
         part = name.with_suffix(f".{time.monotonic_ns()}")
