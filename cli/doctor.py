@@ -8,6 +8,7 @@ import platform
 import secrets
 import shutil
 import tempfile
+from contextlib import closing
 from importlib import metadata, util
 from typing import Annotated, Any, Literal, get_args, get_type_hints
 
@@ -20,7 +21,18 @@ from specd.config import Preset, TargetConfig, cache_dir, preset, presets, runti
 from specd.errors import SpecdError, TransportError
 
 EXAMPLES = "Examples: `specd doctor` · `specd doctor --json`"
-PACKAGES = ("torch", "transformers", "pyzmq", "msgspec", "gguf", "datasets", "matplotlib", "sglang")
+PACKAGES = (
+    "torch",
+    "transformers",
+    "pyzmq",
+    "msgspec",
+    "gguf",
+    "datasets",
+    "matplotlib",
+    "sglang",
+    "nccl4py",
+    "nixl-cu13",
+)
 CUPY = ("cupy-cuda13x", "cupy-cuda12x")
 PROBE_BYTES = 1 << 20
 DEADLINE_S = 10.0
@@ -55,6 +67,8 @@ def machine() -> dict[str, Any]:
     """Facts about this machine: versions, devices, memory, directories."""
     import torch
 
+    from specd.bench.machine import nccl_version
+
     packages = {name: _version(name) for name in PACKAGES}
     packages["cupy"] = next((f"{_version(name)} ({name})" for name in CUPY if _version(name)), "")
     shm = shutil.disk_usage("/dev/shm") if os.path.isdir("/dev/shm") else None
@@ -65,8 +79,9 @@ def machine() -> dict[str, Any]:
         "cpus": len(os.sched_getaffinity(0)),
         "packages": packages,
         "cuda": torch.version.cuda or "",
+        "nccl": nccl_version(),
         "gpus": [
-            {"name": facts.name, "bytes": facts.total_memory}
+            {"name": facts.name, "bytes": facts.total_memory, "uuid": str(facts.uuid)}
             for facts in map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
         ],
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
@@ -85,22 +100,22 @@ def _version(distribution: str) -> str:
 
 
 def check_transport(name: str) -> Finding:
-    """Move verified bytes through both sides of a transport in this process."""
+    """Move verified bytes through both sides of a transport: in this process, or from a process with a GPU's ring."""
     try:
-        note = _move(name)
+        found = transport.load(name)
+        note = _move(found) if "host" in found.traits.memory else _move_between_gpus(name, found)
     except SpecdError as error:
         return Finding(name=name, kind="transport", works=False, note=str(error))
+    except RuntimeError as error:  # the driver's
+        return Finding(name=name, kind="transport", works=False, note=f"{type(error).__name__}: {error}")
     return Finding(name=name, kind="transport", works=True, note=note)
 
 
-def _move(name: str) -> str:
+def _move(found: type[transport.Transport]) -> str:
     import torch
 
     from specd.arena import HostArena
 
-    found = transport.load(name)
-    if "host" not in found.traits.memory:
-        raise TransportError("it serves device memory only; `specd bench transport` tries it where there is a GPU")
     session, sent = secrets.token_bytes(8), transport.pattern(secrets.token_bytes(16), PROBE_BYTES).tobytes()
     ref = transport.SlotRef(slot=0, generation=1, nbytes=PROBE_BYTES)
     into = torch.zeros(PROBE_BYTES, dtype=torch.uint8)
@@ -111,22 +126,51 @@ def _move(name: str) -> str:
         arena.begin(0)
         arena.slot(0)[:PROBE_BYTES] = sent
         arena.seal(0, ref.generation)
-        server = found.server(arena, transport.ServerContext(directory=directory))
-        try:
-            client = found.client("cpu")
-            try:
-                client.attach(server.accept(session, client.hello()), DEADLINE_S)
-                if found.traits.needs_recv_ready:
-                    server.publish(session, ref)
-                client.fetch(ref, into, DEADLINE_S)
-            finally:
-                client.close()
-        finally:
-            server.close()
+        with (
+            closing(found.server(arena, transport.ServerContext(directory=directory))) as server,
+            closing(found.client("cpu")) as client,
+        ):
+            client.attach(server.accept(session, client.hello()), DEADLINE_S)
+            if found.traits.needs_recv_ready:
+                server.publish(session, ref)
+            client.fetch(ref, into, DEADLINE_S)
     if into.numpy().tobytes() != sent:
         raise TransportError(f"{PROBE_BYTES} bytes arrived changed")
+    return _worked(found, "")
+
+
+def _move_between_gpus(name: str, found: type[transport.Transport]) -> str:
+    """From the first GPU to the last one; with a single one, to itself."""
+    import torch
+
+    from specd.transports.host import SpawnedHost
+
+    if not (count := torch.cuda.device_count()):
+        build = torch.version.cuda
+        why = f"torch was built for CUDA {build} and finds no device" if build else "torch was built without CUDA"
+        raise TransportError(f"it moves states from GPU to GPU, and there is none here: {why}")
+    session, nonce, trainer = secrets.token_bytes(8), secrets.token_bytes(16), f"cuda:{count - 1}"
+    ref = transport.SlotRef(slot=0, generation=1, nbytes=PROBE_BYTES)
+    into = torch.zeros(PROBE_BYTES, dtype=torch.uint8, device=trainer)
+    torch.cuda.synchronize(trainer)  # a transfer waits for no stream but its own
+    with (
+        torch.cuda.device(trainer),
+        closing(found.client(trainer)) as client,
+        closing(SpawnedHost(name, 1, PROBE_BYTES, device="cuda:0")) as host,
+    ):
+        host.fill(ref.slot, ref.generation, nonce, ref.nbytes)
+        client.attach(host.accept(session, client.hello()), DEADLINE_S)
+        if found.traits.needs_recv_ready:
+            host.announce(session, ref)
+        client.fetch(ref, into, DEADLINE_S)
+        if into.cpu().numpy().tobytes() != transport.pattern(nonce, PROBE_BYTES).tobytes():
+            raise TransportError(f"{PROBE_BYTES} bytes arrived changed on {trainer}")
+    return _worked(found, f" from cuda:0 to {trainer}")
+
+
+def _worked(found: type[transport.Transport], where: str) -> str:
     scope = {"process": "inside one process", "host": "inside one host", "anywhere": "anywhere"}[found.traits.scope]
-    return f"moved {human(PROBE_BYTES)}, verified; reaches {scope}"
+    return f"moved {human(PROBE_BYTES)}{where}, verified; reaches {scope}"
 
 
 def backends() -> list[str]:
@@ -166,6 +210,7 @@ def _weights(known: Preset) -> tuple[bool, str]:
 
 def _show(facts: dict[str, Any], findings: list[Finding]) -> None:
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     console = Console()
@@ -176,6 +221,8 @@ def _show(facts: dict[str, Any], findings: list[Finding]) -> None:
     table.add_row("packages", ", ".join(f"{name} {version or '–'}" for name, version in facts["packages"].items()))
     gpus = ", ".join(f"{gpu['name']} ({human(gpu['bytes'])})" for gpu in facts["gpus"])
     table.add_row("devices", f"{facts['cpus']} CPUs, {human(facts['memory_bytes'])}; {gpus or 'no GPU'}")
+    if facts["gpus"]:
+        table.add_row("CUDA", f"{facts['cuda']}, NCCL {facts['nccl']}")
     table.add_row("/dev/shm", f"{human(facts['shm_free_bytes'])} free of {human(facts['shm_bytes'])}")
     table.add_row("sockets", facts["runtime_dir"])
     table.add_row("cache", facts["cache_dir"])
@@ -183,5 +230,5 @@ def _show(facts: dict[str, Any], findings: list[Finding]) -> None:
     results = Table("", "what", "name", "why")
     for finding in findings:
         mark = "[green]yes[/]" if finding.works else "[red]no[/]"
-        results.add_row(mark, finding.kind, finding.name, finding.note)
+        results.add_row(mark, finding.kind, finding.name, escape(finding.note))
     console.print(results)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import logging
 import os
 import shutil
 import tempfile
@@ -76,3 +77,14 @@ def _processes(mark: str) -> Iterator[str]:
             command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
             if f"{MARK}={mark}".encode() in (entry / "environ").read_bytes() and "resource_tracker" not in command:
                 yield f"{entry.name} ({command})"
+
+
+@pytest.fixture(autouse=True)
+def plain_logging() -> Iterator[None]:
+    """Undo the handler and the level that a command line sets."""
+    logger = logging.getLogger("specd")
+    before = logger.handlers[:], logger.level, logger.propagate, os.environ.get("SPECD_LOG")
+    yield
+    logger.handlers[:], logger.level, logger.propagate = before[0], before[1], before[2]
+    if before[3] is None:
+        os.environ.pop("SPECD_LOG", None)

@@ -59,13 +59,14 @@ REPORT = StatusReport(
     uptime_s=12.0,
     contract=CONTRACT,
     ring=RingInfo(num_slots=8, slot_bytes=5 << 20, slot_tokens=4096),
-    slots={"free": 6, "leased": 2},
+    slots={"free": 5, "filling": 0, "ready": 2, "quarantined": 1},
     queued=1,
     sessions=(
         SessionStatus(
             session="ab" * 16,
             name="trainer-1",
             transport="shm",
+            gpus=("GPU-5e7a1c90-0000",),
             credits=3,
             outstanding=2,
             leases=1,
@@ -81,15 +82,8 @@ REPORT = StatusReport(
 
 
 @pytest.fixture(autouse=True)
-def plain_logging(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Undo the handler and the level that a command line sets."""
+def wide_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "200")
-    logger = logging.getLogger("specd")
-    before = logger.handlers[:], logger.level, logger.propagate, os.environ.get("SPECD_LOG")
-    yield
-    logger.handlers[:], logger.level, logger.propagate = before[0], before[1], before[2]
-    if before[3] is None:
-        os.environ.pop("SPECD_LOG", None)
 
 
 @contextlib.contextmanager
@@ -201,7 +195,7 @@ def test_flags_win_over_the_file_and_settings_over_flags() -> None:
     assert config.target.model == "smollm2-135m"
     assert (config.target.dtype, config.target.threads, config.target.device) == ("bfloat16", 2, "auto")
     assert (config.ring.slots, config.ring.slot_tokens) == (6, 77)
-    assert config.transports == ("shm", "bytes")
+    assert config.transports == ("auto",)
 
 
 def test_given_keeps_false_and_zero() -> None:
@@ -247,7 +241,16 @@ def test_resident_bytes_ignores_the_dead() -> None:
 def test_status_shows_the_daemon(daemon: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["status", "--endpoint", daemon]) == 0
     text = capsys.readouterr().out
-    for part in ("serving", "tiny", CONTRACT.fingerprint, "6 free, 2 leased", "trainer-1", "1,234", "5.0 GiB"):
+    for part in (
+        "serving",
+        "tiny",
+        CONTRACT.fingerprint,
+        "1 quarantined",
+        "GPU-5e7a1c90",
+        "trainer-1",
+        "1,234",
+        "5.0 GiB",
+    ):
         assert part in text
 
 
