@@ -2,8 +2,8 @@
 
 What it keeps of the real thing: memory of one process is opened by another through 64 bytes, outlives its exporter for
 those who have it open, and can no longer be opened then; only whole registered pages are unregistered; devices have
-numbers and identities. What it does not: kernels, streams, and that a process cannot open its own memory. And it refuses
-every handle that it did not make, where a driver may take it and fault.
+numbers and identities. What it does not: kernels, streams, and that a process cannot open its own memory. And it
+refuses every handle that it did not make, where a driver may take one and fault.
 
     fake_cuda.install(monkeypatch)                                      in a test
     python -c "import fake_cuda; fake_cuda.install(); …"                in a child process, for good

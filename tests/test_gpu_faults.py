@@ -70,29 +70,17 @@ class Bystander:
         )
         self._device = device
         self._end = threading.Event()
-        self._outcome: Stats | Exception | None = None
-        self._thread = threading.Thread(target=self._run)
-        self._thread.start()
+        self._thread = ThreadPoolExecutor(1)
+        self._outcome = self._thread.submit(self._train)
 
     def finish(self) -> Stats:
         """End it; what it did, or the error that it ended with."""
         self.close()
-        if isinstance(self._outcome, Exception):
-            raise self._outcome
-        assert self._outcome is not None
-        return self._outcome
+        return self._outcome.result()
 
     def close(self) -> None:
         self._end.set()
-        self._thread.join()
-
-    def _run(self) -> None:
-        try:
-            self._outcome = self._train()
-        except Exception as error:
-            self._outcome = error
-        finally:
-            self.served.set()
+        self._thread.shutdown()
 
     def _train(self) -> Stats:
         batches = [batch(index) for index in range(12)]
@@ -109,7 +97,7 @@ class Bystander:
                 assert delivery.taps is not None
                 assert torch.equal(delivery.taps.cpu(), expected[number % len(batches)]), f"delivery {number} differs"
                 self.served.set()
-                self._end.wait(0.02)  # others want the target, too
+                self._end.wait(0.05)  # others want the target, too
                 asked = time.monotonic()
             return source.stats()
 
@@ -216,7 +204,9 @@ def test_daemon_killed(
                 daemon.process.kill()
                 daemon.restart()
             else:
-                os.kill(daemon.status().worker_pid, signal.SIGKILL)
+                pid = daemon.status().worker_pid
+                assert pid > 0
+                os.kill(pid, signal.SIGKILL)
         return daemon, trainers, SHARES[lane]
 
     with ThreadPoolExecutor(LANES) as lanes:
@@ -276,7 +266,7 @@ def test_trainers_killed_beside_one_that_does_not_notice(
             trainer.kill_and_resume()
 
     try:
-        assert bystander.served.wait(60)
+        assert bystander.served.wait(60), bystander.finish()
         for trainer in trainers:
             trainer.wait_for(3)
         assert {session.transport for session in daemon.status().sessions} == {killed.transport, other}
