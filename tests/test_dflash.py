@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import msgspec
@@ -15,66 +15,18 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
+from drafts import CONFIG, CONTRACT, HIDDEN, LENGTHS, MASK, TARGET, VOCAB, FakeDelivery, deliver, make_batch, make_draft
 from specd.capture import CaptureSpec
 from specd.config import DFlashConfig
 from specd.errors import ConfigError
 from specd.packing import Batch
-from specd.protocol import TargetContract
-from specd.train.dflash import DFlash, capture_spec, loss_decay, make_blocks, sample_anchors
+from specd.train.dflash import DFlash, Tuning, capture_spec, loss_decay, make_blocks, sample_anchors
 from specd.train.dflash_model import KeyValue, draft_shape
-
-VOCAB, HIDDEN, MASK = 97, 32, 3
-TARGET: dict[str, Any] = {
-    "vocab_size": VOCAB,
-    "hidden_size": HIDDEN,
-    "num_hidden_layers": 8,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "intermediate_size": 48,
-    "rms_norm_eps": 1e-5,
-    "max_position_embeddings": 512,
-    "rope_parameters": {"rope_theta": 5000.0, "rope_type": "default"},
-    "tie_word_embeddings": True,
-}
-CONTRACT = TargetContract(
-    model="tiny", model_type="llama", hidden_size=HIDDEN, num_layers=8, vocab_size=VOCAB, dtype="float32", weights="0"
-)
-CONFIG = DFlashConfig(num_layers=2, num_taps=3, block_size=4, num_anchors=5, loss_chunk=7)
-LENGTHS = (11, 1, 17, 6)
-
-
-class FakeDelivery(msgspec.Struct):
-    batch: Batch
-    taps: Any
 
 
 @pytest.fixture(autouse=True)
 def one_thread() -> None:
     torch.set_num_threads(1)
-
-
-def make_batch(lengths: tuple[int, ...] = LENGTHS, density: float = 0.8, seed: int = 0) -> Batch:
-    rng = np.random.default_rng(seed)
-    return Batch(
-        tokens=rng.integers(0, VOCAB, sum(lengths), dtype=np.int32),
-        lengths=np.array(lengths, np.int32),
-        loss_mask=rng.random(sum(lengths)) < density,
-        samples=tuple(range(100, 100 + len(lengths))),
-    )
-
-
-def make_draft(config: DFlashConfig = CONFIG, seed: int = 0, **changes: Any) -> DFlash:
-    generator = torch.Generator().manual_seed(1)
-    head = torch.randn(VOCAB, HIDDEN, generator=generator)
-    return DFlash(config, CONTRACT, {**TARGET, **changes}, head, head, MASK, seed=seed)
-
-
-def deliver(batch: Batch, num_taps: int = 3, seed: int = 2) -> FakeDelivery:
-    taps = torch.randn(batch.num_tokens, num_taps, HIDDEN, generator=torch.Generator().manual_seed(seed))
-    return FakeDelivery(batch, taps)
-
-
-# Anchors
 
 
 @settings(max_examples=60, deadline=None)
@@ -292,6 +244,36 @@ def test_bfloat16_forward_keeps_float32_masters() -> None:
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in low.module.parameters())
 
 
+@pytest.mark.filterwarnings("ignore")  # torch's compiler warns about torch
+def test_compiled_layers_give_the_same_loss_and_are_traced_once_for_all_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    counter = CompileCounterWithBackend("aot_eager")
+    monkeypatch.setattr(
+        "specd.train.dflash_model.compiled",
+        functools.cache(lambda function: torch.compile(function, dynamic=True, backend=counter)),
+    )
+    torch._dynamo.reset()
+    generator = torch.Generator().manual_seed(1)
+    head = torch.randn(VOCAB, HIDDEN, generator=generator)
+    config = msgspec.structs.replace(CONFIG, num_layers=3)
+    drafts = [
+        DFlash(config, CONTRACT, TARGET, head, head, MASK, tuning=Tuning(compiled=compiled))
+        for compiled in (True, False)
+    ]
+    for seed, lengths in enumerate((LENGTHS, (30, 9), (5, 40, 3), (64, 64))):
+        delivery = deliver(make_batch(lengths, seed=seed))
+        results = []
+        for draft in drafts:
+            loss = draft.loss(delivery)
+            loss.sum.backward()  # type: ignore[no-untyped-call]
+            results.append((loss.sum, [parameter.grad for parameter in draft.module.parameters()]))
+            draft.module.zero_grad()
+        torch.testing.assert_close(results[0], results[1], rtol=1e-5, atol=1e-5)
+    # The context, and the two halves of a layer: the first layer's input has no gradient, that of the others has.
+    assert sum(any(node.op == "call_function" for node in graph.graph.nodes) for graph in counter.graphs) == 5
+
+
 # Shapes
 
 
@@ -338,37 +320,3 @@ def test_capture_spec_follows_the_target() -> None:
     assert make_draft().spec_for(quantised).dtype == "bfloat16"
     with pytest.raises(ConfigError, match="ask for fewer"):
         capture_spec(msgspec.structs.replace(CONFIG, num_taps=9), CONTRACT)
-
-
-# GPU
-
-
-@pytest.fixture
-def own_compiler() -> Iterator[None]:
-    """Compile in this process: torch's compile workers outlive the tests."""
-    import torch._inductor.config
-
-    with torch._inductor.config.patch(compile_threads=1):
-        yield
-
-
-@pytest.mark.gpu(1)
-@pytest.mark.usefixtures("own_compiler")
-@pytest.mark.filterwarnings("ignore")
-def test_loss_on_a_gpu_equals_the_cpu_and_never_waits_for_the_device() -> None:
-    config = DFlashConfig(num_layers=2, num_taps=3, block_size=8, num_anchors=20, loss_chunk=64, head_dim=64)
-    generator = torch.Generator().manual_seed(1)
-    head = torch.randn(VOCAB, HIDDEN, generator=generator)
-    delivery = deliver(make_batch((200, 31, 90)))
-    on_cpu = DFlash(config, CONTRACT, TARGET, head, head, MASK)
-    on_gpu = DFlash(config, CONTRACT, TARGET, head, head, MASK, device="cuda")
-    here = on_cpu.loss(delivery)
-    there = FakeDelivery(delivery.batch, delivery.taps.cuda())
-    on_gpu.loss(there).sum.backward()  # type: ignore[no-untyped-call]
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        loss = on_gpu.loss(there)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    torch.testing.assert_close(loss.sum.cpu(), here.sum, rtol=5e-3, atol=1e-2)
-    assert loss.metrics["counted"].tolist() == here.metrics["counted"].tolist()

@@ -2,14 +2,14 @@
 
 Two implementations of one mask: flex_attention for GPUs, and plain torch ops sequence by sequence for anything else.
 Shape legend: M blocks, b tokens a block, N = M·b, T context tokens, C context tokens of one sequence, A its blocks,
-Q query heads, K key-value heads, G = Q / K, D head size.
+Q query heads, K key-value heads, G = Q / K, D head size. For flex_attention's kernels T and N are filled up to whole
+tiles, T' and N'.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -17,9 +17,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import functional as F
 
 from specd.config import AttentionKind
-from specd.train.dflash_model import Attend, KeyValue
+from specd.train.dflash_model import Attend, KeyValue, compiled
 
 TILE = 128
 """Rows and columns of a tile of flex_attention's block mask."""
@@ -54,11 +55,19 @@ def to_device(array: NDArray[Any], device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
-def block_attention(kind: AttentionKind, layout: BlockLayout, device: torch.device) -> Attend:
-    """The attention of `layout`'s blocks. `auto` is flex on CUDA and the plain path elsewhere."""
-    if kind == "flex" or (kind == "auto" and device.type == "cuda"):
-        return flex_attention(layout, device)
+def block_attention(kind: AttentionKind, layout: BlockLayout, device: torch.device, spread: bool = True) -> Attend:
+    """The attention of `layout`'s blocks. `auto` is flex on CUDA and the plain path elsewhere.
+
+    spread: see flex_attention.
+    """
+    if uses_flex(kind, device):
+        return flex_attention(layout, device, spread)
     return plain_attention(layout, device)
+
+
+def uses_flex(kind: AttentionKind, device: torch.device) -> bool:
+    """Whether `kind` means flex_attention on that device."""
+    return kind == "flex" or (kind == "auto" and device.type == "cuda")
 
 
 def plain_attention(layout: BlockLayout, device: torch.device) -> Attend:
@@ -115,47 +124,98 @@ def _sequence(query: Tensor, block: KeyValue, context: KeyValue, hidden: Tensor,
     return out.view(kv, blocks, b, group, head_dim).permute(1, 2, 0, 3, 4).reshape(rows, num_heads, head_dim)
 
 
-def flex_attention(layout: BlockLayout, device: torch.device) -> Attend:
-    """Attention by torch's flex_attention: compiled on CUDA; elsewhere interpreted and without gradients."""
-    masks = functools.cache(lambda window: block_mask(layout, window, device))
-    kernel = _compiled() if device.type == "cuda" else _interpreted()
+def flex_attention(layout: BlockLayout, device: torch.device, spread: bool = True) -> Attend:
+    """Attention by torch's flex_attention: compiled on CUDA; elsewhere interpreted and without gradients.
+
+    spread: query heads that share keys go as a batch over one set of keys, instead of as groups of heads. In the
+    backward, one program then sums the gradient of a tile of keys over the rows of one head and not of all G, and long
+    sequences do not end in a few programs that are still busy.
+    """
+    masks = functools.cache(lambda window, copies: block_mask(layout, window, device, copies))
+    kernel = compiled(_flex) if device.type == "cuda" else _flex
+    rows, context_rows = _filled(len(layout.anchors) * layout.block_size), _filled(layout.num_context)
 
     def attend(query: Tensor, block: KeyValue, context: KeyValue, window: int) -> Tensor:
-        keys, values = (torch.cat(pair).transpose(0, 1)[None] for pair in zip(context, block, strict=True))
-        out = kernel(
-            query.transpose(0, 1)[None],
-            keys,
-            values,
-            block_mask=masks(window),
-            enable_gqa=True,
-            # Its kernel for short queries does not take this mask, and a batch of a few blocks is short.
-            kernel_options={"FORCE_USE_FLEX_ATTENTION": True},
-        )
-        states: Tensor = out[0].transpose(0, 1)
-        return states
+        num_rows, num_heads, head_dim = query.shape
+        kv = block[0].shape[1]
+        copies = num_heads // kv if spread else 1
+        heads = (kv, copies) if spread else (num_heads, 1)
+        grouped = _in_tiles(query, rows).reshape(-1, TILE, *heads, head_dim).permute(3, 2, 0, 1, 4)
+        context_k, context_v = (_in_tiles(x, context_rows) for x in context)
+        block_k, block_v = (_in_tiles(x, rows) for x in block)
+        # All but the number of tiles is known when it is compiled.
+        torch._dynamo.mark_static(grouped, [0, 1, 3, 4])
+        for part in (context_k, context_v, block_k, block_v):
+            torch._dynamo.mark_static(part, [1, 2, 3])
+        out: Tensor = kernel(grouped, context_k, context_v, block_k, block_v, masks(window, copies))
+        return out.permute(2, 1, 0, 3).reshape(rows, num_heads, head_dim)[:num_rows]
 
     return attend
 
 
-def block_mask(layout: BlockLayout, window: int, device: torch.device) -> Any:
-    """flex_attention's BlockMask of N queries over T + N keys (context, then blocks), its tiles chosen on the host."""
+def _flex(query: Tensor, context_k: Tensor, context_v: Tensor, block_k: Tensor, block_v: Tensor, mask: Any) -> Tensor:
+    """query [G or 1, K or Q, tiles, TILE, D], keys and values [tiles, TILE, K, D] -> [G or 1, K or Q, N', D].
+
+    Split into tiles so that the compiler can tell that lengths are multiples of TILE: kernels then check no bounds.
+    """
+    from torch.nn.attention import flex_attention as module
+
+    keys, values = (
+        torch.cat(pair).flatten(0, 1).transpose(0, 1).contiguous()[None]
+        for pair in ((context_k, block_k), (context_v, block_v))
+    )
+    out: Tensor = module.flex_attention(
+        query.flatten(2, 3),
+        keys,
+        values,
+        block_mask=mask,
+        enable_gqa=query.shape[1] != keys.shape[1],
+        # Its kernel for short queries does not take this mask, and a batch of a few blocks is short.
+        kernel_options={"FORCE_USE_FLEX_ATTENTION": True},
+    )
+    return out
+
+
+def _filled(size: int) -> int:
+    """`size` rows in whole tiles; two at least, because compilers take a length of one tile for a special case."""
+    return max(2, -(-size // TILE)) * TILE
+
+
+def _in_tiles(x: Tensor, size: int) -> Tensor:
+    """[rows, heads, D], filled up with zeros to `size` rows -> [tiles, TILE, heads, D]."""
+    missing = size - x.shape[0]
+    whole = F.pad(x, (0, 0, 0, 0, 0, missing)) if missing else x
+    return whole.reshape(-1, TILE, *x.shape[1:])
+
+
+def block_mask(layout: BlockLayout, window: int, device: torch.device, copies: int = 1) -> Any:
+    """flex_attention's BlockMask of N' queries over T' + N' keys (context, then blocks), its tiles chosen on the host.
+
+    copies: the size of its batch. Rows that only fill up see nothing of the context and no block.
+    """
     from torch.nn.attention.flex_attention import BlockMask
 
-    b, context = layout.block_size, layout.num_context
-    num_rows = len(layout.anchors) * b
+    rows, context = _filled(len(layout.anchors) * layout.block_size), _filled(layout.num_context)
     partial, full = tiles(layout, window)
-    owner = np.repeat(np.arange(len(layout.anchors), dtype=np.int32), b)
-    first = to_device(layout.visible_from(window).reshape(-1).astype(np.int32), device)
-    last = to_device(np.repeat(layout.anchors, b).astype(np.int32), device)
-    row_owner = to_device(owner, device)
-    key_owner = to_device(np.concatenate((np.full(context, -1, np.int32), owner)), device)
+
+    def of_rows(values: NDArray[Any], fill: int) -> NDArray[np.int32]:
+        return np.pad(values.reshape(-1).astype(np.int32), (0, rows - values.size), constant_values=fill)
+
+    owner = np.repeat(np.arange(len(layout.anchors)), layout.block_size)
+    first = to_device(of_rows(layout.visible_from(window), 0), device)
+    last = to_device(of_rows(np.repeat(layout.anchors, layout.block_size), 0), device)
+    row_owner = to_device(of_rows(owner, -2), device)
+    key_owner = to_device(np.concatenate((np.full(context, -1, np.int32), of_rows(owner, -1))), device)
 
     # Tensors only, no Python numbers: those would be compiled in, and every new batch would compile again.
     def visible(_batch: Tensor, _head: Tensor, row: Tensor, key: Tensor) -> Tensor:
         return ((key >= first[row]) & (key < last[row])) | (key_owner[key] == row_owner[row])
 
-    counts, indices = (to_device(part, device) for part in _tile_lists(partial))
-    full_counts, full_indices = (to_device(part, device) for part in _tile_lists(full))
+    counts, indices, full_counts, full_indices = (
+        to_device(part, device).repeat(copies, *[1] * (part.ndim - 1))
+        for chosen in (partial, full)
+        for part in _tile_lists(chosen)
+    )
     return BlockMask.from_kv_blocks(
         counts,
         indices,
@@ -163,21 +223,22 @@ def block_mask(layout: BlockLayout, window: int, device: torch.device) -> Any:
         full_indices,
         BLOCK_SIZE=TILE,
         mask_mod=visible,
-        seq_lengths=(num_rows, context + num_rows),
+        seq_lengths=(rows, context + rows),
     )
 
 
 def tiles(layout: BlockLayout, window: int) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-    """Tiles a kernel must visit with the mask, and tiles it may take whole: bool [query tiles, key tiles] each."""
-    b, context = layout.block_size, layout.num_context
+    """Tiles a kernel must visit with the mask, and tiles it may take whole: bool [N' / TILE, (T' + N') / TILE] each."""
+    b, context = layout.block_size, _filled(layout.num_context)
     num_rows = len(layout.anchors) * b
+    num_tiles = _filled(num_rows) // TILE
     # Rows in units that never straddle a block nor a tile, so that one range of keys holds for each.
     unit = math.gcd(b, TILE)
     block = np.arange(num_rows // unit) * unit // b
     first = layout.visible_from(window)
     low_any, low_all, high = first[block, 0], first[block, -1], layout.anchors[block]
     own = context + block * b
-    left = np.arange(-(-(context + num_rows) // TILE)) * TILE
+    left = np.arange(context // TILE + num_tiles) * TILE
     right = left + TILE
 
     def overlap(low: Ints, high: Ints) -> NDArray[np.bool_]:
@@ -187,14 +248,15 @@ def tiles(layout: BlockLayout, window: int) -> tuple[NDArray[np.bool_], NDArray[
         return (low[:, None] <= left) & (high[:, None] >= right)
 
     def by_tile(units: NDArray[np.bool_], fill: bool) -> NDArray[np.bool_]:
-        missing = -len(units) % (TILE // unit)
+        missing = num_tiles * (TILE // unit) - len(units)
         padded = np.pad(units, ((0, missing), (0, 0)), constant_values=fill)
         return padded.reshape(-1, TILE // unit, left.size)
 
     touched: NDArray[np.bool_] = np.logical_or.reduce(
         by_tile(overlap(low_any, high) | overlap(own, own + b), False), axis=1
     )
-    full: NDArray[np.bool_] = np.logical_and.reduce(by_tile(inside(low_all, high) | inside(own, own + b), True), axis=1)
+    whole = np.logical_and.reduce(by_tile(inside(low_all, high) | inside(own, own + b), True), axis=1)
+    full: NDArray[np.bool_] = touched & whole
     return touched & ~full, full
 
 
@@ -202,14 +264,3 @@ def _tile_lists(chosen: NDArray[np.bool_]) -> tuple[NDArray[np.int32], NDArray[n
     """bool [query tiles, key tiles] -> counts [1, 1, query tiles] and, chosen first, key tiles [1, 1, …, key tiles]."""
     order = np.argsort(~chosen, axis=1, kind="stable")
     return chosen.sum(1, dtype=np.int32)[None, None], order.astype(np.int32)[None, None]
-
-
-@functools.cache
-def _compiled() -> Callable[..., Any]:
-    return torch.compile(_interpreted(), dynamic=True)
-
-
-def _interpreted() -> Callable[..., Any]:
-    from torch.nn.attention import flex_attention as module
-
-    return module.flex_attention

@@ -22,8 +22,8 @@ from specd.config import AttentionKind, DFlashConfig
 from specd.errors import ConfigError
 from specd.packing import Batch
 from specd.protocol import TargetContract
-from specd.train.block_attention import BlockLayout, block_attention, to_device
-from specd.train.dflash_model import DFlashDraft, draft_shape
+from specd.train.block_attention import BlockLayout, block_attention, to_device, uses_flex
+from specd.train.dflash_model import Attend, DFlashDraft, draft_shape
 from specd.train.export import save_draft
 from specd.train.frozen_head import head_loss
 
@@ -66,6 +66,22 @@ class Blocks(msgspec.Struct, frozen=True, kw_only=True):
     labels: NDArray[np.int64]
     offsets: NDArray[np.int64]
     weights: NDArray[np.float32]
+
+
+class Tuning(msgspec.Struct, frozen=True, kw_only=True):
+    """How the same loss is computed. None: what is best on the device.
+
+    compiled: the layers run through torch.compile; None is where flex_attention is used on CUDA. fused_head: see
+    `frozen_head.head_loss`. spread_heads: see `block_attention.flex_attention`.
+    """
+
+    compiled: bool | None = None
+    fused_head: bool | None = None
+    spread_heads: bool = True
+
+
+PLAIN = Tuning(compiled=False, fused_head=False, spread_heads=False)
+"""The way that has run on GPUs; the default until the others were measured against it there (`specd bench draft`)."""
 
 
 def sample_anchors(
@@ -164,6 +180,7 @@ class DFlash:
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
         seed: int = 0,
+        tuning: Tuning | None = None,
     ) -> None:
         for name, tensor in (("embedding", embedding), ("lm_head", lm_head)):
             if tensor.shape != (expected := (contract.vocab_size, contract.hidden_size)):
@@ -180,7 +197,10 @@ class DFlash:
         self.decay = loss_decay(config)
         tiny = config.attention == "auto" and shape.head_dim < 16  # flex_attention's kernels want 16 at least
         self._attention: AttentionKind = "sdpa" if tiny else config.attention
+        self.tuning = tuning or PLAIN
         self.draft = DFlashDraft(shape, seed).to(self.device)
+        flex = self.device.type == "cuda" and uses_flex(self._attention, self.device)
+        self.draft.compiled = flex if self.tuning.compiled is None else self.tuning.compiled
         self.module: torch.nn.Module = self.draft
         shared = embedding.data_ptr() == lm_head.data_ptr()
         self.embedding = embedding.detach().to(self.device, dtype)
@@ -189,6 +209,10 @@ class DFlash:
     def spec_for(self, contract: TargetContract) -> CaptureSpec:
         """`capture_spec` of this draft's configuration."""
         return capture_spec(self.config, contract)
+
+    def attention(self, layout: BlockLayout) -> Attend:
+        """The attention of one batch's blocks, as this objective computes it."""
+        return block_attention(self._attention, layout, self.device, self.tuning.spread_heads)
 
     def loss(self, delivery: Delivered) -> Loss:
         """The loss of one batch; its backward must run before the delivery's tensors are given up."""
@@ -204,9 +228,11 @@ class DFlash:
             for array in (blocks.tokens, blocks.positions, blocks.context_positions, blocks.rows, blocks.labels,
                           blocks.offsets, blocks.weights)
         )  # fmt: skip
-        attend = block_attention(self._attention, blocks.layout, self.device)
-        states = self.module(taps.flatten(1), context, F.embedding(tokens, self.embedding), positions, attend)
-        total, correct = head_loss(states.index_select(0, rows), self.lm_head, labels, weights, self.config.loss_chunk)
+        noise = F.embedding(tokens, self.embedding)
+        states = self.module(taps.flatten(1), context, noise, positions, self.attention(blocks.layout))
+        total, correct = head_loss(
+            states.index_select(0, rows), self.lm_head, labels, weights, self.config.loss_chunk, self.tuning.fused_head
+        )
         by_offset = torch.zeros(2, shape.block_size - 1, device=self.device)
         by_offset.index_add_(1, offsets - 1, torch.stack((correct.float(), torch.ones_like(weights))))
         return Loss(total, weights.sum(), {"correct": by_offset[0], "counted": by_offset[1]})

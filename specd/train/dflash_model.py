@@ -6,7 +6,9 @@ Module names are those of published checkpoints (arXiv 2602.06036), so state dic
 
 from __future__ import annotations
 
-from typing import Any, Literal, Protocol
+import functools
+from collections.abc import Callable
+from typing import Any, Literal, Protocol, TypeVar, cast
 
 import msgspec
 import torch
@@ -22,6 +24,7 @@ KeyValue = tuple[Tensor, Tensor]
 Rope = tuple[Tensor, Tensor]
 """Cosine and sine of some positions, each [tokens, 1, D / 2]."""
 LayerType = Literal["full_attention", "sliding_attention"]
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 class Attend(Protocol):
@@ -167,10 +170,9 @@ class Attention(nn.Module):
         keys = self.k_norm(self.k_proj(x).unflatten(-1, (-1, self.head_dim)))
         return _rotate(keys, rope), self.v_proj(x).unflatten(-1, (-1, self.head_dim))
 
-    def forward(self, x: Tensor, rope: Rope, context: KeyValue, attend: Attend) -> Tensor:
-        query = _rotate(self.q_norm(self.q_proj(x).unflatten(-1, (-1, self.head_dim))), rope)
-        states: Tensor = self.o_proj(attend(query, self.keys_values(x, rope), context, self.window).flatten(1))
-        return states
+    def queries(self, x: Tensor, rope: Rope) -> Tensor:
+        """x [tokens, H] -> rotated queries [tokens, Q, D]."""
+        return _rotate(self.q_norm(self.q_proj(x).unflatten(-1, (-1, self.head_dim))), rope)
 
 
 class MLP(nn.Module):
@@ -188,7 +190,7 @@ class MLP(nn.Module):
 
 
 class Layer(nn.Module):
-    """Pre-norm decoder layer."""
+    """Pre-norm decoder layer, in two halves with the attention between them."""
 
     def __init__(self, shape: DraftShape, layer_type: LayerType) -> None:
         super().__init__()
@@ -197,8 +199,14 @@ class Layer(nn.Module):
         self.input_layernorm = RMSNorm(shape.hidden_size, shape.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(shape.hidden_size, shape.rms_norm_eps)
 
-    def forward(self, x: Tensor, rope: Rope, context: KeyValue, attend: Attend) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), rope, context, attend)
+    def enter(self, x: Tensor, rope: Rope) -> tuple[Tensor, KeyValue]:
+        """Residual stream [N, H] -> queries, and keys and values, of its tokens."""
+        x = self.input_layernorm(x)
+        return self.self_attn.queries(x, rope), self.self_attn.keys_values(x, rope)
+
+    def leave(self, x: Tensor, attended: Tensor) -> Tensor:
+        """Residual stream [N, H] and what attention gave [N, Q·D] -> residual stream after the layer."""
+        x = x + self.self_attn.o_proj(attended)
         x = x + self.mlp(self.post_attention_layernorm(x))
         return x
 
@@ -207,12 +215,14 @@ class DFlashDraft(nn.Module):
     """The trainable draft, float32 weights drawn from normal(0, 0.02) by `seed` alone.
 
     It computes in the dtype of the block embeddings it is given. Embedding and lm_head are the target's: they are
-    inputs and outputs of this module, never part of it.
+    inputs and outputs of this module, never part of it. `compiled`: everything but the attention runs through
+    torch.compile, for any number of tokens; off at first.
     """
 
     def __init__(self, shape: DraftShape, seed: int = 0) -> None:
         super().__init__()
         self.shape = shape
+        self.compiled = False
         self.fc = Linear(len(shape.taps) * shape.hidden_size, shape.hidden_size)
         self.hidden_norm = RMSNorm(shape.hidden_size, shape.rms_norm_eps)
         self.layers = nn.ModuleList(Layer(shape, kind) for kind in shape.layer_types)
@@ -225,15 +235,19 @@ class DFlashDraft(nn.Module):
 
     def context(self, taps: Tensor, positions: Tensor) -> list[KeyValue]:
         """What every layer attends to of the context: taps [T, n·H] and positions [T] -> keys and values a layer."""
-        features = self.hidden_norm(self.fc(taps))
-        rope = self._rope(positions, features.dtype)
-        return [self._layer(index).self_attn.keys_values(features, rope) for index in range(self.shape.num_layers)]
+        project = compiled(DFlashDraft._project) if self.compiled else DFlashDraft._project
+        return project(self, taps, self._rope(positions, taps.dtype))
 
     def block(self, noise: Tensor, positions: Tensor, context: list[KeyValue], attend: Attend) -> Tensor:
         """Block embeddings [N, H] and positions [N] -> states [N, H] that lm_head reads."""
+        enter, leave = Layer.enter, Layer.leave
+        if self.compiled:
+            enter, leave = compiled(enter), compiled(leave)
         rope = self._rope(positions, noise.dtype)
         for index, keys_values in enumerate(context):
-            noise = self._layer(index)(noise, rope, keys_values, attend)
+            layer = self._layer(index)
+            query, own = enter(layer, noise, rope)
+            noise = leave(layer, noise, attend(query, own, keys_values, layer.self_attn.window).flatten(1))
         states: Tensor = self.norm(noise)
         return states
 
@@ -243,6 +257,10 @@ class DFlashDraft(nn.Module):
         """States [N, H] of all blocks of a packed batch. Positions count from the start of each sequence."""
         context = self.context(taps.to(noise.dtype), context_positions)
         return self.block(noise, block_positions, context, attend)
+
+    def _project(self, taps: Tensor, rope: Rope) -> list[KeyValue]:
+        features = self.hidden_norm(self.fc(taps))
+        return [self._layer(index).self_attn.keys_values(features, rope) for index in range(self.shape.num_layers)]
 
     def _layer(self, index: int) -> Layer:
         layer = self.layers[index]
@@ -254,6 +272,19 @@ class DFlashDraft(nn.Module):
         frequencies = 1.0 / (self.shape.rope_theta ** (half / self.shape.head_dim))
         angles = (positions.float()[:, None] * frequencies)[:, None, :]
         return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+@functools.cache
+def compiled(function: Function) -> Function:
+    """torch.compile of a function, once for all numbers of tokens and all layers of a shape.
+
+    Kernels are chosen without timing them: another choice could round differently from one run to the next.
+    """
+    from torch._inductor import config
+
+    # Known to torch from 2.10 on.
+    options: dict[str, Any] = {"deterministic": True} if hasattr(config, "deterministic") else {}
+    return cast(Function, torch.compile(function, dynamic=True, options=options))
 
 
 def _rotate(x: Tensor, rope: Rope) -> Tensor:

@@ -129,6 +129,35 @@ def make_optimizer(module: torch.nn.Module, config: TrainConfig) -> torch.optim.
     return torch.optim.AdamW([group for group in groups if group["params"]], config.lr, config.betas, fused=True)
 
 
+def apply_gradients(
+    optimizer: torch.optim.AdamW, weight: torch.Tensor, losses: torch.Tensor, clip: float, halted: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One step with the accumulated gradients of loss sums, which it clears. No host sync.
+
+    weight: 0-d float32, what the gradients are divided by. losses: [batches]. clip: of the gradients' norm, 0 for none.
+    halted: 0-d float32, 1 stops every step from now on. A step without weight, with a loss or gradient that is not
+    finite, or after one such, leaves weights and moments as they are. Returns the norm before clipping, and `halted`.
+    """
+    gradients = [
+        parameter.grad
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+        if parameter.grad is not None
+    ]
+    divisor = torch.where(weight > 0, weight, 1.0)
+    norm = torch.nn.utils.get_total_norm(gradients).to(divisor.device) / divisor
+    finite = torch.isfinite(norm) & torch.isfinite(losses).all()
+    halted = torch.maximum(halted, (~finite).float())
+    if gradients:
+        # What GradScaler sets on a fused optimizer (torch 2.9 to 2.13, AdamW.step): gradients are divided by
+        # grad_scale, and nothing changes where found_inf is 1. This way the decision never leaves the device.
+        optimizer.grad_scale = divisor * (torch.clamp((norm + 1e-6) / clip, min=1.0) if clip else 1.0)  # type: ignore[attr-defined]
+        optimizer.found_inf = torch.maximum(halted, (weight <= 0).float())  # type: ignore[attr-defined]
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return norm, halted
+
+
 class _Window:
     """The batches of one optimizer step and their sums, which stay on the device until they are logged."""
 
@@ -167,17 +196,24 @@ class _Window:
 
 
 class _Done:
-    """An optimizer step that is not logged yet: host facts, and one device tensor of all it needs from there."""
+    """An optimizer step that is not logged yet: host facts, and a copy under way of all it needs from the device."""
 
-    __slots__ = ("facts", "values", "window")
+    __slots__ = ("_copied", "_values", "facts", "window")
 
     def __init__(self, window: _Window, norm: torch.Tensor, facts: StepRecord) -> None:
         self.window = window
         self.facts = facts
-        self.values = torch.cat([window.weight[None], norm.double()[None], window.losses, window.counts.flatten()])
+        values = torch.cat([window.weight[None], norm.double()[None], window.losses, window.counts.flatten()])
+        self._values, self._copied = values, None
+        if values.is_cuda:
+            self._values = torch.empty_like(values, device="cpu", pin_memory=True).copy_(values, non_blocking=True)
+            self._copied = torch.cuda.current_stream(values.device).record_event()
 
-    def record(self, values: Sequence[float]) -> StepRecord:
-        """The full record, from the host copy of `values`. Raises SpecdError if the step was not finite."""
+    def record(self) -> StepRecord:
+        """The full record; waits until the step is done. Raises SpecdError if it was not finite."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        values: list[float] = self._values.tolist()
         weight, norm = values[0], values[1]
         losses = values[2 : 2 + len(self.window.batches)]
         counts = values[2 + len(losses) :]
@@ -220,11 +256,10 @@ class _Run:
         self.optimizer = optimizer
         self.rng = RngStates.capture()
         self.poisoned = False
-        self._parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         self._pending: list[_Done] = []
         # 1 from the first non-finite step on: no later step changes a weight, though the host learns of it only when
         # it logs.
-        self._halted = torch.zeros((), device=self._parameters[0].device)
+        self._halted = torch.zeros((), device=optimizer.param_groups[0]["params"][0].device)
         self._stats = source.stats()
         self._mark = time.perf_counter()
 
@@ -238,24 +273,19 @@ class _Run:
         self._pending.append(_Done(window, norm, self._facts(window, rate)))
         step = self.position.step
         if step % self.config.log_every == 0 or step == self.steps:
-            self.flush()
+            # On a GPU the newest step stays, so that there is work on it while the host waits and makes the next batch.
+            self.flush(keep=1 if self._halted.is_cuda and step < self.steps else 0)
         if step == self.steps or (self.config.save_every and step % self.config.save_every == 0):
             self.save()
 
-    def flush(self) -> None:
-        """Log all steps that are not logged yet: the one place where the host waits for the device."""
-        pending, self._pending = self._pending, []
-        if not pending:
-            return
-        values = torch.cat([done.values for done in pending]).tolist()
-        for done in pending:
-            size = done.values.numel()
+    def flush(self, keep: int = 0) -> None:
+        """Log all steps that are not logged yet but the newest `keep`: the one place that waits for the device."""
+        while len(self._pending) > keep:
             try:
-                record = done.record(values[:size])
+                record = self._pending.pop(0).record()
             except SpecdError:
                 self.poisoned = True
                 raise
-            values = values[size:]
             self.journal.append(record)
             for sink in self.sinks:
                 sink.step(record)
@@ -275,20 +305,9 @@ class _Run:
         """
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
-        weight = window.weight.float()
-        divisor = torch.where(weight > 0, weight, 1.0)
-        norm = torch.nn.utils.get_total_norm(gradients).to(divisor.device) / divisor
-        finite = torch.isfinite(norm) & torch.isfinite(window.losses).all()
-        self._halted = torch.maximum(self._halted, (~finite).float())
-        if gradients:
-            clip = self.config.clip
-            # What GradScaler sets on a fused optimizer (torch 2.9 to 2.13, AdamW.step): gradients are divided by
-            # grad_scale, and nothing changes where found_inf is 1. This way the decision never leaves the device.
-            self.optimizer.grad_scale = divisor * (torch.clamp((norm + 1e-6) / clip, min=1.0) if clip else 1.0)  # type: ignore[attr-defined]
-            self.optimizer.found_inf = torch.maximum(self._halted, (weight <= 0).float())  # type: ignore[attr-defined]
-            self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        norm, self._halted = apply_gradients(
+            self.optimizer, window.weight.float(), window.losses, self.config.clip, self._halted
+        )
         return norm
 
     def _facts(self, window: _Window, rate: float) -> StepRecord:

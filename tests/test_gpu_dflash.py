@@ -1,0 +1,79 @@
+"""The DFlash objective on a GPU: the CPU's losses, no wait for the device, the same bits from run to run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import msgspec
+import pytest
+import torch
+
+from drafts import CONTRACT, HIDDEN, MASK, TARGET, VOCAB, FakeDelivery, deliver, make_batch
+from specd.config import AttentionKind, DFlashConfig, TrainConfig
+from specd.train.dflash import DFlash, Tuning
+from specd.train.loop import apply_gradients, make_optimizer
+
+
+@pytest.fixture
+def own_compiler() -> Iterator[None]:
+    """Compile in this process: torch's compile workers outlive the tests."""
+    import torch._inductor.config
+
+    with torch._inductor.config.patch(compile_threads=1):
+        yield
+
+
+@pytest.mark.gpu(1)
+@pytest.mark.usefixtures("own_compiler")
+@pytest.mark.filterwarnings("ignore")
+def test_loss_on_a_gpu_equals_the_cpu_and_never_waits_for_the_device() -> None:
+    config = DFlashConfig(num_layers=2, num_taps=3, block_size=8, num_anchors=20, loss_chunk=64, head_dim=64)
+    generator = torch.Generator().manual_seed(1)
+    head = torch.randn(VOCAB, HIDDEN, generator=generator)
+    delivery = deliver(make_batch((200, 31, 90)))
+    on_cpu = DFlash(config, CONTRACT, TARGET, head, head, MASK)
+    on_gpu = DFlash(config, CONTRACT, TARGET, head, head, MASK, device="cuda")
+    here = on_cpu.loss(delivery)
+    there = FakeDelivery(delivery.batch, delivery.taps.cuda())
+    on_gpu.loss(there).sum.backward()  # type: ignore[no-untyped-call]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        loss = on_gpu.loss(there)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.testing.assert_close(loss.sum.cpu(), here.sum, rtol=5e-3, atol=1e-2)
+    assert loss.metrics["counted"].tolist() == here.metrics["counted"].tolist()
+
+
+@pytest.mark.gpu(1)
+@pytest.mark.usefixtures("own_compiler")
+@pytest.mark.filterwarnings("ignore")
+def test_optimizer_steps_on_a_gpu_never_wait_and_are_the_same_from_run_to_run() -> None:
+    """bfloat16 with float32 masters, batches of changing size: bit by bit the same losses, near the plain path's."""
+    config = DFlashConfig(num_layers=2, num_taps=3, block_size=16, num_anchors=40, loss_chunk=128, head_dim=64)
+    head = torch.randn(VOCAB, HIDDEN, generator=torch.Generator().manual_seed(1))
+    deliveries = [
+        deliver(make_batch(lengths, seed=seed)) for seed, lengths in enumerate(((300, 31, 90), (700,), (90,)))
+    ]
+    given = [FakeDelivery(delivery.batch, delivery.taps.cuda().bfloat16()) for delivery in deliveries]
+
+    def losses(sync: str, tuning: Tuning, attention: AttentionKind) -> list[float]:
+        settings = msgspec.structs.replace(config, attention=attention)
+        draft = DFlash(settings, CONTRACT, TARGET, head, head, MASK, "cuda", torch.bfloat16, tuning=tuning)
+        optimizer, halted, found = make_optimizer(draft.module, TrainConfig()), torch.zeros((), device="cuda"), []
+        torch.cuda.set_sync_debug_mode(sync)
+        try:
+            for delivery in given:
+                loss = draft.loss(delivery)
+                loss.sum.backward()  # type: ignore[no-untyped-call]
+                _, halted = apply_gradients(optimizer, loss.weight, loss.sum.detach()[None], 1.0, halted)
+                found.append(loss.sum.detach() / loss.weight)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        return [value.item() for value in found]
+
+    losses("default", Tuning(), "flex")
+    first = losses("error", Tuning(), "flex")
+    assert losses("error", Tuning(), "flex") == first
+    plain = losses("default", Tuning(compiled=False, fused_head=False), "sdpa")
+    assert first == pytest.approx(plain, rel=0.02)
