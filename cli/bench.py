@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
+from pathlib import Path
 from typing import Annotated, Any
 
+import msgspec
 import typer
 
+from specd.config import overrides
 from specd.errors import ConfigError
 
 UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
@@ -21,24 +24,47 @@ def group() -> None:
 
 
 @app.command(
-    epilog="Examples: `specd bench transport` · `specd bench transport --transports shm --sizes 1M,64M --json`"
+    epilog="Examples: `specd bench transport` · `specd bench transport --transports cuda_ipc,nccl --devices peer "
+    "--sizes 16M,1G --chart transports.png`"
 )
 def transport(
     transports: Annotated[str, typer.Option(help="Which ones, comma-separated; empty for all.")] = "",
+    devices: Annotated[
+        str, typer.Option(help="Daemon and trainer on the cpu, the same GPU, or peer GPUs; all that are here.")
+    ] = "all",
     sizes: Annotated[str, typer.Option(help="Bytes of a slot, comma-separated, with K, M or G.")] = "",
     iterations: Annotated[int, typer.Option(min=0, help="Transfers a row; 0 for as many as each size deserves.")] = 0,
+    budget_s: Annotated[float, typer.Option(min=1, help="Seconds the whole run may take, or a little more.")] = 150.0,
+    chart: Annotated[Path | None, typer.Option(help="Draw it: FILE.png, or FILE.html with all figures.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """How fast does each transport move a slot, next to a raw copy of the same size, and which one would auto take?"""
-    from specd.bench.transport import render, run
+    from rich.console import Console
 
-    result = run(transports=_names(transports), sizes=[_bytes(size) for size in _names(sizes)], iterations=iterations)
+    from specd.bench import chart as charts
+    from specd.bench.table import render
+    from specd.bench.transport import complain, run
+
+    if chart is not None:
+        charts.check(chart)
+    wanted = [_bytes(size) for size in _names(sizes)]
+    with Console(stderr=True).status("") as status:
+        result = run(
+            transports=_names(transports),
+            sizes=wanted,
+            iterations=iterations,
+            devices=devices,
+            budget_s=budget_s,
+            progress=status.update,
+        )
     if as_json:
-        typer.echo(json.dumps(result, indent=2))
+        typer.echo(msgspec.json.format(msgspec.json.encode(result), indent=2).decode())
     else:
-        from rich.console import Console
-
-        Console().print(render(result))
+        Console().print(*render(result), sep="\n")
+    if chart is not None:
+        charts.write(result, chart)
+        typer.echo(f"chart: {chart}", err=True)
+    complain(result, _names(transports))
 
 
 @app.command(epilog="Examples: `specd bench daemon` · `specd bench daemon --json`")
@@ -53,6 +79,94 @@ def daemon(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON 
     else:
         for title, rows in result.items():
             _table(title, rows)
+
+
+@app.command(
+    epilog="Examples: `specd bench pipeline --quick` · `specd bench pipeline --json --chart pipeline.html > "
+    "pipeline.json`, then `specd plan --from pipeline.json` · `specd bench pipeline --model Qwen3-4B --daemons 3`"
+)
+def pipeline(
+    model: Annotated[
+        str, typer.Option("--model", "-m", help="Target, with dummy weights; empty for what this machine can run.")
+    ] = "",
+    draft: Annotated[str, typer.Option(help="dflash, of the target's shape, or synthetic:ms=20.")] = "dflash",
+    daemons: Annotated[int, typer.Option(help="Daemons that feed the one trainer, a GPU each.")] = 1,
+    transports: Annotated[str, typer.Option(help="Comma-separated; empty for cuda_ipc on GPUs, else shm.")] = "",
+    depths: Annotated[str, typer.Option(help="Batches under way, comma-separated.")] = "",
+    lengths: Annotated[str, typer.Option(help="fixed, log-normal or both, comma-separated.")] = "",
+    batch_tokens: Annotated[int | None, typer.Option(help="Tokens of a trainer's batch.")] = None,
+    sample_tokens: Annotated[int | None, typer.Option(help="Tokens of a sample of fixed length.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Iterations timed in each row.")] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="Of the target or the draft, e.g. --set target.tp=2.")
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Tiny shapes on the CPU, to see that it works.")] = False,
+    chart: Annotated[Path | None, typer.Option(help="Draw it: FILE.png, or FILE.html.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """How close does a pipeline come to its bound, next to co-location and to the seed's protocol?"""
+    from rich.console import Console
+
+    from specd.bench import chart as charts
+    from specd.bench import pipeline_chart
+    from specd.bench.pipeline import run
+    from specd.bench.pipeline_defaults import defaults
+    from specd.bench.pipeline_table import render
+
+    if chart is not None:
+        charts.check(chart)
+    logging.getLogger("specd").setLevel(logging.WARNING)  # one session after the other is no news here
+    given = {
+        "draft": draft,
+        "transports": _names(transports),
+        "depths": [_whole(depth, "--depths") for depth in _names(depths)],
+        "lengths": _names(lengths),
+        "batch_tokens": batch_tokens,
+        "sample_tokens": sample_tokens,
+        "steps": steps,
+    }
+    asked: dict[str, Any] = {name: value for name, value in given.items() if value not in (None, [])}
+    known = {"target": "target", "draft": "draft_config"}
+    for section, values in overrides(settings or []).items():
+        if section not in known or not isinstance(values, dict):
+            raise ConfigError(f"--set {section}: expected target.KEY=VALUE or draft.KEY=VALUE")
+        asked |= {known[section]: values}
+    with Console(stderr=True).status("") as status:
+        result = run(defaults(quick, daemons, model, asked), status.update)
+    if as_json:
+        typer.echo(msgspec.json.format(msgspec.json.encode(result), indent=2).decode())
+    else:
+        Console().print(*render(result), sep="\n")
+    if chart is not None:
+        pipeline_chart.write(result, chart)
+        typer.echo(f"chart: {chart}", err=True)
+
+
+@app.command(epilog="Examples: `specd bench draft` · `specd bench draft --context 1024,10240 --json`")
+def draft(
+    steps: Annotated[int | None, typer.Option(min=1, help="Optimizer steps timed.")] = None,
+    context: Annotated[str, typer.Option(help="Context tokens of a batch, comma-separated.")] = "",
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """How fast is DFlash's training step, next to the matmuls this device can do?"""
+    from rich.console import Console
+
+    from specd.bench.draft import render, run
+
+    asked: dict[str, Any] = {} if steps is None else {"steps": steps}
+    if contexts := [_whole(tokens, "--context") for tokens in _names(context)]:
+        asked["context"] = contexts
+    result = run(**asked)
+    if as_json:
+        typer.echo(msgspec.json.format(msgspec.json.encode(result), indent=2).decode())
+    else:
+        Console().print(render(result))
+
+
+def _whole(text: str, option: str) -> int:
+    if not text.isdecimal():
+        raise ConfigError(f"{option} {text!r}: expected whole numbers, comma-separated")
+    return int(text)
 
 
 def _names(text: str) -> list[str]:

@@ -12,7 +12,7 @@ import typer
 from typer.core import TyperGroup
 
 from specd import __version__
-from specd.cli import bench, data, demo, doctor, eval, report, start, status, stop, train
+from specd.cli import bench, data, demo, doctor, eval, plan, report, start, status, stop, train
 from specd.errors import ConfigError, SpecdError
 
 SERVE, TRAIN, DATA, LOOK = "Serve", "Train", "Data", "Look"
@@ -21,7 +21,7 @@ SERVE, TRAIN, DATA, LOOK = "Serve", "Train", "Data", "Look"
 class Verbs(TyperGroup):
     """The verbs in the order in which a newcomer meets them: typer would list groups after all commands."""
 
-    ORDER = ("start", "status", "stop", "train", "eval", "report", "data", "doctor", "bench", "demo")
+    ORDER = ("start", "status", "stop", "train", "eval", "report", "data", "doctor", "plan", "bench", "demo")
 
     def list_commands(self, ctx: Any) -> list[str]:
         return sorted(super().list_commands(ctx), key=self.ORDER.index)
@@ -46,6 +46,7 @@ app.command("eval", rich_help_panel=TRAIN, epilog=eval.EXAMPLES)(eval.evaluate)
 app.command("report", rich_help_panel=TRAIN, epilog=report.EXAMPLES)(report.report)
 app.add_typer(data.app, name="data", rich_help_panel=DATA)
 app.command("doctor", rich_help_panel=LOOK, epilog=doctor.EXAMPLES)(doctor.doctor)
+app.command("plan", rich_help_panel=LOOK, epilog=plan.EXAMPLES)(plan.plan)
 app.add_typer(bench.app, name="bench", rich_help_panel=LOOK)
 app.command("demo", rich_help_panel=LOOK, epilog=demo.EXAMPLES)(demo.demo)
 

@@ -39,6 +39,10 @@ VERBS = (
     ["data", "stats"],
     ["doctor"],
     ["bench", "transport"],
+    ["bench", "daemon"],
+    ["bench", "draft"],
+    ["bench", "pipeline"],
+    ["plan"],
     ["demo"],
 )
 CONTRACT = TargetContract(

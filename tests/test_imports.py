@@ -13,6 +13,7 @@ import specd
 TORCH_FREE = (
     "specd",
     "specd.arena",
+    "specd.balance",
     "specd.capture",
     "specd.channel",
     "specd.cli.main",

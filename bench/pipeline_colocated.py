@@ -1,0 +1,166 @@
+"""Target and draft in one process, one after the other; alone, and as one of several that share their gradients.
+
+It is run as a process that takes a JSON line on standard input and answers with one on standard output.
+"""
+
+from __future__ import annotations
+
+import datetime
+import sys
+from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import msgspec
+import torch
+
+from specd.bench.pipeline_draft import Clocked, clock, make_draft, memory, synchronize
+from specd.bench.pipeline_processes import START_S, answers
+from specd.bench.pipeline_work import Lengths, Settings, batches
+from specd.bench.seed import joined
+from specd.client import Subscriber
+from specd.config import SubscriberConfig
+from specd.errors import SpecdError
+from specd.host import Embedded, embedded
+from specd.metrics import Stats
+from specd.protocol import TargetContract
+from specd.train.dflash import capture_spec
+
+NONCE = 2_000_000
+
+
+class Job(msgspec.Struct, frozen=True, kw_only=True):
+    """One of `world` processes. store: path of a new file where they meet. depths: the first one of all is alone."""
+
+    settings: Settings
+    device: str
+    depths: tuple[int, ...]
+    rank: int = 0
+    world: int = 1
+    store: str = ""
+
+
+class Timed(msgspec.Struct, frozen=True, kw_only=True):
+    """One measured way. parallel: processes that trained at once."""
+
+    lengths: str
+    depth: int
+    parallel: int
+    clocked: Clocked
+    stats: Stats
+
+
+class Answer(msgspec.Struct, frozen=True, kw_only=True):
+    """What a process says at its end; `error` if it could not."""
+
+    timed: tuple[Timed, ...] = ()
+    memory_bytes: int = 0
+    error: str = ""
+
+
+class Reduction:
+    """Sums the gradients of all processes while the backward pass still runs, as data-parallel training does it."""
+
+    def __init__(self, group: Any, world: int) -> None:
+        self.on = False
+        self._group = group
+        self._world = world
+        self._parameters: Sequence[torch.nn.Parameter] = ()
+        self._waiting: list[tuple[torch.Tensor, Any]] = []
+
+    def attach(self, parameters: Sequence[torch.nn.Parameter]) -> None:
+        """Send each of these gradients off as soon as it is there."""
+        self._parameters = parameters
+        for parameter in parameters:
+            parameter.register_post_accumulate_grad_hook(self._send)  # type: ignore[no-untyped-call]
+
+    def __call__(self) -> None:
+        """Wait until every gradient is the mean over all processes."""
+        if not self.on:
+            return
+        if not self._waiting:  # there was no backward pass
+            for parameter in self._parameters:
+                self._send(parameter)
+        for gradient, work in self._waiting:
+            work.wait()
+            gradient.div_(self._world)
+        self._waiting.clear()
+
+    def meet(self, device: str) -> None:
+        """Wait for all other processes."""
+        self._group.allreduce([torch.zeros(1, device=device)]).wait()
+        synchronize(device)
+
+    def _send(self, parameter: torch.Tensor) -> None:
+        if self.on and parameter.grad is not None:
+            self._waiting.append((parameter.grad, self._group.allreduce([parameter.grad])))
+
+
+def run(job: Job) -> Answer:
+    """Measure alone if this is the first process, then all together if there are several."""
+    settings, device = job.settings, job.device
+    before = memory(device) if device != "cpu" else 0
+    with ExitStack() as stack:
+        if device != "cpu":
+            torch.cuda.set_device(device)
+        group = None
+        if job.world > 1:
+            backend, wait = "gloo" if device == "cpu" else "nccl", datetime.timedelta(seconds=START_S)
+            group = stack.enter_context(joined(backend, job.store, job.rank, job.world, wait))
+        daemon = settings.daemon(device, max(job.depths) + 2)
+        host = stack.enter_context(embedded(daemon))
+        reduction = Reduction(group, job.world)
+        link = SubscriberConfig(endpoints=(host.endpoint,), transport="inproc", depth=0)
+        with Subscriber(link, _spec(settings), device=device, context=host.context) as subscriber:
+            vocab = subscriber.contract.vocab_size
+            draft = make_draft(settings, subscriber.contract, subscriber.artifact, device, reduction)
+        reduction.attach(draft.parameters)
+        nonces = iter(range(NONCE + job.rank * 1000, NONCE + (job.rank + 1) * 1000))
+
+        def one(lengths: Lengths, depth: int, parallel: int) -> Timed:
+            drawn = batches(settings, lengths, vocab, settings.warmup + settings.steps, next(nonces), job.rank)
+            clocked, stats = _clocked(settings, host, device, depth, drawn, draft)
+            return Timed(lengths=lengths, depth=depth, parallel=parallel, clocked=clocked, stats=stats)
+
+        timed = []
+        if job.rank == 0:
+            timed += [one(lengths, depth, 1) for lengths in settings.lengths for depth in job.depths]
+        if job.world > 1:
+            reduction.meet(device)  # the others wait here for the first one
+            reduction.on = True
+            timed += [one(lengths, depth, job.world) for lengths in settings.lengths for depth in job.depths]
+        used = memory(device) - before
+    return Answer(timed=tuple(timed), memory_bytes=used)
+
+
+def _clocked(
+    settings: Settings, host: Embedded, device: str, depth: int, drawn: list[Any], draft: Any
+) -> tuple[Clocked, Stats]:
+    link = SubscriberConfig(endpoints=(host.endpoint,), transport="inproc", depth=depth)
+    with Subscriber(link, _spec(settings), device=device, context=host.context) as subscriber:
+        marks = [subscriber.stats()]
+        clocked = clock(subscriber.stream(drawn), draft, settings.warmup, lambda: marks.append(subscriber.stats()))
+        return clocked, subscriber.stats().difference(marks[-1])
+
+
+def _spec(settings: Settings) -> Any:
+    def spec(contract: TargetContract) -> Any:
+        return capture_spec(settings.dflash, contract)
+
+    return spec
+
+
+def main() -> None:
+    """Entry of one process."""
+    job = msgspec.json.decode(sys.stdin.readline(), type=Job)
+    if job.device == "cpu":
+        torch.set_num_threads(1)
+    with answers() as answer:
+        try:
+            answer(run(job))
+        except SpecdError as error:
+            answer(Answer(error=str(error)))
+
+
+if __name__ == "__main__":
+    main()

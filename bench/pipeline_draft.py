@@ -1,0 +1,202 @@
+"""The trainer's side of the pipeline benchmark: an optimizer step on a delivery, and the clock around many of them."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import msgspec
+import numpy as np
+import torch
+
+from specd.bench.pipeline_work import Settings
+from specd.config import Config, TrainConfig, convert
+from specd.packing import Batch
+from specd.protocol import TargetContract
+from specd.train.loop import apply_gradients, make_optimizer
+
+CLIP = 1.0
+
+
+class States(Protocol):
+    """The part of a Delivery that a draft reads."""
+
+    @property
+    def batch(self) -> Batch: ...
+
+    @property
+    def taps(self) -> torch.Tensor | None: ...
+
+
+class Given(NamedTuple):
+    """States that did not come from a Subscriber."""
+
+    batch: Batch
+    taps: torch.Tensor | None
+
+
+class Draft(Protocol):
+    """Something that trains on states."""
+
+    parameters: list[torch.nn.Parameter]
+
+    def step(self, states: States) -> None:
+        """One whole optimizer step; returns when the device is done with it."""
+        ...
+
+
+class SleepConfig(Config, kw_only=True, frozen=True):
+    """The options of `synthetic:ms=20,us_per_token=1`. params: floats of its gradient."""
+
+    ms: float = 0.0
+    us_per_token: float = 0.0
+    params: int = 1 << 16
+
+
+class SleepingDraft:
+    """A draft that costs what it is told to cost: it sleeps, so that a target on the same processor can run."""
+
+    def __init__(self, options: SleepConfig, reduce: Callable[[], None]) -> None:
+        self._options = options
+        self._reduce = reduce
+        self.parameters = [torch.nn.Parameter(torch.zeros(options.params))]
+        self.parameters[0].grad = torch.zeros(options.params)
+
+    def step(self, states: States) -> None:
+        """See Draft.step."""
+        time.sleep(self._options.ms / 1e3 + self._options.us_per_token * states.batch.num_tokens / 1e6)
+        self._reduce()
+
+
+class TrainedDraft:
+    """DFlash with AdamW and clipping, one batch a step; it ends with a wait for the device, as the loop's does."""
+
+    def __init__(self, objective: Any, device: str, reduce: Callable[[], None]) -> None:
+        self._objective = objective
+        self._device = device
+        self._reduce = reduce
+        self._optimizer = make_optimizer(objective.module, TrainConfig())
+        self._halted = torch.zeros((), device=device)
+        self.parameters = [parameter for parameter in objective.module.parameters() if parameter.requires_grad]
+
+    def step(self, states: States) -> None:
+        """See Draft.step."""
+        loss = self._objective.loss(states)
+        loss.sum.backward()
+        self._reduce()
+        weight, losses = loss.weight.detach(), loss.sum.detach()[None]
+        _, self._halted = apply_gradients(self._optimizer, weight, losses, CLIP, self._halted)
+        synchronize(self._device)
+
+
+def make_draft(
+    settings: Settings,
+    contract: TargetContract,
+    artifact: Callable[[str], bytes],
+    device: str,
+    reduce: Callable[[], None] = lambda: None,
+) -> Draft:
+    """The draft that the settings ask for. artifact: of the target. reduce: called once all gradients are there.
+
+    Raises ConfigError for a draft that cannot be.
+    """
+    kind, _, options = settings.draft.partition(":")
+    if kind == "synthetic":
+        pairs = dict(re.findall(r"([a-z_]+)=([0-9.]+)", options))
+        values = {key: float(value) if "." in value else int(value) for key, value in pairs.items()}
+        return SleepingDraft(convert(values, SleepConfig, f"draft {settings.draft!r}"), reduce)
+    from specd.train.dflash import DFlash
+
+    def tensor(name: str) -> torch.Tensor:
+        ref = contract.artifacts[name]
+        data = bytearray(artifact(ref.same_as or name))
+        return torch.frombuffer(data, dtype=getattr(torch, ref.dtype)).view(ref.shape)
+
+    embedding = tensor("embedding")
+    tied = contract.artifacts["lm_head"].same_as == "embedding"
+    objective = DFlash(
+        settings.dflash,
+        contract,
+        json.loads(artifact("config.json")),
+        embedding,
+        embedding if tied else tensor("lm_head"),
+        settings.mask_token,
+        device,
+        torch.float32 if device == "cpu" else torch.bfloat16,
+        settings.seed,
+    )
+    return TrainedDraft(objective, device, reduce)
+
+
+class Clocked(msgspec.Struct, frozen=True, kw_only=True):
+    """Times of the iterations that were timed, in seconds, and what they trained."""
+
+    seconds: tuple[float, ...]
+    samples: int
+    tokens: int
+
+    @property
+    def mean_s(self) -> float:
+        return sum(self.seconds) / len(self.seconds)
+
+    def figures(self, parallel: int = 1) -> dict[str, Any]:
+        """The fields of a Row that follow from these times. parallel: processes that each trained as much."""
+        total = sum(self.seconds)
+        low, mid, high = np.percentile(np.asarray(self.seconds) * 1e3, (10, 50, 90)).tolist()
+        return {
+            "parallel": parallel,
+            "iterations": len(self.seconds),
+            "iteration_ms": round(self.mean_s * 1e3, 3),
+            "p10_ms": round(low, 3),
+            "p50_ms": round(mid, 3),
+            "p90_ms": round(high, 3),
+            "samples_per_s": round(parallel * self.samples / total, 3),
+            "tokens_per_s": round(parallel * self.tokens / total, 1),
+        }
+
+
+def clock(deliveries: Iterable[States], draft: Draft | None, warmup: int, after: Callable[[], None]) -> Clocked:
+    """Train on every delivery, and time all iterations but the first `warmup`. after: called when timing begins."""
+    seconds: list[float] = []
+    samples = tokens = 0
+    mark = 0.0
+    for count, delivery in enumerate(deliveries):
+        if draft is not None:
+            draft.step(delivery)
+        now = time.perf_counter()
+        if count >= warmup:
+            seconds.append(now - mark)
+            samples += len(delivery.batch.samples)
+            tokens += delivery.batch.num_tokens
+        elif count == warmup - 1:
+            after()
+        mark = now
+    return Clocked(seconds=tuple(seconds), samples=samples, tokens=tokens)
+
+
+def given(batches: Iterable[Batch], taps: torch.Tensor) -> Iterator[Given]:
+    """Deliveries of states that are there already. taps: [T, N, H] for at least the longest batch."""
+    for batch in batches:
+        yield Given(batch, taps[: batch.num_tokens])
+
+
+def synchronize(device: str) -> None:
+    """Wait until the device has done all it was told."""
+    if device.startswith("cuda"):
+        torch.cuda.synchronize(device)
+
+
+def memory(device: str, pid: int | str = "self") -> int:
+    """Bytes in use on a GPU, by whomever, or the most a process had resident; 0 if that cannot be read."""
+    if device.startswith("cuda"):
+        free, total = torch.cuda.mem_get_info(device)
+        return int(total - free)
+    try:
+        found = re.search(r"^VmHWM:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
+    except OSError:
+        found = None
+    return int(found[1]) * 1024 if found else 0

@@ -1,0 +1,85 @@
+"""What `specd bench pipeline` found out, as data: rows, rates beside the bare target, and what `specd plan` reads."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import msgspec
+
+from specd.balance import Work
+
+Mode = Literal["disaggregated", "co-located", "co-located data-parallel", "seed protocol"]
+
+
+class Row(msgspec.Struct, frozen=True, kw_only=True):
+    """One way to run one pipeline.
+
+    devices: how many it occupies. parallel: batches that every iteration trains. iteration_ms: mean of the timed
+    iterations, each ended by a wait for the device; p10_ms, p50_ms, p90_ms: of the same. bound_ms: what no overlap can
+    beat; efficiency: bound over measured. target_wait_ms, wire_wait_ms: what an iteration waited for the target, or for
+    a batch that was READY; trainer_ms: the rest. forward_ms: the target's time for a batch, as it says itself.
+    bytes_per_sample: of the states, or of everything the seed's protocol sends. *_memory_bytes: peak on the device, or
+    of the process on the CPU; a co-located process has one. over_seed: how much faster a sample is trained than by the
+    seed's protocol with the same lengths: at depth 0 without overlap, else at its best. None: no such thing here.
+    """
+
+    mode: Mode
+    lengths: str
+    depth: int
+    transport: str
+    devices: int
+    parallel: int = 1
+    iterations: int
+    iteration_ms: float
+    p10_ms: float
+    p50_ms: float
+    p90_ms: float
+    bound_ms: float | None = None
+    efficiency: float | None = None
+    target_wait_ms: float | None = None
+    wire_wait_ms: float | None = None
+    trainer_ms: float | None = None
+    forward_ms: float | None = None
+    samples_per_s: float
+    tokens_per_s: float
+    gpu_seconds_per_sample: float
+    bytes_per_sample: float
+    daemon_memory_bytes: int | None = None
+    trainer_memory_bytes: int | None = None
+    over_seed: float | None = None
+
+
+class Rate(msgspec.Struct, frozen=True, kw_only=True):
+    """The daemon's tokens a second to a trainer that does nothing, beside a reference of the same run.
+
+    composition: `16×512` is a batch of 16 samples of 512 tokens. ratio: rate over reference. bar: what it should reach.
+    """
+
+    name: str
+    composition: str
+    depth: int
+    tokens_per_s: float
+    reference: str
+    reference_tokens_per_s: float
+    ratio: float
+    bar: float
+
+
+class Result(msgspec.Struct, frozen=True, kw_only=True):
+    """One run.
+
+    target_ms: of a bare forward in a process of its own, by lengths and by how many batches share a forward, for one
+    batch. draft_ms: of an optimizer step on states that are there, by lengths. work: what `specd plan --from` reads.
+    skipped: what was to be measured and could not be, with the reason.
+    """
+
+    machine: dict[str, Any]
+    settings: dict[str, Any]
+    target: dict[str, Any]
+    wall_s: float
+    target_ms: dict[str, dict[int, float]]
+    draft_ms: dict[str, float]
+    rows: tuple[Row, ...]
+    rates: tuple[Rate, ...]
+    work: Work
+    skipped: dict[str, str]

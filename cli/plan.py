@@ -1,0 +1,213 @@
+"""`specd plan`: from rates, given or measured, how many daemons a trainer needs and whether co-location is better."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import msgspec
+import typer
+
+from specd.balance import Balance, Layout, Work, balance
+from specd.capture import DTYPE_BYTES, CaptureSpec
+from specd.config import preset, presets
+from specd.errors import ConfigError
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+EXAMPLES = (
+    "Examples: `specd plan --model Qwen3-30B-A3B-FP8 --target-tokens-per-s 43800 --draft-tokens-per-s 51000 "
+    "--samples 50000 --epochs 6` · `specd plan --from pipeline.json` · `specd plan --from runs/first`"
+)
+RATES, SIZES, PLACES = "Rates", "Sizes", "Places"
+WARM_UP = 0.1
+"""Share of a journal's steps, from its beginning, that is left out of its rates: they compile and load."""
+STARVING = {
+    "target": "the target starves: the draft is slower",
+    "draft": "the draft starves: the target is slower",
+    "wire": "both wait for the wire",
+    "none": "neither: they are balanced",
+}
+
+
+def plan(
+    target_tokens_per_s: Annotated[
+        float | None, typer.Option(help="What one daemon computes.", rich_help_panel=RATES)
+    ] = None,
+    draft_tokens_per_s: Annotated[
+        float | None, typer.Option(help="What one trainer trains.", rich_help_panel=RATES)
+    ] = None,
+    colocated_target_tokens_per_s: Annotated[
+        float | None,
+        typer.Option(help="What a target computes that runs each batch alone, unmerged.", rich_help_panel=RATES),
+    ] = None,
+    wire_gb_per_s: Annotated[
+        float | None, typer.Option(help="10⁹ bytes a second to one trainer; 0 for enough.", rich_help_panel=RATES)
+    ] = None,
+    measured: Annotated[
+        Path | None,
+        typer.Option(
+            "--from", help="`specd bench pipeline --json`, or a run directory; flags win.", rich_help_panel=RATES
+        ),
+    ] = None,
+    batch_tokens: Annotated[
+        float | None, typer.Option(help="Tokens of a trainer's batch.", rich_help_panel=SIZES)
+    ] = None,
+    bytes_per_token: Annotated[
+        int | None, typer.Option(help="Of captured states; or give --model.", rich_help_panel=SIZES)
+    ] = None,
+    model: Annotated[str, typer.Option("--model", "-m", help="Preset of the target.", rich_help_panel=SIZES)] = "",
+    num_taps: Annotated[int, typer.Option(min=1, help="Taps, with --model.", rich_help_panel=SIZES)] = 5,
+    samples: Annotated[int | None, typer.Option(help="Of the data set.", rich_help_panel=SIZES)] = None,
+    tokens_per_sample: Annotated[float | None, typer.Option(help="On average.", rich_help_panel=SIZES)] = None,
+    epochs: Annotated[float | None, typer.Option(help="Passes over it.", rich_help_panel=SIZES)] = None,
+    gpus_per_daemon: Annotated[
+        int | None, typer.Option(help="More than 1 for tensor parallelism.", rich_help_panel=PLACES)
+    ] = None,
+    gpus_per_trainer: Annotated[int | None, typer.Option(help="GPUs of one trainer.", rich_help_panel=PLACES)] = None,
+    depth: Annotated[int | None, typer.Option(help="Batches under way a trainer.", rich_help_panel=PLACES)] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Which side starves, how many daemons a trainer needs, what it takes, and whether co-location is better."""
+    flags = {
+        "target_tokens_per_s": target_tokens_per_s,
+        "draft_tokens_per_s": draft_tokens_per_s,
+        "colocated_target_tokens_per_s": colocated_target_tokens_per_s,
+        "wire_gb_per_s": wire_gb_per_s,
+        "batch_tokens": batch_tokens,
+        "bytes_per_token": bytes_per_token,
+        "samples": samples,
+        "tokens_per_sample": tokens_per_sample,
+        "epochs": epochs,
+        "gpus_per_daemon": gpus_per_daemon,
+        "gpus_per_trainer": gpus_per_trainer,
+        "depth": depth,
+    }
+    known = _of_preset(model, num_taps) if model else {}
+    known |= _measured(measured) if measured else {}
+    known |= {name: value for name, value in flags.items() if value is not None}
+    found = balance(_work(known))
+    if as_json:
+        typer.echo(msgspec.json.format(msgspec.json.encode(found), indent=2).decode())
+        return
+    from rich.console import Console
+
+    Console().print(*render(found), sep="\n")
+
+
+def _work(known: dict[str, Any]) -> Work:
+    """What is known as a Work. Raises ConfigError that names all that is missing."""
+    needed = ("target_tokens_per_s", "draft_tokens_per_s", "batch_tokens", "bytes_per_token")
+    missing = [f"--{name.replace('_', '-')}" for name in needed if name not in known]
+    if missing:
+        raise ConfigError(
+            f"not enough to plan with: give {', '.join(missing)}, or --from with the JSON of `specd bench pipeline` "
+            f"or a run directory; --model PRESET stands for --batch-tokens and --bytes-per-token"
+        )
+    return Work(**known)
+
+
+def _of_preset(name: str, num_taps: int) -> dict[str, Any]:
+    """Batch and bytes of a preset's recipe."""
+    recipe = preset(name)
+    if recipe is None or "hidden_size" not in recipe.config:
+        raise ConfigError(f"--model {name!r}: expected one of {', '.join(presets())}; else give --bytes-per-token")
+    spec = CaptureSpec(taps=tuple(range(num_taps)), dtype=recipe.dtype)
+    tokens = recipe.run.get("data", {}).get("batch_tokens", 3072)
+    return {"bytes_per_token": spec.bytes_per_token(int(recipe.config["hidden_size"])), "batch_tokens": tokens}
+
+
+def _measured(path: Path) -> dict[str, Any]:
+    """The rates a benchmark or a run has measured. Raises ConfigError for a path that holds neither."""
+    if path.is_dir():
+        return _of_run(path)
+    try:
+        found = json.loads(path.read_bytes())["work"]
+        return msgspec.to_builtins(msgspec.convert(found, Work))  # type: ignore[no-any-return]
+    except OSError as error:
+        raise ConfigError(f"--from {str(path)!r} cannot be read: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"--from {str(path)!r} is not the JSON of `specd bench pipeline` ({error!r}): expected that or a run "
+            f"directory"
+        ) from None
+
+
+def _of_run(path: Path) -> dict[str, Any]:
+    """Rates of a run: its daemons' forward times, and its steps without the waits.
+
+    The forwards are as its daemons made them, merged where they merged. A co-located run's are unmerged, and so both.
+    """
+    from specd.train.journal import read
+    from specd.train.report import JOURNAL, read_facts
+
+    facts, records = read_facts(path), read(path / JOURNAL)
+    steps = records[int(len(records) * WARM_UP) :]
+    tokens = sum(step.tokens for step in steps)
+    forward_s, train_s = sum(step.forward_s for step in steps), sum(step.train_s for step in steps)
+    batches = sum(len(step.batches) for step in steps)
+    samples = sum(len(batch.samples) for step in steps for batch in step.batches)
+    if not (tokens and forward_s and train_s):
+        raise ConfigError(f"--from {str(path)!r}: its journal has no step with forward and training times yet")
+    dtype = str(facts.target["dtype"])
+    taps = str(facts.draft["taps"]).split(",")
+    known: dict[str, Any] = {
+        "target_tokens_per_s": tokens / forward_s,
+        "draft_tokens_per_s": tokens / train_s,
+        "batch_tokens": tokens / batches,
+        "tokens_per_sample": tokens / samples,
+        "bytes_per_token": len(taps) * int(facts.target["hidden size"]) * DTYPE_BYTES.get(dtype, 2),
+        "samples": int(str(facts.data["samples"]).replace(",", "")),
+        "depth": facts.config["subscriber"]["depth"],
+        "epochs": facts.config["train"]["epochs"],
+    }
+    if "inproc" in facts.transports.values():
+        known["colocated_target_tokens_per_s"] = known["target_tokens_per_s"]
+    return known
+
+
+def render(found: Balance) -> list[RenderableType]:
+    """The balance for people: times, the layouts side by side, the verdict."""
+    from rich.table import Table
+
+    work = found.work
+    title = f"a batch of {work.batch_tokens:,.0f} tokens"
+    times = Table(title, "ms", "tokens/s", box=None, padding=(0, 2, 0, 0))
+    lines = [("on one daemon", found.target_s), ("on one trainer", found.draft_s), ("on the wire", found.wire_s)]
+    if work.colocated_target_tokens_per_s:
+        lines.insert(1, ("on a co-located target", found.colocated_target_s))
+    for name, seconds in lines:
+        rate = f"{work.batch_tokens / seconds:,.0f}" if seconds else "–"
+        times.add_row(name, f"{seconds * 1e3:,.2f}" if seconds else "not counted", rate)
+    placed = Table(box=None, padding=(0, 2, 0, 0))
+    for head in ("daemons : trainers", "GPUs", "ms/batch", "samples/s", "GPU·s/sample", "hours", "GPU-hours"):
+        placed.add_column(head, justify="left" if head == "daemons : trainers" else "right", no_wrap=True)
+    layouts = {layout.name: layout for layout in (found.one_to_one, found.balanced)}
+    for layout in (*layouts.values(), found.colocated, found.data_parallel):
+        placed.add_row(*_cells(layout))
+    needed = found.daemons_per_trainer
+    per = f"{needed:.2f} daemons a trainer" if needed >= 1 else f"{1 / needed:.2f} trainers a daemon"
+    ring = found.ring
+    facts = [
+        f"one daemon, one trainer: {STARVING[found.starves]}; {per} balance them ({found.balanced.name})",
+        f"a sample is {found.bytes_per_sample:,} bytes; each daemon's ring: {ring.slots} slots × "
+        f"{ring.slot_bytes:,} bytes = {ring.nbytes / 1e9:.2f} GB at depth {work.depth}",
+        f"verdict: {found.better}",
+        *(f"· {reason}" for reason in found.why),
+    ]
+    return [times, "", placed, "", *facts]
+
+
+def _cells(layout: Layout) -> tuple[str, ...]:
+    sized = layout.hours > 0
+    return (
+        layout.name,
+        str(layout.gpus),
+        f"{layout.batch_s * 1e3:,.2f}",
+        f"{layout.samples_per_s:,.2f}",
+        f"{layout.gpu_s_per_sample:,.4g}",
+        f"{layout.hours:,.2f}" if sized else "–",
+        f"{layout.gpu_hours:,.2f}" if sized else "–",
+    )

@@ -1,0 +1,109 @@
+"""The arithmetic of disaggregation against co-location: who starves, what balances, and when it is not worth it."""
+
+from __future__ import annotations
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from specd.balance import EVEN, MOST_PROCESSES, Work, balance
+from specd.errors import ConfigError
+
+EQUAL = Work(target_tokens_per_s=50_000, draft_tokens_per_s=50_000, batch_tokens=3000, bytes_per_token=20_480)
+
+
+def with_(work: Work = EQUAL, **changes: float) -> Work:
+    return msgspec.structs.replace(work, **changes)
+
+
+def test_equal_sides_are_balanced_and_cost_what_co_location_costs() -> None:
+    found = balance(with_(samples=6000, epochs=2))
+    assert (found.target_s, found.draft_s, found.wire_s) == (0.06, 0.06, 0.0)
+    assert (found.starves, found.daemons_per_trainer, found.better) == ("none", 1.0, "equal")
+    assert (found.balanced.daemons, found.balanced.trainers, found.balanced.gpus) == (1, 1, 2)
+    assert found.balanced.gpu_s_per_sample == pytest.approx(found.colocated.gpu_s_per_sample)
+    assert found.balanced.hours == pytest.approx(6000 * 2 * 0.06 / 3600)
+    assert found.colocated.hours == pytest.approx(2 * found.balanced.hours)
+    assert found.data_parallel.hours == pytest.approx(found.balanced.hours)
+    assert found.colocated.gpu_hours == pytest.approx(found.balanced.gpu_hours)
+
+
+def test_the_side_that_waits_starves_and_the_other_is_multiplied() -> None:
+    slow_target = balance(with_(target_tokens_per_s=25_000))
+    assert (slow_target.starves, slow_target.daemons_per_trainer) == ("draft", 2.0)
+    assert (slow_target.balanced.daemons, slow_target.balanced.trainers) == (2, 1)
+    slow_draft = balance(with_(draft_tokens_per_s=10_000))
+    assert (slow_draft.starves, slow_draft.daemons_per_trainer) == ("target", 0.2)
+    assert (slow_draft.balanced.daemons, slow_draft.balanced.trainers) == (1, 5)
+
+
+def test_a_wire_slower_than_both_sides_is_what_they_wait_for() -> None:
+    found = balance(with_(wire_gb_per_s=0.5))
+    assert found.starves == "wire"
+    assert found.one_to_one.batch_s == pytest.approx(3000 * 20_480 / 0.5e9)
+    assert any("the wire needs 122.9 ms" in reason for reason in found.why)
+
+
+def test_co_location_is_called_better_where_a_side_idles() -> None:
+    # Ten daemons would balance one trainer: more than are considered.
+    found = balance(with_(target_tokens_per_s=5_000))
+    assert found.better == "co-located"
+    assert found.why[0].startswith("co-location is the better choice")
+    assert any("the trainers' GPUs idle" in reason for reason in found.why)
+    assert any("do not fit in one GPU together" in reason for reason in found.why)
+
+
+def test_merging_is_what_makes_a_daemon_pay() -> None:
+    found = balance(with_(batch_tokens=512, target_tokens_per_s=82_800, colocated_target_tokens_per_s=7_500))
+    assert found.better == "disaggregated"
+    assert found.colocated.gpu_s_per_sample == pytest.approx(512 / 7_500 + 512 / 50_000)
+    assert found.balanced.gpu_s_per_sample < 0.3 * found.colocated.gpu_s_per_sample
+    assert any("only merges batches that wait" in reason for reason in found.why)
+    assert not any("was taken to be as fast" in reason for reason in found.why)
+
+
+def test_ring_and_sample_follow_from_depth_and_lengths() -> None:
+    found = balance(with_(tokens_per_sample=1000, depth=4))
+    assert found.bytes_per_sample == 20_480_000
+    assert (found.ring.slots, found.ring.slot_bytes) == (5, 61_440_000)
+    assert found.ring.nbytes == 5 * 61_440_000
+    assert found.balanced.samples_per_s == pytest.approx(3 / 0.06)
+
+
+def test_tensor_parallel_targets_take_their_gpus() -> None:
+    found = balance(with_(gpus_per_daemon=2))
+    assert (found.one_to_one.gpus, found.colocated.gpus) == (3, 2)
+    # Two GPUs that run the target together and then the draft on both.
+    assert found.colocated.batch_s == pytest.approx(0.06 + 0.03)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"target_tokens_per_s": 0}, "--target-tokens-per-s 0: expected a number, more than 0"),
+        ({"draft_tokens_per_s": -1}, "--draft-tokens-per-s -1"),
+        ({"target_tokens_per_s": float("inf")}, "--target-tokens-per-s inf"),
+        ({"gpus_per_daemon": 0}, "--gpus-per-daemon 0: expected a number, at least 1"),
+        ({"wire_gb_per_s": -2}, "--wire-gb-per-s -2: expected a number, 0 or more"),
+        ({"tokens_per_sample": 4000}, "a sample has to fit in a batch"),
+        ({"colocated_target_tokens_per_s": 60_000}, "it runs the same forwards"),
+    ],
+)
+def test_impossible_work_is_refused_by_name(changes: dict[str, float], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        balance(with_(EQUAL, **changes))
+
+
+RATES = st.floats(10.0, 1e6)
+
+
+@given(target=RATES, draft=RATES, wire=st.sampled_from([0.0, 0.01, 1.0, 300.0]), gpus=st.integers(1, 4))
+def test_no_layout_beats_co_location_without_merging(target: float, draft: float, wire: float, gpus: int) -> None:
+    found = balance(
+        with_(target_tokens_per_s=target, draft_tokens_per_s=draft, wire_gb_per_s=wire, gpus_per_daemon=gpus)
+    )
+    assert found.better != "disaggregated"
+    assert found.balanced.gpu_s_per_sample >= found.colocated.gpu_s_per_sample * (1 - 1e-9)
+    assert found.balanced.gpu_s_per_sample <= found.one_to_one.gpu_s_per_sample * (1 + EVEN)
+    assert found.balanced.daemons + found.balanced.trainers <= MOST_PROCESSES
