@@ -81,10 +81,10 @@ def _processes(mark: str) -> Iterator[str]:
 
 @pytest.fixture(autouse=True)
 def plain_logging() -> Iterator[None]:
-    """Undo the handler and the level that a command line sets."""
-    logger = logging.getLogger("specd")
-    before = logger.handlers[:], logger.level, logger.propagate, os.environ.get("SPECD_LOG")
+    """Undo the handler and the level that a command line sets, whatever fixture ran it."""
     yield
-    logger.handlers[:], logger.level, logger.propagate = before[0], before[1], before[2]
-    if before[3] is None:
-        os.environ.pop("SPECD_LOG", None)
+    logger = logging.getLogger("specd")
+    logger.handlers.clear()
+    logger.setLevel(logging.NOTSET)
+    logger.propagate = True
+    os.environ.pop("SPECD_LOG", None)
