@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 from specd.bench.result import Auto, Result, Row
 from specd.bench.table import LEGEND, duration, rate, ratio, size
 from specd.errors import ConfigError, missing_extra
+from specd.page import document
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -92,15 +93,13 @@ def page(result: Result) -> str:
         f"<p class='small'>{_text(LEGEND)}</p>",
         _facts(result),
     ]
-    return _PAGE.format(title=_text(_title(result)), style=_STYLE, body="\n".join(body))
+    return document(_title(result), "\n".join(body), _STYLE, width_px=1280)
 
 
 def _drawn(result: Result, kind: str) -> bytes:
-    try:
-        from matplotlib import rc_context
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise missing_extra("matplotlib", "report") from None
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
     shown = [auto for auto in result.auto if any(row.placement == auto.placement for row in result.rows)]
     with rc_context(STYLE):
         width = PANEL_WIDTH * max(1, len(shown))
@@ -319,29 +318,10 @@ def _text(value: str) -> str:
     return html.escape(value)
 
 
-_PAGE: Final = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<style>{style}</style>
-</head>
-<body>
-<main>
-{body}
-</main>
-</body>
-</html>
-"""
 _STYLE: Final = """
-:root { color: #1f2937; background: #fff; font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
-body { margin: 0; }
-main { max-width: 1280px; margin: 0 auto; padding: 2.5rem 1.25rem 4rem; }
-h1 { font-size: 1.75rem; line-height: 1.2; margin: 0; font-weight: 650; letter-spacing: -0.01em; }
 h1 + p, figcaption, .small { color: #4b5563; }
 h1 + p { margin: .4rem 0 0; }
-h2 { font-size: 1rem; margin: 2.25rem 0 .5rem; font-weight: 650; }
+h2 { margin-top: 2.25rem; }
 ul { padding-left: 1.2rem; }
 figure { margin: 1.5rem 0 0; }
 figure svg { width: 100%; height: auto; display: block; }

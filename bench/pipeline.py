@@ -336,7 +336,7 @@ def _wait_for_all(subscriber: Subscriber, daemons: int) -> None:
     while len(subscriber.stats().transports) < daemons:
         if time.monotonic() > limit:
             raise DaemonError(f"only {len(subscriber.stats().transports)} of {daemons} daemons were reached")
-        time.sleep(0.01)
+        time.sleep(0.01)  # before anything is timed; a subscriber tells nobody of its second daemon
 
 
 def _row(

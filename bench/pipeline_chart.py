@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from specd.bench.chart import GREY, GRID, STYLE, check
 from specd.bench.pipeline_result import Result, Row
 from specd.bench.pipeline_table import LEGEND, label
+from specd.page import document
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -29,10 +30,7 @@ def write(result: Result, path: Path) -> None:
     facts = ", ".join(gpu["name"] for gpu in result.machine["gpus"]) or result.machine["cpu"]
     body = f"<h1>specd pipeline</h1><p>{facts} · {result.target['model']}</p>{svg[svg.index('<svg') :]}<p>{LEGEND}</p>"
     path.write_text(
-        f"<!doctype html><html lang='en'><head><meta charset='utf-8'><title>specd pipeline</title>"
-        f"<style>body{{font-family:sans-serif;max-width:72rem;margin:2rem auto;padding:0 1rem}}svg{{width:100%;"
-        f"height:auto}}</style></head><body>{body}</body></html>",
-        encoding="utf-8",
+        document("specd pipeline", body, "svg { width: 100%; height: auto; }", width_px=1152), encoding="utf-8"
     )
 
 

@@ -30,6 +30,7 @@ from specd.errors import TransportError
 
 if TYPE_CHECKING:
     import torch
+    from numpy.typing import NDArray
 
 log = logging.getLogger(__name__)
 
@@ -196,8 +197,15 @@ class HostArena:
         """
         self._words[self._word(slot, device)] = 0
 
-    def seal(self, slot: int, generation: int, *, device: bool = False) -> None:
-        """Mark a slot as holding `generation` (≥ 1), with a single aligned store. All its bytes must be written."""
+    def write(self, slot: int, data: NDArray[np.uint8]) -> None:
+        """Put bytes at the start of a slot, between `begin` and `seal`."""
+        self.slot(slot)[: data.size] = data.data
+
+    def seal(self, slot: int, generation: int, nbytes: int = 0, *, device: bool = False) -> None:
+        """Mark a slot as holding `generation` (≥ 1), with a single aligned store. All its bytes must be written.
+
+        nbytes: how many of them count, 0 for all; it matters only to a `DeviceArena`, which may have to copy them.
+        """
         self._words[self._word(slot, device)] = generation
 
     def generation(self, slot: int, *, device: bool = False) -> int:

@@ -34,9 +34,11 @@ def resolve(device: str) -> str:
 
     Threads start on device 0 whatever their parent chose, so a device is resolved once, where it was named.
     """
+    if device != "cuda":
+        return device
     import torch
 
-    return f"cuda:{torch.cuda.current_device()}" if device == "cuda" else device
+    return f"cuda:{torch.cuda.current_device()}"
 
 
 def ordinal(device: str) -> int:

@@ -262,11 +262,7 @@ class Worker:
         for task in group:
             arena.begin(task.slot)
             if isinstance(task, channel.FillNoise):
-                noise = pattern(task.nonce, task.nbytes)
-                if isinstance(arena, DeviceArena):
-                    arena.write(task.slot, noise)
-                else:
-                    arena.slot(task.slot)[: task.nbytes] = noise.data
+                arena.write(task.slot, pattern(task.nonce, task.nbytes))
             else:
                 slot = arena.tensor(task.slot) if isinstance(arena, DeviceArena) else arena.slot(task.slot)
                 tokens, lengths = np.frombuffer(task.tokens, "<i4"), np.frombuffer(task.lengths, "<i4")
@@ -287,11 +283,8 @@ class Worker:
         def announce(pipe: zmq.Socket[bytes]) -> None:
             micros = (time.monotonic() - begin) * 1e6 / sum(sizes)
             for task, size in zip(group, sizes, strict=True):
-                if isinstance(arena, DeviceArena):
-                    nbytes = task.layout.nbytes if isinstance(task, channel.FillSlot) else task.nbytes
-                    arena.seal(task.slot, task.generation, nbytes)
-                else:
-                    arena.seal(task.slot, task.generation)
+                nbytes = task.layout.nbytes if isinstance(task, channel.FillSlot) else task.nbytes
+                arena.seal(task.slot, task.generation, nbytes)
                 share = round(micros * size)
                 pipe.send(channel.encode(channel.Filled(slot=task.slot, generation=task.generation, target_us=share)))
 

@@ -88,3 +88,12 @@ def plain_logging() -> Iterator[None]:
     logger.setLevel(logging.NOTSET)
     logger.propagate = True
     os.environ.pop("SPECD_LOG", None)
+
+
+@pytest.fixture
+def own_compiler() -> Iterator[None]:
+    """Compile in this process: torch's compile workers outlive the tests."""
+    import torch._inductor.config
+
+    with torch._inductor.config.patch(compile_threads=1):
+        yield

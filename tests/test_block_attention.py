@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -159,15 +158,6 @@ def test_flex_attention_is_traced_once_for_all_layouts_with_lengths_known_to_be_
         for layout in (wide, *small):
             run_attention(flex_attention(layout, torch.device("cpu"), spread), random_states(layout), 0)
     assert known == [True]
-
-
-@pytest.fixture
-def own_compiler() -> Iterator[None]:
-    """Compile in this process: torch's compile workers outlive the tests."""
-    import torch._inductor.config
-
-    with torch._inductor.config.patch(compile_threads=1):
-        yield
 
 
 @pytest.mark.gpu(1)

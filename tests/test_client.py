@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 import msgspec
 import pytest
@@ -11,6 +13,7 @@ import torch
 import zmq
 
 from samples import batch
+from specd import dialer
 from specd import protocol as wire
 from specd.capture import CaptureSpec
 from specd.client import Subscriber
@@ -19,6 +22,7 @@ from specd.daemon import Control
 from specd.errors import BatchError, DaemonError, RejectedError
 from specd.host import Embedded, embedded
 from specd.packing import Batch, batch_id
+from specd.session import Session, open_session
 from specd.supervisor import Supervisor, ThreadHandle
 from specd.transport import ServerContext
 
@@ -116,6 +120,27 @@ def test_an_illegal_tap_is_refused(host: Embedded) -> None:
 def test_another_target_is_refused_with_both_values(host: Embedded) -> None:
     with pytest.raises(RejectedError, match=r"not the trainer's.*synthetic.*another"):
         subscriber(host, fingerprint="another")
+
+
+def test_two_daemons_with_different_targets_end_the_run(host: Embedded, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also when both are met at the same moment, and so neither could be told of the other's target."""
+    both = threading.Barrier(2, timeout=20)
+
+    def together(*arguments: Any) -> Session:
+        session = open_session(*arguments)
+        both.wait()
+        return session
+
+    monkeypatch.setattr(dialer, "open_session", together)
+    with embedded(daemon_config("synthetic:hidden=16,layers=6,vocab=128,seed=1"), host.context) as other:
+        endpoints = (host.endpoint, other.endpoint)
+        config = SubscriberConfig(endpoints=endpoints, depth=0, timeout_s=20, connect_s=20)
+        with (
+            pytest.raises(RejectedError, match=r"serves target .*synthetic.*, .* serves .*synthetic"),
+            Subscriber(config, SPEC, context=host.context) as source,
+        ):
+            for _ in source.stream(batch(index) for index in itertools.count()):
+                pass
 
 
 def test_artifacts_come_over_the_wire(host: Embedded) -> None:

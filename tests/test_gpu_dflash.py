@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import msgspec
 import pytest
 import torch
@@ -12,15 +10,6 @@ from drafts import CONTRACT, HIDDEN, MASK, TARGET, VOCAB, FakeDelivery, deliver,
 from specd.config import AttentionKind, DFlashConfig, TrainConfig
 from specd.train.dflash import DFlash, Tuning
 from specd.train.loop import apply_gradients, make_optimizer
-
-
-@pytest.fixture
-def own_compiler() -> Iterator[None]:
-    """Compile in this process: torch's compile workers outlive the tests."""
-    import torch._inductor.config
-
-    with torch._inductor.config.patch(compile_threads=1):
-        yield
 
 
 @pytest.mark.gpu(1)

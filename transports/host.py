@@ -14,7 +14,6 @@ from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Final, Literal, NamedTuple, Protocol
 
 import msgspec
-import numpy as np
 
 from specd import cuda
 from specd.arena import HostArena, remove
@@ -131,10 +130,7 @@ class LocalHost:
 
     def fill(self, slot: int, generation: int, nonce: bytes, nbytes: int) -> None:
         self._arena.begin(slot)
-        if isinstance(self._arena, HostArena):
-            np.frombuffer(self._arena.slot(slot), np.uint8)[:nbytes] = pattern(nonce, nbytes)
-        else:
-            self._arena.write(slot, pattern(nonce, nbytes).copy())
+        self._arena.write(slot, pattern(nonce, nbytes))
         self._arena.seal(slot, generation)
 
     def cpu_s(self) -> float:

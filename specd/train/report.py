@@ -15,6 +15,7 @@ import msgspec
 
 from specd import __version__
 from specd.errors import CheckpointError
+from specd.page import document
 from specd.train import figures
 from specd.train.decode import DEFINITION, Evaluation
 from specd.train.journal import StepRecord, bound, read
@@ -153,7 +154,7 @@ def render(facts: RunFacts, records: Sequence[StepRecord], evals: Mapping[str, E
         "</section>",
         f"<section><h2>Configuration</h2><pre>{_text(_yaml(facts.config))}</pre></section>",
     ]
-    return _PAGE.format(title=_text(f"specd report: {target}"), style=_STYLE, body="\n".join(body))
+    return document(f"specd report: {target}", "\n".join(body), _STYLE, width_px=1080)
 
 
 def key_figures(records: Sequence[StepRecord], evals: Mapping[str, EvalFacts]) -> list[tuple[str, str, str]]:
@@ -277,27 +278,7 @@ def _load(path: Path, kind: type[T]) -> T:
         raise CheckpointError(f"{path} is damaged: {error}; restore it, or delete it and make it anew") from None
 
 
-_PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<style>{style}</style>
-</head>
-<body>
-<main>
-{body}
-</main>
-</body>
-</html>
-"""
 _STYLE = """
-:root { color: #1f2937; background: #fff; font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
-body { margin: 0; }
-main { max-width: 1080px; margin: 0 auto; padding: 2.5rem 1.25rem 4rem; }
-h1 { font-size: 1.75rem; line-height: 1.2; margin: 0; font-weight: 650; letter-spacing: -0.01em; }
-h2 { font-size: 1rem; margin: 0 0 .5rem; font-weight: 650; }
 header p { margin: .4rem 0 0; color: #4b5563; }
 section { margin-top: 2.25rem; }
 .tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: 1.25rem 1.5rem;
