@@ -8,20 +8,17 @@ import threading
 import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
-from typing import Any, Final
+from typing import Final, Literal
 
 import msgspec
 
 from specd.errors import TransportError
 from specd.transports.nccl import MAX_CTAS
-from specd.transports.nccl_comm import Library, Watch, library
+from specd.transports.nccl_comm import BYTES_S, EAGER_S, Communicator, Library, Watch, library
 
 CONNECT_S: Final = 60.0
 """Covers the other process's start."""
 STEP_S: Final = 20.0
-ABORT_S: Final = 10.0
-SUCCESS: Final = 0
-IN_PROGRESS: Final = 7
 SENDER: Final = 0
 RECEIVER: Final = 1
 
@@ -33,8 +30,26 @@ class _Order(msgspec.Struct, frozen=True, kw_only=True):
     count: int
 
 
+class _Connecting(Watch):
+    """Ends early when the other process has ended."""
+
+    __slots__ = ("_peer_lives",)
+
+    def __init__(self, peer_lives: Callable[[], bool]) -> None:
+        super().__init__(CONNECT_S, threading.Event())
+        self._peer_lives = peer_lives
+
+    def until(self, done: Callable[[], bool], what: str, eager_s: float = EAGER_S) -> None:
+        def over() -> bool:
+            if not self._peer_lives():
+                raise TransportError("the other process of the raw NCCL loop ended; what it wrote to stderr says why")
+            return done()
+
+        super().until(over, what, eager_s)
+
+
 class Link:
-    """One end of a communicator of its own; nothing but sends, receives and waits. One thread at a time.
+    """One end of a communicator of the transport's kind; nothing but sends, receives and waits. One thread at a time.
 
     Waits as the transport does. Raises TransportError when the peer does not come or a step takes too long.
     """
@@ -51,66 +66,32 @@ class Link:
     ) -> None:
         import torch
 
-        def connected() -> bool:
-            if not peer_lives():
-                raise TransportError("the other process of the raw NCCL loop ended; what it wrote to stderr says why")
-            return self._settled()
-
         self._nccl = nccl
-        self._device = device
-        self._peer = 1 - rank
-        self._never = threading.Event()
-        self._raw: Any = None
-        make_stream: Any = torch.cuda.Stream  # untyped
-        make_event: Any = torch.cuda.Event
         with nccl.translated(), torch.cuda.device(device):
-            self._stream = make_stream(device)
-            self._end = make_event()
             self._buffers = [torch.zeros(nbytes, dtype=torch.uint8, device=device) for _ in range(count)]
             torch.cuda.synchronize(device)  # the link's stream waits for no other
-            config = nccl.core.NCCLConfig(blocking=False, max_ctas=MAX_CTAS)
-            self._raw = nccl.core.Communicator.init(2, rank, nccl.core.UniqueId.from_bytes(unique_id), config)
-            Watch(CONNECT_S, self._never).until(connected, "connecting the raw NCCL loop")
+        self._communicator = Communicator(nccl, device, rank, unique_id, MAX_CTAS, _Connecting(peer_lives))
 
     def send(self, nbytes: int, count: int) -> None:
         """Enqueue `count` sends, then wait for the last."""
-        self._run(self._raw.send, nbytes, count)
+        self._run("send", nbytes, count)
 
     def receive(self, nbytes: int, count: int) -> None:
         """Enqueue `count` receives, then wait for the last."""
-        self._run(self._raw.recv, nbytes, count)
+        self._run("recv", nbytes, count)
 
     def abort(self) -> None:
         """End it. An abort that hangs is left behind."""
-        raw, self._raw = self._raw, None
-        if raw is not None:
-            thread = threading.Thread(target=self._abort, args=(raw,), name="specd-raw-nccl-abort", daemon=True)
-            thread.start()
-            thread.join(ABORT_S)
+        self._communicator.abort(self._buffers)
 
-    def _run(self, call: Callable[..., None], nbytes: int, count: int) -> None:
-        import torch
-
-        watch = Watch(STEP_S, self._never)
-        with self._nccl.translated(), torch.cuda.device(self._device):
+    def _run(self, method: Literal["send", "recv"], nbytes: int, count: int) -> None:
+        watch, side = Watch(STEP_S, threading.Event()), self._communicator.side
+        with self._nccl.translated(), side.current():
             for index in range(count):
-                buffer = self._buffers[index % len(self._buffers)]
-                call(buffer[:nbytes], self._peer, stream=int(self._stream.cuda_stream))
-                watch.until(self._settled, "a step of the raw NCCL loop")
-            self._end.record(self._stream)
-            watch.until(self._end.query, "the raw NCCL loop")
-
-    def _settled(self) -> bool:
-        state = int(self._raw.get_async_error())
-        if state not in (SUCCESS, IN_PROGRESS):
-            raise TransportError(f"the raw NCCL loop failed: {self._nccl.core.get_error_string(state)}")
-        return state == SUCCESS
-
-    def _abort(self, raw: Any) -> None:
-        import torch
-
-        with contextlib.suppress(TransportError), self._nccl.translated(), torch.cuda.device(self._device):
-            raw.abort()
+                self._communicator.call(method, watch, self._buffers[index % len(self._buffers)][:nbytes])
+            watch.until(side.mark(), "the raw NCCL loop", EAGER_S + nbytes * count / BYTES_S)
+            if not self._communicator.settled():
+                raise TransportError("the raw NCCL loop ended with a call under way")
 
 
 class NcclLoop:

@@ -1,8 +1,10 @@
 """A stand-in for NCCL and the stream it runs on: both ranks in one process, messages between their memories.
 
-What it keeps of the real thing: a call is only started, and using the communicator or the stream before it is over is
-an error; small sends are eager until the buffers between are full; a receive of another size hangs for good; a peer
-that went away is not noticed. `install` of `fake_cuda` has to be in force.
+What it keeps of the real thing: a call of a non-blocking communicator is only started, and using the communicator or
+the stream before it is over is an error; one of a blocking communicator that has no connection yet waits for the peer
+in the call, for good if need be, and an abort meanwhile is a crash; a split shares what its parent has connected, if
+the parent was made so; small sends are eager until the buffers between are full; a receive of another size hangs for
+good; a peer that went away is not noticed. `install` of `fake_cuda` has to be in force.
 """
 
 from __future__ import annotations
@@ -12,14 +14,15 @@ import queue
 import secrets
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import torch
 
 from specd import cuda
-from specd.transports.nccl_comm import NOTE_BYTES, UNIQUE_ID_BYTES, Library, Side
+from specd.transports.nccl_comm import ROW_BYTES, UNIQUE_ID_BYTES, Library, Side
 
 SUCCESS, REMOTE_ERROR, IN_PROGRESS = 0, 6, 7
 BUFFERED, EAGER_BYTES = 4, 1024
@@ -53,7 +56,7 @@ class FakeSide(Side):
         return contextlib.nullcontext()
 
     def rows(self, count: int, *, on_host: bool) -> torch.Tensor:
-        return torch.zeros((count, NOTE_BYTES), dtype=torch.uint8)
+        return torch.zeros((count, ROW_BYTES), dtype=torch.uint8)
 
     def copy(self, into: torch.Tensor, source: torch.Tensor) -> None:
         self.put(lambda: into.copy_(source))
@@ -95,7 +98,16 @@ class FakeNccl:
         self.pairs: dict[bytes, FakePair] = {}
         self.hang = threading.Event()
         """Set while aborts hang."""
+        self.shares = True
+        """Whether a split may share its parent's connections."""
+        self.crashes = 0
+        """How often memory was freed that a call under way uses."""
         self.looks = 0
+        self.launches: Counter[int] = Counter()
+        """How many kernels the ranks have put on their streams."""
+        self.over = threading.Event()
+        """Set to let calls go that would hang for good."""
+        self.lock = threading.Lock()
         self.on_payload: Callable[[], object] = lambda: None
         """Called when a payload has left, before anything behind it."""
         self._group = threading.local()
@@ -105,15 +117,16 @@ class FakeNccl:
         self.pairs[unique_id] = FakePair()
         return unique_id
 
-    def NCCLConfig(self, *, blocking: bool, max_ctas: int) -> int:
-        assert not blocking
-        return max_ctas
+    def NCCLConfig(self, *, blocking: bool, max_ctas: int, split_share: bool = False) -> FakeConfig:
+        assert max_ctas > 0
+        return FakeConfig(blocking, split_share)
 
     def get_error_string(self, state: int) -> str:
         return f"state {state}"
 
-    def _init(self, nranks: int, rank: int, unique_id: bytes, config: int) -> FakeRaw:
+    def _init(self, nranks: int, rank: int, unique_id: bytes, config: FakeConfig) -> FakeRaw:
         assert nranks == 2
+        assert not config.blocking, "this waits for the peer on the caller's thread"
         return FakeRaw(self, self.pairs[unique_id], rank, config)
 
     @contextlib.contextmanager
@@ -130,29 +143,49 @@ class FakeNccl:
             self._group.calls.append((raw, operation, side))
 
 
+class FakeConfig(NamedTuple):
+    blocking: bool
+    split_share: bool
+
+
 class FakePair:
-    def __init__(self) -> None:
+    """What two ranks have in common. parent: of the pair that it is split from."""
+
+    def __init__(self, parent: FakePair | None = None) -> None:
+        self.parent = parent
+        self.split: FakePair | None = None
         self.ranks: dict[int, FakeRaw] = {}
         self.state = SUCCESS
         self.ways: tuple[queue.Queue[bytes], ...] = (queue.Queue(BUFFERED), queue.Queue(BUFFERED))
+        self.met: set[int] = set()
+        """Ranks that made the first call."""
+
+    def failed(self) -> int:
+        return self.state if self.parent is None else self.parent.failed()
 
 
 class FakeRaw:
-    """A communicator of the stand-in: a call is in progress until it was looked at twice, and on the stream then."""
+    """A communicator of the stand-in.
 
-    def __init__(self, core: FakeNccl, pair: FakePair, rank: int, max_ctas: int) -> None:
-        self._core, self._pair, self._rank, self._max_ctas = core, pair, rank, max_ctas
+    Non-blocking, a call is in progress until it was looked at twice, and on the stream then.
+    """
+
+    def __init__(self, core: FakeNccl, pair: FakePair, rank: int, config: FakeConfig) -> None:
+        self._core, self._pair, self._rank, self._config = core, pair, rank, config
         self._aborted = threading.Event()
         self._launch: Callable[[], None] | None = None
+        self._splitting: FakeRaw | None = None
         self._looks = 0
+        self._inside = False
         pair.ranks[rank] = self
 
     def get_async_error(self) -> int:
         self._core.looks += 1
-        if self._pair.state != SUCCESS:
-            return self._pair.state
-        if len(self._pair.ranks) < 2:
+        if (state := self._pair.failed()) != SUCCESS:
+            return state
+        if len(self._pair.ranks) < 2 or not (self._splitting is None or self._splitting.whole()):
             return IN_PROGRESS
+        self._splitting = None
         if self._launch is not None:
             self._looks += 1
             if self._looks < 2:
@@ -160,6 +193,20 @@ class FakeRaw:
             launch, self._launch = self._launch, None
             launch()
         return SUCCESS
+
+    def whole(self) -> bool:
+        return len(self._pair.ranks) == 2
+
+    def split(self, color: int, key: int, config: FakeConfig) -> FakeRaw:
+        assert (color, key) == (0, self._rank)
+        self._check()
+        with self._core.lock:
+            if self._pair.split is None or self._rank in self._pair.split.ranks:
+                self._pair.split = FakePair(self._pair)
+                if self._config.split_share and self._core.shares:
+                    self._pair.split.met = self._pair.met
+            self._splitting = FakeRaw(self._core, self._pair.split, self._rank, config)
+        return self._splitting
 
     def send(self, buffer: torch.Tensor, peer: int, *, stream: FakeSide) -> None:
         assert peer == 1 - self._rank
@@ -170,8 +217,16 @@ class FakeRaw:
         self._core.call(self, ("recv", buffer), stream)
 
     def launch(self, operations: list[tuple[str, torch.Tensor]], side: FakeSide) -> None:
-        if self._launch is not None or len(self._pair.ranks) < 2:
-            raise FakeError("the communicator was used while NCCL was in progress")
+        self._check()
+        self._pair.met.add(self._rank)
+        self._core.launches[self._rank] += 1
+        if self._config.blocking:
+            self._inside = True
+            while len(self._pair.met) < 2 and not self._core.over.is_set():
+                time.sleep(0.001)
+            self._inside = False
+            side.put(lambda: self._run(operations))
+            return
         side.busy, self._looks = True, 0
 
         def launch() -> None:
@@ -180,11 +235,15 @@ class FakeRaw:
 
         self._launch = launch
 
+    def _check(self) -> None:
+        if self._launch is not None or self._splitting is not None or not self.whole():
+            raise FakeError("the communicator was used while NCCL was in progress")
+
     def _run(self, operations: list[tuple[str, torch.Tensor]]) -> None:
         for kind, buffer in sorted(operations, key=lambda operation: operation[0] != "send"):
             if kind == "send":
                 self._put(buffer.numpy().tobytes())
-                if buffer.numel() != NOTE_BYTES:
+                if buffer.numel() != ROW_BYTES:
                     self._core.on_payload()
                 continue
             while not self._aborted.is_set():
@@ -206,10 +265,39 @@ class FakeRaw:
             time.sleep(0.001)
 
     def abort(self) -> None:
+        self._core.crashes += self._inside
         while self._core.hang.is_set():
             time.sleep(0.001)
         self._aborted.set()
+        if (split := self._pair.split) is not None and split.met is self._pair.met and self._rank in split.ranks:
+            split.ranks[self._rank]._aborted.set()  # they share the flag as well
 
 
 NCCL = FakeNccl()
 LIBRARY = Library(NCCL, (FakeError,), 22809, FakeSide)
+
+
+def stop_half_way(unique_id: bytes, steps: int) -> None:
+    """Be a rank 0 that takes some of the steps of connecting, of which there are four, then no other."""
+    if steps == 0:
+        return
+    side, rows = FakeSide("cuda:1"), torch.zeros((2, ROW_BYTES), dtype=torch.uint8)
+    first = NCCL.Communicator.init(2, 0, unique_id, NCCL.NCCLConfig(blocking=False, max_ctas=1, split_share=True))
+    _wait(first)
+    if steps > 1:
+        with NCCL.group():
+            first.send(rows[0], 1, stream=side)
+            first.recv(rows[1], 1, stream=side)
+        _wait(first)
+    if steps > 2:
+        while not side.idle():
+            time.sleep(0.001)
+        first.split(0, 0, NCCL.NCCLConfig(blocking=True, max_ctas=1))
+        _wait(first)
+
+
+def _wait(raw: FakeRaw) -> None:
+    deadline = time.monotonic() + 10
+    while raw.get_async_error() != SUCCESS:
+        assert time.monotonic() < deadline, "the other rank does not come"
+        time.sleep(0.001)

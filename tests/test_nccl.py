@@ -18,7 +18,7 @@ import pytest
 import torch
 
 import fake_cuda
-from fake_nccl import LIBRARY, NCCL, REMOTE_ERROR, FakeError
+from fake_nccl import LIBRARY, NCCL, REMOTE_ERROR, FakeError, stop_half_way
 from specd.arena import Arena, HostArena
 from specd.device import DeviceArena
 from specd.errors import TransportError
@@ -27,7 +27,7 @@ from specd.transports import nccl, nccl_comm
 from specd.transports.conformance import Rig, TransportConformance, holds
 from specd.transports.host import Host, LocalHost, SpawnedHost
 from specd.transports.nccl import Nccl, NcclClient, NcclHello, NcclServer
-from specd.transports.nccl_comm import Library, Side
+from specd.transports.nccl_comm import Communicator, Library, Side, Watch
 
 
 class FakeTransport(Nccl):
@@ -48,7 +48,10 @@ def fakes(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> It
         fake_cuda.install(monkeypatch)
     yield
     NCCL.hang.clear()
+    NCCL.over.clear()
+    NCCL.shares = True
     NCCL.on_payload = lambda: None
+    assert NCCL.crashes == 0
 
 
 class TestOverAStandIn(TransportConformance):
@@ -213,6 +216,45 @@ def test_a_trainer_that_never_attaches_costs_a_while(rig: Rig, monkeypatch: pyte
         client.attach(offer, 0.1)
 
 
+def test_a_transfer_is_two_kernels_at_the_worker_and_one_at_the_trainer(rig: Rig) -> None:
+    client = rig.attach()
+    rig.host.fill(0, 1, b"few", 4096)
+    NCCL.launches.clear()
+    assert holds(rig.fetch(client, SlotRef(0, 1, 4096)), b"few")
+    assert NCCL.launches == {0: 2, 1: 1}
+
+
+@pytest.mark.parametrize("shares", [True, False])
+@pytest.mark.parametrize(
+    ("steps", "what"),
+    [(0, "connecting to the peer"), (1, "the first message"), (2, "splitting"), (3, "the second message")],
+)
+def test_a_peer_that_stops_at_any_step_is_left_in_time(
+    steps: int, what: str, shares: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(nccl_comm, "_quarantine", [])
+    NCCL.shares = shares
+    unique_id = NCCL.get_unique_id()
+    (peer := threading.Thread(target=stop_half_way, args=(unique_id, steps))).start()
+    hangs, begin = steps == 3 and not shares, time.monotonic()
+    with pytest.raises(TransportError, match="connecting a split" if hangs else what):
+        Communicator(LIBRARY, "cuda:0", 1, unique_id, 1, Watch(0.3, threading.Event()))
+    assert time.monotonic() - begin < 2
+    peer.join()
+    # Only where a call never returns is anything left behind: what it uses must not be freed under it.
+    assert len(nccl_comm._quarantine) == hangs
+    assert ("its stream and buffers are given up" in caplog.text) == hangs
+    NCCL.over.set()
+    until(lambda: not [thread for thread in threading.enumerate() if thread.name.startswith("specd-nccl")])
+
+
+def test_connections_that_are_not_shared_are_made(rig: Rig) -> None:
+    NCCL.shares = False
+    client = rig.attach()
+    rig.host.fill(0, 1, b"own", 4096)
+    assert holds(rig.fetch(client, SlotRef(0, 1, 4096)), b"own")
+
+
 def test_two_leases_on_one_slot_are_two_transfers(rig: Rig) -> None:
     """A trainer that submits the same content twice holds two leases on the slot that has it."""
     client = rig.attach()
@@ -270,7 +312,7 @@ def test_an_abort_that_hangs_is_left_behind(
     assert "its stream and buffers are given up" in caplog.text
     (kept,) = nccl_comm._quarantine
     assert isinstance(kept, tuple)
-    assert kept[1] is into
+    assert kept[1][1] is into
     assert holds(rig.fetch(rig.attach(), fill(rig, b"on"), deadline_s=10.0), b"on")
 
 

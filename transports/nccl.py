@@ -20,18 +20,17 @@ from specd import cuda
 from specd.errors import TransportError
 from specd.transport import ServerContext, SlotRef, Traits, boot_id, check_into, check_ref, stale, unwrap, wrap
 from specd.transports.nccl_comm import (
-    NOTE_BYTES,
+    BYTES_S,
+    EAGER_S,
     PAUSE_S,
     UNIQUE_ID_BYTES,
-    WINDOW,
-    WORD_BYTES,
     Communicator,
     Library,
-    Transfer,
     Watch,
     library,
     version_text,
 )
+from specd.transports.nccl_transfer import NOTE_BYTES, WINDOW, WORD_BYTES, Transfer, Transfers
 
 if TYPE_CHECKING:
     import torch
@@ -132,12 +131,12 @@ class _Lane:
         return self._thread.is_alive()
 
     def _run(self) -> None:
-        communicator: Communicator | None = None
+        transfers: Transfers | None = None
         under_way: deque[_Sent] = deque()
         try:
             watch = Watch(CONNECT_S, self._stop)
-            communicator = Communicator(self._library, self._ring.device, 0, self._unique_id, MAX_CTAS, watch)
-            self._serve(communicator, under_way)
+            transfers = Transfers(Communicator(self._library, self._ring.device, 0, self._unique_id, MAX_CTAS, watch))
+            self._serve(transfers, under_way)
         except TransportError as error:
             self._end = str(error)
             if not self._stop.is_set():
@@ -147,22 +146,22 @@ class _Lane:
             log.exception("the nccl lane of %s failed", self._name)
         finally:
             self._end = self._end or "it was dropped"
-            if communicator is not None:
-                communicator.abort(list(under_way))
+            if transfers is not None:
+                transfers.abort(list(under_way))
 
-    def _serve(self, communicator: Communicator, under_way: deque[_Sent]) -> None:
+    def _serve(self, transfers: Transfers, under_way: deque[_Sent]) -> None:
         pause, since = PAUSE_S[0], 0.0
         while not self._stop.is_set():
             room = len(under_way) < WINDOW
             if room and (published := self._next(pause if under_way else None)):
                 if not under_way:
                     since = time.monotonic()
-                self._send(communicator, published, under_way)
+                self._send(transfers, published, under_way)
                 pause = PAUSE_S[0]
             elif not room:
                 self._stop.wait(pause)
             pause = min(2 * pause, PAUSE_S[1])
-            while under_way and communicator.over(under_way[0].transfer):
+            while under_way and transfers.over(under_way[0].transfer):
                 under_way.popleft()
                 pause, since = PAUSE_S[0], time.monotonic()
             if under_way and time.monotonic() - since > SEND_S:
@@ -175,13 +174,13 @@ class _Lane:
         except queue.Empty:
             return None
 
-    def _send(self, communicator: Communicator, ref: SlotRef, under_way: deque[_Sent]) -> None:
+    def _send(self, transfers: Transfers, ref: SlotRef, under_way: deque[_Sent]) -> None:
         payload, transfer = self._ring.tensor(ref.slot)[: ref.nbytes], Transfer()
         under_way.append(_Sent(ref, transfer, payload))
         note = _NOTE.pack(ref.slot, ref.generation, ref.nbytes, 0)
         # The word is 0 before a kernel of a refill is launched: read behind the payload, it tells of every one.
         word = _word(self._ring.ledger, ref.slot)
-        communicator.send(transfer, payload, note, word, Watch(SEND_S, self._stop))
+        transfers.send(transfer, payload, note, word, Watch(SEND_S, self._stop))
 
 
 class NcclServer:
@@ -265,7 +264,7 @@ class NcclClient:
         self._lock = threading.Lock()
         """Held while the communicator is used: attach, fetch and close may come from different threads."""
         self._closed = threading.Event()
-        self._communicator: Communicator | None = None
+        self._transfers: Transfers | None = None
         self._offer: NcclOffer | None = None
         self._lost = ""
 
@@ -281,19 +280,20 @@ class NcclClient:
             if self._closed.is_set():
                 raise TransportError("the nccl client is closed")
             self._abort()
-            self._communicator = Communicator(self._library, self._device, 1, found.unique_id, found.max_ctas, watch)
+            communicator = Communicator(self._library, self._device, 1, found.unique_id, found.max_ctas, watch)
+            self._transfers = Transfers(communicator)
             self._offer, self._lost = found, ""
 
     def fetch(self, ref: SlotRef, into: torch.Tensor, deadline_s: float) -> None:
         watch = Watch(deadline_s, self._closed)
         with self._lock:
-            communicator, offer = self._communicator, self._offer
-            if communicator is None or offer is None:
+            transfers, offer = self._transfers, self._offer
+            if transfers is None or offer is None:
                 raise TransportError(self._lost or "nccl: not attached, or closed", lost=bool(self._lost))
             check_ref(ref, offer.num_slots, offer.slot_bytes)
             check_into(ref, into)
             try:
-                found = _receive(communicator, ref, into[: ref.nbytes], watch)
+                found = _receive(transfers, ref, into[: ref.nbytes], watch)
             except TransportError as error:
                 self._lost = f"the nccl transfer of slot {ref.slot}, generation {ref.generation} was lost: {error}"
                 self._abort(into)
@@ -307,12 +307,12 @@ class NcclClient:
             self._abort()
 
     def _abort(self, held: torch.Tensor | None = None) -> None:
-        communicator, self._communicator = self._communicator, None
-        if communicator is not None:
-            communicator.abort(held)
+        transfers, self._transfers = self._transfers, None
+        if transfers is not None:
+            transfers.abort(held)
 
     def __repr__(self) -> str:
-        return f"NcclClient({self._device}, {self._communicator or self._lost or 'not attached'})"
+        return f"NcclClient({self._device}, {self._transfers or self._lost or 'not attached'})"
 
 
 class Nccl:
@@ -338,11 +338,12 @@ class Nccl:
         return NcclClient(cuda.resolve(device), library())
 
 
-def _receive(communicator: Communicator, ref: SlotRef, into: torch.Tensor, watch: Watch) -> int:
+def _receive(transfers: Transfers, ref: SlotRef, into: torch.Tensor, watch: Watch) -> int:
     """Take one transfer; returns the generation that the slot had when its bytes had been read."""
     transfer = Transfer()
-    communicator.receive(transfer, into, watch)
-    watch.until(lambda: communicator.over(transfer), f"receiving {ref.nbytes} bytes")
+    transfers.receive(transfer, into, watch)
+    eager_s = EAGER_S + ref.nbytes / BYTES_S
+    watch.until(lambda: transfers.over(transfer), f"receiving {ref.nbytes} bytes", eager_s)
     assert transfer.note is not None
     *sent, generation = _NOTE.unpack(transfer.note.numpy().tobytes())
     if tuple(sent) != ref:

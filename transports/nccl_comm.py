@@ -1,10 +1,9 @@
 """One end of an NCCL communicator of two ranks, whose every step has a deadline.
 
-NCCL is used non-blocking: a call only starts something, and until its state says that this is over, neither the
-communicator nor the stream may be used. All of that stays in here, and so does the end: a communicator is always
-aborted, never destroyed, because destroying one waits for the peer.
-
-A transfer is the payload, then a note of 64 bytes: what was sent, and whether its slot was left alone meanwhile.
+Connecting is done non-blocking: a call only starts something, and until its state says that this is over, neither the
+communicator nor the stream may be used. Transfers are done blocking: a call is over when its kernel is on the stream.
+All of that stays in here, and so does the end: a communicator is always aborted, never destroyed, because destroying
+one waits for the peer.
 """
 
 from __future__ import annotations
@@ -17,9 +16,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
-
-import numpy as np
+from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple
 
 from specd.errors import TransportError
 
@@ -28,15 +25,14 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-NOTE_BYTES: Final = 64
-WORD_BYTES: Final = 8
-WINDOW: Final = 4
-"""Most transfers that may be on the stream at once."""
+ROW_BYTES: Final = 64
 UNIQUE_ID_BYTES: Final = 128
 ABORT_S: Final = 10.0
 """Longest wait for an abort; 0.5 s is usual when the peer was killed."""
 EAGER_S: Final = 200e-6
 """How long a wait only yields the processor: NCCL wakes nobody, and the shortest sleep is as long as 16 MiB take."""
+BYTES_S: Final = 300e9
+"""A little less than NVLink gives: a wait for so many bytes is eager for as long as they may well take."""
 PAUSE_S: Final = (20e-6, 1e-3)
 """The first and the longest sleep between two looks after that."""
 _SUCCESS: Final = 0
@@ -57,7 +53,7 @@ class Watch:
         self._deadline = time.monotonic() + seconds
         self._called_off = called_off
 
-    def until(self, done: Callable[[], bool], what: str) -> None:
+    def until(self, done: Callable[[], bool], what: str, eager_s: float = EAGER_S) -> None:
         """Look until `done`. Raises TransportError, beginning with `what`, when time is up or it is called off."""
         begin, pause = time.monotonic(), PAUSE_S[0]
         while not done():
@@ -66,7 +62,7 @@ class Watch:
                 raise TransportError(f"{what} was called off")
             if now > self._deadline:
                 raise TransportError(f"{what} took longer than {self._seconds:g} s")
-            if now - begin < EAGER_S:
+            if now - begin < eager_s:
                 time.sleep(0)
             else:
                 self._called_off.wait(pause)
@@ -108,12 +104,12 @@ class Side:
         return self.on(self._device)
 
     def rows(self, count: int, *, on_host: bool) -> torch.Tensor:
-        """Zeros, uint8 [count, NOTE_BYTES], on the device or page-locked on the host."""
+        """Zeros, uint8 [count, ROW_BYTES], on the device or page-locked on the host."""
         import torch
 
         if on_host:
-            return torch.zeros((count, NOTE_BYTES), dtype=torch.uint8, pin_memory=True)
-        rows = torch.zeros((count, NOTE_BYTES), dtype=torch.uint8, device=self._device)
+            return torch.zeros((count, ROW_BYTES), dtype=torch.uint8, pin_memory=True)
+        rows = torch.zeros((count, ROW_BYTES), dtype=torch.uint8, device=self._device)
         torch.cuda.current_stream(self._device).synchronize()  # this stream does not wait for that one
         return rows
 
@@ -198,23 +194,16 @@ def version_text(version: int) -> str:
     return f"{version // 10000}.{version // 100 % 100}.{version % 100}"
 
 
-class Transfer:
-    """A transfer on its way.
-
-    over: whether the stream is past it. note: where the receiver finds the note then.
-    """
-
-    __slots__ = ("note", "over")
-
-    def __init__(self) -> None:
-        self.over: Callable[[], bool] = _not_yet
-        self.note: torch.Tensor | None = None
-
-
 class Communicator:
     """One of two ranks, connected on construction; one thread at a time.
 
-    It shares no communicator, group or stream with anybody, so a trainer may have process groups of its own, and a
+    It is a pair, because NCCL's two kinds have one fault each. A non-blocking communicator starts a thread for every
+    call, which takes 0.15 ms; but its connecting can be watched, and ended by an abort. A blocking one does no more
+    than a launch; but connecting it may wait for a dead peer in a thread that nothing ends. So a non-blocking one
+    connects, and a blocking one that has no connections to make, because it shares those (NCCL's splitShare), is split
+    from it and used. Both ranks do the same in the same order.
+
+    It shares nothing with any other communicator of the process, so a trainer may have process groups of its own, and a
     target as well. What they do share are the GPU's SMs and hardware queues: a transfer that waits for its peer may
     hold back a collective of another communicator, and that peer may be waiting for this very collective. `max_ctas`
     leaves SMs to others; what still waits in a ring ends when the first deadline aborts its transfer.
@@ -225,121 +214,121 @@ class Communicator:
 
     def __init__(self, library: Library, device: str, rank: int, unique_id: bytes, max_ctas: int, watch: Watch) -> None:
         self._library = library
-        self._peer = 1 - rank
-        self._raw: Any = None
+        self._rank = rank
+        self._first: Any = None
+        self._second: Any = None
+        self._polled: Any = None
+        self._hanging: threading.Thread | None = None
         self._ended = False
-        self._count = 0
-        core = library.core
         with library.translated():
-            self._side = library.side(device)
+            self.side = library.side(device)
+            """The stream of its calls."""
         try:
-            with library.translated(), self._side.current():
-                self._outgoing, self._incoming = (self._side.rows(WINDOW, on_host=True) for _ in range(2))
-                self._sent, self._received = (self._side.rows(WINDOW, on_host=False) for _ in range(2))
-                config = core.NCCLConfig(blocking=False, max_ctas=max_ctas)
-                self._raw = core.Communicator.init(2, rank, core.UniqueId.from_bytes(unique_id), config)
-                watch.until(self._settled, "connecting to the peer over NCCL")
-                # Both ways are set up by the first message, which takes longest: now, not under the first transfer.
-                self._greet(watch)
-                watch.until(self._side.mark(), "the first message over NCCL")
+            with library.translated(), self.side.current():
+                self._rows = self.side.rows(2, on_host=False)
+                self._connect(unique_id, max_ctas, watch)
+                self._split(max_ctas, watch)
         except BaseException:
             self.abort()
             raise
 
-    def send(self, transfer: Transfer, payload: torch.Tensor, note: bytes, word: torch.Tensor, watch: Watch) -> None:
-        """Put a transfer on the stream.
+    def translated(self) -> AbstractContextManager[None]:
+        """As `Library.translated`."""
+        return self._library.translated()
 
-        payload: uint8 [n] on the device. note: NOTE_BYTES; its last WORD_BYTES are replaced by `word`, page-locked
-        host memory, as it is when the payload was read. At most WINDOW may be under way.
-        """
-        row = self._next_row()
-        self._outgoing.numpy()[row] = np.frombuffer(note, np.uint8)
-        with self._library.translated(), self._side.current():
-            self._side.copy(self._sent[row], self._outgoing[row])
-            self._call("send", payload, watch)
-            self._side.copy(self._sent[row, -WORD_BYTES:], word)
-            self._call("send", self._sent[row], watch)
-            transfer.over = self._side.mark()
+    def call(self, method: Literal["send", "recv"], watch: Watch, *buffers: torch.Tensor) -> None:
+        """Send or receive each buffer (uint8, on the device) in order, as one kernel that is put on the stream."""
+        if self._ended:
+            raise TransportError("this NCCL communicator has ended")
+        with self._library.core.group() if len(buffers) > 1 else contextlib.nullcontext():
+            for buffer in buffers:
+                getattr(self._second, method)(buffer, 1 - self._rank, stream=self.side.handle)
+        watch.until(self.settled, f"starting an NCCL {method}")  # at once, except under NCCL_COMM_BLOCKING=0
 
-    def receive(self, transfer: Transfer, into: torch.Tensor, watch: Watch) -> None:
-        """Put the peer's next transfer on the stream; `into` (uint8 [n] on the device) has exactly its size."""
-        row = self._next_row()
-        with self._library.translated(), self._side.current():
-            self._call("recv", into, watch)
-            self._call("recv", self._received[row], watch)
-            self._side.copy(self._incoming[row], self._received[row])
-            transfer.note = self._incoming[row]
-            transfer.over = self._side.mark()
-
-    def over(self, transfer: Transfer) -> bool:
-        """Whether a transfer is over. Raises TransportError when the communicator failed: then none is, ever."""
-        with self._library.translated():
-            over = transfer.over()
-            # After the look at the stream: what ended because of a failure must not be taken for received.
-            return self._settled() and over
+    def settled(self) -> bool:
+        """Whether the last call has done its work, so that the next may be made. Raises TransportError if it failed."""
+        state = int(self._polled.get_async_error())
+        if state not in (_SUCCESS, _IN_PROGRESS):
+            raise TransportError(f"NCCL failed: {self._library.core.get_error_string(state)}; the peer may be gone")
+        return state == _SUCCESS
 
     def abort(self, held: object = None) -> bool:
         """End it now, whatever is under way; False if that hangs, and then it is given up. Idempotent.
 
         held: memory that its kernels may use until they have ended.
         """
-        if self._ended:
+        if self._ended or self._first is None:
             return True
         self._ended = True
-        if self._raw is None:
-            return True
-        # Never on the caller's thread: an abort that hangs must not take anybody with it.
-        thread = threading.Thread(target=self._abort, name="specd-nccl-abort", daemon=True)
-        thread.start()
-        thread.join(ABORT_S)
-        if not thread.is_alive() and self._comes_to_rest():
-            return True
+        if self._hanging is None or not self._hanging.is_alive():
+            # Never on the caller's thread: an abort that hangs must not take anybody with it.
+            thread = threading.Thread(target=self._abort, name="specd-nccl-abort", daemon=True)
+            thread.start()
+            thread.join(ABORT_S)
+            if not thread.is_alive() and self._comes_to_rest():
+                return True
         _quarantine.append((self, held))
         log.error("an NCCL communicator did not end within %g s: its stream and buffers are given up", ABORT_S)
         return False
 
+    def _connect(self, unique_id: bytes, max_ctas: int, watch: Watch) -> None:
+        core = self._library.core
+        config = core.NCCLConfig(blocking=False, max_ctas=max_ctas, split_share=True)
+        self._first = core.Communicator.init(2, self._rank, core.UniqueId.from_bytes(unique_id), config)
+        self._polled = self._first
+        watch.until(self.settled, "connecting to the peer over NCCL")
+        # Both ways are set up by the first message, which takes longest: now, not under the first transfer.
+        self._greet(self._first)
+        watch.until(self.settled, "starting the first message over NCCL")
+        watch.until(self.side.mark(), "the first message over NCCL")
+
+    def _split(self, max_ctas: int, watch: Watch) -> None:
+        config = self._library.core.NCCLConfig(blocking=True, max_ctas=max_ctas)
+        second = self._first.split(0, self._rank, config)
+        watch.until(self.settled, "splitting an NCCL communicator")  # before that it is nothing yet
+        self._second = self._polled = second
+        problem = ["it crashed"]
+
+        def greet() -> None:
+            try:
+                with self._library.translated(), self.side.current():
+                    self._greet(second)
+                problem.clear()
+            except TransportError as error:
+                problem[:] = [str(error)]
+
+        # If nothing is shared (NCCL_COMM_SPLIT_SHARE_RESOURCES=0), this connects: on a thread that nobody needs, and
+        # as long as it is in there an abort would free what it uses.
+        thread = self._hanging = threading.Thread(target=greet, name="specd-nccl-greet", daemon=True)
+        thread.start()
+        watch.until(lambda: not thread.is_alive(), "connecting a split NCCL communicator")
+        if problem:
+            raise TransportError(f"connecting a split NCCL communicator: {problem[0]}")
+        watch.until(self.settled, "starting the second message over NCCL")
+        watch.until(self.side.mark(), "the second message over NCCL")
+
+    def _greet(self, raw: Any) -> None:
+        """A message each way, in one kernel."""
+        with self._library.core.group():
+            raw.send(self._rows[0], 1 - self._rank, stream=self.side.handle)
+            raw.recv(self._rows[1], 1 - self._rank, stream=self.side.handle)
+
     def _abort(self) -> None:
-        try:
-            with self._library.translated(), self._side.current():
-                self._raw.abort()
-        except TransportError as error:
-            log.warning("aborting an NCCL communicator: %s", error)
+        for raw in (self._second, self._first):  # the connections' user before their owner
+            try:
+                with self._library.translated(), self.side.current():
+                    if raw is not None:
+                        raw.abort()
+            except TransportError as error:
+                log.warning("aborting an NCCL communicator: %s", error)
 
     def _comes_to_rest(self) -> bool:
         try:
             with self._library.translated():
-                Watch(1.0, threading.Event()).until(self._side.idle, "the end of its kernels")
+                Watch(1.0, threading.Event()).until(self.side.idle, "the end of its kernels")
         except TransportError:
             return False
         return True
 
-    def _next_row(self) -> int:
-        if self._ended:
-            raise TransportError("this NCCL communicator has ended")
-        self._count += 1
-        return self._count % WINDOW
-
-    def _call(self, method: str, buffer: torch.Tensor, watch: Watch) -> None:
-        getattr(self._raw, method)(buffer, self._peer, stream=self._side.handle)
-        watch.until(self._settled, f"starting an NCCL {method}")
-
-    def _greet(self, watch: Watch) -> None:
-        """A message each way, in one kernel."""
-        with self._library.core.group():
-            self._raw.send(self._sent[0], self._peer, stream=self._side.handle)
-            self._raw.recv(self._received[0], self._peer, stream=self._side.handle)
-        watch.until(self._settled, "starting an NCCL exchange")
-
-    def _settled(self) -> bool:
-        """Whether the last call has done its work, so that the next may be made."""
-        state = int(self._raw.get_async_error())
-        if state not in (_SUCCESS, _IN_PROGRESS):
-            raise TransportError(f"NCCL failed: {self._library.core.get_error_string(state)}; the peer may be gone")
-        return state == _SUCCESS
-
     def __repr__(self) -> str:
-        return f"Communicator(rank {1 - self._peer} of 2, {'ended' if self._ended else 'connected'})"
-
-
-def _not_yet() -> bool:
-    return False
+        return f"Communicator(rank {self._rank} of 2, {'ended' if self._ended else 'connected'})"
