@@ -231,6 +231,8 @@ class _Handshake:
             timed = self._terms.transport == "auto" and not self._terms.borrow and slot_bytes >= LEAST_TIMED_BYTES
             return self._time(min(TIMED_BYTES, slot_bytes), traits.floor_gb_s) if timed and traits.floor_gb_s else None
         except TransportError as error:
+            # What failed because the session is over says nothing about the transport: then this raises Later.
+            self._ask(wire.Renew(epoch=self._welcome.epoch), wire.Renewed)
             return str(error)
 
     def _time(self, nbytes: int, floor_gb_s: float) -> str | None:

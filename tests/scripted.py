@@ -119,6 +119,7 @@ class Daemon:
         self._inbox: queue.SimpleQueue[tuple[bytes, Any]] = queue.SimpleQueue()
         self._outbox: queue.SimpleQueue[tuple[bytes, Message]] = queue.SimpleQueue()
         self._probes: set[int] = set()
+        self._keys: list[bytes] = []
         self._wake = os.eventfd(0, os.EFD_NONBLOCK)
         self._closing = False
         bound = threading.Event()
@@ -145,6 +146,10 @@ class Daemon:
         """Send to one session."""
         self._outbox.put((key, message))
         os.eventfd_write(self._wake, 1)
+
+    def revoke(self) -> None:
+        """End the session that was opened last."""
+        self.say(self._keys[-1], wire.Revoke(epoch=self.epoch, reason="the worker died"))
 
     def ready(self, key: bytes, submit: wire.Submit, batch: Batch, *, stale: bool = False) -> SlotRef:
         """Fill a slot with a batch's states and announce it under a lease of the slot's number.
@@ -225,6 +230,7 @@ class Daemon:
                 ]  # fmt: skip
             case wire.Hello():
                 self.hellos.append(message)
+                self._keys.append(key)
                 return [
                     wire.Welcome(
                         epoch=self.epoch, contract=CONTRACT, ring=ring, credits=min(self._credits, message.credits),

@@ -124,6 +124,23 @@ def test_a_session_that_cannot_be_used_is_ended_and_its_client_closed(
     assert transport.made[0].closed
 
 
+def test_a_transport_is_not_blamed_for_a_worker_that_dies_under_its_probe(
+    context: zmq.Context[zmq.Socket[bytes]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fetches: list[SlotRef] = []
+
+    def fail_once(ref: SlotRef) -> None:
+        fetches.append(ref)
+        if len(fetches) == 1:
+            daemon.revoke()
+            raise TransportError("nothing came within 10 s")
+
+    install(monkeypatch, scripted=make(fail_once))
+    with Daemon(context) as daemon, daemon.subscriber() as source:
+        assert list(source.stats().transports.values()) == ["scripted"]
+        assert len(daemon.hellos) == len(fetches) == 2
+
+
 def test_cuda_is_the_device_that_is_current_where_the_subscriber_is_made(
     context: zmq.Context[zmq.Socket[bytes]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
