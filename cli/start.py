@@ -192,7 +192,7 @@ def _failure(log: IO[bytes], begin: int, code: int, path: Path) -> DaemonError |
 
 
 def ready_line(report: StatusReport) -> str:
-    """One line: where the daemon listens, what it hosts, its ring, what it serves and what it takes of memory."""
+    """One line: where the daemon listens, what it hosts, its ring, what it serves and its host memory."""
     parts = [f"specd ready at {', '.join(report.endpoints)}"]
     if (contract := report.contract) is not None:
         parts.append(
@@ -203,7 +203,7 @@ def ready_line(report: StatusReport) -> str:
         parts.append(f"ring {ring.num_slots} slots × {ring.slot_tokens} tokens = {nbytes:,} bytes ({human(nbytes)})")
     if report.transports:
         parts.append(f"serves {', '.join(report.transports)}")
-    parts.append(f"memory {human(resident_bytes({report.pid, report.worker_pid}))} with the ring")
+    parts.append(f"host memory {human(resident_bytes({report.pid, report.worker_pid}))}")
     return " · ".join(parts)
 
 

@@ -23,8 +23,9 @@ PROGRAM = Path(__file__).with_name("sglang_states.py")
 FLOAT32_LARGEST = 1e-4
 """On the CPU, float32, states of size 1 to 15: the largest difference seen is 0 for one rank and one batch a forward,
 3e-6 for merged batches, 1e-5 for two ranks (other summation order)."""
-BFLOAT16_RMS = {"qwen3": 0.02, "qwen3_moe": 0.06}
-"""On a GPU, bfloat16, relative to the states' own root mean square. A router's near tie may fall the other way."""
+BFLOAT16_RMS = 0.02
+"""On an H200, bfloat16, relative to the states' own root mean square: 0.007 to 0.010 is what was seen, dense and MoE.
+A single element may be further off: a router's near tie falls the other way."""
 
 
 @pytest.fixture(autouse=True)
@@ -63,4 +64,4 @@ def test_states_agree_with_transformers(tmp_path: Path, family: str, tp: int) ->
             if found["kind"] == "cpu":
                 assert distance["largest"] <= FLOAT32_LARGEST
             else:
-                assert distance["rms"] <= BFLOAT16_RMS[family]
+                assert distance["rms"] <= BFLOAT16_RMS
