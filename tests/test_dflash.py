@@ -21,7 +21,7 @@ from specd.config import DFlashConfig
 from specd.errors import ConfigError
 from specd.packing import Batch
 from specd.train.dflash import DFlash, Tuning, capture_spec, loss_decay, make_blocks, sample_anchors
-from specd.train.dflash_model import KeyValue, draft_shape
+from specd.train.dflash_model import KeyValue, compiled, draft_shape
 
 
 @pytest.fixture(autouse=True)
@@ -257,10 +257,7 @@ def test_compiled_layers_give_the_same_loss_and_are_traced_once_for_all_sizes(mo
     generator = torch.Generator().manual_seed(1)
     head = torch.randn(VOCAB, HIDDEN, generator=generator)
     config = msgspec.structs.replace(CONFIG, num_layers=3)
-    drafts = [
-        DFlash(config, CONTRACT, TARGET, head, head, MASK, tuning=Tuning(compiled=compiled))
-        for compiled in (True, False)
-    ]
+    drafts = [DFlash(config, CONTRACT, TARGET, head, head, MASK, tuning=Tuning(compiled=on)) for on in (True, False)]
     for seed, lengths in enumerate((LENGTHS, (30, 9), (5, 40, 3), (64, 64))):
         delivery = deliver(make_batch(lengths, seed=seed))
         results = []
@@ -272,6 +269,19 @@ def test_compiled_layers_give_the_same_loss_and_are_traced_once_for_all_sizes(mo
         torch.testing.assert_close(results[0], results[1], rtol=1e-5, atol=1e-5)
     # The context, and the two halves of a layer: the first layer's input has no gradient, that of the others has.
     assert sum(any(node.op == "call_function" for node in graph.graph.nodes) for graph in counter.graphs) == 5
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's compiler warns about torch
+@pytest.mark.usefixtures("own_compiler")
+def test_a_machine_without_a_compiler_is_told_what_is_missing_and_what_works_without() -> None:
+    import torch._inductor.config
+
+    without = {"cpp.cxx": ("/no/such/compiler",), "force_disable_caches": True}
+    with (
+        torch._inductor.config.patch(without),
+        pytest.raises(ConfigError, match=r"/no/such/compiler.*draft\.attention=sdpa"),
+    ):
+        compiled(lambda x: 2 * x + 1)(torch.ones(7))
 
 
 # Shapes

@@ -89,7 +89,7 @@ def test_the_fused_kernel_is_the_same_from_run_to_run_and_tells_a_bad_loss() -> 
     losses, grads = [], []
     for _ in range(2):
         leaf = hidden.clone().requires_grad_()
-        total, _ = head_loss(leaf, head, labels, weights, 64)
+        total, _ = head_loss(leaf, head, labels, weights, 64, fused=True)
         total.backward()  # type: ignore[no-untyped-call]
         assert leaf.grad is not None
         losses.append(total.item())
@@ -97,4 +97,4 @@ def test_the_fused_kernel_is_the_same_from_run_to_run_and_tells_a_bad_loss() -> 
     assert losses[0] == losses[1]
     assert torch.equal(grads[0], grads[1])
     hidden[7, 3] = float("nan")
-    assert head_loss(hidden, head, labels, weights, 64)[0].isnan()
+    assert head_loss(hidden, head, labels, weights, 64, fused=True)[0].isnan()

@@ -66,3 +66,28 @@ def test_optimizer_steps_on_a_gpu_never_wait_and_are_the_same_from_run_to_run() 
     assert losses("error", Tuning(), "flex") == first
     plain = losses("default", Tuning(compiled=False, fused_head=False), "sdpa")
     assert first == pytest.approx(plain, rel=0.02)
+
+
+@pytest.mark.gpu(1)
+@pytest.mark.usefixtures("own_compiler")
+@pytest.mark.filterwarnings("ignore")
+def test_the_batch_that_was_compiled_for_does_not_show_in_the_gradients() -> None:
+    """A resumed run meets another batch first than the run it goes on with."""
+    config = DFlashConfig(num_layers=2, num_taps=3, block_size=16, num_anchors=40, loss_chunk=128, head_dim=64)
+    head = torch.randn(VOCAB, HIDDEN, generator=torch.Generator().manual_seed(1))
+    small, large = (
+        FakeDelivery(delivery.batch, delivery.taps.cuda().bfloat16())
+        for delivery in (deliver(make_batch((90,))), deliver(make_batch((700, 300))))
+    )
+
+    def gradients(first: FakeDelivery) -> torch.Tensor:
+        torch._dynamo.reset()
+        draft = DFlash(config, CONTRACT, TARGET, head, head, MASK, "cuda", torch.bfloat16)
+        with torch._inductor.config.patch(force_disable_caches=True):
+            draft.loss(first).sum.backward()  # type: ignore[no-untyped-call]
+            draft.module.zero_grad()
+            draft.loss(small).sum.backward()  # type: ignore[no-untyped-call]
+            draft.loss(large).sum.backward()  # type: ignore[no-untyped-call]
+        return torch.cat([weight.grad.flatten() for weight in draft.module.parameters() if weight.grad is not None])
+
+    assert torch.equal(gradients(small), gradients(large))

@@ -6,6 +6,7 @@ H hidden size, V vocabulary.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, cast
@@ -26,6 +27,8 @@ from specd.train.block_attention import BlockLayout, block_attention, to_device,
 from specd.train.dflash_model import Attend, DFlashDraft, draft_shape
 from specd.train.export import save_draft
 from specd.train.frozen_head import head_loss
+
+logger = logging.getLogger(__name__)
 
 
 class Loss(NamedTuple):
@@ -69,19 +72,15 @@ class Blocks(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Tuning(msgspec.Struct, frozen=True, kw_only=True):
-    """How the same loss is computed. None: what is best on the device.
+    """How the same loss is computed. None is yes where flex_attention is used on CUDA, which needs a compiler anyway.
 
-    compiled: the layers run through torch.compile; None is where flex_attention is used on CUDA. fused_head: see
-    `frozen_head.head_loss`. spread_heads: see `block_attention.flex_attention`.
+    compiled: the layers run through torch.compile. fused_head: see `frozen_head.head_loss`. spread_heads: see
+    `block_attention.flex_attention`.
     """
 
     compiled: bool | None = None
     fused_head: bool | None = None
     spread_heads: bool = True
-
-
-PLAIN = Tuning(compiled=False, fused_head=False, spread_heads=False)
-"""The way that has run on GPUs; the default until the others were measured against it there (`specd bench draft`)."""
 
 
 def sample_anchors(
@@ -197,10 +196,15 @@ class DFlash:
         self.decay = loss_decay(config)
         tiny = config.attention == "auto" and shape.head_dim < 16  # flex_attention's kernels want 16 at least
         self._attention: AttentionKind = "sdpa" if tiny else config.attention
-        self.tuning = tuning or PLAIN
+        self.tuning = tuning or Tuning()
         self.draft = DFlashDraft(shape, seed).to(self.device)
-        flex = self.device.type == "cuda" and uses_flex(self._attention, self.device)
-        self.draft.compiled = flex if self.tuning.compiled is None else self.tuning.compiled
+        self._flex = self.device.type == "cuda" and uses_flex(self._attention, self.device)
+        self.draft.compiled = self._flex if self.tuning.compiled is None else self.tuning.compiled
+        if self._flex:
+            logger.info(
+                "the draft's step is compiled for %s: the first one takes up to half a minute",
+                torch.cuda.get_device_name(self.device),
+            )
         self.module: torch.nn.Module = self.draft
         shared = embedding.data_ptr() == lm_head.data_ptr()
         self.embedding = embedding.detach().to(self.device, dtype)
@@ -230,8 +234,9 @@ class DFlash:
         )  # fmt: skip
         noise = F.embedding(tokens, self.embedding)
         states = self.module(taps.flatten(1), context, noise, positions, self.attention(blocks.layout))
+        fused = self._flex if self.tuning.fused_head is None else self.tuning.fused_head
         total, correct = head_loss(
-            states.index_select(0, rows), self.lm_head, labels, weights, self.config.loss_chunk, self.tuning.fused_head
+            states.index_select(0, rows), self.lm_head, labels, weights, self.config.loss_chunk, fused
         )
         by_offset = torch.zeros(2, shape.block_size - 1, device=self.device)
         by_offset.index_add_(1, offsets - 1, torch.stack((correct.float(), torch.ones_like(weights))))

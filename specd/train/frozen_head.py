@@ -5,8 +5,6 @@ Shape legend: R rows (predictions), H hidden size, V vocabulary.
 
 from __future__ import annotations
 
-import functools
-import importlib.util
 from typing import Any
 
 import torch
@@ -50,14 +48,12 @@ class HeadLoss(torch.autograd.Function):
 
 
 def head_loss(
-    hidden: Tensor, head: Tensor, labels: Tensor, weights: Tensor, chunk: int, fused: bool | None = None
+    hidden: Tensor, head: Tensor, labels: Tensor, weights: Tensor, chunk: int, fused: bool = False
 ) -> tuple[Tensor, Tensor]:
     """`HeadLoss` with types: (weighted sum as a 0-d float32 tensor, correct bool [R]). No rows give an exact zero.
 
-    fused: None is yes on CUDA where triton is installed, and no elsewhere.
+    fused: by the kernel of `specd.train.head_kernel`, on CUDA and with triton only.
     """
-    if fused is None:
-        fused = hidden.is_cuda and _has_triton()
     total, correct = HeadLoss.apply(hidden, head, labels, weights, chunk, fused)  # type: ignore[no-untyped-call]
     return total, correct
 
@@ -89,8 +85,3 @@ def _plain(
         scores.scatter_(1, labels[:, None], ((own - top).exp() - total)[:, None])
         product = torch.mm(scores.to(head.dtype), head)
         grad.copy_(product.float() * (weights / total)[:, None])
-
-
-@functools.cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None

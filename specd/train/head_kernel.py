@@ -55,8 +55,10 @@ def _score(  # type: ignore[no-untyped-def] # triton reads annotations as code
     if GRADIENT:
         weight = tl.load(weights + row)
         scale = weight / mass
-        for begin in range(0, VOCAB, LANES * EACH):
-            index = begin + columns
+        # Back from the end of the row, which is still in the cache.
+        last = (VOCAB - 1) // (LANES * EACH) * (LANES * EACH)
+        for back in range(0, VOCAB, LANES * EACH):
+            index = last - back + columns
             scores = tl.load(logits + index, mask=index < VOCAB, other=-float("inf")).to(tl.float32)
             gradient = tl.exp(scores - peak) * scale
             # The label's entry before rounding to the logits' dtype, or a nearly right prediction would be lost in it.
