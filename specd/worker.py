@@ -69,6 +69,8 @@ class Worker:
         self._tasks: queue.SimpleQueue[Task | None] = queue.SimpleQueue()
         self._announcements: queue.SimpleQueue[tuple[Completion, Announce] | None] = queue.SimpleQueue()
         self._announcer: threading.Thread | None = None
+        self._ahead = threading.Semaphore(1)
+        """Forwards that may be launched behind one that runs: what comes meanwhile then shares the next."""
         self._crashed = os.eventfd(0)
 
     def run(self) -> None:
@@ -294,11 +296,15 @@ class Worker:
             self._announce_later(completion, announce)
 
     def _announce_later(self, completion: Completion, announce: Announce) -> None:
-        """Hand a pending completion to the announcer thread, so that the next forward is launched meanwhile."""
+        """Hand a pending completion to the announcer thread, so that the next forward is launched meanwhile.
+
+        Returns when no other forward is unfinished.
+        """
         if self._announcer is None:
             self._announcer = threading.Thread(target=self._run_announcer, name="specd-announcer", daemon=True)
             self._announcer.start()
         self._announcements.put((completion, announce))
+        self._ahead.acquire()
 
     def _run_announcer(self) -> None:
         outbox = self._outbox()
@@ -306,10 +312,12 @@ class Worker:
             while (item := self._announcements.get()) is not None:
                 completion, announce = item
                 completion.wait()
+                self._ahead.release()
                 announce(outbox)
         except BaseException:
             log.exception("a forward failed on the device")
             os.eventfd_write(self._crashed, 1)
+            self._ahead.release(1 + self._config.daemon.ring.slots)  # nothing that is queued waits for it any more
         finally:
             outbox.close(linger=1000)
 

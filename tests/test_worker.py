@@ -8,9 +8,9 @@ import secrets
 import subprocess
 import sys
 import tempfile
-import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -33,13 +33,10 @@ from specd.channel import (
     StartFailed,
     Stop,
 )
-from specd.config import TargetConfig
-from specd.errors import TargetError, TransportError
+from specd.errors import TransportError
 from specd.supervisor import ThreadHandle
-from specd.targets import load_target
-from specd.targets.base import Fill
 from specd.transport import ServerContext, SlotRef, load, pattern
-from workers import MODEL, Control, Served, expected
+from workers import Control, Served, SlowTarget, expected
 
 TESTS = Path(__file__).parent
 
@@ -59,8 +56,8 @@ def run() -> Iterator[Run]:
     """Start workers on threads; each is stopped in order, and must have cleaned up."""
     with zmq.Context() as context, contextlib.ExitStack() as stack:
 
-        def start(device: str, *transports: str) -> tuple[Control, ThreadHandle]:
-            control = Control(context, f"inproc://{secrets.token_hex(4)}", device, *transports)
+        def start(device: str, *transports: str, **settings: Any) -> tuple[Control, ThreadHandle]:
+            control = Control(context, f"inproc://{secrets.token_hex(4)}", device, *transports, **settings)
             handle = ThreadHandle(control.worker, context)
 
             def end() -> None:
@@ -227,44 +224,6 @@ def test_two_workers_share_a_process(run: Run) -> None:
             one.filled(generation, generation)
 
 
-class Pending:
-    """A completion that comes when the test says so."""
-
-    def __init__(self) -> None:
-        self.done = threading.Event()
-        self.error: Exception | None = None
-
-    def wait(self) -> None:
-        assert self.done.wait(30)
-        if self.error is not None:
-            raise self.error
-
-
-class SlowTarget:
-    """A target on a device whose forwards end when the test says so."""
-
-    def __init__(self) -> None:
-        inner = load_target(TargetConfig(model=MODEL, device="cuda:0"))
-        self.contract, self.device = inner.contract, inner.device
-        self._inner = inner
-        self.pending: list[Pending] = []
-        self.began = threading.Semaphore(0)
-
-    def run(self, fills: Sequence[Fill]) -> Pending:
-        if int(fills[0].tokens.size) == 13:
-            raise TargetError("thirteen tokens")
-        self._inner.run(fills)
-        self.pending.append(Pending())
-        self.began.release()
-        return self.pending[-1]
-
-    def artifact(self, name: str) -> memoryview:
-        return self._inner.artifact(name)
-
-    def close(self) -> None:
-        self._inner.close()
-
-
 @pytest.fixture
 def slow(monkeypatch: pytest.MonkeyPatch) -> SlowTarget:
     target = SlowTarget()
@@ -297,11 +256,31 @@ def test_a_slot_is_announced_when_its_bytes_are_there_and_the_next_forward_does_
     assert (failed.slot, failed.reason, arena.generation(2)) == (2, "thirteen tokens", 0)
 
 
+def test_what_comes_while_two_forwards_are_under_way_shares_the_next(known: Known, slow: SlowTarget, run: Run) -> None:
+    control, _ = run("cuda:0", "cuda_ipc", exact=False, slots=6)
+    control.hear()
+    for slot in range(2):
+        control.fill(slot, 1, 16)
+        assert slow.began.acquire(timeout=30)
+    for slot in range(2, 5):
+        control.fill(slot, 1, 16 + slot)
+        assert not slow.began.acquire(timeout=0.1)
+    slow.pending[0].done.set()
+    assert slow.began.acquire(timeout=30)
+    assert slow.sizes == [[16], [16], [18, 19, 20]]
+    slow.pending[1].done.set()
+    slow.pending[2].done.set()
+    for slot in range(5):
+        control.filled(slot, 1)
+
+
 def test_a_device_that_fails_ends_the_worker(known: Known, slow: SlowTarget, run: Run) -> None:
     control, handle = run("cuda:0", "shm")
     control.hear()
-    control.fill(0, 1, 16)
-    assert slow.began.acquire(timeout=30)
+    for slot in range(3):
+        control.fill(slot, 1, 16)
+    for _ in range(2):
+        assert slow.began.acquire(timeout=30)
     slow.pending[0].error = RuntimeError("CUDA error: an illegal memory access was encountered")
     slow.pending[0].done.set()
     assert handle.wait(30)

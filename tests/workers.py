@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ from fills import HIDDEN, VOCAB, draw_tokens
 from specd.capture import CaptureSpec
 from specd.channel import Filled, FillSlot, decode, encode
 from specd.config import CaptureConfig, DaemonConfig, RingConfig, TargetConfig
-from specd.errors import TransportError
+from specd.errors import TargetError, TransportError
 from specd.packing import slot_layout
 from specd.targets import load_target
 from specd.targets.base import Fill
@@ -27,7 +28,15 @@ SPEC = CaptureSpec(taps=(1, 4), final=True, dtype="float32")
 class Control:
     """Control's end of a worker's two pipes."""
 
-    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], prefix: str, device: str, *transports: str) -> None:
+    def __init__(
+        self,
+        context: zmq.Context[zmq.Socket[bytes]],
+        prefix: str,
+        device: str,
+        *transports: str,
+        exact: bool = True,
+        slots: int = 3,
+    ) -> None:
         self.epoch = secrets.token_bytes(16)
         self.to, self.hears = context.socket(zmq.PUSH), context.socket(zmq.PULL)
         self.to.bind(f"{prefix}.in")
@@ -35,9 +44,9 @@ class Control:
         self.hears.set(zmq.RCVTIMEO, 60_000)
         self.worker = WorkerConfig(
             daemon=DaemonConfig(
-                target=TargetConfig(model=MODEL, device=device, exact=True),
+                target=TargetConfig(model=MODEL, device=device, exact=exact),
                 transports=transports,
-                ring=RingConfig(slots=3, slot_tokens=64),
+                ring=RingConfig(slots=slots, slot_tokens=64),
                 capture=CaptureConfig(num_taps=2, final=True),
             ),
             epoch=self.epoch,
@@ -115,3 +124,43 @@ class Served:
     def drop(self, _session: bytes) -> None: ...
     def close(self) -> None:
         self.closed_before_its_arena = self.arena.generation(0) >= 0
+
+
+class Pending:
+    """A completion that comes when the test says so."""
+
+    def __init__(self) -> None:
+        self.done = threading.Event()
+        self.error: Exception | None = None
+
+    def wait(self) -> None:
+        assert self.done.wait(30)
+        if self.error is not None:
+            raise self.error
+
+
+class SlowTarget:
+    """A target on a device whose forwards end when the test says so."""
+
+    def __init__(self) -> None:
+        inner = load_target(TargetConfig(model=MODEL, device="cuda:0"))
+        self.contract, self.device = inner.contract, inner.device
+        self._inner = inner
+        self.pending: list[Pending] = []
+        self.sizes: list[list[int]] = []
+        self.began = threading.Semaphore(0)
+
+    def run(self, fills: Sequence[Fill]) -> Pending:
+        if int(fills[0].tokens.size) == 13:
+            raise TargetError("thirteen tokens")
+        self._inner.run(fills)
+        self.sizes.append([int(fill.tokens.size) for fill in fills])
+        self.pending.append(Pending())
+        self.began.release()
+        return self.pending[-1]
+
+    def artifact(self, name: str) -> memoryview:
+        return self._inner.artifact(name)
+
+    def close(self) -> None:
+        self._inner.close()
