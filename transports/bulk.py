@@ -23,6 +23,8 @@ TOKEN_BYTES: Final = 16
 _MAX_SOCKET_PATH: Final = 107
 _ENDPOINT: Final = re.compile(r"ipc:///[^\0]{1,106}|tcp://[][0-9A-Za-z.:%_-]{1,250}:[0-9]{1,5}")
 _HEARTBEAT_MS: Final = 5000
+_SILENCE_MS: Final = 20000
+"""A peer that is busy may not answer a heartbeat for a while; ZeroMQ's own patience is one interval."""
 
 
 class BytesHello(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -77,6 +79,7 @@ def bind(context: zmq.Context[zmq.Socket[bytes]], where: ServerContext) -> tuple
     socket.set(zmq.SNDHWM, 2 * WINDOW + 8)
     socket.set(zmq.MAXMSGSIZE, 4 * HEADER_BYTES)  # the handshake of ZMTP counts too
     socket.set(zmq.HEARTBEAT_IVL, _HEARTBEAT_MS)
+    socket.set(zmq.HEARTBEAT_TIMEOUT, _SILENCE_MS)
     ipc = tcp = ""
     try:
         if where.directory:
@@ -137,6 +140,7 @@ def connect(
     socket.set(zmq.RCVHWM, 2 * WINDOW + 8)
     socket.set(zmq.MAXMSGSIZE, CHUNK_BYTES)
     socket.set(zmq.HEARTBEAT_IVL, _HEARTBEAT_MS)
+    socket.set(zmq.HEARTBEAT_TIMEOUT, _SILENCE_MS)
     socket.set(zmq.RECONNECT_IVL, -1)  # a lost connection loses chunks: the session has to attach anew
     socket.set(zmq.IPV6, int("[" in endpoint))
     monitor = socket.get_monitor_socket(zmq.EVENT_CLOSED | zmq.EVENT_DISCONNECTED)

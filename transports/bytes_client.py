@@ -174,7 +174,9 @@ class BytesClient:
                 if self._closed:
                     raise TransportError("the bytes client was closed meanwhile") from None
                 if self._socket not in ready and self._monitor in ready:
-                    raise TransportError(f"bytes: {state} when the connection to the daemon was lost") from None
+                    raise TransportError(
+                        f"bytes: {state} when the connection to the daemon was lost", lost=True
+                    ) from None
                 if not ready:
                     raise TransportError(f"bytes: {state} when its time was up: the daemon is busy or gone") from None
 
