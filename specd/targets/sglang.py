@@ -153,6 +153,8 @@ class Engine:
         self._device = torch.device("cuda", setup.gpu + setup.rank) if on_gpu else torch.device("cpu")
         if setup.tp > 1:
             os.environ.setdefault("NCCL_NVLS_ENABLE", "0")  # as SGLang's own launcher does
+            # The GPUs may be in use to a different degree, as by a trainer on one of them.
+            os.environ.setdefault("SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK", "0")
         sequences = min(setup.max_tokens, MAX_SEQUENCES)
         args = sg["ServerArgs"](
             model_path=setup.path,
