@@ -1,21 +1,22 @@
 """Target and draft in one process, one after the other; alone, and as one of several that share their gradients.
 
-It is run as a process that takes a JSON line on standard input and answers with one on standard output.
+It is run as a process that takes a JSON line on standard input and answers in JSON lines on standard output.
 """
 
 from __future__ import annotations
 
 import datetime
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from itertools import chain
 from typing import Any
 
 import msgspec
 import torch
 
 from specd.bench.pipeline_draft import Clocked, clock, make_draft, memory, synchronize
-from specd.bench.pipeline_processes import START_S, answers
+from specd.bench.pipeline_processes import START_S, answers, end_with_input
 from specd.bench.pipeline_work import Lengths, Settings, batches
 from specd.bench.seed import joined
 from specd.client import Subscriber
@@ -23,6 +24,7 @@ from specd.config import SubscriberConfig
 from specd.errors import SpecdError
 from specd.host import Embedded, embedded
 from specd.metrics import Stats
+from specd.packing import Batch
 from specd.protocol import TargetContract
 from specd.train.dflash import capture_spec
 
@@ -51,7 +53,8 @@ class Timed(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Answer(msgspec.Struct, frozen=True, kw_only=True):
-    """What a process says at its end; `error` if it could not."""
+    """What a process says at its end, and the first of several also once it has measured alone; `error` if it could
+    not."""
 
     timed: tuple[Timed, ...] = ()
     memory_bytes: int = 0
@@ -96,8 +99,11 @@ class Reduction:
             self._waiting.append((parameter.grad, self._group.allreduce([parameter.grad])))
 
 
-def run(job: Job) -> Answer:
-    """Measure alone if this is the first process, then all together if there are several."""
+def run(job: Job, answer: Callable[[msgspec.Struct], None]) -> Answer:
+    """Measure alone if this is the first process, then all together if there are several.
+
+    answer: told what was measured alone before all are.
+    """
     settings, device = job.settings, job.device
     before = memory(device) if device != "cpu" else 0
     with ExitStack() as stack:
@@ -110,25 +116,34 @@ def run(job: Job) -> Answer:
         daemon = settings.daemon(device, max(job.depths) + 2)
         host = stack.enter_context(embedded(daemon))
         reduction = Reduction(group, job.world)
-        link = SubscriberConfig(endpoints=(host.endpoint,), transport="inproc", depth=0)
+        nonces = iter(range(NONCE + job.rank * 1000, NONCE + (job.rank + 1) * 1000))
+        link = SubscriberConfig(endpoints=(host.endpoint,), transport="inproc", depth=max(job.depths))
         with Subscriber(link, _spec(settings), device=device, context=host.context) as subscriber:
             vocab = subscriber.contract.vocab_size
             draft = make_draft(settings, subscriber.contract, subscriber.artifact, device, reduction)
-        reduction.attach(draft.parameters)
-        nonces = iter(range(NONCE + job.rank * 1000, NONCE + (job.rank + 1) * 1000))
+            reduction.attach(draft.parameters)
+
+            def draw(lengths: Lengths) -> list[Batch]:
+                return batches(settings, lengths, vocab, settings.warmup + settings.steps, next(nonces), job.rank)
+
+            # Kernels are compiled by shape: what is timed has been run before.
+            clock(subscriber.stream(chain(*map(draw, settings.lengths))), draft, 0, lambda: None)
 
         def one(lengths: Lengths, depth: int, parallel: int) -> Timed:
-            drawn = batches(settings, lengths, vocab, settings.warmup + settings.steps, next(nonces), job.rank)
-            clocked, stats = _clocked(settings, host, device, depth, drawn, draft)
+            clocked, stats = _clocked(settings, host, device, depth, draw(lengths), draft)
             return Timed(lengths=lengths, depth=depth, parallel=parallel, clocked=clocked, stats=stats)
 
-        timed = []
-        if job.rank == 0:
-            timed += [one(lengths, depth, 1) for lengths in settings.lengths for depth in job.depths]
+        timed: list[Timed] = []
         if job.world > 1:
+            reduction.meet(device)  # nobody loads or compiles any more
+        if job.rank == 0:
+            timed = [one(lengths, depth, 1) for lengths in settings.lengths for depth in job.depths]
+        if job.world > 1:
+            if job.rank == 0:
+                answer(Answer(timed=tuple(timed), memory_bytes=memory(device) - before))
             reduction.meet(device)  # the others wait here for the first one
             reduction.on = True
-            timed += [one(lengths, depth, job.world) for lengths in settings.lengths for depth in job.depths]
+            timed = [one(lengths, depth, job.world) for lengths in settings.lengths for depth in job.depths]
         used = memory(device) - before
     return Answer(timed=tuple(timed), memory_bytes=used)
 
@@ -153,11 +168,12 @@ def _spec(settings: Settings) -> Any:
 def main() -> None:
     """Entry of one process."""
     job = msgspec.json.decode(sys.stdin.readline(), type=Job)
+    end_with_input()
     if job.device == "cpu":
         torch.set_num_threads(1)
     with answers() as answer:
         try:
-            answer(run(job))
+            answer(run(job, answer))
         except SpecdError as error:
             answer(Answer(error=str(error)))
 

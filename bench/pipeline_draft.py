@@ -14,12 +14,14 @@ import numpy as np
 import torch
 
 from specd.bench.pipeline_work import Settings
+from specd.capture import CaptureSpec
 from specd.config import Config, TrainConfig, convert
 from specd.packing import Batch
 from specd.protocol import TargetContract
 from specd.train.loop import apply_gradients, make_optimizer
 
 CLIP = 1.0
+PERCENTILES = (10, 25, 50, 75, 90)
 
 
 class States(Protocol):
@@ -146,14 +148,12 @@ class Clocked(msgspec.Struct, frozen=True, kw_only=True):
     def figures(self, parallel: int = 1) -> dict[str, Any]:
         """The fields of a Row that follow from these times. parallel: processes that each trained as much."""
         total = sum(self.seconds)
-        low, mid, high = np.percentile(np.asarray(self.seconds) * 1e3, (10, 50, 90)).tolist()
+        spread = np.percentile(np.asarray(self.seconds) * 1e3, PERCENTILES).tolist()
         return {
             "parallel": parallel,
             "iterations": len(self.seconds),
             "iteration_ms": round(self.mean_s * 1e3, 3),
-            "p10_ms": round(low, 3),
-            "p50_ms": round(mid, 3),
-            "p90_ms": round(high, 3),
+            **{f"p{share}_ms": round(found, 3) for share, found in zip(PERCENTILES, spread, strict=True)},
             "samples_per_s": round(parallel * self.samples / total, 3),
             "tokens_per_s": round(parallel * self.tokens / total, 1),
         }
@@ -182,6 +182,12 @@ def given(batches: Iterable[Batch], taps: torch.Tensor) -> Iterator[Given]:
     """Deliveries of states that are there already. taps: [T, N, H] for at least the longest batch."""
     for batch in batches:
         yield Given(batch, taps[: batch.num_tokens])
+
+
+def made_up(settings: Settings, spec: CaptureSpec, hidden: int) -> torch.Tensor:
+    """States as `given` takes them, random, on the trainer's device: what they are makes no difference to the time."""
+    shape = (settings.batch_tokens, len(spec.taps), hidden)
+    return torch.randn(shape, dtype=getattr(torch, spec.dtype), device=settings.trainer)
 
 
 def synchronize(device: str) -> None:

@@ -8,7 +8,8 @@ import select
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, NamedTuple, TypeVar
@@ -55,6 +56,26 @@ class Child(NamedTuple):
         return f"its last words: {lines[-1]}" if lines else "it said nothing"
 
 
+def as_answered(children: Sequence[Child], kind: type[T]) -> Iterator[tuple[int, T]]:
+    """The next line of each, with its number, whoever is first. Raises as `Child.answer` does for the first to fail."""
+    waiting = {process.says: number for number, process in enumerate(children)}
+    while waiting:
+        ready = select.select(list(waiting), [], [], START_S)[0] or list(waiting)[:1]  # whose answer is an error then
+        for says in ready:
+            number = waiting.pop(says)
+            yield number, children[number].answer(kind)
+
+
+def end_with_input() -> None:
+    """End this process, whatever it waits for, once its standard input ends: nobody wants its answers any more."""
+
+    def watch() -> None:
+        sys.stdin.read()
+        os._exit(0)
+
+    threading.Thread(target=watch, name="bench-input", daemon=True).start()
+
+
 @contextmanager
 def answers() -> Iterator[Callable[[msgspec.Struct], None]]:
     """What a child answers with. Whatever else it or an engine prints goes to standard error meanwhile."""
@@ -72,10 +93,14 @@ def answers() -> Iterator[Callable[[msgspec.Struct], None]]:
 
 @contextmanager
 def child(module: str, job: msgspec.Struct) -> Iterator[Child]:
-    """Run a module that takes `job` as a line of JSON; it is to end when its standard input does."""
+    """Run a module that takes `job` as a line of JSON; it has to `end_with_input`."""
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", module], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log
+            [sys.executable, "-m", module],
+            bufsize=0,  # `select` does not see what a buffer holds
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
         )
         assert process.stdin is not None
         assert process.stdout is not None

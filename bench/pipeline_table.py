@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 TIMES = ("mode", "depth", "over", "ms", "bound", "eff.", "samples/s", "GPU·s each", "× seed")
 WAITS = ("mode", "depth", "over", "devices", "target wait", "wire wait", "trains", "MB each")
+RATES = ("what", "batches", "depth", "a forward", "tokens/s", "beside", "tokens/s", "ratio", "bar")
 WORDS = ("mode", "over", "what", "batches", "beside")
 LEGEND = (
     "ms: mean iteration, as are its waits · bound: max(target / daemons, draft), or their sum on one device · "
@@ -29,14 +30,14 @@ def render(result: Result) -> list[RenderableType]:
         times = result.target_ms.get(lengths, {})
         alone = ", ".join(f"{ms:.2f} ms with {size} in a forward" for size, ms in times.items())
         parts.append(
-            f"{lengths} lengths: a batch takes the target {alone or '?'}; the draft {result.draft_ms[lengths]:.2f} ms"
+            f"{lengths} lengths: a batch takes the target {alone or '?'}; the draft "
+            f"{_number(result.draft_ms.get(lengths), '.2f')} ms"
         )
         parts.append(_table(TIMES, [_times(row) for row in rows]))
         parts.append(_table(WAITS, [_waits(row) for row in rows]))
     if result.rates:
-        parts.append("a daemon's tokens a second to a null trainer")
-        heads = ("what", "batches", "depth", "tokens/s", "beside", "tokens/s", "ratio", "bar")
-        parts.append(_table(heads, [_rate(rate) for rate in result.rates]))
+        parts.append("a daemon's tokens a second to a null trainer, and most batches that share one of its forwards")
+        parts.append(_table(RATES, [_rate(rate) for rate in result.rates]))
     parts += [f"not measured: {what}: {why}" for what, why in result.skipped.items()]
     held = max((row.daemon_memory_bytes or 0 for row in result.rows), default=0)
     apart = max((row.trainer_memory_bytes or 0 for row in result.rows if row.mode == "disaggregated"), default=0)
@@ -96,6 +97,7 @@ def _rate(rate: Rate) -> tuple[str, ...]:
         rate.name,
         rate.composition,
         str(rate.depth),
+        f"≤ {rate.merged}" if rate.merged > 1 else "1",
         f"{rate.tokens_per_s:,.0f}",
         rate.reference,
         f"{rate.reference_tokens_per_s:,.0f}",

@@ -66,17 +66,23 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def slots(self) -> int:
         """Enough for the deepest row."""
-        return max(*self.depths, self.merge_depth) + 2
+        return max(*self.depths, self.merge_depth, self.fed(self.batch_tokens), self.fed(self.short * self.many)) + 2
 
     @property
     def slot_tokens(self) -> int:
         return max(self.batch_tokens, self.short * self.many)
 
+    def room(self, tokens: int) -> int:
+        """The most batches of so many tokens that a forward takes."""
+        return 1 if self.target.get("exact") else max(1, self.forward_tokens // tokens)
+
     def merged(self, depth: int) -> int:
         """The most batches of a full budget that can share a forward while `depth` are under way beside the used."""
-        if self.target.get("exact"):
-            return 1
-        return max(1, min(depth, self.forward_tokens // self.batch_tokens))
+        return max(1, min(depth, self.room(self.batch_tokens)))
+
+    def fed(self, tokens: int) -> int:
+        """The depth at which a daemon never waits for a trainer that only takes: one forward runs, one is waiting."""
+        return 2 * self.room(tokens)
 
     def daemon(self, device: str, slots: int) -> DaemonConfig:
         """A daemon for this benchmark, over the target's preset. Raises ConfigError for a setting that cannot be."""

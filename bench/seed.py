@@ -13,7 +13,7 @@ import http.server
 import json
 import os
 import sys
-import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -24,7 +24,7 @@ import torch
 
 from specd.bench.pipeline_bare import Bare, fill, measure, slot
 from specd.bench.pipeline_draft import Given, synchronize
-from specd.bench.pipeline_processes import answers
+from specd.bench.pipeline_processes import answers, end_with_input
 from specd.bench.pipeline_work import Settings
 from specd.capture import CaptureSpec
 from specd.errors import SpecdError, TransportError
@@ -34,6 +34,7 @@ from specd.protocol import TargetContract
 ECHOED = 3
 """Token ids, attention mask and loss mask come back with the states, int64 each: 24 bytes a token."""
 DEADLINE = datetime.timedelta(seconds=120)
+HANDSHAKE_S = 30.0
 SERVER, TRAINER = 0, 1
 
 
@@ -92,6 +93,26 @@ def joined(backend: str, store: str, rank: int, world: int, timeout: datetime.ti
     finally:
         if backend == "nccl":
             group.abort()
+
+
+def shake_hands(group: Any, rank: int, device: str) -> None:
+    """Send a word from the server to the trainer: its first transfer makes a communicator, and is where it would hang.
+
+    Raises TransportError when it does not arrive in time; the group is of no use then.
+    """
+    word = torch.zeros(1, device=device)
+    sends = rank == SERVER
+    try:
+        work = group.send([word], TRAINER, 0) if sends else group.recv([word], SERVER, 0)
+        limit = time.monotonic() + HANDSHAKE_S
+        while device != "cpu" and not work.is_completed():  # its wait is the device's, which nothing could end
+            if time.monotonic() > limit:
+                raise TransportError(f"nothing was transferred in {HANDSHAKE_S:g} s")
+            time.sleep(0.001)
+        work.wait()
+    except RuntimeError as error:
+        raise TransportError(f"torch.distributed transfers nothing: {error}") from None
+    synchronize(device)
 
 
 class Client:
@@ -183,7 +204,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
 
 def serve(job: Job, answer: Callable[[msgspec.Struct], None]) -> None:
-    """Load, measure, then serve until standard input ends."""
+    """Load, measure, then serve for ever."""
     import numpy as np
 
     from specd.bench.pipeline_draft import memory
@@ -217,18 +238,14 @@ def serve(job: Job, answer: Callable[[msgspec.Struct], None]) -> None:
         used = memory(target.device)
         answer(Serving(port=server.server_port, bare=bare, memory_bytes=used))
         with joined(job.backend, job.store, SERVER, 2) as handler.group:  # type: ignore[attr-defined]
-            threading.Thread(target=_until_closed, args=(server,), daemon=True).start()
-            server.serve_forever(poll_interval=0.05)
-
-
-def _until_closed(server: http.server.HTTPServer) -> None:
-    sys.stdin.read()
-    server.shutdown()
+            shake_hands(handler.group, SERVER, wire)  # type: ignore[attr-defined]
+            server.serve_forever()
 
 
 def main() -> None:
     """Entry of the serving process."""
     job = msgspec.json.decode(sys.stdin.readline(), type=Job)
+    end_with_input()
     if job.settings.devices[0] == "cpu":
         torch.set_num_threads(1)
     with answers() as answer:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import signal
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -58,7 +59,7 @@ def transport(
             progress=status.update,
         )
     if as_json:
-        typer.echo(msgspec.json.format(msgspec.json.encode(result), indent=2).decode())
+        typer.echo(_json(result))
     else:
         Console().print(*render(result), sep="\n")
     if chart is not None:
@@ -91,7 +92,9 @@ def pipeline(
     ] = "",
     draft: Annotated[str, typer.Option(help="dflash, of the target's shape, or synthetic:ms=20.")] = "dflash",
     daemons: Annotated[int, typer.Option(help="Daemons that feed the one trainer, a GPU each.")] = 1,
-    transports: Annotated[str, typer.Option(help="Comma-separated; empty for cuda_ipc on GPUs, else shm.")] = "",
+    transports: Annotated[
+        str, typer.Option(help="Comma-separated, the first in full; empty for cuda_ipc, shm on the CPU.")
+    ] = "",
     depths: Annotated[str, typer.Option(help="Batches under way, comma-separated.")] = "",
     lengths: Annotated[str, typer.Option(help="fixed, log-normal or both, comma-separated.")] = "",
     batch_tokens: Annotated[int | None, typer.Option(help="Tokens of a trainer's batch.")] = None,
@@ -102,6 +105,9 @@ def pipeline(
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Tiny shapes on the CPU, to see that it works.")] = False,
     chart: Annotated[Path | None, typer.Option(help="Draw it: FILE.png, or FILE.html.")] = None,
+    save: Annotated[
+        Path | None, typer.Option(help="Keep the JSON in FILE, written anew after each row: nothing measured is lost.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """How close does a pipeline come to its bound, next to co-location and to the seed's protocol?"""
@@ -115,6 +121,8 @@ def pipeline(
 
     if chart is not None:
         charts.check(chart)
+    if save is not None and not save.absolute().parent.is_dir():
+        raise ConfigError(f"--save {str(save)!r}: its directory does not exist")
     logging.getLogger("specd").setLevel(logging.WARNING)  # one session after the other is no news here
     given = {
         "draft": draft,
@@ -131,10 +139,22 @@ def pipeline(
         if section not in known or not isinstance(values, dict):
             raise ConfigError(f"--set {section}: expected target.KEY=VALUE or draft.KEY=VALUE")
         asked |= {known[section]: values}
-    with Console(stderr=True).status("") as status:
-        result = run(defaults(quick, daemons, model, asked), status.update)
+
+    def keep(result: msgspec.Struct) -> None:
+        if save is not None:
+            part = save.with_name(f"{save.name}.part")
+            part.write_bytes(_json(result).encode())
+            part.replace(save)
+
+    # What it started is to end with it, however it is ended.
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        with Console(stderr=True).status("") as status:
+            result = run(defaults(quick, daemons, model, asked), status.update, keep)
+    finally:
+        signal.signal(signal.SIGTERM, before)
     if as_json:
-        typer.echo(msgspec.json.format(msgspec.json.encode(result), indent=2).decode())
+        typer.echo(_json(result))
     else:
         Console().print(*render(result), sep="\n")
     if chart is not None:
@@ -158,7 +178,7 @@ def draft(
         asked["context"] = contexts
     result = run(**asked)
     if as_json:
-        typer.echo(msgspec.json.format(msgspec.json.encode(result), indent=2).decode())
+        typer.echo(_json(result))
     else:
         Console().print(render(result))
 
@@ -179,6 +199,10 @@ def _bytes(text: str) -> int:
     if not digits.isdecimal() or unit not in UNITS or int(digits) == 0:
         raise ConfigError(f"size {text!r}: expected a number of bytes, with K, M or G if wanted, for example 64M")
     return int(digits) * UNITS[unit]
+
+
+def _json(result: msgspec.Struct) -> str:
+    return msgspec.json.format(msgspec.json.encode(result), indent=2).decode()
 
 
 def _table(title: str, rows: list[dict[str, Any]]) -> None:

@@ -125,6 +125,8 @@ def _measured(path: Path) -> dict[str, Any]:
         return _of_run(path)
     try:
         found = json.loads(path.read_bytes())["work"]
+        if found is None:
+            raise ConfigError(f"--from {str(path)!r}: this benchmark ended before it had rates; run it again")
         return msgspec.to_builtins(msgspec.convert(found, Work))  # type: ignore[no-any-return]
     except OSError as error:
         raise ConfigError(f"--from {str(path)!r} cannot be read: {error.strerror}") from None

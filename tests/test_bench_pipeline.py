@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import subprocess
+import sys
+import tempfile
 import threading
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +22,9 @@ from typer.testing import CliRunner
 
 from specd.balance import balance
 from specd.bench import pipeline_bare, pipeline_chart, pipeline_table, seed
+from specd.bench import pipeline_processes as processes
+from specd.bench import pipeline_rates as rates
+from specd.bench.pipeline import run
 from specd.bench.pipeline_colocated import Reduction
 from specd.bench.pipeline_defaults import defaults
 from specd.bench.pipeline_draft import Given, TrainedDraft, clock, given, make_draft
@@ -26,7 +35,7 @@ from specd.capture import CaptureSpec
 from specd.cli.main import app
 from specd.cli.main import run as command
 from specd.config import TargetConfig
-from specd.errors import ConfigError, DaemonError
+from specd.errors import ConfigError, DaemonError, TransportError
 from specd.targets import load_target
 from specd.train.dflash import capture_spec
 
@@ -39,6 +48,7 @@ def printed(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
     """What the command printed, and the chart it drew, for a target and a draft that sleep."""
     chart = tmp_path_factory.mktemp("chart") / "pipeline.html"
     options = ["--model", f"{TINY},ms=10", "--draft", "synthetic:ms=15,params=64", "--steps", "6"]
+    options += ["--save", str(chart.with_name("kept.json"))]
     done = CliRunner().invoke(app, ["bench", "pipeline", "--quick", *options, "--json", "--chart", str(chart)])
     assert done.exit_code == 0, done.output
     return done.stdout, chart
@@ -59,7 +69,7 @@ def test_every_way_has_its_row(result: Result) -> None:
         ("co-located data-parallel", 0, "inproc", 2),
     ]
     assert result.skipped == {}
-    assert set(result.target_ms) == set(result.draft_ms) == {"fixed"}
+    assert set(result.target_ms) == set(result.draft_ms) == set(result.target_spread_ms) == {"fixed"}
     assert {"cpu", "torch", "commit"} <= set(result.machine)
 
 
@@ -69,7 +79,7 @@ def test_bounds_and_costs_follow_from_what_was_measured(result: Result) -> None:
     assert draft >= 15
     for row in result.rows:
         assert row.iterations == 6
-        assert row.p10_ms <= row.p50_ms <= row.p90_ms
+        assert row.p10_ms <= row.p25_ms <= row.p50_ms <= row.p75_ms <= row.p90_ms
         samples = 4 * row.parallel
         assert row.samples_per_s == pytest.approx(samples / row.iteration_ms * 1e3, rel=1e-3)
         assert row.gpu_seconds_per_sample == pytest.approx(row.devices * row.iteration_ms / 1e3 / samples, rel=1e-3)
@@ -97,22 +107,52 @@ def test_waits_are_attributed(result: Result) -> None:
 
 
 def test_rates_stand_beside_the_bare_target(result: Result) -> None:
-    assert [(rate.composition, rate.depth, rate.bar) for rate in result.rates] == [
-        ("8×32", 2, 0.95),
-        ("1×256", 1, 0.95),
-        ("1×32", 16, 0.8),
+    assert [(rate.composition, rate.depth, rate.merged, rate.bar) for rate in result.rates] == [
+        ("8×32", 2, 1, 0.95),
+        ("1×256", 2, 1, 0.95),
+        ("1×32", 16, 8, 0.8),
     ]
     for rate in result.rates:
         assert rate.ratio == pytest.approx(rate.tokens_per_s / rate.reference_tokens_per_s, abs=1e-3)
+        assert 0 < rate.p25_tokens_per_s <= rate.p75_tokens_per_s
     # Eight samples share a forward: alone, each would take as long as all of them together.
     assert result.rates[2].tokens_per_s > 2.5 * 32 / 0.010
 
 
-def test_a_plan_reads_it(result: Result, printed: tuple[str, Path], tmp_path: Path, capsys: Any) -> None:
-    path = tmp_path / "pipeline.json"
-    path.write_text(printed[0][: printed[0].rindex("}") + 1])
+def test_a_rate_stands_beside_the_best_it_may_have_merged_to() -> None:
+    def fed(composition: str, depth: int, merged: int, rate: float) -> rates.Fed:
+        return rates.Fed(composition=composition, depth=depth, merged=merged, tokens_per_s=rate, spread=(rate, rate))
+
+    found = {
+        "short": fed("16×512", 2, 1, 90.0),
+        "long": fed("1×3072", 4, 2, 60.0),
+        "singles": fed("1×512", 32, 16, 81.0),
+    }
+    bare = pipeline_bare.Bare(
+        batch_ms={}, batch_spread_ms={}, short_tokens_per_s={1: 100.0}, long_tokens_per_s={1: 50.0, 2: 75.0, 4: 99.0}
+    )
+    short, long, singles = rates.compare(SETTINGS, found, bare)
+    assert (short.reference, short.ratio) == ("bare target", 0.9)
+    assert (long.reference, long.ratio) == ("bare target, 2 a forward (the best)", 0.8)
+    assert long.bare_tokens_per_s == {1: 50.0, 2: 75.0}
+    assert (singles.reference, singles.ratio) == ("16×512, the ring", 0.9)
+    exact = msgspec.structs.replace(SETTINGS, target={"exact": True})
+    assert [rate.composition for rate in rates.compare(exact, found, bare)] == ["16×512", "1×3072"]
+
+
+def test_blocks_are_whole_forwards() -> None:
+    assert [len(block) for block in rates._blocks([1.0] * 20, 2)] == [4] * 5
+    assert [len(block) for block in rates._blocks([1.0] * 384, 16)] == [48] * 8
+    assert [len(block) for block in rates._blocks([1.0] * 9, 2)] == [2] * 4
+    assert [len(block) for block in rates._blocks([1.0] * 3, 8)] == [3]
+
+
+def test_a_plan_reads_it(result: Result, printed: tuple[str, Path], capsys: Any) -> None:
+    path = printed[1].with_name("kept.json")
+    assert msgspec.json.decode(path.read_bytes(), type=Result).rows == result.rows
     assert command(["plan", "--from", str(path), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["work"] == msgspec.to_builtins(result.work)
+    assert result.work is not None
     assert balance(result.work).starves == "target"
     assert result.work.bytes_per_token == 3 * 32 * 4
 
@@ -129,6 +169,52 @@ def test_it_is_drawn_and_printed(result: Result, printed: tuple[str, Path], tmp_
     console.file.close()
     for part in ("co-located × 2", "seed protocol", "× seed", "bare target", "peak memory"):
         assert part in text
+
+
+def test_what_fails_is_left_out_and_all_else_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The daemons' transport fails half-way, the serving process cannot be joined, the last one of two dies."""
+    real = processes.child
+
+    @contextmanager
+    def broken(module: str, job: Any) -> Iterator[processes.Child]:
+        if getattr(job, "rank", 0) == 1:
+            job = msgspec.structs.replace(job, device="cuda:99")
+        with real(module, job) as made:
+            yield made
+
+    def unjoined(*_: Any) -> Any:
+        raise TransportError("no group")
+
+    monkeypatch.setattr("specd.bench.pipeline.CONNECT_S", 2.0)
+    monkeypatch.setattr("specd.bench.pipeline.child", broken)
+    monkeypatch.setattr("specd.bench.seed.joined", unjoined)
+    settings = msgspec.structs.replace(
+        SETTINGS, model=f"{TINY},ms=5", draft="synthetic:ms=2,params=64", depths=(0,), steps=3, warmup=1,
+        transports=("shm", "pigeon"),
+    )  # fmt: skip
+    settings = msgspec.structs.replace(settings, merge_depth=8)
+    kept: list[Result] = []
+    real_daemon = Settings.daemon
+
+    def daemon_of(self: Settings, device: str, slots: int) -> Any:
+        return msgspec.structs.replace(real_daemon(self, device, slots), transports=("shm",))
+
+    monkeypatch.setattr(Settings, "daemon", daemon_of)
+    result = run(settings, keep=kept.append)
+    assert [(row.mode, row.transport) for row in result.rows] == [("disaggregated", "shm")]
+    assert "pigeon" in result.skipped["disaggregated over pigeon"]
+    assert result.skipped["the seed's protocol"] == "no group"
+    assert "co-located" in result.skipped
+    assert len(result.rates) == 3
+    assert result.rows[0].bound_ms is not None
+    assert [len(one.rows) for one in kept] == sorted(len(one.rows) for one in kept)
+    assert kept[-1].rows == result.rows
+    assert kept[0].work is None
+
+
+def test_what_cannot_begin_is_an_error() -> None:
+    with pytest.raises(DaemonError, match="expected hidden ≥ 1"):
+        run(msgspec.structs.replace(SETTINGS, model="synthetic:hidden=0"))
 
 
 # The emulated protocol
@@ -149,8 +235,9 @@ def test_the_emulation_delivers_the_targets_states(overlap: bool, tmp_path: Path
         serving = server.answer(seed.Serving)
         assert serving.error == ""
         assert serving.bare is not None
-        assert serving.bare.short_tokens_per_s > 0
+        assert all(rate > 0 for rate in serving.bare.short_tokens_per_s.values())
         with seed.joined("gloo", job.store, seed.TRAINER, 2) as group:
+            seed.shake_hands(group, seed.TRAINER, "cpu")
             client = seed.Client(serving.port, group, "gloo", spec, target.contract, "cpu")
             with closing(client):
                 found = list(client.stream(drawn, overlap))
@@ -175,6 +262,40 @@ def test_a_daemon_that_does_not_come_up_is_an_error_with_its_reason(tmp_path: Pa
     config = msgspec.structs.replace(SETTINGS, model="synthetic:hidden=0").daemon("cpu", 4)
     with pytest.raises(DaemonError, match="expected hidden ≥ 1"), daemon(config, tmp_path / "d.sock"):
         pass
+
+
+def test_a_transfer_that_never_comes_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Silent:
+        def recv(self, *_: Any) -> Any:
+            return self
+
+        def is_completed(self) -> bool:
+            return False
+
+    monkeypatch.setattr(seed, "HANDSHAKE_S", 0.0)
+    monkeypatch.setattr("torch.zeros", lambda *_, **__: None)
+    with pytest.raises(TransportError, match="nothing was transferred in 0 s"):
+        seed.shake_hands(Silent(), seed.TRAINER, "cuda:1")
+
+
+def test_processes_answer_in_any_order() -> None:
+    reads, writes = zip(*(os.pipe() for _ in range(2)), strict=True)
+    with contextlib.ExitStack() as stack:
+        ends = [stack.enter_context(os.fdopen(end, "rb", buffering=0)) for end in reads]
+        log = stack.enter_context(tempfile.TemporaryFile())
+        ended = subprocess.Popen([sys.executable, "-c", ""])
+        ended.wait()
+        children = [processes.Child(ended, end, log) for end in ends]
+        os.write(writes[1], b"[1]\n[2]\n")
+        found = processes.as_answered(children, list[int])
+        assert next(found) == (1, [1])
+        os.write(writes[0], b"[0]\n")
+        assert next(found) == (0, [0])
+        assert list(found) == []
+        os.close(writes[0])
+        with pytest.raises(DaemonError, match="ended with exit code 0"):
+            dict(processes.as_answered(children[:1], list[int]))
+        os.close(writes[1])
 
 
 # The trainer's side
@@ -254,6 +375,7 @@ def test_what_can_share_a_forward_is_what_waits_and_fits() -> None:
         (["--set", "ring.slots=3"], "--set ring: expected target.KEY=VALUE or draft.KEY=VALUE"),
         (["--depths", "two"], "--depths 'two': expected whole numbers"),
         (["--draft", "eagle"], "draft 'eagle': expected dflash or synthetic:ms=MILLISECONDS"),
+        (["--save", "/nowhere/x.json"], "--save '/nowhere/x.json': its directory does not exist"),
         (["--chart", "x.gif"], "expected a file that ends in .png or .html"),
         (["--daemons", "0"], "--daemons 0"),
         (["--lengths", "uniform"], "uniform"),

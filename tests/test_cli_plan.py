@@ -55,6 +55,13 @@ def test_a_benchmark_gives_the_rates_and_flags_win(tmp_path: Path, capsys: pytes
     assert (found.work.target_tokens_per_s, found.work.depth, found.better) == (60_000, 8, "disaggregated")
 
 
+def test_a_benchmark_that_was_cut_short_has_no_rates(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "pipeline.json"
+    path.write_text('{"rows": [], "work": null}')
+    assert run(["plan", "--from", str(path)]) == 2
+    assert "this benchmark ended before it had rates; run it again" in capsys.readouterr().err
+
+
 def test_a_run_gives_the_rates_of_its_steps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     facts = RunFacts(
         started="",
