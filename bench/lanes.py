@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, cast
 
 from specd.errors import ConfigError, TransportError
-from specd.transport import Borrower, Client, SlotRef, Traits, Transport, load, pattern
+from specd.transport import Borrower, Client, Receiver, SlotRef, Traits, Transport, load, pattern
 from specd.transports.host import Host, LocalHost, SpawnedHost
 
 if TYPE_CHECKING:
@@ -230,7 +230,7 @@ class Wire:
     def one(self, nbytes: int) -> float:
         ref, cpu = self._served.ref(0, nbytes), time.process_time()
         begin = time.perf_counter()
-        self._announce(ref)
+        self._announce(ref, 0)
         self._take(ref, 0)
         return self._done(begin, cpu, nbytes)
 
@@ -239,7 +239,7 @@ class Wire:
         begin = time.perf_counter()
         for taken in range(count):
             while announced < min(count, taken + window):
-                self._announce(self._served.ref(announced % window, nbytes))
+                self._announce(self._served.ref(announced % window, nbytes), announced % window)
                 announced += 1
             self._take(self._served.ref(taken % window, nbytes), taken % window)
         return self._done(begin, cpu, nbytes * count)
@@ -254,9 +254,11 @@ class Wire:
         with contextlib.suppress(TransportError):  # the host may be gone
             self._served.host.drop(self._session)
 
-    def _announce(self, ref: SlotRef) -> None:
+    def _announce(self, ref: SlotRef, place: int) -> None:
         if self._served.transport.traits.needs_recv_ready:
             self._served.host.announce(self._session, ref)
+        if isinstance(self._client, Receiver):
+            self._client.expect(ref, self.into[place])
 
     def _take(self, ref: SlotRef, place: int) -> None:
         self._client.fetch(ref, self.into[place], DEADLINE_S)

@@ -113,6 +113,14 @@ class Staging:
         del buffer  # before there is a larger one
         return allocate(nbytes, self._device)
 
+    def spare(self, nbytes: int, new: bool) -> torch.Tensor | None:
+        """A buffer as `take` gives it, if there is one without waiting. new: whether it may be allocated."""
+        with self._changed:
+            fits = bool(self._free) and self._free[0].numel() >= nbytes
+            room = bool(self._free) or self._count < self._most
+        # What is free stays so meanwhile, because only one thread takes.
+        return self.take(nbytes) if fits or (new and room) else None
+
     def give(self, buffer: torch.Tensor, after: Point | None = None) -> None:
         """Take a buffer back; its bytes may be overwritten once the training stream has come to `after`."""
         with self._changed:

@@ -3,7 +3,7 @@
 A transport moves the bytes of a leased slot from the daemon's worker to a trainer. It has a server side in the
 worker and a client side in the trainer; everything else (leases, credits, announcements) belongs to the control plane.
 A plug-in is a class like the built-in ones under an entry point of the group `specd.transports`; the suite in
-`specd.transports.conformance` says whether it behaves.
+`specd.transports.conformance` says whether it behaves (`conformance_receiver`, if its client is a `Receiver`).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Sequence
 from importlib.metadata import entry_points
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import msgspec
 import numpy as np
@@ -140,6 +140,19 @@ class Client(Protocol):
 
     def close(self) -> None:
         """Release everything. Idempotent."""
+
+
+@runtime_checkable
+class Receiver(Client, Protocol):
+    """A client whose transfers can begin before they are fetched, so that the wire does not idle between them."""
+
+    def expect(self, ref: SlotRef, into: torch.Tensor) -> None:
+        """The transfer of `ref` to `into` may begin now; returns at once, and what goes wrong is for `fetch` to report.
+
+        Called on the thread that fetches, for any number of slots, in the order of their RECV_READYs. Each is then to
+        be fetched, in this order and to the same `into`, which belongs to the transfer until then; a slot that was not
+        expected can be fetched once none is left that was. A fetch that fails with `lost` loses all that are expected.
+        """
 
 
 class Borrower(Client, Protocol):

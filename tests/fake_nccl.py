@@ -22,6 +22,12 @@ from typing import NamedTuple
 import torch
 
 from specd import cuda
+from specd.arena import Arena
+from specd.device import DeviceArena
+from specd.errors import TransportError
+from specd.transport import ServerContext, SlotRef
+from specd.transports.conformance import Rig
+from specd.transports.nccl import Nccl, NcclClient, NcclServer
 from specd.transports.nccl_comm import ROW_BYTES, UNIQUE_ID_BYTES, Library, Side
 
 SUCCESS, REMOTE_ERROR, IN_PROGRESS = 0, 6, 7
@@ -31,6 +37,10 @@ BUFFERED, EAGER_BYTES = 4, 1024
 
 class FakeError(Exception):
     """What the stand-in raises for a misuse that NCCL would punish."""
+
+
+_thread = threading.local()
+"""Which stream is a thread's current one."""
 
 
 class FakeSide(Side):
@@ -52,13 +62,20 @@ class FakeSide(Side):
     def handle(self) -> int:
         return self  # type: ignore[return-value]  # only the stand-in reads it
 
-    def current(self) -> contextlib.nullcontext[None]:
-        return contextlib.nullcontext()
+    @contextlib.contextmanager
+    def current(self) -> Iterator[None]:
+        before, _thread.current = getattr(_thread, "current", None), self
+        try:
+            yield
+        finally:
+            _thread.current = before
 
     def rows(self, count: int, *, on_host: bool) -> torch.Tensor:
         return torch.zeros((count, ROW_BYTES), dtype=torch.uint8)
 
     def copy(self, into: torch.Tensor, source: torch.Tensor) -> None:
+        if _thread.current is not self:
+            raise FakeError("a copy on another stream")
         self.put(lambda: into.copy_(source))
 
     def mark(self) -> Callable[[], bool]:
@@ -301,3 +318,51 @@ def _wait(raw: FakeRaw) -> None:
     while raw.get_async_error() != SUCCESS:
         assert time.monotonic() < deadline, "the other rank does not come"
         time.sleep(0.001)
+
+
+class FakeTransport(Nccl):
+    """`nccl` over the stand-in."""
+
+    @staticmethod
+    def server(arena: Arena, context: ServerContext) -> NcclServer:
+        assert isinstance(arena, DeviceArena)
+        return NcclServer(arena, context, LIBRARY)
+
+    @staticmethod
+    def client(device: str) -> NcclClient:
+        return NcclClient("cuda:0", LIBRARY)
+
+
+@contextlib.contextmanager
+def reset() -> Iterator[None]:
+    """Around a test: what it changed of the stand-in is undone, and nothing has crashed."""
+    yield
+    NCCL.hang.clear()
+    NCCL.over.clear()
+    NCCL.shares = True
+    NCCL.on_payload = lambda: None
+    assert NCCL.crashes == 0
+
+
+def until(condition: Callable[[], bool]) -> None:
+    """Wait until it holds."""
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline, "it does not happen"
+        time.sleep(0.001)
+
+
+def lane_ends(rig: Rig, session: bytes = b"one") -> str:
+    """Wait until a session's lane has ended; returns what `publish` then says."""
+    said = ""
+
+    def ended() -> bool:
+        nonlocal said
+        try:
+            rig.host.publish(session, SlotRef(0, 1, 1))
+        except TransportError as error:
+            said = str(error)
+        return "transfers wait" not in said and bool(said)
+
+    until(ended)
+    return said

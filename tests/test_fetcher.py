@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -12,7 +13,7 @@ import torch
 import zmq
 
 from samples import batch
-from scripted import EXPECT_S, MEMORY, Daemon, Scripted, make, states, wait_for
+from scripted import EXPECT_S, MEMORY, Daemon, Scripted, Wire, make, states, wait_for
 from specd import protocol as wire
 from specd.client import Delivery
 from specd.errors import BatchError, TransportError
@@ -29,9 +30,38 @@ def context() -> Iterator[zmq.Context[zmq.Socket[bytes]]]:
         yield context
 
 
-@pytest.fixture
-def install(monkeypatch: pytest.MonkeyPatch) -> Install:
+class Receiving(Wire):
+    """A client that is a Receiver, and fails once it is lost as one does."""
+
+    def __init__(self, fetching: Callable[[SlotRef], None]) -> None:
+        super().__init__(fetching)
+        self.expected: deque[tuple[SlotRef, int]] = deque()
+        self.lost = False
+
+    def expect(self, ref: SlotRef, into: torch.Tensor) -> None:
+        assert not self.closed
+        self.expected.append((ref, into.data_ptr()))
+
+    def fetch(self, ref: SlotRef, into: torch.Tensor, deadline_s: float) -> None:
+        if self.expected:
+            assert self.expected.popleft() == (ref, into.data_ptr())
+        if self.lost:
+            raise TransportError("it was lost", lost=True)
+        try:
+            super().fetch(ref, into, deadline_s)
+        except TransportError as error:
+            self.lost = error.lost
+            raise
+
+
+@pytest.fixture(params=[Wire, Receiving])
+def install(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Install:
     def install(transport: type[Scripted]) -> type[Scripted]:
+        def client(device: str) -> Wire:
+            transport.made.append(request.param(transport.fetching))
+            return transport.made[-1]
+
+        monkeypatch.setattr(transport, "client", staticmethod(client))
         monkeypatch.setattr("specd.session.load", lambda name: transport)
         return transport
 

@@ -21,6 +21,7 @@ from specd.errors import TransportError
 from specd.transport import Borrower, SlotRef
 from specd.transports.bytes import Bytes
 from specd.transports.conformance import BorrowConformance, Rig, TransportConformance, holds
+from specd.transports.conformance_receiver import ReceiverConformance
 from specd.transports.cuda_ipc import CudaIpc
 from specd.transports.host import Host, LocalHost, SpawnedHost
 from specd.transports.inproc import Inproc
@@ -96,7 +97,7 @@ class TestCudaIpcFromAPeer(TransportConformance):
 
 
 @pytest.mark.gpu(2)
-class TestNccl(TransportConformance):
+class TestNccl(ReceiverConformance):
     transport = Nccl
     device = SECOND
 

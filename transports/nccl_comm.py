@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import logging
+import select
 import threading
 import time
 import weakref
@@ -29,18 +30,25 @@ ROW_BYTES: Final = 64
 UNIQUE_ID_BYTES: Final = 128
 ABORT_S: Final = 10.0
 """Longest wait for an abort; 0.5 s is usual when the peer was killed."""
-EAGER_S: Final = 200e-6
-"""How long a wait only yields the processor: NCCL wakes nobody, and the shortest sleep is as long as 16 MiB take."""
+START_S: Final = 5.0
+"""How long an NCCL call may take to start; it does so at once, except under NCCL_COMM_BLOCKING=0."""
+EAGER_S: Final = 500e-6
+"""How long a wait does not sleep: NCCL wakes nobody, and the shortest sleep is as long as 16 MiB take."""
 BYTES_S: Final = 300e9
 """A little less than NVLink gives: a wait for so many bytes is eager for as long as they may well take."""
 PAUSE_S: Final = (20e-6, 1e-3)
-"""The first and the longest sleep between two looks after that."""
+"""The shortest and the longest sleep between two looks after that."""
 _SUCCESS: Final = 0
 _IN_PROGRESS: Final = 7
 _POOL: Final = 32
 """How many high-priority streams torch has for a device; it hands them out in turn, whoever uses them."""
 _quarantine: list[object] = []
 """What a communicator that could not be aborted may still touch: never freed, so that nobody else is given it."""
+
+
+def patience(waited_s: float) -> float:
+    """How long to sleep before the next look, having waited so long: a twentieth of it, within PAUSE_S."""
+    return min(max(waited_s / 20, PAUSE_S[0]), PAUSE_S[1])
 
 
 class Watch:
@@ -55,7 +63,7 @@ class Watch:
 
     def until(self, done: Callable[[], bool], what: str, eager_s: float = EAGER_S) -> None:
         """Look until `done`. Raises TransportError, beginning with `what`, when time is up or it is called off."""
-        begin, pause = time.monotonic(), PAUSE_S[0]
+        begin = time.monotonic()
         while not done():
             now = time.monotonic()
             if self._called_off.is_set():
@@ -63,10 +71,10 @@ class Watch:
             if now > self._deadline:
                 raise TransportError(f"{what} took longer than {self._seconds:g} s")
             if now - begin < eager_s:
-                time.sleep(0)
+                # Lets other threads have the GIL. time.sleep(0) does, too, for 60 µs: the kernel's timers are slack.
+                select.select((), (), (), 0)
             else:
-                self._called_off.wait(pause)
-                pause = min(2 * pause, PAUSE_S[1])
+                self._called_off.wait(patience(now - begin))
 
 
 class Side:
@@ -99,9 +107,14 @@ class Side:
 
         return torch.cuda.device(device)
 
-    def current(self) -> AbstractContextManager[Any]:
-        """The same for the device of this stream."""
-        return self.on(self._device)
+    @contextlib.contextmanager
+    def current(self) -> Iterator[None]:
+        """Make this stream and its device the calling thread's."""
+        import torch
+
+        # The device first: a change of streams would leave a context on the device that the thread had before.
+        with self.on(self._device), torch.cuda.stream(self._stream):
+            yield
 
     def rows(self, count: int, *, on_host: bool) -> torch.Tensor:
         """Zeros, uint8 [count, ROW_BYTES], on the device or page-locked on the host."""
@@ -110,15 +123,12 @@ class Side:
         if on_host:
             return torch.zeros((count, ROW_BYTES), dtype=torch.uint8, pin_memory=True)
         rows = torch.zeros((count, ROW_BYTES), dtype=torch.uint8, device=self._device)
-        torch.cuda.current_stream(self._device).synchronize()  # this stream does not wait for that one
+        torch.cuda.current_stream(self._device).synchronize()  # which may be another than this
         return rows
 
     def copy(self, into: torch.Tensor, source: torch.Tensor) -> None:
-        """Copy once the stream gets there; page-locked host memory is read no earlier."""
-        import torch
-
-        with torch.cuda.stream(self._stream):
-            into.copy_(source, non_blocking=True)
+        """Copy once the stream, which is `current`, gets there; page-locked host memory is read no earlier."""
+        into.copy_(source, non_blocking=True)
 
     def mark(self) -> Callable[[], bool]:
         """Whether all that is on the stream now is over, asked later."""
@@ -237,7 +247,10 @@ class Communicator:
         return self._library.translated()
 
     def call(self, method: Literal["send", "recv"], watch: Watch, *buffers: torch.Tensor) -> None:
-        """Send or receive each buffer (uint8, on the device) in order, as one kernel that is put on the stream."""
+        """Send or receive each buffer (uint8, on the device) in order, as one kernel that is put on the stream.
+
+        The peer may divide the same messages among kernels in another way: what counts is their order.
+        """
         if self._ended:
             raise TransportError("this NCCL communicator has ended")
         with self._library.core.group() if len(buffers) > 1 else contextlib.nullcontext():

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import struct
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Final
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 import numpy as np
 
@@ -13,9 +15,11 @@ from specd.transports.nccl_comm import ROW_BYTES, Communicator, Watch
 if TYPE_CHECKING:
     import torch
 
-NOTE_BYTES: Final = ROW_BYTES
+NOTE: Final = struct.Struct("<QQQ32xQ")
+"""Slot, generation, bytes; and the slot's generation when its bytes had been read."""
+assert NOTE.size == ROW_BYTES
 WORD_BYTES: Final = 8
-WINDOW: Final = 4
+WINDOW: Final = 8
 """Most transfers that may be on the stream at once."""
 STATE_S: Final = 10e-3
 """How often the state of the communicator is looked at while a transfer is awaited."""
@@ -24,7 +28,7 @@ STATE_S: Final = 10e-3
 class Transfer:
     """A transfer on its way.
 
-    over: whether the stream is past it. note: where the receiver finds the note then.
+    over: whether the stream is past it. note: where the receiver finds the note then; None until it has begun.
     """
 
     __slots__ = ("note", "over")
@@ -34,12 +38,25 @@ class Transfer:
         self.note: torch.Tensor | None = None
 
 
+class _Owed(NamedTuple):
+    """A note that is still to be sent. passed: whether the stream has written it, behind the payload."""
+
+    transfer: Transfer
+    note: torch.Tensor
+    passed: Callable[[], bool]
+
+
 class Transfers:
-    """One end of the transfers over a communicator, which it owns from now on; one thread at a time."""
+    """One end of the transfers over a communicator, which it owns from now on; one thread at a time.
+
+    A note is a kernel of its own, which the wire idles for, unless the next payload travels in the same one. So `send`
+    leaves it to the next `send`, or to `finish`.
+    """
 
     def __init__(self, communicator: Communicator) -> None:
         self._communicator = communicator
         self._side = side = communicator.side
+        self._owed: _Owed | None = None
         self._count = 0
         self._looked = 0.0
         try:
@@ -50,25 +67,46 @@ class Transfers:
             self.abort()
             raise
 
-    def send(self, transfer: Transfer, payload: torch.Tensor, note: bytes, word: torch.Tensor, watch: Watch) -> None:
-        """Put a transfer on the stream.
+    def current(self) -> AbstractContextManager[None]:
+        """Make the stream and its device the calling thread's, for `send`, `finish` and `receive`."""
+        return self._side.current()
 
-        payload: uint8 [n] on the device. note: NOTE_BYTES; its last WORD_BYTES are replaced by `word`, page-locked
-        host memory, as it is when the payload was read. At most WINDOW may be under way.
+    @property
+    def owing(self) -> bool:
+        """Whether the last transfer's note is still to be sent."""
+        return self._owed is not None
+
+    def send(self, transfer: Transfer, payload: torch.Tensor, note: bytes, word: torch.Tensor, watch: Watch) -> None:
+        """Put a payload on the stream, with the note that the transfer before it is owed.
+
+        payload: uint8 [n] on the device. note: a NOTE; its last WORD_BYTES are replaced by `word`, page-locked host
+        memory, as it is when the payload was read. At most WINDOW may be under way.
         """
-        row = self._next_row()
-        self._outgoing.numpy()[row] = np.frombuffer(note, np.uint8)
-        with self._communicator.translated(), self._side.current():
-            self._communicator.call("send", watch, payload)  # first, so that nothing delays it
+        with self._communicator.translated():
+            if self._owed is None:
+                self._communicator.call("send", watch, payload)
+            else:
+                self._communicator.call("send", watch, self._owed.note, payload)
+                self._owed.transfer.over = self._owed.passed
+            # All else comes after the call, so that nothing delays the payload.
+            row = self._next_row()
+            self._outgoing.numpy()[row] = np.frombuffer(note, np.uint8)
             self._side.copy(self._sent[row], self._outgoing[row])
             self._side.copy(self._sent[row, -WORD_BYTES:], word)
-            self._communicator.call("send", watch, self._sent[row])
-            transfer.over = self._side.mark()
+            self._owed = _Owed(transfer, self._sent[row], self._side.mark())
+
+    def finish(self, watch: Watch) -> None:
+        """Put the note that is owed on the stream; until then the peer does not have the transfer."""
+        owed, self._owed = self._owed, None
+        if owed is not None:
+            with self._communicator.translated():
+                self._communicator.call("send", watch, owed.note)
+                owed.transfer.over = self._side.mark()
 
     def receive(self, transfer: Transfer, into: torch.Tensor, watch: Watch) -> None:
         """Put the peer's next transfer on the stream; `into` (uint8 [n] on the device) has exactly its size."""
         row = self._next_row()
-        with self._communicator.translated(), self._side.current():
+        with self._communicator.translated():
             self._communicator.call("recv", watch, into, self._received[row])
             self._side.copy(self._incoming[row], self._received[row])
             transfer.note = self._incoming[row]
