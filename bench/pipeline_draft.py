@@ -18,6 +18,7 @@ from specd.capture import CaptureSpec
 from specd.config import Config, TrainConfig, convert
 from specd.packing import Batch
 from specd.protocol import TargetContract
+from specd.staging import Point, reached
 from specd.train.loop import apply_gradients, make_optimizer
 
 CLIP = 1.0
@@ -75,7 +76,8 @@ class SleepingDraft:
 
 
 class TrainedDraft:
-    """DFlash with AdamW and clipping, one batch a step; it ends with a wait for the device, as the loop's does."""
+    """DFlash with AdamW and clipping, one batch a step. As in the loop, a step ends when the one before it is done, so
+    that the device has work while the host makes the next."""
 
     def __init__(self, objective: Any, device: str, reduce: Callable[[], None]) -> None:
         self._objective = objective
@@ -83,6 +85,7 @@ class TrainedDraft:
         self._reduce = reduce
         self._optimizer = make_optimizer(objective.module, TrainConfig())
         self._halted = torch.zeros((), device=device)
+        self._before: Point | None = None
         self.parameters = [parameter for parameter in objective.module.parameters() if parameter.requires_grad]
 
     def step(self, states: States) -> None:
@@ -92,7 +95,9 @@ class TrainedDraft:
         self._reduce()
         weight, losses = loss.weight.detach(), loss.sum.detach()[None]
         _, self._halted = apply_gradients(self._optimizer, weight, losses, CLIP, self._halted)
-        synchronize(self._device)
+        before, self._before = self._before, reached(self._device)
+        if before is not None:
+            before.synchronize()
 
 
 def make_draft(

@@ -15,8 +15,8 @@ MIN_ITERATIONS: Final = 5
 MAX_ITERATIONS: Final = 500
 MAX_BLOCKS: Final = 50
 WARM_UP: Final = 3
-BLOCK: Final = 16
-"""Transfers in one block of a stream, where they are short enough."""
+BLOCKS: Final = (64, 32, 16, 8)
+"""Transfers in one block of a stream: the first of these that is short enough."""
 
 
 class Mover(Protocol):
@@ -82,7 +82,7 @@ def streamed(wire: Mover, raw: Mover, nbytes: int, window: int, allowance_s: flo
     """The fields of a Row that transfers back to back give. blocks: 0 for as many as the time allows."""
     # The first block is the warm-up, and tells how long the others may be.
     each = (wire.stream(nbytes, window) + raw.stream(nbytes, window)) / window
-    length = next((n for n in (BLOCK, BLOCK // 2) if n > window and n * each <= allowance_s / 8), window)
+    length = next((n for n in BLOCKS if n > window and n * each <= allowance_s / 8), window)
     count = blocks or max(2, min(MAX_BLOCKS, int(allowance_s / max(1e-9, each * length))))
     pairs = [(wire.stream(nbytes, length), raw.stream(nbytes, length)) for _ in range(count)]
     rates = [nbytes * length / wires / 1e9 for wires, _ in pairs]

@@ -74,8 +74,8 @@ def test_a_stream_is_measured_in_blocks_in_turn() -> None:
     wire, raw = Timed(4e-3, log=log, name="wire"), Timed(2e-3, log=log, name="raw")
     found = timing.streamed(wire, raw, 1_000_000, 4, 1.0)
     assert log[:2] == ["wire × 4", "raw × 4"]
-    assert set(log[2:]) == {"wire × 16", "raw × 16"}
-    assert log[2:] == ["wire × 16", "raw × 16"] * found["stream_blocks"]
+    assert set(log[2:]) == {"wire × 32", "raw × 32"}
+    assert log[2:] == ["wire × 32", "raw × 32"] * found["stream_blocks"]
     assert (found["stream_gb_per_s"], found["raw_stream_gb_per_s"], found["stream_ratio"]) == (0.5, 1.0, 0.5)
     assert found["stream_min_gb_per_s"] == found["stream_p25_gb_per_s"] == found["stream_p75_gb_per_s"] == 0.5
     assert found["stream_window"] == 4

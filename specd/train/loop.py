@@ -23,6 +23,7 @@ from specd.config import TrainConfig
 from specd.errors import BatchError, SpecdError
 from specd.packing import Batch
 from specd.protocol import TargetContract
+from specd.staging import reached
 from specd.train.checkpoint import Checkpoints, Position, RngStates
 from specd.train.interrupt import Interrupt
 from specd.train.journal import Journal, StepRecord, TrainedBatch
@@ -204,10 +205,10 @@ class _Done:
         self.window = window
         self.facts = facts
         values = torch.cat([window.weight[None], norm.double()[None], window.losses, window.counts.flatten()])
-        self._values, self._copied = values, None
+        self._values = values
         if values.is_cuda:
             self._values = torch.empty_like(values, device="cpu", pin_memory=True).copy_(values, non_blocking=True)
-            self._copied = torch.cuda.current_stream(values.device).record_event()
+        self._copied = reached(str(values.device))
 
     def record(self) -> StepRecord:
         """The full record; waits until the step is done. Raises SpecdError if it was not finite."""
