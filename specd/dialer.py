@@ -8,15 +8,20 @@ from collections.abc import Callable
 
 import zmq
 
+from specd.errors import TransportError
 from specd.links import Link
 from specd.session import Later, Session, Terms, open_session
 from specd.staging import Guard, on_device
 
 log = logging.getLogger(__name__)
 
+RETRY_S = 0.3
+
 
 class Dialer:
     """Opens sessions on the terms given, and tries again for as long as a daemon asks for that.
+
+    A transport that does not work is an error, unless it did before: then whoever is busy or restarting gets time.
 
     opened: told of each session that is up; False if nobody wants it any more. closing: set when no more are wanted.
     guard: runs the threads' bodies.
@@ -36,6 +41,7 @@ class Dialer:
         self._closing = closing
         self._guard = guard
         self._threads: set[threading.Thread] = set()
+        self._proven: set[str] = set()
 
     def dial(self, link: Link) -> None:
         """Open a session with an endpoint."""
@@ -54,12 +60,17 @@ class Dialer:
         while not self._closing.is_set():
             try:
                 session = open_session(self._context, link.endpoint, self._terms, self._closing.wait)
-            except Later as reason:
+            except (Later, TransportError) as reason:
+                if isinstance(reason, TransportError):
+                    if link.endpoint not in self._proven:
+                        raise
+                    self._closing.wait(RETRY_S)
                 link.problem = str(reason)
                 if not said:
                     log.warning("waiting for %s: %s", link.endpoint, reason)
                     said = True
                 continue
+            self._proven.add(link.endpoint)
             # The first target met is the one every other daemon, and every later life of it, must serve.
             self._terms = self._terms._replace(fingerprint=session.welcome.contract.fingerprint)
             if not self._opened(link, session):
