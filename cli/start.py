@@ -108,10 +108,12 @@ def given(flags: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in kept.items() if value is not None and value not in ("", [], {})}
 
 
-def daemon_config(file: dict[str, Any], flags: dict[str, Any], settings: list[str]) -> DaemonConfig:
+def daemon_config(
+    file: dict[str, Any], flags: dict[str, Any], settings: list[str], where: str = "specd start"
+) -> DaemonConfig:
     """A DaemonConfig from, weakest first: the preset's recipe, a config file, flags, `--set`.
 
-    Raises ConfigError that names the key at fault, or when no model is given.
+    Raises ConfigError that names `where` and the key at fault, or when no model is given.
     """
     asked = merge(merge(file, flags), overrides(settings))
     target = asked.get("target")
@@ -121,7 +123,7 @@ def daemon_config(file: dict[str, Any], flags: dict[str, Any], settings: list[st
     recipe = preset(str(model))
     names = ("target", "capture", "ring")
     under: dict[str, Any] = {name: getattr(recipe, name) for name in names} if recipe else {}
-    return convert(merge(under, asked), DaemonConfig, "specd start")
+    return convert(merge(under, asked), DaemonConfig, where)
 
 
 def _serve(daemon: DaemonConfig, ready_fd: int) -> int:

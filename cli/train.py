@@ -14,14 +14,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import msgspec
 import typer
 
-from specd.config import RunConfig, convert, load_yaml, merge, overrides, preset
+from specd.config import DaemonConfig, RunConfig, convert, load_yaml, merge, overrides, preset
 from specd.errors import ConfigError
 
 if TYPE_CHECKING:
     import torch
 
     from specd.data import Dataset
-    from specd.host import Embedded
     from specd.protocol import TargetContract
     from specd.train.dflash import DFlash
     from specd.train.interrupt import Interrupt
@@ -30,7 +29,7 @@ if TYPE_CHECKING:
 EXAMPLES = (
     "Examples: `specd train dflash --data chats.jsonl --output runs/first` · "
     "`specd train dflash --endpoint tcp://gpu1:7070 --endpoint tcp://gpu2:7070 --set train.lr=3e-4` · "
-    "`specd train dflash --model smollm2-135m --max-steps 50`"
+    "`specd train dflash --model smollm2-135m --exact --set target.dtype=bfloat16 --max-steps 50`"
 )
 STATES, RUN = "Hidden states", "Run"
 
@@ -54,6 +53,14 @@ def dflash(
     model: Annotated[
         str, typer.Option("--model", "-m", help="Host this target here: no daemon needed.", rich_help_panel=STATES)
     ] = "",
+    exact: Annotated[
+        bool | None,
+        typer.Option(
+            "--exact/--merged",
+            help="With --model: one batch a forward: bit-identical results.",
+            rich_help_panel=STATES,
+        ),
+    ] = None,
     depth: Annotated[
         int | None, typer.Option(help="Batches in flight beyond the one in use.", rich_help_panel=STATES)
     ] = None,
@@ -79,11 +86,15 @@ def dflash(
     """Train a DFlash draft (arXiv 2602.06036) and export it to OUTPUT/draft.
 
     Settings, weakest first: the defaults, the recipe of the target's preset, --config, flags, --set.
+
+    A target hosted here (--model) takes the settings of `specd start --model` under `target`: backend, dtype,
+    load_format, … It runs on the trainer's device unless target.device names another.
     """
     from specd.train.interrupt import Interrupt
 
     flags = {
         "output": output or None,
+        "target": {"exact": exact},
         "subscriber": {"endpoints": endpoint or None, "transport": transport or None, "depth": depth},
         "data": {"path": data or None},
         "train": {"max_steps": max_steps, "device": device or None},
@@ -115,6 +126,12 @@ def _train(asked: dict[str, Any], model: str, resume: bool, interrupt: Interrupt
     from specd.train.run import RunDirectory, identity
 
     first = convert(asked, RunConfig, "settings")
+    if first.target and not model:
+        raise ConfigError(
+            f"settings: target={first.target}: expected none, as a daemon's target is configured by `specd start`; "
+            f"leave them out, or give --model NAME to host the target here"
+        )
+    hosted = _hosted(asked, model) if model else None
     directory = RunDirectory(Path(first.output))
     resume = directory.open(resume, first.train.save_every)
     device = _device(first.train.device)
@@ -122,8 +139,10 @@ def _train(asked: dict[str, Any], model: str, resume: bool, interrupt: Interrupt
         torch.set_num_threads(first.train.threads)
     with contextlib.ExitStack() as stack:
         link, context = first.subscriber, None
-        if model:
-            host = stack.enter_context(_hosted(asked, model))
+        if hosted is not None:
+            from specd.host import embedded
+
+            host = stack.enter_context(embedded(hosted))
             link = msgspec.structs.replace(link, endpoints=(host.endpoint,), transport="inproc")
             context = host.context
         subscriber = stack.enter_context(
@@ -186,18 +205,22 @@ def _settle(asked: dict[str, Any], model: str) -> RunConfig:
     return convert(merge(recipe.run, asked) if recipe else asked, RunConfig, "settings")
 
 
-def _hosted(asked: dict[str, Any], model: str) -> contextlib.AbstractContextManager[Embedded]:
-    """A daemon for `model` on threads of this process, its ring sized for this run."""
+def _hosted(asked: dict[str, Any], model: str) -> DaemonConfig:
+    """The daemon for `model` on threads of this process: its target as asked for, its ring sized for this run.
+
+    Raises ConfigError that names the key at fault.
+    """
     from specd.cli.start import daemon_config
-    from specd.host import embedded
 
     config = _settle(asked, model)
+    if (other := config.target.get("model", model)) != model:
+        raise ConfigError(f"settings: target.model={other!r}: expected {model!r}, as given by --model; leave it out")
     settings = {
-        "target": {"model": model, "device": config.train.device},
+        "target": {"device": config.train.device} | config.target | {"model": model},
         "capture": {"num_taps": config.draft.num_taps},
         "ring": {"slots": config.subscriber.depth + 2, "slot_tokens": config.data.batch_tokens, "max_sessions": 1},
     }
-    return embedded(daemon_config({}, settings, []))
+    return daemon_config({}, settings, [], "settings")
 
 
 def _device(asked: str) -> str:

@@ -171,9 +171,14 @@ class TrainConfig(Config, kw_only=True, frozen=True):
 
 
 class RunConfig(Config, kw_only=True, frozen=True):
-    """Everything of one `specd train`. output: the run directory."""
+    """Everything of one `specd train`. output: the run directory.
+
+    target: of a target that the trainer hosts itself, overrides of its TargetConfig; all but `model`, which is given
+    apart. Its device is the trainer's unless named here. Daemons have settings of their own.
+    """
 
     output: str = "runs/dflash"
+    target: dict[str, Any] = {}
     data: DataConfig = DataConfig()
     draft: DFlashConfig = DFlashConfig()
     train: TrainConfig = TrainConfig()

@@ -46,6 +46,12 @@ def test_a_file_and_settings_on_top_become_structs(tmp_path: Path) -> None:
     assert run.data == RunConfig().data
 
 
+def test_a_run_takes_any_overrides_of_a_hosted_target() -> None:
+    run = convert(overrides(["target.exact=true", "target.dtype=bfloat16"]), RunConfig, "settings")
+    assert run.target == {"exact": True, "dtype": "bfloat16"}
+    assert RunConfig().target == {}, "daemons have settings of their own"
+
+
 def test_configuration_is_frozen() -> None:
     with pytest.raises(AttributeError):
         RingConfig().slots = 3  # type: ignore[misc]
@@ -56,6 +62,7 @@ def test_configuration_is_frozen() -> None:
     [
         ({"ring": {"slot": 3}}, DaemonConfig, "conf: Object contains unknown field `slot` - at `$.ring`"),
         ({"learning_rate": 1}, RunConfig, "conf: Object contains unknown field `learning_rate`"),
+        ({"target": [1]}, RunConfig, "conf: Expected `object`, got `array` - at `$.target`"),
         ({}, TargetConfig, "conf: Object missing required field `model`"),
         ({"model": "m", "backend": "vllm"}, TargetConfig, "conf: Invalid enum value 'vllm' - at `$.backend`"),
         ({"slots": "many"}, RingConfig, "conf: Expected `int`, got `str` - at `$.slots`"),

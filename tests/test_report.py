@@ -6,25 +6,31 @@ import io
 import math
 import re
 import sys
+from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 import pytest
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from rich.console import Console
 
 from specd.config import RunConfig
 from specd.errors import CheckpointError, ConfigError
+from specd.train import figures
 from specd.train.decode import Evaluation, PromptResult
 from specd.train.display import Display, Scalars, sparkline
-from specd.train.figures import running_mean
+from specd.train.figures import duration, running_mean
 from specd.train.journal import Journal, StepRecord, TrainedBatch, bound, read
 from specd.train.report import (
     EVALS,
     JOURNAL,
     EvalFacts,
     RunFacts,
+    key_figures,
     machine_facts,
     step_over_bound,
     write_facts,
@@ -194,6 +200,68 @@ def test_step_over_bound_compares_with_the_slower_side() -> None:
     assert step_over_bound(records, daemons=1) == pytest.approx(2 / 3)
     assert step_over_bound(records, daemons=6) == pytest.approx(2.0)
     assert step_over_bound([], daemons=1) is None
+
+
+def timed(step: int, step_s: float) -> StepRecord:
+    """A step of two samples that took so long."""
+    return record(step, step_s=step_s, train_s=0.75 * step_s, wire_wait_s=0.05 * step_s, target_wait_s=0.2 * step_s)
+
+
+@pytest.fixture
+def axes(monkeypatch: pytest.MonkeyPatch) -> Axes:
+    """What the figures draw on."""
+    drawn: Axes = Figure().subplots()
+
+    def draw_on(draw: Callable[[Axes], None]) -> str:
+        draw(drawn)
+        return ""
+
+    monkeypatch.setattr(figures, "_svg", draw_on)
+    return drawn
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0, "0.0 ms"), (0.0075, "7.5 ms"), (0.0801, "80 ms"), (0.9994, "999 ms"), (0.9996, "1.0 s"), (59.2, "59.2 s"),
+     (80, "1 min 20 s"), (11100, "3 h 05 min")],
+)  # fmt: skip
+def test_durations_for_people(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
+
+
+def test_time_per_sample_of_short_steps_is_in_ms() -> None:
+    tiles = {name: value for value, name, _ in key_figures([timed(step, 0.08) for step in range(1, 4)], {})}
+    assert tiles["time per sample"] == "40 ms"
+
+
+@pytest.mark.parametrize("steps", [2, 3, 10, 20, 21, 22, 40, 41, 61, 101, 2000])
+def test_a_step_that_compiles_does_not_flatten_the_time_of_the_others(axes: Axes, steps: int) -> None:
+    figures.time_split([timed(1, 15.0), *(timed(step, 0.08) for step in range(2, steps + 1))])
+    bottom, top = axes.get_ylim()
+    assert bottom == 0
+    assert top == pytest.approx(1.3 * 80)
+    assert axes.get_ylabel() == "time (ms per step)"
+    assert [text.get_text() for text in axes.texts] == ["15.0 s at step 1"]
+    drawn = [np.asarray(layer.get_paths()[0].vertices)[:, 1].max() for layer in axes.collections]
+    assert max(drawn) > top, "it leaves the picture instead of being left out"
+
+
+@pytest.mark.parametrize(("step_s", "unit", "height"), [(0.08, "ms", 80), (2.0, "s", 2.0)])
+def test_even_steps_keep_their_whole_height(axes: Axes, step_s: float, unit: str, height: float) -> None:
+    figures.time_split([timed(step, step_s) for step in range(1, 101)])
+    bottom, top = axes.get_ylim()
+    assert bottom == 0
+    assert top == pytest.approx(1.3 * height)
+    assert axes.get_ylabel() == f"time ({unit} per step)"
+    assert not axes.texts
+
+
+def test_a_capped_loss_begins_at_zero(axes: Axes) -> None:
+    figures.loss([record(step, loss=30.0 if step < 3 else 2.0 + step / 1e4) for step in range(1, 201)])
+    bottom, top = axes.get_ylim()
+    assert bottom == 0
+    assert top == pytest.approx(1.2 * 2.019, rel=1e-3)
+    assert [text.get_text() for text in axes.texts] == ["30.0 at step 1"]
 
 
 def test_running_mean_keeps_length_and_level() -> None:

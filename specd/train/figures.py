@@ -46,12 +46,10 @@ def loss(records: Sequence[StepRecord]) -> str:
         axes.plot(steps, values, color=BLUE, alpha=0.3, linewidth=0.8)
         axes.plot(steps, running_mean(values), color=BLUE, linewidth=1.8)
         # A fresh draft's first losses would flatten all the rest.
-        top = 1.2 * sorted(values)[int(0.95 * (len(values) - 1))] if values else 1.0
+        top = 1.2 * _usual(values)
         if values and values[0] > 1.5 * top:
-            axes.set_ylim(top=top)
-            axes.annotate(
-                f"{values[0]:.1f} at step {steps[0]}", (0.16, 0.98), xycoords="axes fraction", va="top", fontsize=8
-            )
+            axes.set_ylim(0, top)
+            _beyond(axes, f"{values[0]:.1f} at step {steps[0]}", 0.98)
         axes.set_ylabel("loss (nats per predicted token)")
         _steps(axes, records)
 
@@ -108,7 +106,7 @@ def acceptance(runs: Mapping[str, Sequence[float]]) -> str:
 
 
 def time_split(records: Sequence[StepRecord]) -> str:
-    """Seconds a step, stacked by what the trainer waited for or did."""
+    """Time of a step, stacked by what the trainer waited for or did; in ms where steps take less than a second."""
     names = (
         ("trainer computes", "train_s", GREEN),
         ("waits for wire", "wire_wait_s", ORANGE),
@@ -117,13 +115,24 @@ def time_split(records: Sequence[StepRecord]) -> str:
 
     def draw(axes: Axes) -> None:
         steps = [record.step for record in records]
-        parts = [running_mean([getattr(record, field) for record in records]) for _, field, _ in names]
+        raw = [[getattr(record, field) for record in records] for _, field, _ in names]
+        means = [running_mean(values) for values in raw]
+        totals = [sum(parts) for parts in zip(*means, strict=True)]
+        top, usual = max(totals, default=1.0), _usual(totals)
+        if top > 1.5 * usual > 0:  # one step that compiles would flatten all the rest
+            slowest, step = max((sum(parts), step) for *parts, step in zip(*raw, steps, strict=True))
+            top = usual
+            _beyond(axes, f"{duration(slowest)} at step {step}", 0.88)
+        scale, unit = (1e3, "ms") if top < 1 else (1.0, "s")
         axes.stackplot(
-            steps, parts, colors=[colour for _, _, colour in names], labels=[name for name, _, _ in names], alpha=0.85
+            steps,
+            [[scale * value for value in values] for values in means],
+            colors=[colour for _, _, colour in names],
+            labels=[name for name, _, _ in names],
+            alpha=0.85,
         )
-        top = max((sum(part[i] for part in parts) for i in range(len(steps))), default=1.0)
-        axes.set_ylim(0, 1.3 * top)
-        axes.set_ylabel("time (s per step)")
+        axes.set_ylim(0, 1.3 * scale * (top or 1.0))
+        axes.set_ylabel(f"time ({unit} per step)")
         _steps(axes, records)
         axes.legend(loc="upper center", ncols=3, fontsize=8, handlelength=1.0, columnspacing=1.2)
 
@@ -136,6 +145,25 @@ def running_mean(values: Sequence[float]) -> list[float]:
     sums = [0.0, *itertools.accumulate(values)]
     spans = [(max(0, i - half), min(len(values), i + half + 1)) for i in range(len(values))]
     return [(sums[end] - sums[begin]) / (end - begin) for begin, end in spans]
+
+
+def duration(seconds: float) -> str:
+    """A time for people: 7.5 ms, 250 ms, 2.0 s, 1 min 20 s, 3 h 05 min."""
+    if (ms := 1e3 * seconds) < 999.5:
+        return f"{ms:.1f} ms" if ms < 10 else f"{ms:.0f} ms"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s" if minutes else f"{seconds:.1f} s"
+
+
+def _usual(values: Sequence[float]) -> float:
+    """What all but the largest twentieth of `values` stay at or below; 1 of none."""
+    return sorted(values)[max(0, int(0.95 * len(values)) - 1)] if values else 1.0
+
+
+def _beyond(axes: Axes, text: str, height: float) -> None:
+    """Say what lies above a capped axis."""
+    axes.annotate(text, (0.16, height), xycoords="axes fraction", va="top", fontsize=8)
 
 
 def _at(values: Sequence[float | None], offset: int) -> float | None:

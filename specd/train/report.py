@@ -176,9 +176,10 @@ def key_figures(records: Sequence[StepRecord], evals: Mapping[str, EvalFacts]) -
     tiles.append((f"{last:.2f}", "loss", f"{first:.2f} at the start"))
     first, last = _ends([record.teacher_forced_accuracy for record in records])
     tiles.append((f"{last:.0%}", "teacher-forced accuracy", f"{first:.0%} at the start"))
-    tiles.append((f"{tokens / wall:,.0f}", "tokens per second", f"{tokens:,} tokens in {_duration(wall)}"))
+    tiles.append((f"{tokens / wall:,.0f}", "tokens per second", f"{tokens:,} tokens in {figures.duration(wall)}"))
     samples = sum(len(batch.samples) for record in records for batch in record.batches)
-    tiles.append((f"{wall / samples:.2f} s", "time per sample", f"{samples:,} samples in {len(records):,} steps"))
+    each = figures.duration(wall / samples)
+    tiles.append((each, "time per sample", f"{samples:,} samples in {len(records):,} steps"))
     return tiles
 
 
@@ -212,7 +213,7 @@ def _time_caption(records: Sequence[StepRecord]) -> str:
 def _subtitle(facts: RunFacts, records: Sequence[StepRecord]) -> str:
     wall = sum(record.step_s for record in records)
     again = sum(record.resubmitted for record in records)
-    parts = [f"{len(records):,} optimizer steps in {_duration(wall)}", f"started {facts.started}"]
+    parts = [f"{len(records):,} optimizer steps in {figures.duration(wall)}", f"started {facts.started}"]
     parts.append(_time_caption(records).split(":")[0])
     if (ratio := step_over_bound(records, len(facts.transports))) is not None:
         parts.append(f"step over bound {ratio:.2f}")
@@ -251,12 +252,6 @@ def _picture(title: str, svg: str, caption: str) -> str:
 def _table(title: str, rows: Mapping[str, Any]) -> str:
     cells = "".join(f"<tr><th>{_text(str(key))}</th><td>{_text(str(value))}</td></tr>" for key, value in rows.items())
     return f"<div><h2>{_text(title)}</h2><table>{cells}</table></div>"
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s" if minutes else f"{seconds:.1f} s"
 
 
 def _text(value: str) -> str:

@@ -23,7 +23,10 @@ FREE = {
     "data": {"path", "cache_dir"},
     "train": {"device", "threads", "save_every", "keep", "log_every"},
 }
-"""Settings that do not change what is computed; all others of these sections stay the same over the life of a run."""
+"""Settings that do not change what is computed; all others of these sections stay the same over the life of a run.
+
+Those of `target` are free, wherever it is hosted: what decides over its states, as its dtype, is in its fingerprint.
+"""
 
 
 class RunDirectory:
