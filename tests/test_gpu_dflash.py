@@ -5,6 +5,7 @@ from __future__ import annotations
 import msgspec
 import pytest
 import torch
+import torch._inductor.config
 
 from drafts import CONTRACT, HIDDEN, MASK, TARGET, VOCAB, FakeDelivery, deliver, make_batch
 from specd.config import AttentionKind, DFlashConfig, TrainConfig
