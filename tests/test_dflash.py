@@ -20,6 +20,7 @@ from specd.capture import CaptureSpec
 from specd.config import DFlashConfig
 from specd.errors import ConfigError
 from specd.packing import Batch
+from specd.train.block_attention import TILE
 from specd.train.dflash import DFlash, Tuning, capture_spec, loss_decay, make_blocks, sample_anchors
 from specd.train.dflash_model import KeyValue, compiled, draft_shape
 
@@ -269,6 +270,39 @@ def test_compiled_layers_give_the_same_loss_and_are_traced_once_for_all_sizes(mo
         torch.testing.assert_close(results[0], results[1], rtol=1e-5, atol=1e-5)
     # The context, and the two halves of a layer: the first layer's input has no gradient, that of the others has.
     assert sum(any(node.op == "call_function" for node in graph.graph.nodes) for graph in counter.graphs) == 5
+
+
+@pytest.mark.parametrize("num_anchors", [5, 512])  # as many tiles of block tokens as of context, were it not for it
+def test_what_is_compiled_meets_the_same_sizes_first_whatever_the_first_batch_is(
+    monkeypatch: pytest.MonkeyPatch, num_anchors: int
+) -> None:
+    monkeypatch.setattr("specd.train.dflash_model.compiled", lambda function: function)
+    head = torch.randn(VOCAB, HIDDEN, generator=torch.Generator().manual_seed(1))
+    config = msgspec.structs.replace(CONFIG, num_anchors=num_anchors)
+    met: list[list[tuple[int, int]]] = []
+    for lengths in (LENGTHS, (64, 64)):
+        draft, plain = (
+            DFlash(config, CONTRACT, TARGET, head, head, MASK, tuning=Tuning(compiled=on)) for on in (True, False)
+        )
+        sizes: list[tuple[int, int]] = []
+
+        def note(_module: Any, inputs: tuple[Any, ...], sizes: list[tuple[int, int]] = sizes) -> None:
+            sizes.append((len(inputs[0]), len(inputs[2])))
+
+        draft.module.register_forward_pre_hook(note)
+        delivery = deliver(make_batch(lengths))
+        for one in (draft, plain):
+            one.loss(delivery).sum.backward()  # type: ignore[no-untyped-call]
+        for ours, theirs in zip(draft.module.parameters(), plain.module.parameters(), strict=True):
+            assert ours.grad is not None
+            assert theirs.grad is not None
+            assert torch.equal(ours.grad, theirs.grad), "what was compiled for has left a gradient"
+        draft.loss(delivery)
+        met.append(sizes)
+    assert met[0][0] == met[1][0], "the first batch shows"
+    assert [len(sizes) for sizes in met] == [3, 3]
+    context, block = met[0][0]
+    assert -(-context // TILE) != -(-block // TILE)
 
 
 @pytest.mark.filterwarnings("ignore")  # torch's compiler warns about torch

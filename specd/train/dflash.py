@@ -23,12 +23,16 @@ from specd.config import AttentionKind, DFlashConfig
 from specd.errors import ConfigError
 from specd.packing import Batch
 from specd.protocol import TargetContract
-from specd.train.block_attention import BlockLayout, block_attention, to_device, uses_flex
+from specd.train.block_attention import TILE, BlockLayout, block_attention, to_device, uses_flex
 from specd.train.dflash_model import Attend, DFlashDraft, draft_shape
 from specd.train.export import save_draft
 from specd.train.frozen_head import head_loss
 
 logger = logging.getLogger(__name__)
+
+
+COMPILED_TOKENS = 2048
+"""Context tokens of the batch that is compiled for."""
 
 
 class Loss(NamedTuple):
@@ -51,6 +55,11 @@ class Delivered(Protocol):
 
     @property
     def taps(self) -> Tensor | None: ...
+
+
+class _MadeUp(NamedTuple):
+    batch: Batch
+    taps: Tensor
 
 
 class Blocks(msgspec.Struct, frozen=True, kw_only=True):
@@ -206,6 +215,7 @@ class DFlash:
                 torch.cuda.get_device_name(self.device),
             )
         self.module: torch.nn.Module = self.draft
+        self._compiles = self._flex or self.draft.compiled
         shared = embedding.data_ptr() == lm_head.data_ptr()
         self.embedding = embedding.detach().to(self.device, dtype)
         self.lm_head = self.embedding if shared else lm_head.detach().to(self.device, dtype)
@@ -222,6 +232,9 @@ class DFlash:
         """The loss of one batch; its backward must run before the delivery's tensors are given up."""
         batch, taps = delivery.batch, delivery.taps
         assert taps is not None, "the capture spec of a DFlash draft always has taps"
+        if self._compiles:
+            self._compiles = False
+            self._compile(taps.dtype)
         shape = self.draft.shape
         anchors = sample_anchors(
             batch.loss_mask, batch.lengths, batch.samples, batch.epoch, self.seed, self.config.num_anchors
@@ -241,6 +254,25 @@ class DFlash:
         by_offset = torch.zeros(2, shape.block_size - 1, device=self.device)
         by_offset.index_add_(1, offsets - 1, torch.stack((correct.float(), torch.ones_like(weights))))
         return Loss(total, weights.sum(), {"correct": by_offset[0], "counted": by_offset[1]})
+
+    def _compile(self, dtype: torch.dtype) -> None:
+        """Train on a batch of made-up tokens and forget it, because kernels are shaped by the sizes they meet first.
+
+        A resumed run begins with another batch than the run it goes on with, and has to round alike. dtype: of taps.
+        """
+        shape, size = self.draft.shape, COMPILED_TOKENS
+        if -(-size // TILE) == -(-self.config.num_anchors * shape.block_size // TILE):
+            size += TILE  # sizes that are equal at first are taken to be equal always
+        batch = Batch(
+            tokens=np.zeros(size, np.int32),
+            lengths=np.full(1, size, np.int32),
+            loss_mask=np.ones(size, np.bool_),
+            samples=(0,),
+        )
+        taps = torch.zeros(size, len(shape.taps), shape.hidden_size, dtype=dtype, device=self.device)
+        with torch.enable_grad():
+            self.loss(_MadeUp(batch, taps)).sum.backward()  # type: ignore[no-untyped-call]
+        self.module.zero_grad()
 
     def export(self, path: Path, files: Mapping[str, bytes] | None = None) -> None:
         """Write the draft in its published format, in the dtype it computes in; `files`: tokenizer files beside it."""
