@@ -16,6 +16,7 @@ from specd.staging import Guard, on_device
 log = logging.getLogger(__name__)
 
 RETRY_S = 0.3
+"""Pause before a transport that worked is tried again."""
 
 
 class Dialer:

@@ -27,6 +27,7 @@ from specd.device import DeviceArena
 from specd.errors import TransportError
 from specd.transport import ServerContext, SlotRef
 from specd.transports.conformance import Rig
+from specd.transports.host import LocalHost
 from specd.transports.nccl import Nccl, NcclClient, NcclServer
 from specd.transports.nccl_comm import ROW_BYTES, UNIQUE_ID_BYTES, Library, Side
 
@@ -331,6 +332,15 @@ class FakeTransport(Nccl):
     @staticmethod
     def client(device: str) -> NcclClient:
         return NcclClient("cuda:0", LIBRARY)
+
+
+@contextlib.contextmanager
+def rigged() -> Iterator[Rig]:
+    """A host with three slots on a device, and its trainers, over the stand-in."""
+    rig = Rig(FakeTransport, "cpu", LocalHost(FakeTransport, 3, 8192, device="cuda:1"))
+    yield rig
+    NCCL.hang.clear()
+    rig.close()
 
 
 @contextlib.contextmanager

@@ -20,7 +20,7 @@ from specd.capture import CaptureSpec
 from specd.config import DFlashConfig
 from specd.errors import ConfigError
 from specd.packing import Batch
-from specd.train.block_attention import TILE
+from specd.train.block_attention import in_whole_tiles
 from specd.train.dflash import DFlash, Tuning, capture_spec, loss_decay, make_blocks, sample_anchors
 from specd.train.dflash_model import KeyValue, compiled, draft_shape
 
@@ -302,7 +302,7 @@ def test_what_is_compiled_meets_the_same_sizes_first_whatever_the_first_batch_is
     assert met[0][0] == met[1][0], "the first batch shows"
     assert [len(sizes) for sizes in met] == [3, 3]
     context, block = met[0][0]
-    assert -(-context // TILE) != -(-block // TILE)
+    assert in_whole_tiles(context) != in_whole_tiles(block)
 
 
 @pytest.mark.filterwarnings("ignore")  # torch's compiler warns about torch

@@ -12,14 +12,26 @@ from specd.config import AttentionKind, DFlashConfig, TrainConfig
 from specd.train.dflash import DFlash, Tuning
 from specd.train.loop import apply_gradients, make_optimizer
 
+CONFIG = DFlashConfig(num_layers=2, num_taps=3, block_size=16, num_anchors=40, loss_chunk=128, head_dim=64)
+
+
+def make_head() -> torch.Tensor:
+    """Embedding and lm_head of the target, float32 [V, H]."""
+    return torch.randn(VOCAB, HIDDEN, generator=torch.Generator().manual_seed(1))
+
+
+def on_gpu(lengths: tuple[int, ...], seed: int = 0) -> FakeDelivery:
+    """A batch of sequences of these lengths, its taps bfloat16 on the GPU."""
+    delivery = deliver(make_batch(lengths, seed=seed))
+    return FakeDelivery(delivery.batch, delivery.taps.cuda().bfloat16())
+
 
 @pytest.mark.gpu(1)
 @pytest.mark.usefixtures("own_compiler")
 @pytest.mark.filterwarnings("ignore")
 def test_loss_on_a_gpu_equals_the_cpu_and_never_waits_for_the_device() -> None:
     config = DFlashConfig(num_layers=2, num_taps=3, block_size=8, num_anchors=20, loss_chunk=64, head_dim=64)
-    generator = torch.Generator().manual_seed(1)
-    head = torch.randn(VOCAB, HIDDEN, generator=generator)
+    head = make_head()
     delivery = deliver(make_batch((200, 31, 90)))
     on_cpu = DFlash(config, CONTRACT, TARGET, head, head, MASK)
     on_gpu = DFlash(config, CONTRACT, TARGET, head, head, MASK, device="cuda")
@@ -40,15 +52,10 @@ def test_loss_on_a_gpu_equals_the_cpu_and_never_waits_for_the_device() -> None:
 @pytest.mark.filterwarnings("ignore")
 def test_optimizer_steps_on_a_gpu_never_wait_and_are_the_same_from_run_to_run() -> None:
     """bfloat16 with float32 masters, batches of changing size: bit by bit the same losses, near the plain path's."""
-    config = DFlashConfig(num_layers=2, num_taps=3, block_size=16, num_anchors=40, loss_chunk=128, head_dim=64)
-    head = torch.randn(VOCAB, HIDDEN, generator=torch.Generator().manual_seed(1))
-    deliveries = [
-        deliver(make_batch(lengths, seed=seed)) for seed, lengths in enumerate(((300, 31, 90), (700,), (90,)))
-    ]
-    given = [FakeDelivery(delivery.batch, delivery.taps.cuda().bfloat16()) for delivery in deliveries]
+    head, given = make_head(), [on_gpu(lengths, seed) for seed, lengths in enumerate(((300, 31, 90), (700,), (90,)))]
 
     def losses(sync: str, tuning: Tuning, attention: AttentionKind) -> list[float]:
-        settings = msgspec.structs.replace(config, attention=attention)
+        settings = msgspec.structs.replace(CONFIG, attention=attention)
         draft = DFlash(settings, CONTRACT, TARGET, head, head, MASK, "cuda", torch.bfloat16, tuning=tuning)
         optimizer, halted, found = make_optimizer(draft.module, TrainConfig()), torch.zeros((), device="cuda"), []
         torch.cuda.set_sync_debug_mode(sync)
@@ -74,16 +81,11 @@ def test_optimizer_steps_on_a_gpu_never_wait_and_are_the_same_from_run_to_run() 
 @pytest.mark.filterwarnings("ignore")
 def test_the_batch_that_was_compiled_for_does_not_show_in_the_gradients() -> None:
     """A resumed run meets another batch first than the run it goes on with."""
-    config = DFlashConfig(num_layers=2, num_taps=3, block_size=16, num_anchors=40, loss_chunk=128, head_dim=64)
-    head = torch.randn(VOCAB, HIDDEN, generator=torch.Generator().manual_seed(1))
-    small, large = (
-        FakeDelivery(delivery.batch, delivery.taps.cuda().bfloat16())
-        for delivery in (deliver(make_batch((90,))), deliver(make_batch((700, 300))))
-    )
+    head, small, large = make_head(), on_gpu((90,)), on_gpu((700, 300))
 
     def gradients(first: FakeDelivery) -> torch.Tensor:
         torch._dynamo.reset()
-        draft = DFlash(config, CONTRACT, TARGET, head, head, MASK, "cuda", torch.bfloat16)
+        draft = DFlash(CONFIG, CONTRACT, TARGET, head, head, MASK, "cuda", torch.bfloat16)
         with torch._inductor.config.patch(force_disable_caches=True):
             draft.loss(first).sum.backward()  # type: ignore[no-untyped-call]
             draft.module.zero_grad()

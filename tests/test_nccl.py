@@ -18,7 +18,18 @@ import pytest
 import torch
 
 import fake_cuda
-from fake_nccl import LIBRARY, NCCL, REMOTE_ERROR, FakeError, FakeTransport, lane_ends, reset, stop_half_way, until
+from fake_nccl import (
+    LIBRARY,
+    NCCL,
+    REMOTE_ERROR,
+    FakeError,
+    FakeTransport,
+    lane_ends,
+    reset,
+    rigged,
+    stop_half_way,
+    until,
+)
 from specd.arena import HostArena
 from specd.device import DeviceArena
 from specd.errors import TransportError
@@ -49,10 +60,8 @@ class TestOverAStandIn(ReceiverConformance):
 
 @pytest.fixture
 def rig() -> Iterator[Rig]:
-    rig = Rig(FakeTransport, "cpu", LocalHost(FakeTransport, 3, 8192, device="cuda:1"))
-    yield rig
-    NCCL.hang.clear()
-    rig.close()
+    with rigged() as rig:
+        yield rig
 
 
 def test_a_trainer_that_cannot_be_served_is_told_why(rig: Rig) -> None:

@@ -14,13 +14,12 @@ import pytest
 import torch
 
 import fake_cuda
-from fake_nccl import NCCL, REMOTE_ERROR, FakeTransport, lane_ends, reset, until
+from fake_nccl import NCCL, REMOTE_ERROR, FakeTransport, lane_ends, reset, rigged, until
 from specd.bench import lanes
 from specd.errors import TransportError
 from specd.transport import Client, Receiver, SlotRef
 from specd.transports import nccl_comm, nccl_lane
 from specd.transports.conformance import Rig, holds
-from specd.transports.host import LocalHost
 from specd.transports.nccl_transfer import WINDOW
 
 
@@ -33,10 +32,8 @@ def fakes(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.fixture
 def rig() -> Iterator[Rig]:
-    rig = Rig(FakeTransport, "cpu", LocalHost(FakeTransport, 3, 8192, device="cuda:1"))
-    yield rig
-    NCCL.hang.clear()
-    rig.close()
+    with rigged() as rig:
+        yield rig
 
 
 def test_a_note_travels_with_the_next_payload_if_there_is_one_in_time(rig: Rig) -> None:

@@ -133,8 +133,7 @@ def flex_attention(layout: BlockLayout, device: torch.device, spread: bool = Tru
     """
     masks = functools.cache(lambda window, copies: block_mask(layout, window, device, copies))
     kernel = compiled(_flex) if device.type == "cuda" else _flex
-    hopper = device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
-    rows, context_rows = _filled(len(layout.anchors) * layout.block_size), _filled(layout.num_context)
+    rows, context_rows = in_whole_tiles(len(layout.anchors) * layout.block_size), in_whole_tiles(layout.num_context)
 
     def attend(query: Tensor, block: KeyValue, context: KeyValue, window: int) -> Tensor:
         num_rows, num_heads, head_dim = query.shape
@@ -146,9 +145,8 @@ def flex_attention(layout: BlockLayout, device: torch.device, spread: bool = Tru
         # All but the number of tiles is known when it is compiled.
         for part in (grouped, context_k, context_v, block_k, block_v):
             torch._dynamo.mark_static(part, list(range(1, part.ndim)))
-        tuned = hopper and head_dim == 128 and query.dtype.itemsize == 2
         mask = masks(window, group if spread else 1)
-        out: Tensor = kernel(grouped, context_k, context_v, block_k, block_v, mask, spread, tuned)
+        out: Tensor = kernel(grouped, context_k, context_v, block_k, block_v, mask, spread)
         # The backward of a slice writes zeros and then all of the gradient over them.
         return out if num_rows == rows else out[:num_rows]
 
@@ -163,13 +161,12 @@ def _flex(
     block_v: Tensor,
     mask: Any,
     spread: bool,
-    tuned: bool,
 ) -> Tensor:
     """query [tiles, TILE, K, G, D], keys and values [tiles, TILE, K, D] -> [N', Q, D].
 
     Split into tiles so that the compiler can tell that lengths are multiples of TILE: kernels then check no bounds.
     Heads are moved only in here: what a compiled function takes and gives is dense, so that no gradient is copied to
-    be dense. tuned: with `_hopper_options`.
+    be dense.
     """
     from torch.nn.attention import flex_attention as module
 
@@ -177,8 +174,6 @@ def _flex(
         torch.cat(pair).flatten(0, 1).transpose(0, 1).contiguous()[None]
         for pair in ((context_k, block_k), (context_v, block_v))
     )
-    # Its kernel for short queries does not take this mask, and a batch of a few blocks is short.
-    options: Any = {"FORCE_USE_FLEX_ATTENTION": True, **(_hopper_options() if tuned else {})}
     rows = query.flatten(0, 1)
     out: Tensor = module.flex_attention(
         rows.permute(2, 1, 0, 3) if spread else rows.flatten(1, 2).transpose(0, 1)[None],
@@ -186,21 +181,13 @@ def _flex(
         values,
         block_mask=mask,
         enable_gqa=not spread,
-        kernel_options=options,
+        # Its kernel for short queries does not take this mask, and a batch of a few blocks is short.
+        kernel_options={"FORCE_USE_FLEX_ATTENTION": True},
     )
     return (out.permute(2, 1, 0, 3) if spread else out.permute(2, 0, 1, 3)).flatten(1, 2)
 
 
-def _hopper_options() -> dict[str, Any]:
-    """flex_attention's kernel options for heads of 128 in 16 bits on compute capability 9.0, over torch's own choice.
-
-    fwd_ and bwd_ before BLOCK_M, BLOCK_N, num_warps, num_stages, … say for which kernel. They are written out inside
-    a function because the compiler takes numbers from anywhere else for variables.
-    """
-    return {}
-
-
-def _filled(size: int) -> int:
+def in_whole_tiles(size: int) -> int:
     """`size` rows in whole tiles; two at least, because compilers take a length of one tile for a special case."""
     return max(2, -(-size // TILE)) * TILE
 
@@ -219,7 +206,7 @@ def block_mask(layout: BlockLayout, window: int, device: torch.device, copies: i
     """
     from torch.nn.attention.flex_attention import BlockMask
 
-    rows, context = _filled(len(layout.anchors) * layout.block_size), _filled(layout.num_context)
+    rows, context = in_whole_tiles(len(layout.anchors) * layout.block_size), in_whole_tiles(layout.num_context)
     partial, full = tiles(layout, window)
 
     def of_rows(values: NDArray[Any], fill: int) -> NDArray[np.int32]:
@@ -253,9 +240,9 @@ def block_mask(layout: BlockLayout, window: int, device: torch.device, copies: i
 
 def tiles(layout: BlockLayout, window: int) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
     """Tiles a kernel must visit with the mask, and tiles it may take whole: bool [N' / TILE, (T' + N') / TILE] each."""
-    b, context = layout.block_size, _filled(layout.num_context)
+    b, context = layout.block_size, in_whole_tiles(layout.num_context)
     num_rows = len(layout.anchors) * b
-    num_tiles = _filled(num_rows) // TILE
+    num_tiles = in_whole_tiles(num_rows) // TILE
     # Rows in units that never straddle a block nor a tile, so that one range of keys holds for each.
     unit = math.gcd(b, TILE)
     block = np.arange(num_rows // unit) * unit // b

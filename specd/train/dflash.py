@@ -23,7 +23,7 @@ from specd.config import AttentionKind, DFlashConfig
 from specd.errors import ConfigError
 from specd.packing import Batch
 from specd.protocol import TargetContract
-from specd.train.block_attention import TILE, BlockLayout, block_attention, to_device, uses_flex
+from specd.train.block_attention import TILE, BlockLayout, block_attention, in_whole_tiles, to_device, uses_flex
 from specd.train.dflash_model import Attend, DFlashDraft, draft_shape
 from specd.train.export import save_draft
 from specd.train.frozen_head import head_loss
@@ -261,7 +261,7 @@ class DFlash:
         A resumed run begins with another batch than the run it goes on with, and has to round alike. dtype: of taps.
         """
         shape, size = self.draft.shape, COMPILED_TOKENS
-        if -(-size // TILE) == -(-self.config.num_anchors * shape.block_size // TILE):
+        if in_whole_tiles(size) == in_whole_tiles(self.config.num_anchors * shape.block_size):
             size += TILE  # sizes that are equal at first are taken to be equal always
         batch = Batch(
             tokens=np.zeros(size, np.int32),
