@@ -59,15 +59,14 @@ class Control:
         ring = settings.ring
         self._ring = Ring(ring.slots, ring.max_sessions, ring.lease_ttl_s, self._clock)
         self._started: channel.Started | None = None
-        self._draining = False
-        self._stopping = False
-        self._served = False
+        self._draining = self._stopping = self._served = False
         self.counters = Counters(COUNTERS)
         self._front = context.socket(zmq.ROUTER)
         self._front.set(zmq.ROUTER_MANDATORY, 1)
         self._front.set(zmq.SNDHWM, 1000)
         self._front.set(zmq.RCVHWM, 1000)
         self._front.set(zmq.MAXMSGSIZE, wire.MAX_MESSAGE_BYTES)
+        self._front.set(zmq.LINGER, 500)  # before bind, as the supervisor's pipes
         self._front.set(zmq.HEARTBEAT_IVL, 5000)
         self._front.set(zmq.HEARTBEAT_TIMEOUT, 20000)
         self._poller = zmq.Poller()
@@ -142,7 +141,7 @@ class Control:
             self._end(session.key, "the daemon ended", tell=True)
         self._sessions.reset()
         self._supervisor.stop()
-        self._front.close(linger=500)
+        self._front.close()
 
     # Trainers
 

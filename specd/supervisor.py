@@ -106,6 +106,9 @@ class Supervisor:
         for socket, endpoint in ((self._to, inbox), (self._from, outbox)):
             socket.set(zmq.SNDHWM, 0)
             socket.set(zmq.RCVHWM, 0)
+            # Before bind: libzmq ends the connection of a peer that died with the linger of that moment, and with the
+            # default one it may wait for ever.
+            socket.set(zmq.LINGER, 0)
             socket.bind(endpoint)
         self._handle = self._launch(
             WorkerConfig(daemon=self._settings, epoch=self.epoch, inbox=inbox, outbox=outbox, serving=self._serving)
@@ -189,7 +192,7 @@ class Supervisor:
             if socket is not None:
                 if self._poller is not None and socket is self._from:
                     self._poller.unregister(socket)
-                socket.close(linger=0)
+                socket.close()
         self._handle = self._to = self._from = None
         self._up = False
         arena.remove(self.epoch.hex())

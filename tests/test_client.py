@@ -223,3 +223,19 @@ def test_draining_serves_what_is_outstanding_and_refuses_the_rest() -> None:
     assert not thread.is_alive()
     control.close()
     context.destroy(linger=0)
+
+
+def test_no_socket_is_bound_with_the_endless_linger(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A peer that dies while its socket is closed would keep the daemon from ending."""
+    bound = []
+    bind = zmq.Socket.bind
+
+    def note(self: zmq.Socket[bytes], address: str) -> object:
+        bound.append((address, self.get(zmq.LINGER)))
+        return bind(self, address)
+
+    monkeypatch.setattr(zmq.Socket, "bind", note)
+    with embedded(daemon_config()):
+        pass
+    assert len(bound) == 3, "for trainers, to the worker, and from it"
+    assert [address for address, linger in bound if not 0 <= linger <= 1000] == []  # type: ignore[operator]
