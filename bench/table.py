@@ -6,8 +6,8 @@ import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from specd import units
 from specd.bench.result import Auto, Result, Row, Slowdown
-from specd.bench.transport import human
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -45,9 +45,7 @@ def render(result: Result) -> Iterator[RenderableType]:
 
 def duration(us: float | None) -> str:
     """`46 µs`, `2.31 ms`, `–`."""
-    if us is None:
-        return "–"
-    return f"{us / 1e3:.2f} ms" if us >= 1000 else f"{us:.1f} µs" if us < 10 else f"{us:.0f} µs"
+    return "–" if us is None else units.duration(us / 1e6)
 
 
 def rate(value: float | None) -> str:
@@ -64,7 +62,7 @@ def ratio(value: float | None) -> str:
 
 def size(row: Row) -> str:
     """The shape a row stands for, or else its size."""
-    return row.shape.removesuffix(" tokens") or human(row.size_bytes)
+    return row.shape.removesuffix(" tokens") or units.size(row.size_bytes)
 
 
 def _rows(auto: Auto, rows: Sequence[Row]) -> Table:
@@ -119,7 +117,7 @@ def _slowdowns(slowdowns: Sequence[Slowdown]) -> Table:
         table.add_column(column, justify="right")
     for found in slowdowns:
         table.add_row(
-            f"{found.transport}, {human(found.size_bytes)}, on the {found.side}'s GPU",
+            f"{found.transport}, {units.size(found.size_bytes)}, on the {found.side}'s GPU",
             f"{found.alone_tflop_per_s:.0f}",
             f"{found.during_tflop_per_s:.0f}",
             f"{found.slowdown:.1%}",

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any, Final, Literal
 
+from specd import units
 from specd.bench import lanes, load, timing
 from specd.bench.lanes import MIB, Lane, Patterns, Placement, Served
 from specd.bench.machine import machine
@@ -181,9 +182,9 @@ class _Bench:
         with lanes.wire(served, lane, secrets.token_bytes(8)) as wire:
             raw = None if lane.borrow else shelf.for_transport(lane.transport, traits.memory)
             for index, (size, shape) in enumerate(plan):
-                what = f"{lane.title}, {shape or human(size)}"
+                what = f"{lane.title}, {shape or units.size(size)}"
                 if size > served.slot_bytes:
-                    self.skipped[what] = f"the ring's memory ends at slots of {human(served.slot_bytes)}"
+                    self.skipped[what] = f"the ring's memory ends at slots of {units.size(served.slot_bytes)}"
                 elif not self._budget.left:
                     self.skipped[what] = f"the time was up (--budget-s {self._budget.seconds:g})"
                 else:
@@ -300,7 +301,7 @@ class _Bench:
             best = max(large / wire.one(large) / 1e9 for _ in range(TIMED_TRIES))
             if best >= floor:
                 return None
-            return f"it moves {human(large)} at {best:.2f} GB/s, and auto takes it from {floor:g} GB/s on"
+            return f"it moves {units.size(large)} at {best:.2f} GB/s, and auto takes it from {floor:g} GB/s on"
 
     def _close(self) -> None:
         """End every host that was started."""
@@ -308,14 +309,6 @@ class _Bench:
             if not future.cancel() and future.exception() is None:
                 with contextlib.suppress(TransportError):  # it may be gone
                     future.result().close()
-
-
-def human(nbytes: int) -> str:
-    """`64 MiB`, `62.9 MB`: binary units where they come out even."""
-    for unit, factor in (("GiB", 1 << 30), ("MiB", MIB), ("KiB", 1 << 10)):
-        if nbytes >= factor and nbytes % factor == 0:
-            return f"{nbytes // factor} {unit}"
-    return f"{nbytes / 1e6:.1f} MB" if nbytes >= 1e6 else f"{nbytes} B"
 
 
 def _sides(lane: Lane) -> tuple[Literal["daemon", "trainer"], ...]:

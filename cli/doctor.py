@@ -15,8 +15,7 @@ from typing import Annotated, Any, Literal, get_args, get_type_hints
 import msgspec
 import typer
 
-from specd import __version__, transport
-from specd.cli.start import human
+from specd import __version__, transport, units
 from specd.config import Preset, TargetConfig, cache_dir, preset, presets, runtime_dir
 from specd.errors import SpecdError, TransportError
 
@@ -170,7 +169,7 @@ def _move_between_gpus(name: str, found: type[transport.Transport]) -> str:
 
 def _worked(found: type[transport.Transport], where: str) -> str:
     scope = {"process": "inside one process", "host": "inside one host", "anywhere": "anywhere"}[found.traits.scope]
-    return f"moved {human(PROBE_BYTES)}{where}, verified; reaches {scope}"
+    return f"moved {units.size(PROBE_BYTES)}{where}, verified; reaches {scope}"
 
 
 def backends() -> list[str]:
@@ -219,11 +218,11 @@ def _show(facts: dict[str, Any], findings: list[Finding]) -> None:
     table.add_column(overflow="fold")
     table.add_row("specd", f"{facts['specd']}, Python {facts['python']}, {facts['system']}")
     table.add_row("packages", ", ".join(f"{name} {version or '–'}" for name, version in facts["packages"].items()))
-    gpus = ", ".join(f"{gpu['name']} ({human(gpu['bytes'])})" for gpu in facts["gpus"])
-    table.add_row("devices", f"{facts['cpus']} CPUs, {human(facts['memory_bytes'])}; {gpus or 'no GPU'}")
+    gpus = ", ".join(f"{gpu['name']} ({units.size(gpu['bytes'])})" for gpu in facts["gpus"])
+    table.add_row("devices", f"{facts['cpus']} CPUs, {units.size(facts['memory_bytes'])}; {gpus or 'no GPU'}")
     if facts["gpus"]:
         table.add_row("CUDA", f"{facts['cuda']}, NCCL {facts['nccl']}")
-    table.add_row("/dev/shm", f"{human(facts['shm_free_bytes'])} free of {human(facts['shm_bytes'])}")
+    table.add_row("/dev/shm", f"{units.size(facts['shm_free_bytes'])} free of {units.size(facts['shm_bytes'])}")
     table.add_row("sockets", facts["runtime_dir"])
     table.add_row("cache", facts["cache_dir"])
     console.print(table)

@@ -15,6 +15,7 @@ from typing import IO, TYPE_CHECKING, Annotated, Any
 import msgspec
 import typer
 
+from specd import units
 from specd.config import DaemonConfig, convert, load_yaml, merge, overrides, preset, runtime_dir
 from specd.errors import ConfigError, DaemonError
 
@@ -202,10 +203,12 @@ def ready_line(report: StatusReport) -> str:
         )
     if (ring := report.ring) is not None:
         nbytes = ring.num_slots * ring.slot_bytes
-        parts.append(f"ring {ring.num_slots} slots × {ring.slot_tokens} tokens = {nbytes:,} bytes ({human(nbytes)})")
+        parts.append(
+            f"ring {ring.num_slots} slots × {ring.slot_tokens} tokens = {nbytes:,} bytes ({units.size(nbytes)})"
+        )
     if report.transports:
         parts.append(f"serves {', '.join(report.transports)}")
-    parts.append(f"host memory {human(resident_bytes({report.pid, report.worker_pid}))}")
+    parts.append(f"host memory {units.size(resident_bytes({report.pid, report.worker_pid}))}")
     return " · ".join(parts)
 
 
@@ -220,12 +223,3 @@ def resident_bytes(pids: set[int]) -> int:
         if found := re.search(r"^VmRSS:\s+(\d+) kB", text, re.MULTILINE):
             total += int(found[1]) * 1024
     return total
-
-
-def human(nbytes: float) -> str:
-    """Bytes for people: 1.5 GiB, 252.0 MiB, 17 B."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if abs(nbytes) < 1024:
-            return f"{nbytes:.0f} B" if unit == "B" else f"{nbytes:.1f} {unit}"
-        nbytes /= 1024
-    return f"{nbytes:.1f} TiB"

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import msgspec
 import typer
 
-from specd.cli.start import human
+from specd import units
 
 if TYPE_CHECKING:
     from specd.protocol import StatusReport
@@ -56,7 +56,7 @@ def _show(report: StatusReport) -> None:
         facts.add_row("target", f"{contract.model} ({contract.model_type}), {shape}, {contract.dtype}")
         facts.add_row("", f"fingerprint {contract.fingerprint}")
     if (ring := report.ring) is not None:
-        size = human(ring.num_slots * ring.slot_bytes)
+        size = units.size(ring.num_slots * ring.slot_bytes)
         facts.add_row("ring", f"{ring.num_slots} slots × {ring.slot_tokens:,} tokens, {size}")
     facts.add_row("slots", ", ".join(f"{count} {state}" for state, count in report.slots.items()) or "–")
     facts.add_row("queued", str(report.queued))
@@ -77,7 +77,7 @@ def _show(report: StatusReport) -> None:
             str(session.outstanding),
             str(session.leases),
             f"{session.batches:,}",
-            human(session.nbytes),
+            units.size(session.nbytes),
             f"{session.age_s:.0f} s",
         )
     console.print(sessions)

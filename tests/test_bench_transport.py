@@ -132,19 +132,6 @@ def test_a_chart_that_cannot_be_written_is_refused_before_measuring(capsys: pyte
     assert "expected a file that ends in .png or .html" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("us", "text"), [(None, "–"), (4.04, "4.0 µs"), (46.4, "46 µs"), (2310, "2.31 ms")])
-def test_durations_are_readable(us: float | None, text: str) -> None:
-    assert table.duration(us) == text
-
-
 @pytest.mark.parametrize(("value", "text"), [(None, "–"), (394.6, "395"), (54.31, "54.3"), (1.234, "1.23")])
 def test_rates_are_readable(value: float | None, text: str) -> None:
     assert table.rate(value) == text
-
-
-@pytest.mark.parametrize(
-    ("nbytes", "text"),
-    [(17, "17 B"), (4096, "4 KiB"), (1 << 30, "1 GiB"), (62_914_560, "60 MiB"), (1_500_001, "1.5 MB")],
-)
-def test_sizes_are_readable(nbytes: int, text: str) -> None:
-    assert bench.human(nbytes) == text

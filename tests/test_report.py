@@ -23,7 +23,7 @@ from specd.errors import CheckpointError, ConfigError
 from specd.train import figures
 from specd.train.decode import Evaluation, PromptResult
 from specd.train.display import Display, Scalars, sparkline
-from specd.train.figures import duration, running_mean
+from specd.train.figures import running_mean
 from specd.train.journal import Journal, StepRecord, TrainedBatch, bound, read
 from specd.train.report import (
     EVALS,
@@ -218,15 +218,6 @@ def axes(monkeypatch: pytest.MonkeyPatch) -> Axes:
 
     monkeypatch.setattr(figures, "_svg", draw_on)
     return drawn
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [(0, "0.0 ms"), (0.0075, "7.5 ms"), (0.0801, "80 ms"), (0.9994, "999 ms"), (0.9996, "1.0 s"), (59.2, "59.2 s"),
-     (80, "1 min 20 s"), (11100, "3 h 05 min")],
-)  # fmt: skip
-def test_durations_for_people(seconds: float, text: str) -> None:
-    assert duration(seconds) == text
 
 
 def test_time_per_sample_of_short_steps_is_in_ms() -> None:

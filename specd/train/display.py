@@ -19,6 +19,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from specd import units
 from specd.errors import missing_extra
 from specd.train.journal import StepRecord, bound
 
@@ -116,7 +117,7 @@ class Display:
             (_number(self._accuracy(), ".1%"), "bold"), ("   of next tokens, given true context", "dim")
         )
         rows.add_row("teacher-forced", accuracy)
-        pace = f"{self._tokens_per_s():,.0f} tokens/s   {self._step_s():.2f} s a step"
+        pace = f"{self._tokens_per_s():,.0f} tokens/s   {units.duration(self._step_s())} a step"
         rows.add_row("speed", f"{pace}   lr {last.lr:.2e}   epoch {last.epoch + 1}")
         rows.add_row("ring", _bar(last.busy_slots, last.num_slots, f"{last.busy_slots} / {last.num_slots} slots busy"))
         rows.add_row("time", self._split())
@@ -161,9 +162,7 @@ class Display:
     def _left(self) -> str:
         if not self._recent:
             return "?"
-        seconds = round(self._step_s() * (self.steps - self._recent[-1].step))
-        hours, minutes = divmod(seconds // 60, 60)
-        return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {seconds % 60:02d} s"
+        return units.duration(self._step_s() * (self.steps - self._recent[-1].step))
 
 
 def sparkline(values: Sequence[float], width: int) -> str:

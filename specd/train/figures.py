@@ -7,6 +7,7 @@ import itertools
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from specd import units
 from specd.errors import missing_extra
 from specd.train.journal import StepRecord
 
@@ -122,7 +123,7 @@ def time_split(records: Sequence[StepRecord]) -> str:
         if top > 1.5 * usual > 0:  # one step that compiles would flatten all the rest
             slowest, step = max((sum(parts), step) for *parts, step in zip(*raw, steps, strict=True))
             top = usual
-            _beyond(axes, f"{duration(slowest)} at step {step}", 0.88)
+            _beyond(axes, f"{units.duration(slowest)} at step {step}", 0.88)
         scale, unit = (1e3, "ms") if top < 1 else (1.0, "s")
         axes.stackplot(
             steps,
@@ -145,15 +146,6 @@ def running_mean(values: Sequence[float]) -> list[float]:
     sums = [0.0, *itertools.accumulate(values)]
     spans = [(max(0, i - half), min(len(values), i + half + 1)) for i in range(len(values))]
     return [(sums[end] - sums[begin]) / (end - begin) for begin, end in spans]
-
-
-def duration(seconds: float) -> str:
-    """A time for people: 7.5 ms, 250 ms, 2.0 s, 1 min 20 s, 3 h 05 min."""
-    if (ms := 1e3 * seconds) < 999.5:
-        return f"{ms:.1f} ms" if ms < 10 else f"{ms:.0f} ms"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s" if minutes else f"{seconds:.1f} s"
 
 
 def _usual(values: Sequence[float]) -> float:

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from specd import __version__
+from specd import __version__, units
 from specd.errors import CheckpointError
 from specd.page import document
 from specd.train import figures
@@ -176,9 +176,9 @@ def key_figures(records: Sequence[StepRecord], evals: Mapping[str, EvalFacts]) -
     tiles.append((f"{last:.2f}", "loss", f"{first:.2f} at the start"))
     first, last = _ends([record.teacher_forced_accuracy for record in records])
     tiles.append((f"{last:.0%}", "teacher-forced accuracy", f"{first:.0%} at the start"))
-    tiles.append((f"{tokens / wall:,.0f}", "tokens per second", f"{tokens:,} tokens in {figures.duration(wall)}"))
+    tiles.append((f"{tokens / wall:,.0f}", "tokens per second", f"{tokens:,} tokens in {units.duration(wall)}"))
     samples = sum(len(batch.samples) for record in records for batch in record.batches)
-    each = figures.duration(wall / samples)
+    each = units.duration(wall / samples)
     tiles.append((each, "time per sample", f"{samples:,} samples in {len(records):,} steps"))
     return tiles
 
@@ -213,7 +213,7 @@ def _time_caption(records: Sequence[StepRecord]) -> str:
 def _subtitle(facts: RunFacts, records: Sequence[StepRecord]) -> str:
     wall = sum(record.step_s for record in records)
     again = sum(record.resubmitted for record in records)
-    parts = [f"{len(records):,} optimizer steps in {figures.duration(wall)}", f"started {facts.started}"]
+    parts = [f"{len(records):,} optimizer steps in {units.duration(wall)}", f"started {facts.started}"]
     parts.append(_time_caption(records).split(":")[0])
     if (ratio := step_over_bound(records, len(facts.transports))) is not None:
         parts.append(f"step over bound {ratio:.2f}")

@@ -1,0 +1,24 @@
+"""Sizes and times as people read them."""
+
+from __future__ import annotations
+
+
+def size(nbytes: float) -> str:
+    """17 B, 640 KiB, 1.5 GiB: binary units, one decimal unless it comes out even."""
+    units = ("B", "KiB", "MiB", "GiB", "TiB")
+    power = 0
+    while abs(nbytes) >= 1024 and power < len(units) - 1:
+        nbytes /= 1024
+        power += 1
+    return f"{nbytes:.1f}".removesuffix(".0") + f" {units[power]}"
+
+
+def duration(seconds: float) -> str:
+    """46 µs, 7.5 ms, 250 ms, 2.0 s, 1 min 20 s, 3 h 05 min: three figures below a second."""
+    if (us := 1e6 * seconds) < 999.5:
+        return f"{us:.3g} µs"
+    if (ms := 1e3 * seconds) < 999.5:
+        return f"{ms:.3g} ms"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s" if minutes else f"{seconds:.1f} s"
