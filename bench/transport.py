@@ -7,7 +7,6 @@ raw copies of the same kind (`specd.bench.raw`), first one at a time, then back 
 from __future__ import annotations
 
 import contextlib
-import os
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -22,10 +21,10 @@ from specd.bench.result import Auto, Result, Row, Slowdown
 from specd.capture import CaptureSpec
 from specd.errors import TransportError
 from specd.packing import slot_bytes
+from specd.serving import RDMA_DEVICES, candidates
 from specd.session import LEAST_TIMED_BYTES, PROBE_BYTES, TIMED_BYTES, TIMED_TRIES
 from specd.transport import DEVICE_ORDER, HOST_ORDER, Traits, choose, names
 from specd.transport import load as load_transport
-from specd.worker import RDMA_DEVICES
 
 SIZES: Final = (4096, 64 << 10, MIB, 16 * MIB, 64 * MIB, 256 * MIB)
 LARGEST: Final = 1 << 30
@@ -286,7 +285,7 @@ class _Bench:
             except TransportError as error:
                 self._hosts[key].set_exception(error)
         served = self._hosts[key].result()
-        if name == "nixl" and placement.daemon != "cpu" and not _rdma():
+        if name == "nixl" and placement.daemon != "cpu" and name not in candidates(placement.daemon):
             return f"a daemon serves it only where there is an RDMA device, and {RDMA_DEVICES} has none"
         floor, small = served.transport.traits.floor_gb_s, min(PROBE_BYTES, served.slot_bytes)
         large = min(TIMED_BYTES, served.slot_bytes)
@@ -316,10 +315,6 @@ def _sides(lane: Lane) -> tuple[Literal["daemon", "trainer"], ...]:
     if _on_cpu(lane.placement) or lane.transport not in load.LOADED or lane.borrow:
         return ()
     return ("daemon", "trainer") if lane.placement.trainer != lane.placement.daemon else ("daemon",)
-
-
-def _rdma() -> bool:
-    return os.path.isdir(RDMA_DEVICES) and bool(os.listdir(RDMA_DEVICES))
 
 
 def _on_cpu(placement: Placement) -> bool:

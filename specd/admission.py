@@ -93,8 +93,13 @@ def admit_probe(message: wire.Probe, session: bytes, ring: RingInfo) -> Request:
     return Request(message, identity, Layout(tensors=(), nbytes=message.nbytes))
 
 
-def check_fetch(message: wire.Fetch, contract: TargetContract) -> None:
-    """Raise ProtocolError unless the artifact exists and has those bytes."""
+def check_fetch(message: wire.Fetch, contract: TargetContract, under_way: int) -> None:
+    """Raise ProtocolError unless the artifact exists and has those bytes.
+
+    under_way: how many reads of the same session are not answered yet; MAX_FETCHES at most.
+    """
+    if under_way >= wire.MAX_FETCHES:
+        raise ProtocolError(f"{under_way} artifact reads are under way already: wait for their answers")
     artifact = contract.artifacts.get(message.name)
     if artifact is None:
         raise ProtocolError(f"the target has no artifact {message.name!r}")

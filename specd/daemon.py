@@ -63,7 +63,7 @@ class Control:
         self.counters = Counters(COUNTERS)
         self._front = context.socket(zmq.ROUTER)
         self._front.set(zmq.ROUTER_MANDATORY, 1)
-        self._front.set(zmq.SNDHWM, 1000)
+        self._front.set(zmq.SNDHWM, 256)  # of up to 1 MiB each, for a trainer that does not read
         self._front.set(zmq.RCVHWM, 1000)
         self._front.set(zmq.MAXMSGSIZE, wire.MAX_MESSAGE_BYTES)
         self._front.set(zmq.LINGER, 500)  # before bind, as the supervisor's pipes
@@ -81,8 +81,7 @@ class Control:
         except zmq.ZMQError as error:
             self._front.close(linger=0)
             raise DaemonError(f"cannot listen on {endpoint}: {error.strerror or error}") from None
-        bound = self._front.get(zmq.LAST_ENDPOINT)
-        return bound.decode() if isinstance(bound, bytes) else str(bound)
+        return self._front.get_string(zmq.LAST_ENDPOINT)
 
     # The loop
 
@@ -167,7 +166,7 @@ class Control:
                 self._send(key, self.status())
                 return
             case wire.Hello():
-                self._greet(key, message, peer_pid(frame))
+                self._send(key, self._greet(key, message, peer_pid(frame)))
                 return
         session = self._sessions.get(key)
         if session is None or message.epoch != self._epoch:
@@ -197,34 +196,27 @@ class Control:
             case _:
                 raise ProtocolError(f"a daemon does not take {type(message).__name__}: it only sends it")
 
-    def _greet(self, key: bytes, hello: wire.Hello, peer: int) -> None:
+    def _greet(self, key: bytes, hello: wire.Hello, peer: int) -> wire.Welcome | wire.Reject:
         """Open a session, or say why not. peer: the sender's process, if the kernel told."""
         if key in self._sessions:
             self._end(key, "")
         started = self._started
         if started is None or self._draining:
             state = "draining" if self._draining else "starting its worker"
-            self._send(key, wire.Reject(epoch=self._epoch, reason=f"the daemon is {state}", retry_ms=RETRY_MS))
-            return
-        reason = check_hello(hello, started.contract)
-        if reason is not None:
-            self._send(key, wire.Reject(epoch=self._epoch, reason=reason))
-            return
+            return wire.Reject(epoch=self._epoch, reason=f"the daemon is {state}", retry_ms=RETRY_MS)
+        if (reason := check_hello(hello, started.contract)) is not None:
+            return wire.Reject(epoch=self._epoch, reason=reason)
         session = self._sessions.open(key, hello, peer, self._clock())
         if isinstance(session, str):
-            self._send(key, wire.Reject(epoch=self._epoch, reason=session, retry_ms=RETRY_MS))
-            return
-        self._send(
-            key,
-            wire.Welcome(
-                epoch=self._epoch,
-                contract=started.contract,
-                ring=started.ring,
-                credits=session.credits,
-                slots=1 + self._ring.pool,
-                lease_ttl_ms=round(self._settings.ring.lease_ttl_s * 1000),
-                transports=started.transports,
-            ),
+            return wire.Reject(epoch=self._epoch, reason=session, retry_ms=RETRY_MS)
+        return wire.Welcome(
+            epoch=self._epoch,
+            contract=started.contract,
+            ring=started.ring,
+            credits=session.credits,
+            slots=1 + self._ring.pool,
+            lease_ttl_ms=round(self._settings.ring.lease_ttl_s * 1000),
+            transports=started.transports,
         )
 
     def _end(self, key: bytes, reason: str, *, expired: bool = False, tell: bool = False) -> None:
@@ -284,10 +276,12 @@ class Control:
         if session is None:  # it was lost while its other leases were announced
             return
         layout = session.requests[lease.seq].layout
-        session.batches += 1
-        session.nbytes += layout.nbytes
-        self.counters.add("batches")
-        self.counters.add("bytes", layout.nbytes)
+        if layout.tensors:  # a probe is no batch
+            session.batches += 1
+            session.nbytes += layout.nbytes
+            self.counters.add("batches")
+            self.counters.add("bytes", layout.nbytes)
+            self._supervisor.productive()
         self._send(
             lease.holder,
             wire.Ready(
@@ -322,12 +316,12 @@ class Control:
             reason = f"the daemon does not serve it (it serves {', '.join(self._started.transports)})"
             self._send(session.key, wire.Refuse(epoch=self._epoch, transport=message.transport, reason=reason))
             return
-        session.transport = message.transport
         self._supervisor.send(channel.Accept(session=session.key, transport=message.transport, hello=message.hello))
 
     def _fetch(self, session: Session, message: wire.Fetch) -> None:
         assert self._started is not None
-        check_fetch(message, self._started.contract)
+        check_fetch(message, self._started.contract, session.fetches)
+        session.fetches += 1
         self._supervisor.send(
             channel.ReadArtifact(session=session.key, name=message.name, offset=message.offset, length=message.length)
         )
@@ -351,7 +345,6 @@ class Control:
             case channel.StartFailed():
                 self._supervisor.failed(note.reason)
             case channel.Filled():
-                self._supervisor.productive()
                 for lease in self._ring.filled(note.slot, note.generation):
                     self._announce(lease, note.target_us)
             case channel.FillFailed():
@@ -360,11 +353,15 @@ class Control:
                         session.requests.pop(lease.seq, None)
                     self._fail(lease.holder, lease.seq, lease.batch_id, note.reason, retry=False)
             case channel.Accepted():
+                if (session := self._sessions.get(note.session)) is not None:
+                    session.transport = note.transport
                 self._send(note.session, wire.Offer(epoch=self._epoch, transport=note.transport, offer=note.offer))
             case channel.Refused():
                 reason = note.reason[: wire.MAX_REASON_CHARS]
                 self._send(note.session, wire.Refuse(epoch=self._epoch, transport=note.transport, reason=reason))
             case channel.ArtifactBytes():
+                if (session := self._sessions.get(note.session)) is not None:
+                    session.fetches -= 1
                 data = wire.Artifact(epoch=self._epoch, name=note.name, offset=note.offset, data=note.data)
                 self._send(note.session, data)
 

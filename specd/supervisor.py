@@ -53,6 +53,9 @@ class Handle(Protocol):
         """Whether it ended within `timeout_s`."""
         ...
 
+    def close(self) -> None:
+        """Give `fd` up."""
+
 
 Launch = Callable[[WorkerConfig], Handle]
 
@@ -96,11 +99,21 @@ class Supervisor:
         return self._due
 
     def tend(self, poller: zmq.Poller) -> None:
-        """Start a worker if one is due, and have its pipe and its death polled."""
+        """Start a worker if one is due, and have its pipe and its death polled.
+
+        Raises DaemonError as `restart` does.
+        """
         if self._due is None or self._due > time.monotonic():
             return
         self._due = None
         self.epoch = secrets.token_bytes(EPOCH_BYTES)
+        self._poller = poller
+        try:
+            self._start(poller)
+        except (OSError, zmq.ZMQError) as error:  # no memory for a process, say: it may be there later
+            self.restart(f"it could not be launched: {error}")
+
+    def _start(self, poller: zmq.Poller) -> None:
         inbox, outbox = (f"{self._pipes}.{self.epoch.hex()[:8]}.{end}" for end in ("in", "out"))
         self._to, self._from = self._context.socket(zmq.PUSH), self._context.socket(zmq.PULL)
         for socket, endpoint in ((self._to, inbox), (self._from, outbox)):
@@ -113,7 +126,6 @@ class Supervisor:
         self._handle = self._launch(
             WorkerConfig(daemon=self._settings, epoch=self.epoch, inbox=inbox, outbox=outbox, serving=self._serving)
         )
-        self._poller = poller
         poller.register(self._from, zmq.POLLIN)
         poller.register(self._handle.fd, zmq.POLLIN)
 
@@ -177,20 +189,21 @@ class Supervisor:
             if not self._up:
                 handle.kill()  # it may load for minutes
             if not handle.wait(STOP_S):
-                log.warning("the worker did not stop within %.0f s: it is killed", STOP_S)
+                log.warning("the worker did not stop within %.0f s", STOP_S)
                 handle.kill()
                 handle.wait(STOP_S)
         self._clear()
 
     def _clear(self) -> None:
         """Forget the worker and take away what it left."""
+        if self._poller is None:  # none was ever started
+            return
         if self._handle is not None:
-            if self._poller is not None:
-                self._poller.unregister(self._handle.fd)
-            os.close(self._handle.fd)
+            self._poller.unregister(self._handle.fd)
+            self._handle.close()
         for socket in (self._to, self._from):
             if socket is not None:
-                if self._poller is not None and socket is self._from:
+                if socket in self._poller:
                     self._poller.unregister(socket)
                 socket.close()
         self._handle = self._to = self._from = None
@@ -226,6 +239,9 @@ class ProcessHandle:
             return False
         return True
 
+    def close(self) -> None:
+        os.close(self.fd)
+
 
 class ThreadHandle:
     """A worker thread of this process. It cannot be killed."""
@@ -253,8 +269,13 @@ class ThreadHandle:
         return self._reason
 
     def kill(self) -> None:
-        """A thread cannot be killed: it ends when it hears Stop."""
+        """A thread cannot be killed: it ends when it hears Stop, or cannot start."""
 
     def wait(self, timeout_s: float) -> bool:
         self._thread.join(timeout_s)
         return not self._thread.is_alive()
+
+    def close(self) -> None:
+        """The thread writes to `fd` when it ends: one that goes on keeps it."""
+        if not self._thread.is_alive():
+            os.close(self.fd)

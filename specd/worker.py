@@ -1,8 +1,8 @@
 """The worker: owns the target, the ring's memory and the transports' serving sides.
 
-Three threads. The service thread talks with control and with the transports; the target thread loads the target and
-launches forwards; the announcer thread waits for those that run on a device, and copies their slots to the host while
-a trainer reads there. A slot is announced only when its bytes are in place.
+Three threads. The service thread talks with control and with the transports, and fills the slots of probes; the target
+thread loads the target and launches forwards; the announcer thread waits for those that run on a device, and copies
+their slots to the host while a trainer reads there. A slot is announced only when its bytes are in place.
 """
 
 from __future__ import annotations
@@ -30,19 +30,21 @@ from specd.device import DeviceArena
 from specd.errors import SpecdError, TransportError
 from specd.packing import slot_bytes
 from specd.protocol import RingInfo, TargetContract
+from specd.serving import open_ring
 from specd.targets import load_target
 from specd.targets.base import Completion, Fill, Target
-from specd.transport import DEVICE_ORDER, HOST_ORDER, Server, ServerContext, Transport, load, pattern
+from specd.transport import Server, ServerContext, pattern
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
 log = logging.getLogger(__name__)
 
-Announce = Callable[[zmq.Socket[bytes]], None]
-Task = channel.FillSlot | channel.FillNoise
+Announce = Callable[[zmq.Socket[bytes], float], None]
+"""Tells control of the slots of one forward, over this pipe; the forward took so many seconds."""
 
-RDMA_DEVICES = "/sys/class/infiniband"
+CRASH_S = 5.0
+"""How long a worker whose target failed waits for that to end."""
 
 
 class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -65,13 +67,14 @@ class Worker:
         self._target: Target | None = None
         self._arena: HostArena | DeviceArena | None = None
         self._servers: dict[str, Server] = {}
-        self._host_side: set[str] = set()  # what is served from the host, of a ring on a device
-        self._tasks: queue.SimpleQueue[Task | None] = queue.SimpleQueue()
-        self._announcements: queue.SimpleQueue[tuple[Completion, Announce] | None] = queue.SimpleQueue()
+        self._on_host: frozenset[str] = frozenset()
+        self._tasks: queue.SimpleQueue[channel.FillSlot | None] = queue.SimpleQueue()
+        self._announcements: queue.SimpleQueue[tuple[Completion, float, Announce] | None] = queue.SimpleQueue()
         self._announcer: threading.Thread | None = None
         self._ahead = threading.Semaphore(1)
         """Forwards that may be launched behind one that runs: what comes meanwhile then shares the next."""
-        self._crashed = os.eventfd(0)
+        self._ended = os.eventfd(0)  # the target thread's: it could not start, or crashed
+        self._failure = ""
 
     def run(self) -> None:
         """Serve until told to stop."""
@@ -85,7 +88,7 @@ class Worker:
         try:
             poller = zmq.Poller()
             poller.register(inbox, zmq.POLLIN)
-            poller.register(self._crashed, zmq.POLLIN)
+            poller.register(self._ended, zmq.POLLIN)
             if parent >= 0:
                 poller.register(parent, zmq.POLLIN)
             while True:
@@ -93,19 +96,23 @@ class Worker:
                 if parent in ready:
                     log.warning("control is gone: the worker ends")
                     self._abandon()
-                if self._crashed in ready:
-                    raise RuntimeError("the target failed")
+                if self._ended in ready:
+                    if self._failure:
+                        raise RuntimeError(self._failure)
+                    break
                 if inbox in ready and not self._serve(channel.decode(inbox.recv()), outbox):
                     break
         finally:
             self._tasks.put(None)
-            thread.join()
+            thread.join(CRASH_S if self._failure and parent >= 0 else None)
+            if thread.is_alive():  # it waits for a device that is gone
+                self._abandon()
             try:
                 self._close()
             finally:
                 for socket in (inbox, outbox):
                     socket.close(linger=1000)
-                for fd in (parent, self._crashed):
+                for fd in (parent, self._ended):
                     if fd >= 0:
                         os.close(fd)
 
@@ -119,8 +126,14 @@ class Worker:
     def _serve(self, note: channel.ToWorker, outbox: zmq.Socket[bytes]) -> bool:
         """Do what control asks, on the service thread; False ends the worker."""
         match note:
-            case channel.FillSlot() | channel.FillNoise():
+            case channel.FillSlot():
                 self._tasks.put(note)
+            case channel.FillNoise():
+                assert self._arena is not None
+                self._arena.begin(note.slot)
+                self._arena.write(note.slot, pattern(note.nonce, note.nbytes))
+                self._arena.seal(note.slot, note.generation, note.nbytes)
+                outbox.send(channel.encode(channel.Filled(slot=note.slot, generation=note.generation, target_us=0)))
             case channel.Publish():
                 try:
                     self._servers[note.transport].publish(note.session, note.ref)
@@ -144,8 +157,11 @@ class Worker:
     def _accept(self, note: channel.Accept) -> channel.Accepted | channel.Refused:
         try:
             # Before the trainer can ask for a slot, all that are in the ring must lie where it reads.
-            self._read_on_host(note.session, note.transport in self._host_side)
+            self._read_on_host(note.session, note.transport in self._on_host)
             offer = self._servers[note.transport].accept(note.session, note.hello)
+            for name, server in self._servers.items():
+                if name != note.transport:  # tried before, and given up
+                    server.drop(note.session)
         except SpecdError as error:
             self._read_on_host(note.session, False)
             return channel.Refused(session=note.session, transport=note.transport, reason=str(error))
@@ -164,15 +180,16 @@ class Worker:
             except (SpecdError, MemoryError) as error:
                 log.debug("worker start failed", exc_info=True)
                 outbox.send(channel.encode(channel.StartFailed(reason=str(error) or repr(error))))
+                os.eventfd_write(self._ended, 1)
                 return
             outbox.send(channel.encode(started))
-            held: Task | None = None
+            held: channel.FillSlot | None = None
             while (first := held or self._tasks.get()) is not None:
                 group, held = self._gather(first)
                 self._fill(group, outbox)
         except BaseException:
             log.exception("the target thread crashed")
-            os.eventfd_write(self._crashed, 1)
+            self._fail("the target failed")
         finally:
             if self._announcer is not None:
                 self._announcements.put(None)
@@ -185,58 +202,21 @@ class Worker:
         self._target = target = load_target(config.target)
         contract = target.contract
         nbytes = slot_bytes(capture_of(config, contract), contract.hidden_size, config.ring.slot_tokens)
-        path = self._open_ring(nbytes)
+        ring = open_ring(config, nbytes, target.device, self._config.epoch, self._config.serving)
+        self._arena, self._servers, self._on_host = ring
         return channel.Started(
             contract=contract,
             ring=RingInfo(num_slots=config.ring.slots, slot_bytes=nbytes, slot_tokens=config.ring.slot_tokens),
             transports=tuple(self._servers),
-            segment=path,
+            segment=ring.arena.path,
             load_s=time.monotonic() - begin,
         )
 
-    def _open_ring(self, nbytes: int) -> str:
-        """Make the ring where the target computes, and serve it; returns the path of its segment, empty if private.
-
-        A transport that was named must work; of those that `auto` stands for, the ones that do not are left out.
-        """
-        assert self._target is not None
-        config, device = self._config.daemon, self._target.device
-        automatic = _candidates(device) if "auto" in config.transports else ()
-        found: dict[str, type[Transport]] = {}
-        for name in dict.fromkeys([*automatic, *(name for name in config.transports if name != "auto")]):
-            try:
-                found[name] = _usable(name, device)
-            except TransportError as error:
-                self._leave_out(name, error)
-        shared = self._config.epoch.hex() if any(one.traits.scope == "host" for one in found.values()) else None
-        arena: HostArena | DeviceArena
-        if device == "cpu":
-            self._arena = arena = HostArena.create(config.ring.slots, nbytes, shared)
-        else:
-            self._host_side = {name for name, one in found.items() if "device" not in one.traits.memory}
-            mirrored = bool(self._host_side)
-            self._arena = arena = DeviceArena.create(config.ring.slots, nbytes, device, shared, mirrored)
-        for name, transport in found.items():
-            here = arena.ledger if isinstance(arena, DeviceArena) and name in self._host_side else arena
-            try:
-                self._servers[name] = transport.server(here, self._config.serving)
-            except TransportError as error:
-                self._leave_out(name, error)
-        if not self._servers:
-            raise TransportError(f"no transport can serve a ring on {device}; the log says why, at level INFO")
-        return arena.path
-
-    def _leave_out(self, name: str, error: TransportError) -> None:
-        """Go on without a transport that only `auto` asked for; raise the error of one that was named."""
-        if name in self._config.daemon.transports:
-            raise TransportError(f"transport {name!r} cannot be served: {error}") from error
-        log.info("%s is not served: %s", name, error)
-
-    def _gather(self, first: Task) -> tuple[list[Task], Task | None]:
+    def _gather(self, first: channel.FillSlot) -> tuple[list[channel.FillSlot], channel.FillSlot | None]:
         """`first` and the waiting batches that may share its forward; and one that may not, to start the next group."""
         group = [first]
         target = self._config.daemon.target
-        if isinstance(first, channel.FillNoise) or target.exact:
+        if target.exact:
             return group, None
         num_bytes = len(first.tokens)
         while True:
@@ -247,32 +227,24 @@ class Worker:
             if task is None:
                 self._tasks.put(None)
                 return group, None
-            if (
-                isinstance(task, channel.FillNoise)
-                or task.spec != first.spec
-                or num_bytes + len(task.tokens) > 4 * target.max_forward_tokens
-            ):
+            if task.spec != first.spec or num_bytes + len(task.tokens) > 4 * target.max_forward_tokens:
                 return group, task
             num_bytes += len(task.tokens)
             group.append(task)
 
-    def _fill(self, group: Sequence[Task], outbox: zmq.Socket[bytes]) -> None:
+    def _fill(self, group: Sequence[channel.FillSlot], outbox: zmq.Socket[bytes]) -> None:
         """Fill the slots of one group with one forward, then announce them."""
         assert self._arena is not None
         assert self._target is not None
         arena, fills = self._arena, []
         for task in group:
             arena.begin(task.slot)
-            if isinstance(task, channel.FillNoise):
-                arena.write(task.slot, pattern(task.nonce, task.nbytes))
-            else:
-                slot = arena.tensor(task.slot) if isinstance(arena, DeviceArena) else arena.slot(task.slot)
-                tokens, lengths = np.frombuffer(task.tokens, "<i4"), np.frombuffer(task.lengths, "<i4")
-                fills.append(Fill(tokens=tokens, lengths=lengths, spec=task.spec, layout=task.layout, slot=slot))
-        sizes = [len(task.tokens) if isinstance(task, channel.FillSlot) else 1 for task in group]
+            slot = arena.tensor(task.slot) if isinstance(arena, DeviceArena) else arena.slot(task.slot)
+            tokens, lengths = np.frombuffer(task.tokens, "<i4"), np.frombuffer(task.lengths, "<i4")
+            fills.append(Fill(tokens=tokens, lengths=lengths, spec=task.spec, layout=task.layout, slot=slot))
         begin = time.monotonic()
         try:
-            completion = self._target.run(fills) if fills else None
+            completion = self._target.run(fills)
         except SpecdError as error:
             if len(group) > 1:  # so that a bad batch fails alone
                 for task in group:
@@ -282,44 +254,51 @@ class Worker:
             outbox.send(channel.encode(failed))
             return
 
-        def announce(pipe: zmq.Socket[bytes]) -> None:
-            micros = (time.monotonic() - begin) * 1e6 / sum(sizes)
-            for task, size in zip(group, sizes, strict=True):
-                nbytes = task.layout.nbytes if isinstance(task, channel.FillSlot) else task.nbytes
-                arena.seal(task.slot, task.generation, nbytes)
-                share = round(micros * size)
+        def announce(pipe: zmq.Socket[bytes], took: float) -> None:
+            micros = took * 1e6 / sum(len(task.tokens) for task in group)
+            for task in group:
+                arena.seal(task.slot, task.generation, task.layout.nbytes)
+                share = round(micros * len(task.tokens))
                 pipe.send(channel.encode(channel.Filled(slot=task.slot, generation=task.generation, target_us=share)))
 
         if completion is None:
-            announce(outbox)
+            announce(outbox, time.monotonic() - begin)
         else:
-            self._announce_later(completion, announce)
+            self._announce_later(completion, begin, announce)
 
-    def _announce_later(self, completion: Completion, announce: Announce) -> None:
+    def _announce_later(self, completion: Completion, begin: float, announce: Announce) -> None:
         """Hand a pending completion to the announcer thread, so that the next forward is launched meanwhile.
 
-        Returns when no other forward is unfinished.
+        begin: when it was launched, in monotonic seconds. Returns when no other forward is unfinished.
         """
         if self._announcer is None:
             self._announcer = threading.Thread(target=self._run_announcer, name="specd-announcer", daemon=True)
             self._announcer.start()
-        self._announcements.put((completion, announce))
+        self._announcements.put((completion, begin, announce))
         self._ahead.acquire()
 
     def _run_announcer(self) -> None:
         outbox = self._outbox()
+        end = 0.0
         try:
             while (item := self._announcements.get()) is not None:
-                completion, announce = item
+                completion, begin, announce = item
                 completion.wait()
+                # One that was launched behind another began when that one had ended.
+                begin, end = max(begin, end), time.monotonic()
                 self._ahead.release()
-                announce(outbox)
+                announce(outbox, end - begin)
         except BaseException:
             log.exception("a forward failed on the device")
-            os.eventfd_write(self._crashed, 1)
+            self._fail("a forward failed on the device")
             self._ahead.release(1 + self._config.daemon.ring.slots)  # nothing that is queued waits for it any more
         finally:
             outbox.close(linger=1000)
+
+    def _fail(self, reason: str) -> None:
+        """Have the service thread end this worker."""
+        self._failure = reason
+        os.eventfd_write(self._ended, 1)
 
     def _abandon(self) -> None:
         """End this process now, without waiting for a forward; shared memory does not outlive it."""
@@ -343,22 +322,6 @@ def capture_of(config: DaemonConfig, contract: TargetContract) -> CaptureSpec:
     capture = config.capture
     dtype = contract.dtype if capture.dtype == "auto" else capture.dtype
     return CaptureSpec(taps=tuple(range(capture.num_taps)), final=capture.final, dtype=dtype)  # type: ignore[arg-type]
-
-
-def _candidates(device: str) -> tuple[str, ...]:
-    """What `auto` serves of a ring on `device`."""
-    if device == "cpu":
-        return HOST_ORDER
-    rdma = os.path.isdir(RDMA_DEVICES) and os.listdir(RDMA_DEVICES)
-    return tuple(name for name in DEVICE_ORDER if name != "nixl" or rdma)
-
-
-def _usable(name: str, device: str) -> type[Transport]:
-    """The transport called `name`, if it can take a ring on `device`. Raises TransportError."""
-    transport = load(name)
-    if device == "cpu" and "host" not in transport.traits.memory:
-        raise TransportError("it moves device memory, and the ring lies where the target computes, on the CPU")
-    return transport
 
 
 def main() -> None:

@@ -170,3 +170,33 @@ def test_an_oversized_message_ends_only_its_own_connection(tmp_path: Path) -> No
             control.stop()
             loop.join()
             control.close()
+
+
+def test_artifact_reads_beyond_the_limit_are_refused_and_probes_are_no_batches() -> None:
+    settings = DaemonConfig(
+        target=TargetConfig(model="synthetic:hidden=16,layers=6,vocab=128"),
+        ring=RingConfig(slots=4, max_sessions=2, slot_tokens=64),
+    )
+    with embedded(settings) as host, host.context.socket(zmq.DEALER) as greedy:
+        greedy.set(zmq.LINGER, 0)
+        greedy.set(zmq.RCVTIMEO, 20_000)
+        greedy.connect(host.endpoint)
+        hello = wire.Hello(name="greedy", host="elsewhere", pid=0, transports=("inproc",), spec=SPEC, credits=2)
+        greedy.send(wire.encode(hello))
+        welcome = wire.decode(greedy.recv())
+        name, length = min((name, ref.nbytes) for name, ref in welcome.contract.artifacts.items())
+        fetch = wire.encode(wire.Fetch(epoch=welcome.epoch, name=name, offset=0, length=length))
+
+        def ask(times: int) -> list[type]:
+            for _ in range(times):
+                greedy.send(fetch)
+            return [type(wire.decode(greedy.recv())) for _ in range(times)]
+
+        answers = next(answers for _ in range(100) if wire.Error in (answers := ask(3 * wire.MAX_FETCHES)))
+        assert answers.count(wire.Artifact) >= wire.MAX_FETCHES
+        assert ask(wire.MAX_FETCHES) == [wire.Artifact] * wire.MAX_FETCHES
+        greedy.send(wire.encode(wire.Probe(epoch=welcome.epoch, seq=0, nonce=b"n" * 16, nbytes=1000)))
+        assert isinstance(wire.decode(greedy.recv()), wire.Ready)
+        greedy.send(wire.encode(wire.Status()))
+        status = wire.decode(greedy.recv())
+        assert (status.counters["batches"], status.counters["bytes"], status.sessions[0].batches) == (0, 0, 0)

@@ -8,6 +8,7 @@ import secrets
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,19 +25,19 @@ from specd.channel import (
     Accept,
     Accepted,
     Drop,
+    Filled,
     FillFailed,
     FillNoise,
     FillSlot,
     Publish,
     Refused,
     Started,
-    StartFailed,
     Stop,
 )
 from specd.errors import TransportError
 from specd.supervisor import ThreadHandle
 from specd.transport import ServerContext, SlotRef, load, pattern
-from workers import Control, Served, SlowTarget, expected
+from workers import Control, Known, SlowTarget, expected, only_these
 
 TESTS = Path(__file__).parent
 
@@ -74,101 +75,21 @@ def run() -> Iterator[Run]:
         yield start
 
 
-Known = dict[str, Served]
-
-
 @pytest.fixture
 def known(monkeypatch: pytest.MonkeyPatch) -> Known:
-    """The transports there are, by name; a name that is not among them cannot be imported."""
-    found: Known = {
-        "cuda_ipc": Served(["device"]),
-        "nccl": Served(["device"], "anywhere"),
-        "shm": Served(["host"]),
-        "bytes": Served(["host"], "anywhere"),
-    }
-
-    def load(name: str) -> Served:
-        if name not in found:
-            raise TransportError(f"{name} cannot be imported")
-        return found[name]
-
-    monkeypatch.setattr(worker, "load", load)
-    return found
+    return only_these(monkeypatch)
 
 
-@pytest.mark.parametrize(
-    ("device", "served"), [("cpu", ("shm", "bytes")), ("cuda:0", ("cuda_ipc", "nccl", "shm", "bytes"))]
-)
-def test_auto_serves_all_that_the_ring_allows(known: Known, run: Run, device: str, served: tuple[str, ...]) -> None:
-    control, _ = run(device, "auto")
-    started = control.hear()
-    assert isinstance(started, Started)
-    assert started.transports == served
-    assert started.segment == segment_path(control.epoch.hex())
-    kinds = {name: known[name].arena.memory for name in served}
-    assert kinds == {name: "device" if name in ("cuda_ipc", "nccl") else "host" for name in served}
-    assert known["shm"].arena.slot_bytes == started.ring.slot_bytes
-
-
-def test_auto_leaves_out_what_does_not_work(known: Known, run: Run, caplog: pytest.LogCaptureFixture) -> None:
-    known["cuda_ipc"].problem = "no driver"
-    del known["nccl"]
-    with caplog.at_level("INFO", logger="specd.worker"):
-        started = run("cuda:0", "auto")[0].hear()
-    assert started.transports == ("shm", "bytes")
-    said = [record.getMessage() for record in caplog.records]
-    assert "cuda_ipc is not served: no driver" in said
-    assert "nccl is not served: nccl cannot be imported" in said
-
-
-def test_nixl_is_a_candidate_where_there_is_an_rdma_device(
-    known: Known, run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    known["nixl"] = Served(["host", "device"], "anywhere")
-    monkeypatch.setattr(worker, "RDMA_DEVICES", str(tmp_path / "missing"))
-    assert "nixl" not in worker._candidates("cuda:0")
-    monkeypatch.setattr(worker, "RDMA_DEVICES", str(tmp_path))
-    assert "nixl" not in worker._candidates("cuda:0")
-    (tmp_path / "mlx5_0").touch()
-    assert run("cuda:0", "auto")[0].hear().transports == ("cuda_ipc", "nixl", "nccl", "shm", "bytes")
-    assert known["nixl"].arena.memory == "device", "what takes both is given the device's"
-
-
-@pytest.mark.parametrize(
-    ("device", "asked", "reason"),
-    [
-        ("cuda:0", ("bytes", "cuda_ipc"), "transport 'cuda_ipc' cannot be served: no driver"),
-        ("cuda:0", ("auto", "cuda_ipc"), "transport 'cuda_ipc' cannot be served: no driver"),
-        ("cpu", ("nccl",), "'nccl' cannot be served: it moves device memory"),
-        ("cpu", ("shm", "gone"), "'gone' cannot be served: gone cannot be imported"),
-    ],
-)
-def test_a_transport_that_was_named_must_work(
-    known: Known, run: Run, device: str, asked: tuple[str, ...], reason: str
-) -> None:
-    known["cuda_ipc"].problem = "no driver"
-    failed = run(device, *asked)[0].hear()
-    assert isinstance(failed, StartFailed)
-    assert reason in failed.reason
-
-
-def test_a_ring_nobody_can_read_is_not_served(known: Known, run: Run) -> None:
-    known.clear()
-    failed = run("cuda:0", "auto")[0].hear()
-    assert isinstance(failed, StartFailed)
-    assert "no transport can serve a ring on cuda:0" in failed.reason
-
-
-def test_device_memory_that_cannot_be_had_fails_the_start(
-    known: Known, run: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refuse(*_args: object) -> None:
-        raise TransportError("cannot reserve 7 MiB on cuda:0: out of memory; configure fewer or shorter slots")
-
-    monkeypatch.setattr(fake_cuda.Allocation, "__init__", refuse)
-    failed = run("cuda:0", "auto")[0].hear()
-    assert isinstance(failed, StartFailed)
-    assert "7 MiB on cuda:0" in failed.reason
+def test_a_transport_that_was_tried_and_given_up_hears_of_it(known: Known, run: Run) -> None:
+    control, _ = run("cpu", "shm", "bytes")
+    control.hear()
+    for name in ("shm", "bytes"):
+        for served in known.values():
+            served.dropped.clear()
+        control.send(Accept(session=b"s" * 16, transport=name, hello=b""))
+        assert isinstance(control.hear(), Accepted)
+    assert known["shm"].dropped == [b"s" * 16]
+    assert known["bytes"].dropped == []
 
 
 def test_slots_are_filled_on_the_device_and_mirrored_for_those_who_read_on_the_host(known: Known, run: Run) -> None:
@@ -274,6 +195,41 @@ def test_what_comes_while_two_forwards_are_under_way_shares_the_next(known: Know
         control.filled(slot, 1)
 
 
+def test_a_forward_launched_behind_another_is_not_charged_with_its_wait(
+    known: Known, slow: SlowTarget, run: Run
+) -> None:
+    control, _ = run("cuda:0", "cuda_ipc")
+    control.hear()
+    for slot in range(2):
+        control.fill(slot, 1, 16)
+        assert slow.began.acquire(timeout=30)
+    took = []
+    for pending in slow.pending:
+        time.sleep(0.2)
+        pending.done.set()
+        note = control.hear()
+        assert isinstance(note, Filled)
+        took.append(note.target_us / 1e6)
+    assert 0.2 <= took[0] < 0.35
+    assert 0.2 <= took[1] < 0.35
+
+
+def test_a_probe_does_not_wait_for_forwards(known: Known, slow: SlowTarget, run: Run) -> None:
+    control, _ = run("cuda:0", "shm", slots=4)
+    control.hear()
+    for slot in range(3):
+        control.fill(slot, 1, 16)
+    for _ in range(2):
+        assert slow.began.acquire(timeout=30)
+    control.send(FillNoise(slot=3, generation=1, nonce=b"n" * 16, nbytes=100))
+    control.filled(3, 1)
+    for number in range(3):
+        if number == 2:
+            assert slow.began.acquire(timeout=30)
+        slow.pending[number].done.set()
+        control.filled(number, 1)
+
+
 def test_a_device_that_fails_ends_the_worker(known: Known, slow: SlowTarget, run: Run) -> None:
     control, handle = run("cuda:0", "shm")
     control.hear()
@@ -284,7 +240,7 @@ def test_a_device_that_fails_ends_the_worker(known: Known, slow: SlowTarget, run
     slow.pending[0].error = RuntimeError("CUDA error: an illegal memory access was encountered")
     slow.pending[0].done.set()
     assert handle.wait(30)
-    assert "the target failed" in handle.reap()
+    assert "a forward failed on the device" in handle.reap()
     assert known["shm"].closed_before_its_arena
 
 
@@ -292,7 +248,9 @@ PROCESS = "import fake_cuda; fake_cuda.install(); from specd.worker import main;
 
 
 @contextlib.contextmanager
-def process(parent_pid: int, *transports: str) -> Iterator[tuple[Control, subprocess.Popen[bytes]]]:
+def process(
+    parent_pid: int, *transports: str, code: str = PROCESS
+) -> Iterator[tuple[Control, subprocess.Popen[bytes]]]:
     """A worker in a process of its own."""
     with (
         zmq.Context() as context,
@@ -303,7 +261,7 @@ def process(parent_pid: int, *transports: str) -> Iterator[tuple[Control, subpro
             control.worker, parent_pid=parent_pid, serving=ServerContext(directory=directory)
         )
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent)])}
-        with subprocess.Popen([sys.executable, "-c", PROCESS], stdin=subprocess.PIPE, env=environment) as child:
+        with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, env=environment) as child:
             try:
                 assert child.stdin is not None
                 child.stdin.write(msgspec.json.encode(settings) + b"\n")
@@ -348,6 +306,24 @@ def test_trainers_of_both_kinds_read_the_ring_of_a_worker_process() -> None:
         control.send(Stop())
         assert child.wait(30) == 0
         assert not os.path.exists(started.segment)
+
+
+STUCK = """
+import fake_cuda, workers
+from specd import worker
+fake_cuda.install()
+worker.load_target, worker.CRASH_S = workers.Stuck, 0.2
+worker.main()
+"""
+
+
+def test_a_worker_whose_target_hangs_after_its_device_failed_ends_all_the_same() -> None:
+    with process(os.getpid(), "shm", code=STUCK) as (control, child):
+        assert isinstance(control.hear(), Started)
+        for slot in range(2):
+            control.fill(slot, 1, 16)
+        assert child.wait(30) == 1
+        assert not os.path.exists(segment_path(control.epoch.hex()))
 
 
 def test_a_worker_whose_parent_died_takes_its_segment_along() -> None:

@@ -8,9 +8,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import pytest
 import zmq
 
 from fills import HIDDEN, VOCAB, draw_tokens
+from specd import serving
 from specd.capture import CaptureSpec
 from specd.channel import Filled, FillSlot, decode, encode
 from specd.config import CaptureConfig, DaemonConfig, RingConfig, TargetConfig
@@ -108,6 +110,7 @@ class Served:
         self.problem = problem
         self.arena: Any = None
         self.closed_before_its_arena = False
+        self.dropped: list[bytes] = []
 
     def server(self, arena: Any, _context: ServerContext) -> Served:
         if self.problem:
@@ -121,9 +124,32 @@ class Served:
         return b"offer"
 
     def publish(self, _session: bytes, _ref: SlotRef) -> None: ...
-    def drop(self, _session: bytes) -> None: ...
+    def drop(self, session: bytes) -> None:
+        self.dropped.append(session)
+
     def close(self) -> None:
         self.closed_before_its_arena = self.arena.generation(0) >= 0
+
+
+Known = dict[str, Served]
+
+
+def only_these(monkeypatch: pytest.MonkeyPatch) -> Known:
+    """The transports there are, by name; a name that is not among them cannot be imported."""
+    found: Known = {
+        "cuda_ipc": Served(["device"]),
+        "nccl": Served(["device"], "anywhere"),
+        "shm": Served(["host"]),
+        "bytes": Served(["host"], "anywhere"),
+    }
+
+    def load(name: str) -> Served:
+        if name not in found:
+            raise TransportError(f"{name} cannot be imported")
+        return found[name]
+
+    monkeypatch.setattr(serving, "load", load)
+    return found
 
 
 class Pending:
@@ -164,3 +190,18 @@ class SlowTarget:
 
     def close(self) -> None:
         self._inner.close()
+
+
+class Stuck(SlowTarget):
+    """A target whose device fails under the first forward, while the second waits for it for ever."""
+
+    def __init__(self, _config: TargetConfig) -> None:
+        super().__init__()
+
+    def run(self, fills: Sequence[Fill]) -> Pending:
+        if self.pending:
+            threading.Event().wait()
+        pending = super().run(fills)
+        pending.error = RuntimeError("CUDA error: unspecified launch failure")
+        threading.Timer(0.3, pending.done.set).start()
+        return pending
