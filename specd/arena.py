@@ -13,6 +13,7 @@ slot_bytes is 0 there unless its slots are mirrored to the host.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import fcntl
@@ -105,7 +106,8 @@ class HostArena:
                     f"cannot reserve {total} bytes for {num_slots} slots of {slot_bytes} bytes: {error.strerror}; "
                     f"configure fewer or shorter slots"
                 ) from None
-            mapping.madvise(mmap.MADV_HUGEPAGE)
+            with contextlib.suppress(OSError):  # a hint, which kernels without huge pages refuse
+                mapping.madvise(mmap.MADV_HUGEPAGE)
         else:
             path = segment_path(shared)
             fd = _create_segment(path, total)

@@ -76,6 +76,7 @@ class Control:
         self._poller.register(self._front, zmq.POLLIN)
 
     def _bind(self, endpoint: str) -> str:
+        self._front.set(zmq.IPV6, int(endpoint.startswith("tcp://[")))
         try:
             self._front.bind(endpoint)
         except zmq.ZMQError as error:

@@ -7,13 +7,13 @@ import fcntl
 import glob
 import logging
 import os
+import re
 import secrets
 import signal
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
-from urllib.parse import urlsplit
 
 import msgspec
 import zmq
@@ -30,6 +30,7 @@ from specd.transports import bulk
 log = logging.getLogger(__name__)
 
 Context = zmq.Context[zmq.Socket[bytes]]
+_TCP = re.compile(r"tcp://(\[[^][]*:[^][]*\]|[^][:/]+):([0-9]{1,5}|\*)")
 MAX_PREFIX = 107 - len(".01234567.out")
 """Bytes of a path that still give socket paths, 107 bytes at most, when the workers' pipes are named after it."""
 
@@ -48,11 +49,13 @@ def serve(settings: DaemonConfig, on_ready: Callable[[StatusReport], None]) -> N
     no worker can be started; ConfigError for an endpoint that may not be opened.
     """
     endpoint = resolve_endpoint(settings.endpoint)
-    _check_exposure(endpoint, settings.insecure)
+    host = _interface(endpoint, settings.insecure)
     with _owned(endpoint) as pipes, zmq.Context() as context:
         arena.sweep()
         bulk.sweep(str(pipes.parent))
-        supervisor = Supervisor(settings, ProcessHandle, f"ipc://{pipes}", _serving(endpoint, pipes), context)
+        # Transports bind beside the daemon's own sockets, and on the interface it listens on itself.
+        serving = ServerContext(directory=str(pipes.parent), host=host)
+        supervisor = Supervisor(settings, ProcessHandle, f"ipc://{pipes}", serving, context)
         control = Control(settings, (endpoint,), supervisor, context, on_ready)
         # A signal that lands while libzmq is about to sleep must still end that sleep.
         wakeup = signal.set_wakeup_fd(control.wake_fd, warn_on_full_buffer=False)
@@ -109,14 +112,33 @@ def embedded(settings: DaemonConfig, context: Context | None = None) -> Iterator
             control.close()
 
 
-def _check_exposure(endpoint: str, insecure: bool) -> None:
-    """Refuse to listen where strangers may connect, unless told to."""
-    host = urlsplit(endpoint).hostname
-    if endpoint.startswith("tcp://") and host not in {"127.0.0.1", "localhost", "::1"} and not insecure:
+def _interface(endpoint: str, insecure: bool) -> str:
+    """What a tcp endpoint listens on: an address, without brackets, or a name; empty for other endpoints.
+
+    Raises ConfigError for one that strangers may connect to, unless they are allowed to, or that serves no trainer.
+    """
+    if not endpoint.startswith("tcp://"):
+        return ""
+    parts = _TCP.fullmatch(endpoint)
+    if parts is None:
         raise ConfigError(
-            f"endpoint {endpoint} can be reached from other machines and the protocol is not encrypted: "
-            f"listen on tcp://127.0.0.1:PORT and tunnel to it, or pass --insecure on a network you trust"
+            f"endpoint {endpoint}: expected tcp://ADDRESS:PORT, an IPv6 address in brackets as in tcp://[::1]:7070"
         )
+    host, port = parts[1].strip("[]"), parts[2]
+    address = bulk.address(host)
+    if address is not None and address.is_unspecified:
+        raise ConfigError(
+            f"endpoint {endpoint} listens on every interface, and a trainer must be told one address to take batches "
+            f"from: name the one it can reach, as in tcp://192.0.2.7:{port}, with --insecure on a network you trust"
+        )
+    loopback = host == "localhost" or (address is not None and address.is_loopback)
+    if not loopback and not insecure:
+        raise ConfigError(
+            f"endpoint {endpoint} can be reached from other machines, and the protocol neither encrypts nor asks who "
+            f"they are: pass --insecure if you trust that network, or use this machine's address in a VPN (WireGuard) "
+            f"with --insecure; trainers on this machine need no tcp endpoint"
+        )
+    return host
 
 
 @contextlib.contextmanager
@@ -167,9 +189,3 @@ def _clear_sockets(prefix: Path) -> None:
     for path in (prefix, *prefix.parent.glob(f"{glob.escape(prefix.name)}.*")):
         if path.is_socket():
             path.unlink(missing_ok=True)
-
-
-def _serving(endpoint: str, prefix: Path) -> ServerContext:
-    """Where transports may bind: beside the daemon's own sockets, and on the interface it listens on itself."""
-    host = urlsplit(endpoint).hostname if endpoint.startswith("tcp://") else None
-    return ServerContext(directory=str(prefix.parent), host=host or "")

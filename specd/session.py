@@ -18,7 +18,7 @@ import zmq
 from specd import config, cuda
 from specd import protocol as wire
 from specd.capture import CaptureSpec
-from specd.errors import DaemonError, ProtocolError, RejectedError, TransportError
+from specd.errors import ConfigError, DaemonError, ProtocolError, RejectedError, TransportError
 from specd.protocol import Message, TargetContract
 from specd.transport import Borrower, Choice, Client, SlotRef, Traits, choose, load, pattern
 
@@ -38,6 +38,8 @@ FIRST_S = 1.0
 """Longest wait for the first answer of a daemon that may not exist."""
 STEP_S = 10.0
 """Longest wait for one answer of a daemon that has answered before."""
+LONGEST_S = 86_400.0
+"""Longest wait that a person may ask for."""
 
 
 class Terms(NamedTuple):
@@ -91,14 +93,26 @@ def dial(context: Context, endpoint: str) -> zmq.Socket[bytes]:
     socket.set(zmq.RECONNECT_IVL_MAX, 1000)
     socket.set(zmq.HEARTBEAT_IVL, 5000)
     socket.set(zmq.HEARTBEAT_TIMEOUT, 20000)
-    socket.connect(config.resolve_endpoint(endpoint))
+    where = config.resolve_endpoint(endpoint)
+    # Not for names: libzmq would then take a name's IPv6 addresses alone.
+    socket.set(zmq.IPV6, int(where.startswith("tcp://[")))
+    socket.connect(where)
     return socket
 
 
+def waitable(timeout_s: float) -> float:
+    """`timeout_s` itself. Raises ConfigError for what no poll can wait: less than nothing, nan, more than LONGEST_S."""
+    if not 0 <= timeout_s <= LONGEST_S:
+        raise ConfigError(f"a timeout of {timeout_s:g} s: expected a number of seconds, 0 to {LONGEST_S:,.0f}")
+    return timeout_s
+
+
 def ask_status(endpoint: str, timeout_s: float) -> wire.StatusReport:
-    """Ask a daemon what it is doing. Raises DaemonError when none answers."""
+    """Ask a daemon what it is doing. Raises DaemonError when none answers, ConfigError as `waitable` does."""
+    waitable(timeout_s)
     with zmq.Context() as context, dial(context, endpoint) as socket:
-        socket.send(wire.encode(wire.Status()))
+        with contextlib.suppress(zmq.Again):  # it hung up for good; nothing will come
+            socket.send(wire.encode(wire.Status()), zmq.NOBLOCK)
         if not socket.poll(int(timeout_s * 1000)):
             raise DaemonError(
                 f"no daemon answers at {config.resolve_endpoint(endpoint)} within {timeout_s:g} s: start one with "
@@ -202,7 +216,10 @@ class _Handshake:
         raise ProtocolError(f"{self._endpoint} answered {type(message).__name__} with {type(reply).__name__}{detail}")
 
     def _say(self, message: Message) -> None:
-        self._socket.send(wire.encode(message))
+        try:
+            self._socket.send(wire.encode(message), zmq.NOBLOCK)
+        except zmq.Again:  # libzmq gave the connection up; waiting for it would be for ever
+            raise Later(f"the connection to {self._endpoint} is gone") from None
 
     def _hear(self, timeout_s: float = STEP_S) -> Any:
         if not self._socket.poll(int(timeout_s * 1000)):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import mmap
 import os
 import secrets
 import subprocess
@@ -48,6 +49,17 @@ def test_slots_are_aligned_disjoint_and_zero(shared: bool, num_slots: int, slot_
         for slot in range(num_slots):
             assert set(arena.slot(slot)) == {slot % 255 + 1}
             assert arena.generation(slot) == slot + 1
+
+
+def test_a_kernel_without_huge_pages_will_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Mapping(mmap.mmap):
+        def madvise(self, *hint: int) -> None:
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+
+    monkeypatch.setattr(mmap, "mmap", Mapping)
+    with HostArena.create(2, 4096, None) as arena:
+        arena.slot(1)[:] = b"x" * 4096
+        assert isinstance(arena._map, Mapping)
 
 
 def test_generation_words_hold_64_bits_and_begin_clears_only_its_own() -> None:

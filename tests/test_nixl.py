@@ -26,7 +26,7 @@ from specd.errors import TransportError
 from specd.transport import ServerContext, SlotRef, wrap
 from specd.transports.conformance import Rig, TransportConformance, holds
 from specd.transports.host import LocalHost, SpawnedHost
-from specd.transports.nixl import Nixl, NixlOffer, checked
+from specd.transports.nixl import Nixl, NixlOffer, NixlServer, checked
 from specd.transports.nixl_agent import Region
 
 installed = pytest.mark.skipif(
@@ -263,6 +263,24 @@ def test_a_refill_is_noticed_whenever_it_starts(monkeypatch: pytest.MonkeyPatch,
             client.fetch(SlotRef(1, 5, 5000), torch.zeros(5000, dtype=torch.uint8), 10.0)
         assert not stale.value.lost
         assert reads == ([8] if moment == 1 else [8, 5000, 8])
+
+
+@pytest.mark.usefixtures("loopback")
+def test_a_server_that_answers_no_more_lets_nobody_in(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(agent: Loopback) -> None:
+        raise TransportError("the engine is gone")
+
+    with contextlib.closing(LocalHost(Nixl, 1, 4096)) as host:
+        monkeypatch.setattr(Loopback, "progress", fail)
+        host.accept(b"one", wrap({"agent": "a"}))
+        server = host._server
+        assert isinstance(server, NixlServer)
+        server._thread.join(10)
+        with pytest.raises(TransportError, match="no trainer can connect"):
+            host.accept(b"two", wrap({"agent": "b"}))
+    assert "trainers can no longer connect" in caplog.text
 
 
 class DeviceRing:

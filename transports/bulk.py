@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import secrets
 import socket as sockets
 import stat
 import time
+from ipaddress import IPv4Address, IPv6Address, ip_address
 from pathlib import Path
 from typing import Final
 
@@ -66,9 +68,18 @@ def sweep(directory: str) -> list[str]:
     return removed
 
 
+def address(host: str) -> IPv4Address | IPv6Address | None:
+    """The address that the host part of a tcp endpoint spells out, `*` being all of them; None for a name."""
+    text = "0.0.0.0" if host == "*" else host.strip("[]")
+    with contextlib.suppress(OSError, UnicodeError):
+        return ip_address(sockets.getaddrinfo(text, None, flags=sockets.AI_NUMERICHOST)[0][4][0])
+    return None
+
+
 def bind(context: zmq.Context[zmq.Socket[bytes]], where: ServerContext) -> tuple[zmq.Socket[bytes], str, str]:
     """The bulk socket and its ipc and tcp endpoints; an endpoint that was not asked for is empty."""
-    if where.host in {"*", "0.0.0.0", "::", "[::]"}:
+    found = address(where.host)
+    if found is not None and found.is_unspecified:
         raise TransportError(f"bytes cannot bind to all interfaces ({where.host}): give the address of one")
     if not where.directory and not where.host:
         raise TransportError("bytes has nowhere to bind: give a directory for its ipc socket or a tcp address")
@@ -133,7 +144,10 @@ def usable(offer: BytesOffer) -> str:
 def connect(
     context: zmq.Context[zmq.Socket[bytes]], endpoint: str, token: bytes
 ) -> tuple[zmq.Socket[bytes], zmq.Socket[bytes]]:
-    """The trainer's end, and a socket that turns readable when the connection is refused or lost."""
+    """The trainer's end, and a socket that turns readable when the connection is refused or lost.
+
+    Raises TransportError for an endpoint that makes no sense.
+    """
     socket = context.socket(zmq.DEALER)
     socket.set(zmq.LINGER, 0)
     socket.set(zmq.ROUTING_ID, token)
@@ -144,5 +158,11 @@ def connect(
     socket.set(zmq.RECONNECT_IVL, -1)  # a lost connection loses chunks: the session has to attach anew
     socket.set(zmq.IPV6, int("[" in endpoint))
     monitor = socket.get_monitor_socket(zmq.EVENT_CLOSED | zmq.EVENT_DISCONNECTED)
-    socket.connect(endpoint)
+    try:
+        socket.connect(endpoint)
+    except zmq.ZMQError as error:
+        socket.disable_monitor()
+        monitor.close(linger=0)
+        socket.close()
+        raise TransportError(f"bytes cannot connect to {endpoint}: {error.strerror}") from None
     return socket, monitor

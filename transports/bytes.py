@@ -21,7 +21,7 @@ import zmq
 from specd.arena import HostArena
 from specd.errors import TransportError
 from specd.transport import ServerContext, SlotRef, Traits, boot_id, check_ref, unwrap, wrap
-from specd.transports.bulk import BytesHello, BytesOffer, bind, new_token
+from specd.transports.bulk import BytesHello, BytesOffer, address, bind, new_token
 from specd.transports.bytes_client import BytesClient
 from specd.transports.frames import CHUNK_BYTES, WINDOW, Header, Kind, checksum, unpack
 
@@ -70,6 +70,9 @@ class BytesServer:
         except TransportError:
             self._zmq.destroy(linger=0)
             raise
+        bound = address(self._tcp.removeprefix("tcp://").rpartition(":")[0])
+        self._far = self._tcp if bound is not None and not bound.is_loopback else ""
+        """The endpoint for trainers on other hosts; a loopback address would lead them to themselves."""
         self._notes: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._lock = threading.Lock()
@@ -84,10 +87,14 @@ class BytesServer:
 
     def accept(self, session: bytes, hello: bytes) -> bytes:
         trainer = unwrap(hello, BytesHello, "bytes hello")
-        local = trainer.host == boot_id()
-        endpoints = tuple(endpoint for endpoint in (self._ipc if local else "", self._tcp) if endpoint)
+        known = (self._ipc, self._tcp) if trainer.host == boot_id() else (self._far,)
+        endpoints = tuple(endpoint for endpoint in known if endpoint)
         if not endpoints:
-            raise TransportError("the trainer is on another host and the daemon has no tcp endpoint: start it with one")
+            raise TransportError(
+                "the trainer is on another host and the daemon listens nowhere it could reach: start the daemon with "
+                "--endpoint tcp://ADDRESS:PORT, an address that the trainer's host can reach; a tunnel to that port is "
+                "not enough, batches come over another one"
+            )
         token = new_token()
         self._tell(partial(self._on_accept, session, token))
         offer = BytesOffer(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import zmq
 
-from specd.cuda import Copier
+from specd import cuda
 from specd.errors import TransportError
 from specd.transport import SlotRef, boot_id, check_into, check_ref, stale, unwrap, wrap
 from specd.transports.bulk import BytesHello, BytesOffer, connect, usable
@@ -21,10 +21,14 @@ if TYPE_CHECKING:
 
 
 class BytesClient:
-    """One attached trainer; every chunk is checked. A lost connection stays lost: attach anew."""
+    """One attached trainer; every chunk is checked. A lost connection stays lost: attach anew.
+
+    device: where `fetch` delivers. Raises TransportError when it is not here.
+    """
 
     def __init__(self, device: str) -> None:
-        self._device = device
+        if device != "cpu":
+            cuda.ordinal(device)
         self._lock = threading.Lock()
         """Held while the socket is used: attach, fetch and close may come from different threads."""
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
@@ -39,7 +43,7 @@ class BytesClient:
         self._taken = 0
         self._transfer = -1
         self._staging: torch.Tensor | None = None
-        self._copier = Copier()
+        self._copier = cuda.Copier()
         self.ignored = 0
         """Messages that were not of this protocol, or of a transfer that is no longer wanted."""
 
@@ -62,8 +66,11 @@ class BytesClient:
             self._poller.register(self._wake, zmq.POLLIN)
             self._taken = 0
             try:
-                self._socket.send(Header(Kind.HELLO).pack())
-                while self._next(deadline, f"{endpoint} does not answer").kind is not Kind.WELCOME:
+                try:
+                    self._socket.send(Header(Kind.HELLO).pack(), zmq.NOBLOCK)
+                except zmq.Again:  # there is no connection to queue it on, nor will there be one again
+                    raise _lost(f"{endpoint} had not answered") from None
+                while self._next(deadline, f"{endpoint} had not answered").kind is not Kind.WELCOME:
                     self.ignored += 1
             except TransportError:
                 self._disconnect()
@@ -174,9 +181,7 @@ class BytesClient:
                 if self._closed:
                     raise TransportError("the bytes client was closed meanwhile") from None
                 if self._socket not in ready and self._monitor in ready:
-                    raise TransportError(
-                        f"bytes: {state} when the connection to the daemon was lost", lost=True
-                    ) from None
+                    raise _lost(state) from None
                 if not ready:
                     raise TransportError(f"bytes: {state} when its time was up: the daemon is busy or gone") from None
 
@@ -198,3 +203,7 @@ class BytesClient:
 
     def __repr__(self) -> str:
         return f"BytesClient({'attached' if self._offer else 'not attached'})"
+
+
+def _lost(state: str) -> TransportError:
+    return TransportError(f"bytes: {state} when the connection to the daemon was lost", lost=True)

@@ -96,6 +96,8 @@ class NixlServer:
         with self._changed:
             if self._closed:
                 raise TransportError("the nixl server is closed")
+            if not self._thread.is_alive():
+                raise TransportError("nixl: the daemon's engine failed and no trainer can connect; its log says why")
             self._sessions.add(session)
             self._eager_until = time.monotonic() + EAGER_S
             self._changed.notify()
