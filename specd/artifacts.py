@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Callable
 
-from specd.errors import DaemonError
+from specd.errors import DaemonError, ProtocolError
 from specd.protocol import ARTIFACT_CHUNK_BYTES, Artifact, Fetch, Message
 from specd.session import Session
 
@@ -30,12 +30,20 @@ class Artifacts:
         self._timeout_s = timeout_s
         self._ask = ask
         self._chunks: dict[int, bytes] = {}
-        self._wanted: tuple[str, range] = ("", range(0))
+        self._wanted: tuple[str, dict[int, int]] = ("", {})
+        """The artifact that is read, and the length of each chunk that was asked for, by its offset."""
 
-    def arrived(self, message: Artifact) -> None:
-        """A chunk is here; one that a lost session was asked for may come late. Called with the lock held."""
-        name, offsets = self._wanted
-        if message.name == name and message.offset in offsets:
+    def arrived(self, message: Artifact, endpoint: str) -> None:
+        """A chunk is here; one that a lost session was asked for may come late. Called with the lock held.
+
+        Raises ProtocolError for one that has not the bytes that were asked for.
+        """
+        name, lengths = self._wanted
+        if message.name == name and message.offset in lengths:
+            if (came := len(message.data)) != (length := lengths[message.offset]):
+                raise ProtocolError(
+                    f"{endpoint} sent {came} bytes of artifact {name!r} at {message.offset}, {length} were asked for"
+                )
             self._chunks[message.offset] = message.data
 
     def read(self, name: str, nbytes: int) -> bytearray:
@@ -43,23 +51,21 @@ class Artifacts:
         data = bytearray(nbytes)
         offsets = range(0, nbytes, ARTIFACT_CHUNK_BYTES)
         for first in range(0, len(offsets), WINDOW):
-            for offset, chunk in self._read(name, offsets[first : first + WINDOW], nbytes).items():
+            window = offsets[first : first + WINDOW]
+            lengths = {offset: min(ARTIFACT_CHUNK_BYTES, nbytes - offset) for offset in window}
+            for offset, chunk in self._read(name, lengths).items():
                 data[offset : offset + len(chunk)] = chunk
         return data
 
-    def _read(self, name: str, offsets: range, nbytes: int) -> dict[int, bytes]:
+    def _read(self, name: str, lengths: dict[int, int]) -> dict[int, bytes]:
         def fetches(epoch: bytes) -> list[Message]:
             self._chunks.clear()
-            lengths = (min(ARTIFACT_CHUNK_BYTES, nbytes - offset) for offset in offsets)
-            return [
-                Fetch(epoch=epoch, name=name, offset=offset, length=length)
-                for offset, length in zip(offsets, lengths, strict=True)
-            ]
+            return [Fetch(epoch=epoch, name=name, offset=offset, length=length) for offset, length in lengths.items()]
 
         limit, asked = time.monotonic() + self._timeout_s, None
         with self._lock:
-            self._wanted = (name, offsets)
-            while len(self._chunks) < len(offsets):
+            self._wanted = (name, lengths)
+            while len(self._chunks) < len(lengths):
                 if time.monotonic() > limit:
                     raise DaemonError(f"artifact {name!r} did not come within {self._timeout_s:g} s")
                 asked = self._ask(fetches, asked)

@@ -87,7 +87,12 @@ class Fetcher:
         self._work.put(partial(self._settle, session.client))
 
     def retire(self, session: Session) -> None:
-        """Close a session's transport once the transfers asked for so far are over and no view of it is in use."""
+        """Close a session's transport once the transfers asked for so far are over and no view of it is in use.
+
+        A Receiver's are called off: every daemon's batches would wait for the one that waits for a daemon that is gone.
+        """
+        if isinstance(session.client, Receiver):
+            session.client.call_off()
         self._work.put(partial(self._retire, session.client))
 
     def stop(self) -> None:

@@ -154,6 +154,12 @@ class Receiver(Client, Protocol):
         expected can be fetched once none is left that was. A fetch that fails with `lost` loses all that are expected.
         """
 
+    def call_off(self) -> None:
+        """Whatever waits for the daemon now or later fails, with `lost`; returns at once, and only `close` is left.
+
+        Called on any thread when the session is lost: a transfer that has begun need not notice that its peer is gone.
+        """
+
 
 class Borrower(Client, Protocol):
     """A client that can also lend a slot where it lies, without a copy."""

@@ -13,11 +13,12 @@ import torch
 import zmq
 
 from samples import batch
-from scripted import EXPECT_S, MEMORY, Daemon, Scripted, Wire, make, states, wait_for
+from scripted import CONTRACT, EXPECT_S, MEMORY, SPEC, Daemon, Scripted, Wire, make, states, wait_for
 from specd import protocol as wire
-from specd.client import Delivery
+from specd.client import Delivery, Subscriber
+from specd.config import SubscriberConfig
 from specd.errors import BatchError, TransportError
-from specd.packing import Batch
+from specd.packing import Batch, batch_id
 from specd.staging import Afterwards, Staging, allocate
 from specd.transport import SlotRef
 
@@ -31,7 +32,7 @@ def context() -> Iterator[zmq.Context[zmq.Socket[bytes]]]:
 
 
 class Receiving(Wire):
-    """A client that is a Receiver, and fails once it is lost as one does."""
+    """A client that is a Receiver, and fails once it is lost as one does. Called off, what a gate holds of it fails."""
 
     def __init__(self, fetching: Callable[[SlotRef], None]) -> None:
         super().__init__(fetching)
@@ -41,6 +42,10 @@ class Receiving(Wire):
     def expect(self, ref: SlotRef, into: torch.Tensor) -> None:
         assert not self.closed
         self.expected.append((ref, into.data_ptr()))
+
+    def call_off(self) -> None:
+        if isinstance(self._fetching, Gate):
+            self._fetching.open(TransportError("it was called off", lost=True))
 
     def fetch(self, ref: SlotRef, into: torch.Tensor, deadline_s: float) -> None:
         if self.expected:
@@ -180,6 +185,50 @@ def test_a_lost_transport_is_attached_anew_and_only_what_was_in_flight_pays(
         assert transport.made[0].closed
         assert not transport.made[1].closed
     assert transport.made[1].closed
+
+
+def test_a_lost_daemons_transfer_is_called_off_and_its_batches_come_from_another(
+    context: zmq.Context[zmq.Socket[bytes]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = Gate()
+    transport = make(gate, needs_recv_ready=True, abortable=False)
+    made: list[Receiving] = []
+
+    def client(device: str) -> Receiving:
+        made.append(Receiving(gate))
+        return made[-1]
+
+    monkeypatch.setattr(transport, "client", client)
+    monkeypatch.setattr("specd.session.load", lambda name: transport)
+    batches = {batch_id(CONTRACT.fingerprint, SPEC, each.tokens, each.lengths): each for each in map(batch, range(3))}
+    with Daemon(context) as one, Daemon(context) as two, ThreadPoolExecutor() as pool:
+        config = SubscriberConfig(
+            endpoints=(one.endpoint, two.endpoint), transport="scripted", depth=2, timeout_s=EXPECT_S
+        )
+        with Subscriber(config, SPEC, context=context) as source:
+            wait_for(lambda: all(link.session for link in source._flight.links))
+            gate.shut = True
+            found = pool.submit(list, map(check, source.stream(batches.values())))
+            key, submit = one.expect(wire.Submit)
+            one.expect(wire.Submit)
+            one.ready(key, submit, batches[submit.batch_id])
+            one.expect(wire.RecvReady)
+            gate.held.get(timeout=EXPECT_S)
+            key, submit = two.expect(wire.Submit)
+            two.ready(key, submit, batches[submit.batch_id])
+            two.expect(wire.RecvReady)
+            gate.shut = False
+            one.deaf = True
+            one.revoke()  # nothing tells the transfer
+            released = 0
+            while released < 3:
+                key, message = two.expect(wire.Message)
+                if isinstance(message, wire.Submit):
+                    two.ready(key, message, batches[message.batch_id])
+                released += isinstance(message, wire.Release)
+            assert found.result(EXPECT_S) == [0, 1, 2]
+            assert source.stats().resubmitted == 2, "what was in flight, and what was not captured yet"
+            assert [client.closed for client in made].count(True) == 1
 
 
 def test_a_transport_that_is_lost_again_and_again_ends_the_run_by_name(

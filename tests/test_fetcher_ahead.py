@@ -20,10 +20,16 @@ WAIT_S = 20.0
 
 
 class Client:
-    """A Receiver that notes what it is told: `e0` for slot 0 expected, `f0` for it fetched."""
+    """A Receiver that notes what it is told: `e0` for slot 0 expected, `f0` for it fetched.
 
-    def __init__(self, log: list[str]) -> None:
+    gone: its daemon is, so that a fetch waits. waits: set while one does.
+    """
+
+    def __init__(self, log: list[str], gone: bool = False) -> None:
         self.log = log
+        self.gone = gone
+        self.waits = threading.Event()
+        self._called_off = threading.Event()
         self.expected: deque[tuple[int, torch.Tensor]] = deque()
         self.intos: list[torch.Tensor] = []
         self.lost = False
@@ -44,8 +50,14 @@ class Client:
         slot, expected = self.expected.popleft()
         assert (slot, expected.data_ptr()) == (ref.slot, into.data_ptr())
         self.log.append(f"f{slot}")
+        if self.gone:
+            self.waits.set()
+            self.lost = self._called_off.wait(deadline_s)
         if self.lost:
             raise TransportError("the communicator is gone", lost=True)
+
+    def call_off(self) -> None:
+        self._called_off.set()
 
     def close(self) -> None:
         self.log.append("close")
@@ -69,21 +81,25 @@ class Bench:
         self._session: Any = SimpleNamespace(client=self.client, borrow=False)
         self.fetcher = Fetcher("cpu", 3, self._begin, self._end, self._guard)
 
-    def ask(self, count: int, nbytes: int = 4096) -> None:
+    def ask(self, count: int, nbytes: int = 4096, session: Any = None) -> None:
         if not self._held:
             self._held = True
             self.fetcher._work.put(self._wait)
         for _ in range(count):
             entry: Any = SimpleNamespace(index=self._count, layout=SimpleNamespace(nbytes=nbytes), began=0.0)
-            self.fetcher.fetch(entry, self._session)
+            self.fetcher.fetch(entry, session or self._session)
             self._count += 1
 
     def retire(self) -> None:
         self.fetcher.retire(self._session)
 
+    def start(self) -> None:
+        """Let the thread work."""
+        self._go.set()
+
     def go(self) -> None:
         """Let the thread work until it has done what was asked for."""
-        self._go.set()
+        self.start()
         done = threading.Event()
         self.fetcher._work.put(done.set)
         assert done.wait(WAIT_S)
@@ -171,6 +187,22 @@ def test_a_session_is_closed_behind_what_it_expects(bench: Bench) -> None:
     bench.retire()
     bench.go()
     assert bench.log == ["e0", "e1", "f0", "f1", "close"]
+
+
+def test_a_session_that_is_lost_is_not_waited_for(bench: Bench) -> None:
+    """Nothing else would tell the transfer, and every other daemon's batches come behind it."""
+    gone = Client([], gone=True)
+    lost: Any = SimpleNamespace(client=gone, borrow=False)
+    bench.ask(2, session=lost)
+    bench.ask(1)
+    bench.start()
+    assert gone.waits.wait(WAIT_S)
+    bench.fetcher.retire(lost)
+    bench.go()
+    told = [(index, error is not None and error.lost) for index, _, error in bench.ended]
+    assert told == [(0, True), (1, True), (2, False)]
+    assert gone.log == ["e0", "e1", "f0", "f1", "close"]
+    assert bench.log == ["e2", "f2"], "its own session goes on"
 
 
 def test_what_was_asked_for_while_it_stops_is_done_by_close(bench: Bench) -> None:

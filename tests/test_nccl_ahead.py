@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import queue
 import threading
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -17,6 +18,9 @@ import fake_cuda
 from fake_nccl import NCCL, REMOTE_ERROR, FakeTransport, lane_ends, reset, rigged, until
 from specd.bench import lanes
 from specd.errors import TransportError
+from specd.fetcher import Fetcher
+from specd.links import Entry
+from specd.session import Session
 from specd.transport import Client, Receiver, SlotRef
 from specd.transports import nccl_comm, nccl_lane
 from specd.transports.conformance import Rig, holds
@@ -157,6 +161,63 @@ def test_all_that_is_expected_is_kept_from_others_when_an_abort_hangs(
     (kept,) = nccl_comm._quarantine
     assert isinstance(kept, tuple)
     assert [coming.into.data_ptr() for coming in kept[1][1]] == [into.data_ptr() for into in intos]
+
+
+def test_a_fetch_is_called_off_at_once_however_long_the_abort_takes(rig: Rig) -> None:
+    client = rig.attach()
+    (into,) = expect(client, rig, [SlotRef(0, 1, 100)])
+    outcome: list[bool] = []
+
+    def wait() -> None:
+        with pytest.raises(TransportError, match="was called off") as loss:
+            client.fetch(SlotRef(0, 1, 100), into, 60.0)
+        outcome.append(loss.value.lost)
+
+    NCCL.hang.set()
+    waiter = threading.Thread(target=wait)
+    waiter.start()
+    assert isinstance(client, Receiver)
+    client.call_off()
+    assert waiter.is_alive(), "it waits for the abort, and nobody else does"
+    NCCL.hang.clear()
+    waiter.join(20)
+    assert outcome == [True]
+
+
+def test_a_worker_that_is_gone_keeps_no_other_daemons_batches_waiting(rig: Rig) -> None:
+    """Nobody tells a receive that its peer is dead; who sees the session's end calls it off."""
+    lost, live = (cast(Session, SimpleNamespace(client=rig.attach(key), borrow=False)) for key in (b"one", b"two"))
+    rig.host.fill(0, 1, b"live", 4096)
+    ended: queue.SimpleQueue[tuple[Session, torch.Tensor | None, TransportError | None]] = queue.SimpleQueue()
+    waits = threading.Event()
+
+    def begin(entry: Entry, session: Session) -> SlotRef:
+        waits.set()
+        return SlotRef(0, 1, 4096)
+
+    def end(entry: Entry, session: Session, buffer: torch.Tensor | None, error: TransportError | None) -> None:
+        ended.put((session, buffer, error))
+
+    def guard(run: Callable[..., None], *args: object) -> None:
+        run(*args)
+
+    fetcher = Fetcher("cpu", 3, begin, end, guard)
+    rig.host.drop(b"one")  # its communicator is aborted; as after SIGKILL, nobody tells the trainer's
+    rig.host.publish(b"two", SlotRef(0, 1, 4096))
+    for session in (lost, lost, live):
+        fetcher.fetch(cast(Entry, SimpleNamespace(layout=SimpleNamespace(nbytes=4096), began=0.0)), session)
+    assert waits.wait(20)
+    fetcher.retire(lost)
+    for _ in range(2):
+        session, buffer, error = ended.get(timeout=10)
+        assert (session, buffer) == (lost, None)
+        assert error is not None
+        assert error.lost
+    session, buffer, error = ended.get(timeout=10)
+    assert (session, error) == (live, None)
+    assert buffer is not None
+    assert holds(buffer[:4096], b"live")
+    fetcher.close()
 
 
 def test_the_benchmark_streams_with_receives_posted_ahead(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 
 from specd.errors import TransportError, missing_extra
@@ -120,6 +121,34 @@ class ReceiverConformance(TransportConformance):
         client.expect(ref, into)
         with pytest.raises(TransportError):
             client.fetch(ref, into, 1.0)
+        again = rig.attach(b"two")
+        rig.host.fill(0, 1, b"next", 4096)
+        assert holds(rig.fetch(again, ref, b"two"), b"next")
+
+    def test_what_waits_is_called_off_and_lost(self, rig: Rig) -> None:
+        client = self._receiver(rig)
+        ref, intos = SlotRef(0, 1, 4096), [rig.destination(4096) for _ in range(3)]
+        for into in intos:
+            client.expect(ref, into)
+        outcome: list[bool] = []
+
+        def wait() -> None:
+            for into in intos:
+                with pytest.raises(TransportError) as loss:
+                    client.fetch(ref, into, 60.0)
+                outcome.append(loss.value.lost)
+
+        waiter = threading.Thread(target=wait)
+        waiter.start()
+        client.call_off()
+        client.call_off()
+        waiter.join(20)
+        assert outcome == [True] * 3
+        client.expect(ref, intos[0])
+        with pytest.raises(TransportError) as late:
+            client.fetch(ref, intos[0], 60.0)
+        assert late.value.lost
+        client.close()
         again = rig.attach(b"two")
         rig.host.fill(0, 1, b"next", 4096)
         assert holds(rig.fetch(again, ref, b"two"), b"next")

@@ -152,7 +152,7 @@ class NcclClient:
         self._uuid = cuda.uuid(device)
         self._lock = threading.Lock()
         """Held while the communicator is used: attach, fetch and close may come from different threads."""
-        self._closed = threading.Event()
+        self._called_off = threading.Event()
         self._transfers: Transfers | None = None
         self._offer: NcclOffer | None = None
         self._coming: deque[_Coming] = deque()
@@ -163,12 +163,12 @@ class NcclClient:
         return wrap(NcclHello(host=boot_id(), uuid=self._uuid, version=self._library.version))
 
     def attach(self, offer: bytes, deadline_s: float) -> None:
-        watch = Watch(deadline_s, self._closed)
+        watch = Watch(deadline_s, self._called_off)
         found = unwrap(offer, NcclOffer, "nccl offer")
         if len(found.unique_id) != UNIQUE_ID_BYTES or not 1 <= found.max_ctas <= 32:
             raise TransportError("an nccl offer is not what the daemon sent, or from another version of it")
         with self._lock:
-            if self._closed.is_set():
+            if self._called_off.is_set():
                 raise TransportError("the nccl client is closed")
             self._abort()
             communicator = Communicator(self._library, self._device, 1, found.unique_id, found.max_ctas, watch)
@@ -176,7 +176,7 @@ class NcclClient:
             self._offer, self._lost = found, ""
 
     def expect(self, ref: SlotRef, into: torch.Tensor) -> None:
-        watch = Watch(START_S, self._closed)
+        watch = Watch(START_S, self._called_off)
         with self._lock, contextlib.suppress(TransportError):  # for `fetch` to report
             transfers = self._check(ref, into)
             self._coming.append(_Coming(ref, into[: ref.nbytes], Transfer()))
@@ -184,7 +184,7 @@ class NcclClient:
                 self._begin(transfers, watch)
 
     def fetch(self, ref: SlotRef, into: torch.Tensor, deadline_s: float) -> None:
-        watch = Watch(deadline_s, self._closed)
+        watch = Watch(deadline_s, self._called_off)
         with self._lock:
             transfers = self._check(ref, into)
             if not self._coming:
@@ -200,8 +200,11 @@ class NcclClient:
         if found != ref.generation:
             raise stale(ref, found)
 
+    def call_off(self) -> None:
+        self._called_off.set()
+
     def close(self) -> None:
-        self._closed.set()  # ends a transfer that waits
+        self.call_off()
         with self._lock:
             self._abort()
 
