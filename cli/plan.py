@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,6 +18,8 @@ from specd.errors import ConfigError
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+    from specd.train.journal import StepRecord
+
 EXAMPLES = (
     "Examples: `specd plan --model Qwen3-30B-A3B-FP8 --target-tokens-per-s 43800 --draft-tokens-per-s 51000 "
     "--samples 50000 --epochs 6` · `specd plan --from pipeline.json` · `specd plan --from runs/first`"
@@ -24,6 +27,8 @@ EXAMPLES = (
 RATES, SIZES, PLACES = "Rates", "Sizes", "Places"
 WARM_UP = 0.1
 """Share of a journal's steps, from its beginning, that is left out of its rates: they compile and load."""
+MOST_WAITS = 0.05
+"""Steps without draft_s give the draft's rate if they waited for less than this share of their time."""
 STARVING = {
     "target": "the target starves: the draft is slower",
     "draft": "the draft starves: the target is slower",
@@ -86,7 +91,7 @@ def plan(
         "depth": depth,
     }
     known = _of_preset(model, num_taps) if model else {}
-    known |= _measured(measured) if measured else {}
+    known |= _measured(measured, draft=draft_tokens_per_s is None) if measured else {}
     known |= {name: value for name, value in flags.items() if value is not None}
     found = balance(_work(known))
     if as_json:
@@ -119,10 +124,13 @@ def _of_preset(name: str, num_taps: int) -> dict[str, Any]:
     return {"bytes_per_token": spec.bytes_per_token(int(recipe.config["hidden_size"])), "batch_tokens": tokens}
 
 
-def _measured(path: Path) -> dict[str, Any]:
-    """The rates a benchmark or a run has measured. Raises ConfigError for a path that holds neither."""
+def _measured(path: Path, *, draft: bool) -> dict[str, Any]:
+    """The rates a benchmark or a run has measured. Raises ConfigError for a path that holds neither.
+
+    draft: whether a run has to tell the draft's rate.
+    """
     if path.is_dir():
-        return _of_run(path)
+        return _of_run(path, draft=draft)
     try:
         found = json.loads(path.read_bytes())["work"]
         if found is None:
@@ -137,10 +145,11 @@ def _measured(path: Path) -> dict[str, Any]:
         ) from None
 
 
-def _of_run(path: Path) -> dict[str, Any]:
-    """Rates of a run: its daemons' forward times, and its steps without the waits.
+def _of_run(path: Path, *, draft: bool) -> dict[str, Any]:
+    """Rates of a run: its daemons' forward times and, for the draft's, its optimizer steps' own times.
 
     The forwards are as its daemons made them, merged where they merged. A co-located run's are unmerged, and so both.
+    Raises ConfigError for a journal that does not tell what is asked.
     """
     from specd.train.journal import read
     from specd.train.report import JOURNAL, read_facts
@@ -148,16 +157,15 @@ def _of_run(path: Path) -> dict[str, Any]:
     facts, records = read_facts(path), read(path / JOURNAL)
     steps = records[int(len(records) * WARM_UP) :]
     tokens = sum(step.tokens for step in steps)
-    forward_s, train_s = sum(step.forward_s for step in steps), sum(step.train_s for step in steps)
+    forward_s = sum(step.forward_s for step in steps)
     batches = sum(len(step.batches) for step in steps)
     samples = sum(len(batch.samples) for step in steps for batch in step.batches)
-    if not (tokens and forward_s and train_s):
-        raise ConfigError(f"--from {str(path)!r}: its journal has no step with forward and training times yet")
+    if not (tokens and forward_s):
+        raise ConfigError(f"--from {str(path)!r}: its journal has no step with a forward time yet")
     dtype = str(facts.target["dtype"])
     taps = str(facts.draft["taps"]).split(",")
     known: dict[str, Any] = {
         "target_tokens_per_s": tokens / forward_s,
-        "draft_tokens_per_s": tokens / train_s,
         "batch_tokens": tokens / batches,
         "tokens_per_sample": tokens / samples,
         "bytes_per_token": len(taps) * int(facts.target["hidden size"]) * DTYPE_BYTES.get(dtype, 2),
@@ -165,9 +173,26 @@ def _of_run(path: Path) -> dict[str, Any]:
         "depth": facts.config["subscriber"]["depth"],
         "epochs": facts.config["train"]["epochs"],
     }
+    if draft:
+        known["draft_tokens_per_s"] = _draft_rate(path, steps)
     if "inproc" in facts.transports.values():
         known["colocated_target_tokens_per_s"] = known["target_tokens_per_s"]
     return known
+
+
+def _draft_rate(path: Path, steps: Sequence[StepRecord]) -> float:
+    """Tokens a second of optimizer steps. Raises ConfigError where their times cannot be told from their waits."""
+    if timed := [step for step in steps if step.draft_s]:
+        return sum(step.tokens for step in timed) / sum(step.draft_s for step in timed)
+    wall_s, wait_s = sum(step.step_s for step in steps), sum(step.target_wait_s + step.wire_wait_s for step in steps)
+    # A GPU goes on with its step while the next batch is waited for: what the waits leave is too short for it.
+    if wait_s >= MOST_WAITS * wall_s:
+        raise ConfigError(
+            f"--from {str(path)!r}: its journal has no draft_s, and its steps waited {wait_s:.1f} of {wall_s:.1f} s, "
+            f"when a GPU may have trained: give --draft-tokens-per-s, or --from with the JSON of `specd bench "
+            f"pipeline` or with a run whose journal has draft_s"
+        )
+    return sum(step.tokens for step in steps) / (wall_s - wait_s)
 
 
 def render(found: Balance) -> list[RenderableType]:

@@ -146,11 +146,10 @@ def _serve(daemon: DaemonConfig, ready_fd: int) -> int:
 
 def _detach(daemon: DaemonConfig) -> int:
     """Start the same daemon in a session of its own, and wait until it is ready or has failed."""
-    directory = runtime_dir()
-    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-    log_path = directory / f"{re.sub(r'[^A-Za-z0-9]+', '-', daemon.endpoint)[-80:].strip('-')}.log"
+    log_path = runtime_dir() / f"{re.sub(r'[^A-Za-z0-9]+', '-', daemon.endpoint)[-80:].strip('-')}.log"
+    log = _opened(log_path)
     reader, writer = os.pipe()
-    with open(log_path, "ab", opener=_private) as log, open(reader, "rb") as ready:
+    with log, open(reader, "rb") as ready:
         begin = log.tell()
         command = [sys.executable, "-m", "specd", *_verbosity(), "start", "--ready-fd", str(writer)]
         for key, value in msgspec.to_builtins(daemon).items():
@@ -174,6 +173,18 @@ def _detach(daemon: DaemonConfig) -> int:
     code = child.wait()
     with open(log_path, "rb") as written:
         raise _failure(written, begin, code, log_path)
+
+
+def _opened(log: Path) -> IO[bytes]:
+    """A log in this user's runtime directory, which is made if need be. Raises ConfigError where it cannot be."""
+    try:
+        log.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        return open(log, "ab", opener=_private)
+    except OSError as error:
+        raise ConfigError(
+            f"runtime directory {str(log.parent)!r}: cannot write there ({error.strerror}); set XDG_RUNTIME_DIR to a "
+            f"directory that is yours"
+        ) from None
 
 
 def _private(path: str, flags: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated
 
 import msgspec
@@ -19,7 +20,7 @@ EXAMPLES = "Examples: `specd status` · `specd status --endpoint tcp://127.0.0.1
 def status(
     endpoint: Annotated[str, typer.Option("--endpoint", "-e", help="The daemon's endpoint.")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
-    timeout: Annotated[float, typer.Option(help="Seconds to wait for an answer.")] = 5.0,
+    timeout: Annotated[float, typer.Option(min=0, help="Seconds to wait for an answer.")] = 5.0,
 ) -> None:
     """Show a daemon's target, ring, sessions and counters."""
     from specd.session import ask_status
@@ -41,26 +42,12 @@ def _show(report: StatusReport) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    console = Console()
+    console = Console(markup=False, emoji=False)
     facts = Table(box=None, show_header=False, pad_edge=False)
     facts.add_column(style="bold")
     facts.add_column(overflow="fold")
-    facts.add_row("daemon", f"specd {report.version}, {report.state}, up {report.uptime_s:.0f} s")
-    facts.add_row(
-        "", f"control pid {report.pid}, worker pid {report.worker_pid or '–'}, epoch {report.epoch.hex() or '–'}"
-    )
-    facts.add_row("endpoints", ", ".join(report.endpoints))
-    facts.add_row("transports", ", ".join(report.transports) or "–")
-    if (contract := report.contract) is not None:
-        shape = f"{contract.num_layers} layers, hidden {contract.hidden_size}, vocabulary {contract.vocab_size:,}"
-        facts.add_row("target", f"{contract.model} ({contract.model_type}), {shape}, {contract.dtype}")
-        facts.add_row("", f"fingerprint {contract.fingerprint}")
-    if (ring := report.ring) is not None:
-        size = units.size(ring.num_slots * ring.slot_bytes)
-        facts.add_row("ring", f"{ring.num_slots} slots × {ring.slot_tokens:,} tokens, {size}")
-    facts.add_row("slots", ", ".join(f"{count} {state}" for state, count in report.slots.items()) or "–")
-    facts.add_row("queued", str(report.queued))
-    facts.add_row("counters", ", ".join(f"{name} {count:,}" for name, count in report.counters.items()) or "–")
+    for name, value in _facts(report):
+        facts.add_row(name, _printable(value))
     console.print(facts)
     if not report.sessions:
         console.print("no trainers")
@@ -69,7 +56,7 @@ def _show(report: StatusReport) -> None:
         "trainer", "GPU", "transport", "credits", "outstanding", "leases", "batches", "bytes served", "age"
     )
     for session in report.sessions:
-        sessions.add_row(
+        row = (
             f"{session.name} {session.session[:8]}",
             ", ".join(gpu[:12] for gpu in session.gpus) or "–",
             session.transport or "–",
@@ -80,4 +67,28 @@ def _show(report: StatusReport) -> None:
             units.size(session.nbytes),
             f"{session.age_s:.0f} s",
         )
+        sessions.add_row(*map(_printable, row))
     console.print(sessions)
+
+
+def _facts(report: StatusReport) -> Iterator[tuple[str, str]]:
+    """What is known of the daemon itself, line by line: a name and its value."""
+    yield "daemon", f"specd {report.version}, {report.state}, up {report.uptime_s:.0f} s"
+    yield "", f"control pid {report.pid}, worker pid {report.worker_pid or '–'}, epoch {report.epoch.hex() or '–'}"
+    yield "endpoints", ", ".join(report.endpoints)
+    yield "transports", ", ".join(report.transports) or "–"
+    if (contract := report.contract) is not None:
+        shape = f"{contract.num_layers} layers, hidden {contract.hidden_size}, vocabulary {contract.vocab_size:,}"
+        yield "target", f"{contract.model} ({contract.model_type}), {shape}, {contract.dtype}"
+        yield "", f"fingerprint {contract.fingerprint}"
+    if (ring := report.ring) is not None:
+        size = units.size(ring.num_slots * ring.slot_bytes)
+        yield "ring", f"{ring.num_slots} slots × {ring.slot_tokens:,} tokens, {size}"
+    yield "slots", ", ".join(f"{count} {state}" for state, count in report.slots.items()) or "–"
+    yield "queued", str(report.queued)
+    yield "counters", ", ".join(f"{name} {count:,}" for name, count in report.counters.items()) or "–"
+
+
+def _printable(text: str) -> str:
+    """A peer's text without what would steer the terminal: control and format characters, line ends."""
+    return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text)

@@ -22,13 +22,13 @@ GRACE_S = 5.0
 
 def stop(
     endpoint: Annotated[str, typer.Option("--endpoint", "-e", help="The daemon's endpoint.")] = "auto",
-    timeout: Annotated[float, typer.Option(help="Seconds to wait for it to drain.")] = 30.0,
+    timeout: Annotated[float, typer.Option(min=0, help="Seconds to wait for it to drain.")] = 30.0,
     force: Annotated[bool, typer.Option("--force", help="End it at once if it has not drained by then.")] = False,
 ) -> None:
     """Drain a daemon of this host and wait until it has ended."""
-    from specd.session import ask_status
+    from specd.session import ask_status, waitable
 
-    deadline = time.monotonic() + timeout
+    deadline = time.monotonic() + waitable(timeout)
     where = resolve_endpoint(endpoint)
     report = ask_status(endpoint, min(5.0, timeout))
     if not where.startswith("ipc://"):

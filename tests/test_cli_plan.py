@@ -62,7 +62,8 @@ def test_a_benchmark_that_was_cut_short_has_no_rates(tmp_path: Path, capsys: pyt
     assert "this benchmark ended before it had rates; run it again" in capsys.readouterr().err
 
 
-def test_a_run_gives_the_rates_of_its_steps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def a_run(path: Path, **times: float) -> str:
+    """A run directory of 20 co-located steps, the first two a hundred times as slow: they compile."""
     facts = RunFacts(
         started="",
         target={"model": "tiny", "hidden size": 64, "dtype": "float32"},
@@ -72,17 +73,48 @@ def test_a_run_gives_the_rates_of_its_steps(tmp_path: Path, capsys: pytest.Captu
         machine={},
         config={"subscriber": {"depth": 3}, "train": {"epochs": 2}},
     )
-    write_facts(tmp_path, facts)
-    with Journal(tmp_path / "metrics.jsonl") as journal:
+    write_facts(path, facts)
+    with Journal(path / "metrics.jsonl") as journal:
         for step in range(1, 21):
-            slow = 100.0 if step <= 2 else 1.0  # they compile
-            journal.append(_record(step, forward_s=0.02 * slow, train_s=0.05 * slow))
-    found = plan(capsys, "--from", str(tmp_path)).work
+            slow = 100.0 if step <= 2 else 1.0
+            journal.append(_record(step, **{name: slow * seconds for name, seconds in times.items()}))
+    return str(path)
+
+
+def test_a_run_gives_the_rates_of_its_steps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = plan(capsys, "--from", a_run(tmp_path, forward_s=0.02, draft_s=0.05, train_s=0.05)).work
     assert found.target_tokens_per_s == pytest.approx(400 / 0.02)
     assert found.colocated_target_tokens_per_s == found.target_tokens_per_s
     assert found.draft_tokens_per_s == pytest.approx(400 / 0.05)
     assert (found.batch_tokens, found.tokens_per_sample, found.bytes_per_token) == (400, 200, 3 * 64 * 4)
     assert (found.samples, found.epochs, found.depth) == (1200, 2, 3)
+
+
+def test_a_step_that_ran_during_a_wait_counts_whole(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_directory = a_run(tmp_path, forward_s=0.2, draft_s=0.08, target_wait_s=0.18, train_s=0.02)
+    assert plan(capsys, "--from", run_directory).work.draft_tokens_per_s == pytest.approx(400 / 0.08)
+
+
+def test_a_journal_without_draft_times_tells_the_rate_of_a_run_that_never_waited(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_directory = a_run(tmp_path, forward_s=0.02, target_wait_s=0.001, wire_wait_s=0.001, train_s=0.048)
+    assert plan(capsys, "--from", run_directory).work.draft_tokens_per_s == pytest.approx(400 / 0.048)
+
+
+@pytest.mark.parametrize("wait", ["target_wait_s", "wire_wait_s"])
+def test_one_that_waited_does_not_tell_it(wait: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_directory = a_run(tmp_path, forward_s=0.2, train_s=0.2, **{wait: 0.05})
+    assert run(["plan", "--from", run_directory]) == 2
+    error = capsys.readouterr().err
+    assert "no draft_s, and its steps waited 0.9 of 4.5 s" in error
+    assert "give --draft-tokens-per-s" in error
+    assert plan(capsys, "--from", run_directory, "--draft-tokens-per-s", "5000").work.draft_tokens_per_s == 5000
+
+
+def test_a_run_without_forwards_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["plan", "--from", a_run(tmp_path, draft_s=0.05, train_s=0.05)]) == 2
+    assert "its journal has no step with a forward time yet" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -109,7 +141,15 @@ def test_a_file_of_another_kind_is_refused(text: str, tmp_path: Path, capsys: py
     assert "is not the JSON of `specd bench pipeline`" in capsys.readouterr().err
 
 
-def _record(step: int, forward_s: float, train_s: float) -> StepRecord:
+def _record(
+    step: int,
+    *,
+    train_s: float,
+    forward_s: float = 0.0,
+    draft_s: float = 0.0,
+    target_wait_s: float = 0.0,
+    wire_wait_s: float = 0.0,
+) -> StepRecord:
     return StepRecord(
         step=step,
         epoch=0,
@@ -121,11 +161,12 @@ def _record(step: int, forward_s: float, train_s: float) -> StepRecord:
         grad_norm=1.0,
         weight=1.0,
         tokens=400,
-        step_s=train_s,
-        target_wait_s=0.0,
-        wire_wait_s=0.0,
+        step_s=target_wait_s + wire_wait_s + train_s,
+        target_wait_s=target_wait_s,
+        wire_wait_s=wire_wait_s,
         train_s=train_s,
         forward_s=forward_s,
         busy_slots=0,
         num_slots=8,
+        draft_s=draft_s,
     )
