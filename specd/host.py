@@ -160,8 +160,8 @@ def _owned(endpoint: str) -> Iterator[Path]:
         prefix = own_dir / endpoint.rpartition(":")[2]
     if (length := len(os.fsencode(prefix))) > MAX_PREFIX:
         raise ConfigError(
-            f"endpoint {endpoint}: its path {prefix} has {length} bytes, at most {MAX_PREFIX} leave room for the daemon's "
-            f"own sockets beside it; choose a shorter one, or a shorter XDG_RUNTIME_DIR"
+            f"endpoint {endpoint}: its path {prefix} has {length} bytes, at most {MAX_PREFIX} leave room for the "
+            f"daemon's own sockets beside it; choose a shorter one, or a shorter XDG_RUNTIME_DIR"
         )
     facts = prefix.parent.stat()
     if facts.st_uid != os.getuid() or facts.st_mode & 0o077:

@@ -43,7 +43,7 @@ class Plan:
     batch: sorted within groups of GROUP_BATCHES batches of shuffled samples; then the batches are shuffled.
     """
 
-    __slots__ = ("_epochs", "_lengths", "batch_tokens", "max_batch_sequences", "seed")
+    __slots__ = ("_counts", "_epochs", "_lengths", "batch_tokens", "max_batch_sequences", "seed")
 
     def __init__(
         self, lengths: Sequence[int] | NDArray[np.int64], batch_tokens: int, max_batch_sequences: int = 0, seed: int = 0
@@ -55,6 +55,7 @@ class Plan:
         self._lengths = np.asarray(lengths, np.int64)
         self.batch_tokens, self.max_batch_sequences, self.seed = batch_tokens, max_batch_sequences, seed
         self._epochs: dict[int, list[tuple[int, ...]]] = {}
+        self._counts: dict[int, int] = {}
         if batch_tokens < 1 or max_batch_sequences < 0:
             raise ConfigError(
                 f"data.batch_tokens={batch_tokens}, data.max_batch_sequences={max_batch_sequences}: expected a budget "
@@ -78,6 +79,12 @@ class Plan:
             self._epochs = {epoch: self._build(epoch)}  # a run reads one epoch at a time
         return self._epochs[epoch]
 
+    def num_batches(self, epoch: int) -> int:
+        """How many batches one epoch has; epochs differ a little, because each packs its samples anew."""
+        if epoch not in self._counts:
+            self._counts[epoch] = len(self.epoch(epoch))
+        return self._counts[epoch]
+
     def _build(self, epoch: int) -> list[tuple[int, ...]]:
         shuffled = np.argsort(_keys(self._lengths.size, self.seed, epoch, 0), kind="stable")
         per_batch = max(1, int(self.batch_tokens // self._lengths.mean()))
@@ -87,16 +94,15 @@ class Plan:
         batches: list[tuple[int, ...]] = []
         for at in range(0, shuffled.size, group):
             members = shuffled[at : at + group]
-            batches += self._fill(members[np.argsort(self._lengths[members], kind="stable")].tolist())
+            batches += self._fill(members[np.argsort(self._lengths[members], kind="stable")])
         order = np.argsort(_keys(len(batches), self.seed, epoch, 1), kind="stable")
         return [batches[i] for i in order.tolist()]
 
-    def _fill(self, members: list[int]) -> Iterator[tuple[int, ...]]:
+    def _fill(self, members: NDArray[np.int64]) -> Iterator[tuple[int, ...]]:
         """Consecutive members, as many in each batch as its budget holds."""
         batch: list[int] = []
         used = 0
-        for i in members:
-            length = int(self._lengths[i])
+        for i, length in zip(members.tolist(), self._lengths[members].tolist(), strict=True):
             if batch and (used + length > self.batch_tokens or len(batch) == self.max_batch_sequences):
                 yield tuple(batch)
                 batch, used = [], 0
@@ -121,18 +127,14 @@ class Loader:
     def __repr__(self) -> str:
         return f"Loader({self._plan!r}, {self.epochs} epochs, from {self._cursor})"
 
-    def batches_per_epoch(self, epoch: int) -> int:
-        """How many batches one epoch has; epochs differ a little, because each packs its samples anew."""
-        return len(self._plan.epoch(epoch))
-
     @property
     def num_batches(self) -> int:
         """How many batches all epochs have together, wherever the cursor stands."""
-        return sum(map(self.batches_per_epoch, range(self.epochs)))
+        return sum(map(self._plan.num_batches, range(self.epochs)))
 
     def __len__(self) -> int:
         """How many batches are left from the cursor on."""
-        before = sum(map(self.batches_per_epoch, range(self._cursor.epoch)))
+        before = sum(map(self._plan.num_batches, range(self._cursor.epoch)))
         return max(0, self.num_batches - before - self._cursor.index)
 
     def __iter__(self) -> Iterator[Batch]:

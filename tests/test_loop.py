@@ -1,156 +1,23 @@
-"""The training loop, with a tiny objective and a source that makes its states up from the tokens."""
+"""The training loop: what it trains, what it saves, and how it goes on."""
 
 from __future__ import annotations
 
 import math
-import os
-import signal
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+import time
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
+from msgspec import structs
 from safetensors.torch import load_file
 
+from runs import CONFIG, Plan, Source, Tiny, TinyLoss, curve, records, run, same, weights
 from specd.config import TrainConfig
 from specd.errors import BatchError, CheckpointError, SpecdError
-from specd.metrics import Stats
 from specd.packing import Batch
-from specd.train.checkpoint import Checkpoints, Identity, Position
-from specd.train.interrupt import Interrupt
-from specd.train.journal import StepRecord, read
-from specd.train.loop import learning_rate, total_steps, train
-
-HIDDEN = 6
-
-
-@dataclass
-class TinyLoss:
-    sum: torch.Tensor
-    weight: torch.Tensor
-    metrics: dict[str, torch.Tensor]
-
-
-class Tiny:
-    """Regression of a token's state on its id; predicts nothing where the loss mask is empty."""
-
-    def __init__(self, poison: int | None = None) -> None:
-        generator = torch.Generator().manual_seed(7)
-        self.module = torch.nn.Sequential(torch.nn.Linear(HIDDEN, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1))
-        with torch.no_grad():
-            for parameter in self.module.parameters():
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
-        self.poison = poison
-        self.trained: list[tuple[int, int]] = []
-
-    def spec_for(self, contract: Any) -> Any:
-        raise NotImplementedError
-
-    def export(self, path: Path) -> None:
-        raise NotImplementedError
-
-    def loss(self, delivery: Any) -> TinyLoss:
-        batch: Batch = delivery.batch
-        self.trained.append((batch.epoch, batch.index))
-        mask = torch.from_numpy(batch.loss_mask)
-        wanted = torch.from_numpy(batch.tokens).float() / 50
-        error = (self.module(delivery.taps.flatten(1))[:, 0] - wanted)[mask]
-        total = (error**2).sum()
-        if batch.samples[0] == self.poison:
-            total = total * float("nan")
-        right = torch.stack([(error.abs() < 0.5).sum(), torch.zeros((), dtype=torch.long)])
-        metrics = {"correct": right, "counted": torch.stack([mask.sum(), mask.sum() * 0])}
-        return TinyLoss(total, mask.sum(), metrics)
-
-
-class Plan:
-    """`per_epoch` batches an epoch; batch i holds sample i, or as many as `size` says."""
-
-    def __init__(self, epochs: int = 2, per_epoch: int = 10, size: int = 1, empty: tuple[int, ...] = ()) -> None:
-        self.epochs, self.per_epoch, self.size, self.empty = epochs, per_epoch, size, empty
-
-    @property
-    def num_batches(self) -> int:
-        return self.epochs * self.per_epoch
-
-    def batches(self, epoch: int, index: int) -> Iterator[Batch]:
-        for number in range(epoch * self.per_epoch + index, self.num_batches):
-            epoch, index = divmod(number, self.per_epoch)
-            yield self.batch(epoch, index)
-
-    def batch(self, epoch: int, index: int) -> Batch:
-        samples = range(index * self.size, (index + 1) * self.size)
-        tokens = np.concatenate([np.arange(3 + s % 4, dtype=np.int32) * 3 + s + epoch for s in samples])
-        return Batch(
-            tokens=tokens,
-            lengths=np.array([3 + s % 4 for s in samples], dtype=np.int32),
-            loss_mask=np.full(tokens.size, index not in self.empty),
-            samples=tuple(samples),
-            epoch=epoch,
-            index=index,
-        )
-
-
-class Source:
-    """States are a function of the token ids. `on_batch` is called before each delivery."""
-
-    def __init__(self, on_batch: Callable[[Batch], None] = lambda batch: None, short: int = 0) -> None:
-        self.on_batch, self.short = on_batch, short
-        self.delivered = 0
-
-    def stream(self, batches: Iterable[Batch]) -> Iterator[Any]:
-        for batch in batches:
-            if self.short and self.delivered == self.short:
-                return
-            self.on_batch(batch)
-            self.delivered += 1
-            angles = torch.from_numpy(batch.tokens).float()[:, None] * torch.arange(1, HIDDEN + 1) / 9
-            yield SimpleNamespace(batch=batch, taps=angles.sin()[:, None, :], final=None)
-
-    def stats(self) -> Stats:
-        return Stats(busy_slots=1, num_slots=4, resubmitted=self.delivered)
-
-
-CONFIG = TrainConfig(lr=0.02, weight_decay=0.01, accumulation=3, save_every=2, keep=2, warmup_ratio=0.1)
-
-
-def run(
-    directory: Path,
-    config: TrainConfig = CONFIG,
-    objective: Tiny | None = None,
-    plan: Plan | None = None,
-    source: Source | None = None,
-    **options: Any,
-) -> tuple[Tiny, Position]:
-    torch.set_num_threads(1)
-    objective = objective or Tiny()
-    checkpoints = Checkpoints(
-        directory / "checkpoints", Identity(target="t", settings={"train.lr": config.lr}), config.keep
-    )
-    position = train(
-        config, objective, plan or Plan(), source or Source(), checkpoints, directory / "metrics.jsonl", **options
-    )
-    return objective, position
-
-
-def records(directory: Path) -> list[StepRecord]:
-    return read(directory / "metrics.jsonl")
-
-
-def curve(directory: Path) -> list[tuple[float | None, float | None, float]]:
-    return [(record.loss, record.grad_norm, record.lr) for record in records(directory)]
-
-
-def weights(objective: Tiny) -> list[torch.Tensor]:
-    return [parameter.detach().clone() for parameter in objective.module.parameters()]
-
-
-def same(left: list[torch.Tensor], right: list[torch.Tensor]) -> bool:
-    return all(torch.equal(a, b) for a, b in zip(left, right, strict=True))
+from specd.train.checkpoint import Checkpoints, Position
+from specd.train.loop import learning_rate, total_steps
 
 
 def test_every_batch_is_trained_once_and_the_last_window_is_flushed(tmp_path: Path) -> None:
@@ -255,6 +122,67 @@ def test_a_non_finite_loss_names_its_batch_before_weights_see_it(tmp_path: Path,
     assert not list((tmp_path / "bad").glob("checkpoints/step-*"))
 
 
+@pytest.mark.parametrize("log_every", [1, 4])
+@pytest.mark.parametrize("at", [(0, 1), (0, 4), (1, 1)])
+def test_out_of_memory_names_the_batch_and_loses_no_step(tmp_path: Path, at: tuple[int, int], log_every: int) -> None:
+    class OutOfMemory(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, total: torch.Tensor) -> torch.Tensor:
+            return total.clone()
+
+        @staticmethod
+        def backward(ctx: Any, *grad: torch.Tensor) -> torch.Tensor:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    class Big(Tiny):
+        """Half of its gradients are made when the batch `at` runs out of memory."""
+
+        def loss(self, delivery: Any) -> TinyLoss:
+            loss = super().loss(delivery)
+            if (delivery.batch.epoch, delivery.batch.index) == at:
+                bias = self.module[2].bias
+                loss.sum.backward(inputs=[bias], retain_graph=True)  # type: ignore[no-untyped-call]
+                loss.sum = OutOfMemory.apply(loss.sum)  # type: ignore[no-untyped-call]
+            return loss
+
+    run(tmp_path / "whole")
+    config = structs.replace(CONFIG, log_every=log_every, save_every=0)
+    done = (at[0] * 10 + at[1]) // 3
+    said = (
+        rf"step {done + 1}: no memory left for batch {at[1]} of epoch {at[0]} \(1 sequences, (\d) tokens, \1 of them "
+        r"labels\): CUDA out of memory\. .* 2\.00 GiB\.; .*--resume.*data\.max_batch_sequences.*data\.batch_tokens"
+    )
+    with pytest.raises(SpecdError, match=said):
+        run(tmp_path / "cut", config, Big())
+    assert [record.step for record in records(tmp_path / "cut")] == list(range(1, done + 1))
+    saved = [path.name for path in (tmp_path / "cut").glob("checkpoints/*")]
+    assert saved == ([f"step-{done:08d}"] if done else [])
+    run(tmp_path / "cut", config, resume=bool(done))
+    assert curve(tmp_path / "cut") == curve(tmp_path / "whole")
+
+
+def test_an_update_that_was_cut_short_is_never_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, _ = run(tmp_path / "whole")
+    update, calls = torch.optim.AdamW.step, 0
+
+    def fails_late(optimizer: torch.optim.AdamW) -> None:
+        nonlocal calls
+        calls += 1
+        update(optimizer)
+        if calls == 4:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    said = "step 4: no memory left for batch 1 of epoch 1"
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.optim.AdamW, "step", fails_late)
+        with pytest.raises(SpecdError, match=said):
+            run(tmp_path / "cut")
+    assert [path.name for path in (tmp_path / "cut" / "checkpoints").iterdir()] == ["step-00000002"]
+    resumed, _ = run(tmp_path / "cut", resume=True)
+    assert curve(tmp_path / "cut") == curve(tmp_path / "whole")
+    assert same(weights(resumed), weights(whole))
+
+
 def test_the_final_checkpoint_is_written_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     written: list[int] = []
     save = Checkpoints.save
@@ -290,35 +218,6 @@ def test_resuming_a_finished_run_trains_nothing(tmp_path: Path) -> None:
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_leaves_a_checkpoint_of_the_last_step(tmp_path: Path, number: signal.Signals) -> None:
-    run(tmp_path / "whole")
-
-    def interrupted(batch: Batch) -> None:
-        if (batch.epoch, batch.index) == (0, 4):
-            os.kill(os.getpid(), number)
-
-    with Interrupt() as interrupt:
-        with pytest.raises(KeyboardInterrupt):
-            run(tmp_path / "cut", source=Source(interrupted), interrupt=interrupt)
-        assert interrupt.received == number
-    assert [path.name for path in (tmp_path / "cut" / "checkpoints").iterdir()] == ["step-00000001"]
-    run(tmp_path / "cut", resume=True)
-    assert curve(tmp_path / "cut") == curve(tmp_path / "whole")
-
-
-def test_a_signal_inside_a_step_waits_for_its_end(tmp_path: Path) -> None:
-    class Stopper:
-        def step(self, record: StepRecord) -> None:
-            if record.step == 3:
-                os.kill(os.getpid(), signal.SIGINT)
-
-    with Interrupt() as interrupt, pytest.raises(KeyboardInterrupt):
-        run(tmp_path, interrupt=interrupt, sinks=[Stopper()])
-    assert [record.step for record in records(tmp_path)] == [1, 2, 3]
-    assert (tmp_path / "checkpoints" / "step-00000003").is_dir()
-
-
 def test_a_source_that_ends_early_is_an_error_and_resumable(tmp_path: Path) -> None:
     with pytest.raises(BatchError, match="13 batches early, after step 2"):
         run(tmp_path, source=Source(short=7))
@@ -334,8 +233,21 @@ def test_resume_without_the_journal_is_refused(tmp_path: Path) -> None:
 
 def test_log_every_changes_the_log_but_no_number(tmp_path: Path) -> None:
     run(tmp_path / "each")
-    run(tmp_path / "some", TrainConfig(**{**_fields(CONFIG), "log_every": 5}))
+    run(tmp_path / "some", structs.replace(CONFIG, log_every=5))
     assert curve(tmp_path / "each") == curve(tmp_path / "some")
+
+
+def test_the_drafts_own_time_counts_all_batches_of_a_step_and_no_wait(tmp_path: Path) -> None:
+    class Slow(Tiny):
+        def loss(self, delivery: Any) -> TinyLoss:
+            time.sleep(0.02)
+            return super().loss(delivery)
+
+    run(tmp_path, objective=Slow(), source=Source(lambda batch: time.sleep(0.03)))
+    lines = records(tmp_path)
+    for record in lines:
+        assert record.draft_s >= 0.02 * len(record.batches)
+        assert record.step_s - record.draft_s >= 0.03 * len(record.batches) - 0.001
 
 
 def test_learning_rate_warms_up_and_ends_at_zero() -> None:
@@ -346,7 +258,3 @@ def test_learning_rate_warms_up_and_ends_at_zero() -> None:
     assert rates[55] == pytest.approx(0.5)
     assert rates[100] == pytest.approx(0.0)
     assert rates[10:] == sorted(rates[10:], reverse=True)
-
-
-def _fields(config: TrainConfig) -> dict[str, Any]:
-    return {name: getattr(config, name) for name in config.__struct_fields__}

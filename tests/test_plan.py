@@ -76,6 +76,23 @@ def test_a_batch_is_its_samples_end_to_end() -> None:
     assert [batch.tokens.dtype.name, batch.lengths.dtype.name, batch.loss_mask.dtype.name] == ["int32", "int32", "bool"]
 
 
+def test_epochs_are_counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    built: list[int] = []
+    build = Plan._build
+
+    def spy(self: Plan, epoch: int) -> list[tuple[int, ...]]:
+        built.append(epoch)
+        return build(self, epoch)
+
+    monkeypatch.setattr(Plan, "_build", spy)
+    sizes = [3, 5, 2] * 40
+    loader = Loader(Numbers(sizes), Plan(sizes, 16, seed=1), epochs=4)
+    assert loader.num_batches == len(loader) == loader.num_batches
+    assert built == [0, 1, 2, 3]
+    assert len(list(loader)) == loader.num_batches
+    assert built == [0, 1, 2, 3] * 2, "counts are kept, batches of one epoch only"
+
+
 def test_seeds_and_epochs_differ() -> None:
     sizes = [5] * 100
     epochs = [Plan(sizes, 20, seed=seed).epoch(epoch) for seed in (0, 1) for epoch in (0, 1)]

@@ -20,8 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from specd import units
-from specd.errors import missing_extra
-from specd.train.journal import StepRecord, bound
+from specd.train.journal import StepRecord, bound, writing
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -187,14 +186,17 @@ def _number(value: float | None, form: str) -> str:
 
 
 class Scalars:
-    """TensorBoard scalars of a run, in `directory`. step: where it continues; later points of an earlier life go."""
+    """TensorBoard scalars of a run, in `directory`. step: where it continues; later points of an earlier life go.
+
+    All methods raise CheckpointError where they cannot be written.
+    """
 
     def __init__(self, directory: Path, step: int = 0) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            raise missing_extra("tensorboard", "train") from None
-        self._writer: SummaryWriter = SummaryWriter(str(directory), purge_step=step + 1 if step else None)
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.directory = directory
+        with writing(directory):
+            self._writer: SummaryWriter = SummaryWriter(str(directory), purge_step=step + 1)
 
     def step(self, record: StepRecord) -> None:
         """Write one more optimizer step."""
@@ -212,13 +214,15 @@ class Scalars:
         }
         for offset, value in enumerate(record.teacher_forced_by_offset, start=1):
             scalars[f"teacher_forced_by_offset/{offset:02d}"] = value
-        for name, value in scalars.items():
-            if value is not None:
-                self._writer.add_scalar(name, value, record.step)
+        with writing(self.directory):
+            for name, value in scalars.items():
+                if value is not None:
+                    self._writer.add_scalar(name, value, record.step)
 
     def close(self) -> None:
         """Write out what is buffered. Idempotent."""
-        self._writer.close()
+        with writing(self.directory):
+            self._writer.close()
 
     def __enter__(self) -> Self:
         return self

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM of a training run: at once while it waits or computes, deferred while it writes weights."""
+"""Ctrl-C, SIGTERM and SIGHUP of a training run: at once while it computes, deferred while it writes weights."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Interrupt:
-    """Turns the first SIGINT or SIGTERM into KeyboardInterrupt, but never inside `shield()`.
+    """Turns the first SIGINT, SIGTERM or SIGHUP into KeyboardInterrupt, but never inside `shield()`.
 
-    A context manager for the main thread; the handlers found at entry come back at exit. Without entering it,
-    `shield()` works and shields from nothing, which is what tests and embedders want.
+    A context manager for the main thread; the handlers found at entry come back at exit. A signal that is ignored at
+    entry stays ignored: SIGHUP under nohup, SIGINT in the background job of a script. Without entering it, `shield()`
+    works and shields from nothing, which is what tests and embedders want.
     """
 
     __slots__ = ("_deferred", "_depth", "_previous", "received")
@@ -29,7 +30,8 @@ class Interrupt:
 
     def __enter__(self) -> Interrupt:
         for number in SIGNALS:
-            self._previous[number] = signal.signal(number, self._handle)
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                self._previous[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(

@@ -5,8 +5,10 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from io import FileIO
 from pathlib import Path
-from typing import IO, Literal
+from typing import Literal, Protocol
 
 import msgspec
 
@@ -24,6 +26,9 @@ class TrainedBatch(msgspec.Struct, frozen=True, kw_only=True):
     index: int
     samples: tuple[int, ...]
 
+    def __str__(self) -> str:
+        return f"batch {self.index} of epoch {self.epoch} (samples {', '.join(map(str, self.samples))})"
+
 
 class StepRecord(msgspec.Struct, frozen=True, kw_only=True):
     """What one optimizer step did and where its time went.
@@ -32,8 +37,9 @@ class StepRecord(msgspec.Struct, frozen=True, kw_only=True):
     weight. teacher_forced_accuracy: share of predicted tokens that equal the data, given true context; it is not the
     acceptance length. teacher_forced_by_offset: the same for each block offset 1, 2, …; None where nothing counted.
     grad_norm: before clipping. tokens: of the target. step_s = target_wait_s (next batch not computed yet) +
-    wire_wait_s (computed, not fetched yet) + train_s (the rest). forward_s: the daemons' forward time of the batches
-    that came in during the step, overlapped or not. resubmitted, reconnects: in this step.
+    wire_wait_s (computed, not fetched yet) + train_s (the rest). draft_s: the step's own time on its device, also what
+    of it ran during those waits; wall time on a CPU; 0 if it was not taken. forward_s: the daemons' forward time of the
+    batches that came in during the step, overlapped or not. resubmitted, reconnects: in this step.
     """
 
     step: int
@@ -53,6 +59,7 @@ class StepRecord(msgspec.Struct, frozen=True, kw_only=True):
     forward_s: float
     busy_slots: int
     num_slots: int
+    draft_s: float = 0.0
     resubmitted: int = 0
     reconnects: int = 0
 
@@ -62,6 +69,14 @@ class StepRecord(msgspec.Struct, frozen=True, kw_only=True):
         return bound(self.target_wait_s, self.wire_wait_s, self.train_s)
 
 
+class Sink(Protocol):
+    """Something that shows or stores the progress of a run."""
+
+    def step(self, record: StepRecord) -> None:
+        """One more optimizer step is trained."""
+        ...
+
+
 def bound(target_s: float, wire_s: float, train_s: float) -> Bound:
     """Which of the three shares of a time span is the largest; the trainer wins ties."""
     if train_s >= target_s and train_s >= wire_s:
@@ -69,31 +84,45 @@ def bound(target_s: float, wire_s: float, train_s: float) -> Bound:
     return "target" if target_s >= wire_s else "wire"
 
 
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """A block that writes `path`. Raises CheckpointError where it cannot, most often because the disk is full."""
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot write {path}: {error.strerror or error}; free some space there, then continue with --resume"
+        ) from None
+
+
 class Journal:
     """Appends StepRecords to a file. Opened at a step, it first drops the lines of all later steps.
 
-    path: metrics.jsonl of the run. step: the step the run continues from, 0 for a new run.
+    path: metrics.jsonl of the run. step: the step the run continues from, 0 for a new run. All methods raise
+    CheckpointError where the file cannot be written.
     """
 
-    __slots__ = ("_file", "_last", "path")
+    __slots__ = ("_end", "_file", "_last", "path")
 
     def __init__(self, path: Path, step: int = 0) -> None:
         self.path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file: IO[bytes] = open(path, "ab")  # noqa: SIM115 (lives as long as the journal)
-        kept, end = 0, 0
-        for record, line_end in _records(path):
+        self._last = self._end = 0
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            # Without a buffer: what could not be written must not be tried again when the file is closed.
+            self._file = FileIO(path, "a")
+        for record, end in _records(path):
             if record.step > step:
                 break
-            kept, end = record.step, line_end
-        if kept < step:
+            self._last, self._end = record.step, end
+        if self._last < step:
             self._file.close()
             raise CheckpointError(
-                f"{path} ends at step {kept}, the checkpoint is at step {step}: restore the file, "
+                f"{path} ends at step {self._last}, the checkpoint is at step {step}: restore the file, "
                 f"or start a new run in another --output"
             )
-        self._file.truncate(end)
-        self._last = kept
+        with writing(path):
+            self._file.truncate(self._end)
 
     def __enter__(self) -> Journal:
         return self
@@ -105,24 +134,29 @@ class Journal:
         return f"Journal({str(self.path)!r}, step={self._last})"
 
     def append(self, record: StepRecord) -> None:
-        """Write one line. Steps must come in order, without a gap."""
+        """Write one line, or nothing of it. Steps must come in order, without a gap."""
         assert record.step == self._last + 1, f"journal is at step {self._last}, got {record.step}"
-        try:
-            self._file.write(msgspec.json.encode(record) + b"\n")
-            self._file.flush()
-        except OSError as error:
-            raise CheckpointError(
-                f"cannot write {self.path}: {error.strerror}; free some space there, then continue with --resume"
-            ) from None
-        self._last = record.step
+        line = msgspec.json.encode(record) + b"\n"
+        with writing(self.path):
+            try:
+                written = 0
+                while written < len(line):
+                    written += self._file.write(line[written:])
+            except OSError:
+                with suppress(OSError):
+                    self._file.truncate(self._end)
+                raise
+        self._last, self._end = record.step, self._end + len(line)
 
     def sync(self) -> None:
         """Put every line on disk; a checkpoint must never know of a step the journal can lose."""
-        os.fsync(self._file.fileno())
+        with writing(self.path):
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Close the file. Idempotent."""
-        self._file.close()
+        with writing(self.path):
+            self._file.close()
 
 
 def read(path: Path) -> list[StepRecord]:

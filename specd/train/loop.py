@@ -11,7 +11,7 @@ import logging
 import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -23,10 +23,10 @@ from specd.config import TrainConfig
 from specd.errors import BatchError, SpecdError
 from specd.packing import Batch
 from specd.protocol import TargetContract
-from specd.staging import reached
+from specd.staging import Stopwatch, reached
 from specd.train.checkpoint import Checkpoints, Position, RngStates
 from specd.train.interrupt import Interrupt
-from specd.train.journal import Journal, StepRecord, TrainedBatch
+from specd.train.journal import Journal, Sink, StepRecord, TrainedBatch
 
 if TYPE_CHECKING:
     from specd.client import Delivery
@@ -98,14 +98,6 @@ class Source(Protocol):
         ...
 
 
-class Sink(Protocol):
-    """Something that shows or stores the progress of a run."""
-
-    def step(self, record: StepRecord) -> None:
-        """One more optimizer step is trained."""
-        ...
-
-
 def total_steps(config: TrainConfig, num_batches: int) -> int:
     """Optimizer steps of a run over `num_batches` batches: max_steps, or as many as the data gives if that is less."""
     steps = math.ceil(num_batches / config.accumulation)
@@ -139,12 +131,8 @@ def apply_gradients(
     halted: 0-d float32, 1 stops every step from now on. A step without weight, with a loss or gradient that is not
     finite, or after one such, leaves weights and moments as they are. Returns the norm before clipping, and `halted`.
     """
-    gradients = [
-        parameter.grad
-        for group in optimizer.param_groups
-        for parameter in group["params"]
-        if parameter.grad is not None
-    ]
+    parameters = chain.from_iterable(group["params"] for group in optimizer.param_groups)
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     divisor = torch.where(weight > 0, weight, 1.0)
     norm = torch.nn.utils.get_total_norm(gradients).to(divisor.device) / divisor
     finite = torch.isfinite(norm) & torch.isfinite(losses).all()
@@ -160,11 +148,15 @@ def apply_gradients(
 
 
 class _Window:
-    """The batches of one optimizer step and their sums, which stay on the device until they are logged."""
+    """The batches of one optimizer step and their sums, which stay on the device until they are logged.
 
-    __slots__ = ("_counts", "_losses", "_weights", "batches", "tokens")
+    watch: times what it makes the device do.
+    """
 
-    def __init__(self) -> None:
+    __slots__ = ("_counts", "_losses", "_weights", "batches", "tokens", "watch")
+
+    def __init__(self, device: str) -> None:
+        self.watch = Stopwatch(device)
         self.batches: list[TrainedBatch] = []
         self.tokens = 0
         self._losses: list[torch.Tensor] = []
@@ -172,6 +164,7 @@ class _Window:
         self._counts: list[torch.Tensor] = []
 
     def add(self, batch: Batch, loss: Loss) -> None:
+        """Take in a batch's gradients."""
         if loss.sum.requires_grad:
             loss.sum.backward()  # type: ignore[no-untyped-call]
         self.batches.append(TrainedBatch(epoch=batch.epoch, index=batch.index, samples=batch.samples))
@@ -226,6 +219,7 @@ class _Done:
             raise _not_finite(self.facts.step, f"the gradient norm is {norm}", self.window.batches)
         return msgspec.structs.replace(
             self.facts,
+            draft_s=self.window.watch.seconds(),
             loss=sum(losses) / weight if weight else None,
             grad_norm=norm,
             weight=weight,
@@ -256,22 +250,30 @@ class _Run:
         self.source, self.checkpoints, self.journal, self.sinks = source, checkpoints, journal, sinks
         self.optimizer = optimizer
         self.rng = RngStates.capture()
-        self.poisoned = False
+        self.savable = True  # weights, moments, position and records are of the same step
         self._pending: list[_Done] = []
         # 1 from the first non-finite step on: no later step changes a weight, though the host learns of it only when
         # it logs.
-        self._halted = torch.zeros((), device=optimizer.param_groups[0]["params"][0].device)
+        self.device = str(optimizer.param_groups[0]["params"][0].device)
+        self._halted = torch.zeros((), device=self.device)
         self._stats = source.stats()
         self._mark = time.perf_counter()
 
     def step(self, window: _Window) -> None:
         """One optimizer step over the window, then log and save as configured."""
         rate = learning_rate(self.config, self.position.step, self.steps)
-        norm = self._update(window, rate)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.savable = False
+        with window.watch.running():
+            norm, self._halted = apply_gradients(
+                self.optimizer, window.weight.float(), window.losses, self.config.clip, self._halted
+            )
         last = window.batches[-1]
         self.position = Position(step=self.position.step + 1, epoch=last.epoch, index=last.index + 1)
         self.rng = RngStates.capture()
         self._pending.append(_Done(window, norm, self._facts(window, rate)))
+        self.savable = True
         step = self.position.step
         if step % self.config.log_every == 0 or step == self.steps:
             # On a GPU the newest step stays, so that there is work on it while the host waits and makes the next batch.
@@ -283,11 +285,12 @@ class _Run:
         """Log all steps that are not logged yet but the newest `keep`: the one place that waits for the device."""
         while len(self._pending) > keep:
             try:
-                record = self._pending.pop(0).record()
+                record = self._pending[0].record()
             except SpecdError:
-                self.poisoned = True
+                self.savable = False
                 raise
             self.journal.append(record)
+            del self._pending[0]
             for sink in self.sinks:
                 sink.step(record)
 
@@ -298,18 +301,6 @@ class _Run:
             self.journal.sync()
             path = self.checkpoints.save(self.position, self.module, self.optimizer, self.rng)
             logger.info("checkpoint of step %d: %s", self.position.step, path)
-
-    def _update(self, window: _Window, rate: float) -> torch.Tensor:
-        """Apply the accumulated gradients; returns their norm before clipping. No host sync.
-
-        A window without weight, a non-finite one, and any after that, leave weights and moments as they are.
-        """
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        norm, self._halted = apply_gradients(
-            self.optimizer, window.weight.float(), window.losses, self.config.clip, self._halted
-        )
-        return norm
 
     def _facts(self, window: _Window, rate: float) -> StepRecord:
         """The host's part of a record: what was trained, and where the time since the last step went."""
@@ -353,8 +344,9 @@ def train(
 ) -> Position:
     """Train to the end, from the start or from the newest checkpoint; returns the last position.
 
-    journal: path of the step records. A SpecdError or KeyboardInterrupt on the way leaves a checkpoint of the last
-    optimizer step behind, unless that error is a non-finite loss or gradient, which no weight has seen.
+    journal: path of the step records. A SpecdError, one for each out-of-memory too, or a KeyboardInterrupt on the way
+    leaves a checkpoint of the last optimizer step behind, unless that error is a non-finite loss or gradient, which no
+    weight has seen, or came between the weights and the position of a step.
     """
     interrupt = interrupt or Interrupt()
     optimizer = make_optimizer(objective.module, config)
@@ -362,25 +354,30 @@ def train(
     if resume:
         position = checkpoints.restore(checkpoints.latest(), objective.module, optimizer)
         logger.info("resuming at step %d", position.step)
-    steps = total_steps(config, feed.num_batches)
-    left = min(feed.num_batches, steps * config.accumulation) - position.step * config.accumulation
+    batches = feed.num_batches
+    steps = total_steps(config, batches)
+    left = min(batches, steps * config.accumulation) - position.step * config.accumulation
     with Journal(journal, position.step) as lines:
         run = _Run(config, objective, source, checkpoints, lines, sinks, optimizer, position, steps)
         try:
-            window = _Window()
+            window = _Window(run.device)
             for delivery in source.stream(islice(feed.batches(position.epoch, position.index), max(0, left))):
-                window.add(delivery.batch, objective.loss(delivery))
-                left -= 1
-                if len(window.batches) == config.accumulation or not left:
-                    with interrupt.shield():
-                        run.step(window)
-                    window = _Window()
+                try:
+                    with window.watch.running():
+                        window.add(delivery.batch, objective.loss(delivery))
+                    left -= 1
+                    if len(window.batches) == config.accumulation or not left:
+                        with interrupt.shield():
+                            run.step(window)
+                        window = _Window(run.device)
+                except torch.OutOfMemoryError as error:
+                    raise _out_of_memory(run.position.step + 1, delivery.batch, error) from None
             if left > 0:
                 raise BatchError(
                     f"the stream ended {left} batches early, after step {run.position.step}: plan and source disagree"
                 )
         except (KeyboardInterrupt, SpecdError):
-            if not run.poisoned:
+            if run.savable:
                 with interrupt.shield():
                     run.save()
             raise
@@ -388,11 +385,16 @@ def train(
 
 
 def _not_finite(step: int, what: str, batches: Sequence[TrainedBatch]) -> SpecdError:
-    names = "; ".join(
-        f"batch {batch.index} of epoch {batch.epoch} (samples {', '.join(map(str, batch.samples))})"
-        for batch in batches
-    )
     return SpecdError(
-        f"step {step}: {what} in {names}; the weights are still those of step {step - 1}: look at these samples with "
-        f"`specd data show`, lower train.lr, or train in float32"
+        f"step {step}: {what} in {'; '.join(map(str, batches))}; the weights are still those of step {step - 1}: look "
+        f"at these samples with `specd data show`, lower train.lr, or train in float32"
+    )
+
+
+def _out_of_memory(step: int, batch: Batch, error: torch.OutOfMemoryError) -> SpecdError:
+    return SpecdError(
+        f"step {step}: no memory left for batch {batch.index} of epoch {batch.epoch} ({batch.lengths.size} sequences, "
+        f"{batch.num_tokens} tokens, {int(batch.loss_mask.sum())} of them labels): {error}; continue with --resume "
+        f"where more is free or with a smaller draft.loss_chunk, or start a new run with a limit in "
+        f"data.max_batch_sequences, a smaller data.batch_tokens or a smaller draft.num_anchors"
     )
