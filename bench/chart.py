@@ -273,7 +273,7 @@ def _table(auto: Auto, rows: Sequence[Row]) -> str:
             row.lane, size(row), duration(row.p50_us), duration(row.p99_us), rate(row.gb_per_s), rate(row.raw_gb_per_s),
             ratio(row.ratio), rate(row.stream_gb_per_s), rate(row.raw_stream_gb_per_s), ratio(row.stream_ratio),
             rate(row.d2h_gb_per_s), rate(row.d2h_raw_gb_per_s), ratio(row.d2h_ratio),
-            "every byte" if row.verified else "WRONG",
+            "✓" if row.verified else "WRONG",
         )
         for row in rows
     ]  # fmt: skip

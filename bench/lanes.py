@@ -319,7 +319,7 @@ def clear(found: Wire, nbytes: int, device: str) -> None:
 
 
 def verified(found: Wire, served: Served, patterns: Patterns, nbytes: int, device: str, slots: int) -> bool:
-    """Whether the last transfers of the first slots brought every byte, and a refill then brings its own."""
+    """Whether the last transfers of the first slots brought their bytes, and a refill then brings its own."""
     import torch
 
     good = True

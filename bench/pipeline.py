@@ -7,7 +7,7 @@ import gc
 import logging
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from itertools import count
 from pathlib import Path
@@ -22,7 +22,8 @@ from specd.bench import pipeline_rates as rates
 from specd.bench import seed
 from specd.bench.machine import machine
 from specd.bench.pipeline_bare import Bare
-from specd.bench.pipeline_draft import Clocked, Draft, clock, given, made_up, make_draft, memory, synchronize
+from specd.bench.pipeline_draft import Clocked, Draft, clock, given, made_up, make_draft, synchronize
+from specd.bench.pipeline_memory import held, in_use
 from specd.bench.pipeline_processes import as_answered, child, daemon
 from specd.bench.pipeline_result import Result, Row
 from specd.bench.pipeline_rows import row_of, settle
@@ -70,7 +71,7 @@ class _Bench:
         self._draft: Draft | None = None
         self._draft_ms: dict[str, float] = {}
         self._bare: Bare | None = None
-        self._wire = [0, 0.0]
+        self._apart: dict[str, list[Clocked]] = {}
         self._contract: TargetContract | None = None
         self._spec: CaptureSpec | None = None
 
@@ -139,7 +140,7 @@ class _Bench:
 
     def _disaggregated(self, directory: Path) -> None:
         settings, device = self._settings, self._settings.trainer
-        before = memory(settings.devices[0]) if device != "cpu" else 0
+        before = in_use(settings)
         with ExitStack() as stack:
             self._progress("starting the daemon")
             endpoints = tuple(
@@ -167,13 +168,11 @@ class _Bench:
                     for lengths in settings.lengths if whole else settings.lengths[:1]:
                         for depth in settings.depths if whole else sorted({min(settings.depths), max(settings.depths)}):
                             self._row(endpoints, transport, lengths, depth)
-            if device == "cpu":
-                pid = ask_status(endpoints[0], 10.0).worker_pid
-                held = memory("cpu", pid)
-            else:
-                own = torch.cuda.memory_reserved(device) if settings.shared else 0
-                held = memory(settings.devices[0]) - before - own
-            self._rows[first:] = [msgspec.structs.replace(row, daemon_memory_bytes=held) for row in self._rows[first:]]
+            theirs, own = held(settings, before, (ask_status(one, 10.0).worker_pid for one in endpoints))
+            self._rows[first:] = [
+                msgspec.structs.replace(row, daemon_memory_bytes=theirs, trainer_memory_bytes=own)
+                for row in self._rows[first:]
+            ]
             self._clock_draft(contract, spec)  # again: the lower bound is the one to be measured by
 
     def _warm(self, subscriber: Subscriber, contract: TargetContract, spec: CaptureSpec) -> None:
@@ -181,8 +180,8 @@ class _Bench:
         taps = made_up(self._settings, spec, contract.hidden_size)
         for lengths in self._settings.lengths:
             self._progress(f"warming up, {lengths} lengths")
-            clock(subscriber.stream(self._batches(lengths, contract.vocab_size)), None, 0, lambda: None)
-            clock(given(self._batches(lengths, contract.vocab_size), taps), self._draft, 0, lambda: None)
+            clock(subscriber.stream(self._batches(lengths, contract.vocab_size)), None)
+            clock(given(self._batches(lengths, contract.vocab_size), taps), self._draft)
 
     def _clock_draft(self, contract: TargetContract, spec: CaptureSpec) -> None:
         """Time the optimizer step on states that are there."""
@@ -191,27 +190,20 @@ class _Bench:
         for lengths in settings.lengths:
             self._progress(f"the draft alone, {lengths} lengths")
             drawn = self._batches(lengths, contract.vocab_size)
-            clocked = clock(given(drawn, taps), self._draft, settings.warmup, lambda: None)
+            clocked = clock(given(drawn, taps), self._draft, settings.warmup)
             found = round(clocked.mean_s * 1e3, 3)
             self._draft_ms[lengths] = min(found, self._draft_ms.get(lengths, found))
 
     def _row(self, endpoints: tuple[str, ...], transport: str, lengths: Lengths, depth: int) -> None:
-        settings, device = self._settings, self._settings.trainer
+        settings = self._settings
         self._progress(f"{transport}, {lengths} lengths, depth {depth}")
-        if device != "cpu":
-            torch.cuda.reset_peak_memory_stats(device)
         with self._subscriber(endpoints, transport, depth) as subscriber:
             drawn = self._batches(lengths, subscriber.contract.vocab_size)
             _wait_for_all(subscriber, len(endpoints))
-            marks = [subscriber.stats()]
-            stream = subscriber.stream(drawn)
-            clocked = clock(stream, self._draft, settings.warmup, lambda: marks.append(subscriber.stats()))
-            stats = subscriber.stats().difference(marks[-1])
-        self._wire[0] += stats.nbytes
-        self._wire[1] += stats.fetch_s
-        used = memory("cpu") if device == "cpu" else int(torch.cuda.max_memory_allocated(device))
-        row = row_of("disaggregated", lengths, depth, transport, settings.num_devices, clocked, stats)
-        self._rows.append(msgspec.structs.replace(row, trainer_memory_bytes=used))
+            clocked = clock(subscriber.stream(drawn), self._draft, settings.warmup, depth > 0, subscriber.stats)
+        if transport == settings.transports[0]:
+            self._apart.setdefault(lengths, []).append(clocked)
+        self._rows.append(row_of("disaggregated", lengths, depth, transport, settings.num_devices, clocked))
         self._keep(self._result())
 
     def _subscriber(self, endpoints: tuple[str, ...], transport: str, depth: int) -> Subscriber:
@@ -252,12 +244,12 @@ class _Bench:
                             self._progress(f"the seed's protocol, {lengths} lengths, depth {depth}")
                             drawn = self._batches(lengths, self._contract.vocab_size)
                             stream = client.stream(drawn, overlap=depth > 0)
-                            clocked = clock(stream, self._draft, settings.warmup, lambda: None)
+                            clocked = clock(stream, self._draft, settings.warmup, depth > 0)
                             self._rows.append(self._seed_row(lengths, depth, backend, clocked))
                             self._keep(self._result())
             synchronize(settings.trainer)
 
-    def _seed_row(self, lengths: str, depth: int, backend: str, clocked: Clocked) -> Row:
+    def _seed_row(self, lengths: Lengths, depth: int, backend: str, clocked: Clocked) -> Row:
         assert self._contract is not None
         assert self._spec is not None
         nbytes = seed.payload_bytes(self._spec, self._contract.hidden_size) * clocked.tokens
@@ -287,28 +279,31 @@ class _Bench:
             ]
             children = [stack.enter_context(child("specd.bench.pipeline_colocated", job)) for job in jobs]
             if world == 1:
-                self._together(children[0].answer(colocated.Answer))
+                self._together([(0, children[0].answer(colocated.Answer))])
                 self._skipped["co-located data-parallel"] = "there is one GPU: it would be the co-located row again"
                 return
             # The first one answers twice. All others answer once, at the end, unless they fail.
             for number, answer in as_answered(children, colocated.Answer):
-                self._together(answer)
+                self._together([(number, answer)])
                 if number == 0:
                     break
             with self._phase("co-located data-parallel"):
-                for number, answer in as_answered(children, colocated.Answer):
-                    self._together(answer, shown=number == 0)
+                self._together(as_answered(children, colocated.Answer))
 
-    def _together(self, answer: colocated.Answer, shown: bool = True) -> None:
-        """The rows of one process. Raises DaemonError when it failed. shown: False for one that is like another."""
-        if answer.error:
-            raise DaemonError(answer.error)
-        for timed in answer.timed if shown else ():
+    def _together(self, answers: Iterable[tuple[int, colocated.Answer]]) -> None:
+        """The rows of processes that trained together: the first one's, which are like the others', with the memory of
+        all. Raises DaemonError when one failed."""
+        found: tuple[colocated.Timed, ...] = ()
+        used = 0
+        for number, answer in answers:
+            if answer.error:
+                raise DaemonError(answer.error)
+            found = answer.timed if number == 0 else found
+            used += answer.memory_bytes
+        for timed in found:
             mode: Any = "co-located" if timed.parallel == 1 else "co-located data-parallel"
-            row = row_of(
-                mode, timed.lengths, timed.depth, "inproc", timed.parallel, timed.clocked, timed.stats, timed.parallel
-            )
-            self._rows.append(msgspec.structs.replace(row, trainer_memory_bytes=answer.memory_bytes))
+            row = row_of(mode, timed.lengths, timed.depth, "inproc", timed.parallel, timed.clocked, timed.parallel)
+            self._rows.append(msgspec.structs.replace(row, trainer_memory_bytes=used))
         self._keep(self._result())
 
     # What follows from all phases
@@ -319,10 +314,12 @@ class _Bench:
         assert self._contract is not None
         assert self._spec is not None
         lengths = settings.lengths[0]
-        row = next((row for row in self._rows if row.lengths == lengths and row.mode == "disaggregated"), None)
-        if row is None or not (self._bare or self._fed):
+        apart = [clocked for found in self._apart.values() for clocked in found]
+        if lengths not in self._apart or not (self._bare or self._fed):
             return None
-        tokens, samples = row.tokens_per_s * row.iteration_ms / 1e3, row.samples_per_s * row.iteration_ms / 1e3
+        first = self._apart[lengths][0]
+        tokens = first.tokens / len(first.seconds)
+        fetch_s = sum(clocked.stats.fetch_s for clocked in apart)
         if self._bare is not None:
             times = self._bare.batch_ms[lengths]
             alone = tokens / times[1] * 1e3
@@ -334,10 +331,10 @@ class _Bench:
             draft_tokens_per_s=tokens / self._draft_ms[lengths] * 1e3,
             colocated_target_tokens_per_s=alone,
             batch_tokens=tokens,
-            tokens_per_sample=tokens / samples,
+            tokens_per_sample=first.tokens / first.samples,
             bytes_per_token=self._spec.bytes_per_token(self._contract.hidden_size),
             gpus_per_daemon=settings.tp,
-            wire_gb_per_s=self._wire[0] / self._wire[1] / 1e9 if self._wire[1] else 0.0,
+            wire_gb_per_s=sum(clocked.stats.nbytes for clocked in apart) / fetch_s / 1e9 if fetch_s else 0.0,
         )
 
 

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
-from functools import partial
-from itertools import pairwise
-from statistics import mean
-from typing import Any
+from collections.abc import Sequence
+from itertools import pairwise, zip_longest
+from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
@@ -39,60 +37,56 @@ class Bare(msgspec.Struct, frozen=True, kw_only=True):
 
 def measure(target: Target, spec: CaptureSpec, settings: Settings) -> Bare:
     """Run every composition that a row or a rate is compared with."""
-    vocab = target.contract.vocab_size
-    sizes = sorted({settings.merged(depth) for depth in settings.depths})
-    times: dict[str, dict[int, list[float]]] = {
-        lengths: {
-            size: _run_all(target, spec, settings, size, partial(batches, settings, lengths, vocab, nonce=NONCE))
-            for size in sizes
-        }
-        for lengths in settings.lengths
-    }
+    vocab, steps = target.contract.vocab_size, settings.steps
+
+    def timed(drawn: Sequence[Batch], size: int) -> _Timed:
+        return _timed(target, spec, grouped(settings, drawn, size))
+
+    times: dict[str, dict[int, _Timed]] = {}
+    for lengths in settings.lengths:
+        drawn = batches(settings, lengths, vocab, steps, NONCE, settings.warmup)  # as long as those that rows time
+        sizes = {1, *(settings.merged(depth, lengths) for depth in settings.depths)}
+        times[lengths] = {size: timed(drawn, size) for size in sorted(sizes)}
+
+    def rates(drawn: Sequence[Batch]) -> dict[int, float]:
+        tokens = drawn[0].num_tokens
+        return {size: round(tokens / timed(drawn, size).mean_s, 1) for size in sorted({1, settings.room(tokens)})}
+
     whole = msgspec.structs.replace(settings, sample_tokens=settings.batch_tokens)
-
-    def rates(tokens: int, draw: Callable[[int], list[Batch]]) -> dict[int, float]:
-        most = settings.room(tokens)
-        return {
-            size: round(tokens / mean(_run_all(target, spec, settings, size, draw)), 1) for size in sorted({1, most})
-        }
-
     return Bare(
         batch_ms={
-            lengths: {size: round(mean(found) * 1e3, 3) for size, found in by_size.items()}
+            lengths: {size: round(found.mean_s * 1e3, 3) for size, found in by_size.items()}
             for lengths, by_size in times.items()
         },
         batch_spread_ms={
-            lengths: {size: _quartiles(found) for size, found in by_size.items()} for lengths, by_size in times.items()
+            lengths: {size: found.quartiles_ms for size, found in by_size.items()} for lengths, by_size in times.items()
         },
-        short_tokens_per_s=rates(
-            settings.short * settings.many, partial(short_batches, settings, vocab, settings.many, nonce=NONCE)
-        ),
-        long_tokens_per_s=rates(settings.batch_tokens, partial(batches, whole, "fixed", vocab, nonce=NONCE)),
+        short_tokens_per_s=rates(short_batches(settings, vocab, settings.many, steps, NONCE)),
+        long_tokens_per_s=rates(batches(whole, "fixed", vocab, steps, NONCE)),
     )
 
 
-def _run_all(
-    target: Target, spec: CaptureSpec, settings: Settings, size: int, draw: Callable[[int], list[Batch]]
-) -> list[float]:
-    """Seconds for one batch in each forward of `size` batches."""
-    forwards = max(4, -(-settings.steps // size))
-    groups = grouped(draw((forwards + settings.warmup) * size), size)
+class _Timed(NamedTuple):
+    """Seconds for one batch: the mean of all, and the quartiles over forwards in ms."""
+
+    mean_s: float
+    quartiles_ms: tuple[float, float]
+
+
+def _timed(target: Target, spec: CaptureSpec, groups: Sequence[Sequence[Batch]]) -> _Timed:
     # Kernels are compiled by shape: what is timed has been run before.
-    run(target, spec, groups[settings.warmup :], 0)
-    return [seconds / size for seconds in run(target, spec, groups, settings.warmup)]
-
-
-def _quartiles(seconds: Sequence[float]) -> tuple[float, float]:
-    low, high = np.percentile(np.asarray(seconds) * 1e3, (25, 75)).tolist()
-    return round(low, 3), round(high, 3)
+    seconds = run(target, spec, [*groups, *groups], len(groups))
+    each = [took / len(group) * 1e3 for took, group in zip(seconds, groups, strict=True)]
+    low, high = np.percentile(each, (25, 75)).tolist()
+    return _Timed(sum(seconds) / sum(map(len, groups)), (round(low, 3), round(high, 3)))
 
 
 def run(target: Target, spec: CaptureSpec, groups: Sequence[Sequence[Batch]], warmup: int) -> list[float]:
     """Seconds of each forward over a group of batches, launched back to back; the first `warmup` are not timed."""
     hidden = target.contract.hidden_size
     nbytes = [
-        max(slot_layout(spec, hidden, group[place].num_tokens).nbytes for group in groups)
-        for place in range(len(groups[0]))
+        max(slot_layout(spec, hidden, batch.num_tokens).nbytes for batch in place if batch is not None)
+        for place in zip_longest(*groups)
     ]
     rings = [[slot(size, target.device) for size in nbytes] for _ in range(AHEAD + 1)]
     running: deque[Completion | None] = deque()
@@ -101,8 +95,8 @@ def run(target: Target, spec: CaptureSpec, groups: Sequence[Sequence[Batch]], wa
         if count == warmup:
             drain(running, 0, ends)
             ends = [time.perf_counter()]
-        running.append(target.run([fill(batch, spec, hidden, place) for batch, place in zip(group, rings[count % 2],
-                                                                                            strict=True)]))  # fmt: skip
+        places = zip(group, rings[count % len(rings)], strict=False)  # a group may be smaller than the largest
+        running.append(target.run([fill(batch, spec, hidden, place) for batch, place in places]))
         drain(running, AHEAD, ends)
     drain(running, 0, ends)
     return [end - begin for begin, end in pairwise(ends)]
@@ -120,9 +114,13 @@ def slot(nbytes: int, device: str) -> Any:
     return memory if memory.is_cuda else memoryview(memory.numpy())  # type: ignore[arg-type]
 
 
-def grouped(drawn: Sequence[Batch], size: int) -> list[Sequence[Batch]]:
-    """Neighbours that share a forward."""
-    return [drawn[at : at + size] for at in range(0, len(drawn), size)]
+def grouped(settings: Settings, drawn: Sequence[Batch], most: int) -> list[Sequence[Batch]]:
+    """Neighbours that share a forward when up to `most` of them wait; all of `drawn` over and over, `most` times.
+
+    So the last forward is no smaller than the others where batches are of one size, and none is left out where not.
+    """
+    repeated = [*drawn] * most
+    return [repeated[part] for part in settings.forwards([batch.num_tokens for batch in repeated], most)]
 
 
 def drain(running: deque[Completion | None], left: int, ends: list[float]) -> None:

@@ -1,4 +1,4 @@
-"""The pipeline benchmark's result as a picture: where an iteration's time goes, what a sample costs; PNG or HTML."""
+"""The pipeline benchmark's result as a picture: where a batch's time goes, what a sample costs; PNG or HTML."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def _drawn(result: Result, kind: str) -> bytes:
         for (left, right), name in zip(grid, lengths, strict=True):
             rows = [row for row in result.rows if row.lengths == name]
             _times(left, rows)
-            left.set_title(f"{name} lengths: an iteration, ms a batch")
+            left.set_title(f"{name} lengths: ms a batch")
             _costs(right, rows)
             right.set_title("device-seconds a sample")
         handles = [Patch(color=TRAINS, label="trains"), Patch(color=WIRE, label="waits for the wire")]
@@ -59,16 +59,17 @@ def _drawn(result: Result, kind: str) -> bytes:
 
 
 def _times(axes: Axes, rows: Sequence[Row]) -> None:
-    """Stacked bars of an iteration's shares, and a mark at the bound."""
+    """Stacked bars of an iteration's shares over the batches that it trains, and a mark at the bound."""
     for place, row in enumerate(rows):
         shares = [(row.trainer_ms, TRAINS), (row.wire_wait_ms, WIRE), (row.target_wait_ms, TARGET)]
         if row.trainer_ms is None:
             shares = [(row.iteration_ms, WHOLE)]
         left = 0.0
-        for width, colour in shares:
-            axes.barh(place, width or 0.0, left=left, color=colour, height=0.7, zorder=2)
-            left += width or 0.0
-        axes.text(left, place, f" {row.iteration_ms:.1f}", va="center", fontsize=8.5)
+        for share, colour in shares:
+            width = (share or 0.0) / row.parallel
+            axes.barh(place, width, left=left, color=colour, height=0.7, zorder=2)
+            left += width
+        axes.text(left, place, f" {row.iteration_ms / row.parallel:.1f}", va="center", fontsize=8.5)
         if row.bound_ms is not None:
             axes.plot([row.bound_ms] * 2, [place - 0.42, place + 0.42], color="black", linewidth=1.4, zorder=3)
     _frame(axes, rows)

@@ -15,7 +15,8 @@ from typing import Any
 import msgspec
 import torch
 
-from specd.bench.pipeline_draft import Clocked, clock, make_draft, memory, synchronize
+from specd.bench.pipeline_draft import Clocked, Draft, clock, make_draft, synchronize
+from specd.bench.pipeline_memory import memory
 from specd.bench.pipeline_processes import START_S, answers, end_with_input
 from specd.bench.pipeline_work import Lengths, Settings, batches
 from specd.bench.seed import joined
@@ -23,7 +24,6 @@ from specd.client import Subscriber
 from specd.config import SubscriberConfig
 from specd.errors import SpecdError
 from specd.host import Embedded, embedded
-from specd.metrics import Stats
 from specd.packing import Batch
 from specd.protocol import TargetContract
 from specd.train.dflash import capture_spec
@@ -45,11 +45,10 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
 class Timed(msgspec.Struct, frozen=True, kw_only=True):
     """One measured way. parallel: processes that trained at once."""
 
-    lengths: str
+    lengths: Lengths
     depth: int
     parallel: int
     clocked: Clocked
-    stats: Stats
 
 
 class Answer(msgspec.Struct, frozen=True, kw_only=True):
@@ -127,11 +126,11 @@ def run(job: Job, answer: Callable[[msgspec.Struct], None]) -> Answer:
                 return batches(settings, lengths, vocab, settings.warmup + settings.steps, next(nonces), job.rank)
 
             # Kernels are compiled by shape: what is timed has been run before.
-            clock(subscriber.stream(chain(*map(draw, settings.lengths))), draft, 0, lambda: None)
+            clock(subscriber.stream(chain(*map(draw, settings.lengths))), draft)
 
         def one(lengths: Lengths, depth: int, parallel: int) -> Timed:
-            clocked, stats = _clocked(settings, host, device, depth, draw(lengths), draft)
-            return Timed(lengths=lengths, depth=depth, parallel=parallel, clocked=clocked, stats=stats)
+            clocked = _clocked(settings, host, device, depth, draw(lengths), draft)
+            return Timed(lengths=lengths, depth=depth, parallel=parallel, clocked=clocked)
 
         timed: list[Timed] = []
         if job.world > 1:
@@ -148,14 +147,10 @@ def run(job: Job, answer: Callable[[msgspec.Struct], None]) -> Answer:
     return Answer(timed=tuple(timed), memory_bytes=used)
 
 
-def _clocked(
-    settings: Settings, host: Embedded, device: str, depth: int, drawn: list[Any], draft: Any
-) -> tuple[Clocked, Stats]:
+def _clocked(settings: Settings, host: Embedded, device: str, depth: int, drawn: list[Batch], draft: Draft) -> Clocked:
     link = SubscriberConfig(endpoints=(host.endpoint,), transport="inproc", depth=depth)
     with Subscriber(link, _spec(settings), device=device, context=host.context) as subscriber:
-        marks = [subscriber.stats()]
-        clocked = clock(subscriber.stream(drawn), draft, settings.warmup, lambda: marks.append(subscriber.stats()))
-        return clocked, subscriber.stats().difference(marks[-1])
+        return clock(subscriber.stream(drawn), draft, settings.warmup, depth > 0, subscriber.stats)
 
 
 def _spec(settings: Settings) -> Any:

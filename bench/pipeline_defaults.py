@@ -6,8 +6,9 @@ from typing import Any
 
 import msgspec
 
+from specd import transport
 from specd.bench.pipeline_work import Settings
-from specd.config import convert, preset
+from specd.config import convert, merge, preset
 from specd.errors import ConfigError
 
 GPU_MODEL = "Qwen3-30B-A3B-FP8"
@@ -36,7 +37,10 @@ def defaults(quick: bool, daemons: int, model: str, given: dict[str, Any]) -> Se
     import torch
 
     gpus = 0 if quick else torch.cuda.device_count()
-    tp = int(given.get("target", {}).get("tp", 1))
+    target = given.get("target", {})
+    tp = target.get("tp", 1)
+    if type(tp) is not int or tp < 1:
+        raise ConfigError(f"--set target.tp={tp}: expected a whole number of GPUs, at least 1")
     most = max(1, (gpus - 1) // tp) if gpus else 8
     if not 1 <= daemons <= most or (tp > 1 and gpus <= tp):
         raise ConfigError(
@@ -56,8 +60,10 @@ def defaults(quick: bool, daemons: int, model: str, given: dict[str, Any]) -> Se
     if (recipe := preset(base["model"])) and not gpus:
         base["draft_config"] = base["draft_config"] | {"num_taps": recipe.capture.get("num_taps", 5)}
     if not base["model"].startswith("synthetic"):
-        given = given | {"target": {"load_format": "dummy"} | given.get("target", {})}
-    settings = convert(msgspec.to_builtins(base | given), Settings, "specd bench pipeline")
+        given = given | {"target": {"load_format": "dummy"} | target}
+    if "max_forward_tokens" in target:
+        given = given | {"forward_tokens": target["max_forward_tokens"]}
+    settings = convert(msgspec.to_builtins(merge(base, given)), Settings, "specd bench pipeline")
     _check(settings)
     return settings
 
@@ -71,6 +77,8 @@ def _check(settings: Settings) -> None:
             f"samples of {settings.sample_tokens} tokens do not fit batches of {settings.batch_tokens}: lower "
             f"--sample-tokens or raise --batch-tokens"
         )
-    if settings.draft.partition(":")[0] not in ("dflash", "synthetic"):
-        raise ConfigError(f"draft {settings.draft!r}: expected dflash or synthetic:ms=MILLISECONDS")
+    for name in settings.transports:
+        if name != "auto" and name not in transport.names():
+            raise ConfigError(f"--transports {name}: expected some of {', '.join(transport.names())}, comma-separated")
+    _ = settings.sleep  # whether the draft is known
     settings.daemon(settings.devices[0], settings.slots)  # whether target and draft settings are known

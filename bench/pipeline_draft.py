@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import json
-import re
 import time
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
+from itertools import islice
 from typing import Any, NamedTuple, Protocol
 
 import msgspec
 import numpy as np
 import torch
 
-from specd.bench.pipeline_work import Settings
+from specd.bench.pipeline_work import Settings, SleepConfig
 from specd.capture import CaptureSpec
-from specd.config import Config, TrainConfig, convert
+from specd.config import TrainConfig
+from specd.metrics import Stats
 from specd.packing import Batch
 from specd.protocol import TargetContract
 from specd.staging import Point, reached
@@ -47,17 +47,10 @@ class Draft(Protocol):
 
     parameters: list[torch.nn.Parameter]
 
-    def step(self, states: States) -> None:
-        """One whole optimizer step; returns when the device is done with it."""
+    def step(self, states: States, wait: bool) -> None:
+        """One whole optimizer step; returns when the device is done with it, or, unless told to wait for that, with the
+        one before it at least."""
         ...
-
-
-class SleepConfig(Config, kw_only=True, frozen=True):
-    """The options of `synthetic:ms=20,us_per_token=1`. params: floats of its gradient."""
-
-    ms: float = 0.0
-    us_per_token: float = 0.0
-    params: int = 1 << 16
 
 
 class SleepingDraft:
@@ -69,15 +62,15 @@ class SleepingDraft:
         self.parameters = [torch.nn.Parameter(torch.zeros(options.params))]
         self.parameters[0].grad = torch.zeros(options.params)
 
-    def step(self, states: States) -> None:
+    def step(self, states: States, wait: bool) -> None:
         """See Draft.step."""
         time.sleep(self._options.ms / 1e3 + self._options.us_per_token * states.batch.num_tokens / 1e6)
         self._reduce()
 
 
 class TrainedDraft:
-    """DFlash with AdamW and clipping, one batch a step. As in the loop, a step ends when the one before it is done, so
-    that the device has work while the host makes the next."""
+    """DFlash with AdamW and clipping, one batch a step. Unless it is told to wait, a step ends as in the loop when the
+    one before it is done, so that the device has work while the host makes the next."""
 
     def __init__(self, objective: Any, device: str, reduce: Callable[[], None]) -> None:
         self._objective = objective
@@ -88,7 +81,7 @@ class TrainedDraft:
         self._before: Point | None = None
         self.parameters = [parameter for parameter in objective.module.parameters() if parameter.requires_grad]
 
-    def step(self, states: States) -> None:
+    def step(self, states: States, wait: bool) -> None:
         """See Draft.step."""
         loss = self._objective.loss(states)
         loss.sum.backward()
@@ -96,8 +89,9 @@ class TrainedDraft:
         weight, losses = loss.weight.detach(), loss.sum.detach()[None]
         _, self._halted = apply_gradients(self._optimizer, weight, losses, CLIP, self._halted)
         before, self._before = self._before, reached(self._device)
-        if before is not None:
-            before.synchronize()
+        last = self._before if wait else before
+        if last is not None:
+            last.synchronize()
 
 
 def make_draft(
@@ -111,11 +105,8 @@ def make_draft(
 
     Raises ConfigError for a draft that cannot be.
     """
-    kind, _, options = settings.draft.partition(":")
-    if kind == "synthetic":
-        pairs = dict(re.findall(r"([a-z_]+)=([0-9.]+)", options))
-        values = {key: float(value) if "." in value else int(value) for key, value in pairs.items()}
-        return SleepingDraft(convert(values, SleepConfig, f"draft {settings.draft!r}"), reduce)
+    if (options := settings.sleep) is not None:
+        return SleepingDraft(options, reduce)
     from specd.train.dflash import DFlash
 
     def tensor(name: str) -> torch.Tensor:
@@ -140,11 +131,15 @@ def make_draft(
 
 
 class Clocked(msgspec.Struct, frozen=True, kw_only=True):
-    """Times of the iterations that were timed, in seconds, and what they trained."""
+    """Times of the iterations that were timed, in seconds, and what they trained.
+
+    stats: of the subscriber that delivered the same batches; empty where there was none.
+    """
 
     seconds: tuple[float, ...]
     samples: int
     tokens: int
+    stats: Stats = msgspec.field(default_factory=Stats)
 
     @property
     def mean_s(self) -> float:
@@ -164,23 +159,34 @@ class Clocked(msgspec.Struct, frozen=True, kw_only=True):
         }
 
 
-def clock(deliveries: Iterable[States], draft: Draft | None, warmup: int, after: Callable[[], None]) -> Clocked:
-    """Train on every delivery, and time all iterations but the first `warmup`. after: called when timing begins."""
+def clock(
+    deliveries: Iterable[States],
+    draft: Draft | None,
+    warmup: int = 0,
+    overlap: bool = True,
+    stats: Callable[[], Stats] = Stats,
+) -> Clocked:
+    """Train on every delivery, and time all iterations but the first `warmup`.
+
+    overlap: whether the next delivery may be asked for while the device still trains this one. stats: of the subscriber
+    whose stream it is.
+    """
+    coming = iter(deliveries)
+    for delivery in islice(coming, warmup):
+        if draft is not None:
+            draft.step(delivery, not overlap)
     seconds: list[float] = []
     samples = tokens = 0
-    mark = 0.0
-    for count, delivery in enumerate(deliveries):
+    earlier, mark = stats(), time.perf_counter()
+    for delivery in coming:
         if draft is not None:
-            draft.step(delivery)
+            draft.step(delivery, not overlap)
         now = time.perf_counter()
-        if count >= warmup:
-            seconds.append(now - mark)
-            samples += len(delivery.batch.samples)
-            tokens += delivery.batch.num_tokens
-        elif count == warmup - 1:
-            after()
+        seconds.append(now - mark)
+        samples += len(delivery.batch.samples)
+        tokens += delivery.batch.num_tokens
         mark = now
-    return Clocked(seconds=tuple(seconds), samples=samples, tokens=tokens)
+    return Clocked(seconds=tuple(seconds), samples=samples, tokens=tokens, stats=stats().difference(earlier))
 
 
 def given(batches: Iterable[Batch], taps: torch.Tensor) -> Iterator[Given]:
@@ -199,15 +205,3 @@ def synchronize(device: str) -> None:
     """Wait until the device has done all it was told."""
     if device.startswith("cuda"):
         torch.cuda.synchronize(device)
-
-
-def memory(device: str, pid: int | str = "self") -> int:
-    """Bytes in use on a GPU, by whomever, or the most a process had resident; 0 if that cannot be read."""
-    if device.startswith("cuda"):
-        free, total = torch.cuda.mem_get_info(device)
-        return int(total - free)
-    try:
-        found = re.search(r"^VmHWM:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
-    except OSError:
-        found = None
-    return int(found[1]) * 1024 if found else 0

@@ -40,11 +40,18 @@ class Child(NamedTuple):
     def line(self) -> bytes:
         """Its next line. Raises as `answer` does."""
         if not select.select([self.says], [], [], START_S)[0]:
-            raise DaemonError(f"{self._name} has said nothing for {START_S:g} s; {self._last()}")
-        line = self.says.readline()
-        if not line:
-            raise DaemonError(f"{self._name} ended with exit code {self.process.wait()}; {self._last()}")
-        return line
+            raise self.silent()
+        if line := self.says.readline():
+            return line
+        try:
+            end = f"ended with exit code {self.process.wait(END_S)}"
+        except subprocess.TimeoutExpired:
+            end = f"answers no more, and has not ended in {END_S:g} s"
+        raise DaemonError(f"{self._name} {end}; {self._last()}")
+
+    def silent(self) -> DaemonError:
+        """What to raise when it has said nothing for START_S."""
+        return DaemonError(f"{self._name} has said nothing for {START_S:g} s; {self._last()}")
 
     @property
     def _name(self) -> str:
@@ -60,7 +67,9 @@ def as_answered(children: Sequence[Child], kind: type[T]) -> Iterator[tuple[int,
     """The next line of each, with its number, whoever is first. Raises as `Child.answer` does for the first to fail."""
     waiting = {process.says: number for number, process in enumerate(children)}
     while waiting:
-        ready = select.select(list(waiting), [], [], START_S)[0] or list(waiting)[:1]  # whose answer is an error then
+        ready = select.select(list(waiting), [], [], START_S)[0]
+        if not ready:
+            raise children[min(waiting.values())].silent()
         for says in ready:
             number = waiting.pop(says)
             yield number, children[number].answer(kind)

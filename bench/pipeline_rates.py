@@ -55,7 +55,7 @@ def measure(
         warmup = max(settings.warmup, depth + 1)
         with subscriber(depth) as link:
             # At the end nobody asks any more: the last ones find an emptier queue than those that count.
-            seconds = clock(link.stream(draw(warmup + count + depth + 1)), None, warmup, lambda: None).seconds[:count]
+            seconds = clock(link.stream(draw(warmup + count + depth + 1)), None, warmup).seconds[:count]
         rates = [tokens * len(block) / sum(block) for block in _blocks(seconds, merged)]
         low, high = np.percentile(rates, (25, 75)).tolist()
         rate = tokens * len(seconds) / sum(seconds)

@@ -7,6 +7,7 @@ from typing import Any, Literal
 import msgspec
 
 from specd.balance import Work
+from specd.bench.pipeline_work import Lengths
 
 Mode = Literal["disaggregated", "co-located", "co-located data-parallel", "seed protocol"]
 
@@ -15,16 +16,18 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
     """One way to run one pipeline.
 
     devices: how many it occupies. parallel: batches that every iteration trains. iteration_ms: mean of the timed
-    iterations, each ended when the step before it is done; p10_ms … p90_ms: percentiles of the same. bound_ms: what no
-    overlap can beat; efficiency: bound over measured. target_wait_ms, wire_wait_ms: what an iteration waited for the
-    target, or for a batch that was READY; trainer_ms: the rest. forward_ms: the target's time for a batch, as it says.
-    bytes_per_sample: of the states, or of everything the seed's protocol sends. *_memory_bytes: peak on the device, or
-    of the process on the CPU; a co-located process has one. over_seed: how much faster a sample is trained than by the
-    seed's protocol with the same lengths: at depth 0 without overlap, else at its best. None: no such thing here.
+    iterations, each ended when the step before it is done, at depth 0 its own; p10_ms … p90_ms: percentiles of the
+    same. bound_ms: what no overlap can beat; efficiency: bound over measured. target_wait_ms, wire_wait_ms: what an
+    iteration waited for the target, or for a batch that was READY; trainer_ms: the rest. forward_ms: the target's time
+    for a batch, as it says. bytes_per_sample: of the states, or of everything the seed's protocol sends.
+    *_memory_bytes: in use at the end on all devices of a side, beyond what was before; on the CPU the most its
+    processes had resident; co-located, the trainer is all there is. over_seed: how much faster a sample is trained than
+    by the seed's protocol with the same lengths: at depth 0 without overlap, else at its best. None: no such thing
+    here.
     """
 
     mode: Mode
-    lengths: str
+    lengths: Lengths
     depth: int
     transport: str
     devices: int

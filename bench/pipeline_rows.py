@@ -10,31 +10,30 @@ import msgspec
 from specd.bench.pipeline_bare import Bare
 from specd.bench.pipeline_draft import Clocked
 from specd.bench.pipeline_result import Row
-from specd.bench.pipeline_work import Settings
-from specd.metrics import Stats
+from specd.bench.pipeline_work import Lengths, Settings
 
 
 def row_of(
     mode: Any,
-    lengths: str,
+    lengths: Lengths,
     depth: int,
     transport: str,
     devices: int,
     clocked: Clocked,
-    stats: Stats | None = None,
     parallel: int = 1,
 ) -> Row:
-    """A row of what was timed. stats: of the same time; without any there are no waits to report."""
+    """A row of what was timed; without a subscriber's statistics there are no waits to report."""
     figures = clocked.figures(parallel)
     waits: dict[str, Any] = {}
-    if stats is not None and stats.batches:
+    stats = clocked.stats
+    if stats.batches:
         iterations = len(clocked.seconds)
         target, wire = (waited / iterations * 1e3 for waited in (stats.target_wait_s, stats.wire_wait_s))
         waits = {
             "target_wait_ms": round(target, 3),
             "wire_wait_ms": round(wire, 3),
             "trainer_ms": round(max(0.0, figures["iteration_ms"] - target - wire), 3),
-            "forward_ms": round(stats.forward_s / iterations * 1e3, 3),
+            "forward_ms": round(stats.forward_s / stats.batches * 1e3, 3),
         }
     return Row(
         mode=mode,
@@ -43,7 +42,7 @@ def row_of(
         transport=transport,
         devices=devices,
         gpu_seconds_per_sample=round(devices / figures["samples_per_s"], 6),
-        bytes_per_sample=stats.nbytes / clocked.samples if stats is not None else 0.0,
+        bytes_per_sample=stats.nbytes / clocked.samples,
         **figures,
         **waits,
     )
@@ -63,7 +62,7 @@ def _changes(
     if rivals and row.mode != "seed protocol":
         yield "over_seed", round(row.samples_per_s / max(other.samples_per_s for other in rivals), 3)
     if row.mode == "disaggregated" and bare is not None:
-        merged = settings.merged(row.depth)
+        merged = settings.merged(row.depth, row.lengths)
         target = min(ms for size, ms in bare.batch_ms[row.lengths].items() if size <= merged)
         draft = draft_ms[row.lengths]
         # On one device there is nothing to overlap with, and waiting costs it nothing.

@@ -17,8 +17,9 @@ WORDS = ("mode", "over", "what", "batches", "beside")
 LEGEND = (
     "ms: mean iteration, as are its waits · bound: max(target / daemons, draft), or their sum on one device · "
     "eff.: bound over measured · GPU·s each: devices × seconds a sample · "
-    "× seed: samples/s over the seed's protocol, at depth 0 without overlap, else at its best. "
-    "On a CPU a process counts as a device."
+    "× seed: samples/s over the seed's protocol, at depth 0 without overlap, else at its best · "
+    "memory: in use at the end on all GPUs of a side, beyond what was before. "
+    "On a CPU a process counts as a device, and its memory is the most it had resident."
 )
 
 
@@ -41,9 +42,9 @@ def render(result: Result) -> list[RenderableType]:
     parts += [f"not measured: {what}: {why}" for what, why in result.skipped.items()]
     held = max((row.daemon_memory_bytes or 0 for row in result.rows), default=0)
     apart = max((row.trainer_memory_bytes or 0 for row in result.rows if row.mode == "disaggregated"), default=0)
-    together = max((row.trainer_memory_bytes or 0 for row in result.rows if row.mode.startswith("co-")), default=0)
+    together = max((row.trainer_memory_bytes or 0 for row in result.rows if row.mode == "co-located"), default=0)
     parts.append(
-        f"peak memory: daemon {held / 1e9:.2f} GB, trainer {apart / 1e9:.2f} GB, co-located {together / 1e9:.2f} GB · "
+        f"memory: daemons {held / 1e9:.2f} GB, trainer {apart / 1e9:.2f} GB, co-located {together / 1e9:.2f} GB · "
         f"{result.wall_s:.0f} s"
     )
     return [*parts, LEGEND]

@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Final, Literal
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from specd.config import DaemonConfig, DFlashConfig, convert, merge, preset
+from specd.config import Config, DaemonConfig, DFlashConfig, convert, merge, preset
+from specd.errors import ConfigError
 from specd.packing import Batch
 from specd.plan import Plan
+from specd.targets.synthetic import synthetic_options
 
 Lengths = Literal["fixed", "log-normal"]
 SPREAD: Final = 0.8
 """Standard deviation of the logarithm of the log-normal lengths: the longest fifth is four times the shortest."""
 SHORTEST: Final = 16
+
+
+class SleepConfig(Config, kw_only=True, frozen=True):
+    """The options of a draft like `synthetic:ms=20,us_per_token=1`. params: floats of its gradient."""
+
+    ms: float = 0.0
+    us_per_token: float = 0.0
+    params: int = 1 << 16
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
@@ -64,6 +75,14 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         return int(self.target.get("tp", 1))
 
     @property
+    def daemon_devices(self) -> tuple[str, ...]:
+        """All devices of all daemons: each one's target is spread over the `tp` devices from its own on."""
+        if self.trainer == "cpu":
+            return self.devices
+        firsts = [int(device.removeprefix("cuda:")) for device in self.devices]
+        return tuple(f"cuda:{first + index}" for first in firsts for index in range(self.tp))
+
+    @property
     def slots(self) -> int:
         """Enough for the deepest row."""
         return max(*self.depths, self.merge_depth, self.fed(self.batch_tokens), self.fed(self.short * self.many)) + 2
@@ -76,9 +95,24 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         """The most batches of so many tokens that a forward takes."""
         return 1 if self.target.get("exact") else max(1, self.forward_tokens // tokens)
 
-    def merged(self, depth: int) -> int:
-        """The most batches of a full budget that can share a forward while `depth` are under way beside the used."""
-        return max(1, min(depth, self.room(self.batch_tokens)))
+    def forwards(self, tokens: Sequence[int], most: int) -> list[slice]:
+        """Which neighbours, of batches of these tokens, share a forward where up to `most` wait: as a daemon merges."""
+        if self.target.get("exact"):
+            most = 1
+        parts: list[slice] = []
+        begin = used = 0
+        for end, size in enumerate(tokens):
+            if end > begin and (end - begin == most or used + size > self.forward_tokens):
+                parts.append(slice(begin, end))
+                begin, used = end, 0
+            used += size
+        return [*parts, slice(begin, len(tokens))]
+
+    def merged(self, depth: int, lengths: Lengths) -> int:
+        """The most batches of a row that share a forward while `depth` are under way beside the one in use."""
+        most = max(1, depth)
+        tokens = [sum(sizes) for sizes in sample_lengths(self, lengths, self.steps, self.warmup)] * most
+        return max(len(tokens[part]) for part in self.forwards(tokens, most))
 
     def fed(self, tokens: int) -> int:
         """The depth at which a daemon never waits for a trainer that only takes: one forward runs, one is waiting."""
@@ -104,6 +138,22 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         return convert(merge(under, self.draft_config), DFlashConfig, "draft")
 
     @property
+    def sleep(self) -> SleepConfig | None:
+        """The options of a draft that only takes time, None for one that is trained.
+
+        Raises ConfigError for one that is neither.
+        """
+        kind, _, _ = self.draft.partition(":")
+        if kind == "synthetic":
+            options = synthetic_options(self.draft, SleepConfig, "draft")
+            if min(options.ms, options.us_per_token, options.params - 1) < 0:
+                raise ConfigError(f"draft {self.draft!r}: expected ms ≥ 0, us_per_token ≥ 0, params ≥ 1")
+            return options
+        if self.draft != "dflash":
+            raise ConfigError(f"draft {self.draft!r}: expected dflash or synthetic:ms=MILLISECONDS")
+        return None
+
+    @property
     def mask_token(self) -> int:
         recipe = preset(self.model)
         return recipe.mask_token_id if recipe else self.mask_token_id
@@ -115,13 +165,17 @@ def batches(settings: Settings, lengths: Lengths, vocab: int, count: int, nonce:
     nonce: gives other tokens of the same lengths, so that no ring still has them. shift: begins so many batches later.
     """
     tokens = np.random.default_rng([settings.seed, nonce])
+    chosen = sample_lengths(settings, lengths, count, shift)
+    return [_batch(tokens, sizes, vocab, index) for index, sizes in enumerate(chosen)]
+
+
+def sample_lengths(settings: Settings, lengths: Lengths, count: int, shift: int = 0) -> list[list[int]]:
+    """Tokens of each sample in each of `count` batches."""
     if lengths == "fixed":
-        sizes = [settings.sample_tokens] * (settings.batch_tokens // settings.sample_tokens)
-        return [_batch(tokens, sizes, vocab, index) for index in range(count)]
+        return [[settings.sample_tokens] * (settings.batch_tokens // settings.sample_tokens)] * count
     drawn = _log_normal(settings)
     packs = Plan(drawn, settings.batch_tokens, seed=settings.seed).epoch(0)
-    chosen = [drawn[list(packs[(index + shift) % len(packs)])].tolist() for index in range(count)]
-    return [_batch(tokens, sizes, vocab, index) for index, sizes in enumerate(chosen)]
+    return [drawn[list(packs[(index + shift) % len(packs)])].tolist() for index in range(count)]
 
 
 def short_batches(settings: Settings, vocab: int, samples: int, count: int, nonce: int) -> list[Batch]:

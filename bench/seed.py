@@ -207,7 +207,7 @@ def serve(job: Job, answer: Callable[[msgspec.Struct], None]) -> None:
     """Load, measure, then serve for ever."""
     import numpy as np
 
-    from specd.bench.pipeline_draft import memory
+    from specd.bench.pipeline_memory import memory
     from specd.targets import load_target
 
     target = load_target(job.settings.daemon(job.settings.devices[0], 2).target)

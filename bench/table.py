@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 LEGEND = (
     "p50, p99: announcement → usable tensor, one transfer at a time. streamed: back to back, announced ahead. GB: 10⁹ "
     "bytes, one way. raw: a plain copy of the same size and kind in turn with the transfers; ×: of its speed. "
-    "CPU s/GB: trainer + daemon. ✓: every byte compared."
+    "CPU s/GB: trainer + daemon. ✓: the right bytes, all of the first slot's compared, up to 64 MiB of each other's."
 )
 
 

@@ -213,7 +213,7 @@ class _Bench:
         shape: str,
         allowance_s: float,
     ) -> Row:
-        """Time one size, then compare every byte."""
+        """Time one size, then compare what came."""
         device, slots = lane.placement.trainer, served.num_slots if raw else 1
         lanes.clear(wire, size, device)
         cpu, daemon_cpu, moved = wire.cpu_s, served.daemon_cpu_s(), wire.moved

@@ -16,6 +16,8 @@ from specd.errors import ConfigError
 
 UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
+log = logging.getLogger(__name__)
+
 app = typer.Typer(help="Measure what this machine gives, one question a verb.", no_args_is_help=True)
 
 
@@ -121,8 +123,8 @@ def pipeline(
 
     if chart is not None:
         charts.check(chart)
-    if save is not None and not save.absolute().parent.is_dir():
-        raise ConfigError(f"--save {str(save)!r}: its directory does not exist")
+    if save is not None:
+        _check_save(save)
     logging.getLogger("specd").setLevel(logging.WARNING)  # one session after the other is no news here
     given = {
         "draft": draft,
@@ -141,10 +143,13 @@ def pipeline(
         asked |= {known[section]: values}
 
     def keep(result: msgspec.Struct) -> None:
-        if save is not None:
-            part = save.with_name(f"{save.name}.part")
-            part.write_bytes(_json(result).encode())
-            part.replace(save)
+        if save is None:
+            return
+        try:
+            _part(save).write_bytes(_json(result).encode())
+            _part(save).replace(save)
+        except OSError as error:  # the run is worth more than its file
+            log.warning("--save %s: not written this time: %s", save, error.strerror)
 
     # What it started is to end with it, however it is ended.
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -187,6 +192,24 @@ def _whole(text: str, option: str) -> int:
     if not text.isdecimal():
         raise ConfigError(f"{option} {text!r}: expected whole numbers, comma-separated")
     return int(text)
+
+
+def _check_save(path: Path) -> None:
+    """Raise ConfigError unless a result can be kept in `path`: before minutes are spent on measuring it."""
+    if not path.absolute().parent.is_dir():
+        raise ConfigError(f"--save {str(path)!r}: its directory does not exist")
+    if path.is_dir():
+        raise ConfigError(f"--save {str(path)!r}: it is a directory; name a file in it")
+    try:
+        _part(path).touch()
+        _part(path).unlink()
+    except OSError as error:
+        raise ConfigError(f"--save {str(path)!r}: it cannot be written ({error.strerror}); name another file") from None
+
+
+def _part(path: Path) -> Path:
+    """Where a result lies until it is whole."""
+    return path.with_name(f"{path.name}.part")
 
 
 def _names(text: str) -> list[str]:

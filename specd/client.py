@@ -14,7 +14,7 @@ import zmq
 from specd import cuda
 from specd.capture import CaptureSpec
 from specd.config import SubscriberConfig
-from specd.errors import ConfigError
+from specd.errors import ConfigError, DaemonError
 from specd.flight import Flight
 from specd.links import Entry
 from specd.metrics import Stats
@@ -71,6 +71,7 @@ class Subscriber:
         if config.depth < 0 or not config.endpoints:
             raise ConfigError(f"depth {config.depth} and endpoints {config.endpoints}: need depth ≥ 0 and an endpoint")
         self._depth = config.depth
+        self._closed = False
         self._own_context = context is None
         self._context = zmq.Context() if context is None else context
         self._stats = Stats()
@@ -109,11 +110,13 @@ class Subscriber:
         """Yield every batch with its states, in order, each exactly once.
 
         While one delivery is in use, the next `depth` are under way. Raises BatchError for a batch that cannot be
-        captured, DaemonError when one does not come within `timeout_s` or no daemon is left for `connect_s`.
+        captured, DaemonError when one does not come within `timeout_s`, no daemon is left for `connect_s`, or the
+        subscriber is closed before the end.
         """
         source = iter(batches)
         try:
             while True:
+                self._check_open()
                 self._extend(source, self._depth + 1)
                 if not self._flight:
                     return
@@ -123,6 +126,8 @@ class Subscriber:
                     self._stats.batches += 1
                     self._stats.tokens += entry.batch.num_tokens
                     self._stats.nbytes += entry.layout.nbytes
+                    self._stats.fetch_s += entry.fetch_s
+                    self._stats.forward_s += entry.forward_s
                     assert entry.buffer is not None
                     yield Delivery(entry.batch, _views(entry.buffer, entry.layout))
                 finally:
@@ -131,7 +136,12 @@ class Subscriber:
             self._flight.drop_all()
 
     def artifact(self, name: str) -> bytes:
-        """The bytes of one artifact of the target. Raises ConfigError for a name the target does not offer."""
+        """The bytes of one artifact of the target.
+
+        Raises ConfigError for a name the target does not offer, DaemonError when they do not come within `timeout_s` or
+        the subscriber is closed.
+        """
+        self._check_open()
         ref = self.contract.artifacts.get(name)
         if ref is None:
             offers = ", ".join(sorted(self.contract.artifacts))
@@ -152,6 +162,7 @@ class Subscriber:
 
     def close(self) -> None:
         """End every session and thread. Idempotent."""
+        self._closed = True
         self._flight.close()
         if self._own_context:
             self._context.term()
@@ -167,6 +178,10 @@ class Subscriber:
     def __repr__(self) -> str:
         up = sum(link.session is not None for link in self._flight.links)
         return f"Subscriber({up} of {len(self._flight.links)} daemons up, {len(self._flight)} batches under way)"
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise DaemonError("the subscriber is closed: open another one to go on")
 
     def _extend(self, source: Iterator[Batch], size: int) -> None:
         """Draw batches from the loader until `size` are under way."""

@@ -286,7 +286,7 @@ class Flight:
             case wire.Revoke():
                 self._lose(link, message.reason)
             case wire.Artifact():
-                self.artifacts.arrived(message)
+                self.artifacts.arrived(message, link.endpoint)
             case wire.Renewed():
                 pass
             case wire.Error():
@@ -307,7 +307,7 @@ class Flight:
         if entry.dropped:
             self._let_go(entry)
             return
-        self._stats.forward_s += message.target_us / 1e6
+        entry.forward_s = message.target_us / 1e6
         if session.borrow:
             self._courier.say(session, wire.Borrow(epoch=session.epoch, lease=message.lease))  # before there is a view
         elif session.needs_recv_ready:
@@ -376,7 +376,7 @@ class Flight:
     ) -> None:
         with self.lock:
             link = entry.link
-            self._stats.fetch_s += time.monotonic() - entry.began
+            entry.fetch_s = time.monotonic() - entry.began
             problem = "" if error is None else str(error)
             if error is not None and error.lost and link is not None and link.session is session:
                 link.broken = problem

@@ -34,8 +34,8 @@ class Entry:
     """One batch under way.
 
     ready, session: the lease it has, and whose it is, while it has one. announced: whether RECV_READY was sent for it.
-    began: when its transfer did, in monotonic seconds. buffer: its bytes once FETCHED, the borrowed slot's if it still
-    has its lease. dropped: nobody wants it.
+    began: when its transfer did, in monotonic seconds. fetch_s, forward_s: what its transfer took, and its target, the
+    last time. buffer: its bytes once FETCHED, the borrowed slot's if it still has its lease. dropped: nobody wants it.
     """
 
     __slots__ = (
@@ -46,6 +46,8 @@ class Entry:
         "buffer",
         "dropped",
         "error",
+        "fetch_s",
+        "forward_s",
         "identity",
         "layout",
         "link",
@@ -63,7 +65,7 @@ class Entry:
         self.state = State.PENDING
         self.attempts = 0
         self.announced = False
-        self.began = 0.0
+        self.began = self.fetch_s = self.forward_s = 0.0
         self.dropped = False
         self.link: Link | None = None
         self.ready: Ready | None = None

@@ -42,7 +42,8 @@ class Stats(msgspec.Struct, kw_only=True):
 
     target_wait_s: the trainer waited while its next batch was still being computed (target-bound).
     wire_wait_s: it waited while its next batch was READY but not fetched (wire-bound).
-    fetch_s: time inside `transport.fetch`, overlapped or not. forward_s: the target's forward times, as READY has them.
+    batches, tokens, nbytes: of what was delivered. fetch_s, forward_s: of the same batches, the time inside
+    `transport.fetch`, overlapped or not, and the target's share of a forward, as READY has it.
     busy_slots, num_slots: the rings' occupancy as last reported. transports: endpoint → transport in use.
     """
 

@@ -86,7 +86,7 @@ def _make(
             if not needy or len(needy) == len(found):
                 raise
             for name in needy:
-                _leave_out(config, name, error)
+                _leave_out(config, name, error, logging.WARNING)
                 del found[name]
 
 
@@ -98,8 +98,8 @@ def _usable(name: str, device: str) -> type[Transport]:
     return transport
 
 
-def _leave_out(config: DaemonConfig, name: str, error: TransportError) -> None:
+def _leave_out(config: DaemonConfig, name: str, error: TransportError, level: int = logging.INFO) -> None:
     """Go on without a transport that only `auto` asked for; raise the error of one that was named."""
     if name in config.transports:
         raise TransportError(f"transport {name!r} cannot be served: {error}") from error
-    log.info("%s is not served: %s", name, error)
+    log.log(level, "%s is not served: %s", name, error)

@@ -1,21 +1,14 @@
-"""The pipeline benchmark with tiny shapes: its rows and bounds, the emulated protocol's bytes, shared gradients."""
+"""The pipeline benchmark with tiny shapes: its rows and bounds, the emulated protocol's bytes."""
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import subprocess
-import sys
-import tempfile
-import threading
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
 import msgspec
-import numpy as np
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -25,9 +18,7 @@ from specd.bench import pipeline_bare, pipeline_chart, pipeline_table, seed
 from specd.bench import pipeline_processes as processes
 from specd.bench import pipeline_rates as rates
 from specd.bench.pipeline import run
-from specd.bench.pipeline_colocated import Reduction
 from specd.bench.pipeline_defaults import defaults
-from specd.bench.pipeline_draft import Given, TrainedDraft, clock, given, make_draft
 from specd.bench.pipeline_processes import child, daemon
 from specd.bench.pipeline_result import Result
 from specd.bench.pipeline_work import Settings, batches
@@ -35,9 +26,8 @@ from specd.capture import CaptureSpec
 from specd.cli.main import app
 from specd.cli.main import run as command
 from specd.config import TargetConfig
-from specd.errors import ConfigError, DaemonError, TransportError
+from specd.errors import DaemonError, TransportError
 from specd.targets import load_target
-from specd.train.dflash import capture_spec
 
 TINY = "synthetic:hidden=32,layers=8,vocab=64"
 SETTINGS = defaults(True, 1, TINY, {})
@@ -88,6 +78,7 @@ def test_bounds_and_costs_follow_from_what_was_measured(result: Result) -> None:
             assert row.bound_ms == max(target, draft)
             assert row.efficiency == pytest.approx(row.bound_ms / row.iteration_ms, abs=1e-3)
             assert (row.daemon_memory_bytes or 0) > 1 << 20
+        assert (row.trainer_memory_bytes is None) is (row.mode == "seed protocol")
         assert (row.over_seed is None) is (row.mode == "seed protocol")
 
 
@@ -153,6 +144,7 @@ def test_a_plan_reads_it(result: Result, printed: tuple[str, Path], capsys: Any)
     assert command(["plan", "--from", str(path), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["work"] == msgspec.to_builtins(result.work)
     assert result.work is not None
+    assert (result.work.batch_tokens, result.work.tokens_per_sample) == (256, 64)
     assert balance(result.work).starves == "target"
     assert result.work.bytes_per_token == 3 * 32 * 4
 
@@ -167,16 +159,18 @@ def test_it_is_drawn_and_printed(result: Result, printed: tuple[str, Path], tmp_
     console.print(*pipeline_table.render(result), sep="\n")
     text = console.export_text()
     console.file.close()
-    for part in ("co-located × 2", "seed protocol", "× seed", "bare target", "peak memory"):
+    for part in ("co-located × 2", "seed protocol", "× seed", "bare target", "memory: daemons"):
         assert part in text
 
 
-def test_what_fails_is_left_out_and_all_else_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The daemons' transport fails half-way, the serving process cannot be joined, the last one of two dies."""
-    real = processes.child
+@pytest.fixture(scope="module")
+def broken() -> tuple[Result, list[Result]]:
+    """A run with one sample a batch in which the daemons' transport fails half-way, the serving process cannot be
+    joined and the last one of two dies; and all that was kept on the way."""
+    real, real_daemon = processes.child, Settings.daemon
 
     @contextmanager
-    def broken(module: str, job: Any) -> Iterator[processes.Child]:
+    def failing(module: str, job: Any) -> Iterator[processes.Child]:
         if getattr(job, "rank", 0) == 1:
             job = msgspec.structs.replace(job, device="cuda:99")
         with real(module, job) as made:
@@ -185,22 +179,24 @@ def test_what_fails_is_left_out_and_all_else_is_kept(tmp_path: Path, monkeypatch
     def unjoined(*_: Any) -> Any:
         raise TransportError("no group")
 
-    monkeypatch.setattr("specd.bench.pipeline.CONNECT_S", 2.0)
-    monkeypatch.setattr("specd.bench.pipeline.child", broken)
-    monkeypatch.setattr("specd.bench.seed.joined", unjoined)
-    settings = msgspec.structs.replace(
-        SETTINGS, model=f"{TINY},ms=5", draft="synthetic:ms=2,params=64", depths=(0,), steps=3, warmup=1,
-        transports=("shm", "pigeon"),
-    )  # fmt: skip
-    settings = msgspec.structs.replace(settings, merge_depth=8)
-    kept: list[Result] = []
-    real_daemon = Settings.daemon
-
     def daemon_of(self: Settings, device: str, slots: int) -> Any:
         return msgspec.structs.replace(real_daemon(self, device, slots), transports=("shm",))
 
-    monkeypatch.setattr(Settings, "daemon", daemon_of)
-    result = run(settings, keep=kept.append)
+    settings = msgspec.structs.replace(
+        SETTINGS, model=f"{TINY},ms=5", draft="synthetic:ms=2,params=64", depths=(0,), steps=3, warmup=1,
+        sample_tokens=256, transports=("shm", "pigeon"), merge_depth=8,
+    )  # fmt: skip
+    kept: list[Result] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("specd.bench.pipeline.CONNECT_S", 2.0)
+        patch.setattr("specd.bench.pipeline.child", failing)
+        patch.setattr("specd.bench.seed.joined", unjoined)
+        patch.setattr(Settings, "daemon", daemon_of)
+        return run(settings, keep=kept.append), kept
+
+
+def test_what_fails_is_left_out_and_all_else_is_kept(broken: tuple[Result, list[Result]]) -> None:
+    result, kept = broken
     assert [(row.mode, row.transport) for row in result.rows] == [("disaggregated", "shm")]
     assert "pigeon" in result.skipped["disaggregated over pigeon"]
     assert result.skipped["the seed's protocol"] == "no group"
@@ -212,9 +208,30 @@ def test_what_fails_is_left_out_and_all_else_is_kept(tmp_path: Path, monkeypatch
     assert kept[0].work is None
 
 
+def test_a_plan_reads_batches_of_one_sample(broken: tuple[Result, list[Result]]) -> None:
+    work = broken[0].work
+    assert work is not None
+    assert (work.batch_tokens, work.tokens_per_sample) == (256, 256)
+    assert balance(work).bytes_per_sample == 256 * 3 * 32 * 4
+
+
 def test_what_cannot_begin_is_an_error() -> None:
     with pytest.raises(DaemonError, match="expected hidden ≥ 1"):
         run(msgspec.structs.replace(SETTINGS, model="synthetic:hidden=0"))
+
+
+def test_a_bar_is_of_one_batch(result: Result) -> None:
+    """Also where an iteration trains several, as its title says."""
+    from matplotlib.figure import Figure
+
+    axes = Figure().subplots()
+    pipeline_chart._times(axes, result.rows)
+    ends = [text.get_position()[0] for text in axes.texts]
+    assert ends == pytest.approx([row.iteration_ms / row.parallel for row in result.rows], rel=1e-3)
+    assert [text.get_text() for text in axes.texts] == [
+        f" {row.iteration_ms / row.parallel:.1f}" for row in result.rows
+    ]
+    assert result.rows[-1].parallel == 2
 
 
 # The emulated protocol
@@ -276,117 +293,3 @@ def test_a_transfer_that_never_comes_is_an_error(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("torch.zeros", lambda *_, **__: None)
     with pytest.raises(TransportError, match="nothing was transferred in 0 s"):
         seed.shake_hands(Silent(), seed.TRAINER, "cuda:1")
-
-
-def test_processes_answer_in_any_order() -> None:
-    reads, writes = zip(*(os.pipe() for _ in range(2)), strict=True)
-    with contextlib.ExitStack() as stack:
-        ends = [stack.enter_context(os.fdopen(end, "rb", buffering=0)) for end in reads]
-        log = stack.enter_context(tempfile.TemporaryFile())
-        ended = subprocess.Popen([sys.executable, "-c", ""])
-        ended.wait()
-        children = [processes.Child(ended, end, log) for end in ends]
-        os.write(writes[1], b"[1]\n[2]\n")
-        found = processes.as_answered(children, list[int])
-        assert next(found) == (1, [1])
-        os.write(writes[0], b"[0]\n")
-        assert next(found) == (0, [0])
-        assert list(found) == []
-        os.close(writes[0])
-        with pytest.raises(DaemonError, match="ended with exit code 0"):
-            dict(processes.as_answered(children[:1], list[int]))
-        os.close(writes[1])
-
-
-# The trainer's side
-
-
-def test_data_parallel_gradients_are_the_mean_of_all(tmp_path: Path) -> None:
-    found: dict[int, list[torch.Tensor]] = {}
-
-    def one(rank: int) -> None:
-        layer = torch.nn.Linear(3, 2)
-        with torch.no_grad():
-            layer.weight.fill_(0.5)
-        with seed.joined("gloo", str(tmp_path / "store"), rank, 2) as group:
-            reduction = Reduction(group, 2)
-            reduction.attach(list(layer.parameters()))
-            reduction.meet("cpu")
-            reduction.on = True
-            layer(torch.full((1, 3), float(1 + 2 * rank))).sum().backward()
-            reduction()
-            reduction.meet("cpu")
-            found[rank] = [p.grad.clone() for p in layer.parameters() if p.grad is not None]
-
-    threads = [threading.Thread(target=one, args=(rank,)) for rank in (0, 1)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(30)
-    for rank in (0, 1):
-        assert torch.equal(found[rank][0], torch.full((2, 3), 2.0))
-        assert torch.equal(found[rank][1], torch.ones(2))
-
-
-def test_a_real_draft_learns_on_given_states() -> None:
-    target = load_target(TargetConfig(model=TINY))
-    settings = msgspec.structs.replace(SETTINGS, draft="dflash")
-    draft = make_draft(settings, target.contract, lambda name: bytes(target.artifact(name)), "cpu")
-    assert isinstance(draft, TrainedDraft)
-    before = [parameter.detach().clone() for parameter in draft.parameters]
-    spec = capture_spec(settings.dflash, target.contract)
-    taps = torch.randn(256, len(spec.taps), 32)
-    clocked = clock(given(batches(settings, "fixed", 64, 4, 1), taps), draft, 1, lambda: None)
-    assert (len(clocked.seconds), clocked.samples, clocked.tokens) == (3, 12, 3 * 256)
-    changed = [not torch.equal(old, new) for old, new in zip(before, draft.parameters, strict=True)]
-    assert all(changed)
-
-
-def test_the_clock_leaves_warm_up_out() -> None:
-    marks: list[int] = []
-    drawn = batches(SETTINGS, "fixed", 64, 5, 1)
-    clocked = clock((Given(batch, None) for batch in drawn), None, 2, lambda: marks.append(len(marks)))
-    assert (len(clocked.seconds), clocked.tokens, marks) == (3, 3 * 256, [0])
-
-
-# Settings and batches
-
-
-def test_batches_never_repeat_tokens_but_keep_their_lengths() -> None:
-    one, other = (batches(SETTINGS, "log-normal", 64, 12, nonce) for nonce in (1, 2))
-    assert [batch.lengths.tolist() for batch in one] == [batch.lengths.tolist() for batch in other]
-    assert not any(np.array_equal(a.tokens, b.tokens) for a, b in zip(one, other, strict=True))
-    assert len({batch.tokens.tobytes() for batch in one}) == 12
-    assert all(batch.num_tokens <= SETTINGS.batch_tokens for batch in one)
-    assert len({length for batch in one for length in batch.lengths.tolist()}) > 4
-    shifted = batches(SETTINGS, "log-normal", 64, 12, 1, shift=1)
-    assert shifted[0].lengths.tolist() == one[1].lengths.tolist()
-
-
-def test_what_can_share_a_forward_is_what_waits_and_fits() -> None:
-    settings = Settings(model=TINY, batch_tokens=3072, forward_tokens=8192)
-    assert [settings.merged(depth) for depth in (0, 1, 2, 4)] == [1, 1, 2, 2]
-    assert msgspec.structs.replace(settings, target={"exact": True}).merged(4) == 1
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["--set", "ring.slots=3"], "--set ring: expected target.KEY=VALUE or draft.KEY=VALUE"),
-        (["--depths", "two"], "--depths 'two': expected whole numbers"),
-        (["--draft", "eagle"], "draft 'eagle': expected dflash or synthetic:ms=MILLISECONDS"),
-        (["--save", "/nowhere/x.json"], "--save '/nowhere/x.json': its directory does not exist"),
-        (["--chart", "x.gif"], "expected a file that ends in .png or .html"),
-        (["--daemons", "0"], "--daemons 0"),
-        (["--lengths", "uniform"], "uniform"),
-        (["--sample-tokens", "999"], "samples of 999 tokens do not fit batches of 256"),
-    ],
-)
-def test_settings_that_cannot_be_are_one_line(options: list[str], message: str, capsys: Any) -> None:
-    assert command(["bench", "pipeline", "--quick", "--model", TINY, *options]) == 2
-    assert message in capsys.readouterr().err
-
-
-def test_unknown_draft_settings_are_refused() -> None:
-    with pytest.raises(ConfigError, match="num_anchor"):
-        _ = msgspec.structs.replace(SETTINGS, draft_config={"num_anchor": 3}).dflash

@@ -111,6 +111,19 @@ def test_a_stream_left_early_gives_everything_back(host: Embedded) -> None:
         assert [d.batch.index for d in source.stream([batch(5), batch(6)])] == [5, 6]
 
 
+@pytest.mark.parametrize("length", [3, 100])
+def test_a_stream_that_goes_on_after_the_subscriber_was_closed_is_told(host: Embedded, length: int) -> None:
+    """Also if all that is missing was under way: it does not look like the end."""
+    source = subscriber(host)
+    stream = source.stream(batch(i) for i in range(length))
+    next(stream)
+    source.close()
+    with pytest.raises(DaemonError, match="the subscriber is closed"):
+        next(stream)
+    with pytest.raises(DaemonError, match="the subscriber is closed"):
+        source.artifact("config.json")
+
+
 def test_an_illegal_tap_is_refused(host: Embedded) -> None:
     config = SubscriberConfig(endpoints=(host.endpoint,))
     with pytest.raises(RejectedError, match="taps"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +27,7 @@ _EMBEDDING, _LM_HEAD = 1 << 20, 1 << 21  # numbers no layer has, for the artifac
 _ARTIFACT_SCALE = 0.035  # uniform in [-scale, scale) has the standard deviation 0.02 of a fresh embedding
 
 _U32 = NDArray[np.uint32]
+T = TypeVar("T")
 
 
 class SyntheticConfig(Config, kw_only=True, frozen=True):
@@ -186,16 +187,21 @@ def _pick_device(device: str) -> str:
         raise ConfigError(f"device {device!r} of a synthetic target: {error}; use auto, cpu or cuda:N") from None
 
 
-def _parse(model: str) -> SyntheticConfig:
-    name, _, text = model.partition(":")
-    pairs = [item.partition("=") for item in text.split(",") if item]
+def synthetic_options(text: str, kind: type[T], what: str) -> T:
+    """`synthetic:KEY=NUMBER,…` as `kind`. Raises ConfigError, which calls it `what`, for anything else."""
+    name, _, options = text.partition(":")
+    pairs = [item.partition("=") for item in options.split(",") if item]
     if name != "synthetic" or any(not equals for _, equals, _ in pairs):
-        raise ConfigError(f"model {model!r}: expected synthetic:KEY=NUMBER,… like synthetic:hidden=64,layers=8,ms=20")
+        raise ConfigError(f"{what} {text!r}: expected synthetic:KEY=NUMBER,… like synthetic:ms=20,us_per_token=1.5")
     try:
         settings = {key.strip(): float(value) if "." in value else int(value) for key, _, value in pairs}
     except ValueError as error:
-        raise ConfigError(f"model {model!r}: its options are numbers ({error})") from None
-    options = convert(settings, SyntheticConfig, f"model {model!r}")
+        raise ConfigError(f"{what} {text!r}: its options are numbers ({error})") from None
+    return convert(settings, kind, f"{what} {text!r}")
+
+
+def _parse(model: str) -> SyntheticConfig:
+    options = synthetic_options(model, SyntheticConfig, "model")
     if min(options.hidden, options.layers - 1, options.vocab) < 1 or min(options.ms, options.us_per_token) < 0:
         raise ConfigError(f"model {model!r}: expected hidden ≥ 1, layers ≥ 2, vocab ≥ 1, ms ≥ 0, us_per_token ≥ 0")
     return options

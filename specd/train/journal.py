@@ -38,8 +38,8 @@ class StepRecord(msgspec.Struct, frozen=True, kw_only=True):
     acceptance length. teacher_forced_by_offset: the same for each block offset 1, 2, …; None where nothing counted.
     grad_norm: before clipping. tokens: of the target. step_s = target_wait_s (next batch not computed yet) +
     wire_wait_s (computed, not fetched yet) + train_s (the rest). draft_s: the step's own time on its device, also what
-    of it ran during those waits; wall time on a CPU; 0 if it was not taken. forward_s: the daemons' forward time of the
-    batches that came in during the step, overlapped or not. resubmitted, reconnects: in this step.
+    of it ran during those waits; wall time on a CPU; 0 if it was not taken. forward_s: the daemons' forward time of its
+    batches, overlapped or not. resubmitted, reconnects: in this step.
     """
 
     step: int
