@@ -56,7 +56,7 @@ def regenerate(
     A draft learns to predict its target, so it should learn from what the target writes. An interrupted command goes on
     where it stopped when it is given again.
     """
-    config = _config(prompts, model, settings)
+    config = data_config(prompts, model, settings)
     if output.exists() and not overwrite:
         raise ConfigError(f"{str(output)!r} exists already; give --overwrite to replace it, or another --output")
 
@@ -117,7 +117,7 @@ def show(
     from specd.chat import load_tokenizer
     from specd.data import sample, trainable
 
-    config = _config(source, model, settings)
+    config = data_config(source, model, settings)
     directory = _tokenizer_dir(model)
     tokens, mask = sample(config, directory, row)
     tokenizer = load_tokenizer(directory)
@@ -154,7 +154,7 @@ def stats(
 
     from specd.data import prepare
 
-    config = _config(source, model, settings)
+    config = data_config(source, model, settings)
     dataset = prepare(config, _tokenizer_dir(model))
     if as_json:
         lengths = {"mean": float(dataset.lengths.mean()), "longest": int(dataset.lengths.max())}
@@ -197,11 +197,11 @@ def _show_stats(console: Console, config: DataConfig, dataset: Dataset) -> None:
     console.print(bars)
 
 
-def _config(source: str, model: str, settings: list[str] | None) -> DataConfig:
-    """The data section: the preset's, then the flags, then --set."""
+def data_config(source: str, model: str, settings: list[str] | None, run: dict[str, Any] | None = None) -> DataConfig:
+    """The data section: that of a run or else the preset's, then the flags, then --set."""
     known = preset(model)
     asked = overrides([text if text.startswith("data.") else f"data.{text}" for text in settings or []])
-    base: dict[str, Any] = known.run.get("data", {}) if known else {}
+    base: dict[str, Any] = run if run is not None else known.run.get("data", {}) if known else {}
     config = convert(
         merge(merge(base, {"path": source} if source else {}), asked["data"] if asked else {}), DataConfig, "data"
     )

@@ -22,7 +22,7 @@ from rich.table import Table
 from rich.text import Text
 
 from specd import arena
-from specd.errors import DaemonError
+from specd.errors import ConfigError, DaemonError
 from specd.train.interrupt import Interrupt
 
 EXAMPLES = "Examples: `specd demo` · `specd demo --quick --output runs/first-look`"
@@ -40,7 +40,7 @@ def demo(
 
     steps, prompts = (["--max-steps", "12"], 2) if quick else ([], 10)
     run = output / "run"
-    shutil.rmtree(run, ignore_errors=True)
+    remove_run(run)
     output.mkdir(parents=True, exist_ok=True)
     answers = output / "answers.jsonl"
     began = time.monotonic()
@@ -66,6 +66,23 @@ def demo(
         with stage.step("Write the report"):
             stage.run("report", str(run))
         summarise(stage, run, time.monotonic() - began)
+
+
+def remove_run(run: Path) -> None:
+    """Make room for a new run where an earlier one lies. Raises ConfigError for anything that is no run."""
+    from specd.train.report import FACTS
+
+    if not run.exists():
+        return
+    if not (run / FACTS).is_file():
+        raise ConfigError(
+            f"{str(run)!r} exists and holds no run ({FACTS}), so the demo does not replace it: "
+            f"remove it, or choose another --output"
+        )
+    try:
+        shutil.rmtree(run)
+    except OSError as error:
+        raise ConfigError(f"cannot remove the run in {str(run)!r}: {error}; choose another --output") from None
 
 
 class Stage:

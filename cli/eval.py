@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from specd.cli.data import data_config
 from specd.errors import ConfigError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from specd.chat import Chat
     from specd.train.report import EvalFacts
 
 EXAMPLES = (
@@ -37,16 +39,25 @@ def evaluate(
         bool, typer.Option("--untrained", help="Also decode with the draft as it was before training, to compare.")
     ] = False,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, float32 (shows identity best), bfloat16 or float16.")] = "auto",
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="An option of the chat template, as data.template.enable_thinking=false."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON, and nothing else.")] = False,
 ) -> None:
     """Decode prompts with a draft and without it: acceptance length, and whether every output is identical.
 
     The target runs in this process. Results also go to the draft's run directory, for `specd report`.
-    Exits with 1 when an output differs from the target's own greedy one.
+    The chat template gets the run's options; --set data.template.KEY=VALUE changes them, or gives them without a run.
+
+    Exits with 1 when an output differs from the target's own greedy one otherwise than by a tie: two logits that are
+    equal as far as the rounding of the target's dtype lets anyone know.
     """
     import msgspec
     from rich.console import Console
 
+    from specd.chat import Chat, end_tokens
     from specd.targets.checkpoint import load_causal_lm
     from specd.train.decode import evaluate as decode
     from specd.train.decode import greedy
@@ -60,17 +71,20 @@ def evaluate(
     model = model or str(facts.target.get("model", "") if facts else "")
     if not model:
         raise ConfigError(f"{directory} belongs to no run that names its target: give --model")
+    used = {"template": facts.config.get("data", {}).get("template", {})} if facts else None
+    template = data_config(prompts, model, settings, used).template
     trained = load_draft(directory)
-    target, tokenizer = load_causal_lm(model, device=device)
+    target, tokenizer = load_causal_lm(model, dtype=dtype, device=device)
     if tokenizer is None:
         raise ConfigError(f"target {model!r} has no tokenizer: evaluation needs its chat template")
-    asked = encode_prompts(prompts, tokenizer, limit)
+    asked = encode_prompts(prompts, Chat(tokenizer, template), limit)
+    limits: dict[str, Any] = {"max_new_tokens": max_new_tokens, "eos": end_tokens(target, tokenizer)}
     console = Console(quiet=as_json)
     # The same target texts prove both drafts.
     with _progress(console, "target alone", len(asked)) as advance:
         references = []
         for prompt in asked:
-            references.append(greedy(target, prompt, max_new_tokens=max_new_tokens))
+            references.append(greedy(target, prompt, **limits))
             advance()
     drafts = {"trained": trained}
     if untrained:
@@ -83,9 +97,9 @@ def evaluate(
                 target,
                 network,
                 asked,
-                max_new_tokens=max_new_tokens,
                 references=references,
                 progress=lambda index, row: advance(),
+                **limits,
             )
         results[name] = EvalFacts(
             model=model,
@@ -93,6 +107,8 @@ def evaluate(
             untrained=name == "untrained",
             block_size=trained.shape.block_size,
             max_new_tokens=max_new_tokens,
+            source=prompts,
+            dtype=str(target.dtype).removeprefix("torch."),
             result=result,
         )
         if run:
@@ -101,16 +117,16 @@ def evaluate(
         typer.echo(msgspec.json.encode(results))
     else:
         show(console, results)
-    if not all(result.result.identical for result in results.values()):
+    if any(result.different for result in results.values()):
         raise typer.Exit(1)
 
 
-def encode_prompts(source: str, tokenizer: Any, limit: int) -> list[list[int]]:
+def encode_prompts(source: str, chat: Chat, limit: int) -> list[list[int]]:
     """Token ids of the first question of each conversation in `source`, up to where the target begins its answer."""
-    from specd.chat import Chat, questions, turns
+    from specd.chat import questions, turns
     from specd.rows import read_rows
 
-    chat = Chat(tokenizer)
+    tokenizer: Any = chat.tokenizer
     texts = [
         chat.render(questions(turns(row, where), where)[0], open_answer=True, tools=row.get("tools") or None)
         for where, row in read_rows(source, limit=limit)
@@ -151,12 +167,19 @@ def show(console: Console, results: dict[str, EvalFacts]) -> None:
     console.print(first.result.definition, style="dim", highlight=False)
     for name, facts in results.items():
         verdict = f"{facts.identical} of {facts.prompts} outputs equal the target's own greedy output, token for token"
-        ok = facts.result.identical
-        console.print(f"[{'green' if ok else 'red'}]{'identical' if ok else 'DIFFERENT'}[/] {name}: {verdict}")
+        if facts.ties:
+            verdict += f"; {facts.ties} part at a tie, which the rounding of {facts.dtype} decides (--dtype float32)"
+        if facts.different:
+            verdict += f"; {facts.different} differ"
+        colour, word = ("red", "DIFFERENT") if facts.different else ("green", "identical")
+        if facts.ties and not facts.different:
+            colour, word = "yellow", "identical but for ties"
+        console.print(f"[{colour}]{word}[/] {name}: {verdict}")
         for miss in facts.result.mismatches:
             console.print(
-                f"  prompt {miss.prompt}, token {miss.position}: expected {miss.expected}, got {miss.got}; "
-                f"the target preferred its own by {miss.margin:.2e} logits"
+                f"  {'tie' if miss.tie else 'DIFFERENT'}: prompt {miss.prompt}, token {miss.position}: "
+                f"expected {miss.expected}, got {miss.got}; the target prefers its own by {miss.margin:.2e} logits, "
+                f"rounding reaches {miss.rounding:.2e}"
             )
 
 

@@ -16,7 +16,7 @@ import msgspec
 import typer
 
 from specd import units
-from specd.config import DaemonConfig, convert, load_yaml, merge, overrides, preset, runtime_dir
+from specd.config import DaemonConfig, convert, load_yaml, make_runtime_dir, merge, overrides, preset
 from specd.errors import ConfigError, DaemonError
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def start(
         str, typer.Option(help="What to serve: auto for all that works here, or cuda_ipc,shm,…", rich_help_panel=SHAPE)
     ] = "",
     endpoint: Annotated[
-        str, typer.Option("--endpoint", "-e", help="ipc://… or tcp://host:port.", rich_help_panel=PLACE)
+        str, typer.Option("--endpoint", "-e", help="ipc://… or tcp://ADDRESS:PORT.", rich_help_panel=PLACE)
     ] = "",
     insecure: Annotated[
         bool | None, typer.Option("--insecure", help="Allow TCP beyond loopback: unencrypted.", rich_help_panel=PLACE)
@@ -146,10 +146,9 @@ def _serve(daemon: DaemonConfig, ready_fd: int) -> int:
 
 def _detach(daemon: DaemonConfig) -> int:
     """Start the same daemon in a session of its own, and wait until it is ready or has failed."""
-    log_path = runtime_dir() / f"{re.sub(r'[^A-Za-z0-9]+', '-', daemon.endpoint)[-80:].strip('-')}.log"
-    log = _opened(log_path)
+    log_path = make_runtime_dir() / f"{re.sub(r'[^A-Za-z0-9]+', '-', daemon.endpoint)[-80:].strip('-')}.log"
     reader, writer = os.pipe()
-    with log, open(reader, "rb") as ready:
+    with open(log_path, "ab", opener=_private) as log, open(reader, "rb") as ready:
         begin = log.tell()
         command = [sys.executable, "-m", "specd", *_verbosity(), "start", "--ready-fd", str(writer)]
         for key, value in msgspec.to_builtins(daemon).items():
@@ -173,18 +172,6 @@ def _detach(daemon: DaemonConfig) -> int:
     code = child.wait()
     with open(log_path, "rb") as written:
         raise _failure(written, begin, code, log_path)
-
-
-def _opened(log: Path) -> IO[bytes]:
-    """A log in this user's runtime directory, which is made if need be. Raises ConfigError where it cannot be."""
-    try:
-        log.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        return open(log, "ab", opener=_private)
-    except OSError as error:
-        raise ConfigError(
-            f"runtime directory {str(log.parent)!r}: cannot write there ({error.strerror}); set XDG_RUNTIME_DIR to a "
-            f"directory that is yours"
-        ) from None
 
 
 def _private(path: str, flags: int) -> int:

@@ -6,20 +6,20 @@ import contextlib
 import json
 import logging
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import msgspec
 import typer
+from msgspec.structs import replace
 
 from specd.config import DaemonConfig, RunConfig, convert, load_yaml, merge, overrides, preset
-from specd.errors import ConfigError
+from specd.errors import ConfigError, TransportError
 
 if TYPE_CHECKING:
-    import torch
-
     from specd.data import Dataset
     from specd.protocol import TargetContract
     from specd.train.dflash import DFlash
@@ -106,8 +106,7 @@ def dflash(
         with Interrupt() as interrupt:
             _train(asked, model, resume, interrupt)
     except KeyboardInterrupt:
-        where = convert(asked, RunConfig, "settings").output
-        typer.echo(f"specd: interrupted; continue with the same command and --resume (output {where})", err=True)
+        typer.echo(f"specd: interrupted; {_remedy(convert(asked, RunConfig, 'settings').output)}", err=True)
         raise typer.Exit(130) from None
 
 
@@ -123,27 +122,25 @@ def _train(asked: dict[str, Any], model: str, resume: bool, interrupt: Interrupt
     from specd.train.journal import read
     from specd.train.loop import total_steps, train
     from specd.train.report import write_facts
-    from specd.train.run import RunDirectory, identity
+    from specd.train.run import RunDirectory, identity, target_files
 
-    first = convert(asked, RunConfig, "settings")
+    first = _settle(asked, model)  # what a daemon hosts, and its preset, is known when it is connected
     if first.target and not model:
         raise ConfigError(
             f"settings: target={first.target}: expected none, as a daemon's target is configured by `specd start`; "
             f"leave them out, or give --model NAME to host the target here"
         )
-    hosted = _hosted(asked, model) if model else None
-    directory = RunDirectory(Path(first.output))
-    resume = directory.open(resume, first.train.save_every)
+    hosted = _hosted(first, model) if model else None
     device = _device(first.train.device)
-    if first.train.threads:
-        torch.set_num_threads(first.train.threads)
+    directory = RunDirectory(Path(first.output))
+    directory.open(resume)
     with contextlib.ExitStack() as stack:
         link, context = first.subscriber, None
         if hosted is not None:
             from specd.host import embedded
 
             host = stack.enter_context(embedded(hosted))
-            link = msgspec.structs.replace(link, endpoints=(host.endpoint,), transport="inproc")
+            link = replace(link, endpoints=(host.endpoint,), transport="inproc")
             context = host.context
         subscriber = stack.enter_context(
             Subscriber(
@@ -155,9 +152,13 @@ def _train(asked: dict[str, Any], model: str, resume: bool, interrupt: Interrupt
             )
         )
         contract = subscriber.contract
-        config = _settle(asked, contract.model)
-        files = directory.write_target(contract, subscriber.artifact)
-        dataset = prepare(config.data, directory.target)
+        config = _with_dtype(_settle(asked, contract.model), device)
+        resume = resume and directory.has_checkpoint(config.train.save_every)
+        if config.train.threads:
+            torch.set_num_threads(config.train.threads)
+        with tempfile.TemporaryDirectory(prefix="specd-target-") as scratch:
+            files = target_files(contract, subscriber.artifact, Path(scratch))
+            dataset = prepare(config.data, Path(scratch))
         loader = Loader(dataset, dataset.plan(config.data, config.train.seed), epochs=config.train.epochs)
         embedding = subscriber.tensor("embedding")
         tied = contract.artifacts["lm_head"].same_as == "embedding"
@@ -169,18 +170,18 @@ def _train(asked: dict[str, Any], model: str, resume: bool, interrupt: Interrupt
             embedding if tied else subscriber.tensor("lm_head"),
             _mask_token(config, contract.model),
             device,
-            _dtype(config, device),
+            getattr(torch, config.train.dtype),
             config.train.seed,
         )
         checkpoints = Checkpoints(directory.checkpoints, identity(config, contract, dataset.digest), config.train.keep)
         steps, done = total_steps(config.train, loader.num_batches), checkpoints.step() if resume else 0
         facts = _facts(config, contract, dataset, objective, subscriber.stats().transports)
+        if not resume:
+            write_facts(directory.path, facts)
         title = f"dflash draft for {contract.model} → {directory.path}"
         display = stack.enter_context(Display(title, done, steps, lambda: subscriber.stats().transports))
         stack.enter_context(_logs_above_panel())
         scalars = stack.enter_context(Scalars(directory.tensorboard, done))
-        if not resume:
-            write_facts(directory.path, facts)
         train(
             config.train,
             objective,
@@ -205,14 +206,13 @@ def _settle(asked: dict[str, Any], model: str) -> RunConfig:
     return convert(merge(recipe.run, asked) if recipe else asked, RunConfig, "settings")
 
 
-def _hosted(asked: dict[str, Any], model: str) -> DaemonConfig:
+def _hosted(config: RunConfig, model: str) -> DaemonConfig:
     """The daemon for `model` on threads of this process: its target as asked for, its ring sized for this run.
 
     Raises ConfigError that names the key at fault.
     """
     from specd.cli.start import daemon_config
 
-    config = _settle(asked, model)
     if (other := config.target.get("model", model)) != model:
         raise ConfigError(f"settings: target.model={other!r}: expected {model!r}, as given by --model; leave it out")
     settings = {
@@ -223,20 +223,36 @@ def _hosted(asked: dict[str, Any], model: str) -> DaemonConfig:
     return daemon_config({}, settings, [], "settings")
 
 
+def _remedy(output: str) -> str:
+    """How to go on with a run that was interrupted."""
+    from specd.train.run import RunDirectory
+
+    if RunDirectory(Path(output)).begun:
+        return f"continue with the same command and --resume (output {output})"
+    return "nothing was trained yet: give the same command again"
+
+
 def _device(asked: str) -> str:
+    """`auto` as a GPU where there is one, else cpu. Raises ConfigError for a device that this process lacks."""
     import torch
 
-    return ("cuda" if torch.cuda.is_available() else "cpu") if asked == "auto" else asked
+    from specd import cuda
+
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if asked == "auto" else asked
+    if device != "cpu":
+        try:
+            cuda.ordinal(device)
+        except TransportError as error:
+            raise ConfigError(f"train.device: {error}; use auto, cpu or cuda:N") from None
+    return device
 
 
-def _dtype(config: RunConfig, device: str) -> torch.dtype:
-    """`auto` is bfloat16 on a GPU and float32 on a CPU, where bfloat16 is emulated."""
-    import torch
-
-    name = config.train.dtype
-    if name == "auto":
-        name = "float32" if device == "cpu" else "bfloat16"
-    return torch.float32 if name == "float32" else torch.bfloat16
+def _with_dtype(config: RunConfig, device: str) -> RunConfig:
+    """`config` with a dtype for `auto`: bfloat16 on a GPU and float32 on a CPU, where bfloat16 is emulated."""
+    if config.train.dtype != "auto":
+        return config
+    dtype: Literal["float32", "bfloat16"] = "float32" if device == "cpu" else "bfloat16"
+    return replace(config, train=replace(config.train, dtype=dtype))
 
 
 def _mask_token(config: RunConfig, model: str) -> int:

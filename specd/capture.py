@@ -44,15 +44,15 @@ class CaptureSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         return None
 
 
-def dflash_taps(num_layers: int, num_taps: int, eligible: tuple[int, ...] | None = None) -> tuple[int, ...]:
+def dflash_taps(num_layers: int, num_taps: int, eligible: tuple[int, ...] = ()) -> tuple[int, ...]:
     """Evenly spaced DFlash taps (arXiv 2602.06036, as in its published checkpoints).
 
-    num_layers: decoder layers of the target. eligible: the only layers that may be tapped (hybrid attention);
-    the first and the last of them are always included. Raises ConfigError when the taps would not be distinct.
+    num_layers: decoder layers of the target. eligible: the only layers that may be tapped (hybrid attention), empty for
+    all; the first and the last of them are always included. Raises ConfigError when the taps would not be distinct.
     """
-    if eligible is not None and len(eligible) < num_taps:
+    if eligible and len(eligible) < num_taps:
         taps = list(eligible)
-    elif eligible is not None:
+    elif eligible:
         last = len(eligible) - 1
         picks = [last // 2] if num_taps == 1 else [round(k * last / (num_taps - 1)) for k in range(num_taps)]
         taps = [eligible[i] for i in picks]

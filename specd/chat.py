@@ -15,10 +15,13 @@ from numpy.typing import NDArray
 from specd.errors import DataError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Turn = dict[str, Any]
-"""`role`, `content` and whatever else the template reads (tool_calls, reasoning_content, …)."""
+"""`role`, `content` and whatever else the template reads (tool_calls, reasoning_content, …).
+
+An answer's `finish_reason` is ours, and no template sees it: "length" says that it was cut off.
+"""
 
 ROLES = {
     "system": "system",
@@ -130,7 +133,7 @@ class Chat:
         """
         try:
             text = self.tokenizer.apply_chat_template(
-                conversation, tokenize=False, add_generation_prompt=open_answer, tools=tools, **self.options
+                _shown(conversation), tokenize=False, add_generation_prompt=open_answer, tools=tools, **self.options
             )
         except Exception as error:  # noqa: BLE001 - a template may raise anything: jinja's errors, TypeError, KeyError
             raise DataError(f"{where}: the chat template refuses it: {error}") from None
@@ -141,14 +144,21 @@ class Chat:
         """`row` as text, with the assistant's answers and their end-of-turn tokens as labels.
 
         An answer that was cut off (`finish_reason` "length") has no end-of-turn label: the target did not write it.
-        Raises DataError naming `where`.
+        A `finish_reason` of the row itself is that of the last answer. Raises DataError naming `where`.
         """
         talk = turns(row, where)
+        if talk[-1]["role"] == "assistant":
+            talk[-1].setdefault("finish_reason", row.get("finish_reason"))
         text = self.render(talk, tools=row.get("tools") or None, where=where)
         spans = self._marked(talk, row) if self._generation else list(self._answers(talk, text, row, where))
-        if spans and talk[-1]["role"] == "assistant" and row.get("finish_reason") == "length":
-            begin, end = spans[-1]
-            spans[-1] = (begin, begin + len(text[begin:end].removesuffix(self._closing)))
+        for place, turn in enumerate(talk):
+            if turn["role"] == "assistant" and turn.get("finish_reason") == "length":
+                # A template that marks answers itself may mark several parts of one: the last was cut.
+                until = talk[: place + 1]
+                parts = self._marked(until, row) if self._generation else [t for t in until if t["role"] == "assistant"]
+                if 0 < len(parts) <= len(spans):
+                    begin, end = spans[len(parts) - 1]
+                    spans[len(parts) - 1] = begin, begin + len(text[begin:end].removesuffix(self._closing))
         return Rendered(text=text, spans=tuple(spans[-1:] if last_turn_only else spans))
 
     def _answers(self, talk: list[Turn], text: str, row: Mapping[str, Any], where: str) -> Iterator[Span]:
@@ -183,7 +193,7 @@ class Chat:
     def _marked(self, talk: list[Turn], row: Mapping[str, Any]) -> list[Span]:
         """The spans that the template itself marks with {% generation %}."""
         coded: Any = self.tokenizer.apply_chat_template(
-            talk,
+            _shown(talk),
             tools=row.get("tools") or None,
             return_dict=True,
             return_assistant_tokens_mask=True,
@@ -260,6 +270,24 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
             f"the tokenizer in {str(directory)!r} gives no character offsets; convert it to a tokenizer.json"
         )
     return tokenizer
+
+
+def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """All tokens that end a text: the tokenizer's, and those of the model's generation config.
+
+    Raises DataError when there is none.
+    """
+    configured = model.generation_config.eos_token_id if model.generation_config else None
+    found = [tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])]
+    ends = list(dict.fromkeys(token for token in found if isinstance(token, int)))
+    if not ends:
+        raise DataError("the target's tokenizer names no end-of-sequence token; set eos_token in tokenizer_config.json")
+    return ends
+
+
+def _shown(conversation: list[Turn]) -> list[Turn]:
+    """What a template sees of a conversation."""
+    return [{key: value for key, value in turn.items() if key != "finish_reason"} for turn in conversation]
 
 
 def _mapping(item: Any, where: str, column: str) -> dict[str, Any]:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 import yaml
+from msgspec import Meta
 
 from specd.capture import StateDtype
 from specd.errors import ConfigError
@@ -19,9 +21,13 @@ T = TypeVar("T")
 AttentionKind = Literal["auto", "flex", "sdpa"]
 """How a draft attends: flex_attention, plain torch ops, or whichever suits the device."""
 
+Positive = Annotated[int, Meta(ge=1)]
+NotNegative = Annotated[int, Meta(ge=0)]
+Decay = Annotated[float, Meta(ge=0, lt=1)]
+
 
 class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Base of all configuration."""
+    """Base of all configuration. `convert` checks the ranges of numbers; a constructor takes what it is given."""
 
 
 class TargetConfig(Config, kw_only=True, frozen=True):
@@ -41,8 +47,8 @@ class TargetConfig(Config, kw_only=True, frozen=True):
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     load_format: Literal["auto", "dummy"] = "auto"
-    num_layers: int = 0
-    threads: int = 0
+    num_layers: NotNegative = 0
+    threads: NotNegative = 0
     max_forward_tokens: int = 16384
     exact: bool = False
     tp: int = 1
@@ -56,10 +62,10 @@ class RingConfig(Config, kw_only=True, frozen=True):
     max_sessions: trainers at once; each always has one slot of its own, the other slots − max_sessions are shared.
     """
 
-    slots: int = 8
-    slot_tokens: int = 4096
-    max_sessions: int = 4
-    lease_ttl_s: float = 30.0
+    slots: Positive = 8
+    slot_tokens: Positive = 4096
+    max_sessions: Positive = 4
+    lease_ttl_s: Annotated[float, Meta(ge=0.05, le=86_400)] = 30.0
 
 
 class CaptureConfig(Config, kw_only=True, frozen=True):
@@ -95,10 +101,10 @@ class SubscriberConfig(Config, kw_only=True, frozen=True):
 
     endpoints: tuple[str, ...] = ("auto",)
     transport: str = "auto"
-    depth: int = 2
-    timeout_s: float = 300.0
-    connect_s: float = 120.0
-    max_attempts: int = 5
+    depth: NotNegative = 2
+    timeout_s: Annotated[float, Meta(gt=0)] = 300.0
+    connect_s: Annotated[float, Meta(ge=0)] = 120.0
+    max_attempts: Positive = 5
     borrow: bool = False
 
 
@@ -116,7 +122,7 @@ class DataConfig(Config, kw_only=True, frozen=True):
     format: Literal["auto", "conversations", "text", "tokens"] = "auto"
     last_turn_only: bool = False
     max_length: int = 3072
-    batch_tokens: int = 3072
+    batch_tokens: Positive = 3072
     max_batch_sequences: int = 0
     max_samples: int = 0
     template: dict[str, Any] = {}
@@ -127,23 +133,25 @@ class DFlashConfig(Config, kw_only=True, frozen=True):
     """The DFlash draft (arXiv 2602.06036).
 
     loss_decay: γ of the position weights, 0 for none, −1 for the paper's choice.
+    block_size: tokens a block, its anchor included. num_anchors: blocks drawn from a sequence, at most.
+    loss_chunk: predictions whose logits exist at a time. attention: `flex` needs a GPU.
     num_heads, num_kv_heads, head_dim, intermediate_size: 0 takes the target's. mask_token_id: −1 takes the preset's.
     sliding_window: 0 for full attention in every layer.
     """
 
-    num_layers: int = 5
-    num_taps: int = 5
-    block_size: int = 16
-    num_anchors: int = 512
+    num_layers: Positive = 5
+    num_taps: Positive = 5
+    block_size: Annotated[int, Meta(ge=2)] = 16
+    num_anchors: Positive = 512
     loss_decay: float = -1.0
-    mask_token_id: int = -1
-    intermediate_size: int = 0
-    num_heads: int = 0
-    num_kv_heads: int = 0
-    head_dim: int = 0
-    sliding_window: int = 0
+    mask_token_id: Annotated[int, Meta(ge=-1)] = -1
+    intermediate_size: NotNegative = 0
+    num_heads: NotNegative = 0
+    num_kv_heads: NotNegative = 0
+    head_dim: NotNegative = 0
+    sliding_window: NotNegative = 0
     attention: AttentionKind = "auto"
-    loss_chunk: int = 1024
+    loss_chunk: Positive = 1024
 
 
 class TrainConfig(Config, kw_only=True, frozen=True):
@@ -153,21 +161,21 @@ class TrainConfig(Config, kw_only=True, frozen=True):
     float32.
     """
 
-    lr: float = 6e-4
-    betas: tuple[float, float] = (0.9, 0.95)
-    weight_decay: float = 0.0
-    warmup_ratio: float = 0.04
-    clip: float = 1.0
-    epochs: int = 6
-    max_steps: int = 0
-    accumulation: int = 1
+    lr: Annotated[float, Meta(gt=0)] = 6e-4
+    betas: tuple[Decay, Decay] = (0.9, 0.95)
+    weight_decay: Annotated[float, Meta(ge=0)] = 0.0
+    warmup_ratio: Annotated[float, Meta(ge=0, le=1)] = 0.04
+    clip: Annotated[float, Meta(ge=0)] = 1.0
+    epochs: Positive = 6
+    max_steps: NotNegative = 0
+    accumulation: Positive = 1
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     device: str = "auto"
-    threads: int = 0
+    threads: NotNegative = 0
     seed: int = 0
-    save_every: int = 500
-    keep: int = 2
-    log_every: int = 1
+    save_every: NotNegative = 500
+    keep: Positive = 2
+    log_every: Positive = 1
 
 
 class RunConfig(Config, kw_only=True, frozen=True):
@@ -212,13 +220,41 @@ def convert(data: Any, kind: type[T], where: str) -> T:
     try:
         return msgspec.convert(data, kind)
     except msgspec.ValidationError as error:
-        raise ConfigError(f"{where}: {error}") from None
+        raise ConfigError(f"{where}: {_with_number(str(error), data)}") from None
+
+
+def _with_number(message: str, data: Any) -> str:
+    """msgspec's message; where a number is out of its range, with that number, which msgspec leaves out."""
+    expected, at, path = message.partition(" - at `$")
+    if not re.fullmatch(r"Expected `\w+` [<>].*", expected):
+        return message
+    for key, index in re.findall(r"\.(\w+)|\[(\d+)\]", path):
+        data = data[key] if key else data[int(index)]
+    return f"{expected}, got {data}{at}{path}"
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 reads a plain 3e-4 as text; people mean a number."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def _read(text: str) -> Any:
+    """What YAML text says. Raises yaml.YAMLError."""
+    loader = _Loader(text)
+    try:
+        return loader.get_single_data()
+    finally:
+        loader.dispose()
 
 
 def load_yaml(path: str | Path) -> dict[str, Any]:
     """The mapping in a YAML file. Raises ConfigError when it cannot be read or is no mapping."""
     try:
-        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        data = _read(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"cannot read config file {str(path)!r}: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -246,23 +282,13 @@ def overrides(settings: Sequence[str]) -> dict[str, Any]:
         if not equals or not all(keys):
             raise ConfigError(f"--set {setting!r}: expected key.path=value, for example --set train.lr=3e-4")
         try:
-            value: Any = _number(yaml.safe_load(text))
+            value = _read(text)
         except yaml.YAMLError as error:
             raise ConfigError(f"--set {setting!r}: the value is not YAML: {error}") from None
         for key in reversed(keys):
             value = {key: value}
         result = merge(result, value)
     return result
-
-
-def _number(value: Any) -> Any:
-    """YAML 1.1 reads 3e-4 as a string; people mean a number."""
-    if isinstance(value, str):
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
 
 
 def presets() -> list[str]:
@@ -287,6 +313,30 @@ def runtime_dir() -> Path:
     return Path(base) / f"specd-{os.getuid()}"
 
 
+def make_runtime_dir() -> Path:
+    """`runtime_dir`, made if need be. Raises ConfigError where it cannot be, and as `check_private` does."""
+    directory = runtime_dir()
+    try:
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"runtime directory {str(directory)!r}: cannot write there ({error.strerror}); set XDG_RUNTIME_DIR to a "
+            f"directory that is yours"
+        ) from None
+    check_private(directory)
+    return directory
+
+
+def check_private(directory: Path) -> None:
+    """Raise ConfigError unless a directory is this user's and nobody else's: it holds a daemon's sockets."""
+    facts = directory.stat()
+    if facts.st_uid != os.getuid() or facts.st_mode & 0o077:
+        raise ConfigError(
+            f"directory {directory} has mode {facts.st_mode & 0o777:o} and owner {facts.st_uid}: the daemon's "
+            f"sockets need one of mode 700 that is yours"
+        )
+
+
 def cache_dir() -> Path:
     """Where converted targets and prepared data are kept: SPECD_CACHE, else XDG_CACHE_HOME/specd."""
     if own := os.environ.get("SPECD_CACHE"):
@@ -301,6 +351,9 @@ def host_id() -> str:
     return ":".join([boot, *(f"{inode:x}" for inode in spaces), f"{os.stat('/dev/shm').st_dev:x}"])
 
 
+_TCP = re.compile(r"(?:\[[^][]*:[^][]*\]|[^][:/\s]+):([0-9]{1,5}|\*)")
+
+
 def resolve_endpoint(endpoint: str) -> str:
     """`auto` as this user's default ipc endpoint; anything else unchanged. Raises ConfigError for a malformed one."""
     if endpoint == "auto":
@@ -310,4 +363,9 @@ def resolve_endpoint(endpoint: str) -> str:
         raise ConfigError(f"endpoint {endpoint!r}: expected ipc://PATH or tcp://HOST:PORT")
     if scheme == "ipc" and len(rest.encode()) > 107:
         raise ConfigError(f"endpoint {endpoint!r}: its path has {len(rest.encode())} bytes, a socket path at most 107")
+    if scheme == "tcp" and ((parts := _TCP.fullmatch(rest)) is None or int(parts[1].strip("*") or 0) > 65535):
+        raise ConfigError(
+            f"endpoint {endpoint!r}: expected tcp://ADDRESS:PORT with a port up to 65535, an IPv6 address in brackets, "
+            f"as in tcp://[::1]:7070"
+        )
     return endpoint

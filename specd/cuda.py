@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from specd.errors import TransportError
+from specd.errors import ConfigError, TransportError
 
 if TYPE_CHECKING:
     import torch
@@ -33,11 +33,14 @@ def resolve(device: str) -> str:
     """`cuda` as the ordinal that is current on the calling thread, `cuda:1`; any other device unchanged.
 
     Threads start on device 0 whatever their parent chose, so a device is resolved once, where it was named.
+    Raises ConfigError where torch has no CUDA device.
     """
     if device != "cuda":
         return device
     import torch
 
+    if not torch.cuda.device_count():
+        raise ConfigError("device 'cuda': torch sees no CUDA device here; use auto or cpu, or see `specd doctor`")
     return f"cuda:{torch.cuda.current_device()}"
 
 

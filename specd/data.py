@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 CHUNK = 512
 """Rows that are tokenised together; the tokenizer spreads them over the cores."""
 
-_VERSION = "1"  # part of the cache key: raise it when the same rows would give other samples
+_VERSION = "2"  # part of the cache key: raise it when the same rows would give other samples
 _TOKENIZER_FILE = re.compile(r"(token|vocab|merges|special_|added_|chat_template).*\.(json|jinja|model|txt|tiktoken)")
 _COLUMNS = {"tokens": ("input_ids",), "conversations": ("messages", "conversations"), "text": ("text",)}
 

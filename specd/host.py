@@ -7,7 +7,6 @@ import fcntl
 import glob
 import logging
 import os
-import re
 import secrets
 import signal
 import threading
@@ -19,7 +18,7 @@ import msgspec
 import zmq
 
 from specd import arena, cuda
-from specd.config import DaemonConfig, resolve_endpoint, runtime_dir
+from specd.config import DaemonConfig, check_private, make_runtime_dir, resolve_endpoint
 from specd.daemon import Control
 from specd.errors import ConfigError, DaemonError
 from specd.protocol import StatusReport
@@ -30,7 +29,6 @@ from specd.transports import bulk
 log = logging.getLogger(__name__)
 
 Context = zmq.Context[zmq.Socket[bytes]]
-_TCP = re.compile(r"tcp://(\[[^][]*:[^][]*\]|[^][:/]+):([0-9]{1,5}|\*)")
 MAX_PREFIX = 107 - len(".01234567.out")
 """Bytes of a path that still give socket paths, 107 bytes at most, when the workers' pipes are named after it."""
 
@@ -121,12 +119,8 @@ def _interface(endpoint: str, insecure: bool) -> str:
     """
     if not endpoint.startswith("tcp://"):
         return ""
-    parts = _TCP.fullmatch(endpoint)
-    if parts is None:
-        raise ConfigError(
-            f"endpoint {endpoint}: expected tcp://ADDRESS:PORT, an IPv6 address in brackets as in tcp://[::1]:7070"
-        )
-    host, port = parts[1].strip("[]"), parts[2]
+    host, _, port = endpoint.removeprefix("tcp://").rpartition(":")
+    host = host.strip("[]")
     address = bulk.address(host)
     if address is not None and address.is_unspecified:
         raise ConfigError(
@@ -149,8 +143,7 @@ def _owned(endpoint: str) -> Iterator[Path]:
 
     libzmq takes over a live ipc endpoint without a word, so a lock file beside it decides.
     """
-    own_dir = runtime_dir()
-    own_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    own_dir = make_runtime_dir()
     if endpoint.startswith("ipc://"):
         socket = Path(endpoint.removeprefix("ipc://"))
         if not socket.parent.is_dir():
@@ -163,12 +156,7 @@ def _owned(endpoint: str) -> Iterator[Path]:
             f"endpoint {endpoint}: its path {prefix} has {length} bytes, at most {MAX_PREFIX} leave room for the "
             f"daemon's own sockets beside it; choose a shorter one, or a shorter XDG_RUNTIME_DIR"
         )
-    facts = prefix.parent.stat()
-    if facts.st_uid != os.getuid() or facts.st_mode & 0o077:
-        raise ConfigError(
-            f"directory {prefix.parent} has mode {facts.st_mode & 0o777:o} and owner {facts.st_uid}: the daemon's "
-            f"sockets need one of mode 700 that is yours"
-        )
+    check_private(prefix.parent)
     lock = os.open(f"{prefix}.lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -69,8 +69,9 @@ class TargetContract(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     """What the target is. Two targets with one `fingerprint` deliver the same states.
 
     weights: digest of the weights. tokenizer, chat_template: digests of those files, empty if there is none.
-    taps: the tap convention. dtype: of the weights as they run. artifacts: what FETCH serves, by name
-    (`config.json`, tokenizer files, `embedding` [V, H], `lm_head` [V, H]).
+    taps: the tap convention. tap_layers: those that a draft's taps are spread over, empty for all: of a target that
+    mixes full and linear attention, those with full attention. dtype: of the weights as they run. artifacts: what
+    FETCH serves, by name (`config.json`, tokenizer files, `embedding` [V, H], `lm_head` [V, H]).
     """
 
     model: str
@@ -83,6 +84,7 @@ class TargetContract(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     tokenizer: str = ""
     chat_template: str = ""
     taps: str = "residual-after-layer, 0-based"
+    tap_layers: Annotated[tuple[Int31, ...], Meta(max_length=MAX_TAPS)] = ()
     artifacts: Annotated[dict[Name, ArtifactRef], Meta(max_length=1024)] = {}
 
     @property

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
-from specd.chat import Chat, Turn, questions, turns
+from specd.chat import Chat, Turn, end_tokens, questions, turns
 from specd.errors import ConfigError, DataError
 from specd.rows import fingerprint, read_rows
 
@@ -63,7 +63,7 @@ def regenerate(
     the chat template. overwrite: replace `out` if it exists, once all answers are there.
 
     Answers that a row already has are dropped; a conversation of several turns is answered turn by turn. Each
-    written row has `finish_reason`: `length` if its last answer was cut off at `max_new_tokens`.
+    answer has its `finish_reason` beside `content`: `length` if it was cut off at `max_new_tokens`.
 
     Finished batches are kept beside `out` until all are there, so that a second call goes on where the first one
     stopped and gives the same file. Raises DataError for a source that cannot be used, ConfigError when `out` exists or
@@ -120,7 +120,7 @@ def generate(
             f"a prompt of {width} tokens and {max_new_tokens} new ones exceed the target's {longest} positions; "
             f"shorten it or lower --max-new-tokens"
         )
-    stops = _stop_ids(model, tokenizer)
+    stops = end_tokens(model, tokenizer)
     ids = torch.full((len(coded), width), stops[0])
     mask = torch.zeros_like(ids)
     for row, tokens in enumerate(coded):
@@ -143,7 +143,6 @@ def _answer_batch(
 ) -> tuple[list[dict[str, Any]], int]:
     """The rows with new answers, and how many tokens the target wrote for them."""
     talks: list[list[Turn]] = [[] for _ in rows]
-    reasons: list[FinishReason] = ["stop"] * len(rows)
     tokens = 0
     for turn in range(max(len(asked) for _, asked in rows)):
         active = [i for i, (_, asked) in enumerate(rows) if turn < len(asked)]
@@ -152,26 +151,13 @@ def _answer_batch(
         prompts = [chat.render(talks[i], open_answer=True, tools=rows[i][0].get("tools") or None) for i in active]
         answers = generate(model, chat.tokenizer, prompts, max_new_tokens=max_new_tokens)
         for i, answer in zip(active, answers, strict=True):
-            talks[i].append({"role": "assistant", "content": answer.text})
-            reasons[i] = answer.finish_reason
+            talks[i].append({"role": "assistant", "content": answer.text, "finish_reason": answer.finish_reason})
             tokens += answer.num_tokens
-    kept = [
-        {k: v for k, v in row.items() if k not in ("messages", "conversations", "finish_reason")} for row, _ in rows
-    ]
+    replaced = ("messages", "conversations", "finish_reason")
     return [
-        {"messages": talk, **others, "finish_reason": reason}
-        for talk, others, reason in zip(talks, kept, reasons, strict=True)
+        {"messages": talk, **{key: value for key, value in row.items() if key not in replaced}}
+        for talk, (row, _) in zip(talks, rows, strict=True)
     ], tokens
-
-
-def _stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """All tokens that end an answer: the tokenizer's, and those of the model's generation config."""
-    configured = getattr(model.generation_config, "eos_token_id", None)
-    found = [tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])]
-    stops = list(dict.fromkeys(token for token in found if isinstance(token, int)))
-    if not stops:
-        raise DataError("the target's tokenizer names no end-of-sequence token; set eos_token in tokenizer_config.json")
-    return stops
 
 
 def _read(tokenizer: PreTrainedTokenizerBase, row: list[int], stops: Sequence[int]) -> Answer:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from tiny import TARGET, TINY
 
@@ -84,10 +85,46 @@ def test_a_tcp_endpoint_that_strangers_can_reach() -> None:
     assert "--insecure" in said
 
 
-def test_unreadable_data(endpoint: str, tmp_path: Path) -> None:
-    code, said = train(tmp_path / "run", "--endpoint", endpoint, "--data", "/nowhere/chats.jsonl")
+def test_unreadable_data_and_the_corrected_command(endpoint: str, data: Path, tmp_path: Path) -> None:
+    """What went wrong before the first step leaves the output free, and nothing in it to resume."""
+    output = tmp_path / "run"
+    command = ["--endpoint", endpoint, "--set", "data.batch_tokens=32", "--set", "data.max_length=30"]
+    code, said = train(output, *command, "--data", "/nowhere/chats.jsonl")
     assert code != 0
     assert "/nowhere/chats.jsonl" in said
+    code, said = train(output, *command, "--data", str(data), draft__mask_token_id=256)
+    assert code == 2
+    assert "mask_token_id 256" in said
+    assert list(output.iterdir()) == []
+    code, said = train(output, *command, "--data", str(data), "--resume")
+    assert code == 1
+    assert "start it without --resume" in said
+    assert train(output, *command, "--data", str(data)) == (0, "")
+
+
+def test_numbers_out_of_their_range(data: Path, tmp_path: Path) -> None:
+    code, said = train(tmp_path / "run", "--model", TARGET, "--data", str(data), draft__num_anchors=0)
+    assert code == 2
+    assert "Expected `int` >= 1, got 0 - at `$.draft.num_anchors`" in said
+    assert not (tmp_path / "run").exists(), "nothing is begun"
+
+
+def test_flex_attention_without_a_gpu(data: Path, tmp_path: Path) -> None:
+    code, said = train(tmp_path / "run", "--model", TARGET, "--data", str(data), draft__attention="flex")
+    assert code == 2
+    assert "draft.attention=flex on cpu" in said
+    assert "auto or sdpa" in said
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("key", ["train.device", "target.device"])
+def test_a_gpu_that_is_not_here(key: str, data: Path, tmp_path: Path) -> None:
+    code, said = train(tmp_path / "run", "--model", TARGET, "--data", str(data), "--set", f"{key}=cuda")
+    assert code == 2
+    assert "torch sees no CUDA device here; use auto or cpu" in said
+    code, said = train(tmp_path / "run", "--model", TARGET, "--data", str(data), "--set", f"{key}=cuda:7")
+    assert code == 2 if key == "train.device" else 1
+    assert "use auto, cpu or cuda:N" in said
 
 
 def test_unknown_transport(endpoint: str, data: Path, tmp_path: Path) -> None:
@@ -126,4 +163,4 @@ def test_an_output_that_exists(data: Path, tmp_path: Path) -> None:
     (tmp_path / "run" / "notes.txt").write_text("mine")
     code, said = train(tmp_path / "run", "--model", TARGET, "--data", str(data))
     assert code == 2
-    assert "--resume" in said
+    assert "choose another --output" in said

@@ -38,18 +38,18 @@ def test_dflash_taps_of_a_hybrid_target_take_the_first_and_last_eligible_layer()
 @pytest.mark.parametrize(
     ("num_layers", "num_taps", "eligible"),
     [
-        (48, 0, None),
-        (48, -1, None),
-        (48, 46, None),  # only 44 layers lie between the first and the last
-        (4, 2, None),
-        (3, 2, None),
-        (1, 1, None),
+        (48, 0, ()),
+        (48, -1, ()),
+        (48, 46, ()),  # only 44 layers lie between the first and the last
+        (4, 2, ()),
+        (3, 2, ()),
+        (1, 1, ()),
         (48, 3, (3, 7)),  # more taps than layers
         (48, 2, (3, 47)),  # the last layer is no legal tap
         (48, 2, (7, 3)),
     ],
 )
-def test_taps_that_do_not_fit_are_refused(num_layers: int, num_taps: int, eligible: tuple[int, ...] | None) -> None:
+def test_taps_that_do_not_fit_are_refused(num_layers: int, num_taps: int, eligible: tuple[int, ...]) -> None:
     with pytest.raises(ConfigError, match=f"{num_taps} distinct taps do not fit a target of {num_layers} layers"):
         dflash_taps(num_layers, num_taps, eligible)
 

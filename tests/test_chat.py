@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from chats import CHATML, MARKED, THINKING, TRIMMED, talk, write_tokenizer
-from specd.chat import Chat, Encoder, load_tokenizer, questions, turns
+from specd.chat import Chat, Encoder, end_tokens, load_tokenizer, questions, turns
 from specd.errors import DataError
 
 TEMPLATES = {"chatml": CHATML, "thinking": THINKING, "marked": MARKED, "trimmed": TRIMMED}
@@ -102,6 +102,35 @@ def test_a_cut_off_answer_has_no_end_of_turn_label(chats: dict[str, Chat]) -> No
         assert labels(chats[name], row) == ["Hello.<|im_end|>", "Fine, and I"]
 
 
+@pytest.mark.parametrize("template", ["chatml", "thinking", "marked"])
+def test_every_cut_off_answer_loses_its_end_of_turn_label(chats: dict[str, Chat], template: str) -> None:
+    talked = talk("Hi", "Hello, and", "And?", "Fine.", "So?", "So I")
+    for turn, reason in ((1, "length"), (3, "stop"), (5, "length")):
+        talked[turn]["finish_reason"] = reason
+    assert labels(chats[template], {"messages": talked}) == ["Hello, and", "Fine.<|im_end|>", "So I"]
+    assert labels(chats[template], {"messages": talked}, last_turn_only=True) == ["So I"]
+    assert labels(chats[template], {"messages": talked[:4]}) == ["Hello, and", "Fine.<|im_end|>"]
+
+
+def test_a_cut_answer_that_its_template_marks_in_parts(tmp_path: Path) -> None:
+    """The last part of an answer is the one that was cut, however many there are and whichever answer it is."""
+    twice = MARKED.replace("{% generation %}", "{% generation %}{{ '> ' }}{% endgeneration %}{{ '-' }}{% generation %}")
+    chat = Chat(load_tokenizer(write_tokenizer(tmp_path, twice)))
+    talked = talk("Hi", "Hello, and", "And?", "Fine.")
+    talked[1]["finish_reason"] = "length"
+    assert labels(chat, {"messages": talked}) == ["> ", "Hello, and", "> ", "Fine.<|im_end|>"]
+
+
+def test_no_template_sees_why_an_answer_ended(tmp_path: Path) -> None:
+    for number, shown in enumerate((CHATML, MARKED)):
+        strict = "{% for message in messages %}{% if message.finish_reason is defined %}{{ 1 / 0 }}{% endif %}"
+        chat = Chat(load_tokenizer(write_tokenizer(tmp_path / str(number), strict + "{% endfor %}" + shown)))
+        talked = talk("Hi", "Hello, and")
+        talked[1]["finish_reason"] = "length"
+        assert labels(chat, {"messages": talked}) == ["Hello, and"]
+        assert "Hello, and" in chat.render([*talked, *talk("And?")], open_answer=True)
+
+
 def test_preformatted_text_is_split_as_its_template_would(chats: dict[str, Chat]) -> None:
     for name in ("chatml", "thinking"):
         rendered = chats[name].conversation({"messages": talk("Hi", "Hello.", "And?", "Fine.")}, "row 1")
@@ -185,3 +214,22 @@ def test_questions_are_what_leads_up_to_each_answer() -> None:
     for empty in ([system], [{"role": "assistant", "content": "Hello."}]):
         with pytest.raises(DataError, match="row 1: no user turn to answer"):
             questions(empty, "row 1")
+
+
+def test_a_text_ends_at_the_tokens_of_the_tokenizer_and_of_the_generation_config(tmp_path: Path) -> None:
+    from transformers import GenerationConfig
+
+    class Configured:
+        def __init__(self, ids: Any) -> None:
+            self.generation_config = GenerationConfig(eos_token_id=ids)  # type: ignore[no-untyped-call]
+
+    tokenizer: Any = load_tokenizer(write_tokenizer(tmp_path))
+    own = tokenizer.eos_token_id
+    models: list[tuple[Any, list[int]]] = [(None, [own]), (own, [own]), (7, [own, 7]), ([7, own, 8], [own, 7, 8])]
+    for ids, ends in models:
+        model: Any = Configured(ids)
+        assert end_tokens(model, tokenizer) == ends
+    tokenizer.eos_token = None
+    unending: Any = Configured(None)
+    with pytest.raises(DataError, match="no end-of-sequence token"):
+        end_tokens(unending, tokenizer)

@@ -360,6 +360,27 @@ def test_demo_leaves_no_daemon_behind_when_it_is_interrupted(endpoint: str, tmp_
     assert specd_command("status", "--endpoint", endpoint, "--timeout", "0.2").returncode == 1
 
 
+@pytest.mark.parametrize("holds", ["notes.txt", ""])
+def test_demo_replaces_no_directory_that_holds_no_run(
+    holds: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kept = tmp_path / "run" / holds
+    kept.parent.mkdir(exist_ok=True)
+    kept.write_text("mine") if holds else kept.mkdir()
+    assert run(["demo", "--quick", "--output", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert re.fullmatch(r"specd: error: \S+ exists and holds no run \(run\.json\).*\n", error)
+    assert kept.exists()
+
+
+def test_demo_makes_room_where_an_earlier_run_lies(tmp_path: Path) -> None:
+    for name in ("run.json", "draft.json"):
+        (tmp_path / "run").mkdir(exist_ok=True)
+        (tmp_path / "run" / name).write_text("{}")
+    demo.remove_run(tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_demo_ends_with_the_code_of_a_failed_command(capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(typer.Exit) as end, demo.Stage(Interrupt()) as stage:
         stage.run("start", "--model", "smollm2-135m", "--set", "nonsense=1")

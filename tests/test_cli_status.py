@@ -97,16 +97,14 @@ def test_the_verbs_refuse_it_too(verb: str, timeout: str, capsys: pytest.Capture
     assert "timeout" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("in_the_way", ["", "specd-{uid}/auto.log/x"])
+@pytest.mark.parametrize("options", [[], ["--detach"], ["--endpoint", "tcp://127.0.0.1:*"]])
 def test_start_names_the_runtime_directory_it_cannot_write(
-    in_the_way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     base = tmp_path / "base"
-    path = base / in_the_way.format(uid=os.getuid())
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.touch()
+    base.touch()
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(base))
-    assert run(["start", "--model", "synthetic:hidden=8,layers=8", "--detach"]) == 2
+    assert run(["start", "--model", "synthetic:hidden=8,layers=8", *options]) == 2
     error = capsys.readouterr().err
     assert f"runtime directory '{base}/specd-{os.getuid()}': cannot write there" in error
     assert "set XDG_RUNTIME_DIR" in error

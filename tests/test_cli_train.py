@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 import specd.host
 from specd.cli.main import app, run
-from specd.config import DaemonConfig, TargetConfig
+from specd.config import DaemonConfig, Preset, TargetConfig
 from specd.errors import DaemonError
 from tiny import TARGET, TINY
 
@@ -115,14 +117,21 @@ def test_help_names_the_settings_of_a_hosted_target() -> None:
     assert "--set target.dtype=bfloat16" in text
 
 
-def test_a_run_resumes_on_a_target_of_the_same_states(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.fixture
+def command(tmp_path: Path) -> list[str]:
+    """Arguments of a short run on a target hosted here."""
     data = tmp_path / "tokens.jsonl"
     rows: list[dict[str, Any]] = [
         {"input_ids": [(i * j) % 250 for j in range(1, 30)], "loss_mask": [1] * 29} for i in range(1, 9)
     ]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     pairs = [part for key, value in TINY.items() for part in ("--set", f"{key}={value}")]
-    command = ["--model", TARGET, "--device", "cpu", "--data", str(data), *pairs]
+    return ["--model", TARGET, "--device", "cpu", "--data", str(data), *pairs]
+
+
+def test_a_run_resumes_on_a_target_of_the_same_states(
+    tmp_path: Path, command: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
     assert train(tmp_path / "run", *command, "--exact", "--max-steps", "1") == 0, capsys.readouterr().err
     facts = json.loads((tmp_path / "run" / "run.json").read_bytes())
     assert facts["config"]["target"] == {"exact": True}
@@ -130,3 +139,58 @@ def test_a_run_resumes_on_a_target_of_the_same_states(tmp_path: Path, capsys: py
     assert train(tmp_path / "run", *command, "--set", "target.max_forward_tokens=80") == 0, capsys.readouterr().err
     assert train(tmp_path / "run", *command, "--set", "target.dtype=bfloat16") == 1
     assert re.search(r"float32.*bfloat16|bfloat16.*float32", capsys.readouterr().err)
+
+
+def test_a_run_keeps_the_dtype_that_auto_meant_on_its_first_device(
+    tmp_path: Path, command: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    command += ["--max-steps", "1"]
+    assert train(tmp_path / "auto", *command) == 0, capsys.readouterr().err
+    explicit = ["--resume", "--set", "train.dtype=float32"]
+    assert train(tmp_path / "auto", *command, *explicit) == 0, capsys.readouterr().err
+    assert train(tmp_path / "gpu", *command, "--set", "train.dtype=bfloat16") == 0, capsys.readouterr().err
+    assert train(tmp_path / "gpu", *command, "--resume") == 1
+    assert "train.dtype was 'bfloat16', is 'float32'" in capsys.readouterr().err
+
+
+def test_the_recipe_of_a_preset_is_used_as_a_whole(
+    tmp_path: Path, command: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = Preset(name="tiny", run={"train": {"threads": 3, "save_every": 2}, "subscriber": {"depth": 1}})
+    monkeypatch.setattr("specd.cli.train.preset", lambda name: recipe)
+    threads: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
+    assert train(tmp_path / "run", *command, "--max-steps", "3") == 0, capsys.readouterr().err
+    assert threads == [3]
+    checkpoints = tmp_path / "run" / "checkpoints"
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["step-00000002", "step-00000003"]
+    shutil.rmtree(checkpoints)
+    assert train(tmp_path / "run", *command, "--max-steps", "3", "--resume") == 1
+    assert "has 3 steps but there is no checkpoint" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("where", "remedy"),
+    [
+        ("specd.data.prepare", "give the same command again"),
+        ("specd.train.loop.train", "the same command and --resume"),
+    ],
+)
+def test_an_interrupted_run_goes_on_as_it_says(
+    where: str,
+    remedy: str,
+    tmp_path: Path,
+    command: list[str],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    command += ["--max-steps", "1"]
+    with monkeypatch.context() as patched:
+        patched.setattr(where, interrupt)
+        assert train(tmp_path / "run", *command) == 130
+    assert remedy in capsys.readouterr().err
+    resume = ["--resume"] if "--resume" in remedy else []
+    assert train(tmp_path / "run", *command, *resume) == 0, capsys.readouterr().err

@@ -11,6 +11,7 @@ import pytest
 from specd.config import (
     CaptureConfig,
     DaemonConfig,
+    DFlashConfig,
     RingConfig,
     RunConfig,
     SubscriberConfig,
@@ -46,6 +47,14 @@ def test_a_file_and_settings_on_top_become_structs(tmp_path: Path) -> None:
     assert run.data == RunConfig().data
 
 
+def test_a_file_reads_values_as_set_does(tmp_path: Path) -> None:
+    path = write(tmp_path, "train: {lr: 6e-4, betas: [9e-1, 9.5e-1]}\noutput: '1e5'\n")
+    run = convert(load_yaml(path), RunConfig, str(path))
+    assert (run.train.lr, run.train.betas, run.output) == (6e-4, (0.9, 0.95), "1e5")
+    pairs = ["train.lr=6e-4", "train.betas=[9e-1, 9.5e-1]", "output='1e5'"]
+    assert convert(overrides(pairs), RunConfig, "settings") == run
+
+
 def test_a_run_takes_any_overrides_of_a_hosted_target() -> None:
     run = convert(overrides(["target.exact=true", "target.dtype=bfloat16"]), RunConfig, "settings")
     assert run.target == {"exact": True, "dtype": "bfloat16"}
@@ -69,6 +78,19 @@ def test_configuration_is_frozen() -> None:
         ({"slots": 1.5}, RingConfig, r"conf: Expected `int`, got `float` - at `$.slots`"),
         ({"final": 1}, CaptureConfig, "conf: Expected `bool`, got `int` - at `$.final`"),
         ([], RingConfig, "conf: Expected `object`, got `array`"),
+        ({"train": {"log_every": 0}}, RunConfig, "conf: Expected `int` >= 1, got 0 - at `$.train.log_every`"),
+        ({"train": {"accumulation": 0}}, RunConfig, "conf: Expected `int` >= 1, got 0 - at `$.train.accumulation`"),
+        ({"train": {"lr": -1}}, RunConfig, "conf: Expected `float` > 0.0, got -1 - at `$.train.lr`"),
+        ({"train": {"lr": float("nan")}}, RunConfig, "conf: Expected `float` > 0.0, got nan - at `$.train.lr`"),
+        ({"train": {"betas": [0.9, 1.5]}}, RunConfig, "conf: Expected `float` < 1.0, got 1.5 - at `$.train.betas[1]`"),
+        ({"train": {"threads": -1}}, RunConfig, "conf: Expected `int` >= 0, got -1 - at `$.train.threads`"),
+        ({"train": {"max_steps": -1}}, RunConfig, "conf: Expected `int` >= 0, got -1 - at `$.train.max_steps`"),
+        ({"train": {"warmup_ratio": 2}}, RunConfig, "conf: Expected `float` <= 1.0, got 2 - at `$.train.warmup_ratio`"),
+        ({"draft": {"loss_chunk": 0}}, RunConfig, "conf: Expected `int` >= 1, got 0 - at `$.draft.loss_chunk`"),
+        ({"draft": {"num_anchors": 0}}, RunConfig, "conf: Expected `int` >= 1, got 0 - at `$.draft.num_anchors`"),
+        ({"num_anchors": -1}, DFlashConfig, "conf: Expected `int` >= 1, got -1 - at `$.num_anchors`"),
+        ({"data": {"batch_tokens": 0}}, RunConfig, "conf: Expected `int` >= 1, got 0 - at `$.data.batch_tokens`"),
+        ({"model": "m", "num_layers": -1}, TargetConfig, "conf: Expected `int` >= 0, got -1 - at `$.num_layers`"),
     ],
 )
 def test_what_does_not_fit_is_refused_by_name(data: Any, kind: type[Any], message: str) -> None:
@@ -121,7 +143,12 @@ def test_a_file_that_is_no_mapping_in_yaml_is_refused(tmp_path: Path, text: str 
         ("a=null", None),
         ("a=", None),
         ("a=word", "word"),
-        ("a='3e-4'", 3e-4),
+        ("a=6E4", 6e4),
+        ("a=.5e-2", 5e-3),
+        ("a='3e-4'", "3e-4"),
+        ("a=3e-4x", "3e-4x"),
+        ("a=[9e-1, 0.95]", [0.9, 0.95]),
+        ("a=nan", "nan"),
         ("a=ipc:///run/x.sock", "ipc:///run/x.sock"),
         ("a=x=y", "x=y"),
         ("a=[1, 2]", [1, 2]),
@@ -183,7 +210,21 @@ def test_endpoints_stay_as_they_are(endpoint: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "endpoint", ["", "default", "ipc://", "ipc:/run/a", "udp://host:1", "://x", "http://host:80", "ipc://" + "ü" * 54]
+    "endpoint",
+    [
+        "",
+        "default",
+        "ipc://",
+        "ipc:/run/a",
+        "udp://host:1",
+        "://x",
+        "http://host:80",
+        "ipc://" + "ü" * 54,
+        "tcp://127.0.0.1",
+        "tcp://::1:70",
+        "tcp://host:99999",
+        "tcp://host:",
+    ],
 )
 def test_malformed_endpoints_are_refused(endpoint: str) -> None:
     with pytest.raises(ConfigError, match="endpoint"):

@@ -21,7 +21,7 @@ import pytest
 import torch
 
 from specd import cuda
-from specd.errors import TransportError
+from specd.errors import ConfigError, TransportError
 
 HANDLE = b"h" * cuda.HANDLE_BYTES
 SIZE = 4096
@@ -141,13 +141,16 @@ def test_it_imports_without_torch_and_cupy() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_a_device_is_resolved_where_it_was_named(driver: Driver) -> None:
+def test_a_device_is_resolved_where_it_was_named(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
     driver.setDevice(1)
     assert cuda.resolve("cuda") == "cuda:1"
     assert cuda.ordinal("cuda") == 1
     driver.setDevice(0)
     assert cuda.resolve("cuda:1") == "cuda:1"
     assert cuda.resolve("cpu") == "cpu"
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(ConfigError, match="device 'cuda': torch sees no CUDA device here; use auto or cpu"):
+        cuda.resolve("cuda")
 
 
 @pytest.mark.parametrize(

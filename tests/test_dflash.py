@@ -91,6 +91,11 @@ def test_loss_decay_is_the_papers(block_size: int, gamma: float) -> None:
 # The objective
 
 
+def test_flex_attention_is_refused_on_a_cpu() -> None:
+    with pytest.raises(ConfigError, match=r"draft\.attention=flex on cpu: .* use auto or sdpa"):
+        make_draft(msgspec.structs.replace(CONFIG, attention="flex"))
+
+
 def attend_alone(query: Tensor, block: KeyValue, context: KeyValue, window: int) -> Tensor:
     """A single block that sees all of its context within the window, and itself."""
     keys, values = (
@@ -360,6 +365,8 @@ def test_what_does_not_fit_the_target_is_refused() -> None:
 
 def test_capture_spec_follows_the_target() -> None:
     assert capture_spec(CONFIG, CONTRACT) == CaptureSpec(taps=(1, 3, 5), dtype="float32")
+    hybrid = msgspec.structs.replace(CONTRACT, tap_layers=(0, 2, 4, 5))
+    assert capture_spec(CONFIG, hybrid).taps == (0, 4, 5)
     quantised = msgspec.structs.replace(CONTRACT, dtype="float8_e4m3fn")
     assert make_draft().spec_for(quantised).dtype == "bfloat16"
     with pytest.raises(ConfigError, match="ask for fewer"):

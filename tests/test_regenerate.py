@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,10 @@ import pytest
 import torch
 
 from chats import CHATML, talk, write_rows, write_tokenizer
+from specd import regenerate as regeneration
 from specd.chat import Chat, load_tokenizer
 from specd.errors import ConfigError, DataError
-from specd.regenerate import Progress, generate, regenerate
+from specd.regenerate import Answer, FinishReason, Progress, generate, regenerate
 
 ROWS: list[dict[str, Any]] = [
     {"messages": talk("What is the tone of this message? " * (i % 3) + "Hi" * i, "an old answer"), "form": f"f{i}"}
@@ -71,11 +73,10 @@ def test_answers_are_the_targets_own_in_input_order(tmp_path: Path, model: Any, 
     rows = lines(out)
     for asked, row in zip(ROWS, rows, strict=True):
         prompt = chat.render(asked["messages"][:1], open_answer=True)
-        assert row["messages"] == [
-            asked["messages"][0],
-            {"role": "assistant", "content": row["messages"][1]["content"]},
-        ]
-        assert row["messages"][1]["content"] == greedy(model, tokenizer, prompt, 9)
+        answer = {"role": "assistant", "content": greedy(model, tokenizer, prompt, 9)}
+        reason = row["messages"][1].pop("finish_reason")
+        assert reason in ("stop", "length")
+        assert row["messages"] == [asked["messages"][0], answer]
         assert row["form"] == asked["form"]
     assert [progress.samples for progress in seen] == [3, 6, 7]
     assert done.samples == done.total == 7
@@ -132,7 +133,25 @@ def test_every_turn_is_answered_from_the_new_answers(tmp_path: Path, model: Any,
     for turn in (1, 3, 5):
         prompt = chat.render(first["messages"][:turn], open_answer=True)
         assert first["messages"][turn]["content"] == greedy(model, tokenizer, prompt, 5)
-    assert sorted(second) == ["finish_reason", "messages"]
+    assert sorted(second) == ["messages"]
+
+
+def test_each_answer_says_whether_it_was_cut(
+    tmp_path: Path, model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first answer of two is cut: training must not read an end of turn after it."""
+    reasons: Iterator[FinishReason] = iter(("length", "stop"))
+
+    def answer(_: Any, __: Any, prompts: list[str], *, max_new_tokens: int) -> list[Answer]:
+        return [Answer(text="Well, and", num_tokens=max_new_tokens, finish_reason=next(reasons)) for _ in prompts]
+
+    monkeypatch.setattr(regeneration, "generate", answer)
+    source, out = write_rows(tmp_path / "in.jsonl", {"messages": talk("Hi", "old", "And?")}), tmp_path / "out.jsonl"
+    regenerate(model, tokenizer, source, out, target="tiny", max_new_tokens=5)
+    (row,) = lines(out)
+    assert [turn.get("finish_reason") for turn in row["messages"]] == [None, "length", None, "stop"]
+    rendered = Chat(tokenizer).conversation(row, "row 1")
+    assert [rendered.text[begin:end] for begin, end in rendered.spans] == ["Well, and", "Well, and<|im_end|>"]
 
 
 def test_finish_reason_says_whether_the_answer_ended(model: Any, tokenizer: Any) -> None:

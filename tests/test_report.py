@@ -6,6 +6,7 @@ import io
 import math
 import re
 import sys
+import threading
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
@@ -18,10 +19,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.console import Console
 
+from runs import full_disk
 from specd.config import RunConfig
 from specd.errors import CheckpointError, ConfigError
 from specd.train import figures
-from specd.train.decode import Evaluation, PromptResult
+from specd.train.decode import Evaluation, Mismatch, PromptResult
 from specd.train.display import Display, Scalars, sparkline
 from specd.train.figures import running_mean
 from specd.train.journal import Journal, StepRecord, TrainedBatch, bound, read
@@ -151,7 +153,7 @@ def test_report_is_one_self_contained_page(tmp_path: Path) -> None:
     ):
         assert words in tags.words, words
     assert "acceptance length" in tags.words
-    assert "divided by target forwards that verified a block" in tags.words, "the definition stands on the page"
+    assert "divided by target forwards after the prompt's own" in tags.words, "the definition stands on the page"
     assert "<b>tiny</b> & co" in tags.words, "names are text, never markup"
 
 
@@ -159,6 +161,51 @@ def test_report_before_any_evaluation(tmp_path: Path) -> None:
     page = write_report(make_run(tmp_path, steps=1, evals=False)).read_text()
     assert len(Tags(page).refers) == 3
     assert "run specd eval" in page
+
+
+def test_evaluations_are_compared_only_where_they_decoded_the_same_texts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[list[str]] = []
+
+    def draw(runs: dict[str, Any]) -> str:
+        drawn.append(list(runs))
+        return ""
+
+    monkeypatch.setattr(figures, "acceptance", draw)
+    untrained, trained = evaluation(True, 1.0, (0.0, 0.0, 0.0)), evaluation(False, 1.37, (0.3, 0.1, 0.0))
+    fewer = msgspec.structs.replace(untrained.result, prompts=untrained.result.prompts[:1])
+    make_run(tmp_path, steps=1)
+    replace = msgspec.structs.replace
+    for stale in (
+        untrained,
+        replace(untrained, result=fewer),
+        replace(untrained, max_new_tokens=64),
+        replace(untrained, source="other.jsonl"),
+        replace(untrained, dtype="bfloat16"),
+    ):
+        (tmp_path / EVALS["untrained"]).write_bytes(msgspec.json.encode(stale))
+        (tmp_path / EVALS["trained"]).write_bytes(msgspec.json.encode(trained))
+        words = Tags(write_report(tmp_path).read_text()).words
+        same = stale is untrained
+        assert ("1.00 untrained" in words) is same
+        assert drawn.pop() == (["untrained", "trained"] if same else ["trained"])
+        source = f" of {stale.source}" if stale.source else ""
+        assert f"untrained: prompts{stale.prompts}{source}, at most {stale.max_new_tokens} tokens each" in words
+        assert "trained: prompts2, at most 41 tokens each" in words
+
+
+def test_ties_stand_beside_what_is_identical(tmp_path: Path) -> None:
+    facts = evaluation(False, 1.37, (0.3, 0.1, 0.0))
+    misses = tuple(
+        Mismatch(prompt=prompt, position=3, expected=1, got=2, margin=margin, rounding=0.1)
+        for prompt, margin in ((0, 0.01), (1, 2.0))
+    )
+    facts = msgspec.structs.replace(facts, result=msgspec.structs.replace(facts.result, mismatches=misses))
+    assert (facts.ties, facts.different) == (1, 1)
+    make_run(tmp_path, steps=1, evals=False)
+    (tmp_path / EVALS["trained"]).write_bytes(msgspec.json.encode(facts))
+    assert ", 1 part at a tie" in Tags(write_report(tmp_path).read_text()).words
 
 
 def test_report_survives_steps_without_a_loss(tmp_path: Path) -> None:
@@ -316,7 +363,8 @@ def test_sparkline_spans_the_blocks() -> None:
     assert sparkline([float(i) for i in range(800)], 8) == "▁▂▃▄▅▆▇█"
 
 
-def test_scalars_continue_after_a_resume(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("at", "kept"), [(3, [(1, 8.0), (2, 4.0), (3, 2.667)]), (0, [])])
+def test_scalars_continue_after_a_resume(tmp_path: Path, at: int, kept: list[tuple[int, float]]) -> None:
     from tensorboard.backend.event_processing.event_accumulator import (  # type: ignore[import-untyped]
         EventAccumulator,
     )
@@ -324,10 +372,28 @@ def test_scalars_continue_after_a_resume(tmp_path: Path) -> None:
     with Scalars(tmp_path) as scalars:
         for step in range(1, 6):
             scalars.step(record(step))
-    with Scalars(tmp_path, 3) as scalars:
-        for step in range(4, 7):
-            scalars.step(record(step, loss=None if step == 5 else 9.0))
+    with Scalars(tmp_path, at) as scalars:
+        for step in range(at + 1, at + 4):
+            scalars.step(record(step, loss=None if step == at + 2 else 9.0))
     events = EventAccumulator(str(tmp_path)).Reload()
     assert [(event.step, round(event.value, 3)) for event in events.Scalars("train/loss")] == [
-        (1, 8.0), (2, 4.0), (3, 2.667), (4, 9.0), (6, 9.0)]  # fmt: skip
+        *kept, (at + 1, 9.0), (at + 3, 9.0)]  # fmt: skip
     assert "teacher_forced_by_offset/01" in events.Tags()["scalars"]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # of TensorBoard's writer
+def test_scalars_that_find_the_disk_full_raise_one_error(tmp_path: Path) -> None:
+    threads = set(threading.enumerate())
+    scalars = Scalars(tmp_path)
+
+    def fill() -> None:
+        for step in range(1, 100):
+            scalars.step(record(step))
+
+    with full_disk() as room:
+        room(500)
+        for write in (fill, scalars.close):
+            with pytest.raises(CheckpointError, match=f"cannot write {tmp_path}: .*; free some space there"):
+                write()
+    for thread in set(threading.enumerate()) - threads:
+        thread.join()  # its error belongs to this test

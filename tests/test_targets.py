@@ -19,7 +19,7 @@ from specd.config import TargetConfig
 from specd.errors import ConfigError, TargetError
 from specd.packing import slot_layout
 from specd.targets import load_target
-from specd.targets.base import Fill, Target, eligible_layers
+from specd.targets.base import Fill, Target, tap_layers
 
 LAYERS = 6
 SMALL: dict[str, Any] = {
@@ -313,11 +313,10 @@ def test_linear_attention_cannot_be_packed(tmp_path: Path) -> None:
 
 def test_hybrid_targets_are_tapped_at_full_attention_only() -> None:
     kinds = ["linear_attention", "linear_attention", "linear_attention", "full_attention"] * 4
-    assert eligible_layers({"layer_types": kinds}) == (3, 7, 11)
-    assert eligible_layers({"text_config": {"layer_types": kinds}}) == (3, 7, 11)
-    assert dflash_taps(16, 2, eligible_layers({"layer_types": kinds})) == (3, 11)
-    assert eligible_layers({"layer_types": ["full_attention", "sliding_attention"]}) is None
-    assert eligible_layers({}) is None
+    assert tap_layers(kinds) == (3, 7, 11)
+    assert dflash_taps(16, 2, tap_layers(kinds)) == (3, 11)
+    assert tap_layers(["full_attention", "sliding_attention"]) == ()
+    assert tap_layers([]) == ()
 
 
 def test_an_unknown_backend_is_refused() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import msgspec
@@ -81,14 +81,12 @@ class Target(Protocol):
         """Free the target. Idempotent."""
 
 
-def eligible_layers(config: Mapping[str, Any]) -> tuple[int, ...] | None:
-    """The layers that may be tapped of a hybrid-attention target, from its config.json; None when all legal ones may.
+def tap_layers(kinds: Sequence[str]) -> tuple[int, ...]:
+    """The contract's `tap_layers`. kinds: `layer_types` of the target's config, may be empty.
 
     Hybrid targets (Qwen3.5 and its like) mix full and linear attention; only full-attention layers carry a tap. The
-    last layer is left out, as everywhere. For `specd.capture.dflash_taps`.
+    last layer is left out, as everywhere.
     """
-    text = config.get("text_config") or config
-    kinds = text.get("layer_types") or ()
     if "linear_attention" not in kinds:
-        return None
+        return ()
     return tuple(layer for layer, kind in enumerate(kinds[:-1]) if kind == "full_attention")

@@ -14,7 +14,7 @@ from specd.capture import CaptureSpec
 from specd.errors import TargetError
 from specd.packing import slot_layout
 from specd.protocol import ArtifactRef, TargetContract
-from specd.targets.base import Fill
+from specd.targets.base import Fill, tap_layers
 from specd.targets.checkpoint import TOKENIZER_FILES, Source
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -74,6 +74,7 @@ class Artifacts:
             weights=weights,
             tokenizer=_digest(*(data for file, data in sorted(self.files.items()) if file not in apart)),
             chat_template=_digest(template) if template else "",
+            tap_layers=tap_layers(getattr(text_config, "layer_types", None) or ()),
             artifacts=refs,
         )
 

@@ -1,6 +1,7 @@
 """Greedy speculative decoding as evaluation: what a draft is worth, and proof that it changes nothing.
 
-Target and draft both keep their caches: nothing is computed twice. Batch size 1, float32 targets recommended.
+Target and draft both keep their caches: nothing is computed twice. Batch size 1. A float32 target shows identity
+best: a coarser dtype rounds the same text otherwise in a block than token by token, and ties of its logits fall apart.
 """
 
 from __future__ import annotations
@@ -20,10 +21,17 @@ from specd.train.block_attention import BlockLayout, plain_attention
 from specd.train.dflash_model import DFlashDraft, KeyValue
 
 DEFINITION = (
-    "acceptance length = tokens generated after the first, divided by target forwards that verified a block; the first "
-    "token comes from the prompt's own forward and is not counted; tokens cut off by the end of the text or by "
-    "max_new_tokens are not counted either, so 1.0 is plain decoding"
+    "acceptance length = tokens generated after the first, divided by target forwards after the prompt's own; each of "
+    "them yields the guesses it accepts and one token of the target's; the first token comes from the prompt's "
+    "forward and is not counted; tokens cut off by the end of the text or by max_new_tokens are not counted either, so "
+    "1.0 is plain decoding"
 )
+ROUNDINGS = 4
+"""Two logits within so many epsilons of the largest |logit| are a tie.
+
+Two runs compute two logits each, and each of the four is off by up to one epsilon: half for its own rounding, half for
+that of the states under it.
+"""
 
 
 class Drafter(Protocol):
@@ -103,15 +111,13 @@ class DFlashDrafter:
 class Generation(msgspec.Struct, frozen=True, kw_only=True):
     """One text. tokens: what follows the prompt, the end token included if it came. forwards: target forwards after
 
-    the prompt's. seconds: wall time, the prompt included. margins: of a plain greedy text, by how much the chosen
-    token's logit led at each step. drafted, accepted: per offset 1, 2, … how many blocks verified a guess there, and
-    in how many it and all before it were right.
+    the prompt's. seconds: wall time, the prompt included. drafted, accepted: per offset 1, 2, … how many blocks
+    verified a guess there, and in how many it and all before it were right.
     """
 
     tokens: tuple[int, ...]
     forwards: int
     seconds: float
-    margins: tuple[float, ...] = ()
     drafted: tuple[int, ...] = ()
     accepted: tuple[int, ...] = ()
 
@@ -131,7 +137,8 @@ class PromptResult(msgspec.Struct, frozen=True, kw_only=True):
 class Mismatch(msgspec.Struct, frozen=True, kw_only=True):
     """The first difference between a text and the target's own. expected, got: tokens there, None past the end.
 
-    margin: by how much the expected token's logit led in the target's own run; about float rounding means a tie.
+    margin: by how much the expected token's logit leads the other's when the target reads the text up to there at once.
+    rounding: what the rounding of the target's dtype can make of it: ROUNDINGS · epsilon · the largest |logit| there.
     """
 
     prompt: int
@@ -139,6 +146,12 @@ class Mismatch(msgspec.Struct, frozen=True, kw_only=True):
     expected: int | None
     got: int | None
     margin: float
+    rounding: float = 0.0
+
+    @property
+    def tie(self) -> bool:
+        """Whether the two logits are equal as far as rounding lets anyone know: no fault of the decoding."""
+        return self.expected is not None and self.got is not None and abs(self.margin) <= self.rounding
 
 
 class Evaluation(msgspec.Struct, frozen=True, kw_only=True):
@@ -161,45 +174,34 @@ class Evaluation(msgspec.Struct, frozen=True, kw_only=True):
     definition: str = DEFINITION
 
 
-def end_tokens(model: Any) -> frozenset[int]:
-    """The ids that end a text, as the model's generation config has them."""
-    ids = model.generation_config.eos_token_id
-    return frozenset([ids] if isinstance(ids, int) else ids or ())
-
-
 @torch.inference_mode()
-def greedy(model: Any, prompt: Sequence[int], *, max_new_tokens: int, eos: Collection[int] | None = None) -> Generation:
+def greedy(model: Any, prompt: Sequence[int], *, max_new_tokens: int, eos: Collection[int]) -> Generation:
     """The target's own greedy text: one token a forward, with its cache.
 
-    model: a transformers causal LM. prompt: at least one token id. eos: ids that end the text, None for the model's.
+    model: a transformers causal LM. prompt: at least one token id. eos: ids that end the text, as of `chat.end_tokens`.
     """
-    began, eos = time.perf_counter(), end_tokens(model) if eos is None else eos
+    began = time.perf_counter()
     target = _Target(model, ())
     tokens: list[int] = []
-    margins: list[float] = []
     logits, _ = target.forward(_checked(prompt, max_new_tokens), last_only=True)
     while True:
-        best = logits[-1].topk(2)
-        tokens.append(int(best.indices[0]))
-        margins.append(float(best.values[0] - best.values[1]))
+        tokens.append(int(logits[-1].argmax()))
         if tokens[-1] in eos or len(tokens) == max_new_tokens:
             break
         logits, _ = target.forward(tokens[-1:])
-    return Generation(
-        tokens=tuple(tokens), margins=tuple(margins), forwards=len(tokens) - 1, seconds=time.perf_counter() - began
-    )
+    return Generation(tokens=tuple(tokens), forwards=len(tokens) - 1, seconds=time.perf_counter() - began)
 
 
 @torch.inference_mode()
 def speculate(
-    model: Any, drafter: Drafter, prompt: Sequence[int], *, max_new_tokens: int, eos: Collection[int] | None = None
+    model: Any, drafter: Drafter, prompt: Sequence[int], *, max_new_tokens: int, eos: Collection[int]
 ) -> Generation:
     """The same text by speculative decoding: the draft guesses a block, one target forward verifies all of it.
 
     Of a block the longest prefix of right guesses is kept, and the target's own token after it. Arguments as of
     `greedy`.
     """
-    began, eos = time.perf_counter(), end_tokens(model) if eos is None else eos
+    began = time.perf_counter()
     target = _Target(model, drafter.taps)
     drafted, accepted = np.zeros((2, drafter.block_size - 1), np.int64)
     drafter.reset()
@@ -238,7 +240,7 @@ def evaluate(
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
-    eos: Collection[int] | None = None,
+    eos: Collection[int],
     references: Sequence[Generation] | None = None,
     progress: Callable[[int, PromptResult], None] | None = None,
 ) -> Evaluation:
@@ -260,7 +262,7 @@ def evaluate(
         limits: dict[str, Any] = {"max_new_tokens": max_new_tokens, "eos": eos}
         own = references[index] if references is not None else greedy(model, prompt, **limits)
         text = speculate(model, drafter, prompt, **limits)
-        difference = _difference(index, own, text)
+        difference = _difference(model, prompt, index, own, text)
         mismatches += [difference] if difference else []
         greedy_tokens += len(own.tokens)
         counts += np.array((text.drafted, text.accepted), np.int64)
@@ -342,17 +344,23 @@ def _checked(prompt: Sequence[int], max_new_tokens: int) -> Sequence[int]:
     return prompt
 
 
-def _difference(index: int, own: Generation, text: Generation) -> Mismatch | None:
+@torch.inference_mode()
+def _difference(model: Any, prompt: Sequence[int], index: int, own: Generation, text: Generation) -> Mismatch | None:
     """Where `text` first differs from the target's own, if it does."""
     if own.tokens == text.tokens:
         return None
     shorter = min(len(own.tokens), len(text.tokens))
     pairs = zip(own.tokens, text.tokens, strict=False)
     at = next((k for k, (a, b) in enumerate(pairs) if a != b), shorter)
+    expected, got = (tokens[at] if at < len(tokens) else None for tokens in (own.tokens, text.tokens))
+    if expected is None or got is None:
+        return Mismatch(prompt=index, position=at, expected=expected, got=got, margin=0.0)
+    logits = _Target(model, ()).forward([*prompt, *own.tokens[:at]], last_only=True)[0][-1].float()
     return Mismatch(
         prompt=index,
         position=at,
-        expected=own.tokens[at] if at < len(own.tokens) else None,
-        got=text.tokens[at] if at < len(text.tokens) else None,
-        margin=own.margins[at] if at < len(own.margins) else 0.0,
+        expected=expected,
+        got=got,
+        margin=float(logits[expected] - logits[got]),
+        rounding=ROUNDINGS * torch.finfo(model.dtype).eps * float(logits.abs().max()),
     )

@@ -166,7 +166,7 @@ def make_blocks(
 def capture_spec(config: DFlashConfig, contract: TargetContract) -> CaptureSpec:
     """What a DFlash draft needs captured: evenly spaced taps, in the target's dtype. Raises ConfigError if none fit."""
     dtype = cast(StateDtype, contract.dtype if contract.dtype in DTYPE_BYTES else "bfloat16")
-    return CaptureSpec(taps=dflash_taps(contract.num_layers, config.num_taps), dtype=dtype)
+    return CaptureSpec(taps=dflash_taps(contract.num_layers, config.num_taps, contract.tap_layers), dtype=dtype)
 
 
 class DFlash:
@@ -196,6 +196,10 @@ class DFlash:
                     f"{name} of {contract.model} is {list(tensor.shape)}, its contract says {list(expected)}"
                 )
         self.config, self.seed, self.device = config, seed, torch.device(device)
+        if config.attention == "flex" and self.device.type != "cuda":
+            raise ConfigError(
+                f"draft.attention=flex on {device}: torch has its gradients on GPUs only; use auto or sdpa"
+            )
         shape = draft_shape(config, target_config, self.spec_for(contract).taps, mask_token_id)
         if (shape.vocab_size, shape.hidden_size) != (contract.vocab_size, contract.hidden_size):
             raise ConfigError(

@@ -17,7 +17,7 @@ from specd import __version__, units
 from specd.errors import CheckpointError
 from specd.page import document
 from specd.train import figures
-from specd.train.decode import DEFINITION, Evaluation
+from specd.train.decode import DEFINITION, ROUNDINGS, Evaluation
 from specd.train.journal import StepRecord, bound, read
 
 T = TypeVar("T")
@@ -28,7 +28,11 @@ EVALS = {"untrained": "eval-untrained.json", "trained": "eval.json"}
 ACCEPTANCE = DEFINITION.partition(" = ")[2]
 DEFINITIONS = {
     "acceptance length": ACCEPTANCE,
-    "identical outputs": "prompts whose speculative output equals the target's own greedy output, token for token",
+    "identical outputs": (
+        "prompts whose speculative output equals the target's own greedy output, token for token; an output that parts "
+        "from it at a tie does so where two logits lie within the rounding of the target's dtype: "
+        f"{ROUNDINGS} · epsilon · the largest logit"
+    ),
     "teacher-forced accuracy": (
         "share of predicted tokens that equal the data when the draft is given true context; "
         "it is a training signal, not the acceptance length"
@@ -57,13 +61,18 @@ class RunFacts(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class EvalFacts(msgspec.Struct, frozen=True, kw_only=True):
-    """One evaluation by real decoding, and what it was made with. untrained: the draft had its first weights."""
+    """One evaluation by real decoding, and what it was made with.
+
+    untrained: the draft had its first weights. source: the prompts, as they were given. dtype: the target's.
+    """
 
     model: str
     draft: str
     untrained: bool
     block_size: int
     max_new_tokens: int
+    source: str = ""
+    dtype: str = ""
     result: Evaluation
 
     @property
@@ -80,6 +89,25 @@ class EvalFacts(msgspec.Struct, frozen=True, kw_only=True):
     def identical(self) -> int:
         """How many of them equal the target's own."""
         return sum(row.identical for row in self.result.prompts)
+
+    @property
+    def ties(self) -> int:
+        """How many part from the target's own at a tie."""
+        return sum(miss.tie for miss in self.result.mismatches)
+
+    @property
+    def different(self) -> int:
+        """How many differ otherwise."""
+        return len(self.result.mismatches) - self.ties
+
+    def alike(self, other: EvalFacts) -> bool:
+        """Whether both decoded the same prompts under the same limits, so that their figures can be compared."""
+        one, two = (
+            (facts.model, facts.source, facts.dtype, facts.block_size, facts.max_new_tokens, lengths)
+            for facts in (self, other)
+            for lengths in [[row.prompt_tokens for row in facts.result.prompts]]
+        )
+        return one == two
 
 
 def machine_facts() -> dict[str, str]:
@@ -127,20 +155,21 @@ def write_report(run: Path) -> Path:
 
 
 def render(facts: RunFacts, records: Sequence[StepRecord], evals: Mapping[str, EvalFacts]) -> str:
-    """The page, from what a run left behind."""
+    """The page, from what a run left behind. Evaluations are compared where they decoded the same texts."""
+    alike = {name: facts for name, facts in evals.items() if facts.alike(evals.get("trained", facts))}
     pictures = [
         ("Loss", figures.loss(records), "Every optimizer step (thin) and the running mean over 5 % of the run."),
         ("Teacher-forced accuracy", figures.accuracy(records), "Running means. Not the acceptance length."),
         ("Time of a step", figures.time_split(records), _time_caption(records)),
     ]
-    if evals:
-        shares = {name: facts.result.acceptance_by_offset for name, facts in evals.items()}
+    if alike:
+        shares = {name: facts.result.acceptance_by_offset for name, facts in alike.items()}
         caption = "Share of verified blocks of which the target accepted the first k guesses, in real decoding."
         pictures.insert(1, ("Acceptance by block offset", figures.acceptance(shares), caption))
     target, draft = str(facts.target.get("model", "")), facts.draft
     body = [
         f"<header><h1>DFlash draft for {_text(target)}</h1><p>{_text(_subtitle(facts, records))}</p></header>",
-        f'<section class="tiles">{"".join(_tile(*figure) for figure in key_figures(records, evals))}</section>',
+        f'<section class="tiles">{"".join(_tile(*figure) for figure in key_figures(records, alike))}</section>',
         f'<section class="pictures">{"".join(_picture(*picture) for picture in pictures)}</section>',
         "<section><h2>What the figures mean</h2><dl>",
         *(f"<dt>{_text(name)}</dt><dd>{_text(meaning)}.</dd>" for name, meaning in DEFINITIONS.items()),
@@ -158,7 +187,7 @@ def render(facts: RunFacts, records: Sequence[StepRecord], evals: Mapping[str, E
 
 
 def key_figures(records: Sequence[StepRecord], evals: Mapping[str, EvalFacts]) -> list[tuple[str, str, str]]:
-    """The figures that matter most: value, name, remark."""
+    """The figures that matter most: value, name, remark. evals: of the same texts."""
     wall, tokens = sum(record.step_s for record in records), sum(record.tokens for record in records)
     tiles: list[tuple[str, str, str]] = []
     if (after := evals.get("trained")) is not None:
@@ -169,7 +198,7 @@ def key_figures(records: Sequence[StepRecord], evals: Mapping[str, EvalFacts]) -
             (
                 f"{after.identical} of {after.prompts}",
                 "identical outputs",
-                f"{after.result.new_tokens:,} tokens compared",
+                f"{after.result.new_tokens:,} tokens compared" + _ties(after),
             )
         )
     first, last = _ends([record.loss for record in records])
@@ -185,7 +214,7 @@ def key_figures(records: Sequence[StepRecord], evals: Mapping[str, EvalFacts]) -
 
 def step_over_bound(records: Sequence[StepRecord], daemons: int) -> float | None:
     """Measured time over max(target time / daemons, trainer time); None when no time was measured."""
-    limit = max(sum(r.forward_s for r in records) / max(1, daemons), sum(r.train_s for r in records))
+    limit = max(sum(r.forward_s for r in records) / max(1, daemons), sum(r.draft_s or r.train_s for r in records))
     return sum(record.step_s for record in records) / limit if limit else None
 
 
@@ -229,11 +258,19 @@ def _evaluation(evals: Mapping[str, EvalFacts]) -> dict[str, Any]:
     for name, facts in evals.items():
         result = facts.result
         rows[f"{name}: acceptance length"] = f"{result.acceptance_length:.3f}"
-        rows[f"{name}: identical outputs"] = f"{facts.identical} of {facts.prompts}"
+        source = f" of {facts.source}" if facts.source else ""
+        rows[f"{name}: prompts"] = f"{facts.prompts}{source}, at most {facts.max_new_tokens} tokens each"
+        rows[f"{name}: identical outputs"] = f"{facts.identical} of {facts.prompts}{_ties(facts)}"
         rows[f"{name}: forwards"] = f"{result.forwards:,} for {result.new_tokens:,} tokens"
         rows[f"{name}: speed"] = f"{result.tokens_per_s:.1f} tokens/s, {result.greedy_tokens_per_s:.1f} without a draft"
-    first = next(iter(evals.values()))
-    return rows | {"block size": first.block_size, "tokens per prompt at most": first.max_new_tokens}
+        rows[f"{name}: block size"] = facts.block_size
+        if facts.dtype:
+            rows[f"{name}: target computes in"] = facts.dtype
+    return rows
+
+
+def _ties(facts: EvalFacts) -> str:
+    return f", {facts.ties} part at a tie" if facts.ties else ""
 
 
 def _tile(value: str, name: str, remark: str) -> str:

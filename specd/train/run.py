@@ -30,7 +30,10 @@ Those of `target` are free, wherever it is hosted: what decides over its states,
 
 
 class RunDirectory:
-    """run.json, metrics.jsonl, checkpoints/, target/, tb/, draft/ and report.html of one run."""
+    """run.json, metrics.jsonl, checkpoints/, tb/, draft/ and report.html of one run.
+
+    run.json comes first, when all that can be wrong with the settings has been looked at: before it there is nothing.
+    """
 
     __slots__ = ("path",)
 
@@ -49,10 +52,6 @@ class RunDirectory:
         return self.path / "checkpoints"
 
     @property
-    def target(self) -> Path:
-        return self.path / "target"
-
-    @property
     def draft(self) -> Path:
         return self.path / "draft"
 
@@ -60,25 +59,35 @@ class RunDirectory:
     def tensorboard(self) -> Path:
         return self.path / "tb"
 
-    def open(self, resume: bool, save_every: int) -> bool:
-        """Make the directory ready and say whether there is a checkpoint to resume from.
+    @property
+    def begun(self) -> bool:
+        """Whether it holds a run."""
+        return (self.path / FACTS).is_file()
 
-        A run that was killed before its first checkpoint was due begins again. Raises ConfigError when a new run would
-        overwrite something, CheckpointError when there is nothing to resume.
+    def open(self, resume: bool) -> None:
+        """Make an empty directory for a new run, or see that there is one to resume.
+
+        Raises ConfigError when a new run would overwrite something, CheckpointError when there is nothing to resume.
         """
-        if not resume:
-            if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
-                raise ConfigError(
-                    f"output {str(self.path)!r} exists and is not empty: continue that run with --resume, "
-                    f"choose another --output, or remove it"
-                )
-            try:
-                self.path.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise ConfigError(f"cannot make output {str(self.path)!r}: {error.strerror}") from None
-            return False
-        if not (self.path / FACTS).is_file():
-            raise CheckpointError(f"{self.path} holds no run to resume: start it without --resume")
+        if resume:
+            if not self.begun:
+                raise CheckpointError(f"{self.path} holds no run to resume: start it without --resume")
+            return
+        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+            remedy = "continue that run with --resume, " if self.begun else ""
+            raise ConfigError(
+                f"output {str(self.path)!r} exists and is not empty: {remedy}choose another --output, or remove it"
+            )
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"cannot make output {str(self.path)!r}: {error.strerror}") from None
+
+    def has_checkpoint(self, save_every: int) -> bool:
+        """Whether there is a checkpoint to resume from.
+
+        A run that was killed before its first checkpoint was due begins again. Raises CheckpointError when it was due.
+        """
         if any(self.checkpoints.glob("step-*")):
             return True
         steps = len(read(self.journal)) if self.journal.exists() else 0
@@ -90,22 +99,29 @@ class RunDirectory:
         logger.info("no checkpoint yet in %s: starting at step 0", self.checkpoints)
         return False
 
-    def write_target(self, contract: TargetContract, fetch: Callable[[str], bytes]) -> dict[str, bytes]:
-        """Fetch the target's files (config, tokenizer) into `target/` and return them by name."""
-        files: dict[str, bytes] = {}
-        self.target.mkdir(exist_ok=True)
-        for name, ref in contract.artifacts.items():
-            if ref.dtype:
-                continue
-            if Path(name).name != name or name.startswith("."):
-                raise ProtocolError(f"the daemon offers an artifact called {name!r}: expected a plain file name")
-            files[name] = fetch(name)
-            (self.target / name).write_bytes(files[name])
-        return files
+
+def target_files(contract: TargetContract, fetch: Callable[[str], bytes], directory: Path) -> dict[str, bytes]:
+    """Fetch the target's files (config, tokenizer), write them into `directory` and return them by name.
+
+    Raises ProtocolError for a name that leads elsewhere.
+    """
+    files: dict[str, bytes] = {}
+    for name, ref in contract.artifacts.items():
+        if ref.dtype:
+            continue
+        if Path(name).name != name or name.startswith("."):
+            raise ProtocolError(f"the daemon offers an artifact called {name!r}: expected a plain file name")
+        files[name] = fetch(name)
+        (directory / name).write_bytes(files[name])
+    return files
 
 
 def identity(config: RunConfig, contract: TargetContract, data: str) -> Identity:
-    """What a checkpoint of this run may be resumed with. data: digest of the samples, whatever path they come from."""
+    """What a checkpoint of this run may be resumed with. data: digest of the samples, whatever path they come from.
+
+    config: with the dtype that `auto` means on the run's device, as the device may change over its life.
+    """
+    assert config.train.dtype != "auto", "the device decides what it means"
     settings: dict[str, Any] = {"data.digest": data}
     for section, free in FREE.items():
         values: Mapping[str, Any] = msgspec.to_builtins(getattr(config, section))
