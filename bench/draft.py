@@ -24,7 +24,7 @@ from specd.packing import Batch
 from specd.protocol import TargetContract
 from specd.train.dflash import Blocks, DFlash, Tuning, make_blocks, sample_anchors
 from specd.train.dflash_model import DraftShape
-from specd.train.loop import apply_gradients, make_optimizer
+from specd.train.optimizer import apply_gradients, make_optimizer
 
 CONTEXTS: Final = (1024, 3072, 10240)
 WARM_UP: Final = 3

@@ -19,7 +19,7 @@ from specd.metrics import Stats
 from specd.packing import Batch
 from specd.protocol import TargetContract
 from specd.staging import Point, reached
-from specd.train.loop import apply_gradients, make_optimizer
+from specd.train.optimizer import apply_gradients, make_optimizer
 
 CLIP = 1.0
 PERCENTILES = (10, 25, 50, 75, 90)

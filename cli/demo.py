@@ -72,7 +72,7 @@ def remove_run(run: Path) -> None:
     """Make room for a new run where an earlier one lies. Raises ConfigError for anything that is no run."""
     from specd.train.report import FACTS
 
-    if not run.exists():
+    if not run.exists() or (run.is_dir() and not any(run.iterdir())):
         return
     if not (run / FACTS).is_file():
         raise ConfigError(

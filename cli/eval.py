@@ -72,6 +72,8 @@ def evaluate(
     if not model:
         raise ConfigError(f"{directory} belongs to no run that names its target: give --model")
     used = {"template": facts.config.get("data", {}).get("template", {})} if facts else None
+    if strange := [text for text in settings or [] if not text.startswith("data.template.")]:
+        raise ConfigError(f"--set {strange[0]}: evaluation takes data.template.KEY=VALUE alone")
     template = data_config(prompts, model, settings, used).template
     trained = load_draft(directory)
     target, tokenizer = load_causal_lm(model, dtype=dtype, device=device)
@@ -168,7 +170,8 @@ def show(console: Console, results: dict[str, EvalFacts]) -> None:
     for name, facts in results.items():
         verdict = f"{facts.identical} of {facts.prompts} outputs equal the target's own greedy output, token for token"
         if facts.ties:
-            verdict += f"; {facts.ties} part at a tie, which the rounding of {facts.dtype} decides (--dtype float32)"
+            finer = " (--dtype float32 rounds less)" if facts.dtype != "float32" else ""
+            verdict += f"; {facts.ties} part at a tie, which the rounding of {facts.dtype} decides{finer}"
         if facts.different:
             verdict += f"; {facts.different} differ"
         colour, word = ("red", "DIFFERENT") if facts.different else ("green", "identical")

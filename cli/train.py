@@ -120,7 +120,8 @@ def _train(asked: dict[str, Any], model: str, resume: bool, interrupt: Interrupt
     from specd.train.dflash import DFlash, capture_spec
     from specd.train.display import Display, Scalars
     from specd.train.journal import read
-    from specd.train.loop import total_steps, train
+    from specd.train.loop import train
+    from specd.train.optimizer import total_steps
     from specd.train.report import write_facts
     from specd.train.run import RunDirectory, identity, target_files
 

@@ -45,6 +45,10 @@ _HEADER: Final = struct.Struct("<8sIIQQ32s")
 _EPOCH: Final = re.compile(r"[0-9a-f]{8,64}")
 
 
+class NoRoomError(TransportError):
+    """Shared memory has no room for an arena."""
+
+
 class Arena(Protocol):
     """What a transport's server may know of the ring's memory. memory: where the slots lie."""
 
@@ -357,9 +361,9 @@ def _create_segment(path: str, total: int) -> int:
     return fd
 
 
-def _no_space(total: int, free: int) -> TransportError:
-    return TransportError(
+def _no_space(total: int, free: int) -> NoRoomError:
+    return NoRoomError(
         f"the ring needs {total / 2**20:.0f} MiB of shared memory and {SHM_DIR} has {free / 2**20:.0f} MiB free: "
-        f"configure fewer or shorter slots (ring.slots, ring.slot_tokens), serve without it (--transports bytes), or "
-        f"enlarge {SHM_DIR} (mount -o remount,size=…; docker run --shm-size=…)"
+        f"configure fewer or shorter slots (ring.slots, ring.slot_tokens), or enlarge {SHM_DIR} "
+        f"(mount -o remount,size=…; docker run --shm-size=…)"
     )

@@ -234,8 +234,13 @@ def _with_number(message: str, data: Any) -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads a plain 3e-4 as text; people mean a number."""
+    """YAML 1.1 reads a plain 3e-4 as text and people mean a number; no setting is a date."""
 
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, form) for tag, form in pairs if tag != "tag:yaml.org,2002:timestamp"]
+    for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
 
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")

@@ -9,6 +9,7 @@ import contextlib
 import logging
 import os
 import time
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -59,6 +60,7 @@ class Control:
         ring = settings.ring
         self._ring = Ring(ring.slots, ring.max_sessions, ring.lease_ttl_s, self._clock)
         self._started: channel.Started | None = None
+        self._fetches: Counter[bytes] = Counter()  # reads of artifacts under way, by routing id: they outlive sessions
         self._draining = self._stopping = self._served = False
         self.counters = Counters(COUNTERS)
         self._front = context.socket(zmq.ROUTER)
@@ -321,8 +323,8 @@ class Control:
 
     def _fetch(self, session: Session, message: wire.Fetch) -> None:
         assert self._started is not None
-        check_fetch(message, self._started.contract, session.fetches)
-        session.fetches += 1
+        check_fetch(message, self._started.contract, self._fetches[session.key])
+        self._fetches[session.key] += 1
         self._supervisor.send(
             channel.ReadArtifact(session=session.key, name=message.name, offset=message.offset, length=message.length)
         )
@@ -361,14 +363,14 @@ class Control:
                 reason = note.reason[: wire.MAX_REASON_CHARS]
                 self._send(note.session, wire.Refuse(epoch=self._epoch, transport=note.transport, reason=reason))
             case channel.ArtifactBytes():
-                if (session := self._sessions.get(note.session)) is not None:
-                    session.fetches -= 1
+                self._fetches -= Counter([note.session])  # and forget those at 0
                 data = wire.Artifact(epoch=self._epoch, name=note.name, offset=note.offset, data=note.data)
                 self._send(note.session, data)
 
     def _lose_worker(self, reason: str) -> None:
         """Void all that the dead worker held, tell every trainer, and have a new one started."""
         self._started = None
+        self._fetches.clear()
         self.counters.add("worker_restarts")
         for session in self._sessions:
             self._end(session.key, f"the worker died ({reason})", tell=True)

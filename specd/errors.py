@@ -14,6 +14,10 @@ SpecdError
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
 
 class SpecdError(Exception):
     """Root of all errors that specd raises on purpose. The CLI prints them without a traceback."""
@@ -65,3 +69,14 @@ class CheckpointError(SpecdError):
 def missing_extra(package: str, extra: str) -> ConfigError:
     """The error for an optional package that is not installed; raise it from the ImportError."""
     return ConfigError(f"package {package!r} is not installed; install it with: pip install 'specd[{extra}]'")
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """A block that writes `path` for a run. Raises CheckpointError where it cannot, mostly because the disk is full."""
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot write {path}: {error.strerror or error}; free some space there, then continue with --resume"
+        ) from None

@@ -18,7 +18,7 @@ import msgspec
 import zmq
 
 from specd import arena, cuda
-from specd.config import DaemonConfig, check_private, make_runtime_dir, resolve_endpoint
+from specd.config import DaemonConfig, check_private, make_runtime_dir, resolve_endpoint, runtime_dir
 from specd.daemon import Control
 from specd.errors import ConfigError, DaemonError
 from specd.protocol import StatusReport
@@ -143,14 +143,14 @@ def _owned(endpoint: str) -> Iterator[Path]:
 
     libzmq takes over a live ipc endpoint without a word, so a lock file beside it decides.
     """
-    own_dir = make_runtime_dir()
     if endpoint.startswith("ipc://"):
-        socket = Path(endpoint.removeprefix("ipc://"))
-        if not socket.parent.is_dir():
+        prefix = Path(endpoint.removeprefix("ipc://"))
+        if prefix.parent == runtime_dir():
+            make_runtime_dir()
+        elif not prefix.parent.is_dir():
             raise ConfigError(f"endpoint {endpoint}: its directory does not exist; create it with mode 700")
-        prefix = socket
     else:
-        prefix = own_dir / endpoint.rpartition(":")[2]
+        prefix = make_runtime_dir() / endpoint.rpartition(":")[2]
     if (length := len(os.fsencode(prefix))) > MAX_PREFIX:
         raise ConfigError(
             f"endpoint {endpoint}: its path {prefix} has {length} bytes, at most {MAX_PREFIX} leave room for the "

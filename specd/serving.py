@@ -7,7 +7,7 @@ import logging
 import os
 from typing import NamedTuple
 
-from specd.arena import HostArena
+from specd.arena import HostArena, NoRoomError
 from specd.config import DaemonConfig
 from specd.device import DeviceArena
 from specd.errors import TransportError
@@ -18,15 +18,15 @@ log = logging.getLogger(__name__)
 RDMA_DEVICES = "/sys/class/infiniband"
 
 
-class Ring(NamedTuple):
-    """arena: the slots. servers: by transport. on_host: those that read a ring on a device through its mirror."""
+class Serving(NamedTuple):
+    """arena: the ring's slots. servers: by transport. on_host: those that read a ring on a device from its mirror."""
 
     arena: HostArena | DeviceArena
     servers: dict[str, Server]
     on_host: frozenset[str]
 
 
-def open_ring(config: DaemonConfig, slot_bytes: int, device: str, epoch: bytes, serving: ServerContext) -> Ring:
+def open_ring(config: DaemonConfig, slot_bytes: int, device: str, epoch: bytes, serving: ServerContext) -> Serving:
     """Make the ring on `device`, `config.ring.slots` slots of `slot_bytes`, and serve it.
 
     A transport that was named must work; of those that `auto` stands for, the ones that do not are left out. The caller
@@ -54,7 +54,7 @@ def open_ring(config: DaemonConfig, slot_bytes: int, device: str, epoch: bytes, 
         if not servers:
             raise TransportError(f"no transport can serve a ring on {device}; the log says why, at level INFO")
         undo.pop_all()
-    return Ring(arena, servers, on_host)
+    return Serving(arena, servers, on_host)
 
 
 def candidates(device: str) -> tuple[str, ...]:
@@ -70,22 +70,23 @@ def _make(
 ) -> tuple[HostArena | DeviceArena, frozenset[str]]:
     """The ring's memory, and who reads it through a mirror.
 
-    If it cannot be had for those of `found` that need slots in (shared) host memory, they are left out of it.
+    Where host memory has no room for its slots, those of `found` that need them there are left out of it: on the CPU
+    those that share them, as the others read a private ring; of a ring on a device all that read its mirror.
     """
     slots = config.ring.slots
     while True:
         local = frozenset(name for name, one in found.items() if one.traits.scope == "host")
+        mirrored = frozenset(name for name, one in found.items() if "device" not in one.traits.memory)
+        needy = local if device == "cpu" else mirrored
         shared = epoch if local else None
         try:
             if device == "cpu":
                 return HostArena.create(slots, slot_bytes, shared), frozenset()
-            needy = frozenset(name for name, one in found.items() if "device" not in one.traits.memory)
-            return DeviceArena.create(slots, slot_bytes, device, shared, mirrored=bool(needy)), needy
-        except TransportError as error:
-            needy = local if device == "cpu" else needy
+            return DeviceArena.create(slots, slot_bytes, device, shared, mirrored=bool(mirrored)), mirrored
+        except NoRoomError as error:
             if not needy or len(needy) == len(found):
                 raise
-            for name in needy:
+            for name in sorted(needy):
                 _leave_out(config, name, error, logging.WARNING)
                 del found[name]
 

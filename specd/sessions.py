@@ -21,8 +21,7 @@ class Session:
     """One trainer. key: its routing id. requests: by seq. pidfd: readable once its process is dead; −1 if unknown."""
 
     __slots__ = (
-        "batches", "credits", "fetches", "gpus", "key", "name", "nbytes", "opened", "pidfd", "requests", "spec",
-        "transport",
+        "batches", "credits", "gpus", "key", "name", "nbytes", "opened", "pidfd", "requests", "spec", "transport",
     )  # fmt: skip
 
     def __init__(self, key: bytes, hello: wire.Hello, credits: int, opened: float, pidfd: int) -> None:
@@ -35,7 +34,6 @@ class Session:
         self.pidfd = pidfd
         self.transport = ""
         self.requests: dict[int, Request] = {}
-        self.fetches = 0  # not answered yet
         self.batches = 0
         self.nbytes = 0
 

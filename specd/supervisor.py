@@ -30,7 +30,7 @@ from specd.worker import Worker, WorkerConfig
 log = logging.getLogger(__name__)
 
 BACKOFF_S = (0.0, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
-"""Wait before the nth start in a row; a worker that filled a slot starts the row anew."""
+"""Wait before the nth start in a row; a worker that filled a batch starts the row anew."""
 MAX_EARLY_DEATHS = 3
 """So many workers may die before the first one ever served; then the daemon gives up."""
 STOP_S = 10.0

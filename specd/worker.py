@@ -44,7 +44,7 @@ Announce = Callable[[zmq.Socket[bytes], float], None]
 """Tells control of the slots of one forward, over this pipe; the forward took so many seconds."""
 
 CRASH_S = 5.0
-"""How long a worker whose target failed waits for that to end."""
+"""How long a worker that failed waits for its target to end."""
 
 
 class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -85,6 +85,7 @@ class Worker:
         thread = threading.Thread(target=self._run_target, name="specd-target", daemon=True)
         thread.start()
         parent = os.pidfd_open(self._config.parent_pid) if self._config.parent_pid else -1
+        ordered = False
         try:
             poller = zmq.Poller()
             poller.register(inbox, zmq.POLLIN)
@@ -96,15 +97,14 @@ class Worker:
                 if parent in ready:
                     log.warning("control is gone: the worker ends")
                     self._abandon()
-                if self._ended in ready:
-                    if self._failure:
-                        raise RuntimeError(self._failure)
-                    break
-                if inbox in ready and not self._serve(channel.decode(inbox.recv()), outbox):
+                if self._ended in ready and self._failure:
+                    raise RuntimeError(self._failure)
+                if self._ended in ready or (inbox in ready and not self._serve(channel.decode(inbox.recv()), outbox)):
+                    ordered = True
                     break
         finally:
             self._tasks.put(None)
-            thread.join(CRASH_S if self._failure and parent >= 0 else None)
+            thread.join(None if ordered or parent < 0 else CRASH_S)
             if thread.is_alive():  # it waits for a device that is gone
                 self._abandon()
             try:
@@ -180,7 +180,8 @@ class Worker:
             except (SpecdError, MemoryError) as error:
                 log.debug("worker start failed", exc_info=True)
                 outbox.send(channel.encode(channel.StartFailed(reason=str(error) or repr(error))))
-                os.eventfd_write(self._ended, 1)
+                if not self._config.parent_pid:  # a process waits to be killed, lest its death overtake the reason
+                    os.eventfd_write(self._ended, 1)
                 return
             outbox.send(channel.encode(started))
             held: channel.FillSlot | None = None
@@ -202,13 +203,14 @@ class Worker:
         self._target = target = load_target(config.target)
         contract = target.contract
         nbytes = slot_bytes(capture_of(config, contract), contract.hidden_size, config.ring.slot_tokens)
-        ring = open_ring(config, nbytes, target.device, self._config.epoch, self._config.serving)
-        self._arena, self._servers, self._on_host = ring
+        self._arena, self._servers, self._on_host = open_ring(
+            config, nbytes, target.device, self._config.epoch, self._config.serving
+        )
         return channel.Started(
             contract=contract,
             ring=RingInfo(num_slots=config.ring.slots, slot_bytes=nbytes, slot_tokens=config.ring.slot_tokens),
             transports=tuple(self._servers),
-            segment=ring.arena.path,
+            segment=self._arena.path,
             load_s=time.monotonic() - begin,
         )
 

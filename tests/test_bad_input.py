@@ -62,8 +62,8 @@ def test_unknown_config_key() -> None:
 def test_a_ring_that_does_not_fit_shared_memory() -> None:
     code, said = specd("start", "--model", TARGET, "--slots", "4096", "--slot-tokens", "1000000")
     assert code == 1
-    assert "MiB of shared memory" in said
-    assert "--transports bytes" in said
+    assert "shm is not served: the ring needs" in said
+    assert "4096 slots of 640000000 bytes: Cannot allocate memory; configure fewer or shorter slots" in said
 
 
 def test_an_endpoint_that_is_taken(endpoint: str) -> None:

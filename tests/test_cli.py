@@ -349,6 +349,8 @@ def test_detached_failure_reaches_the_terminal(endpoint: str) -> None:
 
 
 def test_demo_leaves_no_daemon_behind_when_it_is_interrupted(endpoint: str, tmp_path: Path) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # in a shell's background it is ignored
+
     def interrupted() -> None:
         with Interrupt() as interrupt, demo.Stage(interrupt) as stage:
             stage.serve(tmp_path / "log", *(argument for argument in synthetic(endpoint) if argument != "--detach"))
@@ -360,13 +362,10 @@ def test_demo_leaves_no_daemon_behind_when_it_is_interrupted(endpoint: str, tmp_
     assert specd_command("status", "--endpoint", endpoint, "--timeout", "0.2").returncode == 1
 
 
-@pytest.mark.parametrize("holds", ["notes.txt", ""])
-def test_demo_replaces_no_directory_that_holds_no_run(
-    holds: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    kept = tmp_path / "run" / holds
-    kept.parent.mkdir(exist_ok=True)
-    kept.write_text("mine") if holds else kept.mkdir()
+def test_demo_replaces_no_directory_that_holds_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    kept = tmp_path / "run" / "notes.txt"
+    kept.parent.mkdir()
+    kept.write_text("mine")
     assert run(["demo", "--quick", "--output", str(tmp_path)]) == 2
     error = capsys.readouterr().err
     assert re.fullmatch(r"specd: error: \S+ exists and holds no run \(run\.json\).*\n", error)
@@ -374,11 +373,13 @@ def test_demo_replaces_no_directory_that_holds_no_run(
 
 
 def test_demo_makes_room_where_an_earlier_run_lies(tmp_path: Path) -> None:
+    earlier = tmp_path / "run"
+    earlier.mkdir()
+    demo.remove_run(earlier)  # it was cut short before it began: nothing is in the way
     for name in ("run.json", "draft.json"):
-        (tmp_path / "run").mkdir(exist_ok=True)
-        (tmp_path / "run" / name).write_text("{}")
-    demo.remove_run(tmp_path / "run")
-    assert not (tmp_path / "run").exists()
+        (earlier / name).write_text("{}")
+    demo.remove_run(earlier)
+    assert not earlier.exists()
 
 
 def test_demo_ends_with_the_code_of_a_failed_command(capfd: pytest.CaptureFixture[str]) -> None:

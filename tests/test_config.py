@@ -48,10 +48,11 @@ def test_a_file_and_settings_on_top_become_structs(tmp_path: Path) -> None:
 
 
 def test_a_file_reads_values_as_set_does(tmp_path: Path) -> None:
-    path = write(tmp_path, "train: {lr: 6e-4, betas: [9e-1, 9.5e-1]}\noutput: '1e5'\n")
+    path = write(tmp_path, "train: {lr: 6e-4, betas: [9e-1, 9.5e-1]}\noutput: '1e5'\ndata: {path: 2024-13-01}\n")
     run = convert(load_yaml(path), RunConfig, str(path))
     assert (run.train.lr, run.train.betas, run.output) == (6e-4, (0.9, 0.95), "1e5")
-    pairs = ["train.lr=6e-4", "train.betas=[9e-1, 9.5e-1]", "output='1e5'"]
+    assert run.data.path == "2024-13-01", "no date, and so no wrong one"
+    pairs = ["train.lr=6e-4", "train.betas=[9e-1, 9.5e-1]", "output='1e5'", "data.path=2024-13-01"]
     assert convert(overrides(pairs), RunConfig, "settings") == run
 
 

@@ -10,7 +10,7 @@ import torch._inductor.config
 from drafts import CONTRACT, HIDDEN, MASK, TARGET, VOCAB, FakeDelivery, deliver, make_batch
 from specd.config import AttentionKind, DFlashConfig, TrainConfig
 from specd.train.dflash import DFlash, Tuning
-from specd.train.loop import apply_gradients, make_optimizer
+from specd.train.optimizer import apply_gradients, make_optimizer
 
 CONFIG = DFlashConfig(num_layers=2, num_taps=3, block_size=16, num_anchors=40, loss_chunk=128, head_dim=64)
 

@@ -10,7 +10,7 @@ import zmq
 
 from specd.config import DaemonConfig, TargetConfig
 from specd.errors import ConfigError
-from specd.host import _interface, serve
+from specd.host import _interface, _owned, serve
 from specd.session import dial
 
 
@@ -45,6 +45,15 @@ def test_strangers_are_let_in_only_when_that_was_asked_for(host: str) -> None:
 def test_loopback_needs_no_leave(host: str) -> None:
     assert _interface(f"tcp://{host}:7070", insecure=False) == host.strip("[]")
     assert _interface(f"tcp://{host}:*", insecure=False) == host.strip("[]")
+
+
+def test_an_endpoint_elsewhere_needs_no_runtime_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", "/proc/nowhere")
+    tmp_path.chmod(0o700)
+    with _owned(f"ipc://{tmp_path}/d.sock") as prefix:
+        assert prefix == tmp_path / "d.sock"
+    with pytest.raises(ConfigError, match="set XDG_RUNTIME_DIR"), _owned("tcp://127.0.0.1:7070"):
+        pass
 
 
 def test_other_endpoints_have_no_interface(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from specd.config import TrainConfig
 from specd.errors import BatchError, CheckpointError, SpecdError
 from specd.packing import Batch
 from specd.train.checkpoint import Checkpoints, Position
-from specd.train.loop import learning_rate, total_steps
+from specd.train.optimizer import learning_rate, total_steps
 
 
 def test_every_batch_is_trained_once_and_the_last_window_is_flushed(tmp_path: Path) -> None:
@@ -181,6 +181,22 @@ def test_an_update_that_was_cut_short_is_never_saved(tmp_path: Path, monkeypatch
     resumed, _ = run(tmp_path / "cut", resume=True)
     assert curve(tmp_path / "cut") == curve(tmp_path / "whole")
     assert same(weights(resumed), weights(whole))
+
+
+def test_what_shows_a_run_cannot_keep_it_from_being_saved(tmp_path: Path) -> None:
+    class Gone:
+        def step(self, record: object) -> None:
+            raise OSError(5, "the terminal is gone")
+
+    def interrupt(batch: Batch) -> None:
+        if (batch.epoch, batch.index) == (0, 7):
+            raise KeyboardInterrupt
+
+    config = structs.replace(CONFIG, log_every=50, save_every=0)
+    with pytest.raises(OSError, match="gone"):
+        run(tmp_path, config, source=Source(interrupt), sinks=[Gone()])
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000002"]
+    assert [record.step for record in records(tmp_path)] == [1, 2]
 
 
 def test_the_final_checkpoint_is_written_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

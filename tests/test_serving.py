@@ -10,7 +10,7 @@ import pytest
 
 import fake_cuda
 from specd import serving
-from specd.arena import HostArena, segment_path
+from specd.arena import HostArena, NoRoomError, segment_path
 from specd.config import DaemonConfig, RingConfig, TargetConfig
 from specd.errors import TransportError
 from specd.transport import ServerContext
@@ -101,7 +101,7 @@ def test_auto_leaves_out_what_shared_memory_is_too_small_for(
 
     def full(num_slots: int, slot_bytes: int, shared: str | None) -> HostArena:
         if shared and slot_bytes:
-            raise TransportError("the ring needs more shared memory than there is")
+            raise NoRoomError("the ring needs more shared memory than there is")
         return create(num_slots, slot_bytes, shared)
 
     monkeypatch.setattr(HostArena, "create", full)
@@ -116,10 +116,13 @@ def test_a_ring_nobody_can_read_is_not_served(known: Known) -> None:
         served("cuda:0", "auto")
 
 
-def test_device_memory_that_cannot_be_had_fails_the_start(known: Known, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_device_memory_that_cannot_be_had_fails_the_start(
+    known: Known, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     def refuse(*_args: object) -> None:
         raise TransportError("cannot reserve 7 MiB on cuda:0: out of memory; configure fewer or shorter slots")
 
     monkeypatch.setattr(fake_cuda.Allocation, "__init__", refuse)
-    with pytest.raises(TransportError, match="7 MiB on cuda:0"):
+    with caplog.at_level("INFO", logger="specd.serving"), pytest.raises(TransportError, match="7 MiB on cuda:0"):
         served("cuda:0", "auto")
+    assert caplog.records == [], "no transport is to blame"

@@ -200,6 +200,7 @@ def test_a_forward_launched_behind_another_is_not_charged_with_its_wait(
 ) -> None:
     control, _ = run("cuda:0", "cuda_ipc")
     control.hear()
+    begin = time.monotonic()
     for slot in range(2):
         control.fill(slot, 1, 16)
         assert slow.began.acquire(timeout=30)
@@ -210,8 +211,8 @@ def test_a_forward_launched_behind_another_is_not_charged_with_its_wait(
         note = control.hear()
         assert isinstance(note, Filled)
         took.append(note.target_us / 1e6)
-    assert 0.2 <= took[0] < 0.35
-    assert 0.2 <= took[1] < 0.35
+    assert min(took) >= 0.2
+    assert sum(took) <= time.monotonic() - begin
 
 
 def test_a_probe_does_not_wait_for_forwards(known: Known, slow: SlowTarget, run: Run) -> None:
@@ -317,11 +318,14 @@ worker.main()
 """
 
 
-def test_a_worker_whose_target_hangs_after_its_device_failed_ends_all_the_same() -> None:
+@pytest.mark.parametrize("finder", ["announcer", "service"])
+def test_a_worker_whose_target_hangs_after_its_device_failed_ends_whoever_finds_out(finder: str) -> None:
     with process(os.getpid(), "shm", code=STUCK) as (control, child):
         assert isinstance(control.hear(), Started)
         for slot in range(2):
             control.fill(slot, 1, 16)
+        if finder == "service":
+            control.send(FillNoise(slot=99, generation=1, nonce=b"n" * 16, nbytes=100))
         assert child.wait(30) == 1
         assert not os.path.exists(segment_path(control.epoch.hex()))
 

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from specd.capture import CaptureSpec
+from specd.errors import TargetError
 from specd.packing import Layout
 from specd.protocol import TargetContract
 
@@ -85,8 +86,13 @@ def tap_layers(kinds: Sequence[str]) -> tuple[int, ...]:
     """The contract's `tap_layers`. kinds: `layer_types` of the target's config, may be empty.
 
     Hybrid targets (Qwen3.5 and its like) mix full and linear attention; only full-attention layers carry a tap. The
-    last layer is left out, as everywhere.
+    last layer is left out, as everywhere. Raises TargetError when there is none.
     """
     if "linear_attention" not in kinds:
         return ()
-    return tuple(layer for layer, kind in enumerate(kinds[:-1]) if kind == "full_attention")
+    layers = tuple(layer for layer, kind in enumerate(kinds[:-1]) if kind == "full_attention")
+    if not layers:
+        raise TargetError(
+            f"the target's layers are {', '.join(kinds)}: expected one with full attention before the last, to tap"
+        )
+    return layers

@@ -7,6 +7,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
@@ -20,7 +21,8 @@ from rich.table import Table
 from rich.text import Text
 
 from specd import units
-from specd.train.journal import StepRecord, bound, writing
+from specd.errors import writing
+from specd.train.journal import StepRecord, bound
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -70,7 +72,8 @@ class Display:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._live is not None:
-            self._live.stop()
+            with suppress(OSError):  # the terminal may be gone
+                self._live.stop()
             self._live = None
 
     def step(self, record: StepRecord) -> None:
@@ -82,10 +85,11 @@ class Display:
         if time.monotonic() - self._said_at < every_s and record.step != self.steps:
             return
         self._said_at = time.monotonic()
-        if self._live is not None:
-            self._live.update(self.render(), refresh=True)
-        else:
-            self._say(self.line())
+        with suppress(OSError):  # a terminal that was closed is no reason to stop training
+            if self._live is not None:
+                self._live.update(self.render(), refresh=True)
+            else:
+                self._say(self.line())
 
     def line(self) -> str:
         """The state of the run in one line."""
@@ -95,7 +99,7 @@ class Display:
             f"step {last.step}/{self.steps} · epoch {last.epoch + 1} · loss {_number(last.loss, '.4f')} · "
             f"teacher-forced {_number(self._accuracy(), '.1%')} · lr {last.lr:.2e} · "
             f"{self._tokens_per_s():,.0f} tokens/s · ring {last.busy_slots}/{last.num_slots} · "
-            f"{bound(*shares)}-bound ({split}) · {self._left()} left"
+            f"{bound(*shares)}-bound ({split}) · {self._left()}"
         )
 
     def render(self) -> RenderableType:
@@ -104,7 +108,7 @@ class Display:
         rows.add_column(style="dim", no_wrap=True)
         rows.add_column(ratio=1)
         done = self._recent[-1].step if self._recent else self.first
-        rows.add_row("step", _bar(done, self.steps, f"{done:,} / {self.steps:,}   {self._left()} left"))
+        rows.add_row("step", _bar(done, self.steps, f"{done:,} / {self.steps:,}   {self._left()}"))
         if not self._recent:
             rows.add_row("", Text("waiting for the first batch", style="dim"))
             return Panel(rows, title=self.title, title_align="left", box=box.ROUNDED)
@@ -160,8 +164,9 @@ class Display:
 
     def _left(self) -> str:
         if not self._recent:
-            return "?"
-        return units.duration(self._step_s() * (self.steps - self._recent[-1].step))
+            return ""
+        left = self.steps - self._recent[-1].step
+        return f"{units.duration(self._step_s() * left)} left" if left else "done"
 
 
 def sparkline(values: Sequence[float], width: int) -> str:

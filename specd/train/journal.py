@@ -5,14 +5,14 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from io import FileIO
 from pathlib import Path
 from typing import Literal, Protocol
 
 import msgspec
 
-from specd.errors import CheckpointError
+from specd.errors import CheckpointError, writing
 
 logger = logging.getLogger(__name__)
 
@@ -82,17 +82,6 @@ def bound(target_s: float, wire_s: float, train_s: float) -> Bound:
     if train_s >= target_s and train_s >= wire_s:
         return "trainer"
     return "target" if target_s >= wire_s else "wire"
-
-
-@contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """A block that writes `path`. Raises CheckpointError where it cannot, most often because the disk is full."""
-    try:
-        yield
-    except OSError as error:
-        raise CheckpointError(
-            f"cannot write {path}: {error.strerror or error}; free some space there, then continue with --resume"
-        ) from None
 
 
 class Journal:

@@ -11,7 +11,7 @@ import logging
 import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -23,10 +23,12 @@ from specd.config import TrainConfig
 from specd.errors import BatchError, SpecdError
 from specd.packing import Batch
 from specd.protocol import TargetContract
-from specd.staging import Stopwatch, reached
+from specd.staging import reached
 from specd.train.checkpoint import Checkpoints, Position, RngStates
 from specd.train.interrupt import Interrupt
 from specd.train.journal import Journal, Sink, StepRecord, TrainedBatch
+from specd.train.optimizer import apply_gradients, learning_rate, make_optimizer, total_steps
+from specd.train.stopwatch import Stopwatch
 
 if TYPE_CHECKING:
     from specd.client import Delivery
@@ -96,55 +98,6 @@ class Source(Protocol):
     def stats(self) -> Stats:
         """Counters since the start."""
         ...
-
-
-def total_steps(config: TrainConfig, num_batches: int) -> int:
-    """Optimizer steps of a run over `num_batches` batches: max_steps, or as many as the data gives if that is less."""
-    steps = math.ceil(num_batches / config.accumulation)
-    return min(steps, config.max_steps) if config.max_steps else steps
-
-
-def learning_rate(config: TrainConfig, step: int, steps: int) -> float:
-    """Rate of optimizer step `step` (from 0) of `steps`: linear warm-up, then a cosine that reaches 0 at the end."""
-    warmup = math.ceil(config.warmup_ratio * steps)
-    if step < warmup:
-        return config.lr * (step + 1) / warmup
-    return config.lr * 0.5 * (1.0 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
-
-
-def make_optimizer(module: torch.nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW over the trainable parameters; weight decay on matrices only, norms keep their scale."""
-    trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [parameter for parameter in trainable if parameter.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [parameter for parameter in trainable if parameter.ndim < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW([group for group in groups if group["params"]], config.lr, config.betas, fused=True)
-
-
-def apply_gradients(
-    optimizer: torch.optim.AdamW, weight: torch.Tensor, losses: torch.Tensor, clip: float, halted: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """One step with the accumulated gradients of loss sums, which it clears. No host sync.
-
-    weight: 0-d float32, what the gradients are divided by. losses: [batches]. clip: of the gradients' norm, 0 for none.
-    halted: 0-d float32, 1 stops every step from now on. A step without weight, with a loss or gradient that is not
-    finite, or after one such, leaves weights and moments as they are. Returns the norm before clipping, and `halted`.
-    """
-    parameters = chain.from_iterable(group["params"] for group in optimizer.param_groups)
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    divisor = torch.where(weight > 0, weight, 1.0)
-    norm = torch.nn.utils.get_total_norm(gradients).to(divisor.device) / divisor
-    finite = torch.isfinite(norm) & torch.isfinite(losses).all()
-    halted = torch.maximum(halted, (~finite).float())
-    if gradients:
-        # What GradScaler sets on a fused optimizer (torch 2.9 to 2.13, AdamW.step): gradients are divided by
-        # grad_scale, and nothing changes where found_inf is 1. This way the decision never leaves the device.
-        optimizer.grad_scale = divisor * (torch.clamp((norm + 1e-6) / clip, min=1.0) if clip else 1.0)  # type: ignore[attr-defined]
-        optimizer.found_inf = torch.maximum(halted, (weight <= 0).float())  # type: ignore[attr-defined]
-        optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return norm, halted
 
 
 class _Window:
@@ -252,9 +205,9 @@ class _Run:
         self.rng = RngStates.capture()
         self.savable = True  # weights, moments, position and records are of the same step
         self._pending: list[_Done] = []
+        self.device = str(optimizer.param_groups[0]["params"][0].device)
         # 1 from the first non-finite step on: no later step changes a weight, though the host learns of it only when
         # it logs.
-        self.device = str(optimizer.param_groups[0]["params"][0].device)
         self._halted = torch.zeros((), device=self.device)
         self._stats = source.stats()
         self._mark = time.perf_counter()
@@ -277,30 +230,36 @@ class _Run:
         step = self.position.step
         if step % self.config.log_every == 0 or step == self.steps:
             # On a GPU the newest step stays, so that there is work on it while the host waits and makes the next batch.
-            self.flush(keep=1 if self._halted.is_cuda and step < self.steps else 0)
+            self._show(self._log(keep=1 if self._halted.is_cuda and step < self.steps else 0))
         if step == self.steps or (self.config.save_every and step % self.config.save_every == 0):
             self.save()
-
-    def flush(self, keep: int = 0) -> None:
-        """Log all steps that are not logged yet but the newest `keep`: the one place that waits for the device."""
-        while len(self._pending) > keep:
-            try:
-                record = self._pending[0].record()
-            except SpecdError:
-                self.savable = False
-                raise
-            self.journal.append(record)
-            del self._pending[0]
-            for sink in self.sinks:
-                sink.step(record)
 
     def save(self) -> None:
         """Checkpoint the last optimizer step, if there is one and it is not saved yet."""
         if self.position.step:
-            self.flush()
+            records = self._log()
             self.journal.sync()
             path = self.checkpoints.save(self.position, self.module, self.optimizer, self.rng)
+            self._show(records)
             logger.info("checkpoint of step %d: %s", self.position.step, path)
+
+    def _log(self, keep: int = 0) -> list[StepRecord]:
+        """Write the records that the journal lacks, but the newest `keep`: the one place that waits for the device."""
+        records: list[StepRecord] = []
+        while len(self._pending) > keep:
+            try:
+                records.append(self._pending[0].record())
+            except SpecdError:
+                self.savable = False
+                raise
+            self.journal.append(records[-1])
+            del self._pending[0]
+        return records
+
+    def _show(self, records: Sequence[StepRecord]) -> None:
+        for record in records:
+            for sink in self.sinks:
+                sink.step(record)
 
     def _facts(self, window: _Window, rate: float) -> StepRecord:
         """The host's part of a record: what was trained, and where the time since the last step went."""
@@ -344,9 +303,9 @@ def train(
 ) -> Position:
     """Train to the end, from the start or from the newest checkpoint; returns the last position.
 
-    journal: path of the step records. A SpecdError, one for each out-of-memory too, or a KeyboardInterrupt on the way
-    leaves a checkpoint of the last optimizer step behind, unless that error is a non-finite loss or gradient, which no
-    weight has seen, or came between the weights and the position of a step.
+    journal: path of the step records. A SpecdError (running out of GPU memory becomes one) or a KeyboardInterrupt on
+    the way leaves a checkpoint of the last optimizer step behind, unless that error is a non-finite loss or gradient,
+    which no weight has seen, or came between the weights and the position of a step.
     """
     interrupt = interrupt or Interrupt()
     optimizer = make_optimizer(objective.module, config)

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from specd import __version__, units
-from specd.errors import CheckpointError
+from specd.errors import CheckpointError, writing
 from specd.page import document
 from specd.train import figures
 from specd.train.decode import DEFINITION, ROUNDINGS, Evaluation
@@ -43,7 +43,8 @@ DEFINITIONS = {
         "but not fetched; trainer: everything else of the step"
     ),
     "step over bound": (
-        "measured step time over the larger of target time per daemon and trainer time: 1.0 is a perfect overlap"
+        "measured step time over the larger of target time per daemon and the steps' own time on the trainer's "
+        "device: 1.0 is a perfect overlap"
     ),
 }
 
@@ -100,14 +101,11 @@ class EvalFacts(msgspec.Struct, frozen=True, kw_only=True):
         """How many differ otherwise."""
         return len(self.result.mismatches) - self.ties
 
-    def alike(self, other: EvalFacts) -> bool:
-        """Whether both decoded the same prompts under the same limits, so that their figures can be compared."""
-        one, two = (
-            (facts.model, facts.source, facts.dtype, facts.block_size, facts.max_new_tokens, lengths)
-            for facts in (self, other)
-            for lengths in [[row.prompt_tokens for row in facts.result.prompts]]
-        )
-        return one == two
+    @property
+    def texts(self) -> tuple[object, ...]:
+        """What was decoded, under which limits: figures of the same texts can be compared."""
+        lengths = tuple(row.prompt_tokens for row in self.result.prompts)
+        return self.model, self.source, self.dtype, self.block_size, self.max_new_tokens, lengths
 
 
 def machine_facts() -> dict[str, str]:
@@ -135,7 +133,8 @@ def _processor() -> str:
 
 def write_facts(run: Path, facts: RunFacts) -> None:
     """Store what `write_report` needs to know beside the journal."""
-    (run / FACTS).write_bytes(msgspec.json.format(msgspec.json.encode(facts), indent=1) + b"\n")
+    with writing(run / FACTS):
+        (run / FACTS).write_bytes(msgspec.json.format(msgspec.json.encode(facts), indent=1) + b"\n")
 
 
 def read_facts(run: Path) -> RunFacts:
@@ -156,7 +155,7 @@ def write_report(run: Path) -> Path:
 
 def render(facts: RunFacts, records: Sequence[StepRecord], evals: Mapping[str, EvalFacts]) -> str:
     """The page, from what a run left behind. Evaluations are compared where they decoded the same texts."""
-    alike = {name: facts for name, facts in evals.items() if facts.alike(evals.get("trained", facts))}
+    alike = {name: facts for name, facts in evals.items() if facts.texts == evals.get("trained", facts).texts}
     pictures = [
         ("Loss", figures.loss(records), "Every optimizer step (thin) and the running mean over 5 % of the run."),
         ("Teacher-forced accuracy", figures.accuracy(records), "Running means. Not the acceptance length."),
@@ -213,7 +212,7 @@ def key_figures(records: Sequence[StepRecord], evals: Mapping[str, EvalFacts]) -
 
 
 def step_over_bound(records: Sequence[StepRecord], daemons: int) -> float | None:
-    """Measured time over max(target time / daemons, trainer time); None when no time was measured."""
+    """Measured time over max(target time / daemons, the steps' own time); None when no time was measured."""
     limit = max(sum(r.forward_s for r in records) / max(1, daemons), sum(r.draft_s or r.train_s for r in records))
     return sum(record.step_s for record in records) / limit if limit else None
 

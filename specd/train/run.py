@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 
 from specd.config import RunConfig
-from specd.errors import CheckpointError, ConfigError, ProtocolError
+from specd.errors import CheckpointError, ConfigError, ProtocolError, writing
 from specd.protocol import TargetContract
 from specd.train.checkpoint import Identity
 from specd.train.journal import read
@@ -112,7 +112,8 @@ def target_files(contract: TargetContract, fetch: Callable[[str], bytes], direct
         if Path(name).name != name or name.startswith("."):
             raise ProtocolError(f"the daemon offers an artifact called {name!r}: expected a plain file name")
         files[name] = fetch(name)
-        (directory / name).write_bytes(files[name])
+        with writing(directory / name):
+            (directory / name).write_bytes(files[name])
     return files
 
 

@@ -1,4 +1,4 @@
-"""The stopwatch: what it counts, on the CPU and on a GPU. What stages batches is tested with the fetcher."""
+"""The stopwatch: what it counts, on the CPU and on a GPU."""
 
 from __future__ import annotations
 
@@ -7,18 +7,20 @@ import time
 import pytest
 import torch
 
-from specd.staging import Stopwatch
+from specd.train.stopwatch import Stopwatch
 
 
 def test_pieces_add_up_and_what_failed_or_lies_between_does_not_count() -> None:
     watch = Stopwatch("cpu")
+    begin = time.perf_counter()
     for _ in range(2):
         with watch.running():
             time.sleep(0.05)
-        time.sleep(0.2)
+        time.sleep(0.1)
+    whole = time.perf_counter() - begin
     with pytest.raises(ValueError, match="failed"), watch.running():
         raise ValueError("failed")
-    assert 0.1 <= watch.seconds() < 0.3
+    assert 0.1 <= watch.seconds() <= whole - 0.2
 
 
 @pytest.mark.gpu(1)
@@ -28,8 +30,7 @@ def test_on_a_gpu_its_time_counts_and_not_that_of_the_launch() -> None:
     torch.cuda.synchronize(0)
     begin = time.monotonic()
     with watch.running():
-        torch.cuda._sleep(200_000_000)  # type: ignore[no-untyped-call]
+        torch.cuda._sleep(1_000_000_000)  # type: ignore[no-untyped-call]
     launched = time.monotonic() - begin
     torch.cuda.synchronize(0)
-    whole = time.monotonic() - begin
-    assert launched < 0.05 < watch.seconds() <= whole
+    assert launched < watch.seconds() <= time.monotonic() - begin
