@@ -291,8 +291,10 @@ class _Bench:
                 self._together(as_answered(children, colocated.Answer))
 
     def _together(self, answers: Iterable[tuple[int, colocated.Answer]]) -> None:
-        """The rows of processes that trained together: the first one's, which are like the others', with the memory of
-        all. Raises DaemonError when one failed."""
+        """The rows of processes that trained together: the first one's, as all are alike, with the memory of all.
+
+        Raises DaemonError when one failed.
+        """
         found: tuple[colocated.Timed, ...] = ()
         used = 0
         for number, answer in answers:

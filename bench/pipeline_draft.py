@@ -48,8 +48,7 @@ class Draft(Protocol):
     parameters: list[torch.nn.Parameter]
 
     def step(self, states: States, wait: bool) -> None:
-        """One whole optimizer step; returns when the device is done with it, or, unless told to wait for that, with the
-        one before it at least."""
+        """One whole optimizer step. wait: return when the device is done with it, not only with the one before it."""
         ...
 
 
@@ -69,8 +68,11 @@ class SleepingDraft:
 
 
 class TrainedDraft:
-    """DFlash with AdamW and clipping, one batch a step. Unless it is told to wait, a step ends as in the loop when the
-    one before it is done, so that the device has work while the host makes the next."""
+    """DFlash with AdamW and clipping, one batch a step.
+
+    Unless it is told to wait, a step ends when the one before it is done, as in the loop: the device has work while the
+    host makes the next.
+    """
 
     def __init__(self, objective: Any, device: str, reduce: Callable[[], None]) -> None:
         self._objective = objective

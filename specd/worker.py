@@ -85,7 +85,7 @@ class Worker:
         thread = threading.Thread(target=self._run_target, name="specd-target", daemon=True)
         thread.start()
         parent = os.pidfd_open(self._config.parent_pid) if self._config.parent_pid else -1
-        ordered = False
+        patience: float | None = None
         try:
             poller = zmq.Poller()
             poller.register(inbox, zmq.POLLIN)
@@ -97,15 +97,20 @@ class Worker:
                 if parent in ready:
                     log.warning("control is gone: the worker ends")
                     self._abandon()
-                if self._ended in ready and self._failure:
-                    raise RuntimeError(self._failure)
-                if self._ended in ready or (inbox in ready and not self._serve(channel.decode(inbox.recv()), outbox)):
-                    ordered = True
+                if self._ended in ready:
+                    if self._failure:
+                        raise RuntimeError(self._failure)
                     break
+                if inbox in ready and not self._serve(channel.decode(inbox.recv()), outbox):
+                    break
+        except BaseException:
+            # The target may wait for a device that is gone. A thread cannot be left behind: its ring is about to go.
+            patience = CRASH_S if parent >= 0 else None
+            raise
         finally:
             self._tasks.put(None)
-            thread.join(None if ordered or parent < 0 else CRASH_S)
-            if thread.is_alive():  # it waits for a device that is gone
+            thread.join(patience)
+            if thread.is_alive():
                 self._abandon()
             try:
                 self._close()

@@ -7,6 +7,7 @@ import fcntl
 import logging
 import os
 import shutil
+import socket
 import tempfile
 import uuid
 from collections.abc import Iterator
@@ -97,3 +98,12 @@ def own_compiler() -> Iterator[None]:
 
     with torch._inductor.config.patch(compile_threads=1):
         yield
+
+
+@pytest.fixture
+def ipv6() -> None:
+    """Skips where the machine has no IPv6."""
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError as error:
+        pytest.skip(f"needs IPv6: {error}")

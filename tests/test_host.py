@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 from pathlib import Path
 
 import pytest
@@ -71,12 +70,9 @@ def test_a_tcp_endpoint_is_an_address_and_a_port(endpoint: str, insecure: bool) 
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1", "[::1]"])
-def test_a_daemon_is_dialled_at_either_kind_of_address(address: str) -> None:
+def test_a_daemon_is_dialled_at_either_kind_of_address(address: str, request: pytest.FixtureRequest) -> None:
     if ":" in address:
-        try:
-            socket.create_server(("::1", 0), family=socket.AF_INET6).close()
-        except OSError:
-            pytest.skip("needs IPv6")
+        request.getfixturevalue("ipv6")
     with zmq.Context() as context, context.socket(zmq.ROUTER) as daemon:
         daemon.set(zmq.LINGER, 0)
         daemon.set(zmq.IPV6, int(":" in address))

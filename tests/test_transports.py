@@ -126,11 +126,8 @@ def test_a_host_that_cannot_start_says_why() -> None:
         SpawnedHost("carrier-pigeon", 1, 4096)
 
 
+@pytest.mark.usefixtures("ipv6")
 def test_bytes_over_ipv6() -> None:
-    try:
-        sockets.create_server(("::1", 0), family=sockets.AF_INET6).close()
-    except OSError:
-        pytest.skip("needs IPv6")
     with contextlib.closing(LocalHost(_BytesTcp, 1, 4096, tcp="::1")) as host:
         client = _OverTcp("cpu")
         offer = host.accept(b"one", client.hello())
