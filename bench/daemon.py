@@ -14,15 +14,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from specd.capture import CaptureSpec
-from specd.config import DaemonConfig, RingConfig, SubscriberConfig, TargetConfig
+from specd.config.settings import DaemonConfig, RingConfig, SubscriberConfig, TargetConfig
 from specd.errors import DaemonError
-from specd.packing import Batch
+from specd.protocol.batch import Batch
+from specd.protocol.capture import CaptureSpec
 
 if TYPE_CHECKING:
     import zmq
 
-    from specd.client import Delivery
+    from specd.client.subscriber import Delivery
 
 SPEC = CaptureSpec(taps=(1, 3), dtype="float32")
 SHAPE = "hidden=64,layers=6,vocab=512"
@@ -93,7 +93,7 @@ def _batch(index: int) -> Batch:
 def _deliveries(
     endpoint: str, context: zmq.Context[zmq.Socket[bytes]] | None, transport: str, depth: int, source: Iterator[Batch]
 ) -> Iterator[Delivery]:
-    from specd.client import Subscriber
+    from specd.client.subscriber import Subscriber
 
     config = SubscriberConfig(endpoints=(endpoint,), transport=transport, depth=depth)
     with Subscriber(config, SPEC, context=context, name="bench") as subscriber:
@@ -105,7 +105,7 @@ def _daemon(
     transport: str, model: str, exact: bool = False
 ) -> Iterator[tuple[str, zmq.Context[zmq.Socket[bytes]] | None]]:
     """A daemon on threads of this process for `inproc`, on processes of its own for every other transport."""
-    from specd.host import embedded
+    from specd.daemon.serve import embedded
 
     with ExitStack() as stack:
         if transport == "inproc":

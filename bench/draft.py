@@ -18,12 +18,12 @@ import numpy as np
 import torch
 
 from specd.bench.machine import machine
-from specd.config import DFlashConfig, TrainConfig
+from specd.config.settings import DFlashConfig, TrainConfig
+from specd.drafts.dflash.model import DraftShape
+from specd.drafts.dflash.objective import Blocks, DFlash, Tuning, make_blocks, sample_anchors
 from specd.errors import ConfigError
-from specd.packing import Batch
-from specd.protocol import TargetContract
-from specd.train.dflash import Blocks, DFlash, Tuning, make_blocks, sample_anchors
-from specd.train.dflash_model import DraftShape
+from specd.protocol.batch import Batch
+from specd.protocol.messages import TargetContract
 from specd.train.optimizer import apply_gradients, make_optimizer
 
 CONTEXTS: Final = (1024, 3072, 10240)

@@ -9,7 +9,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from specd import cuda
+from specd.memory import cuda
 
 CUPY = ("cupy-cuda13x", "cupy-cuda12x")
 

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import msgspec
 import typer
 
-from specd.config import overrides
+from specd.config.settings import overrides
 from specd.errors import ConfigError
 
 UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
@@ -44,9 +44,9 @@ def transport(
     """How fast does each transport move a slot, next to a raw copy of the same size, and which one would auto take?"""
     from rich.console import Console
 
-    from specd.bench import chart as charts
-    from specd.bench.table import render
-    from specd.bench.transport import complain, run
+    from specd.bench.transport import chart as charts
+    from specd.bench.transport.run import complain, run
+    from specd.bench.transport.table import render
 
     if chart is not None:
         charts.check(chart)
@@ -115,11 +115,11 @@ def pipeline(
     """How close does a pipeline come to its bound, next to co-location and to the seed's protocol?"""
     from rich.console import Console
 
-    from specd.bench import chart as charts
-    from specd.bench import pipeline_chart
-    from specd.bench.pipeline import run
-    from specd.bench.pipeline_defaults import defaults
-    from specd.bench.pipeline_table import render
+    from specd.bench.pipeline import chart as pipeline_chart
+    from specd.bench.pipeline.defaults import defaults
+    from specd.bench.pipeline.run import run
+    from specd.bench.pipeline.table import render
+    from specd.bench.transport import chart as charts
 
     if chart is not None:
         charts.check(chart)

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import msgspec
 import typer
 
-from specd.config import DataConfig, convert, merge, overrides, preset
+from specd.config.settings import DataConfig, convert, merge, overrides, preset
 from specd.errors import ConfigError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from specd.data import Dataset
+    from specd.data.dataset import Dataset
 
 EXAMPLES = (
     "Examples: `specd data stats chats.jsonl --model Qwen3-8B` · `specd data show chats.jsonl --row 3 --model Qwen3-8B`"
@@ -64,8 +64,8 @@ def regenerate(
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from specd import regenerate as regeneration
-    from specd.targets.checkpoint import load_causal_lm
+    from specd.data import regenerate as regeneration
+    from specd.targets.source import load_causal_lm
 
     if threads:
         torch.set_num_threads(threads)
@@ -114,8 +114,8 @@ def show(
     from rich.console import Console
     from rich.text import Text
 
-    from specd.chat import load_tokenizer
-    from specd.data import sample, trainable
+    from specd.data.chat import load_tokenizer
+    from specd.data.dataset import sample, trainable
 
     config = data_config(source, model, settings)
     directory = _tokenizer_dir(model)
@@ -152,7 +152,7 @@ def stats(
     """Count samples, tokens and labels, and show how long samples are."""
     from rich.console import Console
 
-    from specd.data import prepare
+    from specd.data.dataset import prepare
 
     config = data_config(source, model, settings)
     dataset = prepare(config, _tokenizer_dir(model))
@@ -211,7 +211,7 @@ def data_config(source: str, model: str, settings: list[str] | None, run: dict[s
 
 
 def _tokenizer_dir(model: str) -> Path:
-    from specd.targets.checkpoint import resolve
+    from specd.targets.source import resolve
 
     path = resolve(model, need="tokenizer").path
     assert path is not None, "only a shape can come without a directory"

@@ -21,8 +21,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from specd import arena
 from specd.errors import ConfigError, DaemonError
+from specd.memory import arena
 from specd.train.interrupt import Interrupt
 
 EXAMPLES = "Examples: `specd demo` · `specd demo --quick --output runs/first-look`"
@@ -36,7 +36,7 @@ def demo(
     quick: Annotated[bool, typer.Option("--quick", help="A few steps and prompts only, to show the path.")] = False,
 ) -> None:
     """Run everything once on two cores: daemon, answers by the target, training, evaluation, report."""
-    from specd.targets.checkpoint import resolve
+    from specd.targets.source import resolve
 
     steps, prompts = (["--max-steps", "12"], 2) if quick else ([], 10)
     run = output / "run"
@@ -70,7 +70,7 @@ def demo(
 
 def remove_run(run: Path) -> None:
     """Make room for a new run where an earlier one lies. Raises ConfigError for anything that is no run."""
-    from specd.train.report import FACTS
+    from specd.train.directory import FACTS
 
     if not run.exists() or (run.is_dir() and not any(run.iterdir())):
         return
@@ -195,8 +195,9 @@ def summarise(stage: Stage, run: Path, seconds: float) -> None:
     """What came out, in a few lines."""
     import msgspec
 
+    from specd.report.run_report import EVALS, EvalFacts
+    from specd.train.directory import JOURNAL
     from specd.train.journal import read
-    from specd.train.report import EVALS, JOURNAL, EvalFacts
 
     before, after = (
         msgspec.json.decode((run / EVALS[name]).read_bytes(), type=EvalFacts) for name in ("untrained", "trained")

@@ -16,9 +16,10 @@ from typing import Annotated, Any, Literal, get_args, get_type_hints
 import msgspec
 import typer
 
-from specd import __version__, transport, units
-from specd.config import Preset, TargetConfig, cache_dir, preset, presets, runtime_dir
+from specd import __version__, units
+from specd.config.settings import Preset, TargetConfig, cache_dir, preset, presets, runtime_dir
 from specd.errors import SpecdError, TransportError
+from specd.transports import base as transport
 
 EXAMPLES = "Examples: `specd doctor` · `specd doctor --json`"
 PACKAGES = (
@@ -115,7 +116,7 @@ def check_transport(name: str) -> Finding:
 def _move(found: type[transport.Transport]) -> str:
     import torch
 
-    from specd.arena import HostArena
+    from specd.memory.arena import HostArena
 
     session, sent = secrets.token_bytes(8), transport.pattern(secrets.token_bytes(16), PROBE_BYTES).tobytes()
     ref = transport.SlotRef(slot=0, generation=1, nbytes=PROBE_BYTES)
@@ -144,7 +145,7 @@ def _move_between_gpus(name: str, found: type[transport.Transport]) -> str:
     """From the first GPU to the last one; with a single one, to itself."""
     import torch
 
-    from specd.transports.host import SpawnedHost
+    from specd.transports.testing.hosts import SpawnedHost
 
     if not (count := torch.cuda.device_count()):
         build = torch.version.cuda

@@ -15,8 +15,8 @@ from specd.errors import ConfigError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from specd.chat import Chat
-    from specd.train.report import EvalFacts
+    from specd.data.chat import Chat
+    from specd.report.run_report import EvalFacts
 
 EXAMPLES = (
     "Examples: `specd eval --draft runs/dflash/draft` · "
@@ -57,13 +57,14 @@ def evaluate(
     import msgspec
     from rich.console import Console
 
-    from specd.chat import Chat, end_tokens
-    from specd.targets.checkpoint import load_causal_lm
-    from specd.train.decode import evaluate as decode
-    from specd.train.decode import greedy
-    from specd.train.dflash_model import DFlashDraft
-    from specd.train.export import load_draft
-    from specd.train.report import EVALS, FACTS, EvalFacts, read_facts
+    from specd.data.chat import Chat, end_tokens
+    from specd.drafts.dflash.export import load_draft
+    from specd.drafts.dflash.model import DFlashDraft
+    from specd.evaluate.decode import evaluate as decode
+    from specd.evaluate.decode import greedy
+    from specd.report.run_report import EVALS, EvalFacts, read_facts
+    from specd.targets.source import load_causal_lm
+    from specd.train.directory import FACTS
 
     directory = draft / "draft" if (draft / "draft" / "config.json").is_file() else draft
     run = directory.parent if (directory.parent / FACTS).is_file() else None
@@ -125,8 +126,8 @@ def evaluate(
 
 def encode_prompts(source: str, chat: Chat, limit: int) -> list[list[int]]:
     """Token ids of the first question of each conversation in `source`, up to where the target begins its answer."""
-    from specd.chat import questions, turns
-    from specd.rows import read_rows
+    from specd.data.chat import questions, turns
+    from specd.data.rows import read_rows
 
     tokenizer: Any = chat.tokenizer
     texts = [

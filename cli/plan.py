@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import msgspec
 import typer
 
-from specd.balance import Balance, Layout, Work, balance
-from specd.capture import DTYPE_BYTES, CaptureSpec
-from specd.config import preset, presets
+from specd.config.settings import preset, presets
 from specd.errors import ConfigError
+from specd.plan import Balance, Layout, Work, balance
+from specd.protocol.capture import DTYPE_BYTES, CaptureSpec
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -151,8 +151,9 @@ def _of_run(path: Path, *, draft: bool) -> dict[str, Any]:
     The forwards are as its daemons made them, merged where they merged. A co-located run's are unmerged, and so both.
     Raises ConfigError for a journal that does not tell what is asked.
     """
+    from specd.report.run_report import read_facts
+    from specd.train.directory import JOURNAL
     from specd.train.journal import read
-    from specd.train.report import JOURNAL, read_facts
 
     facts, records = read_facts(path), read(path / JOURNAL)
     steps = records[int(len(records) * WARM_UP) :]

@@ -14,6 +14,6 @@ def report(
     run: Annotated[Path, typer.Argument(help="Directory of a run, the --output of `specd train`.", metavar="RUN")],
 ) -> None:
     """Write RUN/report.html: loss, acceptance per block offset, where the time went, on what machine."""
-    from specd.train.report import write_report
+    from specd.report.run_report import write_report
 
     typer.echo(f"report written to {write_report(run)}")

@@ -16,11 +16,11 @@ import msgspec
 import typer
 
 from specd import units
-from specd.config import DaemonConfig, convert, load_yaml, make_runtime_dir, merge, overrides, preset
+from specd.config.settings import DaemonConfig, convert, load_yaml, make_runtime_dir, merge, overrides, preset
 from specd.errors import ConfigError, DaemonError
 
 if TYPE_CHECKING:
-    from specd.protocol import StatusReport
+    from specd.protocol.messages import StatusReport
 
 EXAMPLES = (
     "Examples: `specd start --model smollm2-135m` · "
@@ -128,7 +128,7 @@ def daemon_config(
 
 
 def _serve(daemon: DaemonConfig, ready_fd: int) -> int:
-    from specd.host import serve
+    from specd.daemon.serve import serve
 
     if ready_fd >= 0:
         os.set_inheritable(ready_fd, False)  # the worker must not hold it open

@@ -12,7 +12,7 @@ import typer
 from specd import units
 
 if TYPE_CHECKING:
-    from specd.protocol import StatusReport
+    from specd.protocol.messages import StatusReport
 
 EXAMPLES = "Examples: `specd status` · `specd status --endpoint tcp://127.0.0.1:7070 --json`"
 
@@ -23,7 +23,7 @@ def status(
     timeout: Annotated[float, typer.Option(min=0, help="Seconds to wait for an answer.")] = 5.0,
 ) -> None:
     """Show a daemon's target, ring, sessions and counters."""
-    from specd.session import ask_status
+    from specd.client.handshake import ask_status
 
     report = ask_status(endpoint, timeout)
     if as_json:

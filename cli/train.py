@@ -16,15 +16,15 @@ import msgspec
 import typer
 from msgspec.structs import replace
 
-from specd.config import DaemonConfig, RunConfig, convert, load_yaml, merge, overrides, preset
+from specd.config.settings import DaemonConfig, RunConfig, convert, load_yaml, merge, overrides, preset
 from specd.errors import ConfigError, TransportError
 
 if TYPE_CHECKING:
-    from specd.data import Dataset
-    from specd.protocol import TargetContract
-    from specd.train.dflash import DFlash
+    from specd.data.dataset import Dataset
+    from specd.drafts.dflash.objective import DFlash
+    from specd.protocol.messages import TargetContract
+    from specd.report.run_report import RunFacts
     from specd.train.interrupt import Interrupt
-    from specd.train.report import RunFacts
 
 EXAMPLES = (
     "Examples: `specd train dflash --data chats.jsonl --output runs/first` · "
@@ -114,16 +114,16 @@ def _train(asked: dict[str, Any], model: str, resume: bool, interrupt: Interrupt
     """Connect, prepare, train, export."""
     import torch
 
-    from specd.client import Subscriber
-    from specd.data import Loader, prepare
+    from specd.client.subscriber import Subscriber
+    from specd.data.dataset import Loader, prepare
+    from specd.drafts.dflash.objective import DFlash, capture_spec
+    from specd.report.run_report import write_facts
     from specd.train.checkpoint import Checkpoints
-    from specd.train.dflash import DFlash, capture_spec
+    from specd.train.directory import RunDirectory, identity, target_files
     from specd.train.display import Display, Scalars
     from specd.train.journal import read
     from specd.train.loop import train
     from specd.train.optimizer import total_steps
-    from specd.train.report import write_facts
-    from specd.train.run import RunDirectory, identity, target_files
 
     first = _settle(asked, model)  # what a daemon hosts, and its preset, is known when it is connected
     if first.target and not model:
@@ -138,7 +138,7 @@ def _train(asked: dict[str, Any], model: str, resume: bool, interrupt: Interrupt
     with contextlib.ExitStack() as stack:
         link, context = first.subscriber, None
         if hosted is not None:
-            from specd.host import embedded
+            from specd.daemon.serve import embedded
 
             host = stack.enter_context(embedded(hosted))
             link = replace(link, endpoints=(host.endpoint,), transport="inproc")
@@ -226,7 +226,7 @@ def _hosted(config: RunConfig, model: str) -> DaemonConfig:
 
 def _remedy(output: str) -> str:
     """How to go on with a run that was interrupted."""
-    from specd.train.run import RunDirectory
+    from specd.train.directory import RunDirectory
 
     if RunDirectory(Path(output)).begun:
         return f"continue with the same command and --resume (output {output})"
@@ -237,7 +237,7 @@ def _device(asked: str) -> str:
     """`auto` as a GPU where there is one, else cpu. Raises ConfigError for a device that this process lacks."""
     import torch
 
-    from specd import cuda
+    from specd.memory import cuda
 
     device = ("cuda" if torch.cuda.is_available() else "cpu") if asked == "auto" else asked
     if device != "cpu":
@@ -270,7 +270,7 @@ def _mask_token(config: RunConfig, model: str) -> int:
 def _facts(
     config: RunConfig, contract: TargetContract, dataset: Dataset, objective: DFlash, transports: dict[str, str]
 ) -> RunFacts:
-    from specd.train.report import RunFacts, machine_facts
+    from specd.report.run_report import RunFacts, machine_facts
 
     shape, report = objective.draft.shape, dataset.report
     parameters = sum(parameter.numel() for parameter in objective.module.parameters())

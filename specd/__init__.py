@@ -9,13 +9,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from specd.capture import CaptureSpec
-    from specd.client import Delivery, Subscriber
-    from specd.config import DaemonConfig, RunConfig, SubscriberConfig, TargetConfig
+    from specd.client.subscriber import Delivery, Subscriber
+    from specd.config.settings import DaemonConfig, RunConfig, SubscriberConfig, TargetConfig
+    from specd.daemon.serve import embedded, serve
     from specd.errors import SpecdError
-    from specd.host import embedded, serve
-    from specd.packing import Batch
-    from specd.protocol import TargetContract
+    from specd.protocol.batch import Batch
+    from specd.protocol.capture import CaptureSpec
+    from specd.protocol.messages import TargetContract
 
 __version__ = "0.1.0"
 
@@ -36,18 +36,18 @@ __all__ = [
 ]
 
 _HOMES = {
-    "Batch": "specd.packing",
-    "CaptureSpec": "specd.capture",
-    "DaemonConfig": "specd.config",
-    "Delivery": "specd.client",
-    "RunConfig": "specd.config",
+    "Batch": "specd.protocol.batch",
+    "CaptureSpec": "specd.protocol.capture",
+    "DaemonConfig": "specd.config.settings",
+    "Delivery": "specd.client.subscriber",
+    "RunConfig": "specd.config.settings",
     "SpecdError": "specd.errors",
-    "Subscriber": "specd.client",
-    "SubscriberConfig": "specd.config",
-    "TargetConfig": "specd.config",
-    "TargetContract": "specd.protocol",
-    "embedded": "specd.host",
-    "serve": "specd.host",
+    "Subscriber": "specd.client.subscriber",
+    "SubscriberConfig": "specd.config.settings",
+    "TargetConfig": "specd.config.settings",
+    "TargetContract": "specd.protocol.messages",
+    "embedded": "specd.daemon.serve",
+    "serve": "specd.daemon.serve",
 }
 
 

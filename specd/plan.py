@@ -1,178 +1,251 @@
-"""The order of training: which samples share a batch, which batch comes when, and where a run stands in it."""
+"""Whether a target in a process of its own pays: times, ring and GPU-hours of a training, from rates alone.
+
+Per GPU-second a perfectly balanced disaggregation costs what co-location costs: every batch needs its target's forward
+and its draft's step, wherever they run. It can only win where a daemon's forwards are cheaper than co-located ones, and
+it loses whatever one side idles.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Protocol
+import math
+from typing import Literal
 
 import msgspec
-import numpy as np
-from numpy.typing import NDArray
 
 from specd.errors import ConfigError
-from specd.packing import Batch
 
-GROUP_BATCHES = 64
-"""So many batches' worth of shuffled samples are sorted by length together."""
-
-
-class Samples(Protocol):
-    """Tokenised samples by number; a Dataset is one."""
-
-    def tokens(self, i: int) -> NDArray[np.int32]: ...
-
-    def loss_mask(self, i: int) -> NDArray[np.bool_]: ...
+Side = Literal["target", "draft", "wire", "none"]
+MOST_PROCESSES = 8
+"""Layouts of up to so many daemons and trainers together are compared."""
+EVEN = 0.02
+"""Two costs this close are the same: no machine repeats itself better."""
 
 
-class Cursor(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The next batch to train: number `index` of `epoch`. An index equal to the epoch's length is the next epoch."""
+class Work(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What is trained, and how fast its parts are.
 
-    epoch: int = 0
-    index: int = 0
-
-    @staticmethod
-    def after(batch: Batch) -> Cursor:
-        """Where a run stands once `batch` is trained."""
-        return Cursor(epoch=batch.epoch, index=batch.index + 1)
-
-
-class Plan:
-    """Every epoch as batches of sample numbers: each sample exactly once an epoch, each batch within its budget.
-
-    A pure function of its arguments, the same on every machine and with every numpy. Samples of alike length share a
-    batch: sorted within groups of GROUP_BATCHES batches of shuffled samples; then the batches are shuffled.
+    target_tokens_per_s: of one daemon. draft_tokens_per_s: of one trainer, the whole optimizer step.
+    colocated_target_tokens_per_s: of a target that runs each batch alone, on as many GPUs as a daemon; 0 for the same:
+    a daemon merges small batches of several requests into one forward, a co-located target cannot.
+    batch_tokens: of one trainer batch. tokens_per_sample: on average. bytes_per_token: of the captured states.
+    wire_gb_per_s: 10⁹ bytes a second to one trainer; 0 if it never waits for the wire. depth: batches under way beyond
+    the one in use.
     """
 
-    __slots__ = ("_counts", "_epochs", "_lengths", "batch_tokens", "max_batch_sequences", "seed")
-
-    def __init__(
-        self, lengths: Sequence[int] | NDArray[np.int64], batch_tokens: int, max_batch_sequences: int = 0, seed: int = 0
-    ) -> None:
-        """lengths: tokens of each sample. max_batch_sequences: 0 for no limit.
-
-        Raises ConfigError for a budget that a sample exceeds.
-        """
-        self._lengths = np.asarray(lengths, np.int64)
-        self.batch_tokens, self.max_batch_sequences, self.seed = batch_tokens, max_batch_sequences, seed
-        self._epochs: dict[int, list[tuple[int, ...]]] = {}
-        self._counts: dict[int, int] = {}
-        if batch_tokens < 1 or max_batch_sequences < 0:
-            raise ConfigError(
-                f"data.batch_tokens={batch_tokens}, data.max_batch_sequences={max_batch_sequences}: expected a budget "
-                f"of at least one token, and a limit of sequences or 0 for none"
-            )
-        if not self._lengths.size:
-            raise ConfigError("there are no samples to plan batches of; give data with at least one trainable sample")
-        longest = int(self._lengths.argmax())
-        if self._lengths[longest] > batch_tokens:
-            raise ConfigError(
-                f"sample {longest} has {self._lengths[longest]} tokens, more than data.batch_tokens={batch_tokens}; "
-                f"raise it, or cut samples with data.max_length={batch_tokens}"
-            )
-
-    def __repr__(self) -> str:
-        return f"Plan({self._lengths.size} samples, {self.batch_tokens} tokens a batch, seed {self.seed})"
-
-    def epoch(self, epoch: int) -> list[tuple[int, ...]]:
-        """The batches of one epoch (from 0), in order, as sample numbers."""
-        if epoch not in self._epochs:
-            self._epochs = {epoch: self._build(epoch)}  # a run reads one epoch at a time
-        return self._epochs[epoch]
-
-    def num_batches(self, epoch: int) -> int:
-        """How many batches one epoch has; epochs differ a little, because each packs its samples anew."""
-        if epoch not in self._counts:
-            self._counts[epoch] = len(self.epoch(epoch))
-        return self._counts[epoch]
-
-    def _build(self, epoch: int) -> list[tuple[int, ...]]:
-        shuffled = np.argsort(_keys(self._lengths.size, self.seed, epoch, 0), kind="stable")
-        per_batch = max(1, int(self.batch_tokens // self._lengths.mean()))
-        if self.max_batch_sequences:
-            per_batch = min(per_batch, self.max_batch_sequences)
-        group = GROUP_BATCHES * per_batch
-        batches: list[tuple[int, ...]] = []
-        for at in range(0, shuffled.size, group):
-            members = shuffled[at : at + group]
-            batches += self._fill(members[np.argsort(self._lengths[members], kind="stable")])
-        order = np.argsort(_keys(len(batches), self.seed, epoch, 1), kind="stable")
-        return [batches[i] for i in order.tolist()]
-
-    def _fill(self, members: NDArray[np.int64]) -> Iterator[tuple[int, ...]]:
-        """Consecutive members, as many in each batch as its budget holds."""
-        batch: list[int] = []
-        used = 0
-        for i, length in zip(members.tolist(), self._lengths[members].tolist(), strict=True):
-            if batch and (used + length > self.batch_tokens or len(batch) == self.max_batch_sequences):
-                yield tuple(batch)
-                batch, used = [], 0
-            batch.append(i)
-            used += length
-        yield tuple(batch)
+    target_tokens_per_s: float
+    draft_tokens_per_s: float
+    batch_tokens: float
+    bytes_per_token: int
+    colocated_target_tokens_per_s: float = 0.0
+    wire_gb_per_s: float = 0.0
+    tokens_per_sample: float = 0.0
+    samples: int = 0
+    epochs: float = 1.0
+    gpus_per_daemon: int = 1
+    gpus_per_trainer: int = 1
+    depth: int = 2
 
 
-class Loader:
-    """The batches of `epochs` epochs, from a cursor on. Iterating it again begins again at that cursor."""
+class Layout(msgspec.Struct, frozen=True, kw_only=True):
+    """One way to place the work.
 
-    __slots__ = ("_cursor", "_plan", "_samples", "epochs")
+    batch_s: seconds between two batches of the whole layout. gpu_s_per_sample: what a sample occupies, idle GPUs
+    included. hours, gpu_hours: of the whole training, 0 if its size is not known.
+    """
 
-    def __init__(self, samples: Samples, plan: Plan, *, epochs: int = 1, cursor: Cursor | None = None) -> None:
-        self._samples, self._plan, self.epochs = samples, plan, epochs
-        self._cursor = cursor or Cursor()
-        if epochs < 1:
-            raise ConfigError(f"train.epochs={epochs}: expected at least 1")
-        if not 0 <= self._cursor.epoch <= epochs or self._cursor.index < 0:
-            raise ConfigError(f"cursor {self._cursor} lies outside a run of {epochs} epochs")
+    name: str
+    daemons: int
+    trainers: int
+    gpus: int
+    batch_s: float
+    samples_per_s: float
+    gpu_s_per_sample: float
+    hours: float
+    gpu_hours: float
 
-    def __repr__(self) -> str:
-        return f"Loader({self._plan!r}, {self.epochs} epochs, from {self._cursor})"
+
+class Ring(msgspec.Struct, frozen=True, kw_only=True):
+    """The ring of one daemon in the balanced layout: `slots` batches of `slot_bytes` each."""
+
+    slots: int
+    slot_bytes: int
 
     @property
-    def num_batches(self) -> int:
-        """How many batches all epochs have together, wherever the cursor stands."""
-        return sum(map(self._plan.num_batches, range(self.epochs)))
-
-    def __len__(self) -> int:
-        """How many batches are left from the cursor on."""
-        before = sum(map(self._plan.num_batches, range(self._cursor.epoch)))
-        return max(0, self.num_batches - before - self._cursor.index)
-
-    def __iter__(self) -> Iterator[Batch]:
-        return self.batches(self._cursor.epoch, self._cursor.index)
-
-    def batches(self, epoch: int, index: int) -> Iterator[Batch]:
-        """All batches from number `index` of `epoch` on; `index` may be the length of that epoch."""
-        for current in range(epoch, self.epochs):
-            plan = self._plan.epoch(current)
-            for number in range(index if current == epoch else 0, len(plan)):
-                yield self._pack(plan[number], current, number)
-
-    def _pack(self, members: tuple[int, ...], epoch: int, index: int) -> Batch:
-        tokens = [self._samples.tokens(i) for i in members]
-        return Batch(
-            tokens=np.concatenate(tokens),
-            lengths=np.array([part.size for part in tokens], np.int32),
-            loss_mask=np.concatenate([self._samples.loss_mask(i) for i in members]),
-            samples=members,
-            epoch=epoch,
-            index=index,
-        )
+    def nbytes(self) -> int:
+        return self.slots * self.slot_bytes
 
 
-def _keys(count: int, seed: int, epoch: int, purpose: int) -> NDArray[np.uint64]:
-    """`count` random-looking numbers; sorting by them shuffles.
+class Balance(msgspec.Struct, frozen=True, kw_only=True):
+    """What `balance` found.
 
-    Splitmix64 (Steele, Lea and Flood, 2014) in place of numpy's generators, whose permutations may change from one
-    version to the next: a resumed run must see the very same epoch.
+    target_s, draft_s, wire_s: of one batch, on one daemon, one trainer, one wire. starves: who waits when one daemon
+    feeds one trainer: `draft` if the target is the slower one, `none` within 2 %; `wire` if both wait for the wire.
+    daemons_per_trainer: what balances the two. one_to_one: one daemon and one trainer. balanced: the smallest layout
+    within 2 % of the least GPU time a sample. colocated: on the GPUs of one daemon or trainer. data_parallel:
+    co-located on as many GPUs as `balanced`. better: the one to take. why: in words.
     """
-    mixed = np.zeros(1, np.uint64)
-    for part in (seed, epoch, purpose):
-        mixed = _splitmix(mixed + np.uint64(part & 0xFFFFFFFFFFFFFFFF))
-    return _splitmix(mixed + np.arange(count, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15))
+
+    work: Work
+    target_s: float
+    draft_s: float
+    wire_s: float
+    colocated_target_s: float
+    starves: Side
+    daemons_per_trainer: float
+    bytes_per_sample: int
+    ring: Ring
+    one_to_one: Layout
+    balanced: Layout
+    colocated: Layout
+    data_parallel: Layout
+    better: Literal["disaggregated", "co-located", "equal"]
+    why: tuple[str, ...]
 
 
-def _splitmix(state: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    state = state + np.uint64(0x9E3779B97F4A7C15)
-    state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return state ^ (state >> np.uint64(31))
+def balance(work: Work) -> Balance:
+    """Weigh disaggregation against co-location. Raises ConfigError for rates and sizes that cannot be."""
+    _check(work)
+    target_s = work.batch_tokens / work.target_tokens_per_s
+    draft_s = work.batch_tokens / work.draft_tokens_per_s
+    wire_s = work.batch_tokens * work.bytes_per_token / (work.wire_gb_per_s * 1e9) if work.wire_gb_per_s else 0.0
+    alone_s = work.batch_tokens / (work.colocated_target_tokens_per_s or work.target_tokens_per_s)
+
+    def layout(daemons: int, trainers: int) -> Layout:
+        batch_s = max(target_s / daemons, draft_s / trainers, wire_s / trainers)
+        gpus = daemons * work.gpus_per_daemon + trainers * work.gpus_per_trainer
+        return _layout(work, f"{daemons} : {trainers}", daemons, trainers, gpus, batch_s)
+
+    choices = [layout(d, t) for d in range(1, MOST_PROCESSES) for t in range(1, MOST_PROCESSES + 1 - d)]
+    least = min(choice.gpu_s_per_sample for choice in choices)
+    # The smallest of those that are as good as the best: a few per cent are not worth eight more GPUs.
+    balanced = min((c for c in choices if c.gpu_s_per_sample <= least * (1 + EVEN)), key=lambda c: c.gpus)
+    # All of its GPUs work all the time: that is co-location at its best, also where target and draft take different
+    # numbers of GPUs.
+    needed_s = work.gpus_per_daemon * alone_s + work.gpus_per_trainer * draft_s
+    group = max(work.gpus_per_daemon, work.gpus_per_trainer)
+    colocated = _layout(work, "co-located", 0, 1, group, needed_s / group)
+    replicas = balanced.gpus // group
+    parallel = _layout(work, f"co-located × {replicas}", 0, replicas, balanced.gpus, needed_s / balanced.gpus)
+    slower = max(target_s, draft_s)
+    starves: Side = "none"
+    if wire_s > slower * (1 + EVEN):
+        starves = "wire"
+    elif abs(target_s - draft_s) > EVEN * slower:
+        starves = "draft" if target_s > draft_s else "target"
+    gain = colocated.gpu_s_per_sample / balanced.gpu_s_per_sample - 1
+    better: Literal["disaggregated", "co-located", "equal"] = "equal"
+    if abs(gain) > EVEN:
+        better = "disaggregated" if gain > 0 else "co-located"
+    slot_bytes = math.ceil(work.batch_tokens * work.bytes_per_token / 4096) * 4096
+    under_way = math.ceil(balanced.trainers * (work.depth + 1) / balanced.daemons)
+    return Balance(
+        work=work,
+        target_s=target_s,
+        draft_s=draft_s,
+        wire_s=wire_s,
+        colocated_target_s=alone_s,
+        starves=starves,
+        daemons_per_trainer=target_s / max(draft_s, wire_s),
+        bytes_per_sample=round(work.bytes_per_token * (work.tokens_per_sample or work.batch_tokens)),
+        ring=Ring(slots=max(under_way, balanced.trainers), slot_bytes=slot_bytes),
+        one_to_one=layout(1, 1),
+        balanced=balanced,
+        colocated=colocated,
+        data_parallel=parallel,
+        better=better,
+        why=_why(work, balanced, colocated, target_s, draft_s, wire_s, alone_s, better),
+    )
+
+
+def _layout(work: Work, name: str, daemons: int, trainers: int, gpus: int, batch_s: float) -> Layout:
+    samples_per_batch = work.batch_tokens / (work.tokens_per_sample or work.batch_tokens)
+    samples_per_s = samples_per_batch / batch_s
+    hours = work.samples * work.epochs / samples_per_s / 3600
+    return Layout(
+        name=name,
+        daemons=daemons,
+        trainers=trainers,
+        gpus=gpus,
+        batch_s=batch_s,
+        samples_per_s=samples_per_s,
+        gpu_s_per_sample=gpus / samples_per_s,
+        hours=hours,
+        gpu_hours=hours * gpus,
+    )
+
+
+def _why(
+    work: Work,
+    balanced: Layout,
+    colocated: Layout,
+    target_s: float,
+    draft_s: float,
+    wire_s: float,
+    alone_s: float,
+    better: str,
+) -> tuple[str, ...]:
+    """The verdict's reasons, the decisive one first."""
+    target_busy = target_s / (balanced.daemons * balanced.batch_s)
+    draft_busy = draft_s / (balanced.trainers * balanced.batch_s)
+    reasons = []
+    ratio = balanced.gpu_s_per_sample / colocated.gpu_s_per_sample
+    if better == "disaggregated":
+        reasons.append(
+            f"a daemon's forwards take {target_s * 1e3:.1f} ms a batch where a co-located target takes "
+            f"{alone_s * 1e3:.1f} ms: worth more than what its GPUs idle, {1 - ratio:.0%} less GPU time a sample"
+        )
+    elif better == "co-located":
+        reasons.append(
+            f"co-location is the better choice: {balanced.daemons} : {balanced.trainers} takes {ratio:.2f} × its GPU "
+            f"time a sample, and as many GPUs co-located train faster"
+        )
+    else:
+        reasons.append(
+            "no difference in GPU time a sample: balanced, a disaggregation costs what co-location costs, and "
+            "co-location has fewer parts; take it unless one of the reasons below counts"
+        )
+    idle = [(1 - busy, name) for busy, name in ((target_busy, "daemons"), (draft_busy, "trainers")) if busy < 1 - EVEN]
+    for share, name in idle:
+        reasons.append(f"the {name}' GPUs idle {share:.0%} of the time")
+    if alone_s > target_s * (1 + EVEN):
+        reasons.append("a daemon only merges batches that wait: give trainers a depth of as many as a forward takes")
+    if wire_s > max(target_s, draft_s):
+        reasons.append(f"the wire needs {wire_s * 1e3:.1f} ms a batch, more than target and draft: take a faster one")
+    if not work.colocated_target_tokens_per_s:
+        reasons.append(
+            "a co-located target was taken to be as fast as a daemon's; with short samples it is not, because only a "
+            "daemon merges several batches into a forward: measure it, and give --colocated-target-tokens-per-s"
+        )
+    if better != "disaggregated":
+        reasons.append(
+            "reasons for a daemon all the same: target and draft do not fit in one GPU together, the target needs "
+            "tensor parallelism and the draft does not, several trainers draw from one target, or targets and trainers "
+            "come and go on their own"
+        )
+    return tuple(reasons)
+
+
+def _check(work: Work) -> None:
+    """Raise ConfigError that names the first value that cannot be."""
+    positive = ("target_tokens_per_s", "draft_tokens_per_s", "batch_tokens", "bytes_per_token", "epochs")
+    whole = ("gpus_per_daemon", "gpus_per_trainer")
+    not_negative = ("colocated_target_tokens_per_s", "wire_gb_per_s", "tokens_per_sample", "samples", "depth")
+    for names, least, expected in (
+        (positive, 0, "more than 0"),
+        (whole, 1, "at least 1"),
+        (not_negative, 0, "0 or more"),
+    ):
+        for name in names:
+            value = float(getattr(work, name))
+            if not math.isfinite(value) or value < least or (value == 0 and names is positive):
+                raise ConfigError(f"--{name.replace('_', '-')} {value:g}: expected a number, {expected}")
+    if work.tokens_per_sample > work.batch_tokens:
+        raise ConfigError(
+            f"--tokens-per-sample {work.tokens_per_sample:g} is more than --batch-tokens {work.batch_tokens:g}: a "
+            f"sample has to fit in a batch"
+        )
+    if work.colocated_target_tokens_per_s > work.target_tokens_per_s * (1 + EVEN):
+        raise ConfigError(
+            f"--colocated-target-tokens-per-s {work.colocated_target_tokens_per_s:g} is more than a daemon's "
+            f"{work.target_tokens_per_s:g}: it runs the same forwards, so give the daemon's rate at least as high"
+        )

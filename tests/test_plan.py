@@ -1,137 +1,109 @@
-"""Plans are exact partitions within their budget, the same everywhere, and resume where they stopped."""
+"""The arithmetic of disaggregation against co-location: who starves, what balances, and when it is not worth it."""
 
 from __future__ import annotations
 
-from itertools import chain
-
 import msgspec
-import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from numpy.typing import NDArray
 
 from specd.errors import ConfigError
-from specd.packing import Batch
-from specd.plan import Cursor, Loader, Plan, _splitmix
+from specd.plan import EVEN, MOST_PROCESSES, Work, balance
+
+EQUAL = Work(target_tokens_per_s=50_000, draft_tokens_per_s=50_000, batch_tokens=3000, bytes_per_token=20_480)
 
 
-class Numbers:
-    """Sample i is its number, repeated; every second token is a label."""
-
-    def __init__(self, lengths: list[int]) -> None:
-        self.lengths = lengths
-
-    def tokens(self, i: int) -> NDArray[np.int32]:
-        return np.full(self.lengths[i], i, np.int32)
-
-    def loss_mask(self, i: int) -> NDArray[np.bool_]:
-        return np.array([j % 2 == 1 for j in range(self.lengths[i])], np.bool_)
+def with_(work: Work = EQUAL, **changes: float) -> Work:
+    return msgspec.structs.replace(work, **changes)
 
 
-lengths = st.lists(st.integers(1, 60), min_size=1, max_size=300)
+def test_equal_sides_are_balanced_and_cost_what_co_location_costs() -> None:
+    found = balance(with_(samples=6000, epochs=2))
+    assert (found.target_s, found.draft_s, found.wire_s) == (0.06, 0.06, 0.0)
+    assert (found.starves, found.daemons_per_trainer, found.better) == ("none", 1.0, "equal")
+    assert (found.balanced.daemons, found.balanced.trainers, found.balanced.gpus) == (1, 1, 2)
+    assert found.balanced.gpu_s_per_sample == pytest.approx(found.colocated.gpu_s_per_sample)
+    assert found.balanced.hours == pytest.approx(6000 * 2 * 0.06 / 3600)
+    assert found.colocated.hours == pytest.approx(2 * found.balanced.hours)
+    assert found.data_parallel.hours == pytest.approx(found.balanced.hours)
+    assert found.colocated.gpu_hours == pytest.approx(found.balanced.gpu_hours)
 
 
-@settings(deadline=None)
-@given(lengths, st.integers(60, 200), st.integers(0, 5), st.integers(-(2**63), 2**63 - 1), st.integers(0, 9))
-def test_each_sample_once_an_epoch_and_each_batch_within_its_budget(
-    sizes: list[int], budget: int, most: int, seed: int, epoch: int
-) -> None:
-    plan = Plan(sizes, budget, most, seed)
-    batches = plan.epoch(epoch)
-    assert sorted(chain.from_iterable(batches)) == list(range(len(sizes)))
-    assert all(batches)
-    assert all(sum(sizes[i] for i in batch) <= budget for batch in batches)
-    assert all(len(batch) <= most for batch in batches if most)
-    assert Plan(sizes, budget, most, seed).epoch(epoch) == batches
+def test_the_side_that_waits_starves_and_the_other_is_multiplied() -> None:
+    slow_target = balance(with_(target_tokens_per_s=25_000))
+    assert (slow_target.starves, slow_target.daemons_per_trainer) == ("draft", 2.0)
+    assert (slow_target.balanced.daemons, slow_target.balanced.trainers) == (2, 1)
+    slow_draft = balance(with_(draft_tokens_per_s=10_000))
+    assert (slow_draft.starves, slow_draft.daemons_per_trainer) == ("target", 0.2)
+    assert (slow_draft.balanced.daemons, slow_draft.balanced.trainers) == (1, 5)
 
 
-@settings(deadline=None)
-@given(lengths, st.integers(1, 3), st.data())
-def test_resuming_anywhere_gives_the_tail(sizes: list[int], epochs: int, data: st.DataObject) -> None:
-    plan = Plan(sizes, 100, seed=7)
-    whole = list(Loader(Numbers(sizes), plan, epochs=epochs))
-    assert len(whole) == Loader(Numbers(sizes), plan, epochs=epochs).num_batches
-    trained = data.draw(st.integers(0, len(whole)))
-    cursor = Cursor.after(whole[trained - 1]) if trained else Cursor()
-    cursor = msgspec.json.decode(msgspec.json.encode(cursor), type=Cursor)
-    resumed = Loader(Numbers(sizes), Plan(sizes, 100, seed=7), epochs=epochs, cursor=cursor)
-    assert len(resumed) == len(whole) - trained
-    assert [facts(batch) for batch in resumed] == [facts(batch) for batch in whole[trained:]]
+def test_a_wire_slower_than_both_sides_is_what_they_wait_for() -> None:
+    found = balance(with_(wire_gb_per_s=0.5))
+    assert found.starves == "wire"
+    assert found.one_to_one.batch_s == pytest.approx(3000 * 20_480 / 0.5e9)
+    assert any("the wire needs 122.9 ms" in reason for reason in found.why)
 
 
-def facts(batch: Batch) -> tuple[object, ...]:
-    arrays = (batch.tokens, batch.lengths, batch.loss_mask)
-    return batch.epoch, batch.index, batch.samples, *((array.dtype.name, array.tolist()) for array in arrays)
+def test_co_location_is_called_better_where_a_side_idles() -> None:
+    # Ten daemons would balance one trainer: more than are considered.
+    found = balance(with_(target_tokens_per_s=5_000))
+    assert found.better == "co-located"
+    assert found.why[0].startswith("co-location is the better choice")
+    assert any("the trainers' GPUs idle" in reason for reason in found.why)
+    assert any("do not fit in one GPU together" in reason for reason in found.why)
 
 
-def test_a_batch_is_its_samples_end_to_end() -> None:
-    sizes = [3, 2, 4]
-    (batch,) = Loader(Numbers(sizes), Plan(sizes, 100))
-    assert batch.tokens.tolist() == list(chain.from_iterable([i] * sizes[i] for i in batch.samples))
-    assert batch.lengths.tolist() == [sizes[i] for i in batch.samples]
-    assert batch.loss_mask.tolist() == list(
-        chain.from_iterable([j % 2 == 1 for j in range(sizes[i])] for i in batch.samples)
-    )
-    assert [batch.tokens.dtype.name, batch.lengths.dtype.name, batch.loss_mask.dtype.name] == ["int32", "int32", "bool"]
+def test_merging_is_what_makes_a_daemon_pay() -> None:
+    found = balance(with_(batch_tokens=512, target_tokens_per_s=82_800, colocated_target_tokens_per_s=7_500))
+    assert found.better == "disaggregated"
+    assert found.colocated.gpu_s_per_sample == pytest.approx(512 / 7_500 + 512 / 50_000)
+    assert found.balanced.gpu_s_per_sample < 0.3 * found.colocated.gpu_s_per_sample
+    assert any("only merges batches that wait" in reason for reason in found.why)
+    assert not any("was taken to be as fast" in reason for reason in found.why)
 
 
-def test_epochs_are_counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    built: list[int] = []
-    build = Plan._build
-
-    def spy(self: Plan, epoch: int) -> list[tuple[int, ...]]:
-        built.append(epoch)
-        return build(self, epoch)
-
-    monkeypatch.setattr(Plan, "_build", spy)
-    sizes = [3, 5, 2] * 40
-    loader = Loader(Numbers(sizes), Plan(sizes, 16, seed=1), epochs=4)
-    assert loader.num_batches == len(loader) == loader.num_batches
-    assert built == [0, 1, 2, 3]
-    assert len(list(loader)) == loader.num_batches
-    assert built == [0, 1, 2, 3] * 2, "counts are kept, batches of one epoch only"
+def test_ring_and_sample_follow_from_depth_and_lengths() -> None:
+    found = balance(with_(tokens_per_sample=1000, depth=4))
+    assert found.bytes_per_sample == 20_480_000
+    assert (found.ring.slots, found.ring.slot_bytes) == (5, 61_440_000)
+    assert found.ring.nbytes == 5 * 61_440_000
+    assert found.balanced.samples_per_s == pytest.approx(3 / 0.06)
 
 
-def test_seeds_and_epochs_differ() -> None:
-    sizes = [5] * 100
-    epochs = [Plan(sizes, 20, seed=seed).epoch(epoch) for seed in (0, 1) for epoch in (0, 1)]
-    assert all(a != b for i, a in enumerate(epochs) for b in epochs[:i])
-
-
-def test_the_order_is_the_same_on_every_machine() -> None:
-    """Written down once: a resumed run on another machine or numpy must see this very epoch."""
-    assert Plan([4, 2, 3, 1, 5, 2], 6, seed=3).epoch(1) == [(4,), (2,), (0,), (3, 1, 5)]
-
-
-def test_splitmix_gives_its_published_first_number() -> None:
-    assert int(_splitmix(np.zeros(1, np.uint64))[0]) == 0xE220A8397B1DCDAF
-
-
-def test_samples_of_alike_length_share_a_batch() -> None:
-    sizes = [10, 90] * 50
-    mixed = [batch for batch in Plan(sizes, 180).epoch(0) if {sizes[i] for i in batch} == {10, 90}]
-    assert len(mixed) <= 1
+def test_tensor_parallel_targets_take_their_gpus() -> None:
+    found = balance(with_(gpus_per_daemon=2))
+    assert (found.one_to_one.gpus, found.colocated.gpus) == (3, 2)
+    # Two GPUs that run the target together and then the draft on both.
+    assert found.colocated.batch_s == pytest.approx(0.06 + 0.03)
 
 
 @pytest.mark.parametrize(
-    ("sizes", "budget", "most", "said"),
+    ("changes", "message"),
     [
-        ([3, 9, 4], 8, 0, r"sample 1 has 9 tokens, more than data\.batch_tokens=8; raise it, or .*data\.max_length=8"),
-        ([3], 0, 0, r"data\.batch_tokens=0"),
-        ([3], 8, -1, r"data\.max_batch_sequences=-1"),
-        ([], 8, 0, r"no samples"),
+        ({"target_tokens_per_s": 0}, "--target-tokens-per-s 0: expected a number, more than 0"),
+        ({"draft_tokens_per_s": -1}, "--draft-tokens-per-s -1"),
+        ({"target_tokens_per_s": float("inf")}, "--target-tokens-per-s inf"),
+        ({"gpus_per_daemon": 0}, "--gpus-per-daemon 0: expected a number, at least 1"),
+        ({"wire_gb_per_s": -2}, "--wire-gb-per-s -2: expected a number, 0 or more"),
+        ({"tokens_per_sample": 4000}, "a sample has to fit in a batch"),
+        ({"colocated_target_tokens_per_s": 60_000}, "it runs the same forwards"),
     ],
 )
-def test_what_cannot_be_planned_is_refused_at_once(sizes: list[int], budget: int, most: int, said: str) -> None:
-    with pytest.raises(ConfigError, match=said):
-        Plan(sizes, budget, most)
+def test_impossible_work_is_refused_by_name(changes: dict[str, float], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        balance(with_(EQUAL, **changes))
 
 
-def test_a_loader_refuses_positions_outside_its_run() -> None:
-    plan = Plan([3], 8)
-    with pytest.raises(ConfigError, match="expected at least 1"):
-        Loader(Numbers([3]), plan, epochs=0)
-    with pytest.raises(ConfigError, match="outside a run of 2 epochs"):
-        Loader(Numbers([3]), plan, epochs=2, cursor=Cursor(epoch=3))
-    assert list(Loader(Numbers([3]), plan, epochs=2, cursor=Cursor(epoch=2))) == []
+RATES = st.floats(10.0, 1e6)
+
+
+@given(target=RATES, draft=RATES, wire=st.sampled_from([0.0, 0.01, 1.0, 300.0]), gpus=st.integers(1, 4))
+def test_no_layout_beats_co_location_without_merging(target: float, draft: float, wire: float, gpus: int) -> None:
+    found = balance(
+        with_(target_tokens_per_s=target, draft_tokens_per_s=draft, wire_gb_per_s=wire, gpus_per_daemon=gpus)
+    )
+    assert found.better != "disaggregated"
+    assert found.balanced.gpu_s_per_sample >= found.colocated.gpu_s_per_sample * (1 - 1e-9)
+    assert found.balanced.gpu_s_per_sample <= found.one_to_one.gpu_s_per_sample * (1 + EVEN)
+    assert found.balanced.daemons + found.balanced.trainers <= MOST_PROCESSES

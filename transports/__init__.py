@@ -1,1 +1,1 @@
-"""The transports that come with specd, one module each; `specd.transport` says what one is and knows their names."""
+"""The transports that come with specd; `specd.transports.base` says what one is and knows their names."""

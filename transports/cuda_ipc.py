@@ -13,16 +13,16 @@ from typing import TYPE_CHECKING, ClassVar
 
 import msgspec
 
-from specd import cuda
-from specd.arena import MAX_SLOTS, HostArena
-from specd.device import DeviceArena
 from specd.errors import TransportError
-from specd.transport import ServerContext, SlotRef, Traits, boot_id, check_into, check_ref, stale, unwrap, wrap
+from specd.memory import cuda
+from specd.memory.arena import MAX_SLOTS, HostArena
+from specd.memory.device_arena import DeviceArena
+from specd.transports.base import ServerContext, SlotRef, Traits, boot_id, check_into, check_ref, stale, unwrap, wrap
 
 if TYPE_CHECKING:
     import torch
 
-    from specd.arena import Arena
+    from specd.memory.arena import Arena
 
 log = logging.getLogger(__name__)
 

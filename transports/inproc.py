@@ -6,14 +6,14 @@ import secrets
 import threading
 from typing import TYPE_CHECKING, ClassVar, Final
 
-from specd.cuda import Copier
 from specd.errors import TransportError
-from specd.transport import ServerContext, SlotRef, Traits, pull
+from specd.memory.cuda import Copier
+from specd.transports.base import ServerContext, SlotRef, Traits, pull
 
 if TYPE_CHECKING:
     import torch
 
-    from specd.arena import Arena
+    from specd.memory.arena import Arena
 
 _TOKEN_BYTES: Final = 16
 _arenas: Final[dict[bytes, Arena]] = {}

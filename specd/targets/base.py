@@ -9,10 +9,10 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from specd.capture import CaptureSpec
 from specd.errors import TargetError
-from specd.packing import Layout
-from specd.protocol import TargetContract
+from specd.protocol.batch import Layout
+from specd.protocol.capture import CaptureSpec
+from specd.protocol.messages import TargetContract
 
 if TYPE_CHECKING:
     import torch

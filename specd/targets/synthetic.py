@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from specd import cuda
-from specd.capture import DTYPE_BYTES, StateDtype
-from specd.config import Config, TargetConfig, convert
+from specd.config.settings import Config, TargetConfig, convert
 from specd.errors import ConfigError, TargetError, TransportError
-from specd.packing import TensorRef, slot_layout
-from specd.protocol import ArtifactRef, TargetContract
+from specd.memory import cuda
+from specd.protocol.batch import TensorRef, slot_layout
+from specd.protocol.capture import DTYPE_BYTES, StateDtype
+from specd.protocol.messages import ArtifactRef, TargetContract
 from specd.targets.base import Fill, Launched
 
 if TYPE_CHECKING:

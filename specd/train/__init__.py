@@ -1,1 +1,1 @@
-"""Training, export and evaluation of drafts."""
+"""The training loop, exact resume, and what a run leaves on disk."""

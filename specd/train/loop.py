@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, Protocol
 import msgspec
 import torch
 
-from specd.capture import CaptureSpec
-from specd.config import TrainConfig
+from specd.client.staging import reached
+from specd.config.settings import TrainConfig
 from specd.errors import BatchError, SpecdError
-from specd.packing import Batch
-from specd.protocol import TargetContract
-from specd.staging import reached
+from specd.protocol.batch import Batch
+from specd.protocol.capture import CaptureSpec
+from specd.protocol.messages import TargetContract
 from specd.train.checkpoint import Checkpoints, Position, RngStates
 from specd.train.interrupt import Interrupt
 from specd.train.journal import Journal, Sink, StepRecord, TrainedBatch
@@ -31,7 +31,7 @@ from specd.train.optimizer import apply_gradients, learning_rate, make_optimizer
 from specd.train.stopwatch import Stopwatch
 
 if TYPE_CHECKING:
-    from specd.client import Delivery
+    from specd.client.subscriber import Delivery
     from specd.metrics import Stats
 
 logger = logging.getLogger(__name__)

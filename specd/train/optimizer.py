@@ -7,7 +7,7 @@ from itertools import chain
 
 import torch
 
-from specd.config import TrainConfig
+from specd.config.settings import TrainConfig
 
 
 def total_steps(config: TrainConfig, num_batches: int) -> int:

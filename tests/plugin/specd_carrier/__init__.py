@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, ClassVar
 
 import msgspec
 
-from specd.arena import Arena
-from specd.cuda import Copier
 from specd.errors import TransportError
-from specd.transport import ServerContext, SlotRef, Traits, check_into, check_ref, pull, stale, unwrap, wrap
+from specd.memory.arena import Arena
+from specd.memory.cuda import Copier
+from specd.transports.base import ServerContext, SlotRef, Traits, check_into, check_ref, pull, stale, unwrap, wrap
 
 if TYPE_CHECKING:
     import torch

@@ -1,0 +1,84 @@
+"""What `specd bench pipeline` measures when it is not told otherwise: by the devices that are here."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from specd.bench.pipeline.settings import Settings
+from specd.config.settings import convert, merge, preset
+from specd.errors import ConfigError
+from specd.transports import base as transport
+
+GPU_MODEL = "Qwen3-30B-A3B-FP8"
+CPU_MODEL = "synthetic:hidden=128,layers=8,vocab=512,ms=15,us_per_token=10"
+QUICK_MODEL = "synthetic:hidden=64,layers=8,vocab=512,ms=8,us_per_token=10"
+SMALL: dict[str, Any] = {
+    "draft_config": {"num_layers": 1, "num_taps": 3, "block_size": 4, "num_anchors": 16, "loss_chunk": 128},
+    "batch_tokens": 256,
+    "sample_tokens": 64,
+    "short": 32,
+    "many": 8,
+    "forward_tokens": 256,
+    "merge_depth": 16,
+    "steps": 12,
+    "warmup": 3,
+}
+"""Shapes that two cores do in a minute."""
+
+
+def defaults(quick: bool, daemons: int, model: str, given: dict[str, Any]) -> Settings:
+    """The settings for this machine. given: what was asked for, over them.
+
+    daemons: how many; on GPUs each has one, and the trainer the next one, or the last daemon's if there are no more.
+    Raises ConfigError for what this machine does not have.
+    """
+    import torch
+
+    gpus = 0 if quick else torch.cuda.device_count()
+    target = given.get("target", {})
+    tp = target.get("tp", 1)
+    if type(tp) is not int or tp < 1:
+        raise ConfigError(f"--set target.tp={tp}: expected a whole number of GPUs, at least 1")
+    most = max(1, (gpus - 1) // tp) if gpus else 8
+    if not 1 <= daemons <= most or (tp > 1 and gpus <= tp):
+        raise ConfigError(
+            f"--daemons {daemons} over {tp} GPUs each: this machine's {gpus} GPUs take 1 to {most} beside a trainer"
+        )
+    base: dict[str, Any] = {"model": model or (GPU_MODEL if gpus else QUICK_MODEL if quick else CPU_MODEL)}
+    if not gpus:
+        base |= SMALL | {"devices": ("cpu",) * daemons, "trainer": "cpu", "transports": ("shm",)}
+    else:
+        base |= {
+            "devices": tuple(f"cuda:{index * tp}" for index in range(daemons)),
+            "trainer": f"cuda:{min(daemons * tp, gpus - 1)}",
+            "transports": ("cuda_ipc",),
+        }
+    if quick:
+        base |= {"lengths": ("fixed",), "depths": (0, 2), "steps": 8}
+    if (recipe := preset(base["model"])) and not gpus:
+        base["draft_config"] = base["draft_config"] | {"num_taps": recipe.capture.get("num_taps", 5)}
+    if not base["model"].startswith("synthetic"):
+        given = given | {"target": {"load_format": "dummy"} | target}
+    if "max_forward_tokens" in target:
+        given = given | {"forward_tokens": target["max_forward_tokens"]}
+    settings = convert(msgspec.to_builtins(merge(base, given)), Settings, "specd bench pipeline")
+    _check(settings)
+    return settings
+
+
+def _check(settings: Settings) -> None:
+    """Raise ConfigError for settings that cannot be measured, before anything is started."""
+    if min(settings.depths) < 0 or settings.steps < 2:
+        raise ConfigError(f"depths {settings.depths}, {settings.steps} steps: expected depths ≥ 0 and at least 2 steps")
+    if not 0 < settings.sample_tokens <= settings.batch_tokens:
+        raise ConfigError(
+            f"samples of {settings.sample_tokens} tokens do not fit batches of {settings.batch_tokens}: lower "
+            f"--sample-tokens or raise --batch-tokens"
+        )
+    for name in settings.transports:
+        if name != "auto" and name not in transport.names():
+            raise ConfigError(f"--transports {name}: expected some of {', '.join(transport.names())}, comma-separated")
+    _ = settings.sleep  # whether the draft is known
+    settings.daemon(settings.devices[0], settings.slots)  # whether target and draft settings are known

@@ -1,0 +1,71 @@
+"""Rows of the pipeline benchmark: of what was timed, and with what follows from the other rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import msgspec
+
+from specd.bench.pipeline.bare_target import Bare
+from specd.bench.pipeline.result import Row
+from specd.bench.pipeline.settings import Lengths, Settings
+from specd.bench.pipeline.step import Clocked
+
+
+def row_of(
+    mode: Any,
+    lengths: Lengths,
+    depth: int,
+    transport: str,
+    devices: int,
+    clocked: Clocked,
+    parallel: int = 1,
+) -> Row:
+    """A row of what was timed; without a subscriber's statistics there are no waits to report."""
+    figures = clocked.figures(parallel)
+    waits: dict[str, Any] = {}
+    stats = clocked.stats
+    if stats.batches:
+        iterations = len(clocked.seconds)
+        target, wire = (waited / iterations * 1e3 for waited in (stats.target_wait_s, stats.wire_wait_s))
+        waits = {
+            "target_wait_ms": round(target, 3),
+            "wire_wait_ms": round(wire, 3),
+            "trainer_ms": round(max(0.0, figures["iteration_ms"] - target - wire), 3),
+            "forward_ms": round(stats.forward_s / stats.batches * 1e3, 3),
+        }
+    return Row(
+        mode=mode,
+        lengths=lengths,
+        depth=depth,
+        transport=transport,
+        devices=devices,
+        gpu_seconds_per_sample=round(devices / figures["samples_per_s"], 6),
+        bytes_per_sample=stats.nbytes / clocked.samples,
+        **figures,
+        **waits,
+    )
+
+
+def settle(rows: Sequence[Row], settings: Settings, bare: Bare | None, draft_ms: dict[str, float]) -> tuple[Row, ...]:
+    """All rows with what needs other figures: their bounds, and the seed's protocol beside them."""
+    return tuple(msgspec.structs.replace(row, **dict(_changes(row, rows, settings, bare, draft_ms))) for row in rows)
+
+
+def _changes(
+    row: Row, rows: Sequence[Row], settings: Settings, bare: Bare | None, draft_ms: dict[str, float]
+) -> Iterator[tuple[str, float]]:
+    rivals = [other for other in rows if other.mode == "seed protocol" and other.lengths == row.lengths]
+    if row.mode == "disaggregated" and row.depth == 0:  # asked on demand, as the seed's without overlap
+        rivals = [other for other in rivals if other.depth == 0]
+    if rivals and row.mode != "seed protocol":
+        yield "over_seed", round(row.samples_per_s / max(other.samples_per_s for other in rivals), 3)
+    if row.mode == "disaggregated" and bare is not None:
+        merged = settings.merged(row.depth, row.lengths)
+        target = min(ms for size, ms in bare.batch_ms[row.lengths].items() if size <= merged)
+        draft = draft_ms[row.lengths]
+        # On one device there is nothing to overlap with, and waiting costs it nothing.
+        bound = target + draft if settings.shared else max(target / len(settings.devices), draft)
+        yield "bound_ms", round(bound, 3)
+        yield "efficiency", round(bound / row.iteration_ms, 4)

@@ -1,0 +1,209 @@
+"""The trainer's side of the pipeline benchmark: an optimizer step on a delivery, and the clock around many of them."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
+from typing import Any, NamedTuple, Protocol
+
+import msgspec
+import numpy as np
+import torch
+
+from specd.bench.pipeline.settings import Settings, SleepConfig
+from specd.client.staging import Point, reached
+from specd.config.settings import TrainConfig
+from specd.metrics import Stats
+from specd.protocol.batch import Batch
+from specd.protocol.capture import CaptureSpec
+from specd.protocol.messages import TargetContract
+from specd.train.optimizer import apply_gradients, make_optimizer
+
+CLIP = 1.0
+PERCENTILES = (10, 25, 50, 75, 90)
+
+
+class States(Protocol):
+    """The part of a Delivery that a draft reads."""
+
+    @property
+    def batch(self) -> Batch: ...
+
+    @property
+    def taps(self) -> torch.Tensor | None: ...
+
+
+class Given(NamedTuple):
+    """States that did not come from a Subscriber."""
+
+    batch: Batch
+    taps: torch.Tensor | None
+
+
+class Draft(Protocol):
+    """Something that trains on states."""
+
+    parameters: list[torch.nn.Parameter]
+
+    def step(self, states: States, wait: bool) -> None:
+        """One whole optimizer step. wait: return when the device is done with it, not only with the one before it."""
+        ...
+
+
+class SleepingDraft:
+    """A draft that costs what it is told to cost: it sleeps, so that a target on the same processor can run."""
+
+    def __init__(self, options: SleepConfig, reduce: Callable[[], None]) -> None:
+        self._options = options
+        self._reduce = reduce
+        self.parameters = [torch.nn.Parameter(torch.zeros(options.params))]
+        self.parameters[0].grad = torch.zeros(options.params)
+
+    def step(self, states: States, wait: bool) -> None:
+        """See Draft.step."""
+        time.sleep(self._options.ms / 1e3 + self._options.us_per_token * states.batch.num_tokens / 1e6)
+        self._reduce()
+
+
+class TrainedDraft:
+    """DFlash with AdamW and clipping, one batch a step.
+
+    Unless it is told to wait, a step ends when the one before it is done, as in the loop: the device has work while the
+    host makes the next.
+    """
+
+    def __init__(self, objective: Any, device: str, reduce: Callable[[], None]) -> None:
+        self._objective = objective
+        self._device = device
+        self._reduce = reduce
+        self._optimizer = make_optimizer(objective.module, TrainConfig())
+        self._halted = torch.zeros((), device=device)
+        self._before: Point | None = None
+        self.parameters = [parameter for parameter in objective.module.parameters() if parameter.requires_grad]
+
+    def step(self, states: States, wait: bool) -> None:
+        """See Draft.step."""
+        loss = self._objective.loss(states)
+        loss.sum.backward()
+        self._reduce()
+        weight, losses = loss.weight.detach(), loss.sum.detach()[None]
+        _, self._halted = apply_gradients(self._optimizer, weight, losses, CLIP, self._halted)
+        before, self._before = self._before, reached(self._device)
+        last = self._before if wait else before
+        if last is not None:
+            last.synchronize()
+
+
+def make_draft(
+    settings: Settings,
+    contract: TargetContract,
+    artifact: Callable[[str], bytes],
+    device: str,
+    reduce: Callable[[], None] = lambda: None,
+) -> Draft:
+    """The draft that the settings ask for. artifact: of the target. reduce: called once all gradients are there.
+
+    Raises ConfigError for a draft that cannot be.
+    """
+    if (options := settings.sleep) is not None:
+        return SleepingDraft(options, reduce)
+    from specd.drafts.dflash.objective import DFlash
+
+    def tensor(name: str) -> torch.Tensor:
+        ref = contract.artifacts[name]
+        data = bytearray(artifact(ref.same_as or name))
+        return torch.frombuffer(data, dtype=getattr(torch, ref.dtype)).view(ref.shape)
+
+    embedding = tensor("embedding")
+    tied = contract.artifacts["lm_head"].same_as == "embedding"
+    objective = DFlash(
+        settings.dflash,
+        contract,
+        json.loads(artifact("config.json")),
+        embedding,
+        embedding if tied else tensor("lm_head"),
+        settings.mask_token,
+        device,
+        torch.float32 if device == "cpu" else torch.bfloat16,
+        settings.seed,
+    )
+    return TrainedDraft(objective, device, reduce)
+
+
+class Clocked(msgspec.Struct, frozen=True, kw_only=True):
+    """Times of the iterations that were timed, in seconds, and what they trained.
+
+    stats: of the subscriber that delivered the same batches; empty where there was none.
+    """
+
+    seconds: tuple[float, ...]
+    samples: int
+    tokens: int
+    stats: Stats = msgspec.field(default_factory=Stats)
+
+    @property
+    def mean_s(self) -> float:
+        return sum(self.seconds) / len(self.seconds)
+
+    def figures(self, parallel: int = 1) -> dict[str, Any]:
+        """The fields of a Row that follow from these times. parallel: processes that each trained as much."""
+        total = sum(self.seconds)
+        spread = np.percentile(np.asarray(self.seconds) * 1e3, PERCENTILES).tolist()
+        return {
+            "parallel": parallel,
+            "iterations": len(self.seconds),
+            "iteration_ms": round(self.mean_s * 1e3, 3),
+            **{f"p{share}_ms": round(found, 3) for share, found in zip(PERCENTILES, spread, strict=True)},
+            "samples_per_s": round(parallel * self.samples / total, 3),
+            "tokens_per_s": round(parallel * self.tokens / total, 1),
+        }
+
+
+def clock(
+    deliveries: Iterable[States],
+    draft: Draft | None,
+    warmup: int = 0,
+    overlap: bool = True,
+    stats: Callable[[], Stats] = Stats,
+) -> Clocked:
+    """Train on every delivery, and time all iterations but the first `warmup`.
+
+    overlap: whether the next delivery may be asked for while the device still trains this one. stats: of the subscriber
+    whose stream it is.
+    """
+    coming = iter(deliveries)
+    for delivery in islice(coming, warmup):
+        if draft is not None:
+            draft.step(delivery, not overlap)
+    seconds: list[float] = []
+    samples = tokens = 0
+    earlier, mark = stats(), time.perf_counter()
+    for delivery in coming:
+        if draft is not None:
+            draft.step(delivery, not overlap)
+        now = time.perf_counter()
+        seconds.append(now - mark)
+        samples += len(delivery.batch.samples)
+        tokens += delivery.batch.num_tokens
+        mark = now
+    return Clocked(seconds=tuple(seconds), samples=samples, tokens=tokens, stats=stats().difference(earlier))
+
+
+def given(batches: Iterable[Batch], taps: torch.Tensor) -> Iterator[Given]:
+    """Deliveries of states that are there already. taps: [T, N, H] for at least the longest batch."""
+    for batch in batches:
+        yield Given(batch, taps[: batch.num_tokens])
+
+
+def made_up(settings: Settings, spec: CaptureSpec, hidden: int) -> torch.Tensor:
+    """States as `given` takes them, random, on the trainer's device: what they are makes no difference to the time."""
+    shape = (settings.batch_tokens, len(spec.taps), hidden)
+    return torch.randn(shape, dtype=getattr(torch, spec.dtype), device=settings.trainer)
+
+
+def synchronize(device: str) -> None:
+    """Wait until the device has done all it was told."""
+    if device.startswith("cuda"):
+        torch.cuda.synchronize(device)

@@ -1,0 +1,1 @@
+"""`specd bench transport`: what each transport gives beside a raw copy."""

@@ -1,0 +1,1 @@
+"""The trainer's side: sessions with daemons, batches in flight, transfers."""

@@ -1,0 +1,139 @@
+"""Staging buffers: where fetched bytes lie, and the wait until the training stream has read them."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections import deque
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+
+from specd.protocol.batch import ALIGNMENT
+
+Guard = Callable[..., None]
+"""Runs a thread's body with its arguments, and sees to what it raises."""
+
+
+class Point(Protocol):
+    """A point of a stream's work; a CUDA event is one."""
+
+    def synchronize(self) -> None:
+        """Wait until the stream has come to it."""
+
+
+def reached(device: str) -> Point | None:
+    """The point that the calling thread's current stream on `device` has been told to come to; None on the CPU."""
+    if not device.startswith("cuda"):
+        return None
+    event: Any = torch.cuda.Event  # untyped
+    point: Any = event(blocking=True)  # a waiting thread sleeps
+    point.record(torch.cuda.current_stream(device))
+    return point  # type: ignore[no-any-return]
+
+
+def on_device(device: str) -> None:
+    """Make `device` the calling thread's own: a thread starts on device 0, whatever its parent chose."""
+    if device.startswith("cuda"):
+        torch.cuda.set_device(device)
+
+
+def allocate(nbytes: int, device: str) -> torch.Tensor:
+    """A page-aligned buffer on `device`, uint8 [≥ nbytes], that any stream may write at once."""
+    size = -(-nbytes // ALIGNMENT) * ALIGNMENT
+    raw = torch.empty(size + ALIGNMENT, dtype=torch.uint8, device=device)
+    if raw.is_cuda:
+        # The allocator hands out memory that kernels of this stream may still read, and transports copy on others.
+        torch.cuda.current_stream(raw.device).synchronize()
+    return raw[-raw.data_ptr() % ALIGNMENT :][:size]
+
+
+class Afterwards:
+    """Does things once the training stream has come to a point, in order, on a thread that the first one starts."""
+
+    def __init__(self, device: str, guard: Guard) -> None:
+        self._device = device
+        self._guard = guard
+        self._work: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+
+    def do(self, point: Point | None, action: Callable[[], None]) -> None:
+        """Run `action` after `point`, also when waiting for it fails; at once without one. From one thread only."""
+        if point is None:
+            action()
+            return
+
+        def wait() -> None:
+            try:
+                point.synchronize()
+            finally:
+                action()
+
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="specd-afterwards", daemon=True)
+            self._thread.start()
+        self._work.put(wait)
+
+    def close(self) -> None:
+        """Do all that was asked for, then end."""
+        if self._thread is not None:
+            self._work.put(None)
+            self._thread.join()
+            self._thread = None
+
+    def _run(self) -> None:
+        self._guard(on_device, self._device)
+        while (wait := self._work.get()) is not None:
+            self._guard(wait)
+
+
+class Staging:
+    """The staging buffers of one subscriber. most: how many there are before one that is still read is waited for."""
+
+    def __init__(self, device: str, most: int, afterwards: Afterwards) -> None:
+        self._device = device
+        self._most = most
+        self._afterwards = afterwards
+        self._changed = threading.Condition()
+        self._free: deque[torch.Tensor] = deque()
+        self._count = 0
+        self._still_read = 0
+
+    def take(self, nbytes: int) -> torch.Tensor:
+        """A buffer that nobody reads any more, uint8 [≥ nbytes]; it may have to wait for one."""
+        with self._changed:
+            while not self._free and self._count >= self._most and self._still_read:
+                self._changed.wait()
+            buffer = self._free.popleft() if self._free else None
+            self._count += buffer is None
+        if buffer is not None and buffer.numel() >= nbytes:
+            return buffer
+        del buffer  # before there is a larger one
+        return allocate(nbytes, self._device)
+
+    def spare(self, nbytes: int, new: bool) -> torch.Tensor | None:
+        """A buffer as `take` gives it, if there is one without waiting. new: whether it may be allocated."""
+        with self._changed:
+            fits = bool(self._free) and self._free[0].numel() >= nbytes
+            room = bool(self._free) or self._count < self._most
+        # What is free stays so meanwhile, because only one thread takes.
+        return self.take(nbytes) if fits or (new and room) else None
+
+    def give(self, buffer: torch.Tensor, after: Point | None = None) -> None:
+        """Take a buffer back; its bytes may be overwritten once the training stream has come to `after`."""
+        with self._changed:
+            self._still_read += 1
+        self._afterwards.do(after, partial(self._free_again, buffer))
+
+    def forget(self) -> None:
+        """A buffer does not come back: a transfer that was given up may still write to it."""
+        with self._changed:
+            self._count -= 1
+
+    def _free_again(self, buffer: torch.Tensor) -> None:
+        with self._changed:
+            self._still_read -= 1
+            self._free.append(buffer)
+            self._changed.notify()

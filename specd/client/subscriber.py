@@ -1,0 +1,203 @@
+"""The subscriber: a trainer's source of hidden states, over any number of daemons, in order and exactly once."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Generator, Iterable, Iterator
+from types import TracebackType
+from typing import Self
+
+import msgspec
+import torch
+import zmq
+
+from specd.client.handshake import Terms
+from specd.client.inflight import Flight
+from specd.client.state import Entry
+from specd.config.settings import SubscriberConfig
+from specd.errors import ConfigError, DaemonError
+from specd.memory import cuda
+from specd.metrics import Stats
+from specd.protocol.batch import Batch, Layout, batch_id, slot_layout
+from specd.protocol.capture import CaptureSpec
+from specd.protocol.messages import RingInfo, TargetContract
+
+log = logging.getLogger(__name__)
+
+
+class Delivery:
+    """One batch with its states on the trainer's device.
+
+    taps: [T, N, H], so that `taps.flatten(1)` is [T, N·H] without a copy; final: [T, H]; None where not captured.
+    Both are views of a staging buffer, valid until the next delivery is asked for or stream or subscriber are closed;
+    what reads them has to be launched by then, on the stream that is current then or on one that it waits for.
+
+    With `subscriber.borrow` they are views of the daemon's slot: not to be written, and not to be touched after that.
+    Until then they stay as they are, whatever happens to the session: the daemon refills no slot that is borrowed, and
+    the memory of a worker that died stays mapped here.
+    """
+
+    __slots__ = ("batch", "final", "taps")
+
+    def __init__(self, batch: Batch, states: dict[str, torch.Tensor]) -> None:
+        self.batch = batch
+        self.taps = states.get("taps")
+        self.final = states.get("final")
+
+    def __repr__(self) -> str:
+        return f"Delivery(epoch {self.batch.epoch}, index {self.batch.index}, {self.batch.num_tokens} tokens)"
+
+
+class Subscriber:
+    """A trainer's source of hidden states.
+
+    spec: what to capture, or a function that gives it for the target. device: where deliveries go. fingerprint: the
+    target it must be, empty for any. context: of embedded daemons. Raises DaemonError when no daemon is reached within
+    `connect_s`, RejectedError when one refuses, TransportError when the transport asked for cannot be used.
+
+    contract: of the target all its daemons serve. spec: what is captured. ring: of the first daemon met.
+    """
+
+    def __init__(
+        self,
+        config: SubscriberConfig,
+        spec: CaptureSpec | Callable[[TargetContract], CaptureSpec],
+        *,
+        device: str = "cpu",
+        fingerprint: str = "",
+        name: str = "trainer",
+        context: zmq.Context[zmq.Socket[bytes]] | None = None,
+    ) -> None:
+        if config.depth < 0 or not config.endpoints:
+            raise ConfigError(f"depth {config.depth} and endpoints {config.endpoints}: need depth ≥ 0 and an endpoint")
+        self._depth = config.depth
+        self._closed = False
+        self._own_context = context is None
+        self._context = zmq.Context() if context is None else context
+        self._stats = Stats()
+        self._seq = 0
+        spec_for = spec if callable(spec) else lambda contract: spec
+        # A borrowed slot takes its credit until its batch is trained, not only fetched.
+        credits = config.depth + (2 if config.borrow else 1)
+        terms = Terms(
+            name=name,
+            spec=spec_for,
+            credits=credits,
+            transport=config.transport,
+            device=cuda.resolve(device),
+            borrow=config.borrow,
+            fingerprint=fingerprint,
+        )
+        self._flight = Flight(config, terms, self._context, self._stats)
+        try:
+            session = self._flight.first_session()
+        except BaseException:
+            self.close()
+            raise
+        self.contract: TargetContract = session.welcome.contract
+        self.ring: RingInfo = session.welcome.ring
+        self.spec: CaptureSpec = session.spec
+        if config.borrow:
+            log.info("at most %d batches under way, read in the daemon's slots", config.depth + 1)
+        else:
+            log.info(
+                "at most %d batches under way, %.1f MiB of staging buffers",
+                config.depth + 1,
+                (config.depth + 2) * self.ring.slot_bytes / 2**20,
+            )
+
+    def stream(self, batches: Iterable[Batch]) -> Generator[Delivery, None, None]:
+        """Yield every batch with its states, in order, each exactly once.
+
+        While one delivery is in use, the next `depth` are under way. Raises BatchError for a batch that cannot be
+        captured, DaemonError when one does not come within `timeout_s`, no daemon is left for `connect_s`, or the
+        subscriber is closed before the end.
+        """
+        source = iter(batches)
+        try:
+            while True:
+                self._check_open()
+                self._extend(source, self._depth + 1)
+                if not self._flight:
+                    return
+                entry = self._flight.take()
+                try:
+                    self._extend(source, self._depth)
+                    self._stats.batches += 1
+                    self._stats.tokens += entry.batch.num_tokens
+                    self._stats.nbytes += entry.layout.nbytes
+                    self._stats.fetch_s += entry.fetch_s
+                    self._stats.forward_s += entry.forward_s
+                    assert entry.buffer is not None
+                    yield Delivery(entry.batch, _views(entry.buffer, entry.layout))
+                finally:
+                    self._flight.recycle(entry)
+        finally:
+            self._flight.drop_all()
+
+    def artifact(self, name: str) -> bytes:
+        """The bytes of one artifact of the target.
+
+        Raises ConfigError for a name the target does not offer, DaemonError when they do not come within `timeout_s` or
+        the subscriber is closed.
+        """
+        self._check_open()
+        ref = self.contract.artifacts.get(name)
+        if ref is None:
+            offers = ", ".join(sorted(self.contract.artifacts))
+            raise ConfigError(f"the target has no artifact {name!r}; it has {offers}")
+        return bytes(self._flight.artifacts.read(ref.same_as or name, ref.nbytes))
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """One artifact that is a tensor, such as `embedding` [V, H] or `lm_head` [V, H], in the target's dtype."""
+        data = bytearray(self.artifact(name))
+        ref = self.contract.artifacts[name]
+        return torch.frombuffer(data, dtype=getattr(torch, ref.dtype)).view(ref.shape)
+
+    def stats(self) -> Stats:
+        """Counters since the start."""
+        with self._flight.lock:
+            transports = {link.endpoint: link.session.choice.name for link in self._flight.links if link.session}
+            return msgspec.structs.replace(self._stats, transports=transports)
+
+    def close(self) -> None:
+        """End every session and thread. Idempotent."""
+        self._closed = True
+        self._flight.close()
+        if self._own_context:
+            self._context.term()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        up = sum(link.session is not None for link in self._flight.links)
+        return f"Subscriber({up} of {len(self._flight.links)} daemons up, {len(self._flight)} batches under way)"
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise DaemonError("the subscriber is closed: open another one to go on")
+
+    def _extend(self, source: Iterator[Batch], size: int) -> None:
+        """Draw batches from the loader until `size` are under way."""
+        fresh: list[Entry] = []
+        while len(self._flight) + len(fresh) < size and (batch := next(source, None)) is not None:
+            self._seq += 1
+            layout = slot_layout(self.spec, self.contract.hidden_size, batch.num_tokens)
+            identity = batch_id(self.contract.fingerprint, self.spec, batch.tokens, batch.lengths)
+            fresh.append(Entry(self._seq, batch, identity, layout))
+        if fresh:
+            self._flight.submit(fresh)
+
+
+def _views(buffer: torch.Tensor, layout: Layout) -> dict[str, torch.Tensor]:
+    """The tensors of one batch in its staging buffer."""
+    return {
+        ref.name: buffer[ref.offset : ref.offset + ref.nbytes].view(getattr(torch, ref.dtype)).view(ref.shape)
+        for ref in layout.tensors
+    }

@@ -1,0 +1,118 @@
+"""Admission: what a trainer may ask of this target and this ring. Pure checks, no state."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import numpy as np
+
+from specd.daemon.ring import SlotFill
+from specd.errors import ProtocolError
+from specd.protocol import messages as wire
+from specd.protocol.batch import Layout, batch_id, slot_layout
+from specd.protocol.capture import CaptureSpec
+from specd.protocol.messages import RingInfo, TargetContract
+from specd.worker import messages as channel
+
+Tokens = np.ndarray[Any, np.dtype[np.int32]]
+
+
+class Request:
+    """One request of a session that may be served. layout: of its states in a slot."""
+
+    __slots__ = ("_message", "batch_id", "layout")
+
+    def __init__(self, message: wire.Submit | wire.Probe, identity: bytes, layout: Layout) -> None:
+        self._message: wire.Submit | wire.Probe | None = message
+        self.batch_id = identity
+        self.layout = layout
+
+    def task(self, fill: SlotFill, spec: CaptureSpec) -> channel.FillSlot | channel.FillNoise:
+        """What the worker must do for it. Asked once: the tokens are not kept longer."""
+        message, self._message = self._message, None
+        assert message is not None, "a request is given a slot once"
+        if isinstance(message, wire.Probe):
+            return channel.FillNoise(
+                slot=fill.slot, generation=fill.generation, nonce=message.nonce, nbytes=message.nbytes
+            )
+        return channel.FillSlot(
+            slot=fill.slot,
+            generation=fill.generation,
+            spec=spec,
+            tokens=message.tokens,
+            lengths=message.lengths,
+            layout=self.layout,
+        )
+
+
+class Unfit(Exception):
+    """A well-formed request that this daemon can never serve; the message tells the trainer why."""
+
+
+def check_hello(hello: wire.Hello, contract: TargetContract) -> str | None:
+    """Why this trainer and this target do not fit, or None when they do."""
+    if hello.fingerprint not in {"", contract.fingerprint}:
+        return (
+            f"this daemon's target is not the trainer's: it serves {contract.model} ({contract.fingerprint}), the "
+            f"trainer needs ({hello.fingerprint})"
+        )
+    return hello.spec.problem(contract.num_layers)
+
+
+def admit_batch(message: wire.Submit, spec: CaptureSpec, contract: TargetContract, ring: RingInfo) -> Request:
+    """The request a SUBMIT stands for. Raises ProtocolError for a forged or malformed one, Unfit for one too large."""
+    tokens, lengths = _ints(message.tokens, "tokens"), _ints(message.lengths, "lengths")
+    if tokens.size == 0 or lengths.size == 0 or lengths.min() < 1 or lengths.sum(dtype=np.int64) != tokens.size:
+        raise ProtocolError(f"{lengths.size} lengths do not cover {tokens.size} tokens with positive parts")
+    identity = batch_id(contract.fingerprint, spec, tokens, lengths)
+    if message.batch_id != identity:
+        raise ProtocolError(f"batch id {message.batch_id.hex()} is not that of its content, {identity.hex()}")
+    low, high = int(tokens.min()), int(tokens.max())
+    if low < 0 or high >= contract.vocab_size:
+        raise Unfit(
+            f"token id {low if low < 0 else high} is outside the target's vocabulary of {contract.vocab_size}: "
+            f"tokenise the data with the target's own tokenizer"
+        )
+    layout = slot_layout(spec, contract.hidden_size, tokens.size)
+    if layout.nbytes > ring.slot_bytes:
+        raise Unfit(
+            f"{tokens.size} tokens need {layout.nbytes} bytes and a slot has {ring.slot_bytes} (sized for "
+            f"{ring.slot_tokens} tokens of the daemon's capture): start the daemon with a larger ring.slot_tokens, or "
+            f"train with a smaller data.batch_tokens"
+        )
+    return Request(message, identity, layout)
+
+
+def admit_probe(message: wire.Probe, session: bytes, ring: RingInfo) -> Request:
+    """The request a PROBE stands for; no two probes share content. Raises ProtocolError when it does not fit a slot."""
+    if not 0 < message.nbytes <= ring.slot_bytes:
+        raise ProtocolError(f"a probe of {message.nbytes} bytes does not fit a slot of {ring.slot_bytes}")
+    facts = b"|".join((session, message.nonce, str(message.nbytes).encode()))
+    identity = hashlib.blake2b(facts, digest_size=wire.BATCH_ID_BYTES, person=b"specd probe").digest()
+    return Request(message, identity, Layout(tensors=(), nbytes=message.nbytes))
+
+
+def check_fetch(message: wire.Fetch, contract: TargetContract, under_way: int) -> None:
+    """Raise ProtocolError unless the artifact exists and has those bytes.
+
+    under_way: how many reads of the same session are not answered yet; MAX_FETCHES at most.
+    """
+    if under_way >= wire.MAX_FETCHES:
+        raise ProtocolError(f"{under_way} artifact reads are under way already: wait for their answers")
+    artifact = contract.artifacts.get(message.name)
+    if artifact is None:
+        raise ProtocolError(f"the target has no artifact {message.name!r}")
+    end = message.offset + message.length
+    if not 0 < message.length <= wire.ARTIFACT_CHUNK_BYTES or message.offset < 0 or end > artifact.nbytes:
+        raise ProtocolError(
+            f"bytes {message.offset}…{end} of artifact {message.name!r} ({artifact.nbytes} bytes) cannot be fetched; "
+            f"at most {wire.ARTIFACT_CHUNK_BYTES} at once"
+        )
+
+
+def _ints(data: bytes, name: str) -> Tokens:
+    """Little-endian int32s of a message field, not copied."""
+    if len(data) % 4:
+        raise ProtocolError(f"{name} has {len(data)} bytes, expected a multiple of 4 (int32)")
+    return np.frombuffer(data, "<i4")

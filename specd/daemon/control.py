@@ -1,0 +1,399 @@
+"""Control: owns the sockets, sessions, leases and credits of one daemon, and keeps its worker alive.
+
+One thread, one poll loop, no torch. It never waits for a forward, a transfer or a trainer.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import time
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import zmq
+
+import specd
+from specd.config.settings import DaemonConfig
+from specd.daemon.admission import Unfit, admit_batch, admit_probe, check_fetch, check_hello
+from specd.daemon.ring import Lease, Ring
+from specd.daemon.sessions import Session, Sessions, peer_pid
+from specd.daemon.supervisor import Supervisor
+from specd.errors import DaemonError, ProtocolError
+from specd.metrics import Counters
+from specd.protocol import messages as wire
+from specd.protocol.messages import Message
+from specd.transports.base import SlotRef
+from specd.worker import messages as channel
+
+log = logging.getLogger(__name__)
+
+RETRY_MS = 300
+"""How long a rejected trainer is asked to wait while a worker starts."""
+COUNTERS = ("batches", "bytes", "failed", "refused_messages", "revoked_sessions", "worker_restarts")
+
+
+class Control:
+    """The control loop of one daemon.
+
+    endpoints: what to bind, ipc, tcp or inproc. supervisor: starts workers. on_ready: called once with the status when
+    the first worker serves. wake_fd: a byte written to it makes the loop look around, as signals must.
+    Raises DaemonError from `run` when no worker can be started.
+    """
+
+    def __init__(
+        self,
+        settings: DaemonConfig,
+        endpoints: tuple[str, ...],
+        supervisor: Supervisor,
+        context: zmq.Context[zmq.Socket[bytes]],
+        on_ready: Callable[[wire.StatusReport], None] = lambda status: None,
+    ) -> None:
+        self._settings = settings
+        self._supervisor = supervisor
+        self._on_ready = on_ready
+        self._clock = time.monotonic
+        self._began = self._clock()
+        self._wake, self.wake_fd = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        ring = settings.ring
+        self._ring = Ring(ring.slots, ring.max_sessions, ring.lease_ttl_s, self._clock)
+        self._started: channel.Started | None = None
+        self._fetches: Counter[bytes] = Counter()  # reads of artifacts under way, by routing id: they outlive sessions
+        self._draining = self._stopping = self._served = False
+        self.counters = Counters(COUNTERS)
+        self._front = context.socket(zmq.ROUTER)
+        self._front.set(zmq.ROUTER_MANDATORY, 1)
+        self._front.set(zmq.SNDHWM, 256)  # of up to 1 MiB each, for a trainer that does not read
+        self._front.set(zmq.RCVHWM, 1000)
+        self._front.set(zmq.MAXMSGSIZE, wire.MAX_MESSAGE_BYTES)
+        self._front.set(zmq.LINGER, 500)  # before bind, as the supervisor's pipes
+        self._front.set(zmq.HEARTBEAT_IVL, 5000)
+        self._front.set(zmq.HEARTBEAT_TIMEOUT, 20000)
+        self._poller = zmq.Poller()
+        self._sessions = Sessions(self._poller, self._ring)
+        self._poller.register(self._wake, zmq.POLLIN)
+        self.endpoints = tuple(self._bind(endpoint) for endpoint in endpoints)
+        self._poller.register(self._front, zmq.POLLIN)
+
+    def _bind(self, endpoint: str) -> str:
+        self._front.set(zmq.IPV6, int(endpoint.startswith("tcp://[")))
+        try:
+            self._front.bind(endpoint)
+        except zmq.ZMQError as error:
+            self._front.close(linger=0)
+            raise DaemonError(f"cannot listen on {endpoint}: {error.strerror or error}") from None
+        return self._front.get_string(zmq.LAST_ENDPOINT)
+
+    # The loop
+
+    def run(self) -> None:
+        """Serve until stopped or drained."""
+        try:
+            while not self._stopping:
+                self._supervisor.tend(self._poller)
+                events = dict(self._poller.poll(self._patience_ms()))
+                if self._wake in events:
+                    os.read(self._wake, 4096)
+                for key in self._sessions.dead(events):
+                    self._end(key, "the trainer's process ended")
+                self._sessions.bury(events)
+                for note in self._supervisor.notes(events):
+                    self._hear(note)
+                if (death := self._supervisor.death(events)) is not None:
+                    self._lose_worker(death)
+                if self._front in events:
+                    self._listen()
+                for key in self._ring.expire():
+                    self._end(key, "its lease expired", expired=True)
+                self._schedule()
+                if self._draining and not any(self._ring.outstanding(session.key) for session in self._sessions):
+                    break
+        finally:
+            self._close()
+
+    def close(self) -> None:
+        """Give `wake_fd` up, once nobody can call `stop` or `drain` any more."""
+        os.close(self._wake)
+        os.close(self.wake_fd)
+
+    def stop(self) -> None:
+        """End the loop soon; safe from any thread and from a signal handler."""
+        self._stopping = True
+        self._kick()
+
+    def drain(self) -> None:
+        """Serve what is outstanding, take nothing new, then end; the second call ends at once. As safe as `stop`."""
+        if self._draining:
+            self.stop()
+        self._draining = True
+        self._kick()
+
+    def _kick(self) -> None:
+        with contextlib.suppress(BlockingIOError):  # full: it is awake
+            os.write(self.wake_fd, b"\0")
+
+    def _patience_ms(self) -> int | None:
+        deadlines = [d for d in (self._ring.next_deadline(), self._supervisor.next_start()) if d is not None]
+        return max(0, int((min(deadlines) - self._clock()) * 1000) + 1) if deadlines else None
+
+    def _close(self) -> None:
+        for session in self._sessions:
+            self._end(session.key, "the daemon ended", tell=True)
+        self._sessions.reset()
+        self._supervisor.stop()
+        self._front.close()
+
+    # Trainers
+
+    def _listen(self, limit: int = 100) -> None:
+        """Take up to `limit` messages, so that a flood does not keep the worker's news waiting."""
+        for _ in range(limit):
+            try:
+                sender, *frames = self._front.recv_multipart(zmq.NOBLOCK, copy=False)
+            except zmq.Again:
+                return
+            try:
+                if len(frames) != 1:
+                    raise ProtocolError(f"a message has {len(frames)} frames, expected 1")
+                self._handle(sender.bytes, wire.decode(frames[0].buffer), frames[0])
+            except ProtocolError as error:
+                self.counters.add("refused_messages")
+                self._send(sender.bytes, wire.Error(epoch=self._epoch, reason=str(error)[: wire.MAX_REASON_CHARS]))
+
+    def _handle(self, key: bytes, message: Any, frame: zmq.Frame) -> None:
+        """Act on one message; ProtocolError is answered with ERROR and changes nothing."""
+        match message:
+            case wire.Status():
+                self._send(key, self.status())
+                return
+            case wire.Hello():
+                self._send(key, self._greet(key, message, peer_pid(frame)))
+                return
+        session = self._sessions.get(key)
+        if session is None or message.epoch != self._epoch:
+            if not isinstance(message, wire.Bye):
+                self._send(key, wire.Revoke(epoch=self._epoch, reason="no session in this epoch: say HELLO"))
+            return
+        match message:
+            case wire.Submit() | wire.Probe():
+                self._submit(session, message)
+            case wire.Borrow():
+                self._ring.borrow(key, message.lease)
+            case wire.Release():
+                lease = self._ring.lease(key, message.lease)
+                if self._ring.release(key, message.lease) and lease is not None:
+                    session.requests.pop(lease.seq, None)
+            case wire.RecvReady():
+                self._publish(session, message)
+            case wire.Renew():
+                self._ring.renew(key)
+                self._send(key, wire.Renewed(epoch=self._epoch))
+            case wire.Attach():
+                self._attach(session, message)
+            case wire.Fetch():
+                self._fetch(session, message)
+            case wire.Bye():
+                self._end(key, "")
+            case _:
+                raise ProtocolError(f"a daemon does not take {type(message).__name__}: it only sends it")
+
+    def _greet(self, key: bytes, hello: wire.Hello, peer: int) -> wire.Welcome | wire.Reject:
+        """Open a session, or say why not. peer: the sender's process, if the kernel told."""
+        if key in self._sessions:
+            self._end(key, "")
+        started = self._started
+        if started is None or self._draining:
+            state = "draining" if self._draining else "starting its worker"
+            return wire.Reject(epoch=self._epoch, reason=f"the daemon is {state}", retry_ms=RETRY_MS)
+        if (reason := check_hello(hello, started.contract)) is not None:
+            return wire.Reject(epoch=self._epoch, reason=reason)
+        session = self._sessions.open(key, hello, peer, self._clock())
+        if isinstance(session, str):
+            return wire.Reject(epoch=self._epoch, reason=session, retry_ms=RETRY_MS)
+        return wire.Welcome(
+            epoch=self._epoch,
+            contract=started.contract,
+            ring=started.ring,
+            credits=session.credits,
+            slots=1 + self._ring.pool,
+            lease_ttl_ms=round(self._settings.ring.lease_ttl_s * 1000),
+            transports=started.transports,
+        )
+
+    def _end(self, key: bytes, reason: str, *, expired: bool = False, tell: bool = False) -> None:
+        """Close a session and free all it holds. reason: for the log, empty for an orderly end."""
+        session = self._sessions.pop(key)
+        if session is None:
+            return
+        self._supervisor.send(channel.Drop(session=key))
+        if reason:
+            log.info("session %s of %s is over: %s", key.hex()[:8], session.name, reason)
+        if expired or tell:
+            self.counters.add("revoked_sessions")
+            self._send(key, wire.Revoke(epoch=self._epoch, reason=reason))
+
+    def _send(self, key: bytes, message: Message) -> None:
+        """Send to one trainer; one that is gone, or does not read what it is sent, loses its session."""
+        try:
+            self._front.send_multipart([key, wire.encode(message)], zmq.NOBLOCK)
+        except zmq.Again:
+            self._end(key, "it does not read its messages")
+        except zmq.ZMQError as error:
+            if error.errno != zmq.EHOSTUNREACH:
+                raise
+            self._end(key, "its connection is gone")
+
+    # Batches
+
+    def _submit(self, session: Session, message: wire.Submit | wire.Probe) -> None:
+        assert self._started is not None
+        contract, ring = self._started.contract, self._started.ring
+        try:
+            if self._draining:
+                raise Unfit("the daemon is draining")
+            if isinstance(message, wire.Probe):
+                request = admit_probe(message, session.key, ring)
+            else:
+                request = admit_batch(message, session.spec, contract, ring)
+        except Unfit as error:
+            identity = message.batch_id if isinstance(message, wire.Submit) else bytes(wire.BATCH_ID_BYTES)
+            self._fail(session.key, message.seq, identity, str(error), retry=self._draining)
+            return
+        self._ring.submit(session.key, message.seq, request.batch_id)
+        session.requests[message.seq] = request
+
+    def _schedule(self) -> None:
+        """Give free slots to waiting requests and tell the worker what to fill."""
+        plan = self._ring.schedule()
+        for fill in plan.fills:
+            session = self._sessions.get(fill.holder)
+            assert session is not None, "nothing was sent since it was scheduled"
+            self._supervisor.send(session.requests[fill.seq].task(fill, session.spec))
+        for lease in plan.ready:
+            self._announce(lease, 0)
+
+    def _announce(self, lease: Lease, target_us: int) -> None:
+        session = self._sessions.get(lease.holder)
+        if session is None:  # it was lost while its other leases were announced
+            return
+        layout = session.requests[lease.seq].layout
+        if layout.tensors:  # a probe is no batch
+            session.batches += 1
+            session.nbytes += layout.nbytes
+            self.counters.add("batches")
+            self.counters.add("bytes", layout.nbytes)
+            self._supervisor.productive()
+        self._send(
+            lease.holder,
+            wire.Ready(
+                epoch=self._epoch,
+                seq=lease.seq,
+                batch_id=lease.batch_id,
+                lease=lease.id,
+                slot=lease.slot,
+                generation=lease.generation,
+                layout=layout,
+                busy_slots=self._ring.busy,
+                target_us=target_us,
+            ),
+        )
+
+    def _fail(self, key: bytes, seq: int, identity: bytes, reason: str, *, retry: bool) -> None:
+        self.counters.add("failed")
+        reason = reason[: wire.MAX_REASON_CHARS]
+        self._send(key, wire.Failed(epoch=self._epoch, seq=seq, batch_id=identity, reason=reason, retry=retry))
+
+    def _publish(self, session: Session, message: wire.RecvReady) -> None:
+        lease = self._ring.lease(session.key, message.lease)
+        if lease is None or not session.transport:
+            raise ProtocolError(f"lease {message.lease} is not one this session can receive")
+        self._ring.renew(session.key)
+        ref = SlotRef(lease.slot, lease.generation, session.requests[lease.seq].layout.nbytes)
+        self._supervisor.send(channel.Publish(session=session.key, transport=session.transport, ref=ref))
+
+    def _attach(self, session: Session, message: wire.Attach) -> None:
+        assert self._started is not None
+        if message.transport not in self._started.transports:
+            reason = f"the daemon does not serve it (it serves {', '.join(self._started.transports)})"
+            self._send(session.key, wire.Refuse(epoch=self._epoch, transport=message.transport, reason=reason))
+            return
+        self._supervisor.send(channel.Accept(session=session.key, transport=message.transport, hello=message.hello))
+
+    def _fetch(self, session: Session, message: wire.Fetch) -> None:
+        assert self._started is not None
+        check_fetch(message, self._started.contract, self._fetches[session.key])
+        self._fetches[session.key] += 1
+        self._supervisor.send(
+            channel.ReadArtifact(session=session.key, name=message.name, offset=message.offset, length=message.length)
+        )
+
+    # The worker
+
+    @property
+    def _epoch(self) -> bytes:
+        return self._supervisor.epoch
+
+    def _hear(self, note: channel.ToControl) -> None:
+        """Act on the worker's news."""
+        match note:
+            case channel.Started():
+                self._started = note
+                self._supervisor.serving()
+                log.info("worker serves %s after %.1f s", note.contract.model, note.load_s)
+                if not self._served:
+                    self._served = True
+                    self._on_ready(self.status())
+            case channel.StartFailed():
+                self._supervisor.failed(note.reason)
+            case channel.Filled():
+                for lease in self._ring.filled(note.slot, note.generation):
+                    self._announce(lease, note.target_us)
+            case channel.FillFailed():
+                for lease in self._ring.failed(note.slot, note.generation):
+                    if (session := self._sessions.get(lease.holder)) is not None:
+                        session.requests.pop(lease.seq, None)
+                    self._fail(lease.holder, lease.seq, lease.batch_id, note.reason, retry=False)
+            case channel.Accepted():
+                if (session := self._sessions.get(note.session)) is not None:
+                    session.transport = note.transport
+                self._send(note.session, wire.Offer(epoch=self._epoch, transport=note.transport, offer=note.offer))
+            case channel.Refused():
+                reason = note.reason[: wire.MAX_REASON_CHARS]
+                self._send(note.session, wire.Refuse(epoch=self._epoch, transport=note.transport, reason=reason))
+            case channel.ArtifactBytes():
+                self._fetches -= Counter([note.session])  # and forget those at 0
+                data = wire.Artifact(epoch=self._epoch, name=note.name, offset=note.offset, data=note.data)
+                self._send(note.session, data)
+
+    def _lose_worker(self, reason: str) -> None:
+        """Void all that the dead worker held, tell every trainer, and have a new one started."""
+        self._started = None
+        self._fetches.clear()
+        self.counters.add("worker_restarts")
+        for session in self._sessions:
+            self._end(session.key, f"the worker died ({reason})", tell=True)
+        self._sessions.reset()
+        self._supervisor.restart(reason)
+
+    def status(self) -> wire.StatusReport:
+        """What `specd status` shows."""
+        now = self._clock()
+        state = "draining" if self._draining else "starting" if self._started is None else "serving"
+        return wire.StatusReport(
+            epoch=self._epoch,
+            state=state,
+            version=specd.__version__,
+            pid=os.getpid(),
+            worker_pid=self._supervisor.worker_pid,
+            uptime_s=now - self._began,
+            contract=self._started.contract if self._started else None,
+            ring=self._started.ring if self._started else None,
+            slots=self._ring.counts(),
+            queued=self._ring.queued(),
+            sessions=tuple(session.status(self._ring, now) for session in self._sessions),
+            counters={**self.counters.values(), **self._ring.counters},
+            endpoints=self.endpoints,
+            transports=self._started.transports if self._started else (),
+        )

@@ -1,0 +1,171 @@
+"""Sessions: which trainers are in, what they asked for, and whether their processes live."""
+
+from __future__ import annotations
+
+import logging
+import os
+import select
+from collections.abc import Container, Iterator
+
+import zmq
+
+from specd.config.settings import host_id
+from specd.daemon.admission import Request
+from specd.daemon.ring import Ring
+from specd.protocol import messages as wire
+
+log = logging.getLogger(__name__)
+
+
+class Session:
+    """One trainer. key: its routing id. requests: by seq. pidfd: readable once its process is dead; −1 if unknown."""
+
+    __slots__ = (
+        "batches", "credits", "gpus", "key", "name", "nbytes", "opened", "pidfd", "requests", "spec", "transport",
+    )  # fmt: skip
+
+    def __init__(self, key: bytes, hello: wire.Hello, credits: int, opened: float, pidfd: int) -> None:
+        self.key = key
+        self.name = hello.name
+        self.gpus = hello.gpus
+        self.spec = hello.spec
+        self.credits = credits
+        self.opened = opened
+        self.pidfd = pidfd
+        self.transport = ""
+        self.requests: dict[int, Request] = {}
+        self.batches = 0
+        self.nbytes = 0
+
+    def status(self, ring: Ring, now: float) -> wire.SessionStatus:
+        """This session as STATUS shows it."""
+        return wire.SessionStatus(
+            session=self.key.hex(),
+            name=self.name,
+            transport=self.transport,
+            gpus=self.gpus,
+            credits=self.credits,
+            outstanding=ring.outstanding(self.key),
+            leases=len(ring.leases(self.key)),
+            batches=self.batches,
+            nbytes=self.nbytes,
+            age_s=now - self.opened,
+        )
+
+
+class Sessions:
+    """All open sessions by key, and a pidfd for each process of this host that has one, or may still read the ring.
+
+    The ring knows a process by its pidfd, which stays open, and so unique, while slots are quarantined for it.
+    """
+
+    def __init__(self, poller: zmq.Poller, ring: Ring) -> None:
+        self._poller = poller
+        self._ring = ring
+        self._host = host_id()
+        self._by_key: dict[bytes, Session] = {}
+        self._pids: dict[int, int] = {}  # pidfd → pid
+        self._keys: dict[int, set[bytes]] = {}  # pidfd → its process's sessions
+
+    def __iter__(self) -> Iterator[Session]:
+        return iter(list(self._by_key.values()))
+
+    def __contains__(self, key: bytes) -> bool:
+        return key in self._by_key
+
+    def get(self, key: bytes) -> Session | None:
+        """The session of a key, if it is open."""
+        return self._by_key.get(key)
+
+    def open(self, key: bytes, hello: wire.Hello, peer: int, now: float) -> Session | str:
+        """Let a trainer in, or say why there is no room; watches its process if it is one of this host.
+
+        peer: the process at the other end of the connection, 0 if the kernel does not tell.
+        """
+        pidfd = self._watch(hello, peer)
+        credits = self._ring.open(key, hello.credits, pidfd)
+        if credits is None:
+            self._unwatch(pidfd)
+            return self._why_full()
+        if pidfd >= 0:
+            self._keys[pidfd].add(key)
+        session = self._by_key[key] = Session(key, hello, credits, now, pidfd)
+        log.info("session %s of %s: %d credits", key.hex()[:8], hello.name, credits)
+        return session
+
+    def pop(self, key: bytes) -> Session | None:
+        """Remove a session, if it is open, and free all it holds; what its process may still read is quarantined."""
+        session = self._by_key.pop(key, None)
+        self._ring.close(key)
+        if session is not None and session.pidfd >= 0:
+            self._keys[session.pidfd].remove(key)
+            self._unwatch(session.pidfd)
+            slots = self._ring.quarantined(session.pidfd)
+            if slots and not _is_dead(session.pidfd):
+                pid = self._pids[session.pidfd]
+                log.warning("process %d of %s keeps %d borrowed slots until it ends", pid, session.name, slots)
+        return session
+
+    def dead(self, fds: Container[object]) -> list[bytes]:
+        """Keys of the sessions whose process ended, given what can be read now. Pop them, then `bury`."""
+        return [key for pidfd, keys in self._keys.items() if pidfd in fds for key in keys]
+
+    def bury(self, fds: Container[object]) -> None:
+        """End the quarantine of the slots that processes which ended had borrowed."""
+        for pidfd in [pidfd for pidfd in self._keys if pidfd in fds]:
+            self._ring.dead(pidfd)
+            self._unwatch(pidfd)
+
+    def reset(self) -> None:
+        """The worker is gone, and the ring's memory with it: nothing is held or quarantined any more."""
+        self._ring.reset()
+        for pidfd in list(self._keys):
+            self._unwatch(pidfd)
+
+    def _watch(self, hello: wire.Hello, peer: int) -> int:
+        """A pidfd of a trainer on this host, or −1 when its pid is not known, or not the one the kernel knows."""
+        if hello.host != self._host or hello.pid <= 0 or peer not in (0, hello.pid):
+            return -1
+        for pidfd, pid in self._pids.items():
+            if pid == hello.pid and not _is_dead(pidfd):
+                return pidfd
+        try:
+            pidfd = os.pidfd_open(hello.pid)
+        except OSError:
+            return -1
+        self._pids[pidfd], self._keys[pidfd] = hello.pid, set()
+        self._poller.register(pidfd, zmq.POLLIN)
+        return pidfd
+
+    def _unwatch(self, pidfd: int) -> None:
+        """Give a pidfd up once its process has no session and nothing is quarantined for it."""
+        if pidfd >= 0 and not self._keys[pidfd] and not self._ring.quarantined(pidfd):
+            del self._keys[pidfd], self._pids[pidfd]
+            self._poller.unregister(pidfd)
+            os.close(pidfd)
+
+    def _why_full(self) -> str:
+        if len(self._by_key) >= self._ring.max_holders:
+            return f"all {self._ring.max_holders} sessions are taken (ring.max_sessions of the daemon)"
+        pids = sorted({pid for pidfd, pid in self._pids.items() if self._ring.quarantined(pidfd)})
+        return (
+            f"{self._ring.counts()['quarantined']} of {self._ring.num_slots} slots are quarantined: their sessions are "
+            f"over, but processes {', '.join(map(str, pids))} may still read them in place; there is room once such a "
+            f"process ends, or with a larger ring.slots"
+        )
+
+
+def peer_pid(frame: zmq.Frame) -> int:
+    """The process that sent a frame, as the kernel told libzmq when it connected over ipc; 0 over anything else."""
+    try:
+        address = str(frame.get("Peer-Address"))  # "localhost:UID:GID:PID" where the socket has credentials
+    except zmq.ZMQError:  # inproc: nobody connected
+        return 0
+    _, *credentials = address.split(":")
+    return int(credentials[2]) if len(credentials) == 3 and all(part.isdigit() for part in credentials) else 0
+
+
+def _is_dead(pidfd: int) -> bool:
+    poll = select.poll()
+    poll.register(pidfd, select.POLLIN)
+    return bool(poll.poll(0))

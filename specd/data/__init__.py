@@ -1,0 +1,1 @@
+"""Conversations into training samples, samples into batches."""

@@ -1,0 +1,178 @@
+"""The order of training: which samples share a batch, which batch comes when, and where a run stands in it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Protocol
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from specd.errors import ConfigError
+from specd.protocol.batch import Batch
+
+GROUP_BATCHES = 64
+"""So many batches' worth of shuffled samples are sorted by length together."""
+
+
+class Samples(Protocol):
+    """Tokenised samples by number; a Dataset is one."""
+
+    def tokens(self, i: int) -> NDArray[np.int32]: ...
+
+    def loss_mask(self, i: int) -> NDArray[np.bool_]: ...
+
+
+class Cursor(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The next batch to train: number `index` of `epoch`. An index equal to the epoch's length is the next epoch."""
+
+    epoch: int = 0
+    index: int = 0
+
+    @staticmethod
+    def after(batch: Batch) -> Cursor:
+        """Where a run stands once `batch` is trained."""
+        return Cursor(epoch=batch.epoch, index=batch.index + 1)
+
+
+class Plan:
+    """Every epoch as batches of sample numbers: each sample exactly once an epoch, each batch within its budget.
+
+    A pure function of its arguments, the same on every machine and with every numpy. Samples of alike length share a
+    batch: sorted within groups of GROUP_BATCHES batches of shuffled samples; then the batches are shuffled.
+    """
+
+    __slots__ = ("_counts", "_epochs", "_lengths", "batch_tokens", "max_batch_sequences", "seed")
+
+    def __init__(
+        self, lengths: Sequence[int] | NDArray[np.int64], batch_tokens: int, max_batch_sequences: int = 0, seed: int = 0
+    ) -> None:
+        """lengths: tokens of each sample. max_batch_sequences: 0 for no limit.
+
+        Raises ConfigError for a budget that a sample exceeds.
+        """
+        self._lengths = np.asarray(lengths, np.int64)
+        self.batch_tokens, self.max_batch_sequences, self.seed = batch_tokens, max_batch_sequences, seed
+        self._epochs: dict[int, list[tuple[int, ...]]] = {}
+        self._counts: dict[int, int] = {}
+        if batch_tokens < 1 or max_batch_sequences < 0:
+            raise ConfigError(
+                f"data.batch_tokens={batch_tokens}, data.max_batch_sequences={max_batch_sequences}: expected a budget "
+                f"of at least one token, and a limit of sequences or 0 for none"
+            )
+        if not self._lengths.size:
+            raise ConfigError("there are no samples to plan batches of; give data with at least one trainable sample")
+        longest = int(self._lengths.argmax())
+        if self._lengths[longest] > batch_tokens:
+            raise ConfigError(
+                f"sample {longest} has {self._lengths[longest]} tokens, more than data.batch_tokens={batch_tokens}; "
+                f"raise it, or cut samples with data.max_length={batch_tokens}"
+            )
+
+    def __repr__(self) -> str:
+        return f"Plan({self._lengths.size} samples, {self.batch_tokens} tokens a batch, seed {self.seed})"
+
+    def epoch(self, epoch: int) -> list[tuple[int, ...]]:
+        """The batches of one epoch (from 0), in order, as sample numbers."""
+        if epoch not in self._epochs:
+            self._epochs = {epoch: self._build(epoch)}  # a run reads one epoch at a time
+        return self._epochs[epoch]
+
+    def num_batches(self, epoch: int) -> int:
+        """How many batches one epoch has; epochs differ a little, because each packs its samples anew."""
+        if epoch not in self._counts:
+            self._counts[epoch] = len(self.epoch(epoch))
+        return self._counts[epoch]
+
+    def _build(self, epoch: int) -> list[tuple[int, ...]]:
+        shuffled = np.argsort(_keys(self._lengths.size, self.seed, epoch, 0), kind="stable")
+        per_batch = max(1, int(self.batch_tokens // self._lengths.mean()))
+        if self.max_batch_sequences:
+            per_batch = min(per_batch, self.max_batch_sequences)
+        group = GROUP_BATCHES * per_batch
+        batches: list[tuple[int, ...]] = []
+        for at in range(0, shuffled.size, group):
+            members = shuffled[at : at + group]
+            batches += self._fill(members[np.argsort(self._lengths[members], kind="stable")])
+        order = np.argsort(_keys(len(batches), self.seed, epoch, 1), kind="stable")
+        return [batches[i] for i in order.tolist()]
+
+    def _fill(self, members: NDArray[np.int64]) -> Iterator[tuple[int, ...]]:
+        """Consecutive members, as many in each batch as its budget holds."""
+        batch: list[int] = []
+        used = 0
+        for i, length in zip(members.tolist(), self._lengths[members].tolist(), strict=True):
+            if batch and (used + length > self.batch_tokens or len(batch) == self.max_batch_sequences):
+                yield tuple(batch)
+                batch, used = [], 0
+            batch.append(i)
+            used += length
+        yield tuple(batch)
+
+
+class Loader:
+    """The batches of `epochs` epochs, from a cursor on. Iterating it again begins again at that cursor."""
+
+    __slots__ = ("_cursor", "_plan", "_samples", "epochs")
+
+    def __init__(self, samples: Samples, plan: Plan, *, epochs: int = 1, cursor: Cursor | None = None) -> None:
+        self._samples, self._plan, self.epochs = samples, plan, epochs
+        self._cursor = cursor or Cursor()
+        if epochs < 1:
+            raise ConfigError(f"train.epochs={epochs}: expected at least 1")
+        if not 0 <= self._cursor.epoch <= epochs or self._cursor.index < 0:
+            raise ConfigError(f"cursor {self._cursor} lies outside a run of {epochs} epochs")
+
+    def __repr__(self) -> str:
+        return f"Loader({self._plan!r}, {self.epochs} epochs, from {self._cursor})"
+
+    @property
+    def num_batches(self) -> int:
+        """How many batches all epochs have together, wherever the cursor stands."""
+        return sum(map(self._plan.num_batches, range(self.epochs)))
+
+    def __len__(self) -> int:
+        """How many batches are left from the cursor on."""
+        before = sum(map(self._plan.num_batches, range(self._cursor.epoch)))
+        return max(0, self.num_batches - before - self._cursor.index)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self.batches(self._cursor.epoch, self._cursor.index)
+
+    def batches(self, epoch: int, index: int) -> Iterator[Batch]:
+        """All batches from number `index` of `epoch` on; `index` may be the length of that epoch."""
+        for current in range(epoch, self.epochs):
+            plan = self._plan.epoch(current)
+            for number in range(index if current == epoch else 0, len(plan)):
+                yield self._pack(plan[number], current, number)
+
+    def _pack(self, members: tuple[int, ...], epoch: int, index: int) -> Batch:
+        tokens = [self._samples.tokens(i) for i in members]
+        return Batch(
+            tokens=np.concatenate(tokens),
+            lengths=np.array([part.size for part in tokens], np.int32),
+            loss_mask=np.concatenate([self._samples.loss_mask(i) for i in members]),
+            samples=members,
+            epoch=epoch,
+            index=index,
+        )
+
+
+def _keys(count: int, seed: int, epoch: int, purpose: int) -> NDArray[np.uint64]:
+    """`count` random-looking numbers; sorting by them shuffles.
+
+    Splitmix64 (Steele, Lea and Flood, 2014) in place of numpy's generators, whose permutations may change from one
+    version to the next: a resumed run must see the very same epoch.
+    """
+    mixed = np.zeros(1, np.uint64)
+    for part in (seed, epoch, purpose):
+        mixed = _splitmix(mixed + np.uint64(part & 0xFFFFFFFFFFFFFFFF))
+    return _splitmix(mixed + np.arange(count, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15))
+
+
+def _splitmix(state: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    state = state + np.uint64(0x9E3779B97F4A7C15)
+    state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return state ^ (state >> np.uint64(31))

@@ -1,0 +1,317 @@
+"""Training data: conversations, texts or token ids, prepared once as samples of tokens and labels."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from specd.config.settings import DataConfig, cache_dir
+from specd.data.batching import Cursor, Loader, Plan
+from specd.data.chat import Chat, Encoder, Rendered, load_tokenizer
+from specd.data.rows import Row, fingerprint, read_rows
+from specd.errors import ConfigError, DataError
+
+__all__ = ["Cursor", "Dataset", "Loader", "Plan", "Report", "prepare", "sample", "trainable"]
+
+logger = logging.getLogger(__name__)
+
+CHUNK = 512
+"""Rows that are tokenised together; the tokenizer spreads them over the cores."""
+
+_VERSION = "2"  # part of the cache key: raise it when the same rows would give other samples
+_TOKENIZER_FILE = re.compile(r"(token|vocab|merges|special_|added_|chat_template).*\.(json|jinja|model|txt|tiktoken)")
+_COLUMNS = {"tokens": ("input_ids",), "conversations": ("messages", "conversations"), "text": ("text",)}
+
+Format = Literal["conversations", "text", "tokens"]
+
+
+class Report(msgspec.Struct, frozen=True, kw_only=True):
+    """What became of a data file.
+
+    rows: read. samples, tokens, trainable_tokens: in the data set; a trainable token is one under the loss mask.
+    cut: samples longer than max_length. without_labels: rows left out because no two tokens in a row are trainable,
+    so that no anchor fits. forms: samples by their `form` column, where they have one.
+    """
+
+    rows: int = 0
+    samples: int = 0
+    tokens: int = 0
+    trainable_tokens: int = 0
+    cut: int = 0
+    without_labels: int = 0
+    forms: dict[str, int] = {}
+
+
+class Dataset:
+    """Samples by number. tokens: int32, the ids of sample i; loss_mask: bool, True where a token may be a label.
+
+    rows: for each sample, which row of the file it was, from 0. digest: identity of the samples, whatever file or
+    path they came from.
+    """
+
+    __slots__ = ("_mask", "_starts", "_tokens", "digest", "report", "rows")
+
+    def __init__(self, arrays: Mapping[str, NDArray[Any]], report: Report, digest: str) -> None:
+        self._tokens, self._mask, self._starts = arrays["tokens"], arrays["loss_mask"], arrays["starts"]
+        self.rows: NDArray[np.int64] = arrays["rows"]
+        self.report, self.digest = report, digest
+
+    def __len__(self) -> int:
+        return self._starts.size - 1
+
+    def __repr__(self) -> str:
+        return f"Dataset({len(self)} samples, {self.report.tokens} tokens, {self.digest})"
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """Tokens of each sample."""
+        return np.diff(self._starts)
+
+    def tokens(self, i: int) -> NDArray[np.int32]:
+        return self._tokens[self._starts[i] : self._starts[i + 1]]
+
+    def loss_mask(self, i: int) -> NDArray[np.bool_]:
+        return self._mask[self._starts[i] : self._starts[i + 1]]
+
+    def plan(self, config: DataConfig, seed: int) -> Plan:
+        """The order in which these samples are trained. Raises ConfigError for a budget that a sample exceeds."""
+        return Plan(self.lengths, config.batch_tokens, config.max_batch_sequences, seed)
+
+
+def prepare(config: DataConfig, tokenizer_dir: Path, *, on_rows: Callable[[int], None] | None = None) -> Dataset:
+    """The samples of `config.path` for the tokenizer in `tokenizer_dir`, from the cache where it has them.
+
+    on_rows: called with the number of rows read so far, now and then. Raises DataError that names the row for data that
+    cannot be used, ConfigError for settings that cannot be.
+    """
+    if not config.path:
+        raise ConfigError("data.path is empty and the target's preset names no data; give --data or set data.path")
+    if config.max_length < 2 or config.max_samples < 0:
+        raise ConfigError(
+            f"data.max_length={config.max_length}, data.max_samples={config.max_samples}: expected a length of at "
+            f"least 2 tokens, and a number of samples or 0 for all"
+        )
+    home = Path(config.cache_dir).expanduser() if config.cache_dir else cache_dir() / "data"
+    place = home / _key(config, tokenizer_dir)
+    dataset = _load(place)
+    if dataset is None:
+        arrays, report = _build(config, tokenizer_dir, on_rows)
+        dataset = Dataset(arrays, report, _digest(arrays))
+        _store(place, arrays, report)
+    report = dataset.report
+    logger.info("%s: %d samples, %d tokens", config.path, report.samples, report.tokens)
+    if report.cut:
+        logger.warning("%s: %d samples are cut to %d tokens", config.path, report.cut, config.max_length)
+    if report.without_labels:
+        logger.warning("%s: %d rows are left out, they have no trainable tokens", config.path, report.without_labels)
+    return dataset
+
+
+def sample(config: DataConfig, tokenizer_dir: Path, number: int) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
+    """Tokens and loss mask of row `number` (from 1), uncut and whether or not it has labels: to look at.
+
+    Raises DataError when there are fewer rows.
+    """
+    for _, tokens, mask in _samples(config, tokenizer_dir, islice(_rows(config), number - 1, number)):
+        return tokens, mask
+    raise DataError(f"{config.path} has no row {number}; rows count from 1")
+
+
+def trainable(mask: NDArray[np.bool_]) -> bool:
+    """Whether an anchor fits: it needs a label, and one right after it."""
+    return bool((mask[1:] & mask[:-1]).any())
+
+
+def _build(
+    config: DataConfig, tokenizer_dir: Path, on_rows: Callable[[int], None] | None
+) -> tuple[dict[str, NDArray[Any]], Report]:
+    """Tokenise every row. Samples without labels are left out, and counted."""
+    samples: list[tuple[NDArray[np.int32], NDArray[np.bool_]]] = []
+    kept: list[int] = []
+    forms: dict[str, int] = {}
+    rows = cut = 0
+    for form, tokens, mask in _samples(config, tokenizer_dir, _rows(config)):
+        rows += 1
+        if on_rows is not None and rows % CHUNK == 0:
+            on_rows(rows)
+        shown, labels = tokens[: config.max_length], mask[: config.max_length]
+        if not trainable(labels):
+            continue
+        cut += tokens.size > config.max_length
+        samples.append((shown, labels))
+        kept.append(rows - 1)
+        if form:
+            forms[form] = forms.get(form, 0) + 1
+    if not samples:
+        raise DataError(
+            f"none of the {rows} rows of {config.path} has trainable tokens within data.max_length="
+            f"{config.max_length}; expected conversations with assistant turns (see `specd data show`)"
+        )
+    arrays: dict[str, NDArray[Any]] = {
+        "tokens": np.concatenate([tokens for tokens, _ in samples]),
+        "loss_mask": np.concatenate([mask for _, mask in samples]),
+        "starts": np.cumsum([0, *(tokens.size for tokens, _ in samples)], dtype=np.int64),
+        "rows": np.array(kept, np.int64),
+    }
+    return arrays, Report(
+        rows=rows,
+        samples=len(samples),
+        tokens=int(arrays["tokens"].size),
+        trainable_tokens=int(arrays["loss_mask"].sum()),
+        cut=cut,
+        without_labels=rows - len(samples),
+        forms=forms,
+    )
+
+
+def _rows(config: DataConfig) -> Iterator[Row]:
+    return read_rows(config.path, split=config.split, limit=config.max_samples)
+
+
+def _samples(
+    config: DataConfig, tokenizer_dir: Path, rows: Iterator[Row]
+) -> Iterator[tuple[str, NDArray[np.int32], NDArray[np.bool_]]]:
+    """(form, tokens, loss mask) of every row, uncut."""
+    size = _vocabulary(tokenizer_dir)
+    encoder: Encoder | None = None
+    chat: Chat | None = None
+    while chunk := list(islice(rows, CHUNK)):
+        names = [str(row.get("form") or "") for _, row in chunk]
+        kinds = [_format(row, where, config.format) for where, row in chunk]
+        if encoder is None and any(kind != "tokens" for kind in kinds):
+            encoder = Encoder(load_tokenizer(tokenizer_dir))
+            chat = Chat(encoder.tokenizer, config.template)
+        texts: list[Rendered] = []
+        for (where, row), kind in zip(chunk, kinds, strict=True):
+            if kind == "conversations" and chat is not None:
+                texts.append(chat.conversation(row, where, last_turn_only=config.last_turn_only))
+            elif kind == "text" and chat is not None:
+                texts.append(chat.preformatted(_string(row, where), last_turn_only=config.last_turn_only))
+        coded = iter(encoder.encode(texts) if encoder else ())
+        for name, (where, row), kind in zip(names, chunk, kinds, strict=True):
+            yield name, *(_tokens(row, where, size) if kind == "tokens" else next(coded))
+
+
+def _vocabulary(tokenizer_dir: Path) -> int:
+    """Size of the target's vocabulary, from the config.json beside its tokenizer; else the tokenizer's own."""
+    try:
+        shape = msgspec.json.decode((tokenizer_dir / "config.json").read_bytes(), type=dict[str, Any])
+        return int({**shape, **(shape.get("text_config") or {})}["vocab_size"])
+    except (OSError, KeyError, TypeError, ValueError, msgspec.MsgspecError):
+        return Encoder(load_tokenizer(tokenizer_dir)).size
+
+
+def _format(row: Mapping[str, Any], where: str, asked: str) -> Format:
+    """What kind of row it is: as asked, or by its columns."""
+    for kind, columns in _COLUMNS.items():
+        if asked in ("auto", kind) and any(row.get(column) is not None for column in columns):
+            return kind  # type: ignore[return-value]  # the keys of _COLUMNS are the Formats
+    wanted = "a conversation (`messages` or `conversations`), `text`, or `input_ids` with `loss_mask`"
+    if asked != "auto":
+        wanted = f"data.format={asked}, that is " + " or ".join(f"`{column}`" for column in _COLUMNS[asked])
+    raise DataError(f"{where} has the columns {sorted(row)}; expected {wanted}")
+
+
+def _string(row: Mapping[str, Any], where: str) -> str:
+    text = row["text"]
+    if not isinstance(text, str):
+        raise DataError(f"{where}: `text` holds a {type(text).__name__}; expected a string")
+    return text
+
+
+def _tokens(row: Mapping[str, Any], where: str, size: int) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
+    """A row that is tokens already. size: of the vocabulary."""
+    arrays = []
+    for column, top in (("input_ids", size - 1), ("loss_mask", 1)):
+        try:
+            array = np.array(row.get(column))
+        except (ValueError, OverflowError):  # nested lists of unequal length, integers beyond 64 bits
+            array = np.array(None)
+        if (
+            array.ndim != 1
+            or array.dtype.kind not in "iub"
+            or (array.size and not 0 <= array.min() <= array.max() <= top)
+        ):
+            found = "missing" if row.get(column) is None else f"{row[column]!r}"[:60]
+            raise DataError(f"{where}: `{column}` is {found}; expected a list of integers from 0 to {top}")
+        arrays.append(array)
+    ids, mask = arrays
+    if ids.size != mask.size:
+        raise DataError(f"{where}: {ids.size} `input_ids` but {mask.size} in `loss_mask`; expected one for each token")
+    return ids.astype(np.int32), mask.astype(np.bool_)
+
+
+def _key(config: DataConfig, tokenizer_dir: Path) -> str:
+    """Name of the prepared data in the cache: everything that the samples depend on."""
+    digest = hashlib.blake2b(digest_size=16)
+    options = (config.format, config.last_turn_only, config.max_length, config.max_samples, config.template)
+    digest.update(
+        msgspec.json.encode([_VERSION, fingerprint(config.path, split=config.split), options], order="sorted")
+    )
+    for file in sorted(tokenizer_dir.iterdir()):
+        if _TOKENIZER_FILE.fullmatch(file.name):
+            digest.update(f"{file.name}:{file.stat().st_size}\n".encode() + file.read_bytes())
+    return digest.hexdigest()
+
+
+def _digest(arrays: Mapping[str, NDArray[Any]]) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for name in ("tokens", "loss_mask", "starts"):
+        digest.update(np.ascontiguousarray(arrays[name]).data)
+    return digest.hexdigest()
+
+
+_ARRAYS: Iterable[tuple[str, type[Any]]] = (
+    ("tokens", np.int32),
+    ("loss_mask", np.bool_),
+    ("starts", np.int64),
+    ("rows", np.int64),
+)
+
+
+def _load(place: Path) -> Dataset | None:
+    """The data set kept at `place`, its arrays mapped rather than read; None when there is none, or it is damaged."""
+    if not place.is_dir():
+        return None
+    try:
+        arrays = {name: np.load(place / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name, _ in _ARRAYS}
+        report = msgspec.json.decode((place / "report.json").read_bytes(), type=Report)
+        for name, kind in _ARRAYS:
+            if arrays[name].dtype != kind or arrays[name].ndim != 1:
+                raise ValueError(f"{name} is {arrays[name].dtype} {arrays[name].shape}")
+        if not arrays["starts"][-1] == arrays["tokens"].size == arrays["loss_mask"].size == report.tokens:
+            raise ValueError("the arrays do not belong together")
+    except (OSError, ValueError, EOFError, IndexError, msgspec.MsgspecError) as error:
+        logger.warning("cached data in %s is damaged (%s); preparing it again", place, error)
+        shutil.rmtree(place, ignore_errors=True)
+        return None
+    return Dataset(arrays, report, _digest(arrays))
+
+
+def _store(place: Path, arrays: Mapping[str, NDArray[Any]], report: Report) -> None:
+    """Keep prepared data; a cache that cannot be written only costs the time to prepare it again."""
+    scratch: Path | None = None
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=".new-", dir=place.parent))
+        for name, array in arrays.items():
+            np.save(scratch / f"{name}.npy", array, allow_pickle=False)
+        (scratch / "report.json").write_bytes(msgspec.json.encode(report))
+        os.rename(scratch, place)  # fails when another process was first, with the same content
+    except OSError as error:
+        if not place.is_dir():
+            logger.warning("cannot keep prepared data in %s: %s; set data.cache_dir", place, error.strerror)
+        if scratch is not None:
+            shutil.rmtree(scratch, ignore_errors=True)

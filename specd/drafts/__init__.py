@@ -1,0 +1,1 @@
+"""Draft models: their networks, losses, drafters and published formats."""

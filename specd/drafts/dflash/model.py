@@ -1,0 +1,312 @@
+"""The DFlash draft network: Qwen3-style layers over blocks of masked tokens that attend to projected target states.
+
+Shape legend: T context tokens, N block tokens, n taps, H hidden size, D head size, Q query heads, K key-value heads.
+Module names are those of published checkpoints (arXiv 2602.06036), so state dicts travel both ways.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, Literal, Protocol, TypeVar, cast
+
+import msgspec
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from specd.config.settings import DFlashConfig
+from specd.errors import ConfigError
+from specd.protocol.capture import CaptureSpec
+
+KeyValue = tuple[Tensor, Tensor]
+"""Keys and values of some tokens, each [tokens, K, D], keys already rotated."""
+Rope = tuple[Tensor, Tensor]
+"""Cosine and sine of some positions, each [tokens, 1, D / 2]."""
+LayerType = Literal["full_attention", "sliding_attention"]
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+class Attend(Protocol):
+    """Attention of all block tokens under the DFlash mask; see `specd.drafts.block_attention`."""
+
+    def __call__(self, query: Tensor, block: KeyValue, context: KeyValue, window: int) -> Tensor:
+        """query [N, Q, D], block keys and values of N tokens, context of T; window 0 is none. Returns [N, Q, D]."""
+        ...
+
+
+class DraftShape(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Everything that fixes the draft's tensors and what it computes.
+
+    taps: 0-based target layers whose states it reads, in the order of `fc`'s input. block_size: tokens a block,
+    the anchor included. sliding_window: how many positions back the sliding layers see, 0 where there are none.
+    """
+
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    vocab_size: int
+    rms_norm_eps: float
+    rope_theta: float
+    max_position_embeddings: int
+    block_size: int
+    mask_token_id: int
+    taps: tuple[int, ...]
+    num_target_layers: int
+    layer_types: tuple[LayerType, ...]
+    sliding_window: int = 0
+    tie_word_embeddings: bool = False
+
+    def problem(self) -> str | None:
+        """Why no draft of this shape can exist, or None if it can."""
+        if min(self.hidden_size, self.num_layers, self.num_kv_heads, self.intermediate_size, self.vocab_size) < 1:
+            return "sizes and numbers of layers and heads must be positive"
+        if self.num_heads % self.num_kv_heads:
+            return f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}"
+        if self.head_dim < 2 or self.head_dim % 2:
+            return f"head_dim {self.head_dim} is not a positive even number"
+        if self.block_size < 2:
+            return f"block_size {self.block_size} leaves nothing to predict: it counts the anchor, so give at least 2"
+        if not 0 <= self.mask_token_id < self.vocab_size:
+            return (
+                f"mask_token_id {self.mask_token_id} is no token of a vocabulary of {self.vocab_size}: "
+                f"set draft.mask_token_id to one that the target never writes"
+            )
+        if len(self.layer_types) != self.num_layers:
+            return f"{len(self.layer_types)} layer_types for {self.num_layers} layers"
+        if "sliding_attention" in self.layer_types and self.sliding_window < self.block_size:
+            return f"sliding_window {self.sliding_window} is shorter than a block of {self.block_size} tokens"
+        return CaptureSpec(taps=self.taps).problem(self.num_target_layers)
+
+
+def draft_shape(
+    config: DFlashConfig, target_config: dict[str, Any], taps: tuple[int, ...], mask_token_id: int
+) -> DraftShape:
+    """The draft that `config` asks for beside the target of `target_config`, the content of its config.json.
+
+    The draft rotates with the target's base frequency but without its scaling for long contexts: its positions are
+    its own. Raises ConfigError for a missing key or a shape that cannot be.
+    """
+    target: dict[str, Any] = target_config.get("text_config") or target_config
+    try:
+        hidden_size, num_heads = int(target["hidden_size"]), int(target["num_attention_heads"])
+        window = config.sliding_window
+        shape = DraftShape(
+            hidden_size=hidden_size,
+            num_layers=config.num_layers,
+            num_heads=config.num_heads or num_heads,
+            num_kv_heads=config.num_kv_heads or int(target.get("num_key_value_heads") or num_heads),
+            head_dim=config.head_dim or int(target.get("head_dim") or hidden_size // num_heads),
+            intermediate_size=config.intermediate_size or int(target["intermediate_size"]),
+            vocab_size=int(target["vocab_size"]),
+            rms_norm_eps=float(target.get("rms_norm_eps", 1e-6)),
+            rope_theta=rope_theta(target),
+            max_position_embeddings=int(target["max_position_embeddings"]),
+            block_size=config.block_size,
+            mask_token_id=mask_token_id,
+            taps=taps,
+            num_target_layers=int(target["num_hidden_layers"]),
+            layer_types=("sliding_attention" if window else "full_attention",) * config.num_layers,
+            sliding_window=window,
+            tie_word_embeddings=bool(target.get("tie_word_embeddings", False)),
+        )
+    except KeyError as error:
+        raise ConfigError(
+            f"the target's config.json has no key {error}: a DFlash draft takes its shape from it"
+        ) from None
+    if reason := shape.problem():
+        raise ConfigError(f"draft: {reason}")
+    return shape
+
+
+def rope_theta(config: dict[str, Any]) -> float:
+    """Base frequency of a model's rotary embedding: newer configs keep it inside `rope_parameters`."""
+    inside = config.get("rope_parameters") or {}
+    return float(inside.get("rope_theta") or config.get("rope_theta") or 10000.0)
+
+
+class Linear(nn.Module):
+    """Bias-free linear map: float32 master weight [outputs, inputs], applied in the dtype of its input."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(outputs, inputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype))
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm over the last dimension, with a gain."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+
+
+class Attention(nn.Module):
+    """Queries from the block, keys and values from the context features and the block."""
+
+    def __init__(self, shape: DraftShape, layer_type: LayerType) -> None:
+        super().__init__()
+        size, self.head_dim = shape.hidden_size, shape.head_dim
+        self.q_proj = Linear(size, shape.num_heads * shape.head_dim)
+        self.k_proj = Linear(size, shape.num_kv_heads * shape.head_dim)
+        self.v_proj = Linear(size, shape.num_kv_heads * shape.head_dim)
+        self.o_proj = Linear(shape.num_heads * shape.head_dim, size)
+        self.q_norm = RMSNorm(shape.head_dim, shape.rms_norm_eps)
+        self.k_norm = RMSNorm(shape.head_dim, shape.rms_norm_eps)
+        self.window = shape.sliding_window if layer_type == "sliding_attention" else 0
+
+    def keys_values(self, x: Tensor, rope: Rope) -> KeyValue:
+        """x [tokens, H] -> rotated keys and values."""
+        keys = self.k_norm(self.k_proj(x).unflatten(-1, (-1, self.head_dim)))
+        return _rotate(keys, rope), self.v_proj(x).unflatten(-1, (-1, self.head_dim))
+
+    def queries(self, x: Tensor, rope: Rope) -> Tensor:
+        """x [tokens, H] -> rotated queries [tokens, Q, D]."""
+        return _rotate(self.q_norm(self.q_proj(x).unflatten(-1, (-1, self.head_dim))), rope)
+
+
+class MLP(nn.Module):
+    """SwiGLU."""
+
+    def __init__(self, shape: DraftShape) -> None:
+        super().__init__()
+        self.gate_proj = Linear(shape.hidden_size, shape.intermediate_size)
+        self.up_proj = Linear(shape.hidden_size, shape.intermediate_size)
+        self.down_proj = Linear(shape.intermediate_size, shape.hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        states: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return states
+
+
+class Layer(nn.Module):
+    """Pre-norm decoder layer, in two halves with the attention between them."""
+
+    def __init__(self, shape: DraftShape, layer_type: LayerType) -> None:
+        super().__init__()
+        self.self_attn = Attention(shape, layer_type)
+        self.mlp = MLP(shape)
+        self.input_layernorm = RMSNorm(shape.hidden_size, shape.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(shape.hidden_size, shape.rms_norm_eps)
+
+    def enter(self, x: Tensor, rope: Rope) -> tuple[Tensor, KeyValue]:
+        """Residual stream [N, H] -> queries, and keys and values, of its tokens."""
+        x = self.input_layernorm(x)
+        return self.self_attn.queries(x, rope), self.self_attn.keys_values(x, rope)
+
+    def leave(self, x: Tensor, attended: Tensor) -> Tensor:
+        """Residual stream [N, H] and what attention gave [N, Q·D] -> residual stream after the layer."""
+        x = x + self.self_attn.o_proj(attended)
+        x = x + self.mlp(self.post_attention_layernorm(x))
+        return x
+
+
+class DFlashDraft(nn.Module):
+    """The trainable draft, float32 weights drawn from normal(0, 0.02) by `seed` alone.
+
+    It computes in the dtype of the block embeddings it is given. Embedding and lm_head are the target's: they are
+    inputs and outputs of this module, never part of it. `compiled`: everything but the attention runs through
+    torch.compile, for any number of tokens; off at first.
+    """
+
+    def __init__(self, shape: DraftShape, seed: int = 0) -> None:
+        super().__init__()
+        self.shape = shape
+        self.compiled = False
+        self.fc = Linear(len(shape.taps) * shape.hidden_size, shape.hidden_size)
+        self.hidden_norm = RMSNorm(shape.hidden_size, shape.rms_norm_eps)
+        self.layers = nn.ModuleList(Layer(shape, kind) for kind in shape.layer_types)
+        self.norm = RMSNorm(shape.hidden_size, shape.rms_norm_eps)
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for parameter in self.parameters():
+                if parameter.dim() > 1:
+                    parameter.normal_(0.0, 0.02, generator=generator)
+
+    def context(self, taps: Tensor, positions: Tensor) -> list[KeyValue]:
+        """What every layer attends to of the context: taps [T, n·H] and positions [T] -> keys and values a layer."""
+        project = compiled(DFlashDraft._project) if self.compiled else DFlashDraft._project
+        return project(self, taps, self._rope(positions, taps.dtype))
+
+    def block(self, noise: Tensor, positions: Tensor, context: list[KeyValue], attend: Attend) -> Tensor:
+        """Block embeddings [N, H] and positions [N] -> states [N, H] that lm_head reads."""
+        enter, leave = Layer.enter, Layer.leave
+        if self.compiled:
+            enter, leave = compiled(enter), compiled(leave)
+        rope = self._rope(positions, noise.dtype)
+        for index, keys_values in enumerate(context):
+            layer = self._layer(index)
+            query, own = enter(layer, noise, rope)
+            noise = leave(layer, noise, attend(query, own, keys_values, layer.self_attn.window).flatten(1))
+        states: Tensor = self.norm(noise)
+        return states
+
+    def forward(
+        self, taps: Tensor, context_positions: Tensor, noise: Tensor, block_positions: Tensor, attend: Attend
+    ) -> Tensor:
+        """States [N, H] of all blocks of a packed batch. Positions count from the start of each sequence."""
+        context = self.context(taps.to(noise.dtype), context_positions)
+        return self.block(noise, block_positions, context, attend)
+
+    def _project(self, taps: Tensor, rope: Rope) -> list[KeyValue]:
+        features = self.hidden_norm(self.fc(taps))
+        return [self._layer(index).self_attn.keys_values(features, rope) for index in range(self.shape.num_layers)]
+
+    def _layer(self, index: int) -> Layer:
+        layer = self.layers[index]
+        assert isinstance(layer, Layer)
+        return layer
+
+    def _rope(self, positions: Tensor, dtype: torch.dtype) -> Rope:
+        half = torch.arange(0, self.shape.head_dim, 2, device=positions.device, dtype=torch.float32)
+        frequencies = 1.0 / (self.shape.rope_theta ** (half / self.shape.head_dim))
+        angles = (positions.float()[:, None] * frequencies)[:, None, :]
+        return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+@functools.cache
+def compiled(function: Function) -> Function:
+    """torch.compile of a function, once for all numbers of tokens and all layers of a shape.
+
+    Kernels are chosen without timing them: another choice could round differently from one run to the next.
+    What it returns raises ConfigError where the function cannot be compiled on this machine.
+    """
+    from torch._dynamo.exc import TorchDynamoException
+    from torch._inductor import config
+
+    # Sums over as few numbers as heads share keys go into the element-wise kernel around them: as reductions of their
+    # own, with no shape tried out, they take many times what their bytes need.
+    options: dict[str, Any] = {"unroll_reductions_threshold": 17}
+    if hasattr(config, "deterministic"):  # from torch 2.10 on
+        options["deterministic"] = True
+    inner = torch.compile(function, dynamic=True, options=options)
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return inner(*args, **kwargs)
+        except TorchDynamoException as error:
+            reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+            raise ConfigError(
+                f"torch.compile cannot build the draft's kernels here ({reason}): it needs Triton and a C compiler; "
+                f"draft.attention=sdpa trains without them, but slower"
+            ) from error
+
+    return cast(Function, call)
+
+
+def _rotate(x: Tensor, rope: Rope) -> Tensor:
+    """Rotates x [tokens, heads, D] in the half-split convention of Qwen3 and Llama."""
+    cos, sin = rope
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)

@@ -1,0 +1,91 @@
+"""Batches and their bytes: sequences packed end to end, the content id of a batch, the layout of tensors in a slot.
+
+Shape legend: T tokens of a batch, B sequences, N taps, H hidden size.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from specd.protocol.capture import DTYPE_BYTES, CaptureSpec
+
+ALIGNMENT = 4096
+"""Byte alignment of every tensor in a slot: a page, so that copies and kernels see the same alignment everywhere."""
+
+
+class Batch(msgspec.Struct, frozen=True, kw_only=True):
+    """One trainer micro-batch: B sequences packed end to end, no padding.
+
+    tokens: int32 [T]. lengths: int32 [B], sums to T. loss_mask: bool [T], True where a token may be a training label.
+    samples: B ids of the data set's samples, for accounting. epoch, index: where in the data plan it stands.
+    """
+
+    tokens: NDArray[np.int32]
+    lengths: NDArray[np.int32]
+    loss_mask: NDArray[np.bool_]
+    samples: tuple[int, ...]
+    epoch: int = 0
+    index: int = 0
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.tokens.size)
+
+
+class TensorRef(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One tensor inside a slot: bytes [offset, offset + nbytes), row-major."""
+
+    name: str
+    offset: int
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * DTYPE_BYTES[self.dtype]
+
+
+class Layout(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """All tensors of one batch inside its slot, and the bytes they span."""
+
+    tensors: tuple[TensorRef, ...]
+    nbytes: int
+
+
+def slot_layout(spec: CaptureSpec, hidden_size: int, num_tokens: int) -> Layout:
+    """Where a batch's states lie in its slot.
+
+    `taps` [T, N, H] interleaves the taps of a token, so that it reads as [T, N·H] and no one ever concatenates;
+    `final` [T, H] follows at the next aligned offset. Daemon and trainer compute it alike and compare.
+    """
+    tensors: list[TensorRef] = []
+    end = 0
+    for name, shape in (
+        ("taps", (num_tokens, len(spec.taps), hidden_size) if spec.taps else None),
+        ("final", (num_tokens, hidden_size) if spec.final else None),
+    ):
+        if shape is not None:
+            tensor = TensorRef(name=name, offset=-(-end // ALIGNMENT) * ALIGNMENT, shape=shape, dtype=spec.dtype)
+            tensors.append(tensor)
+            end = tensor.offset + tensor.nbytes
+    return Layout(tensors=tuple(tensors), nbytes=end)
+
+
+def slot_bytes(spec: CaptureSpec, hidden_size: int, num_tokens: int) -> int:
+    """Bytes of a slot that holds any batch of up to `num_tokens` tokens of this spec, rounded up to ALIGNMENT."""
+    return -(-slot_layout(spec, hidden_size, num_tokens).nbytes // ALIGNMENT) * ALIGNMENT
+
+
+def batch_id(fingerprint: str, spec: CaptureSpec, tokens: NDArray[np.int32], lengths: NDArray[np.int32]) -> bytes:
+    """16-byte content id of a batch: the same target, spec, tokens and lengths always give the same id."""
+    digest = hashlib.blake2b(digest_size=16)
+    for part in (fingerprint.encode(), msgspec.msgpack.encode(spec), tokens.astype("<i4"), lengths.astype("<i4")):
+        data = part if isinstance(part, bytes) else part.tobytes()
+        digest.update(len(data).to_bytes(8, "little"))
+        digest.update(data)
+    return digest.digest()

@@ -1,0 +1,337 @@
+"""The control protocol between daemon and trainer: messages, versioned framing, one decoder. See docs/protocol.md.
+
+A message is one ZeroMQ frame: the version byte, then one msgpack map with the key `type`. Nothing here needs torch.
+Every field is bounded here as far as one message alone can tell; what depends on the session, the target or the ring
+is checked by whoever knows it.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import msgspec
+from msgspec import Meta
+
+from specd.errors import ProtocolError
+from specd.protocol.batch import Layout
+from specd.protocol.capture import CaptureSpec
+
+VERSION = 2
+EPOCH_BYTES = 16
+BATCH_ID_BYTES = 16
+MAX_MESSAGE_BYTES = 8 << 20
+"""Largest control frame either side accepts; a peer that sends more is disconnected by libzmq."""
+ARTIFACT_CHUNK_BYTES = 1 << 20
+MAX_FETCHES = 16
+"""Artifact reads of one session that may be under way at once."""
+MAX_REASON_CHARS = 2000
+MAX_NAME_CHARS = 200
+MAX_HELLO_BYTES = 4096
+MAX_OFFER_BYTES = 64 << 10
+MAX_TAPS = 1024
+MAX_TRANSPORTS = 32
+MAX_INT31 = (1 << 31) - 1
+"""Largest credit count, process id, slot index and number of milliseconds."""
+
+Name = Annotated[str, Meta(min_length=1, max_length=MAX_NAME_CHARS)]
+Names = Annotated[tuple[Name, ...], Meta(max_length=MAX_TRANSPORTS)]
+Reason = Annotated[str, Meta(max_length=MAX_REASON_CHARS)]
+BatchId = Annotated[bytes, Meta(min_length=BATCH_ID_BYTES, max_length=BATCH_ID_BYTES)]
+Int31 = Annotated[int, Meta(ge=0, le=MAX_INT31)]
+U64 = Annotated[int, Meta(ge=0)]  # msgpack has no larger integer
+Positive = Annotated[int, Meta(ge=1, le=MAX_INT31)]
+Int32s = Annotated[bytes, Meta(min_length=4, max_length=MAX_MESSAGE_BYTES)]
+
+
+class Message(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="type"):
+    """Base of all messages. epoch: the daemon life this message belongs to; empty where none is known yet."""
+
+    epoch: bytes = b""
+
+    def __post_init__(self) -> None:
+        if len(self.epoch) not in (0, EPOCH_BYTES):
+            raise ValueError(f"an epoch of {len(self.epoch)} bytes: expected {EPOCH_BYTES}, or none")
+
+
+class ArtifactRef(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A piece of the target a trainer can FETCH: a file's bytes, or a row-major tensor.
+
+    nbytes: its size. shape, dtype: of a tensor; empty for a file. same_as: the artifact that holds the same bytes.
+    """
+
+    nbytes: U64
+    shape: Annotated[tuple[U64, ...], Meta(max_length=8)] = ()
+    dtype: Annotated[str, Meta(max_length=MAX_NAME_CHARS)] = ""
+    same_as: Annotated[str, Meta(max_length=MAX_NAME_CHARS)] = ""
+
+
+class TargetContract(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What the target is. Two targets with one `fingerprint` deliver the same states.
+
+    weights: digest of the weights. tokenizer, chat_template: digests of those files, empty if there is none.
+    taps: the tap convention. tap_layers: those that a draft's taps are spread over, empty for all: of a target that
+    mixes full and linear attention, those with full attention. dtype: of the weights as they run. artifacts: what
+    FETCH serves, by name (`config.json`, tokenizer files, `embedding` [V, H], `lm_head` [V, H]).
+    """
+
+    model: str
+    model_type: str
+    hidden_size: Positive
+    num_layers: Positive
+    vocab_size: Positive
+    dtype: str
+    weights: str
+    tokenizer: str = ""
+    chat_template: str = ""
+    taps: str = "residual-after-layer, 0-based"
+    tap_layers: Annotated[tuple[Int31, ...], Meta(max_length=MAX_TAPS)] = ()
+    artifacts: Annotated[dict[Name, ArtifactRef], Meta(max_length=1024)] = {}
+
+    @property
+    def fingerprint(self) -> str:
+        """Identity of the target as far as states go: everything but the list of artifacts."""
+        identity = (self.model_type, self.hidden_size, self.num_layers, self.vocab_size, self.dtype, self.weights)
+        return ":".join(str(part) for part in (*identity, self.tokenizer, self.chat_template))
+
+
+class RingInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The ring's geometry. slot_tokens: the most tokens a batch of the daemon's own capture may have."""
+
+    num_slots: Positive
+    slot_bytes: Annotated[int, Meta(ge=1)]
+    slot_tokens: Positive
+
+
+class SessionStatus(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One trainer as STATUS shows it. session: hex id. gpus: as in its HELLO. counts are since then."""
+
+    session: str
+    name: str
+    transport: str
+    gpus: tuple[str, ...]
+    credits: int
+    outstanding: int
+    leases: int
+    batches: int
+    nbytes: int
+    age_s: float
+
+
+# Trainer → daemon
+
+
+class Hello(Message, kw_only=True, frozen=True, tag="hello"):
+    """Open a session, or open it anew. name: for people. pid: 0 if unknown. host: identity of kernel and namespaces.
+
+    credits: how many batches the trainer wants outstanding. fingerprint: the target it must be, empty for any.
+    """
+
+    name: Name
+    host: Annotated[str, Meta(max_length=MAX_NAME_CHARS)]
+    pid: Int31
+    gpus: Annotated[tuple[Name, ...], Meta(max_length=64)] = ()
+    transports: Names
+    spec: CaptureSpec
+    credits: Positive
+    fingerprint: Annotated[str, Meta(max_length=1000)] = ""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if len(self.spec.taps) > MAX_TAPS:
+            raise ValueError(f"{len(self.spec.taps)} taps: expected at most {MAX_TAPS}")
+
+
+class Attach(Message, kw_only=True, frozen=True, tag="attach"):
+    """Ask to use one transport. hello: that transport's own facts about the trainer."""
+
+    transport: Name
+    hello: Annotated[bytes, Meta(max_length=MAX_HELLO_BYTES)] = b""
+
+
+class Probe(Message, kw_only=True, frozen=True, tag="probe"):
+    """Ask for a slot filled with `nbytes` pseudo-random bytes grown from `nonce`; answered like SUBMIT."""
+
+    seq: U64
+    nonce: Annotated[bytes, Meta(min_length=8, max_length=64)]
+    nbytes: Annotated[int, Meta(ge=1)]
+
+
+class Submit(Message, kw_only=True, frozen=True, tag="submit"):
+    """Ask for one batch. seq: the trainer's number for it, echoed back. tokens, lengths: int32 little-endian."""
+
+    seq: U64
+    batch_id: BatchId
+    tokens: Int32s
+    lengths: Int32s
+
+
+class RecvReady(Message, kw_only=True, frozen=True, tag="recv_ready"):
+    """The trainer has a place for a leased slot; the worker may send it."""
+
+    lease: U64
+
+
+class Borrow(Message, kw_only=True, frozen=True, tag="borrow"):
+    """The trainer reads a leased slot in place until it RELEASEs it: if its session ends first, the slot is filled
+    again only when its process is dead. Not answered; refused for a process the daemon cannot watch.
+    """
+
+    lease: U64
+
+
+class Release(Message, kw_only=True, frozen=True, tag="release"):
+    """The trainer is done with a leased slot. Not answered: a lease that is over already is no error."""
+
+    lease: U64
+
+
+class Renew(Message, kw_only=True, frozen=True, tag="renew"):
+    """The trainer lives; answered with Renewed. Renews every lease it holds."""
+
+
+class Fetch(Message, kw_only=True, frozen=True, tag="fetch"):
+    """Ask for `length` bytes of a target artifact at `offset`; at most ARTIFACT_CHUNK_BYTES."""
+
+    name: Name
+    offset: U64
+    length: Annotated[int, Meta(ge=1, le=ARTIFACT_CHUNK_BYTES)]
+
+
+class Status(Message, kw_only=True, frozen=True, tag="status"):
+    """Ask what the daemon is doing. Needs no session."""
+
+
+class Bye(Message, kw_only=True, frozen=True, tag="bye"):
+    """Close the session and free all it holds."""
+
+
+# Daemon → trainer
+
+
+class Welcome(Message, kw_only=True, frozen=True, tag="welcome"):
+    """The session is open. credits: granted. slots: how many slots it can hold at most; one is always its own."""
+
+    contract: TargetContract
+    ring: RingInfo
+    credits: Positive
+    slots: Positive
+    lease_ttl_ms: Positive
+    transports: Names
+
+
+class Reject(Message, kw_only=True, frozen=True, tag="reject"):
+    """HELLO refused. retry_ms: 0 when asking again is useless, else how long to wait first."""
+
+    reason: Reason
+    retry_ms: Int31 = 0
+
+
+class Offer(Message, kw_only=True, frozen=True, tag="offer"):
+    """ATTACH granted. offer: what that transport's client needs."""
+
+    transport: Name
+    offer: Annotated[bytes, Meta(max_length=MAX_OFFER_BYTES)]
+
+
+class Refuse(Message, kw_only=True, frozen=True, tag="refuse"):
+    """ATTACH refused."""
+
+    transport: Name
+    reason: Reason
+
+
+class Ready(Message, kw_only=True, frozen=True, tag="ready"):
+    """A batch lies in its slot. busy_slots: slots in use now, for display. target_us: its share of its forward."""
+
+    seq: U64
+    batch_id: BatchId
+    lease: U64
+    slot: Int31
+    generation: Annotated[int, Meta(ge=1)]
+    layout: Layout
+    busy_slots: Int31
+    target_us: U64
+
+
+class Failed(Message, kw_only=True, frozen=True, tag="failed"):
+    """A batch cannot be captured. retry: whether submitting it again may help."""
+
+    seq: U64
+    batch_id: BatchId
+    reason: Reason
+    retry: bool
+
+
+class Revoke(Message, kw_only=True, frozen=True, tag="revoke"):
+    """The session is over: every lease and request of it is void. Say HELLO again to go on."""
+
+    reason: Reason
+
+
+class Renewed(Message, kw_only=True, frozen=True, tag="renewed"):
+    """Answer to RENEW."""
+
+
+class Artifact(Message, kw_only=True, frozen=True, tag="artifact"):
+    """Answer to FETCH: bytes of the artifact at `offset`."""
+
+    name: Name
+    offset: U64
+    data: Annotated[bytes, Meta(max_length=ARTIFACT_CHUNK_BYTES)]
+
+
+class StatusReport(Message, kw_only=True, frozen=True, tag="status_report"):
+    """Answer to STATUS. state: starting, serving, draining. slots: how many are in each state.
+
+    transports: what the worker serves, empty while none does.
+    """
+
+    state: str
+    version: str
+    pid: int
+    worker_pid: int
+    uptime_s: float
+    contract: TargetContract | None
+    ring: RingInfo | None
+    slots: dict[str, int]
+    queued: int
+    sessions: tuple[SessionStatus, ...]
+    counters: dict[str, int]
+    endpoints: tuple[str, ...]
+    transports: tuple[str, ...]
+
+
+class Error(Message, kw_only=True, frozen=True, tag="error"):
+    """The peer's last message was refused; nothing else changed."""
+
+    reason: Reason
+
+
+ToDaemon = Hello | Attach | Probe | Submit | RecvReady | Borrow | Release | Renew | Fetch | Status | Bye
+ToTrainer = Welcome | Reject | Offer | Refuse | Ready | Failed | Revoke | Renewed | Artifact | StatusReport | Error
+
+_encoder = msgspec.msgpack.Encoder()
+_decoder: msgspec.msgpack.Decoder[ToDaemon | ToTrainer] = msgspec.msgpack.Decoder(ToDaemon | ToTrainer)
+
+
+def encode(message: Message) -> bytes:
+    """The frame of one message. Raises ProtocolError when it exceeds MAX_MESSAGE_BYTES: nobody would take it."""
+    frame = bytes((VERSION,)) + _encoder.encode(message)
+    if len(frame) > MAX_MESSAGE_BYTES:
+        raise ProtocolError(
+            f"a {type(message).__name__} of {len(frame)} bytes exceeds the limit of {MAX_MESSAGE_BYTES} a message"
+        )
+    return frame
+
+
+def decode(frame: bytes | memoryview) -> Any:
+    """The message in one frame. Raises ProtocolError that says what is wrong with it."""
+    view = memoryview(frame)
+    if len(view) == 0:
+        raise ProtocolError("empty frame: expected a version byte and a message")
+    if view[0] != VERSION:
+        raise ProtocolError(f"protocol version {view[0]} is not {VERSION}: run the same specd version on both sides")
+    try:
+        return _decoder.decode(view[1:])
+    except (msgspec.DecodeError, msgspec.ValidationError, UnicodeDecodeError, RecursionError) as error:
+        raise ProtocolError(f"not a message of this protocol: {str(error)[:500]}") from None

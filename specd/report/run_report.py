@@ -1,0 +1,341 @@
+"""The report of a run: one HTML file without outside assets, for screen, phone and paper."""
+
+from __future__ import annotations
+
+import base64
+import html
+import importlib.metadata
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+
+from specd import __version__, units
+from specd.errors import CheckpointError, writing
+from specd.evaluate.decode import DEFINITION, ROUNDINGS, Evaluation
+from specd.report import figures
+from specd.report.page import document
+from specd.train.directory import FACTS, JOURNAL
+from specd.train.journal import StepRecord, bound, read
+
+T = TypeVar("T")
+
+EVALS = {"untrained": "eval-untrained.json", "trained": "eval.json"}
+"""File of each evaluation in the run directory."""
+ACCEPTANCE = DEFINITION.partition(" = ")[2]
+DEFINITIONS = {
+    "acceptance length": ACCEPTANCE,
+    "identical outputs": (
+        "prompts whose speculative output equals the target's own greedy output, token for token; an output that parts "
+        "from it at a tie does so where two logits lie within the rounding of the target's dtype: "
+        f"{ROUNDINGS} · epsilon · the largest logit"
+    ),
+    "teacher-forced accuracy": (
+        "share of predicted tokens that equal the data when the draft is given true context; "
+        "it is a training signal, not the acceptance length"
+    ),
+    "loss": "cross-entropy on the next tokens, weighted by block offset, averaged over an optimizer step",
+    "time split": (
+        "target: the trainer waited while its next batch was being computed; wire: it waited while the batch was ready "
+        "but not fetched; trainer: everything else of the step"
+    ),
+    "step over bound": (
+        "measured step time over the larger of target time per daemon and the steps' own time on the trainer's "
+        "device: 1.0 is a perfect overlap"
+    ),
+}
+
+
+class RunFacts(msgspec.Struct, frozen=True, kw_only=True):
+    """What does not change during a run. All values are for people to read; `config` is the full RunConfig."""
+
+    started: str
+    target: dict[str, Any]
+    draft: dict[str, Any]
+    data: dict[str, Any]
+    transports: dict[str, str]
+    machine: dict[str, str]
+    config: dict[str, Any]
+
+
+class EvalFacts(msgspec.Struct, frozen=True, kw_only=True):
+    """One evaluation by real decoding, and what it was made with.
+
+    untrained: the draft had its first weights. source: the prompts, as they were given. dtype: the target's.
+    """
+
+    model: str
+    draft: str
+    untrained: bool
+    block_size: int
+    max_new_tokens: int
+    source: str = ""
+    dtype: str = ""
+    result: Evaluation
+
+    @property
+    def acceptance_length(self) -> float:
+        """Over all prompts, see ACCEPTANCE."""
+        return self.result.acceptance_length
+
+    @property
+    def prompts(self) -> int:
+        """How many texts were decoded."""
+        return len(self.result.prompts)
+
+    @property
+    def identical(self) -> int:
+        """How many of them equal the target's own."""
+        return sum(row.identical for row in self.result.prompts)
+
+    @property
+    def ties(self) -> int:
+        """How many part from the target's own at a tie."""
+        return sum(miss.tie for miss in self.result.mismatches)
+
+    @property
+    def different(self) -> int:
+        """How many differ otherwise."""
+        return len(self.result.mismatches) - self.ties
+
+    @property
+    def texts(self) -> tuple[object, ...]:
+        """What was decoded, under which limits: figures of the same texts can be compared."""
+        lengths = tuple(row.prompt_tokens for row in self.result.prompts)
+        return self.model, self.source, self.dtype, self.block_size, self.max_new_tokens, lengths
+
+
+def machine_facts() -> dict[str, str]:
+    """The machine and the versions that a number depends on."""
+    import torch
+
+    facts = {
+        "processor": f"{_processor()}, {len(os.sched_getaffinity(0))} cores usable",
+        "memory": f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.1f} GiB",
+        "GPU": ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())) or "none",
+        "system": f"{platform.system()} {platform.release()}, Python {platform.python_version()}",
+        "specd": __version__,
+    }
+    return facts | {name: importlib.metadata.version(name) for name in ("torch", "transformers", "pyzmq")}
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
+    except OSError:
+        names = []
+    return names[0] if names else platform.machine()
+
+
+def write_facts(run: Path, facts: RunFacts) -> None:
+    """Store what `write_report` needs to know beside the journal."""
+    with writing(run / FACTS):
+        (run / FACTS).write_bytes(msgspec.json.format(msgspec.json.encode(facts), indent=1) + b"\n")
+
+
+def read_facts(run: Path) -> RunFacts:
+    """The facts of a run. Raises CheckpointError when the directory is none."""
+    return _load(run / FACTS, RunFacts)
+
+
+def write_report(run: Path) -> Path:
+    """Write `report.html` into a run directory and return its path. Needs the extra `report` (matplotlib)."""
+    facts, records = read_facts(run), read(run / JOURNAL)
+    if not records:
+        raise CheckpointError(f"{run / JOURNAL} has no finished step: let the run get further, then report again")
+    evals = {name: _load(run / file, EvalFacts) for name, file in EVALS.items() if (run / file).exists()}
+    path = run / "report.html"
+    path.write_text(render(facts, records, evals), encoding="utf-8")
+    return path
+
+
+def render(facts: RunFacts, records: Sequence[StepRecord], evals: Mapping[str, EvalFacts]) -> str:
+    """The page, from what a run left behind. Evaluations are compared where they decoded the same texts."""
+    alike = {name: facts for name, facts in evals.items() if facts.texts == evals.get("trained", facts).texts}
+    pictures = [
+        ("Loss", figures.loss(records), "Every optimizer step (thin) and the running mean over 5 % of the run."),
+        ("Teacher-forced accuracy", figures.accuracy(records), "Running means. Not the acceptance length."),
+        ("Time of a step", figures.time_split(records), _time_caption(records)),
+    ]
+    if alike:
+        shares = {name: facts.result.acceptance_by_offset for name, facts in alike.items()}
+        caption = "Share of verified blocks of which the target accepted the first k guesses, in real decoding."
+        pictures.insert(1, ("Acceptance by block offset", figures.acceptance(shares), caption))
+    target, draft = str(facts.target.get("model", "")), facts.draft
+    body = [
+        f"<header><h1>DFlash draft for {_text(target)}</h1><p>{_text(_subtitle(facts, records))}</p></header>",
+        f'<section class="tiles">{"".join(_tile(*figure) for figure in key_figures(records, alike))}</section>',
+        f'<section class="pictures">{"".join(_picture(*picture) for picture in pictures)}</section>',
+        "<section><h2>What the figures mean</h2><dl>",
+        *(f"<dt>{_text(name)}</dt><dd>{_text(meaning)}.</dd>" for name, meaning in DEFINITIONS.items()),
+        "</dl></section><section class='tables'>",
+        _table("Target", facts.target),
+        _table("Draft", draft),
+        _table("Data", facts.data),
+        _table("Evaluation", _evaluation(evals)),
+        _table("Transports", facts.transports),
+        _table("Machine", facts.machine),
+        "</section>",
+        f"<section><h2>Configuration</h2><pre>{_text(_yaml(facts.config))}</pre></section>",
+    ]
+    return document(f"specd report: {target}", "\n".join(body), _STYLE, width_px=1080)
+
+
+def key_figures(records: Sequence[StepRecord], evals: Mapping[str, EvalFacts]) -> list[tuple[str, str, str]]:
+    """The figures that matter most: value, name, remark. evals: of the same texts."""
+    wall, tokens = sum(record.step_s for record in records), sum(record.tokens for record in records)
+    tiles: list[tuple[str, str, str]] = []
+    if (after := evals.get("trained")) is not None:
+        before = evals.get("untrained")
+        remark = f"{before.acceptance_length:.2f} untrained" if before else "1.0 is plain decoding"
+        tiles.append((f"{after.acceptance_length:.2f}", "acceptance length", remark))
+        tiles.append(
+            (
+                f"{after.identical} of {after.prompts}",
+                "identical outputs",
+                f"{after.result.new_tokens:,} tokens compared" + _ties(after),
+            )
+        )
+    first, last = _ends([record.loss for record in records])
+    tiles.append((f"{last:.2f}", "loss", f"{first:.2f} at the start"))
+    first, last = _ends([record.teacher_forced_accuracy for record in records])
+    tiles.append((f"{last:.0%}", "teacher-forced accuracy", f"{first:.0%} at the start"))
+    tiles.append((f"{tokens / wall:,.0f}", "tokens per second", f"{tokens:,} tokens in {units.duration(wall)}"))
+    samples = sum(len(batch.samples) for record in records for batch in record.batches)
+    each = units.duration(wall / samples)
+    tiles.append((each, "time per sample", f"{samples:,} samples in {len(records):,} steps"))
+    return tiles
+
+
+def step_over_bound(records: Sequence[StepRecord], daemons: int) -> float | None:
+    """Measured time over max(target time / daemons, the steps' own time); None when no time was measured."""
+    limit = max(sum(r.forward_s for r in records) / max(1, daemons), sum(r.draft_s or r.train_s for r in records))
+    return sum(record.step_s for record in records) / limit if limit else None
+
+
+def _ends(values: Sequence[float | None]) -> tuple[float, float]:
+    """Means of the first and the last twentieth of what is known."""
+    known = [value for value in values if value is not None] or [0.0]
+    count = max(1, len(known) // 20)
+    return sum(known[:count]) / count, sum(known[-count:]) / count
+
+
+def _shares(records: Sequence[StepRecord]) -> tuple[float, float, float]:
+    total = sum(record.step_s for record in records) or 1.0
+    return (
+        sum(record.target_wait_s for record in records) / total,
+        sum(record.wire_wait_s for record in records) / total,
+        sum(record.train_s for record in records) / total,
+    )
+
+
+def _time_caption(records: Sequence[StepRecord]) -> str:
+    target, wire, train = _shares(records)
+    return f"{bound(target, wire, train)}-bound: target {target:.0%}, wire {wire:.1%}, trainer {train:.0%} of the time."
+
+
+def _subtitle(facts: RunFacts, records: Sequence[StepRecord]) -> str:
+    wall = sum(record.step_s for record in records)
+    again = sum(record.resubmitted for record in records)
+    parts = [f"{len(records):,} optimizer steps in {units.duration(wall)}", f"started {facts.started}"]
+    parts.append(_time_caption(records).split(":")[0])
+    if (ratio := step_over_bound(records, len(facts.transports))) is not None:
+        parts.append(f"step over bound {ratio:.2f}")
+    if again:
+        parts.append(f"{again} batches resubmitted")
+    return " · ".join(parts)
+
+
+def _evaluation(evals: Mapping[str, EvalFacts]) -> dict[str, Any]:
+    if not evals:
+        return {"none": "run specd eval, then specd report again"}
+    rows: dict[str, Any] = {}
+    for name, facts in evals.items():
+        result = facts.result
+        rows[f"{name}: acceptance length"] = f"{result.acceptance_length:.3f}"
+        source = f" of {facts.source}" if facts.source else ""
+        rows[f"{name}: prompts"] = f"{facts.prompts}{source}, at most {facts.max_new_tokens} tokens each"
+        rows[f"{name}: identical outputs"] = f"{facts.identical} of {facts.prompts}{_ties(facts)}"
+        rows[f"{name}: forwards"] = f"{result.forwards:,} for {result.new_tokens:,} tokens"
+        rows[f"{name}: speed"] = f"{result.tokens_per_s:.1f} tokens/s, {result.greedy_tokens_per_s:.1f} without a draft"
+        rows[f"{name}: block size"] = facts.block_size
+        if facts.dtype:
+            rows[f"{name}: target computes in"] = facts.dtype
+    return rows
+
+
+def _ties(facts: EvalFacts) -> str:
+    return f", {facts.ties} part at a tie" if facts.ties else ""
+
+
+def _tile(value: str, name: str, remark: str) -> str:
+    return f"<div><b>{_text(value)}</b><span>{_text(name)}</span><small>{_text(remark)}</small></div>"
+
+
+def _picture(title: str, svg: str, caption: str) -> str:
+    # As an image of its own: identifiers inside one picture cannot meet those of another.
+    data = base64.b64encode(svg.encode()).decode()
+    return (
+        f'<figure><h2>{_text(title)}</h2><img alt="{_text(title)}" src="data:image/svg+xml;base64,{data}">'
+        f"<figcaption>{_text(caption)}</figcaption></figure>"
+    )
+
+
+def _table(title: str, rows: Mapping[str, Any]) -> str:
+    cells = "".join(f"<tr><th>{_text(str(key))}</th><td>{_text(str(value))}</td></tr>" for key, value in rows.items())
+    return f"<div><h2>{_text(title)}</h2><table>{cells}</table></div>"
+
+
+def _text(value: str) -> str:
+    return html.escape(value)
+
+
+def _yaml(config: dict[str, Any]) -> str:
+    import yaml
+
+    return str(yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+
+
+def _load(path: Path, kind: type[T]) -> T:
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=kind)
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}; give the --output of a `specd train`") from None
+    except (msgspec.DecodeError, msgspec.ValidationError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path} is damaged: {error}; restore it, or delete it and make it anew") from None
+
+
+_STYLE = """
+header p { margin: .4rem 0 0; color: #4b5563; }
+section { margin-top: 2.25rem; }
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: 1.25rem 1.5rem;
+  border-top: 1px solid #d1d5db; border-bottom: 1px solid #d1d5db; padding: 1.25rem 0; }
+.tiles div { display: flex; flex-direction: column; }
+.tiles b { font-size: 1.65rem; line-height: 1.2; font-weight: 650; font-variant-numeric: tabular-nums; }
+.tiles small { color: #6b7280; }
+.pictures, .tables { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 420px), 1fr)); }
+.pictures { gap: 2.25rem 2.5rem; }
+figure { margin: 0; break-inside: avoid; }
+img { width: 100%; height: auto; display: block; }
+figcaption { color: #4b5563; font-size: .875rem; margin-top: .35rem; }
+dl { margin: 0; display: grid; grid-template-columns: minmax(9rem, max-content) 1fr; gap: .35rem 1.5rem; }
+dl { font-size: .9375rem; }
+dt { font-weight: 600; }
+dd { margin: 0; color: #374151; max-width: 65ch; }
+.tables { gap: 2rem 2.5rem; }
+table { border-collapse: collapse; width: 100%; font-size: .875rem; }
+tr { border-top: 1px solid #e5e7eb; }
+th, td { text-align: left; vertical-align: top; padding: .3rem .75rem .3rem 0; overflow-wrap: anywhere; }
+th { font-weight: 500; color: #4b5563; width: 40%; }
+pre { font-size: .8125rem; background: #f9fafb; padding: 1rem; margin: 0; white-space: pre-wrap; columns: 2 20rem; }
+@media (max-width: 560px) { dl { grid-template-columns: 1fr; } dd { margin-bottom: .5rem; } }
+@media print {
+  :root { font-size: 12px; }
+  main { max-width: none; padding: 0; }
+  section { break-inside: avoid; margin-top: 1.25rem; }
+}
+"""

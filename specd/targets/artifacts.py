@@ -1,0 +1,129 @@
+"""What the backends of real checkpoints share: the checks of fills, a slot's tensors, and the contract's artifacts."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from specd.errors import TargetError
+from specd.protocol.batch import slot_layout
+from specd.protocol.capture import CaptureSpec
+from specd.protocol.messages import ArtifactRef, TargetContract
+from specd.targets.base import Fill, tap_layers
+from specd.targets.source import TOKENIZER_FILES, Source
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class Artifacts:
+    """What a trainer may fetch of a target: files by name, and the tensors `embedding` and `lm_head`, both [V, H].
+
+    Thread-safe. A tensor on a GPU is copied to the host on the first read, and kept there.
+    """
+
+    __slots__ = ("_bytes", "_lock", "_tensors", "files")
+
+    def __init__(self, source: Source, config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+        """config: what `config.json` shall say. The tokenizer's files are read from the source's directory."""
+        self.files = {"config.json": json.dumps(config, indent=2).encode()}
+        for name in TOKENIZER_FILES:
+            if source.path is not None and (source.path / name).is_file():
+                self.files[name] = (source.path / name).read_bytes()
+        self._tensors = tensors
+        self._bytes: dict[str, memoryview] = {}
+        self._lock = threading.Lock()
+
+    def read(self, name: str) -> memoryview:
+        """The bytes of one artifact. Raises KeyError for one there is not."""
+        with self._lock:
+            if name in self.files:
+                return memoryview(self.files[name])
+            if name not in self._bytes:
+                host = self._tensors[name].detach().cpu().contiguous()
+                self._bytes[name] = host.view(-1).view(torch.uint8).numpy().data.toreadonly()
+            return self._bytes[name]
+
+    def contract(self, source: Source, text_config: Any, model_type: str, dtype: str, weights: str) -> TargetContract:
+        """The target's contract. text_config: transformers' config of the language model; weights: their digest."""
+        refs = {file: ArtifactRef(nbytes=len(data)) for file, data in self.files.items()}
+        tied = self._tensors["embedding"].data_ptr() == self._tensors["lm_head"].data_ptr()
+        for key, tensor in self._tensors.items():
+            refs[key] = ArtifactRef(
+                nbytes=tensor.nbytes,
+                shape=tuple(tensor.shape),
+                dtype=str(tensor.dtype).removeprefix("torch."),
+                same_as="embedding" if tied and key == "lm_head" else "",
+            )
+        template = self.files.get("chat_template.jinja", b"")
+        if not template and "tokenizer_config.json" in self.files:
+            inline = json.loads(self.files["tokenizer_config.json"]).get("chat_template")
+            template = json.dumps(inline).encode() if inline else b""
+        apart = {"config.json", "generation_config.json", "chat_template.jinja"}
+        return TargetContract(
+            model=source.name,
+            model_type=model_type,
+            hidden_size=text_config.hidden_size,
+            num_layers=text_config.num_hidden_layers,
+            vocab_size=text_config.vocab_size,
+            dtype=dtype,
+            weights=weights,
+            tokenizer=_digest(*(data for file, data in sorted(self.files.items()) if file not in apart)),
+            chat_template=_digest(template) if template else "",
+            tap_layers=tap_layers(getattr(text_config, "layer_types", None) or ()),
+            artifacts=refs,
+        )
+
+    def close(self) -> None:
+        """Let go of the tensors. Idempotent."""
+        with self._lock:
+            self._tensors, self._bytes = {}, {}
+
+
+def check(contract: TargetContract, fills: Sequence[Fill]) -> CaptureSpec:
+    """The one spec of all `fills`. Raises TargetError for fills that cannot share a forward, or do not fit the target.
+
+    Nothing of a batch that would fault on the device gets there: lengths, token ids and layout are checked.
+    """
+    spec = fills[0].spec
+    if (problem := spec.problem(contract.num_layers)) is not None:
+        raise TargetError(f"target {contract.model}: {problem}")
+    for fill in fills:
+        if fill.spec != spec:
+            raise TargetError(f"one forward captures one spec, got {spec} and {fill.spec}: run them one by one")
+        size = int(fill.tokens.size)
+        if size == 0 or int(fill.lengths.min(initial=1)) < 1 or int(fill.lengths.sum()) != size:
+            total = int(fill.lengths.sum())
+            raise TargetError(
+                f"{fill.lengths.size} lengths sum to {total}: they must be ≥ 1 and cover all {size} tokens"
+            )
+        low, high = int(fill.tokens.min()), int(fill.tokens.max())
+        if low < 0 or high >= contract.vocab_size:
+            raise TargetError(f"token ids {low}…{high} leave the vocabulary 0…{contract.vocab_size - 1}")
+        if fill.layout != slot_layout(spec, contract.hidden_size, size):
+            raise TargetError(f"the slot's layout is not that of {size} tokens of {spec}")
+    return spec
+
+
+def slot_tensors(fill: Fill) -> dict[str, torch.Tensor]:
+    """A slot's tensors, in the slot itself."""
+    slot = fill.slot if isinstance(fill.slot, torch.Tensor) else torch.frombuffer(fill.slot, dtype=torch.uint8)
+    return {
+        ref.name: slot[ref.offset : ref.offset + ref.nbytes].view(_DTYPES[ref.dtype]).view(ref.shape)
+        for ref in fill.layout.tensors
+    }
+
+
+def _digest(*parts: bytes) -> str:
+    """Digest of some files' bytes; empty for none."""
+    if not parts:
+        return ""
+    digest = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        digest.update(len(part).to_bytes(8, "little"))
+        digest.update(part)
+    return digest.hexdigest()

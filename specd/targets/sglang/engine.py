@@ -1,0 +1,387 @@
+"""The SGLang backend: prefill-only forwards of SGLang's model runner, each tap added by a hook straight into its slot.
+
+SGLang stays unmodified, and is touched here and nowhere else: what is used of it stands in TOUCH_POINTS, and is looked
+up at the start. Its scheduler, radix cache, sampler and lm_head are not used. A forward owns the whole KV cache: its
+tokens take slots 1…T (slot 0 is SGLang's padding), so nothing is allocated or freed between forwards.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import gc
+import importlib
+import inspect
+import os
+import re
+import zlib
+from collections.abc import Callable, Sequence
+from itertools import accumulate
+from typing import Any, Final
+
+import msgspec
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from specd.errors import ConfigError, TargetError, missing_extra
+from specd.targets.sglang.ranks import AT_HEAD, RankSetup
+
+VERSIONS: Final = ((0, 5, 14), (0, 5, 15))
+"""The first and the last SGLang whose touch points are these; 0.5.14 is what is tested."""
+
+MAX_SEQUENCES: Final = 2048
+"""Sequences in one forward: SGLang keeps a table of this many rows of context length, int32."""
+
+SELF_CHECK: Final = 0.03
+"""Largest difference between norm(last layer's tap) and `final`, relative to the largest of `final` (bfloat16)."""
+
+
+class Touch(msgspec.Struct, frozen=True):
+    """One thing of SGLang that is no documented API. names: its parameters, fields or members that are used."""
+
+    module: str
+    symbol: str
+    names: tuple[str, ...]
+    versions: str
+
+
+_SRT = "sglang.srt."
+TOUCH_POINTS: Final = (
+    Touch(
+        _SRT + "server_args", "ServerArgs",
+        ("model_path", "load_format", "dtype", "device", "tp_size", "base_gpu_id", "mem_fraction_static",
+         "max_running_requests", "max_total_tokens", "context_length", "page_size", "chunked_prefill_size",
+         "disable_radix_cache", "disable_cuda_graph", "disable_overlap_schedule", "skip_tokenizer_init",
+         "attention_backend", "sampling_backend", "grammar_backend", "enforce_disable_flashinfer_allreduce_fusion"),
+        "0.5.14–0.5.15",
+    ),
+    Touch(_SRT + "configs.model_config", "ModelConfig", ("from_server_args",), "0.5.9–0.5.23"),
+    Touch(
+        _SRT + "model_executor.model_runner", "ModelRunner",
+        ("model_config", "mem_fraction_static", "gpu_id", "tp_rank", "tp_size", "moe_ep_rank", "moe_ep_size", "pp_rank",
+         "pp_size", "nccl_port", "server_args"),
+        "0.5.10–0.5.15",
+    ),
+    Touch(
+        _SRT + "model_executor.model_runner", "ModelRunner",
+        ("alloc_memory_pool", "init_attention_backends", "init_cuda_graphs", "forward"), "0.5.14–0.5.15",
+    ),
+    Touch(
+        _SRT + "model_executor.forward_batch_info", "ForwardBatch",
+        ("forward_mode", "batch_size", "input_ids", "req_pool_indices", "seq_lens", "out_cache_loc", "seq_lens_sum",
+         "orig_seq_lens", "seq_lens_cpu", "positions", "extend_num_tokens", "extend_seq_lens", "extend_prefix_lens",
+         "extend_start_loc", "extend_prefix_lens_cpu", "extend_seq_lens_cpu", "extend_logprob_start_lens_cpu",
+         "spec_algorithm", "capture_hidden_mode", "num_token_non_padded_cpu", "is_extend_in_batch", "lora_ids", "rids"),
+        "0.5.14–0.5.15",
+    ),
+    Touch(_SRT + "model_executor.forward_batch_info", "ForwardMode", ("EXTEND",), "0.5.9–0.5.23"),
+    Touch(_SRT + "model_executor.forward_batch_info", "CaptureHiddenMode", ("NULL",), "0.5.9–0.5.23"),
+    Touch(_SRT + "speculative.spec_info", "SpeculativeAlgorithm", ("NONE",), "0.5.9–0.5.23"),
+    Touch(_SRT + "layers.logits_processor", "LogitsProcessor", ("forward",), "0.5.9–0.5.23"),
+    Touch(_SRT + "layers.moe", "initialize_moe_config", ("server_args",), "0.5.14–0.5.15"),
+    Touch(_SRT + "layers.quantization.fp8_utils", "initialize_fp8_gemm_config", ("server_args",), "0.5.14–0.5.15"),
+    Touch(_SRT + "layers.quantization.fp4_utils", "initialize_fp4_gemm_config", ("server_args",), "0.5.14–0.5.15"),
+    Touch(_SRT + "distributed.parallel_state", "get_tp_group", (), "0.5.9–0.5.23"),
+    Touch(_SRT + "distributed.parallel_state", "destroy_model_parallel", (), "0.5.9–0.5.23"),
+    Touch(_SRT + "distributed.parallel_state", "destroy_distributed_environment", (), "0.5.9–0.5.23"),
+)  # fmt: skip
+"""And of a loaded model: `model.layers` (each returns (hidden, residual), or hidden), `model.norm`,
+`logits_processor(input_ids, hidden, …)`, `get_input_embeddings().weight`, `lm_head.weight`; of the runner: `model`,
+`req_to_token_pool.req_to_token`, `max_total_num_tokens`, `max_running_requests`, `page_size`."""
+
+
+class _Done(Exception):
+    """Ends a forward once all that is asked for is captured; never leaves this module."""
+
+
+def touch_points() -> dict[str, Any]:
+    """Everything of TOUCH_POINTS, by symbol.
+
+    Raises ConfigError when SGLang is not installed, has another version, or has changed.
+    """
+    try:
+        found_version = str(importlib.import_module("sglang").__version__)
+    except ModuleNotFoundError as error:
+        if error.name == "sglang":
+            raise missing_extra("sglang", "sglang") from None
+        raise ConfigError(
+            f"sglang cannot be imported ({error}); install it whole, with pip install 'specd[sglang]', or use "
+            f"--backend transformers"
+        ) from error
+    first, last = (".".join(map(str, version)) for version in VERSIONS)
+    remedy = "install a fitting one with pip install 'specd[sglang]', or use --backend transformers"
+    numbers = tuple(int(part) for part in re.findall(r"\d+", found_version)[:3])
+    if not VERSIONS[0] <= numbers <= VERSIONS[1]:
+        raise ConfigError(f"sglang {found_version} is installed, expected {first} to {last}; {remedy}")
+    symbols: dict[str, Any] = {}
+    for touch in TOUCH_POINTS:
+        try:
+            symbols[touch.symbol] = found = getattr(importlib.import_module(touch.module), touch.symbol)
+        except (ImportError, AttributeError) as error:
+            raise ConfigError(
+                f"sglang {found_version} has no usable {touch.module}.{touch.symbol} ({error}), which specd uses of "
+                f"{touch.versions}; {remedy}"
+            ) from error
+        if lost := [name for name in touch.names if name not in _members(found)]:
+            raise ConfigError(
+                f"sglang {found_version}: {touch.module}.{touch.symbol} has no {', '.join(lost)}, which specd uses of "
+                f"{touch.versions}; {remedy}"
+            )
+    return symbols
+
+
+def _members(found: Any) -> set[str]:
+    names = set(dir(found))
+    with contextlib.suppress(TypeError, ValueError):
+        names |= set(inspect.signature(found).parameters)
+    if dataclasses.is_dataclass(found):
+        names |= {field.name for field in dataclasses.fields(found)}
+    return names
+
+
+class Engine:
+    """One rank of the target: SGLang's model runner, and the forwards through it. Lives on one thread.
+
+    Raises ConfigError or TargetError when SGLang cannot be used or cannot host the model.
+    """
+
+    def __init__(self, setup: RankSetup) -> None:
+        sg = self._sg = touch_points()
+        self._setup = setup
+        on_gpu = setup.device == "cuda"
+        self._device = torch.device("cuda", setup.gpu + setup.rank) if on_gpu else torch.device("cpu")
+        if setup.tp > 1:
+            os.environ.setdefault("NCCL_NVLS_ENABLE", "0")  # as SGLang's own launcher does
+            # The GPUs may be in use to a different degree, as by a trainer on one of them.
+            os.environ.setdefault("SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK", "0")
+        sequences = min(setup.max_tokens, MAX_SEQUENCES)
+        args = sg["ServerArgs"](
+            model_path=setup.path,
+            load_format=setup.load_format,
+            dtype=setup.dtype,
+            device=setup.device,
+            tp_size=setup.tp,
+            base_gpu_id=setup.gpu,
+            mem_fraction_static=setup.memory_fraction,
+            max_running_requests=sequences,
+            max_total_tokens=max(setup.max_tokens, 2 * sequences),  # SGLang allows half as many requests as tokens
+            context_length=setup.context,
+            page_size=1,
+            chunked_prefill_size=-1,
+            disable_radix_cache=True,
+            disable_cuda_graph=True,  # hooks run in eager forwards only
+            disable_overlap_schedule=True,
+            skip_tokenizer_init=True,
+            attention_backend=setup.attention_backend or None,
+            sampling_backend="pytorch",
+            grammar_backend="none",
+            enforce_disable_flashinfer_allreduce_fusion=True,  # else a layer's output may still lack its all-reduce
+        )
+        for name in ("initialize_moe_config", "initialize_fp8_gemm_config", "initialize_fp4_gemm_config"):
+            sg[name](args)
+        self.runner = sg["ModelRunner"](
+            model_config=sg["ModelConfig"].from_server_args(args),
+            mem_fraction_static=args.mem_fraction_static,
+            gpu_id=setup.gpu + setup.rank if on_gpu else setup.rank,
+            tp_rank=setup.rank,
+            tp_size=setup.tp,
+            moe_ep_rank=0,
+            moe_ep_size=1,
+            pp_rank=0,
+            pp_size=1,
+            nccl_port=setup.port,
+            server_args=args,
+        )
+        self.model = self.runner.model
+        try:
+            self.layers: Sequence[torch.nn.Module] = self.model.model.layers
+            self._norm, self._head = self.model.model.norm, self.model.logits_processor
+        except AttributeError as error:
+            raise TargetError(
+                f"SGLang's {type(self.model).__name__} is not laid out as expected ({error}): expected model.layers, "
+                f"model.norm and logits_processor; use --backend transformers"
+            ) from error
+        if setup.load_format == "dummy":
+            _liven(self.model, setup.rank)
+        self.runner.alloc_memory_pool()
+        self.runner.init_attention_backends()
+        self.runner.init_cuda_graphs()  # there are none: it makes the eager runner
+        if self.runner.page_size != 1 or self.runner.max_total_num_tokens < setup.max_tokens:
+            raise ConfigError(
+                f"the KV cache holds {self.runner.max_total_num_tokens} tokens in pages of {self.runner.page_size}, "
+                f"expected {setup.max_tokens} in pages of 1: lower target.max_forward_tokens, raise "
+                f"target.memory_fraction, or take another --attention-backend"
+            )
+        self.max_sequences = int(self.runner.max_running_requests)
+        capacity = int(self.runner.max_total_num_tokens)
+        self._cache_slots = torch.arange(1, capacity + 1, dtype=torch.int64, device=self._device)
+        self._rows = torch.arange(1, self.max_sequences + 1, dtype=torch.int64, device=self._device)
+        self._zeros = torch.zeros(self.max_sequences, dtype=torch.int32, device=self._device)
+        self._table: torch.Tensor = self.runner.req_to_token_pool.req_to_token
+        self._check_convention()
+
+    def forward(self, tokens: NDArray[np.int32], lengths: Sequence[int], stop: int, capture: Capture | None) -> None:
+        """Launch one prefill of `lengths` packed sequences up to layer `stop`, or with AT_HEAD up to the lm_head."""
+        handles = []
+
+        def end(*_: Any) -> None:
+            raise _Done
+
+        try:
+            for tap, sink in capture.taps.items() if capture else ():
+                handles.append(self.layers[tap].register_forward_hook(_layer_hook(sink, tokens.size)))
+            if stop != AT_HEAD:
+                handles.append(self.layers[stop].register_forward_hook(end))
+            else:
+                handles.append(self._head.register_forward_pre_hook(_head_hook(capture.final if capture else None)))
+            with torch.inference_mode(), self._current():
+                self.runner.forward(self._batch(tokens, list(lengths)))
+            raise TargetError("SGLang's forward ended without a call of the layer or the logits_processor it ends at")
+        except _Done:
+            pass
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """`embedding` and `lm_head`, whole, [V, H]; every rank must call it. Of several ranks they lie on the host."""
+        vocabulary = int(self.runner.model_config.hf_text_config.vocab_size)
+        modules = {"embedding": self.model.get_input_embeddings(), "lm_head": self.model.lm_head}
+        found: dict[str, torch.Tensor] = {}
+        for name, module in modules.items():
+            if name == "lm_head" and module is modules["embedding"]:
+                found[name] = found["embedding"]
+                continue
+            weight: torch.Tensor = module.weight.detach()
+            if self._setup.tp > 1:
+                with self._current():
+                    weight = self._sg["get_tp_group"]().all_gather(weight, dim=0)
+                weight = weight[:vocabulary].cpu() if self._setup.rank == 0 else weight[:0]
+            found[name] = weight[:vocabulary]
+        return found
+
+    def close(self) -> None:
+        """Free what SGLang holds, its process groups too. No other engine may live in this process."""
+        del self.runner, self.model, self.layers, self._norm, self._head, self._table
+        self._sg["destroy_model_parallel"]()
+        self._sg["destroy_distributed_environment"]()
+        gc.collect()
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _current(self) -> contextlib.AbstractContextManager[object]:
+        return torch.cuda.device(self._device) if self._device.type == "cuda" else contextlib.nullcontext()
+
+    def _batch(self, tokens: NDArray[np.int32], lengths: list[int]) -> Any:
+        """SGLang's ForwardBatch of a prefill without prefix: one copy to the device, no wait."""
+        size, count = int(tokens.size), len(lengths)
+        on_gpu = self._device.type == "cuda"
+        host = torch.empty(3 * size + 2 * count, dtype=torch.int64, pin_memory=on_gpu)
+        view = host.numpy()
+        view[:size] = tokens
+        view[size : 2 * size] = np.concatenate([np.arange(length) for length in lengths])
+        view[2 * size : 3 * size] = np.repeat(np.arange(1, count + 1), lengths)
+        view[3 * size : 3 * size + count] = lengths
+        view[3 * size + count :] = list(accumulate(lengths[:-1], initial=0))
+        seq_lens_cpu = host[3 * size : 3 * size + count].clone()
+        device = host.to(self._device, non_blocking=True)
+        ids, positions, rows = device[: 3 * size].view(3, size)
+        seq_lens, starts = device[3 * size :].view(2, count)
+        short = torch.stack([seq_lens, starts]).to(torch.int32)
+        cache_slots = self._cache_slots[:size]
+        self._table[rows, positions] = cache_slots.to(self._table.dtype)
+        return self._sg["ForwardBatch"](
+            forward_mode=self._sg["ForwardMode"].EXTEND,
+            batch_size=count,
+            input_ids=ids,
+            req_pool_indices=self._rows[:count],
+            seq_lens=seq_lens,
+            out_cache_loc=cache_slots,
+            seq_lens_sum=size,
+            orig_seq_lens=short[0],
+            seq_lens_cpu=seq_lens_cpu,
+            positions=positions,
+            extend_num_tokens=size,
+            extend_seq_lens=short[0],
+            extend_prefix_lens=self._zeros[:count],
+            extend_start_loc=short[1],
+            extend_prefix_lens_cpu=[0] * count,
+            extend_seq_lens_cpu=lengths,
+            extend_logprob_start_lens_cpu=lengths,
+            spec_algorithm=self._sg["SpeculativeAlgorithm"].NONE,
+            capture_hidden_mode=self._sg["CaptureHiddenMode"].NULL,
+            num_token_non_padded_cpu=size,
+            is_extend_in_batch=True,
+            lora_ids=[None] * count,
+            rids=[str(row) for row in range(count)],
+        )
+
+    def _check_convention(self) -> None:
+        """Refuse a model whose layers do not return the residual stream as expected: the norm of the last layer's tap
+        must be what lm_head reads. It also loads the kernels."""
+        hidden = int(self.runner.model_config.hf_text_config.hidden_size)
+        last, final = (torch.empty(8, hidden, dtype=self.runner.dtype, device=self._device) for _ in range(2))
+        capture = Capture(taps={len(self.layers) - 1: [(0, 8, last)]}, final=[(0, 8, final)])
+        self.forward(np.arange(8, dtype=np.int32), [5, 3], AT_HEAD, capture)
+        with torch.inference_mode(), self._current():
+            normed = self._norm(last.clone())
+        normed = (normed[0] if isinstance(normed, tuple) else normed).float()
+        largest = float(final.float().abs().max())
+        if not torch.allclose(normed, final.float(), rtol=0, atol=SELF_CHECK * largest, equal_nan=True):
+            difference = float((normed - final.float()).abs().max())
+            raise TargetError(
+                f"SGLang's {type(self.model).__name__} does not end in norm(hidden + residual) of its last layer: "
+                f"they differ by {difference:.3g}, expected at most {SELF_CHECK * largest:.3g}; use another backend"
+            )
+
+
+Sink = list[tuple[int, int, torch.Tensor]]
+"""Where rows [start, end) of a forward's states go: a tensor [end − start, H] each."""
+
+
+class Capture(msgspec.Struct, frozen=True, kw_only=True):
+    """Where a forward's states go. taps: by layer. final: empty if it is not asked for."""
+
+    taps: dict[int, Sink]
+    final: Sink
+
+
+def _layer_hook(sink: Sink, num_tokens: int) -> Callable[..., None]:
+    def hook(_module: torch.nn.Module, _args: Any, output: Any) -> None:
+        hidden, residual = output if isinstance(output, tuple) and len(output) == 2 else (output, None)
+        if not isinstance(hidden, torch.Tensor) or hidden.ndim != 2 or hidden.shape[0] != num_tokens:
+            raise TargetError(
+                "SGLang's layers return neither (hidden, residual) nor hidden; use --backend transformers"
+            )
+        for start, end, out in sink:
+            if residual is None:
+                out.copy_(hidden[start:end])
+            else:
+                torch.add(hidden[start:end], residual[start:end], out=out)
+
+    return hook
+
+
+def _head_hook(sink: Sink | None) -> Callable[..., None]:
+    def hook(_module: torch.nn.Module, args: tuple[Any, ...]) -> None:
+        if len(args) < 2 or not isinstance(args[1], torch.Tensor):
+            raise TargetError("SGLang's logits_processor got no (input_ids, hidden, …); use --backend transformers")
+        for start, end, out in sink or ():
+            out.copy_(args[1][start:end])
+        raise _Done
+
+    return hook
+
+
+def _liven(model: torch.nn.Module, rank: int) -> None:
+    """Make dummy weights behave: SGLang's are uniform ±1e-3, its norms too, so that states vanish and all tokens take
+    the same experts."""
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if name.endswith("norm.weight"):
+                weight.fill_(1)
+            elif name.endswith(("mlp.gate.weight", "embed_tokens.weight", "lm_head.weight")):
+                shard = 0 if name.endswith("gate.weight") else rank  # every rank has the whole router
+                seed = zlib.crc32(name.encode(), shard)
+                weight.normal_(0, 0.02, generator=torch.Generator(weight.device).manual_seed(seed))

@@ -1,0 +1,187 @@
+"""The SGLang backend as a Target: merged prefills of SGLang's model runner, on one GPU or on several of one host."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from itertools import accumulate, pairwise
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import torch
+
+from specd.config.settings import TargetConfig
+from specd.errors import ConfigError, TargetError
+from specd.targets.artifacts import Artifacts, check, slot_tensors
+from specd.targets.base import Fill, Launched
+from specd.targets.sglang.engine import Capture, Engine, touch_points
+from specd.targets.sglang.ranks import AT_HEAD, Ranks, RankSetup, Step, free_port
+from specd.targets.source import dummy_config, dummy_digest, pick_device, pick_dtype, resolve, weights_digest
+
+DEFAULT_FRACTION: Final = 0.9
+"""Of the GPU's free memory, for weights and KV cache; the cache itself is bounded by max_forward_tokens."""
+
+LEAST_TOKENS: Final = 64
+"""The smallest KV cache that is made: what the check at the start runs has to fit."""
+
+
+class SGLangTarget:
+    """A causal LM of SGLang as a Target, on one GPU or, with tensor parallelism, on several of one host.
+
+    Rank 0 runs here, the others in processes of their own; rank 0 alone captures. FP8 checkpoints stay FP8.
+    Raises ConfigError or TargetError when SGLang or the model cannot be used.
+    """
+
+    def __init__(self, config: TargetConfig) -> None:
+        touch_points()
+        dummy = config.load_format == "dummy"
+        source = resolve(config.model, need="shape" if dummy else "weights")
+        place = pick_device(config.device)
+        gpu = _place(place, config.tp)
+        if config.num_layers and not dummy:
+            raise ConfigError(
+                f"num_layers={config.num_layers}: real weights keep all their layers; use --load-format dummy"
+            )
+        self._name = source.name
+        self._device = torch.device("cuda", gpu) if place.type == "cuda" else place
+        self.device = str(self._device)
+        published = source.config
+        if dummy:
+            kept = {key: value for key, value in source.config.items() if key == "quantization_config"}
+            published = dummy_config(source, config.num_layers) | kept
+        if not published.get("architectures"):
+            raise TargetError(f"config.json of {source.name} names no architectures, by which SGLang knows its models")
+        self._tp = config.tp
+        capacity = max(config.max_forward_tokens, LEAST_TOKENS)
+        self._context = min(capacity, _context(published))
+        self._max_tokens = config.max_forward_tokens
+        with contextlib.ExitStack() as stack:
+            path = source.path
+            if path is None or dummy:
+                path = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="specd-")))
+                (path / "config.json").write_text(json.dumps(published))
+            setup = RankSetup(
+                path=str(path),
+                load_format=config.load_format,
+                dtype=str(pick_dtype(config.dtype, source)).removeprefix("torch."),
+                device=place.type,
+                gpu=gpu,
+                tp=config.tp,
+                port=free_port(),
+                memory_fraction=config.memory_fraction or DEFAULT_FRACTION,
+                attention_backend="" if config.attention_backend == "auto" else config.attention_backend,
+                max_tokens=capacity,
+                context=self._context,
+            )
+            self._ranks = Ranks(setup)
+            try:
+                with _explained(source.name, self.device):
+                    self._engine: Engine | None = Engine(setup)
+                    self._artifacts = Artifacts(source, published, self._engine.weights())
+            except BaseException:
+                self._ranks.close()
+                raise
+        text = self._engine.runner.model_config.hf_text_config
+        if dummy or source.path is None:
+            digest = dummy_digest(published, f"sglang-{place.type}-{config.tp}")
+        else:
+            digest = weights_digest(source.path)
+        dtype = str(self._engine.runner.dtype).removeprefix("torch.")
+        self.contract = self._artifacts.contract(source, text, str(source.config["model_type"]), dtype, digest)
+
+    def run(self, fills: Sequence[Fill]) -> Launched | None:
+        """See Target.run. With several ranks a failed forward ends the process: the others would wait for ever."""
+        if self._engine is None:
+            raise TargetError(f"target {self._name} is closed")
+        spec = check(self.contract, fills)
+        lengths = [int(length) for fill in fills for length in fill.lengths]
+        self._admit(lengths)
+        tokens = np.concatenate([fill.tokens for fill in fills])
+        bounds = list(pairwise(accumulate((int(fill.tokens.size) for fill in fills), initial=0)))
+        slots = list(zip(bounds, map(slot_tensors, fills), strict=True))
+        capture = Capture(
+            taps={
+                tap: [(start, end, slot["taps"][:, k]) for (start, end), slot in slots]
+                for k, tap in enumerate(spec.taps)
+            },
+            final=[(start, end, slot["final"]) for (start, end), slot in slots] if spec.final else [],
+        )
+        stop = AT_HEAD if spec.final else spec.taps[-1]
+        try:
+            self._ranks.send(Step(tokens=tokens.astype("<i4").tobytes(), lengths=lengths, stop=stop))
+            self._engine.forward(tokens, lengths, stop, capture)
+        except RuntimeError as error:
+            if self._tp > 1:
+                raise
+            if self._device.type == "cuda":
+                # A CUDA fault poisons the process: only running out of memory leaves the target alive there.
+                if not isinstance(error, torch.OutOfMemoryError):
+                    raise
+                torch.cuda.synchronize(self._device)
+            raise TargetError(f"target {self._name}: a forward of {tokens.size} tokens failed: {error}") from error
+        if self._device.type != "cuda":
+            return None
+        return Launched(self._device)
+
+    def artifact(self, name: str) -> memoryview:
+        """See Target.artifact."""
+        return self._artifacts.read(name)
+
+    def close(self) -> None:
+        """See Target.close."""
+        if self._engine is not None:
+            engine, self._engine = self._engine, None
+            self._artifacts.close()
+            self._ranks.release()
+            engine.close()
+            self._ranks.close()
+
+    def _admit(self, lengths: Sequence[int]) -> None:
+        assert self._engine is not None
+        for what, seen, most, remedy in (
+            ("tokens", sum(lengths), self._max_tokens, "raise target.max_forward_tokens or send smaller batches"),
+            ("sequences", len(lengths), self._engine.max_sequences, "send fewer in one batch"),
+            ("tokens in one sequence", max(lengths), self._context, "cut the samples (data.max_length)"),
+        ):
+            if seen > most:
+                raise TargetError(f"target {self._name}: {seen} {what}, at most {most} fit its forward; {remedy}")
+
+
+def _place(place: torch.device, tp: int) -> int:
+    """The first GPU, whose tensors rank 0 holds; 0 on the CPU."""
+    if place.type != "cuda":
+        if os.environ.get("SGLANG_USE_CPU_ENGINE") != "1":
+            raise ConfigError(
+                f"device {str(place)!r}: SGLang runs there only with SGLANG_USE_CPU_ENGINE=1 in the environment; "
+                f"give a GPU or use --backend transformers"
+            )
+        return 0
+    first = torch.cuda.current_device() if place.index is None else place.index
+    if first + tp > (found := torch.cuda.device_count()):
+        raise ConfigError(
+            f"target.tp={tp} from cuda:{first} on: this process sees {found} CUDA devices; lower --tp or --device"
+        )
+    return first
+
+
+def _context(config: dict[str, Any]) -> int:
+    text = config.get("text_config") or config
+    return int(text.get("max_position_embeddings") or 1 << 20)
+
+
+@contextlib.contextmanager
+def _explained(name: str, device: str) -> Iterator[None]:
+    """Turn what SGLang raises while it loads into one TargetError."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise TargetError(
+            f"target {name} does not fit in the memory of {device}: {error}; free some, or spread it with --tp"
+        ) from None
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, AssertionError, AttributeError) as error:
+        line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise TargetError(f"target {name}: SGLang cannot load it: {line}") from error

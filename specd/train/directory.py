@@ -1,0 +1,131 @@
+"""The directory of a run: what is in it, when a run may use it, and what a resumed run must share with the first."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from specd.config.settings import RunConfig
+from specd.errors import CheckpointError, ConfigError, ProtocolError, writing
+from specd.protocol.messages import TargetContract
+from specd.train.checkpoint import Identity
+from specd.train.journal import read
+
+logger = logging.getLogger(__name__)
+
+FACTS, JOURNAL = "run.json", "metrics.jsonl"
+
+FREE = {
+    "draft": {"attention", "loss_chunk"},
+    "data": {"path", "cache_dir"},
+    "train": {"device", "threads", "save_every", "keep", "log_every"},
+}
+"""Settings that do not change what is computed; all others of these sections stay the same over the life of a run.
+
+Those of `target` are free, wherever it is hosted: what decides over its states, as its dtype, is in its fingerprint.
+"""
+
+
+class RunDirectory:
+    """run.json, metrics.jsonl, checkpoints/, tb/, draft/ and report.html of one run.
+
+    run.json comes first, when all that can be wrong with the settings has been looked at: before it there is nothing.
+    """
+
+    __slots__ = ("path",)
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __repr__(self) -> str:
+        return f"RunDirectory({str(self.path)!r})"
+
+    @property
+    def journal(self) -> Path:
+        return self.path / JOURNAL
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def draft(self) -> Path:
+        return self.path / "draft"
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.path / "tb"
+
+    @property
+    def begun(self) -> bool:
+        """Whether it holds a run."""
+        return (self.path / FACTS).is_file()
+
+    def open(self, resume: bool) -> None:
+        """Make an empty directory for a new run, or see that there is one to resume.
+
+        Raises ConfigError when a new run would overwrite something, CheckpointError when there is nothing to resume.
+        """
+        if resume:
+            if not self.begun:
+                raise CheckpointError(f"{self.path} holds no run to resume: start it without --resume")
+            return
+        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+            remedy = "continue that run with --resume, " if self.begun else ""
+            raise ConfigError(
+                f"output {str(self.path)!r} exists and is not empty: {remedy}choose another --output, or remove it"
+            )
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"cannot make output {str(self.path)!r}: {error.strerror}") from None
+
+    def has_checkpoint(self, save_every: int) -> bool:
+        """Whether there is a checkpoint to resume from.
+
+        A run that was killed before its first checkpoint was due begins again. Raises CheckpointError when it was due.
+        """
+        if any(self.checkpoints.glob("step-*")):
+            return True
+        steps = len(read(self.journal)) if self.journal.exists() else 0
+        if save_every and steps > save_every:  # the step itself is logged before its checkpoint exists
+            raise CheckpointError(
+                f"{self.journal} has {steps} steps but there is no checkpoint in {self.checkpoints}: "
+                f"restore one, or start a new run in another --output"
+            )
+        logger.info("no checkpoint yet in %s: starting at step 0", self.checkpoints)
+        return False
+
+
+def target_files(contract: TargetContract, fetch: Callable[[str], bytes], directory: Path) -> dict[str, bytes]:
+    """Fetch the target's files (config, tokenizer), write them into `directory` and return them by name.
+
+    Raises ProtocolError for a name that leads elsewhere.
+    """
+    files: dict[str, bytes] = {}
+    for name, ref in contract.artifacts.items():
+        if ref.dtype:
+            continue
+        if Path(name).name != name or name.startswith("."):
+            raise ProtocolError(f"the daemon offers an artifact called {name!r}: expected a plain file name")
+        files[name] = fetch(name)
+        with writing(directory / name):
+            (directory / name).write_bytes(files[name])
+    return files
+
+
+def identity(config: RunConfig, contract: TargetContract, data: str) -> Identity:
+    """What a checkpoint of this run may be resumed with. data: digest of the samples, whatever path they come from.
+
+    config: with the dtype that `auto` means on the run's device, as the device may change over its life.
+    """
+    assert config.train.dtype != "auto", "the device decides what it means"
+    settings: dict[str, Any] = {"data.digest": data}
+    for section, free in FREE.items():
+        values: Mapping[str, Any] = msgspec.to_builtins(getattr(config, section))
+        settings |= {f"{section}.{key}": value for key, value in values.items() if key not in free}
+    return Identity(target=contract.fingerprint, settings=settings)

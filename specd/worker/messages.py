@@ -1,0 +1,150 @@
+"""What control and worker tell each other: internal messages of one daemon, never seen by a trainer.
+
+Two one-way pipes per worker life, bound by control: one to the worker, one from it. Either side may be a process or a
+thread of the same one; the messages are the same.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from specd.protocol.batch import Layout
+from specd.protocol.capture import CaptureSpec
+from specd.protocol.messages import RingInfo, TargetContract
+from specd.transports.base import SlotRef
+
+
+class Note(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="type"):
+    """Base of all internal messages."""
+
+
+# Control → worker
+
+
+class FillSlot(Note, kw_only=True, frozen=True, tag="fill"):
+    """Capture one batch into a slot. tokens, lengths: int32 little-endian."""
+
+    slot: int
+    generation: int
+    spec: CaptureSpec
+    tokens: bytes
+    lengths: bytes
+    layout: Layout
+
+
+class FillNoise(Note, kw_only=True, frozen=True, tag="noise"):
+    """Fill a slot with the bytes of a probe."""
+
+    slot: int
+    generation: int
+    nonce: bytes
+    nbytes: int
+
+
+class Accept(Note, kw_only=True, frozen=True, tag="accept"):
+    """Let a session use a transport."""
+
+    session: bytes
+    transport: str
+    hello: bytes
+
+
+class Publish(Note, kw_only=True, frozen=True, tag="publish"):
+    """A session is ready to receive a slot it holds."""
+
+    session: bytes
+    transport: str
+    ref: SlotRef
+
+
+class Drop(Note, kw_only=True, frozen=True, tag="drop"):
+    """A session is over."""
+
+    session: bytes
+
+
+class ReadArtifact(Note, kw_only=True, frozen=True, tag="read_artifact"):
+    """Read bytes of a target artifact for a session."""
+
+    session: bytes
+    name: str
+    offset: int
+    length: int
+
+
+class Stop(Note, kw_only=True, frozen=True, tag="stop"):
+    """End the worker."""
+
+
+# Worker → control
+
+
+class Started(Note, kw_only=True, frozen=True, tag="started"):
+    """The target is loaded and the ring's memory exists. segment: the shared segment's path, empty if private."""
+
+    contract: TargetContract
+    ring: RingInfo
+    transports: tuple[str, ...]
+    segment: str
+    load_s: float
+
+
+class StartFailed(Note, kw_only=True, frozen=True, tag="start_failed"):
+    """The worker cannot start; the reason is meant for a person."""
+
+    reason: str
+
+
+class Filled(Note, kw_only=True, frozen=True, tag="filled"):
+    """A slot's bytes are in place. target_us: its share, by tokens, of the forward that wrote them."""
+
+    slot: int
+    generation: int
+    target_us: int
+
+
+class FillFailed(Note, kw_only=True, frozen=True, tag="fill_failed"):
+    """A slot could not be filled; the worker lives on."""
+
+    slot: int
+    generation: int
+    reason: str
+
+
+class Accepted(Note, kw_only=True, frozen=True, tag="accepted"):
+    """The answer to Accept."""
+
+    session: bytes
+    transport: str
+    offer: bytes
+
+
+class Refused(Note, kw_only=True, frozen=True, tag="refused"):
+    """The answer to Accept, when it cannot be."""
+
+    session: bytes
+    transport: str
+    reason: str
+
+
+class ArtifactBytes(Note, kw_only=True, frozen=True, tag="artifact_bytes"):
+    """The answer to ReadArtifact."""
+
+    session: bytes
+    name: str
+    offset: int
+    data: bytes
+
+
+ToWorker = FillSlot | FillNoise | Accept | Publish | Drop | ReadArtifact | Stop
+ToControl = Started | StartFailed | Filled | FillFailed | Accepted | Refused | ArtifactBytes
+
+_decoder: msgspec.msgpack.Decoder[ToWorker | ToControl] = msgspec.msgpack.Decoder(ToWorker | ToControl)
+encode = msgspec.msgpack.Encoder().encode
+
+
+def decode(frame: bytes) -> Any:
+    """The message in one frame; only ever called on frames of the own daemon."""
+    return _decoder.decode(frame)

@@ -1,0 +1,106 @@
+"""What a worker serves: the ring's memory, where the target computes, and the serving side of each transport."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from typing import NamedTuple
+
+from specd.config.settings import DaemonConfig
+from specd.errors import TransportError
+from specd.memory.arena import HostArena, NoRoomError
+from specd.memory.device_arena import DeviceArena
+from specd.transports.base import DEVICE_ORDER, HOST_ORDER, Server, ServerContext, Transport, load
+
+log = logging.getLogger(__name__)
+
+RDMA_DEVICES = "/sys/class/infiniband"
+
+
+class Serving(NamedTuple):
+    """arena: the ring's slots. servers: by transport. on_host: those that read a ring on a device from its mirror."""
+
+    arena: HostArena | DeviceArena
+    servers: dict[str, Server]
+    on_host: frozenset[str]
+
+
+def open_ring(config: DaemonConfig, slot_bytes: int, device: str, epoch: bytes, serving: ServerContext) -> Serving:
+    """Make the ring on `device`, `config.ring.slots` slots of `slot_bytes`, and serve it.
+
+    A transport that was named must work; of those that `auto` stands for, the ones that do not are left out. The caller
+    closes the servers, then the arena. Raises TransportError when the memory cannot be had or nothing can serve it.
+    """
+    found: dict[str, type[Transport]] = {}
+    automatic = candidates(device) if "auto" in config.transports else ()
+    for name in dict.fromkeys([*automatic, *(name for name in config.transports if name != "auto")]):
+        try:
+            found[name] = _usable(name, device)
+        except TransportError as error:
+            _leave_out(config, name, error)
+    arena, on_host = _make(config, slot_bytes, device, epoch.hex(), found)
+    servers: dict[str, Server] = {}
+    with contextlib.ExitStack() as undo:
+        undo.callback(arena.close)
+        for name, transport in found.items():
+            here = arena.ledger if isinstance(arena, DeviceArena) and name in on_host else arena
+            try:
+                servers[name] = transport.server(here, serving)
+            except TransportError as error:
+                _leave_out(config, name, error)
+            else:
+                undo.callback(servers[name].close)
+        if not servers:
+            raise TransportError(f"no transport can serve a ring on {device}; the log says why, at level INFO")
+        undo.pop_all()
+    return Serving(arena, servers, on_host)
+
+
+def candidates(device: str) -> tuple[str, ...]:
+    """What `auto` serves of a ring on `device`."""
+    if device == "cpu":
+        return HOST_ORDER
+    rdma = os.path.isdir(RDMA_DEVICES) and os.listdir(RDMA_DEVICES)
+    return tuple(name for name in DEVICE_ORDER if name != "nixl" or rdma)
+
+
+def _make(
+    config: DaemonConfig, slot_bytes: int, device: str, epoch: str, found: dict[str, type[Transport]]
+) -> tuple[HostArena | DeviceArena, frozenset[str]]:
+    """The ring's memory, and who reads it through a mirror.
+
+    Where host memory has no room for its slots, those of `found` that need them there are left out of it: on the CPU
+    those that share them, as the others read a private ring; of a ring on a device all that read its mirror.
+    """
+    slots = config.ring.slots
+    while True:
+        local = frozenset(name for name, one in found.items() if one.traits.scope == "host")
+        mirrored = frozenset(name for name, one in found.items() if "device" not in one.traits.memory)
+        needy = local if device == "cpu" else mirrored
+        shared = epoch if local else None
+        try:
+            if device == "cpu":
+                return HostArena.create(slots, slot_bytes, shared), frozenset()
+            return DeviceArena.create(slots, slot_bytes, device, shared, mirrored=bool(mirrored)), mirrored
+        except NoRoomError as error:
+            if not needy or len(needy) == len(found):
+                raise
+            for name in sorted(needy):
+                _leave_out(config, name, error, logging.WARNING)
+                del found[name]
+
+
+def _usable(name: str, device: str) -> type[Transport]:
+    """The transport called `name`, if it can take a ring on `device`. Raises TransportError."""
+    transport = load(name)
+    if device == "cpu" and "host" not in transport.traits.memory:
+        raise TransportError("it moves device memory, and the ring lies where the target computes, on the CPU")
+    return transport
+
+
+def _leave_out(config: DaemonConfig, name: str, error: TransportError, level: int = logging.INFO) -> None:
+    """Go on without a transport that only `auto` asked for; raise the error of one that was named."""
+    if name in config.transports:
+        raise TransportError(f"transport {name!r} cannot be served: {error}") from error
+    log.log(level, "%s is not served: %s", name, error)

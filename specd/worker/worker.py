@@ -1,0 +1,345 @@
+"""The worker: owns the target, the ring's memory and the transports' serving sides.
+
+Three threads. The service thread talks with control and with the transports, and fills the slots of probes; the target
+thread loads the target and launches forwards; the announcer thread waits for those that run on a device, and copies
+their slots to the host while a trainer reads there. A slot is announced only when its bytes are in place.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import queue
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import msgspec
+import numpy as np
+import zmq
+
+from specd.config.settings import DaemonConfig
+from specd.errors import SpecdError, TransportError
+from specd.memory.arena import HostArena
+from specd.memory.device_arena import DeviceArena
+from specd.protocol.batch import slot_bytes
+from specd.protocol.capture import CaptureSpec
+from specd.protocol.messages import RingInfo, TargetContract
+from specd.targets.base import Completion, Fill, Target
+from specd.targets.registry import load_target
+from specd.transports.base import Server, ServerContext, pattern
+from specd.worker import messages as channel
+from specd.worker.ring_memory import open_ring
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+log = logging.getLogger(__name__)
+
+Announce = Callable[[zmq.Socket[bytes], float], None]
+"""Tells control of the slots of one forward, over this pipe; the forward took so many seconds."""
+
+CRASH_S = 5.0
+"""How long a worker that failed waits for its target to end."""
+
+
+class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """What control tells a new worker: its configuration, its epoch, its two pipes, and who its parent is."""
+
+    daemon: DaemonConfig
+    epoch: bytes
+    inbox: str
+    outbox: str
+    serving: ServerContext
+    parent_pid: int = 0
+
+
+class Worker:
+    """One life of the target. `run` blocks until control says Stop, or its parent is dead."""
+
+    def __init__(self, config: WorkerConfig, context: zmq.Context[zmq.Socket[bytes]]) -> None:
+        self._config = config
+        self._context = context
+        self._target: Target | None = None
+        self._arena: HostArena | DeviceArena | None = None
+        self._servers: dict[str, Server] = {}
+        self._on_host: frozenset[str] = frozenset()
+        self._tasks: queue.SimpleQueue[channel.FillSlot | None] = queue.SimpleQueue()
+        self._announcements: queue.SimpleQueue[tuple[Completion, float, Announce] | None] = queue.SimpleQueue()
+        self._announcer: threading.Thread | None = None
+        self._ahead = threading.Semaphore(1)
+        """Forwards that may be launched behind one that runs: what comes meanwhile then shares the next."""
+        self._ended = os.eventfd(0)  # the target thread's: it could not start, or crashed
+        self._failure = ""
+
+    def run(self) -> None:
+        """Serve until told to stop."""
+        inbox = self._context.socket(zmq.PULL)
+        inbox.set(zmq.RCVHWM, 0)
+        inbox.connect(self._config.inbox)
+        outbox = self._outbox()
+        thread = threading.Thread(target=self._run_target, name="specd-target", daemon=True)
+        thread.start()
+        parent = os.pidfd_open(self._config.parent_pid) if self._config.parent_pid else -1
+        patience: float | None = None
+        try:
+            poller = zmq.Poller()
+            poller.register(inbox, zmq.POLLIN)
+            poller.register(self._ended, zmq.POLLIN)
+            if parent >= 0:
+                poller.register(parent, zmq.POLLIN)
+            while True:
+                ready = dict(poller.poll())
+                if parent in ready:
+                    log.warning("control is gone: the worker ends")
+                    self._abandon()
+                if self._ended in ready:
+                    if self._failure:
+                        raise RuntimeError(self._failure)
+                    break
+                if inbox in ready and not self._serve(channel.decode(inbox.recv()), outbox):
+                    break
+        except BaseException:
+            # The target may wait for a device that is gone. A thread cannot be left behind: its ring is about to go.
+            patience = CRASH_S if parent >= 0 else None
+            raise
+        finally:
+            self._tasks.put(None)
+            thread.join(patience)
+            if thread.is_alive():
+                self._abandon()
+            try:
+                self._close()
+            finally:
+                for socket in (inbox, outbox):
+                    socket.close(linger=1000)
+                for fd in (parent, self._ended):
+                    if fd >= 0:
+                        os.close(fd)
+
+    def _outbox(self) -> zmq.Socket[bytes]:
+        """A pipe to control; each thread that reports has its own."""
+        socket = self._context.socket(zmq.PUSH)
+        socket.set(zmq.SNDHWM, 0)
+        socket.connect(self._config.outbox)
+        return socket
+
+    def _serve(self, note: channel.ToWorker, outbox: zmq.Socket[bytes]) -> bool:
+        """Do what control asks, on the service thread; False ends the worker."""
+        match note:
+            case channel.FillSlot():
+                self._tasks.put(note)
+            case channel.FillNoise():
+                assert self._arena is not None
+                self._arena.begin(note.slot)
+                self._arena.write(note.slot, pattern(note.nonce, note.nbytes))
+                self._arena.seal(note.slot, note.generation, note.nbytes)
+                outbox.send(channel.encode(channel.Filled(slot=note.slot, generation=note.generation, target_us=0)))
+            case channel.Publish():
+                try:
+                    self._servers[note.transport].publish(note.session, note.ref)
+                except TransportError as error:  # the session ended meanwhile; its trainer's deadline notices
+                    log.info("%s is not sent: %s", note.ref, error)
+            case channel.Accept():
+                outbox.send(channel.encode(self._accept(note)))
+            case channel.Drop():
+                for server in self._servers.values():
+                    server.drop(note.session)
+                self._read_on_host(note.session, False)
+            case channel.ReadArtifact():
+                assert self._target is not None
+                data = bytes(self._target.artifact(note.name)[note.offset : note.offset + note.length])
+                reply = channel.ArtifactBytes(session=note.session, name=note.name, offset=note.offset, data=data)
+                outbox.send(channel.encode(reply))
+            case channel.Stop():
+                return False
+        return True
+
+    def _accept(self, note: channel.Accept) -> channel.Accepted | channel.Refused:
+        try:
+            # Before the trainer can ask for a slot, all that are in the ring must lie where it reads.
+            self._read_on_host(note.session, note.transport in self._on_host)
+            offer = self._servers[note.transport].accept(note.session, note.hello)
+            for name, server in self._servers.items():
+                if name != note.transport:  # tried before, and given up
+                    server.drop(note.session)
+        except SpecdError as error:
+            self._read_on_host(note.session, False)
+            return channel.Refused(session=note.session, transport=note.transport, reason=str(error))
+        return channel.Accepted(session=note.session, transport=note.transport, offer=offer)
+
+    def _read_on_host(self, session: bytes, wanted: bool) -> None:
+        if isinstance(self._arena, DeviceArena):
+            self._arena.read_on_host(session, wanted)
+
+    def _run_target(self) -> None:
+        """The target thread: load, then fill slots until told to stop."""
+        outbox = self._outbox()
+        try:
+            try:
+                started = self._start()
+            except (SpecdError, MemoryError) as error:
+                log.debug("worker start failed", exc_info=True)
+                outbox.send(channel.encode(channel.StartFailed(reason=str(error) or repr(error))))
+                if not self._config.parent_pid:  # a process waits to be killed, lest its death overtake the reason
+                    os.eventfd_write(self._ended, 1)
+                return
+            outbox.send(channel.encode(started))
+            held: channel.FillSlot | None = None
+            while (first := held or self._tasks.get()) is not None:
+                group, held = self._gather(first)
+                self._fill(group, outbox)
+        except BaseException:
+            log.exception("the target thread crashed")
+            self._fail("the target failed")
+        finally:
+            if self._announcer is not None:
+                self._announcements.put(None)
+                self._announcer.join()
+            outbox.close(linger=1000)
+
+    def _start(self) -> channel.Started:
+        config = self._config.daemon
+        begin = time.monotonic()
+        self._target = target = load_target(config.target)
+        contract = target.contract
+        nbytes = slot_bytes(capture_of(config, contract), contract.hidden_size, config.ring.slot_tokens)
+        self._arena, self._servers, self._on_host = open_ring(
+            config, nbytes, target.device, self._config.epoch, self._config.serving
+        )
+        return channel.Started(
+            contract=contract,
+            ring=RingInfo(num_slots=config.ring.slots, slot_bytes=nbytes, slot_tokens=config.ring.slot_tokens),
+            transports=tuple(self._servers),
+            segment=self._arena.path,
+            load_s=time.monotonic() - begin,
+        )
+
+    def _gather(self, first: channel.FillSlot) -> tuple[list[channel.FillSlot], channel.FillSlot | None]:
+        """`first` and the waiting batches that may share its forward; and one that may not, to start the next group."""
+        group = [first]
+        target = self._config.daemon.target
+        if target.exact:
+            return group, None
+        num_bytes = len(first.tokens)
+        while True:
+            try:
+                task = self._tasks.get_nowait()
+            except queue.Empty:
+                return group, None
+            if task is None:
+                self._tasks.put(None)
+                return group, None
+            if task.spec != first.spec or num_bytes + len(task.tokens) > 4 * target.max_forward_tokens:
+                return group, task
+            num_bytes += len(task.tokens)
+            group.append(task)
+
+    def _fill(self, group: Sequence[channel.FillSlot], outbox: zmq.Socket[bytes]) -> None:
+        """Fill the slots of one group with one forward, then announce them."""
+        assert self._arena is not None
+        assert self._target is not None
+        arena, fills = self._arena, []
+        for task in group:
+            arena.begin(task.slot)
+            slot = arena.tensor(task.slot) if isinstance(arena, DeviceArena) else arena.slot(task.slot)
+            tokens, lengths = np.frombuffer(task.tokens, "<i4"), np.frombuffer(task.lengths, "<i4")
+            fills.append(Fill(tokens=tokens, lengths=lengths, spec=task.spec, layout=task.layout, slot=slot))
+        begin = time.monotonic()
+        try:
+            completion = self._target.run(fills)
+        except SpecdError as error:
+            if len(group) > 1:  # so that a bad batch fails alone
+                for task in group:
+                    self._fill([task], outbox)
+                return
+            failed = channel.FillFailed(slot=group[0].slot, generation=group[0].generation, reason=str(error))
+            outbox.send(channel.encode(failed))
+            return
+
+        def announce(pipe: zmq.Socket[bytes], took: float) -> None:
+            micros = took * 1e6 / sum(len(task.tokens) for task in group)
+            for task in group:
+                arena.seal(task.slot, task.generation, task.layout.nbytes)
+                share = round(micros * len(task.tokens))
+                pipe.send(channel.encode(channel.Filled(slot=task.slot, generation=task.generation, target_us=share)))
+
+        if completion is None:
+            announce(outbox, time.monotonic() - begin)
+        else:
+            self._announce_later(completion, begin, announce)
+
+    def _announce_later(self, completion: Completion, begin: float, announce: Announce) -> None:
+        """Hand a pending completion to the announcer thread, so that the next forward is launched meanwhile.
+
+        begin: when it was launched, in monotonic seconds. Returns when no other forward is unfinished.
+        """
+        if self._announcer is None:
+            self._announcer = threading.Thread(target=self._run_announcer, name="specd-announcer", daemon=True)
+            self._announcer.start()
+        self._announcements.put((completion, begin, announce))
+        self._ahead.acquire()
+
+    def _run_announcer(self) -> None:
+        outbox = self._outbox()
+        end = 0.0
+        try:
+            while (item := self._announcements.get()) is not None:
+                completion, begin, announce = item
+                completion.wait()
+                # One that was launched behind another began when that one had ended.
+                begin, end = max(begin, end), time.monotonic()
+                self._ahead.release()
+                announce(outbox, end - begin)
+        except BaseException:
+            log.exception("a forward failed on the device")
+            self._fail("a forward failed on the device")
+            self._ahead.release(1 + self._config.daemon.ring.slots)  # nothing that is queued waits for it any more
+        finally:
+            outbox.close(linger=1000)
+
+    def _fail(self, reason: str) -> None:
+        """Have the service thread end this worker."""
+        self._failure = reason
+        os.eventfd_write(self._ended, 1)
+
+    def _abandon(self) -> None:
+        """End this process now, without waiting for a forward; shared memory does not outlive it."""
+        if self._arena is not None:
+            with contextlib.suppress(OSError):
+                os.unlink(self._arena.path)
+        os._exit(1)
+
+    def _close(self) -> None:
+        with contextlib.ExitStack() as ends:  # the servers first, then what they serve
+            if self._target is not None:
+                ends.callback(self._target.close)
+            if self._arena is not None:
+                ends.callback(self._arena.close)
+            for server in self._servers.values():
+                ends.callback(server.close)
+
+
+def capture_of(config: DaemonConfig, contract: TargetContract) -> CaptureSpec:
+    """The spec the daemon's slots are sized for; which taps does not matter, only how many."""
+    capture = config.capture
+    dtype = contract.dtype if capture.dtype == "auto" else capture.dtype
+    return CaptureSpec(taps=tuple(range(capture.num_taps)), final=capture.final, dtype=dtype)  # type: ignore[arg-type]
+
+
+def main() -> None:
+    """Entry of a worker process: its WorkerConfig is one JSON line on standard input."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C reaches control, which ends its worker in order
+    line = sys.stdin.buffer.readline()
+    level = os.environ.get("SPECD_LOG", "WARNING")
+    logging.basicConfig(level=level, format="%(asctime)s %(levelname)s worker %(name)s: %(message)s")
+    with zmq.Context() as context:
+        Worker(msgspec.json.decode(line, type=WorkerConfig), context).run()
+
+
+if __name__ == "__main__":
+    main()

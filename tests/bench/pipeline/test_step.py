@@ -1,0 +1,125 @@
+"""The trainer's side of the pipeline benchmark: drafts that train or sleep, shared gradients, the clock."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import msgspec
+import pytest
+import torch
+
+from specd.bench.pipeline import origin_protocol as seed
+from specd.bench.pipeline.colocated import Reduction
+from specd.bench.pipeline.defaults import defaults
+from specd.bench.pipeline.rows import row_of
+from specd.bench.pipeline.settings import SleepConfig, batches
+from specd.bench.pipeline.step import Given, SleepingDraft, TrainedDraft, clock, given, make_draft
+from specd.client.subscriber import Subscriber
+from specd.config.settings import DaemonConfig, RingConfig, SubscriberConfig, TargetConfig
+from specd.daemon.serve import embedded
+from specd.drafts.dflash.objective import capture_spec
+from specd.metrics import Stats
+from specd.protocol.capture import CaptureSpec
+from specd.targets.registry import load_target
+
+TINY = "synthetic:hidden=32,layers=8,vocab=64"
+SETTINGS = defaults(True, 1, TINY, {})
+
+
+def test_data_parallel_gradients_are_the_mean_of_all(tmp_path: Path) -> None:
+    found: dict[int, list[torch.Tensor]] = {}
+
+    def one(rank: int) -> None:
+        layer = torch.nn.Linear(3, 2)
+        with torch.no_grad():
+            layer.weight.fill_(0.5)
+        with seed.joined("gloo", str(tmp_path / "store"), rank, 2) as group:
+            reduction = Reduction(group, 2)
+            reduction.attach(list(layer.parameters()))
+            reduction.meet("cpu")
+            reduction.on = True
+            layer(torch.full((1, 3), float(1 + 2 * rank))).sum().backward()
+            reduction()
+            reduction.meet("cpu")
+            found[rank] = [p.grad.clone() for p in layer.parameters() if p.grad is not None]
+
+    threads = [threading.Thread(target=one, args=(rank,)) for rank in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    for rank in (0, 1):
+        assert torch.equal(found[rank][0], torch.full((2, 3), 2.0))
+        assert torch.equal(found[rank][1], torch.ones(2))
+
+
+def test_a_real_draft_learns_on_given_states() -> None:
+    target = load_target(TargetConfig(model=TINY))
+    settings = msgspec.structs.replace(SETTINGS, draft="dflash")
+    draft = make_draft(settings, target.contract, lambda name: bytes(target.artifact(name)), "cpu")
+    assert isinstance(draft, TrainedDraft)
+    before = [parameter.detach().clone() for parameter in draft.parameters]
+    spec = capture_spec(settings.dflash, target.contract)
+    taps = torch.randn(256, len(spec.taps), 32)
+    clocked = clock(given(batches(settings, "fixed", 64, 4, 1), taps), draft, 1)
+    assert (len(clocked.seconds), clocked.samples, clocked.tokens) == (3, 12, 3 * 256)
+    changed = [not torch.equal(old, new) for old, new in zip(before, draft.parameters, strict=True)]
+    assert all(changed)
+
+
+def test_the_clock_leaves_warm_up_out() -> None:
+    drawn = batches(SETTINGS, "fixed", 64, 5, 1)
+    seen: list[int] = []
+
+    def coming() -> Iterator[Given]:
+        for batch in drawn:
+            seen.append(batch.index)
+            yield Given(batch, None)
+
+    clocked = clock(coming(), None, 2, stats=lambda: Stats(batches=len(seen), transports={"a": "b"}))
+    assert (len(clocked.seconds), clocked.tokens, clocked.stats) == (
+        3,
+        3 * 256,
+        Stats(batches=3, transports={"a": "b"}),
+    )
+
+
+def test_figures_are_those_of_the_batches_that_were_timed() -> None:
+    """What came ahead during warm-up was computed and fetched before the clock began, and counts all the same."""
+    target = TargetConfig(model=f"{TINY},ms=10", exact=True)
+    config = DaemonConfig(target=target, ring=RingConfig(slots=6, slot_tokens=256))
+    with embedded(config) as host:
+        link = SubscriberConfig(endpoints=(host.endpoint,), transport="inproc", depth=4)
+        with Subscriber(link, CaptureSpec(taps=(1,), dtype="float32"), context=host.context) as subscriber:
+            drawn = batches(SETTINGS, "fixed", 64, 10, 1)
+            clocked = clock(subscriber.stream(drawn), SleepingDraft(SleepConfig(ms=15), lambda: None), 6, True,
+                            subscriber.stats)  # fmt: skip
+    stats = clocked.stats
+    assert (stats.batches, stats.nbytes) == (4, 4 * 256 * 32 * 4)
+    assert stats.forward_s >= 4 * 0.010
+    assert row_of("disaggregated", "fixed", 4, "inproc", 2, clocked).forward_ms == round(stats.forward_s / 4 * 1e3, 3)
+    assert stats.fetch_s > 0
+
+
+@pytest.mark.parametrize(("overlap", "waited"), [(True, [0, 1, 2]), (False, [0, 1, 2, 3])])
+def test_without_overlap_a_step_ends_when_it_is_done(
+    overlap: bool, waited: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The device comes to a point after each step; whether the last one is waited for, too, depends on the depth."""
+    target = load_target(TargetConfig(model=TINY))
+    settings = msgspec.structs.replace(SETTINGS, draft="dflash")
+    draft = make_draft(settings, target.contract, lambda name: bytes(target.artifact(name)), "cpu")
+    points = iter(range(4))
+    found: list[int] = []
+
+    def reached(device: str) -> Any:
+        number = next(points)
+        return SimpleNamespace(synchronize=lambda: found.append(number))
+
+    monkeypatch.setattr("specd.bench.pipeline.step.reached", reached)
+    clock(given(batches(settings, "fixed", 64, 4, 1), torch.randn(256, 3, 32)), draft, 1, overlap)
+    assert found == waited

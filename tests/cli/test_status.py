@@ -1,0 +1,111 @@
+"""`specd status` obeys nothing that a trainer or a daemon says of itself; status, stop and start refuse in one line."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from samples import batch
+from specd.cli.main import run
+from specd.client import handshake as session
+from specd.client.handshake import LONGEST_S, ask_status, dial
+from specd.client.subscriber import Subscriber
+from specd.config.settings import DaemonConfig, RingConfig, SubscriberConfig, TargetConfig
+from specd.daemon.serve import embedded
+from specd.errors import ConfigError
+from specd.protocol.capture import CaptureSpec
+from specd.protocol.messages import Status, StatusReport, decode, encode
+
+HOSTILE = "x[/y] [bold]:smile:\x1b]0;owned\x07\x9b2J\u202e\r\n"
+SHOWN = "x[/y] [bold]:smile:�]0;owned��2J���"
+
+
+@pytest.fixture(scope="module")
+def report() -> StatusReport:
+    """What a daemon says while a trainer of a hostile name trains from it."""
+    target = TargetConfig(model="synthetic:hidden=16,layers=6,vocab=128")
+    settings = DaemonConfig(target=target, ring=RingConfig(slots=4, max_sessions=2, slot_tokens=64))
+    spec = CaptureSpec(taps=(1,), dtype="float32")
+    with embedded(settings) as host:
+        config = SubscriberConfig(endpoints=(host.endpoint,), timeout_s=20, connect_s=20)
+        with (
+            Subscriber(config, spec, context=host.context, name=HOSTILE) as subscriber,
+            dial(host.context, host.endpoint) as socket,
+        ):
+            next(subscriber.stream([batch(0)]))
+            socket.send(encode(Status()))
+            assert socket.poll(10_000)
+            answer = decode(socket.recv())
+    assert isinstance(answer, StatusReport)
+    return answer
+
+
+def show(
+    report: StatusReport, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *options: str
+) -> str:
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(session, "ask_status", lambda endpoint, timeout_s: report)
+    assert run(["status", *options]) == 0
+    return capsys.readouterr().out
+
+
+def test_a_trainers_name_is_shown_and_not_obeyed(
+    report: StatusReport, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (trainer,) = report.sessions
+    assert trainer.name == HOSTILE
+    assert f"{SHOWN} {trainer.session[:8]}" in show(report, monkeypatch, capsys)
+
+
+def test_nothing_a_daemon_says_is_obeyed(
+    report: StatusReport, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert report.contract is not None
+    trainer = msgspec.structs.replace(report.sessions[0], transport=HOSTILE, gpus=(HOSTILE,))
+    told = msgspec.structs.replace(
+        report,
+        version=HOSTILE,
+        contract=msgspec.structs.replace(report.contract, model=HOSTILE, model_type=HOSTILE),
+        slots={HOSTILE: 1},
+        counters={HOSTILE: 2},
+        endpoints=(HOSTILE,),
+        transports=(HOSTILE,),
+        sessions=(trainer,),
+    )
+    text = show(told, monkeypatch, capsys)
+    assert text.count(SHOWN) == 10  # the model type's is in the fingerprint too, the GPU's is cut
+    assert all(letter.isprintable() for letter in text.replace("\n", ""))
+    assert show(told, monkeypatch, capsys, "--json").isascii()
+
+
+@pytest.mark.parametrize("timeout_s", [-1.0, float("nan"), float("inf"), 2 * LONGEST_S])
+def test_a_timeout_that_cannot_be_waited_is_refused_before_anything_is_asked(timeout_s: float, tmp_path: Path) -> None:
+    begin = time.monotonic()
+    with pytest.raises(ConfigError, match=r"a timeout of \S+ s: expected a number of seconds, 0 to 86,400"):
+        ask_status(f"ipc://{tmp_path}/none.sock", timeout_s)
+    assert time.monotonic() - begin < 10
+
+
+@pytest.mark.parametrize("verb", ["status", "stop"])
+@pytest.mark.parametrize("timeout", ["-1", "nan", "inf"])
+def test_the_verbs_refuse_it_too(verb: str, timeout: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run([verb, "--timeout", timeout]) == 2
+    assert "timeout" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("options", [[], ["--detach"], ["--endpoint", "tcp://127.0.0.1:*"]])
+def test_start_names_the_runtime_directory_it_cannot_write(
+    options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = tmp_path / "base"
+    base.touch()
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(base))
+    assert run(["start", "--model", "synthetic:hidden=8,layers=8", *options]) == 2
+    error = capsys.readouterr().err
+    assert f"runtime directory '{base}/specd-{os.getuid()}': cannot write there" in error
+    assert "set XDG_RUNTIME_DIR" in error
+    assert error.count("\n") == 1

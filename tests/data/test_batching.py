@@ -1,0 +1,137 @@
+"""Plans are exact partitions within their budget, the same everywhere, and resume where they stopped."""
+
+from __future__ import annotations
+
+from itertools import chain
+
+import msgspec
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from specd.data.batching import Cursor, Loader, Plan, _splitmix
+from specd.errors import ConfigError
+from specd.protocol.batch import Batch
+
+
+class Numbers:
+    """Sample i is its number, repeated; every second token is a label."""
+
+    def __init__(self, lengths: list[int]) -> None:
+        self.lengths = lengths
+
+    def tokens(self, i: int) -> NDArray[np.int32]:
+        return np.full(self.lengths[i], i, np.int32)
+
+    def loss_mask(self, i: int) -> NDArray[np.bool_]:
+        return np.array([j % 2 == 1 for j in range(self.lengths[i])], np.bool_)
+
+
+lengths = st.lists(st.integers(1, 60), min_size=1, max_size=300)
+
+
+@settings(deadline=None)
+@given(lengths, st.integers(60, 200), st.integers(0, 5), st.integers(-(2**63), 2**63 - 1), st.integers(0, 9))
+def test_each_sample_once_an_epoch_and_each_batch_within_its_budget(
+    sizes: list[int], budget: int, most: int, seed: int, epoch: int
+) -> None:
+    plan = Plan(sizes, budget, most, seed)
+    batches = plan.epoch(epoch)
+    assert sorted(chain.from_iterable(batches)) == list(range(len(sizes)))
+    assert all(batches)
+    assert all(sum(sizes[i] for i in batch) <= budget for batch in batches)
+    assert all(len(batch) <= most for batch in batches if most)
+    assert Plan(sizes, budget, most, seed).epoch(epoch) == batches
+
+
+@settings(deadline=None)
+@given(lengths, st.integers(1, 3), st.data())
+def test_resuming_anywhere_gives_the_tail(sizes: list[int], epochs: int, data: st.DataObject) -> None:
+    plan = Plan(sizes, 100, seed=7)
+    whole = list(Loader(Numbers(sizes), plan, epochs=epochs))
+    assert len(whole) == Loader(Numbers(sizes), plan, epochs=epochs).num_batches
+    trained = data.draw(st.integers(0, len(whole)))
+    cursor = Cursor.after(whole[trained - 1]) if trained else Cursor()
+    cursor = msgspec.json.decode(msgspec.json.encode(cursor), type=Cursor)
+    resumed = Loader(Numbers(sizes), Plan(sizes, 100, seed=7), epochs=epochs, cursor=cursor)
+    assert len(resumed) == len(whole) - trained
+    assert [facts(batch) for batch in resumed] == [facts(batch) for batch in whole[trained:]]
+
+
+def facts(batch: Batch) -> tuple[object, ...]:
+    arrays = (batch.tokens, batch.lengths, batch.loss_mask)
+    return batch.epoch, batch.index, batch.samples, *((array.dtype.name, array.tolist()) for array in arrays)
+
+
+def test_a_batch_is_its_samples_end_to_end() -> None:
+    sizes = [3, 2, 4]
+    (batch,) = Loader(Numbers(sizes), Plan(sizes, 100))
+    assert batch.tokens.tolist() == list(chain.from_iterable([i] * sizes[i] for i in batch.samples))
+    assert batch.lengths.tolist() == [sizes[i] for i in batch.samples]
+    assert batch.loss_mask.tolist() == list(
+        chain.from_iterable([j % 2 == 1 for j in range(sizes[i])] for i in batch.samples)
+    )
+    assert [batch.tokens.dtype.name, batch.lengths.dtype.name, batch.loss_mask.dtype.name] == ["int32", "int32", "bool"]
+
+
+def test_epochs_are_counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    built: list[int] = []
+    build = Plan._build
+
+    def spy(self: Plan, epoch: int) -> list[tuple[int, ...]]:
+        built.append(epoch)
+        return build(self, epoch)
+
+    monkeypatch.setattr(Plan, "_build", spy)
+    sizes = [3, 5, 2] * 40
+    loader = Loader(Numbers(sizes), Plan(sizes, 16, seed=1), epochs=4)
+    assert loader.num_batches == len(loader) == loader.num_batches
+    assert built == [0, 1, 2, 3]
+    assert len(list(loader)) == loader.num_batches
+    assert built == [0, 1, 2, 3] * 2, "counts are kept, batches of one epoch only"
+
+
+def test_seeds_and_epochs_differ() -> None:
+    sizes = [5] * 100
+    epochs = [Plan(sizes, 20, seed=seed).epoch(epoch) for seed in (0, 1) for epoch in (0, 1)]
+    assert all(a != b for i, a in enumerate(epochs) for b in epochs[:i])
+
+
+def test_the_order_is_the_same_on_every_machine() -> None:
+    """Written down once: a resumed run on another machine or numpy must see this very epoch."""
+    assert Plan([4, 2, 3, 1, 5, 2], 6, seed=3).epoch(1) == [(4,), (2,), (0,), (3, 1, 5)]
+
+
+def test_splitmix_gives_its_published_first_number() -> None:
+    assert int(_splitmix(np.zeros(1, np.uint64))[0]) == 0xE220A8397B1DCDAF
+
+
+def test_samples_of_alike_length_share_a_batch() -> None:
+    sizes = [10, 90] * 50
+    mixed = [batch for batch in Plan(sizes, 180).epoch(0) if {sizes[i] for i in batch} == {10, 90}]
+    assert len(mixed) <= 1
+
+
+@pytest.mark.parametrize(
+    ("sizes", "budget", "most", "said"),
+    [
+        ([3, 9, 4], 8, 0, r"sample 1 has 9 tokens, more than data\.batch_tokens=8; raise it, or .*data\.max_length=8"),
+        ([3], 0, 0, r"data\.batch_tokens=0"),
+        ([3], 8, -1, r"data\.max_batch_sequences=-1"),
+        ([], 8, 0, r"no samples"),
+    ],
+)
+def test_what_cannot_be_planned_is_refused_at_once(sizes: list[int], budget: int, most: int, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        Plan(sizes, budget, most)
+
+
+def test_a_loader_refuses_positions_outside_its_run() -> None:
+    plan = Plan([3], 8)
+    with pytest.raises(ConfigError, match="expected at least 1"):
+        Loader(Numbers([3]), plan, epochs=0)
+    with pytest.raises(ConfigError, match="outside a run of 2 epochs"):
+        Loader(Numbers([3]), plan, epochs=2, cursor=Cursor(epoch=3))
+    assert list(Loader(Numbers([3]), plan, epochs=2, cursor=Cursor(epoch=2))) == []

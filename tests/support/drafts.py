@@ -1,0 +1,62 @@
+"""A tiny DFlash draft, its target and batches for it, for several tests."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import numpy as np
+import torch
+
+from specd.config.settings import DFlashConfig
+from specd.drafts.dflash.objective import DFlash
+from specd.protocol.batch import Batch
+from specd.protocol.messages import TargetContract
+
+VOCAB, HIDDEN, MASK = 97, 32, 3
+TARGET: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": HIDDEN,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 48,
+    "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 512,
+    "rope_parameters": {"rope_theta": 5000.0, "rope_type": "default"},
+    "tie_word_embeddings": True,
+}
+CONTRACT = TargetContract(
+    model="tiny", model_type="llama", hidden_size=HIDDEN, num_layers=8, vocab_size=VOCAB, dtype="float32", weights="0"
+)
+CONFIG = DFlashConfig(num_layers=2, num_taps=3, block_size=4, num_anchors=5, loss_chunk=7)
+LENGTHS = (11, 1, 17, 6)
+
+
+class FakeDelivery(msgspec.Struct):
+    batch: Batch
+    taps: Any
+
+
+def make_batch(lengths: tuple[int, ...] = LENGTHS, density: float = 0.8, seed: int = 0) -> Batch:
+    rng = np.random.default_rng(seed)
+    return Batch(
+        tokens=rng.integers(0, VOCAB, sum(lengths), dtype=np.int32),
+        lengths=np.array(lengths, np.int32),
+        loss_mask=rng.random(sum(lengths)) < density,
+        samples=tuple(range(100, 100 + len(lengths))),
+    )
+
+
+def make_draft(config: DFlashConfig = CONFIG, seed: int = 0, **changes: Any) -> DFlash:
+    generator = torch.Generator().manual_seed(1)
+    head = torch.randn(VOCAB, HIDDEN, generator=generator)
+    return DFlash(config, CONTRACT, {**TARGET, **changes}, head, head, MASK, seed=seed)
+
+
+def deliver(batch: Batch, num_taps: int = 3, seed: int = 2) -> FakeDelivery:
+    taps = torch.randn(batch.num_tokens, num_taps, HIDDEN, generator=torch.Generator().manual_seed(seed))
+    return FakeDelivery(batch, taps)
+
+
+# Anchors

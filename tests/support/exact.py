@@ -1,0 +1,117 @@
+"""Twenty training steps to compare bit by bit, and daemons of a tiny random Qwen3 to take their states from."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+import zmq
+
+from specd.client.subscriber import Subscriber
+from specd.config.settings import DaemonConfig, DFlashConfig, RingConfig, SubscriberConfig, TargetConfig, TrainConfig
+from specd.drafts.dflash.objective import DFlash, capture_spec
+from specd.protocol.batch import Batch
+from specd.train.checkpoint import Checkpoints, Identity
+from specd.train.journal import read
+from specd.train.loop import train
+
+STEPS = 20
+RING = RingConfig(slots=8, slot_tokens=256)
+DRAFT = DFlashConfig(num_layers=2, num_taps=3, block_size=4, num_anchors=6, attention="sdpa")
+TARGET = {
+    "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "hidden_size": 64, "intermediate_size": 128,
+    "num_hidden_layers": 8, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 256,
+    "max_position_embeddings": 512, "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "tie_word_embeddings": False,
+    "hidden_act": "silu", "attention_bias": False, "dtype": "float32",
+}  # fmt: skip
+
+Context = zmq.Context[zmq.Socket[bytes]]
+
+
+class Feed:
+    """Twenty batches that count, from a random start and in random lengths: something a draft can learn."""
+
+    num_batches = STEPS
+
+    def batches(self, epoch: int, index: int) -> Iterator[Batch]:
+        for number in range(index, STEPS):
+            rng = np.random.default_rng(number)
+            lengths = rng.integers(10, 60, 3).astype(np.int32)
+            total = int(lengths.sum())
+            yield Batch(
+                tokens=(rng.integers(0, 20) + np.arange(total, dtype=np.int32)) % 20,
+                lengths=lengths,
+                loss_mask=rng.random(total) < 0.8,
+                samples=tuple(range(3 * number, 3 * number + 3)),
+                index=number,
+            )
+
+
+def write_model(path: Path) -> Path:
+    """The target's directory: a config.json, for dummy weights."""
+    (path / "config.json").write_text(json.dumps(TARGET))
+    return path
+
+
+def daemon_config(model: Path, device: str = "cpu") -> DaemonConfig:
+    """The daemon that `serve` starts, for one inside this process."""
+    target = TargetConfig(model=str(model), load_format="dummy", exact=True, threads=1, device=device)
+    return DaemonConfig(target=target, ring=RING)
+
+
+@contextlib.contextmanager
+def serve(model: Path, directory: Path, device: str = "cpu", transports: str = "") -> Iterator[str]:
+    """A daemon in a process of its own, its socket in `directory`; yields its endpoint once it is ready."""
+    directory.chmod(0o700)
+    endpoint = f"ipc://{directory}/d.sock"
+    command = [sys.executable, "-m", "specd", "start", "--model", str(model), "--load-format", "dummy", "--exact"]
+    command += ["--endpoint", endpoint, "--slots", str(RING.slots), "--slot-tokens", str(RING.slot_tokens)]
+    command += ["--device", device, "--set", "target.threads=1", *(["--transports", transports] if transports else [])]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+        try:
+            assert process.stdout is not None
+            assert b"ready" in process.stdout.readline()
+            yield endpoint
+        finally:
+            process.terminate()
+
+
+def losses(
+    path: Path,
+    transport: str,
+    depth: int,
+    endpoints: tuple[str, ...],
+    context: Context | None,
+    device: str = "cpu",
+    *,
+    borrow: bool = False,
+) -> list[float | None]:
+    """The losses of twenty steps of a new draft, its files in `path`; the states must have come over `transport`."""
+    torch.set_num_threads(1)
+    config = SubscriberConfig(endpoints=endpoints, transport=transport, depth=depth, timeout_s=60, borrow=borrow)
+    with Subscriber(config, lambda contract: capture_spec(DRAFT, contract), device=device, context=context) as source:
+        objective = DFlash(
+            DRAFT,
+            source.contract,
+            json.loads(source.artifact("config.json")),
+            source.tensor("embedding"),
+            source.tensor("lm_head"),
+            mask_token_id=255,
+            device=device,
+        )
+        settings = TrainConfig(epochs=1, lr=3e-3, save_every=0)
+        checkpoints = Checkpoints(path / "checkpoints", Identity(target=source.contract.fingerprint, settings={}))
+        train(settings, objective, Feed(), source, checkpoints, path / "metrics.jsonl")
+        assert set(source.stats().transports.values()) == {transport}
+    return [record.loss for record in read(path / "metrics.jsonl")]
+
+
+def learns(found: list[float | None]) -> bool:
+    """Whether these are twenty losses that go down: a comparison of anything else would prove little."""
+    return len(found) == STEPS and found[0] is not None and found[-1] is not None and found[-1] < found[0]

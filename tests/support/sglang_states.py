@@ -1,0 +1,125 @@
+"""How far SGLang's states are from transformers' on a small random checkpoint; a program: SGLang fills a process.
+
+    python tests/support/sglang_states.py FAMILY CHECKPOINT DEVICE TP
+
+prints one JSON line. The checkpoint is made there unless it exists. On a GPU the shapes are those of Qwen3-30B-A3B's
+attention, for which SGLang's kernels are compiled ahead of time in many an installation.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+
+from specd.config.settings import TargetConfig
+from specd.protocol.batch import slot_layout
+from specd.protocol.capture import CaptureSpec
+from specd.targets.base import Fill, Target
+from specd.targets.registry import load_target
+
+LENGTHS = (7, 1, 23, 16)
+TAPS = (0, 2, 3)
+EXTRA: dict[str, dict[str, Any]] = {
+    "qwen3": {"tie_word_embeddings": True},
+    "qwen3_moe": {"num_experts": 16, "num_experts_per_tok": 4, "tie_word_embeddings": False},
+}
+NAMES = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim")
+SHAPES = {"cpu": (64, 96, 4, 2, 16), "cuda": (2048, 1024, 32, 4, 128)}
+MOE_SIZE = {"cpu": 48, "cuda": 256}
+
+
+def checkpoint(family: str, path: Path, kind: str) -> None:
+    """A random model whose layers all change the residual stream by about its own size."""
+    shape = dict(zip(NAMES, SHAPES[kind], strict=True)) | {
+        "num_hidden_layers": 5,
+        "vocab_size": 1024,
+        "max_position_embeddings": 256,
+    }
+    if family == "qwen3_moe":
+        shape["moe_intermediate_size"] = MOE_SIZE[kind]
+    config = transformers.AutoConfig.for_model(family, **shape, **EXTRA[family])
+    factory: Any = transformers.AutoModelForCausalLM
+    torch.manual_seed(0)
+    with torch.device(kind):
+        model = factory.from_config(config, dtype=torch.float32 if kind == "cpu" else torch.bfloat16)
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.ndim > 1:
+                weight.normal_(0, 1.2 * shape["hidden_size"] ** -0.5)
+    model.save_pretrained(path)
+
+
+def fills(target: Target, groups: tuple[tuple[int, ...], ...], spec: CaptureSpec) -> list[Fill]:
+    """One fill of each group of lengths, its tokens drawn from the group's place."""
+    made = []
+    for seed, lengths in enumerate(groups):
+        size = sum(lengths)
+        tokens = np.random.default_rng(seed).integers(0, target.contract.vocab_size, size, dtype=np.int32)
+        layout = slot_layout(spec, target.contract.hidden_size, size)
+        slot: Any = torch.full((layout.nbytes,), 0xA5, dtype=torch.uint8, device=target.device)
+        if target.device == "cpu":
+            slot = memoryview(slot.numpy())
+        made.append(Fill(tokens=tokens, lengths=np.array(lengths, np.int32), spec=spec, layout=layout, slot=slot))
+    return made
+
+
+def run(target: Target, groups: tuple[tuple[int, ...], ...], spec: CaptureSpec, merged: bool) -> list[Any]:
+    """The bytes of every slot, filled by one forward or by one each."""
+    made = fills(target, groups, spec)
+    for part in [made] if merged else [[fill] for fill in made]:
+        completion = target.run(part)
+        if completion is not None:
+            completion.wait()
+    return [torch.as_tensor(np.asarray(fill.slot)) if target.device == "cpu" else fill.slot.cpu() for fill in made]
+
+
+def distance(these: list[Any], those: list[Any], dtype: torch.dtype) -> dict[str, float]:
+    """Root mean square of the difference over that of the reference, and the largest difference."""
+    a, b = (torch.cat([part.view(dtype).float() for part in parts]) for parts in (these, those))
+    rms = float((a - b).square().mean().sqrt() / b.square().mean().sqrt())
+    return {"rms": rms, "largest": float((a - b).abs().max())}
+
+
+def main() -> None:
+    family, path, device, tp = sys.argv[1], Path(sys.argv[2]), sys.argv[3], int(sys.argv[4])
+    kind = device.partition(":")[0]
+    if not path.is_dir():
+        checkpoint(family, path, kind)
+    dtype = torch.float32 if kind == "cpu" else torch.bfloat16
+    name: Any = str(dtype).removeprefix("torch.")
+    reference = load_target(TargetConfig(model=f"{path}/", backend="transformers", device=device, dtype=name))
+    attention = "torch_native" if kind == "cpu" else "triton"
+    target = load_target(
+        TargetConfig(
+            model=f"{path}/", backend="sglang", device=device, dtype=name, attention_backend=attention, tp=tp,
+            max_forward_tokens=512, memory_fraction=0.5,
+        )
+    )  # fmt: skip
+    found: dict[str, Any] = {"fingerprint": target.contract == reference.contract}
+    found["artifacts"] = all(
+        bytes(target.artifact(key)) == bytes(reference.artifact(key)) for key in reference.contract.artifacts
+    )
+    groups = (LENGTHS, (33,), (5, 9))
+    for what, spec in (
+        ("taps+final", CaptureSpec(taps=TAPS, final=True, dtype=name)),
+        ("taps", CaptureSpec(taps=TAPS, dtype=name)),
+        ("final", CaptureSpec(taps=(), final=True, dtype=name)),
+    ):
+        expected = run(reference, groups, spec, merged=False)
+        apart = run(target, groups, spec, merged=False)
+        found[what] = distance(apart, expected, dtype)
+        found[f"{what} merged"] = distance(run(target, groups, spec, merged=True), expected, dtype)
+        again = run(target, groups, spec, merged=False)
+        found[f"{what} again"] = all(bool(torch.equal(a, b)) for a, b in zip(apart, again, strict=True))
+    target.close()
+    print(json.dumps(found), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,61 @@
+"""Twenty training steps give bit-identical losses whatever carries the states: transport, depth, number of daemons."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import zmq
+
+from exact import Context, daemon_config, learns, losses, serve, write_model
+from specd.daemon.serve import embedded
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def processes(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, ...]]:
+    """Endpoints of two daemons in processes of their own."""
+    with contextlib.ExitStack() as stack:
+        yield tuple(stack.enter_context(serve(model, tmp_path_factory.mktemp(name))) for name in ("a", "b"))
+
+
+@pytest.fixture(scope="module")
+def threads(model: Path) -> Iterator[tuple[Context, tuple[str, ...]]]:
+    """Two daemons on threads of this process."""
+    settings = daemon_config(model)
+    with zmq.Context() as context, embedded(settings, context) as one, embedded(settings, context) as two:
+        yield context, (one.endpoint, two.endpoint)
+
+
+@pytest.fixture(scope="module")
+def reference(threads: tuple[Context, tuple[str, ...]], tmp_path_factory: pytest.TempPathFactory) -> list[float | None]:
+    context, endpoints = threads
+    found = losses(tmp_path_factory.mktemp("reference"), "inproc", 0, endpoints[:1], context)
+    assert learns(found)
+    return found
+
+
+@pytest.mark.parametrize("num_daemons", [1, 2])
+@pytest.mark.parametrize("depth", [1, 4])
+@pytest.mark.parametrize("transport", ["inproc", "shm", "bytes"])
+def test_losses_are_bit_identical(
+    transport: str,
+    depth: int,
+    num_daemons: int,
+    processes: tuple[str, ...],
+    threads: tuple[Context, tuple[str, ...]],
+    reference: list[float | None],
+    tmp_path: Path,
+) -> None:
+    context, local = threads
+    if transport == "inproc":
+        found = losses(tmp_path, transport, depth, local[:num_daemons], context)
+    else:
+        found = losses(tmp_path, transport, depth, processes[:num_daemons], None)
+    assert found == reference

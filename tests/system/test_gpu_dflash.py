@@ -1,0 +1,96 @@
+"""The DFlash objective on a GPU: the CPU's losses, no wait for the device, the same bits from run to run."""
+
+from __future__ import annotations
+
+import msgspec
+import pytest
+import torch
+import torch._inductor.config
+
+from drafts import CONTRACT, HIDDEN, MASK, TARGET, VOCAB, FakeDelivery, deliver, make_batch
+from specd.config.settings import AttentionKind, DFlashConfig, TrainConfig
+from specd.drafts.dflash.objective import DFlash, Tuning
+from specd.train.optimizer import apply_gradients, make_optimizer
+
+CONFIG = DFlashConfig(num_layers=2, num_taps=3, block_size=16, num_anchors=40, loss_chunk=128, head_dim=64)
+
+
+def make_head() -> torch.Tensor:
+    """Embedding and lm_head of the target, float32 [V, H]."""
+    return torch.randn(VOCAB, HIDDEN, generator=torch.Generator().manual_seed(1))
+
+
+def on_gpu(lengths: tuple[int, ...], seed: int = 0) -> FakeDelivery:
+    """A batch of sequences of these lengths, its taps bfloat16 on the GPU."""
+    delivery = deliver(make_batch(lengths, seed=seed))
+    return FakeDelivery(delivery.batch, delivery.taps.cuda().bfloat16())
+
+
+@pytest.mark.gpu(1)
+@pytest.mark.usefixtures("own_compiler")
+@pytest.mark.filterwarnings("ignore")
+def test_loss_on_a_gpu_equals_the_cpu_and_never_waits_for_the_device() -> None:
+    config = DFlashConfig(num_layers=2, num_taps=3, block_size=8, num_anchors=20, loss_chunk=64, head_dim=64)
+    head = make_head()
+    delivery = deliver(make_batch((200, 31, 90)))
+    on_cpu = DFlash(config, CONTRACT, TARGET, head, head, MASK)
+    on_gpu = DFlash(config, CONTRACT, TARGET, head, head, MASK, device="cuda")
+    here = on_cpu.loss(delivery)
+    there = FakeDelivery(delivery.batch, delivery.taps.cuda())
+    on_gpu.loss(there).sum.backward()  # type: ignore[no-untyped-call]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        loss = on_gpu.loss(there)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.testing.assert_close(loss.sum.cpu(), here.sum, rtol=5e-3, atol=1e-2)
+    assert loss.metrics["counted"].tolist() == here.metrics["counted"].tolist()
+
+
+@pytest.mark.gpu(1)
+@pytest.mark.usefixtures("own_compiler")
+@pytest.mark.filterwarnings("ignore")
+def test_optimizer_steps_on_a_gpu_never_wait_and_are_the_same_from_run_to_run() -> None:
+    """bfloat16 with float32 masters, batches of changing size: bit by bit the same losses, near the plain path's."""
+    head, given = make_head(), [on_gpu(lengths, seed) for seed, lengths in enumerate(((300, 31, 90), (700,), (90,)))]
+
+    def losses(sync: str, tuning: Tuning, attention: AttentionKind) -> list[float]:
+        settings = msgspec.structs.replace(CONFIG, attention=attention)
+        draft = DFlash(settings, CONTRACT, TARGET, head, head, MASK, "cuda", torch.bfloat16, tuning=tuning)
+        optimizer, halted, found = make_optimizer(draft.module, TrainConfig()), torch.zeros((), device="cuda"), []
+        torch.cuda.set_sync_debug_mode(sync)
+        try:
+            for delivery in given:
+                loss = draft.loss(delivery)
+                loss.sum.backward()  # type: ignore[no-untyped-call]
+                _, halted = apply_gradients(optimizer, loss.weight, loss.sum.detach()[None], 1.0, halted)
+                found.append(loss.sum.detach() / loss.weight)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        return [value.item() for value in found]
+
+    losses("default", Tuning(), "flex")
+    first = losses("error", Tuning(), "flex")
+    assert losses("error", Tuning(), "flex") == first
+    plain = losses("default", Tuning(compiled=False, fused_head=False), "sdpa")
+    assert first == pytest.approx(plain, rel=0.02)
+
+
+@pytest.mark.gpu(1)
+@pytest.mark.usefixtures("own_compiler")
+@pytest.mark.filterwarnings("ignore")
+def test_the_batch_that_was_compiled_for_does_not_show_in_the_gradients() -> None:
+    """A resumed run meets another batch first than the run it goes on with."""
+    head, small, large = make_head(), on_gpu((90,)), on_gpu((700, 300))
+
+    def gradients(first: FakeDelivery) -> torch.Tensor:
+        torch._dynamo.reset()
+        draft = DFlash(CONFIG, CONTRACT, TARGET, head, head, MASK, "cuda", torch.bfloat16)
+        with torch._inductor.config.patch(force_disable_caches=True):
+            draft.loss(first).sum.backward()  # type: ignore[no-untyped-call]
+            draft.module.zero_grad()
+            draft.loss(small).sum.backward()  # type: ignore[no-untyped-call]
+            draft.loss(large).sum.backward()  # type: ignore[no-untyped-call]
+        return torch.cat([weight.grad.flatten() for weight in draft.module.parameters() if weight.grad is not None])
+
+    assert torch.equal(gradients(small), gradients(large))

@@ -1,0 +1,306 @@
+"""The SGLang backend without SGLang: which backend runs, what is refused, and the whole target over a fake runner."""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import fake_sglang
+from fake_sglang import HIDDEN, LAYERS, VOCAB, ModelRunner
+from fills import draw_tokens, make_fill, read
+from specd.cli import start as start_verb
+from specd.config.settings import DaemonConfig, TargetConfig, convert
+from specd.errors import ConfigError, TargetError
+from specd.protocol.capture import CaptureSpec
+from specd.targets.registry import load_target, pick_backend
+from specd.targets.sglang.engine import TOUCH_POINTS, touch_points
+from specd.targets.sglang.ranks import RankSetup, read_frame
+from specd.targets.sglang.target import SGLangTarget
+
+SPEC = CaptureSpec(taps=(0, 2), final=True, dtype="float32")
+TAPS_ONLY = CaptureSpec(taps=(0, 2), dtype="float32")
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    config = {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "max_position_embeddings": 64}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "model.safetensors").write_bytes((8).to_bytes(8, "little") + b"{}      ")
+    return tmp_path
+
+
+@pytest.fixture
+def config(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> TargetConfig:
+    fake_sglang.install(monkeypatch)
+    monkeypatch.setenv("SGLANG_USE_CPU_ENGINE", "1")
+    return TargetConfig(model=f"{checkpoint}/", backend="sglang", device="cpu", max_forward_tokens=100)
+
+
+@pytest.fixture
+def target(config: TargetConfig) -> Iterator[SGLangTarget]:
+    made = load_target(config)
+    assert isinstance(made, SGLangTarget)
+    yield made
+    made.close()
+
+
+def plain(target: SGLangTarget, fill: Any) -> dict[str, torch.Tensor]:
+    """taps 0 and 2, and final, from the fake's weights, one sequence at a time."""
+    assert target._engine is not None
+    model = target._engine.model
+    taps, final = [], []
+    for piece in torch.split(torch.from_numpy(fill.tokens.astype(np.int64)), fill.lengths.tolist()):
+        with torch.no_grad():
+            stream, states = model.model.embed_tokens(piece), []
+            for layer in model.model.layers:
+                mean = stream.cumsum(0) / torch.arange(1, len(piece) + 1)[:, None]
+                stream = stream + torch.tanh(layer.mix(mean))
+                states.append(stream)
+            taps.append(torch.stack([states[0], states[2]], dim=1))
+            final.append(model.model.norm(stream))
+    return {"taps": torch.cat(taps), "final": torch.cat(final)}
+
+
+def test_states_are_the_residual_stream_and_what_lm_head_reads(target: SGLangTarget) -> None:
+    for lengths in ((7, 1, 23, 16), (33,)):
+        fill = make_fill(lengths, SPEC)
+        assert target.run([fill]) is None
+        torch.testing.assert_close(read(fill), plain(target, fill))
+
+
+def test_merged_fills_get_their_own_rows(target: SGLangTarget) -> None:
+    merged = [make_fill((5, 9), SPEC), make_fill((12,), SPEC, seed=3), make_fill((1, 1), SPEC, seed=4)]
+    target.run(merged)
+    for fill in merged:
+        torch.testing.assert_close(read(fill), plain(target, fill))
+
+
+def test_nothing_runs_above_the_last_tap(target: SGLangTarget) -> None:
+    assert target._engine is not None
+    layers: list[Any] = list(target._engine.layers)
+    before = [layer.calls for layer in layers]
+    fill = make_fill((6, 2), TAPS_ONLY)
+    target.run([fill])
+    assert [layer.calls - b for layer, b in zip(layers, before, strict=True)] == [1, 1, 1, 0, 0]
+    assert not layers[2]._forward_hooks
+    full = make_fill((6, 2), SPEC)
+    target.run([full])
+    assert torch.equal(read(fill)["taps"], read(full)["taps"])
+    assert [layer.calls - b for layer, b in zip(layers, before, strict=True)] == [2, 2, 2, 1, 1]
+
+
+def test_states_are_written_in_the_dtype_asked_for(target: SGLangTarget) -> None:
+    narrow, wide = make_fill((9,), CaptureSpec(taps=(1,), final=True, dtype="bfloat16")), make_fill((9,), SPEC)
+    target.run([narrow])
+    target.run([wide])
+    assert torch.equal(read(narrow)["final"], read(wide)["final"].to(torch.bfloat16))
+
+
+def test_contract_and_artifacts(target: SGLangTarget, checkpoint: Path) -> None:
+    assert target._engine is not None
+    contract = target.contract
+    assert (contract.hidden_size, contract.num_layers, contract.vocab_size) == (HIDDEN, LAYERS, VOCAB)
+    assert (contract.model_type, contract.dtype, contract.model) == ("qwen3", "float32", checkpoint.name)
+    assert contract.artifacts["lm_head"].shape == (VOCAB, HIDDEN)  # SGLang pads it
+    head = np.frombuffer(target.artifact("lm_head"), np.float32).reshape(VOCAB, HIDDEN)
+    assert np.array_equal(head, target._engine.model.lm_head.weight.detach().numpy()[:VOCAB])
+    assert json.loads(bytes(target.artifact("config.json")))["model_type"] == "qwen3"
+
+
+@pytest.mark.parametrize(
+    ("lengths", "said"),
+    [((60, 41), "101 tokens, at most 100 fit its forward"), ((65,), "65 tokens in one sequence, at most 64")],
+)
+def test_too_much_for_one_forward_is_refused(target: SGLangTarget, lengths: tuple[int, ...], said: str) -> None:
+    with pytest.raises(TargetError, match=said):
+        target.run([make_fill(lengths, SPEC)])
+    target.run([make_fill((3,), SPEC)])
+
+
+def test_a_failed_forward_leaves_the_target_alive(target: SGLangTarget, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ModelRunner, "fail", RuntimeError("no memory"))
+    with pytest.raises(TargetError, match="a forward of 3 tokens failed: no memory"):
+        target.run([make_fill((3,), SPEC)])
+    monkeypatch.setattr(ModelRunner, "fail", None)
+    fill = make_fill((3,), SPEC)
+    target.run([fill])
+    torch.testing.assert_close(read(fill), plain(target, fill))
+
+
+def test_a_closed_target_says_so(config: TargetConfig) -> None:
+    target = load_target(config)
+    target.close()
+    target.close()
+    with pytest.raises(TargetError, match="is closed"):
+        target.run([make_fill((3,), SPEC)])
+
+
+def test_a_model_with_another_residual_convention_is_refused(
+    config: TargetConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Negated(fake_sglang.Layer):
+        def output(self, hidden: torch.Tensor, residual: torch.Tensor) -> Any:
+            return residual, -hidden  # its norm would subtract
+
+    class Odd(fake_sglang.Norm):
+        def forward(self, hidden: torch.Tensor, residual: torch.Tensor | None = None) -> Any:
+            return super().forward(hidden, None if residual is None else -residual)
+
+    monkeypatch.setattr(ModelRunner, "layer", Negated)
+    monkeypatch.setattr(fake_sglang, "Norm", Odd)
+    with pytest.raises(TargetError, match="does not end in norm"):
+        load_target(config)
+
+
+def test_layers_of_another_form_are_refused(config: TargetConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Triple(fake_sglang.Layer):
+        def output(self, hidden: torch.Tensor, residual: torch.Tensor) -> Any:
+            return hidden, residual, None
+
+    monkeypatch.setattr(ModelRunner, "layer", Triple)
+    with pytest.raises(TargetError, match="neither"):
+        load_target(config)
+
+
+def test_all_touch_points_are_found(config: TargetConfig) -> None:
+    assert set(touch_points()) == {touch.symbol for touch in TOUCH_POINTS}
+
+
+@pytest.mark.parametrize("version", ["0.5.13", "0.5.16", "0.6.0.dev1", "0.4.9.post1"])
+def test_another_version_is_refused(config: TargetConfig, monkeypatch: pytest.MonkeyPatch, version: str) -> None:
+    monkeypatch.setattr("sglang.__version__", version)
+    with pytest.raises(ConfigError, match=rf"sglang {version} is installed, expected 0.5.14 to 0.5.15; .*sglang\]"):
+        touch_points()
+
+
+def test_a_changed_touch_point_is_named(config: TargetConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = sys.modules["sglang.srt.model_executor.model_runner"]
+    monkeypatch.setattr(module, "ModelRunner", type("ModelRunner", (), {}))
+    with pytest.raises(ConfigError, match=r"model_runner\.ModelRunner has no model_config, mem_fraction_static"):
+        load_target(config)
+    monkeypatch.delattr(module, "ModelRunner")
+    with pytest.raises(ConfigError, match=r"no usable sglang\.srt\.model_executor\.model_runner\.ModelRunner"):
+        load_target(config)
+
+
+def test_sglang_that_is_not_installed_is_said_so(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "sglang", None)
+    with pytest.raises(ConfigError, match=r"'sglang' is not installed; .*pip install 'specd\[sglang\]'"):
+        load_target(TargetConfig(model=f"{checkpoint}/", backend="sglang", device="cpu"))
+
+
+def test_the_cpu_needs_its_engine(config: TargetConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SGLANG_USE_CPU_ENGINE")
+    with pytest.raises(ConfigError, match="SGLANG_USE_CPU_ENGINE=1"):
+        load_target(config)
+
+
+@pytest.mark.parametrize(
+    ("installed", "gpu", "device", "model", "backend", "why"),
+    [
+        (True, True, "auto", "Qwen3-8B", "sglang", "it is installed, and there is a GPU"),
+        (True, False, "auto", "Qwen3-8B", "transformers", "there is no GPU"),
+        (False, True, "cuda:0", "Qwen3-8B", "transformers", "SGLang is not installed"),
+        (True, True, "cpu", "Qwen3-8B", "transformers", "on the CPU"),
+        (True, True, "auto", "synthetic:hidden=8", "synthetic", "its name says so"),
+    ],
+)
+def test_auto_takes_sglang_where_it_can(
+    monkeypatch: pytest.MonkeyPatch, installed: bool, gpu: bool, device: str, model: str, backend: str, why: str
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object() if installed else None)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: gpu)
+    found, reason = pick_backend(TargetConfig(model=model, device=device))
+    assert found == backend
+    assert why in reason
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ({"tp": 2}, "target.tp=2 is a setting of the SGLang backend"),
+        ({"memory_fraction": 0.5}, "target.memory_fraction=0.5 is a setting"),
+        ({"attention_backend": "triton"}, "target.attention_backend=triton is a setting"),
+        ({"tp": 0}, "target.tp=0"),
+        ({"memory_fraction": 1.5}, "target.memory_fraction=1.5"),
+    ],
+)
+def test_settings_of_sglang_are_refused_elsewhere(setting: dict[str, Any], said: str) -> None:
+    settings = {"model": "synthetic:hidden=32,layers=4,vocab=64"} | setting
+    with pytest.raises(ConfigError, match=said):
+        load_target(convert(settings, TargetConfig, "test"))
+
+
+def test_the_flags_reach_the_config(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+
+    def serve(daemon: DaemonConfig, ready_fd: int) -> int:
+        seen.append(daemon)
+        return 0
+
+    monkeypatch.setattr(start_verb, "_serve", serve)
+    from typer.testing import CliRunner
+
+    from specd.cli.main import app
+
+    flags = ["--backend", "sglang", "--tp", "2", "--memory-fraction", "0.5", "--attention-backend", "triton"]
+    result = CliRunner().invoke(app, ["start", "--model", "Qwen3-30B-A3B-FP8", *flags])
+    assert result.exit_code == 0, result.output
+    asked = seen[0].target
+    assert (asked.backend, asked.tp, asked.memory_fraction, asked.attention_backend) == ("sglang", 2, 0.5, "triton")
+
+
+def test_a_dead_rank_ends_the_process() -> None:
+    """The rank dies because it has nothing to load; its parent would wait for ever."""
+    setup = RankSetup(
+        path="/nowhere", load_format="auto", dtype="float32", device="cpu", gpu=0, tp=2, port=1,
+        memory_fraction=0.5, attention_backend="", max_tokens=8, context=8,
+    )  # fmt: skip
+    code = f"import threading; from specd.targets.sglang.ranks import *; Ranks({setup!r}); threading.Event().wait(60)"
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    ended = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 1
+    assert "tensor-parallel rank 1 died" in ended.stderr
+
+
+def test_a_rank_dies_with_its_parent() -> None:
+    inner = "import os, sys, time; from specd.targets.sglang.ranks import die_with; die_with(os.getppid()); " + (
+        "print(os.getpid(), flush=True); time.sleep(60)"
+    )
+    outer = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {inner!r}])"
+    with subprocess.Popen([sys.executable, "-c", outer], stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        rank = os.pidfd_open(int(parent.stdout.readline()))
+        try:
+            parent.kill()
+            assert select.select([rank], [], [], 20)[0]
+        finally:
+            os.close(rank)
+
+
+def test_a_cut_frame_ends_a_rank(tmp_path: Path) -> None:
+    whole = (5).to_bytes(4, "little") + b"abcde"
+    for cut, expected in ((len(whole), b"abcde"), (7, None), (2, None), (0, None)):
+        (tmp_path / "frames").write_bytes(whole[:cut])
+        with open(tmp_path / "frames", "rb") as stream:
+            assert read_frame(stream) == expected
+
+
+def test_tokens_outside_the_vocabulary_never_reach_the_runner(
+    target: SGLangTarget, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ModelRunner, "fail", AssertionError("it ran"))
+    fill = make_fill((4,), SPEC)
+    fill.tokens[:] = draw_tokens(4) + VOCAB
+    with pytest.raises(TargetError, match="leave the vocabulary"):
+        target.run([fill])

@@ -1,0 +1,111 @@
+"""The run directory: when a run may use it, what it takes from the target, what a resumed run must share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from specd.config.settings import DataConfig, DFlashConfig, RunConfig, TrainConfig
+from specd.errors import CheckpointError, ConfigError, ProtocolError
+from specd.protocol.messages import ArtifactRef, TargetContract
+from specd.train.directory import RunDirectory, identity, target_files
+
+CONTRACT = TargetContract(
+    model="tiny", model_type="llama", hidden_size=8, num_layers=6, vocab_size=64, dtype="float32", weights="abc",
+    artifacts={
+        "config.json": ArtifactRef(nbytes=2),
+        "embedding": ArtifactRef(nbytes=2048, shape=(64, 8), dtype="float32"),
+    },
+)  # fmt: skip
+
+
+def journal(run: RunDirectory, steps: int) -> None:
+    """A journal of so many steps; only their number is looked at."""
+    line = (
+        b'{"step":%d,"epoch":0,"batches":[],"loss":1.0,"teacher_forced_accuracy":null,"teacher_forced_by_offset":[],'
+        b'"lr":0.1,"grad_norm":1.0,"weight":1.0,"tokens":1,"step_s":1.0,"target_wait_s":0.0,"wire_wait_s":0.0,'
+        b'"train_s":1.0,"forward_s":0.0,"busy_slots":0,"num_slots":1}\n'
+    )
+    run.journal.write_bytes(b"".join(line % step for step in range(1, steps + 1)))
+
+
+def test_a_new_run_takes_an_empty_place_only(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path / "a" / "b")
+    run.open(resume=False)
+    assert run.path.is_dir()
+    run.open(resume=False)
+    run.journal.touch()
+    with pytest.raises(ConfigError, match=r"output '.*b' exists and is not empty: choose another --output") as refused:
+        run.open(resume=False)
+    assert "--resume" not in str(refused.value), "there is no run to resume"
+    (run.path / "run.json").touch()
+    with pytest.raises(ConfigError, match="not empty: continue that run with --resume"):
+        run.open(resume=False)
+    with pytest.raises(ConfigError, match="not empty"):
+        RunDirectory(run.journal).open(resume=False)
+    with pytest.raises(ConfigError, match="cannot make output"):
+        RunDirectory(run.journal / "c").open(resume=False)
+
+
+def test_resume_needs_a_run(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="holds no run to resume: start it without --resume"):
+        RunDirectory(tmp_path).open(resume=True)
+    (tmp_path / "run.json").touch()
+    RunDirectory(tmp_path).open(resume=True)
+
+
+def test_resume_before_the_first_checkpoint_begins_again(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path)
+    assert run.has_checkpoint(save_every=5) is False
+    journal(run, 5)
+    assert run.has_checkpoint(save_every=5) is False, "killed between the line of step 5 and its checkpoint"
+    assert run.has_checkpoint(save_every=0) is False
+    journal(run, 6)
+    with pytest.raises(CheckpointError, match="has 6 steps but there is no checkpoint"):
+        run.has_checkpoint(save_every=5)
+    (run.checkpoints / "step-00000005").mkdir(parents=True)
+    assert run.has_checkpoint(save_every=5) is True
+
+
+def test_target_files_are_written_and_tensors_are_not_fetched(tmp_path: Path) -> None:
+    asked: list[str] = []
+
+    def fetch(name: str) -> bytes:
+        asked.append(name)
+        return b"{}"
+
+    assert target_files(CONTRACT, fetch, tmp_path) == {"config.json": b"{}"}
+    assert (asked, [path.name for path in tmp_path.iterdir()]) == (["config.json"], ["config.json"])
+
+
+@pytest.mark.parametrize("name", ["../evil", "/etc/evil", "a/b", ".bashrc", ".."])
+def test_a_daemon_cannot_write_elsewhere(tmp_path: Path, name: str) -> None:
+    contract = msgspec.structs.replace(CONTRACT, artifacts={name: ArtifactRef(nbytes=1)})
+    (tmp_path / "into").mkdir()
+    with pytest.raises(ProtocolError, match="expected a plain file name"):
+        target_files(contract, lambda name: b"x", tmp_path / "into")
+    assert [*tmp_path.rglob("*")] == [tmp_path / "into"]
+
+
+def test_identity_holds_what_changes_the_numbers_and_nothing_else() -> None:
+    settled = TrainConfig(dtype="bfloat16")
+    base = identity(RunConfig(train=settled), CONTRACT, "d1")
+    assert base.target == CONTRACT.fingerprint
+    elsewhere = RunConfig(
+        output="elsewhere",
+        data=DataConfig(path="moved.jsonl", cache_dir="c"),
+        draft=DFlashConfig(loss_chunk=7),
+        train=msgspec.structs.replace(settled, keep=9, save_every=1, threads=3, log_every=4, device="cpu"),
+    )
+    assert identity(elsewhere, CONTRACT, "d1") == base
+    assert identity(RunConfig(train=settled), CONTRACT, "d2") != base
+    for config in (
+        RunConfig(train=msgspec.structs.replace(settled, seed=1)),
+        RunConfig(train=msgspec.structs.replace(settled, lr=1e-5)),
+        RunConfig(train=msgspec.structs.replace(settled, dtype="float32")),
+        RunConfig(train=settled, data=DataConfig(max_length=99)),
+        RunConfig(train=settled, draft=DFlashConfig(num_layers=1)),
+    ):
+        assert identity(config, CONTRACT, "d1") != base

@@ -1,0 +1,88 @@
+"""A journal on a disk that is full."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+import pytest
+from msgspec import structs
+
+from runs import CONFIG, Source, curve, full_disk, records, run
+from specd.errors import CheckpointError
+from specd.protocol.batch import Batch
+from specd.train.journal import Journal, StepRecord, read
+
+
+def record(step: int) -> StepRecord:
+    values = {
+        "step": step, "epoch": 0, "batches": (), "loss": 1.0, "teacher_forced_accuracy": None,
+        "teacher_forced_by_offset": (), "lr": 1e-3, "grad_norm": 0.1, "weight": 3.0, "tokens": 500, "step_s": 2.0,
+        "target_wait_s": 1.5, "wire_wait_s": 0.1, "train_s": 0.4, "forward_s": 1.6, "busy_slots": 3, "num_slots": 8,
+    }  # fmt: skip
+    return msgspec.convert(values, StepRecord)
+
+
+def test_a_line_that_does_not_fit_leaves_nothing_behind_and_can_be_written_later(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    with full_disk() as room, Journal(path) as journal:
+        journal.append(record(1))
+        size = path.stat().st_size
+        room(size + 50)
+        for _ in range(2):
+            with pytest.raises(CheckpointError, match=r"cannot write .*metrics\.jsonl: .*; free some space.*--resume"):
+                journal.append(record(2))
+            assert path.stat().st_size == size
+        room(0)
+        journal.append(record(2))
+    assert [line.step for line in read(path)] == [1, 2]
+
+
+def test_the_error_of_a_full_disk_is_the_one_that_leaves_the_journal(tmp_path: Path) -> None:
+    def fill() -> None:
+        with Journal(tmp_path / "metrics.jsonl") as journal:
+            room(50)
+            journal.append(record(1))
+
+    with full_disk() as room, pytest.raises(CheckpointError, match="free some space"):
+        fill()
+    assert (tmp_path / "metrics.jsonl").read_bytes() == b""
+
+
+def test_a_journal_that_cannot_be_opened_says_so(tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("a file where a directory is expected")
+    with pytest.raises(CheckpointError, match=r"cannot write .*run/metrics\.jsonl"):
+        Journal(tmp_path / "run" / "metrics.jsonl")
+
+
+@pytest.mark.parametrize("log_every", [1, 2, 4])
+@pytest.mark.parametrize("freed", [False, True])
+def test_a_run_on_a_full_disk_ends_with_one_error_and_can_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, log_every: int, freed: bool
+) -> None:
+    """freed: whether there is space again by the time the run saves what it has."""
+    run(tmp_path / "whole")
+    cut, config = tmp_path / "cut", structs.replace(CONFIG, log_every=log_every, save_every=4)
+
+    def fill(batch: Batch) -> None:
+        if (batch.epoch, batch.index) == (1, 4):
+            room((cut / "metrics.jsonl").stat().st_size + 100)
+
+    class Filled(Journal):
+        def append(self, record: StepRecord) -> None:
+            try:
+                super().append(record)
+            finally:
+                if freed:
+                    room(0)
+
+    with full_disk() as room, monkeypatch.context() as patched:
+        patched.setattr("specd.train.loop.Journal", Filled)
+        with pytest.raises(CheckpointError, match=r"cannot write .*metrics\.jsonl: .*free some space there.*--resume"):
+            run(cut, config, source=Source(fill))
+    assert (cut / "metrics.jsonl").read_bytes().endswith(b"\n")
+    newest = max(path.name for path in (cut / "checkpoints").iterdir())
+    assert newest == f"step-{records(cut)[-1].step:08d}"
+    assert (newest > "step-00000004") is freed
+    run(cut, config, resume=True)
+    assert curve(cut) == curve(tmp_path / "whole")

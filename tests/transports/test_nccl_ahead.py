@@ -1,0 +1,240 @@
+"""nccl over a stand-in: notes that travel with the next payload, receives that are posted ahead, and their deaths."""
+
+from __future__ import annotations
+
+import itertools
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+import torch
+
+import fake_cuda
+from fake_nccl import NCCL, REMOTE_ERROR, FakeTransport, lane_ends, reset, rigged, until
+from specd.bench.transport import lanes
+from specd.client.fetch import Fetcher
+from specd.client.handshake import Session
+from specd.client.state import Entry
+from specd.errors import TransportError
+from specd.transports.base import Client, Receiver, SlotRef
+from specd.transports.nccl import communicator as nccl_comm
+from specd.transports.nccl import sender as nccl_lane
+from specd.transports.nccl.transfer import WINDOW
+from specd.transports.testing.suite import Rig, holds
+
+
+@pytest.fixture(autouse=True)
+def fakes(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    fake_cuda.install(monkeypatch)
+    with reset():
+        yield
+
+
+@pytest.fixture
+def rig() -> Iterator[Rig]:
+    with rigged() as rig:
+        yield rig
+
+
+def test_a_note_travels_with_the_next_payload_if_there_is_one_in_time(rig: Rig) -> None:
+    client = rig.attach()
+    for slot in range(3):
+        rig.host.fill(slot, 1, b"%d" % slot, 4096)
+    NCCL.launches.clear()
+    rig.host.publish(b"one", SlotRef(0, 1, 4096))
+    until(lambda: NCCL.launches[0] == 2)  # nothing follows, so the note is sent
+    for slot in (1, 2):
+        rig.host.publish(b"one", SlotRef(slot, 1, 4096))
+    until(lambda: NCCL.launches[0] == 4)
+    assert not threading.Event().wait(0.05)
+    assert NCCL.launches[0] == 4, "the last payload has not begun, and its note can wait for another"
+    for slot in range(3):
+        into = rig.destination(4096)
+        client.fetch(SlotRef(slot, 1, 4096), into, 20.0)
+        assert holds(into[:4096], b"%d" % slot)
+    assert NCCL.launches == {0: 5, 1: 3}
+
+
+def test_a_refill_behind_a_payload_is_told_of_with_the_next(rig: Rig) -> None:
+    """The generation is read behind the payload, however late it is sent."""
+    client = rig.attach()
+    for slot in range(3):
+        rig.host.fill(slot, 1, b"%d" % slot, 4096)
+    payloads = itertools.count()
+    NCCL.on_payload = lambda: rig.host.begin(1) if next(payloads) == 1 else None
+    for slot in range(3):
+        rig.host.publish(b"one", SlotRef(slot, 1, 4096))
+    for slot in range(3):
+        into = rig.destination(4096)
+        if slot == 1:
+            with pytest.raises(TransportError, match="holds generation 0, the lease is for 1"):
+                client.fetch(SlotRef(1, 1, 4096), into, 20.0)
+        else:
+            client.fetch(SlotRef(slot, 1, 4096), into, 20.0)
+            assert holds(into[:4096], b"%d" % slot)
+
+
+def expect(client: Client, rig: Rig, refs: list[SlotRef]) -> list[torch.Tensor]:
+    """Expect transfers; returns where they go."""
+    assert isinstance(client, Receiver)
+    intos = [rig.destination(ref.nbytes) for ref in refs]
+    for ref, into in zip(refs, intos, strict=True):
+        client.expect(ref, into)
+    return intos
+
+
+def test_receives_are_posted_ahead_as_far_as_the_window_goes(rig: Rig) -> None:
+    client = rig.attach()
+    refs = [SlotRef(count % 3, 1, 1000 + count) for count in range(WINDOW + 2)]
+    for slot in range(3):
+        rig.host.fill(slot, 1, b"%d" % slot, 8192)
+    NCCL.launches.clear()
+    intos = expect(client, rig, refs)
+    assert NCCL.launches[1] == WINDOW
+    for index, (ref, into) in enumerate(zip(refs, intos, strict=True)):
+        rig.host.publish(b"one", ref)
+        client.fetch(ref, into, 20.0)
+        assert holds(into[: ref.nbytes], b"%d" % ref.slot)
+        assert NCCL.launches[1] == min(WINDOW + 1 + index, len(refs)), "the next one is posted as soon as it fits"
+
+
+def test_a_worker_that_dies_under_expected_transfers_loses_them_all_within_one_deadline(rig: Rig) -> None:
+    client = rig.attach()
+    rig.host.fill(0, 1, b"alive", 4096)
+    refs = [SlotRef(0, 1, 4096)] * 4
+    intos = expect(client, rig, refs)
+    rig.host.publish(b"one", refs[0])
+    client.fetch(refs[0], intos[0], 20.0)
+    assert holds(intos[0][:4096], b"alive")
+    rig.host.drop(b"one")  # its communicator is aborted; as after SIGKILL, nobody tells the trainer's
+    begin = time.monotonic()
+    for ref, into in zip(refs[1:], intos[1:], strict=True):
+        with pytest.raises(TransportError, match="was lost: receiving 4096 bytes took longer") as loss:
+            client.fetch(ref, into, 0.3)
+        assert loss.value.lost
+    assert time.monotonic() - begin < 2
+    expect(client, rig, refs)
+    with pytest.raises(TransportError, match="was lost"):
+        client.fetch(refs[0], intos[0], 20.0)
+
+
+def test_a_trainer_that_dies_with_receives_posted_costs_its_lane(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(nccl_lane, "SEND_S", 0.3)
+    client, other = rig.attach(b"one"), rig.attach(b"two")
+    rig.host.fill(0, 1, b"both", 4096)
+    ref = SlotRef(0, 1, 4096)
+    expect(client, rig, [ref] * 3)
+    client.close()  # its communicator is aborted; as after SIGKILL, nobody tells the worker's
+    for _ in range(3):
+        rig.host.publish(b"one", ref)
+    assert holds(rig.fetch(other, ref, b"two"), b"both")
+    assert "was not taken within 0.3 s" in lane_ends(rig)
+    assert holds(rig.fetch(other, ref, b"two"), b"both")
+
+
+def test_a_receive_that_cannot_be_posted_is_told_by_the_fetch(rig: Rig) -> None:
+    client = rig.attach()
+    list(NCCL.pairs.values())[-1].state = REMOTE_ERROR
+    (into,) = expect(client, rig, [SlotRef(0, 1, 4096)])
+    with pytest.raises(TransportError, match="state 6; the peer may be gone") as loss:
+        client.fetch(SlotRef(0, 1, 4096), into, 20.0)
+    assert loss.value.lost
+
+
+def test_all_that_is_expected_is_kept_from_others_when_an_abort_hangs(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(nccl_comm, "ABORT_S", 0.1)
+    monkeypatch.setattr(nccl_comm, "_quarantine", [])
+    client = rig.attach()
+    refs = [SlotRef(0, 1, 100), SlotRef(1, 1, 100)]
+    intos = expect(client, rig, refs)
+    NCCL.hang.set()
+    with pytest.raises(TransportError):
+        client.fetch(refs[0], intos[0], 0.05)
+    (kept,) = nccl_comm._quarantine
+    assert isinstance(kept, tuple)
+    assert [coming.into.data_ptr() for coming in kept[1][1]] == [into.data_ptr() for into in intos]
+
+
+def test_a_fetch_is_called_off_at_once_however_long_the_abort_takes(rig: Rig) -> None:
+    client = rig.attach()
+    (into,) = expect(client, rig, [SlotRef(0, 1, 100)])
+    outcome: list[bool] = []
+
+    def wait() -> None:
+        with pytest.raises(TransportError, match="was called off") as loss:
+            client.fetch(SlotRef(0, 1, 100), into, 60.0)
+        outcome.append(loss.value.lost)
+
+    NCCL.hang.set()
+    waiter = threading.Thread(target=wait)
+    waiter.start()
+    assert isinstance(client, Receiver)
+    client.call_off()
+    assert waiter.is_alive(), "it waits for the abort, and nobody else does"
+    NCCL.hang.clear()
+    waiter.join(20)
+    assert outcome == [True]
+
+
+def test_a_worker_that_is_gone_keeps_no_other_daemons_batches_waiting(rig: Rig) -> None:
+    """Nobody tells a receive that its peer is dead; who sees the session's end calls it off."""
+    lost, live = (cast(Session, SimpleNamespace(client=rig.attach(key), borrow=False)) for key in (b"one", b"two"))
+    rig.host.fill(0, 1, b"live", 4096)
+    ended: queue.SimpleQueue[tuple[Session, torch.Tensor | None, TransportError | None]] = queue.SimpleQueue()
+    waits = threading.Event()
+
+    def begin(entry: Entry, session: Session) -> SlotRef:
+        waits.set()
+        return SlotRef(0, 1, 4096)
+
+    def end(entry: Entry, session: Session, buffer: torch.Tensor | None, error: TransportError | None) -> None:
+        ended.put((session, buffer, error))
+
+    def guard(run: Callable[..., None], *args: object) -> None:
+        run(*args)
+
+    fetcher = Fetcher("cpu", 3, begin, end, guard)
+    rig.host.drop(b"one")  # its communicator is aborted; as after SIGKILL, nobody tells the trainer's
+    rig.host.publish(b"two", SlotRef(0, 1, 4096))
+    for session in (lost, lost, live):
+        fetcher.fetch(cast(Entry, SimpleNamespace(layout=SimpleNamespace(nbytes=4096), began=0.0)), session)
+    assert waits.wait(20)
+    fetcher.retire(lost)
+    for _ in range(2):
+        session, buffer, error = ended.get(timeout=10)
+        assert (session, buffer) == (lost, None)
+        assert error is not None
+        assert error.lost
+    session, buffer, error = ended.get(timeout=10)
+    assert (session, error) == (live, None)
+    assert buffer is not None
+    assert holds(buffer[:4096], b"live")
+    fetcher.close()
+
+
+def test_the_benchmark_streams_with_receives_posted_ahead(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    client = rig.attach()
+    done: list[str] = []
+
+    def noted(name: str, method: Callable[..., None], *args: object) -> None:
+        done.append(name)
+        method(*args)
+
+    for name in ("expect", "fetch"):
+        monkeypatch.setattr(client, name, partial(noted, name, getattr(client, name)))
+    for slot in range(3):
+        rig.host.fill(slot, 1, b"%d" % slot, 4096)
+    served: Any = SimpleNamespace(transport=FakeTransport, host=rig.host, ref=lambda slot, size: SlotRef(slot, 1, size))
+    wire = lanes.Wire(served, client, b"one", [rig.destination(4096) for _ in range(3)])
+    wire.stream(4096, 5)
+    assert done == ["expect"] * 3 + ["fetch", "expect"] * 2 + ["fetch"] * 3
+    assert all(holds(wire.fetched(slot, 4096), b"%d" % slot) for slot in range(3))

@@ -1,0 +1,129 @@
+"""Which transports serve a ring, where its memory is made, what is left out or refused; over a stand-in for CUDA."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import fake_cuda
+from specd.config.settings import DaemonConfig, RingConfig, TargetConfig
+from specd.errors import TransportError
+from specd.memory.arena import HostArena, NoRoomError, segment_path
+from specd.transports.base import ServerContext
+from specd.worker import ring_memory as serving
+from workers import Known, Served, only_these
+
+EPOCH = secrets.token_bytes(16)
+SLOT_BYTES = 4096
+
+
+@pytest.fixture(autouse=True)
+def device_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Whatever fails, nothing is left behind."""
+    fake_cuda.install(monkeypatch)
+    yield
+    assert not fake_cuda.registered
+    assert not Path(segment_path(EPOCH.hex())).exists()
+
+
+@pytest.fixture
+def known(monkeypatch: pytest.MonkeyPatch) -> Known:
+    return only_these(monkeypatch)
+
+
+def served(device: str, *transports: str) -> tuple[str, ...]:
+    """What serves a ring on `device` that was asked for with `transports`."""
+    config = DaemonConfig(target=TargetConfig(model="any"), transports=transports, ring=RingConfig(slots=3))
+    ring = serving.open_ring(config, SLOT_BYTES, device, EPOCH, ServerContext())
+    with ring.arena:
+        assert ring.arena.path in ("", segment_path(EPOCH.hex()))
+    return tuple(ring.servers)
+
+
+@pytest.mark.parametrize(
+    ("device", "names"), [("cpu", ("shm", "bytes")), ("cuda:0", ("cuda_ipc", "nccl", "shm", "bytes"))]
+)
+def test_auto_serves_all_that_the_ring_allows(known: Known, device: str, names: tuple[str, ...]) -> None:
+    assert served(device, "auto") == names
+    kinds = {name: known[name].arena.memory for name in names}
+    assert kinds == {name: "device" if name in ("cuda_ipc", "nccl") else "host" for name in names}
+    assert known["shm"].arena.slot_bytes == SLOT_BYTES
+
+
+def test_auto_leaves_out_what_does_not_work(known: Known, caplog: pytest.LogCaptureFixture) -> None:
+    known["cuda_ipc"].problem = "no driver"
+    del known["nccl"]
+    with caplog.at_level("INFO", logger="specd.worker.ring_memory"):
+        assert served("cuda:0", "auto") == ("shm", "bytes")
+    said = [record.getMessage() for record in caplog.records]
+    assert "cuda_ipc is not served: no driver" in said
+    assert "nccl is not served: nccl cannot be imported" in said
+
+
+def test_nixl_is_a_candidate_where_there_is_an_rdma_device(
+    known: Known, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    known["nixl"] = Served(["host", "device"], "anywhere")
+    monkeypatch.setattr(serving, "RDMA_DEVICES", str(tmp_path / "missing"))
+    assert "nixl" not in serving.candidates("cuda:0")
+    monkeypatch.setattr(serving, "RDMA_DEVICES", str(tmp_path))
+    assert "nixl" not in serving.candidates("cuda:0")
+    (tmp_path / "mlx5_0").touch()
+    assert served("cuda:0", "auto") == ("cuda_ipc", "nixl", "nccl", "shm", "bytes")
+    assert known["nixl"].arena.memory == "device", "what takes both is given the device's"
+
+
+@pytest.mark.parametrize(
+    ("device", "asked", "reason"),
+    [
+        ("cuda:0", ("bytes", "cuda_ipc"), "transport 'cuda_ipc' cannot be served: no driver"),
+        ("cuda:0", ("auto", "cuda_ipc"), "transport 'cuda_ipc' cannot be served: no driver"),
+        ("cpu", ("nccl",), "'nccl' cannot be served: it moves device memory"),
+        ("cpu", ("shm", "gone"), "'gone' cannot be served: gone cannot be imported"),
+    ],
+)
+def test_a_transport_that_was_named_must_work(known: Known, device: str, asked: tuple[str, ...], reason: str) -> None:
+    known["cuda_ipc"].problem = "no driver"
+    with pytest.raises(TransportError, match=reason):
+        served(device, *asked)
+    assert not any(one.arena is not None and not one.closed_before_its_arena for one in known.values())
+
+
+@pytest.mark.parametrize(("device", "left"), [("cpu", ("bytes",)), ("cuda:0", ("cuda_ipc", "nccl"))])
+def test_auto_leaves_out_what_shared_memory_is_too_small_for(
+    known: Known, monkeypatch: pytest.MonkeyPatch, device: str, left: tuple[str, ...]
+) -> None:
+    """The generations of a ring on a device still fit."""
+    create = HostArena.create
+
+    def full(num_slots: int, slot_bytes: int, shared: str | None) -> HostArena:
+        if shared and slot_bytes:
+            raise NoRoomError("the ring needs more shared memory than there is")
+        return create(num_slots, slot_bytes, shared)
+
+    monkeypatch.setattr(HostArena, "create", full)
+    assert served(device, "auto") == left
+    with pytest.raises(TransportError, match="transport 'shm' cannot be served: the ring needs more"):
+        served(device, "auto", "shm")
+
+
+def test_a_ring_nobody_can_read_is_not_served(known: Known) -> None:
+    known.clear()
+    with pytest.raises(TransportError, match="no transport can serve a ring on cuda:0"):
+        served("cuda:0", "auto")
+
+
+def test_device_memory_that_cannot_be_had_fails_the_start(
+    known: Known, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*_args: object) -> None:
+        raise TransportError("cannot reserve 7 MiB on cuda:0: out of memory; configure fewer or shorter slots")
+
+    monkeypatch.setattr(fake_cuda.Allocation, "__init__", refuse)
+    caplog.set_level("INFO", logger="specd.worker.ring_memory")
+    with pytest.raises(TransportError, match="7 MiB on cuda:0"):
+        served("cuda:0", "auto")
+    assert caplog.records == [], "no transport is to blame"

@@ -1,0 +1,209 @@
+"""The trainer's side of the bytes transport: takes chunks off the bulk socket straight into their place."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+import time
+from typing import TYPE_CHECKING
+
+import zmq
+
+from specd.errors import TransportError
+from specd.memory import cuda
+from specd.transports.base import SlotRef, boot_id, check_into, check_ref, stale, unwrap, wrap
+from specd.transports.bytes.frames import Header, Kind, checksum, unpack
+from specd.transports.bytes.socket import BytesHello, BytesOffer, connect, usable
+
+if TYPE_CHECKING:
+    import torch
+
+
+class BytesClient:
+    """One attached trainer; every chunk is checked. A lost connection stays lost: attach anew.
+
+    device: where `fetch` delivers. Raises TransportError when it is not here.
+    """
+
+    def __init__(self, device: str) -> None:
+        if device != "cpu":
+            cuda.ordinal(device)
+        self._lock = threading.Lock()
+        """Held while the socket is used: attach, fetch and close may come from different threads."""
+        self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._closing = threading.Lock()
+        self._closed = False
+        self._zmq: zmq.Context[zmq.Socket[bytes]] | None = None
+        self._socket: zmq.Socket[bytes] | None = None
+        self._monitor: zmq.Socket[bytes] | None = None
+        """Where libzmq reports that the connection is lost, so that a dead daemon does not cost a deadline."""
+        self._poller = zmq.Poller()
+        self._offer: BytesOffer | None = None
+        self._taken = 0
+        self._transfer = -1
+        self._staging: torch.Tensor | None = None
+        self._copier = cuda.Copier()
+        self.ignored = 0
+        """Messages that were not of this protocol, or of a transfer that is no longer wanted."""
+
+    def hello(self) -> bytes:
+        return wrap(BytesHello(host=boot_id()))
+
+    def attach(self, offer: bytes, deadline_s: float) -> None:
+        deadline = time.monotonic() + deadline_s
+        found = unwrap(offer, BytesOffer, "bytes offer")
+        endpoint = usable(found)
+        with self._lock:
+            if self._closed:
+                raise TransportError("the bytes client is closed")
+            self._disconnect()
+            self._zmq = zmq.Context()
+            self._socket, self._monitor = connect(self._zmq, endpoint, found.token)
+            self._poller = zmq.Poller()
+            self._poller.register(self._monitor, zmq.POLLIN)
+            self._poller.register(self._socket, zmq.POLLIN)
+            self._poller.register(self._wake, zmq.POLLIN)
+            self._taken = 0
+            try:
+                try:
+                    self._socket.send(Header(Kind.HELLO).pack(), zmq.NOBLOCK)
+                except zmq.Again:  # there is no connection to queue it on, nor will there be one again
+                    raise _lost(f"{endpoint} had not answered") from None
+                while self._next(deadline, f"{endpoint} had not answered").kind is not Kind.WELCOME:
+                    self.ignored += 1
+            except TransportError:
+                self._disconnect()
+                raise
+            self._offer = found
+
+    def fetch(self, ref: SlotRef, into: torch.Tensor, deadline_s: float) -> None:
+        deadline = time.monotonic() + deadline_s
+        with self._lock:
+            if self._offer is None:
+                raise TransportError("bytes: not attached, or closed")
+            check_ref(ref, self._offer.num_slots, self._offer.slot_bytes)
+            check_into(ref, into)
+            host = into[: ref.nbytes] if into.device.type == "cpu" else self._stage(ref.nbytes)
+            try:
+                self._take(ref, host.numpy().data, deadline)
+            except TransportError:
+                if self._transfer >= 0:  # what was announced since has another number
+                    self._tell(Header(Kind.CANCEL, transfer=self._transfer))
+                raise
+            if host.device != into.device:
+                self._copier.copy(into[: ref.nbytes], host)
+
+    def close(self) -> None:
+        with self._closing:
+            if self._closed:
+                return
+            self._closed = True
+            os.eventfd_write(self._wake, 1)
+        with self._lock:
+            self._disconnect()
+            self._staging = None
+            os.close(self._wake)
+
+    def _disconnect(self) -> None:
+        self._offer = None
+        if self._socket is not None:
+            if self._monitor is not None:
+                self._socket.disable_monitor()
+                self._monitor.close(linger=0)
+                self._monitor = None
+            self._socket.close(linger=0)
+            self._socket = None
+        if self._zmq is not None:
+            self._zmq.term()
+            self._zmq = None
+
+    def _stage(self, nbytes: int) -> torch.Tensor:
+        """Host memory on the way to a device, page-locked and kept."""
+        import torch
+
+        if self._staging is None or self._staging.numel() < nbytes:
+            self._staging = torch.empty(nbytes, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
+        return self._staging[:nbytes]
+
+    def _take(self, ref: SlotRef, into: memoryview, deadline: float) -> None:
+        """Fill `into` with one whole transfer of `ref`, chunk after chunk without gap or overlap."""
+        socket = self._socket
+        assert socket is not None
+        self._transfer, end = -1, 0
+        while end < ref.nbytes:
+            header = self._next(deadline, f"slot {ref.slot} came to {end} of {ref.nbytes} bytes")
+            if header.kind is Kind.GONE and (header.slot, header.generation) == (ref.slot, ref.generation):
+                self._acknowledge()
+                raise stale(ref, 0)
+            if header.kind is not Kind.CHUNK:
+                self.ignored += 1
+                if header.kind is Kind.GONE:
+                    self._acknowledge()
+                continue
+            ours = (header.slot, header.generation, header.total) == (ref.slot, ref.generation, ref.nbytes)
+            if ours and header.offset == 0:  # the first chunk, or the first of a new try
+                self._transfer, end = header.transfer, 0
+            follows = (header.transfer, header.offset) == (
+                self._transfer,
+                end,
+            ) and 1 <= header.length <= ref.nbytes - end
+            if not (ours and follows and socket.get(zmq.RCVMORE)):
+                self.ignored += 1
+                self._skip()
+                self._acknowledge()
+                continue
+            place = into[end : end + header.length]
+            received = socket.recv_into(place)
+            self._skip()
+            self._acknowledge()
+            if received != header.length or checksum(place) != header.checksum:
+                raise TransportError(
+                    f"slot {ref.slot}, bytes {end} to {end + header.length}: the checksum does not match: the slot was "
+                    f"refilled under the transfer, or the connection is faulty; submit again"
+                )
+            end += header.length
+
+    def _next(self, deadline: float, state: str) -> Header:
+        """The header of the next message that has one; its payload, if any, is still to be received."""
+        socket = self._socket
+        assert socket is not None
+        while True:
+            try:
+                header = unpack(socket.recv(zmq.NOBLOCK))
+                if header is not None:
+                    return header
+                self._skip()
+                self.ignored += 1
+            except zmq.Again:
+                left_ms = (deadline - time.monotonic()) * 1000
+                ready = dict(self._poller.poll(max(0, round(left_ms + 0.5)))) if left_ms > 0 else {}
+                if self._closed:
+                    raise TransportError("the bytes client was closed meanwhile") from None
+                if self._socket not in ready and self._monitor in ready:
+                    raise _lost(state) from None
+                if not ready:
+                    raise TransportError(f"bytes: {state} when its time was up: the daemon is busy or gone") from None
+
+    def _skip(self) -> None:
+        """Drop the rest of the current message."""
+        socket = self._socket
+        assert socket is not None
+        while socket.get(zmq.RCVMORE):
+            socket.recv(copy=False)
+
+    def _acknowledge(self) -> None:
+        self._taken += 1
+        self._tell(Header(Kind.TAKEN, total=self._taken))
+
+    def _tell(self, header: Header) -> None:
+        if self._socket is not None:
+            with contextlib.suppress(zmq.Again):  # the connection is lost; the deadline will say so
+                self._socket.send(header.pack(), zmq.NOBLOCK)
+
+    def __repr__(self) -> str:
+        return f"BytesClient({'attached' if self._offer else 'not attached'})"
+
+
+def _lost(state: str) -> TransportError:
+    return TransportError(f"bytes: {state} when the connection to the daemon was lost", lost=True)

@@ -1,0 +1,244 @@
+"""The bytes transport: slots as checksummed chunks over a ZeroMQ socket of their own; works between any two hosts.
+
+The daemon's thread sends chunks straight from the slot, a window of them at a time; the trainer says what it took.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import queue
+import threading
+from collections import deque
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+import zmq
+
+from specd.errors import TransportError
+from specd.memory.arena import HostArena
+from specd.transports.base import ServerContext, SlotRef, Traits, boot_id, check_ref, unwrap, wrap
+from specd.transports.bytes.client import BytesClient
+from specd.transports.bytes.frames import CHUNK_BYTES, WINDOW, Header, Kind, checksum, unpack
+from specd.transports.bytes.socket import BytesHello, BytesOffer, address, bind, new_token
+
+if TYPE_CHECKING:
+    from specd.memory.arena import Arena
+
+log = logging.getLogger(__name__)
+
+
+class _Transfer:
+    """One slot on its way to one peer."""
+
+    __slots__ = ("number", "offset", "ref")
+
+    def __init__(self, number: int, ref: SlotRef) -> None:
+        self.number = number
+        self.ref = ref
+        self.offset = 0
+
+
+class _Peer:
+    """One accepted session: its transfers in order, and how many messages it was sent and has taken."""
+
+    __slots__ = ("connected", "sent", "session", "taken", "transfers")
+
+    def __init__(self, session: bytes) -> None:
+        self.session = session
+        self.connected = False
+        self.transfers: deque[_Transfer] = deque()
+        self.sent = 0
+        self.taken = 0
+
+    @property
+    def sendable(self) -> bool:
+        return self.connected and bool(self.transfers) and self.sent - self.taken < WINDOW
+
+
+class BytesServer:
+    """Owns the bulk socket on a thread of its own; every method only leaves that thread a note."""
+
+    def __init__(self, arena: HostArena, context: ServerContext) -> None:
+        self._arena = arena
+        self._zmq = zmq.Context()
+        try:
+            self._socket, self._ipc, self._tcp = bind(self._zmq, context)
+        except TransportError:
+            self._zmq.destroy(linger=0)
+            raise
+        bound = address(self._tcp.removeprefix("tcp://").rpartition(":")[0])
+        self._far = self._tcp if bound is not None and not bound.is_loopback else ""
+        """The endpoint for trainers on other hosts; a loopback address would lead them to themselves."""
+        self._notes: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._lock = threading.Lock()
+        self._closed = False
+        self.ignored = 0
+        """Messages that were not of this protocol, or not from a peer that was let in."""
+        self._peers: dict[bytes, _Peer] = {}
+        self._tokens: dict[bytes, bytes] = {}
+        self._transfers = 0
+        self._thread = threading.Thread(target=self._run, name="specd-bytes", daemon=True)
+        self._thread.start()
+
+    def accept(self, session: bytes, hello: bytes) -> bytes:
+        trainer = unwrap(hello, BytesHello, "bytes hello")
+        known = (self._ipc, self._tcp) if trainer.host == boot_id() else (self._far,)
+        endpoints = tuple(endpoint for endpoint in known if endpoint)
+        if not endpoints:
+            raise TransportError(
+                "the trainer is on another host and the daemon listens nowhere it could reach: start the daemon with "
+                "--endpoint tcp://ADDRESS:PORT, an address that the trainer's host can reach; a tunnel to that port is "
+                "not enough, batches come over another one"
+            )
+        token = new_token()
+        self._tell(partial(self._on_accept, session, token))
+        offer = BytesOffer(
+            token=token, endpoints=endpoints, num_slots=self._arena.num_slots, slot_bytes=self._arena.slot_bytes
+        )
+        return wrap(offer)
+
+    def publish(self, session: bytes, ref: SlotRef) -> None:
+        check_ref(ref, self._arena.num_slots, self._arena.slot_bytes)
+        self._tell(partial(self._on_publish, session, ref))
+
+    def drop(self, session: bytes) -> None:
+        with contextlib.suppress(TransportError):  # closed: it is forgotten already
+            self._tell(partial(self._on_drop, session))
+
+    def close(self) -> None:
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            os.eventfd_write(self._wake, 1)
+        self._thread.join()
+        self._zmq.term()
+        os.close(self._wake)
+        if self._ipc:  # libzmq leaves it
+            Path(self._ipc.removeprefix("ipc://")).unlink(missing_ok=True)
+
+    def _tell(self, note: Callable[[], None]) -> None:
+        with self._lock:
+            if self._closed or not self._thread.is_alive():
+                raise TransportError("the bytes server is closed")
+            self._notes.put(note)
+            os.eventfd_write(self._wake, 1)
+
+    # Everything below runs on the server's thread.
+
+    def _run(self) -> None:
+        poller = zmq.Poller()
+        poller.register(self._socket, zmq.POLLIN)
+        poller.register(self._wake, zmq.POLLIN)
+        try:
+            while not self._closed:
+                idle = not any(peer.sendable for peer in self._peers.values())
+                ready = dict(poller.poll(None if idle else 0))
+                if self._wake in ready:
+                    os.eventfd_read(self._wake)
+                # Notes first: a peer's first message can only follow the note that lets it in.
+                while not self._notes.empty():
+                    self._notes.get()()
+                if self._socket in ready:
+                    self._receive()
+                for token, peer in self._peers.items():
+                    if peer.sendable:
+                        self._send_next(token, peer)
+        except Exception:
+            log.exception("the bytes server failed: its sessions will time out")
+        finally:
+            self._socket.close(linger=0)
+
+    def _on_accept(self, session: bytes, token: bytes) -> None:
+        self._on_drop(session)
+        self._tokens[session] = token
+        self._peers[token] = _Peer(session)
+
+    def _on_publish(self, session: bytes, ref: SlotRef) -> None:
+        peer = self._peers.get(self._tokens.get(session, b""))
+        if peer is not None:
+            peer.transfers = deque(t for t in peer.transfers if t.ref != ref)
+            self._transfers += 1
+            peer.transfers.append(_Transfer(self._transfers, ref))
+
+    def _on_drop(self, session: bytes) -> None:
+        self._peers.pop(self._tokens.pop(session, b""), None)
+
+    def _receive(self) -> None:
+        for _ in range(64):  # then somebody else's turn
+            try:
+                token, *frames = self._socket.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            peer = self._peers.get(token)
+            header = unpack(frames[0]) if len(frames) == 1 else None
+            if peer is None or header is None:
+                self.ignored += 1
+            elif header.kind is Kind.HELLO:
+                peer.connected = True
+                self._send(token, peer, [Header(Kind.WELCOME).pack()])
+            elif header.kind is Kind.TAKEN and peer.taken <= header.total <= peer.sent:
+                peer.taken = header.total
+            elif header.kind is Kind.CANCEL:
+                peer.transfers = deque(t for t in peer.transfers if t.number != header.transfer)
+            else:
+                self.ignored += 1
+
+    def _send_next(self, token: bytes, peer: _Peer) -> None:
+        """Send one chunk of the peer's first transfer."""
+        transfer = peer.transfers[0]
+        ref, offset = transfer.ref, transfer.offset
+        length = min(CHUNK_BYTES, ref.nbytes - offset)
+        payload = self._arena.slot(ref.slot)[offset : offset + length]
+        # A refill after this second look shows in the checksum.
+        before, digest, after = self._arena.generation(ref.slot), checksum(payload), self._arena.generation(ref.slot)
+        gone = not before == after == ref.generation
+        if gone:
+            frames: list[bytes | memoryview] = [Header(Kind.GONE, slot=ref.slot, generation=ref.generation).pack()]
+        else:
+            header = Header(
+                Kind.CHUNK, ref.slot, length, transfer.number, before, offset, total=ref.nbytes, checksum=digest
+            )
+            frames = [header.pack(), payload]
+        if self._send(token, peer, frames):
+            peer.sent += 1
+            transfer.offset += length
+            if gone or transfer.offset == ref.nbytes:
+                peer.transfers.popleft()
+
+    def _send(self, token: bytes, peer: _Peer, frames: list[bytes | memoryview] | list[bytes]) -> bool:
+        try:
+            self._socket.send_multipart([token, *frames], zmq.NOBLOCK, copy=False)
+        except zmq.ZMQError as error:
+            # Unreachable: its connection ended. Would block: it says it took what it did not. It has to attach anew.
+            log.debug("bytes peer is lost: %s", error)
+            peer.connected = False
+            peer.transfers.clear()
+            return False
+        return True
+
+    def __repr__(self) -> str:
+        return f"BytesServer({self._ipc or self._tcp}, {len(self._peers)} sessions)"
+
+
+class Bytes:
+    """Registry entry of `bytes`."""
+
+    traits: ClassVar[Traits] = Traits(
+        memory=frozenset({"host"}), scope="anywhere", one_sided=False, needs_recv_ready=True, abortable=True
+    )
+
+    @staticmethod
+    def server(arena: Arena, context: ServerContext) -> BytesServer:
+        if not isinstance(arena, HostArena) or not arena.slot_bytes:
+            raise TransportError(f"bytes cannot serve {arena!r}: the ring must lie in host memory")
+        return BytesServer(arena, context)
+
+    @staticmethod
+    def client(device: str) -> BytesClient:
+        return BytesClient(device)

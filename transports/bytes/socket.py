@@ -1,0 +1,168 @@
+"""The bulk socket of the bytes transport: what its two sides tell each other first, how it is bound and reached."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import secrets
+import socket as sockets
+import stat
+import time
+from ipaddress import IPv4Address, IPv6Address, ip_address
+from pathlib import Path
+from typing import Final
+
+import msgspec
+import zmq
+
+from specd.errors import TransportError
+from specd.memory.arena import MAX_SLOTS
+from specd.transports.base import ServerContext
+from specd.transports.bytes.frames import CHUNK_BYTES, HEADER_BYTES, WINDOW
+
+TOKEN_BYTES: Final = 16
+_MAX_SOCKET_PATH: Final = 107
+_ENDPOINT: Final = re.compile(r"ipc:///[^\0]{1,106}|tcp://[][0-9A-Za-z.:%_-]{1,250}:[0-9]{1,5}")
+_HEARTBEAT_MS: Final = 5000
+_SILENCE_MS: Final = 20000
+"""A peer that is busy may not answer a heartbeat for a while; ZeroMQ's own patience is one interval."""
+
+
+class BytesHello(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """host: the trainer's boot id."""
+
+    host: str
+
+
+class BytesOffer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """token: the routing id that this trainer, and nobody else, may use. endpoints: best first."""
+
+    token: bytes
+    endpoints: tuple[str, ...]
+    num_slots: int
+    slot_bytes: int
+
+
+def new_token() -> bytes:
+    """A routing id nobody can guess; libzmq keeps those that start with a zero byte for itself."""
+    return b"s" + secrets.token_bytes(TOKEN_BYTES - 1)
+
+
+def sweep(directory: str) -> list[str]:
+    """Unlink the bulk sockets in `directory` whose server is dead: they refuse a connection. Returns their paths."""
+    removed: list[str] = []
+    for path in Path(directory).glob("bulk-*.sock"):
+        try:
+            facts = path.lstat()
+            # One that is just being bound refuses too.
+            if not stat.S_ISSOCK(facts.st_mode) or facts.st_uid != os.getuid() or time.time() - facts.st_mtime < 10:
+                continue
+            with sockets.socket(sockets.AF_UNIX, sockets.SOCK_STREAM | sockets.SOCK_NONBLOCK) as probe:
+                probe.connect(str(path))
+        except ConnectionRefusedError:
+            path.unlink(missing_ok=True)
+            removed.append(str(path))
+        except OSError:
+            continue  # gone meanwhile, or alive and busy
+    return removed
+
+
+def address(host: str) -> IPv4Address | IPv6Address | None:
+    """The address that the host part of a tcp endpoint spells out, `*` being all of them; None for a name."""
+    text = "0.0.0.0" if host == "*" else host.strip("[]")
+    with contextlib.suppress(OSError, UnicodeError):
+        return ip_address(sockets.getaddrinfo(text, None, flags=sockets.AI_NUMERICHOST)[0][4][0])
+    return None
+
+
+def bind(context: zmq.Context[zmq.Socket[bytes]], where: ServerContext) -> tuple[zmq.Socket[bytes], str, str]:
+    """The bulk socket and its ipc and tcp endpoints; an endpoint that was not asked for is empty."""
+    found = address(where.host)
+    if found is not None and found.is_unspecified:
+        raise TransportError(f"bytes cannot bind to all interfaces ({where.host}): give the address of one")
+    if not where.directory and not where.host:
+        raise TransportError("bytes has nowhere to bind: give a directory for its ipc socket or a tcp address")
+    socket = context.socket(zmq.ROUTER)
+    socket.set(zmq.LINGER, 0)
+    socket.set(zmq.ROUTER_MANDATORY, 1)
+    socket.set(zmq.ROUTER_HANDOVER, 1)  # only the holder of a token can know it
+    socket.set(zmq.SNDHWM, 2 * WINDOW + 8)
+    socket.set(zmq.MAXMSGSIZE, 4 * HEADER_BYTES)  # the handshake of ZMTP counts too
+    socket.set(zmq.HEARTBEAT_IVL, _HEARTBEAT_MS)
+    socket.set(zmq.HEARTBEAT_TIMEOUT, _SILENCE_MS)
+    ipc = tcp = ""
+    try:
+        if where.directory:
+            sweep(where.directory)
+            path = os.path.join(os.path.abspath(where.directory), f"bulk-{secrets.token_hex(8)}.sock")
+            if (length := len(os.fsencode(path))) > _MAX_SOCKET_PATH:
+                raise TransportError(
+                    f"socket path {path!r} has {length} bytes, at most {_MAX_SOCKET_PATH} are possible: "
+                    f"use a shorter directory (XDG_RUNTIME_DIR, TMPDIR)"
+                )
+            ipc = f"ipc://{path}"
+            socket.bind(ipc)
+            os.chmod(path, 0o600)
+        if where.host:
+            host = where.host.strip("[]")
+            socket.set(zmq.IPV6, int(":" in host))
+            socket.bind(f"tcp://[{host}]:*" if ":" in host else f"tcp://{host}:*")
+            tcp = socket.getsockopt_string(zmq.LAST_ENDPOINT).rstrip("\0")
+    except TransportError:
+        socket.close()
+        raise
+    except (zmq.ZMQError, OSError) as error:
+        socket.close()
+        raise TransportError(
+            f"bytes cannot bind in {where.directory!r} or at {where.host!r}: {error.strerror}; expected a directory of "
+            f"this user and an address of this host"
+        ) from None
+    return socket, ipc, tcp
+
+
+def usable(offer: BytesOffer) -> str:
+    """The first endpoint of an offer that can be tried here. Raises TransportError if none, or it makes no sense."""
+    if len(offer.token) != TOKEN_BYTES or offer.token[:1] != b"s":
+        raise TransportError(
+            f"bytes offer with a token of {len(offer.token)} bytes: expected {TOKEN_BYTES}, the first 's'"
+        )
+    if not (1 <= offer.num_slots <= MAX_SLOTS and 1 <= offer.slot_bytes < 1 << 48):
+        raise TransportError(f"bytes offer of {offer.num_slots} slots of {offer.slot_bytes} bytes: out of range")
+    for endpoint in offer.endpoints:
+        if not _ENDPOINT.fullmatch(endpoint):
+            raise TransportError(f"bytes offer of endpoint {endpoint!r}: expected ipc:///PATH or tcp://ADDRESS:PORT")
+    for endpoint in offer.endpoints:
+        if endpoint.startswith("tcp://") or Path(endpoint.removeprefix("ipc://")).is_socket():
+            return endpoint
+    raise TransportError(
+        f"none of the daemon's endpoints ({', '.join(offer.endpoints) or 'none'}) can be reached from here: in "
+        f"containers, share the daemon's runtime directory or give the daemon a tcp endpoint"
+    )
+
+
+def connect(
+    context: zmq.Context[zmq.Socket[bytes]], endpoint: str, token: bytes
+) -> tuple[zmq.Socket[bytes], zmq.Socket[bytes]]:
+    """The trainer's end, and a socket that turns readable when the connection is refused or lost.
+
+    Raises TransportError for an endpoint that makes no sense.
+    """
+    socket = context.socket(zmq.DEALER)
+    socket.set(zmq.LINGER, 0)
+    socket.set(zmq.ROUTING_ID, token)
+    socket.set(zmq.RCVHWM, 2 * WINDOW + 8)
+    socket.set(zmq.MAXMSGSIZE, CHUNK_BYTES)
+    socket.set(zmq.HEARTBEAT_IVL, _HEARTBEAT_MS)
+    socket.set(zmq.HEARTBEAT_TIMEOUT, _SILENCE_MS)
+    socket.set(zmq.RECONNECT_IVL, -1)  # a lost connection loses chunks: the session has to attach anew
+    socket.set(zmq.IPV6, int("[" in endpoint))
+    monitor = socket.get_monitor_socket(zmq.EVENT_CLOSED | zmq.EVENT_DISCONNECTED)
+    try:
+        socket.connect(endpoint)
+    except zmq.ZMQError as error:
+        socket.disable_monitor()
+        monitor.close(linger=0)
+        socket.close()
+        raise TransportError(f"bytes cannot connect to {endpoint}: {error.strerror}") from None
+    return socket, monitor

@@ -1,0 +1,1 @@
+"""NCCL point-to-point between any two GPUs."""

@@ -1,0 +1,280 @@
+"""The nccl transport: a communicator of two ranks for each session sends slots from the worker's GPU to the trainer's.
+
+The worker has a thread for each session, its lane; what a trainer does, or no longer does, ends that lane at most.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator
+from itertools import islice
+from typing import TYPE_CHECKING, Annotated, ClassVar, Final, NamedTuple
+
+import msgspec
+
+from specd.errors import TransportError
+from specd.memory import cuda
+from specd.transports.base import ServerContext, SlotRef, Traits, boot_id, check_into, check_ref, stale, unwrap, wrap
+from specd.transports.nccl.communicator import (
+    BYTES_S,
+    EAGER_S,
+    START_S,
+    UNIQUE_ID_BYTES,
+    Communicator,
+    Library,
+    Watch,
+    library,
+    version_text,
+)
+from specd.transports.nccl.sender import Lane, Ring
+from specd.transports.nccl.transfer import NOTE, WINDOW, Transfer, Transfers
+
+if TYPE_CHECKING:
+    import torch
+
+    from specd.memory.arena import Arena
+
+log = logging.getLogger(__name__)
+
+MAX_CTAS: Final = 16
+"""Most SMs one transfer takes, of the 132 of an H200: the fewest that carry a large slot at full rate (268 MB at 355
+GB/s with 16, 347 with 32, 260 with 8). Below 128 MB, 32 would be faster by 0.06 ms a batch, at twice the SMs."""
+CLOSE_S: Final = 15.0
+"""How long `close` waits for all lanes together."""
+
+Name = Annotated[str, msgspec.Meta(min_length=1, max_length=64)]
+
+
+class NcclHello(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """host: the trainer's boot id. uuid: its GPU. version: its libnccl, such as 22809."""
+
+    host: Name
+    uuid: Name
+    version: int
+
+
+class NcclOffer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The communicator to join as rank 1."""
+
+    unique_id: bytes
+    max_ctas: int
+    num_slots: int
+    slot_bytes: int
+
+
+class NcclServer:
+    """Has one lane for each session, and waits for none of them."""
+
+    def __init__(self, ring: Ring, context: ServerContext, library: Library) -> None:
+        self._ring = ring
+        self._library = library
+        self._uuid = cuda.uuid(ring.device)
+        self._local_only = not context.host
+        self._lock = threading.Lock()
+        self._closed = False
+        self._lanes: dict[bytes, Lane] = {}
+        self._ending: list[Lane] = []
+
+    def accept(self, session: bytes, hello: bytes) -> bytes:
+        trainer = unwrap(hello, NcclHello, "nccl hello")
+        if trainer.uuid == self._uuid:
+            raise TransportError(
+                f"trainer and target share {self._uuid}, and NCCL takes no two ranks on one GPU: use --transport "
+                f"cuda_ipc"
+            )
+        if trainer.version != self._library.version:
+            raise TransportError(
+                f"the trainer has NCCL {version_text(trainer.version)} and the daemon "
+                f"{version_text(self._library.version)}: give both the same torch"
+            )
+        if self._local_only and trainer.host != boot_id():
+            raise TransportError("the trainer is on another host and the daemon has no tcp endpoint: start it with one")
+        self.drop(session)
+        unique_id = self._library.unique_id(self._ring.device)
+        with self._lock:
+            if self._closed:
+                raise TransportError("the nccl server is closed")
+            self._lanes[session] = Lane(self._ring, self._library, unique_id, MAX_CTAS, session.hex()[:8])
+        ring = self._ring
+        offer = NcclOffer(unique_id=unique_id, max_ctas=MAX_CTAS, num_slots=ring.num_slots, slot_bytes=ring.slot_bytes)
+        return wrap(offer)
+
+    def publish(self, session: bytes, ref: SlotRef) -> None:
+        check_ref(ref, self._ring.num_slots, self._ring.slot_bytes)
+        with self._lock:
+            lane = self._lanes.get(session)
+        if lane is None:
+            raise TransportError(f"session {session.hex()[:8]} was not accepted over nccl, or was dropped")
+        lane.publish(ref)
+
+    def drop(self, session: bytes) -> None:
+        with self._lock:
+            self._ending = [lane for lane in self._ending if lane.alive]
+            lane = self._lanes.pop(session, None)
+            if lane is not None:
+                lane.stop()
+                self._ending.append(lane)
+
+    def close(self) -> None:
+        with self._lock:
+            self._closed = True
+            lanes = [*self._lanes.values(), *self._ending]
+            self._lanes, self._ending = {}, []
+        deadline = time.monotonic() + CLOSE_S
+        for lane in lanes:
+            lane.stop()
+        if stuck := [lane for lane in lanes if not lane.join(deadline - time.monotonic())]:
+            log.error("%d nccl lanes have not ended within %g s", len(stuck), CLOSE_S)
+
+    def __repr__(self) -> str:
+        return f"NcclServer({self._ring.device}, {len(self._lanes)} sessions)"
+
+
+class _Coming(NamedTuple):
+    ref: SlotRef
+    into: torch.Tensor
+    transfer: Transfer
+
+
+class NcclClient:
+    """Rank 1 of one session, a `Receiver`. Whatever goes wrong in a transfer ends the communicator: attach anew.
+
+    `into` must be idle on every stream: a transfer waits for no stream but its own.
+    """
+
+    def __init__(self, device: str, library: Library) -> None:
+        self._device = device
+        self._library = library
+        self._uuid = cuda.uuid(device)
+        self._lock = threading.Lock()
+        """Held while the communicator is used: attach, fetch and close may come from different threads."""
+        self._called_off = threading.Event()
+        self._transfers: Transfers | None = None
+        self._offer: NcclOffer | None = None
+        self._coming: deque[_Coming] = deque()
+        """What is to be fetched; receives of the first WINDOW are on the stream."""
+        self._lost = ""
+
+    def hello(self) -> bytes:
+        return wrap(NcclHello(host=boot_id(), uuid=self._uuid, version=self._library.version))
+
+    def attach(self, offer: bytes, deadline_s: float) -> None:
+        watch = Watch(deadline_s, self._called_off)
+        found = unwrap(offer, NcclOffer, "nccl offer")
+        if len(found.unique_id) != UNIQUE_ID_BYTES or not 1 <= found.max_ctas <= 32:
+            raise TransportError("an nccl offer is not what the daemon sent, or from another version of it")
+        with self._lock:
+            if self._called_off.is_set():
+                raise TransportError("the nccl client is closed")
+            self._abort()
+            communicator = Communicator(self._library, self._device, 1, found.unique_id, found.max_ctas, watch)
+            self._transfers = Transfers(communicator)
+            self._offer, self._lost = found, ""
+
+    def expect(self, ref: SlotRef, into: torch.Tensor) -> None:
+        watch = Watch(START_S, self._called_off)
+        with self._lock, contextlib.suppress(TransportError):  # for `fetch` to report
+            transfers = self._check(ref, into)
+            self._coming.append(_Coming(ref, into[: ref.nbytes], Transfer()))
+            with self._losing(ref):
+                self._begin(transfers, watch)
+
+    def fetch(self, ref: SlotRef, into: torch.Tensor, deadline_s: float) -> None:
+        watch = Watch(deadline_s, self._called_off)
+        with self._lock:
+            transfers = self._check(ref, into)
+            if not self._coming:
+                self._coming.append(_Coming(ref, into[: ref.nbytes], Transfer()))
+            with self._losing(ref):
+                coming = self._coming[0]
+                if (coming.ref, coming.into.data_ptr()) != (ref, into.data_ptr()):
+                    raise TransportError(f"{coming.ref} was expected first: fetches are not in the order of `expect`")
+                self._begin(transfers, watch)
+                found = _receive(transfers, coming, watch)
+                self._coming.popleft()
+                self._begin(transfers, watch)
+        if found != ref.generation:
+            raise stale(ref, found)
+
+    def call_off(self) -> None:
+        self._called_off.set()
+
+    def close(self) -> None:
+        self.call_off()
+        with self._lock:
+            self._abort()
+
+    def _check(self, ref: SlotRef, into: torch.Tensor) -> Transfers:
+        if self._transfers is None or self._offer is None:
+            raise TransportError(self._lost or "nccl: not attached, or closed", lost=bool(self._lost))
+        check_ref(ref, self._offer.num_slots, self._offer.slot_bytes)
+        check_into(ref, into)
+        return self._transfers
+
+    def _begin(self, transfers: Transfers, watch: Watch) -> None:
+        """Put the receives on the stream that it may have and has not."""
+        waiting = [coming for coming in islice(self._coming, WINDOW) if coming.transfer.note is None]
+        if waiting:
+            with transfers.current():
+                for coming in waiting:
+                    transfers.receive(coming.transfer, coming.into, watch)
+
+    @contextlib.contextmanager
+    def _losing(self, ref: SlotRef) -> Iterator[None]:
+        """What goes wrong in here ends the communicator."""
+        try:
+            yield
+        except TransportError as error:
+            self._lost = f"the nccl transfer of slot {ref.slot}, generation {ref.generation} was lost: {error}"
+            self._abort()
+            raise TransportError(self._lost, lost=True) from None
+
+    def _abort(self) -> None:
+        transfers, self._transfers = self._transfers, None
+        held, self._coming = self._coming, deque()
+        if transfers is not None:
+            transfers.abort(held)
+
+    def __repr__(self) -> str:
+        return f"NcclClient({self._device}, {self._transfers or self._lost or 'not attached'})"
+
+
+class Nccl:
+    """Registry entry of `nccl`."""
+
+    traits: ClassVar[Traits] = Traits(
+        memory=frozenset({"device"}), scope="anywhere", one_sided=False, needs_recv_ready=True, abortable=False,
+        floor_gb_s=2.0,
+    )  # fmt: skip
+
+    @staticmethod
+    def server(arena: Arena, context: ServerContext) -> NcclServer:
+        from specd.memory.device_arena import DeviceArena
+
+        if not isinstance(arena, DeviceArena):
+            raise TransportError(f"nccl cannot serve {arena!r}: the ring must lie in device memory")
+        return NcclServer(arena, context, library())
+
+    @staticmethod
+    def client(device: str) -> NcclClient:
+        if not device.startswith("cuda"):
+            raise TransportError(f"nccl delivers to a GPU, and the trainer wants its states on {device}")
+        return NcclClient(cuda.resolve(device), library())
+
+
+def _receive(transfers: Transfers, coming: _Coming, watch: Watch) -> int:
+    """Wait for one transfer; returns the generation that the slot had when its bytes had been read."""
+    ref, transfer = coming.ref, coming.transfer
+    eager_s = EAGER_S + ref.nbytes / BYTES_S
+    watch.until(lambda: transfers.over(transfer), f"receiving {ref.nbytes} bytes", eager_s)
+    assert transfer.note is not None
+    *sent, generation = NOTE.unpack(transfer.note.numpy().tobytes())
+    if tuple(sent) != ref:
+        raise TransportError(
+            f"slot, generation and bytes {tuple(sent)} came: fetches are not in the order of RECV_READY"
+        )
+    return int(generation)

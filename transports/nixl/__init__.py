@@ -1,0 +1,1 @@
+"""NIXL: one-sided reads over RDMA, or between processes of one host."""
