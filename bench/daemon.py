@@ -22,7 +22,7 @@ from specd.protocol.capture import CaptureSpec
 if TYPE_CHECKING:
     import zmq
 
-    from specd.client.subscriber import Delivery
+    from specd.protocol.batch import Delivery
 
 SPEC = CaptureSpec(taps=(1, 3), dtype="float32")
 SHAPE = "hidden=64,layers=6,vocab=512"

@@ -19,11 +19,12 @@ import torch
 
 from specd.bench.machine import machine
 from specd.config.settings import DFlashConfig, TrainConfig
+from specd.drafts.blocks import Blocks, make_blocks, sample_anchors
 from specd.drafts.dflash.model import DraftShape
-from specd.drafts.dflash.objective import Blocks, DFlash, Tuning, make_blocks, sample_anchors
+from specd.drafts.dflash.objective import DFlash, Tuning
 from specd.errors import ConfigError
-from specd.protocol.batch import Batch
-from specd.protocol.messages import TargetContract
+from specd.protocol.batch import Batch, Delivery
+from specd.protocol.contract import TargetContract
 from specd.train.optimizer import apply_gradients, make_optimizer
 
 CONTEXTS: Final = (1024, 3072, 10240)
@@ -190,13 +191,6 @@ def render(result: Result) -> Any:
     return Group(times, phases)
 
 
-class _Given(NamedTuple):
-    """States that no daemon delivered."""
-
-    batch: Batch
-    taps: torch.Tensor
-
-
 class _Clock:
     """Marks in time: CUDA events, read when all is done, or the host's clock."""
 
@@ -263,7 +257,7 @@ def _row(name: str, objective: DFlash, num_context: int, steps: int) -> Row:
         nonlocal halted
         marks.clear()
         marks.append(clock.mark())
-        loss = objective.loss(_Given(msgspec.structs.replace(batch, epoch=number), taps))
+        loss = objective.loss(Delivery(msgspec.structs.replace(batch, epoch=number), taps))
         marks.append(clock.mark())
         loss.sum.backward()  # type: ignore[no-untyped-call]
         marks.append(clock.mark())

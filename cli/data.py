@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import msgspec
 import typer
 
-from specd.config.settings import DataConfig, convert, merge, overrides, preset
+from specd.cli.settings import data_config
+from specd.config.settings import DataConfig
 from specd.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ def regenerate(
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from specd.data import regenerate as regeneration
-    from specd.targets.source import load_causal_lm
+    from specd.targets.transformers.load import load_causal_lm
 
     if threads:
         torch.set_num_threads(threads)
@@ -195,19 +196,6 @@ def _show_stats(console: Console, config: DataConfig, dataset: Dataset) -> None:
         bars.add_row(f"{low:.0f}", f"{high:.0f}", f"{count:,}", f"[green]{bar}[/]")
     console.print()
     console.print(bars)
-
-
-def data_config(source: str, model: str, settings: list[str] | None, run: dict[str, Any] | None = None) -> DataConfig:
-    """The data section: that of a run or else the preset's, then the flags, then --set."""
-    known = preset(model)
-    asked = overrides([text if text.startswith("data.") else f"data.{text}" for text in settings or []])
-    base: dict[str, Any] = run if run is not None else known.run.get("data", {}) if known else {}
-    config = convert(
-        merge(merge(base, {"path": source} if source else {}), asked["data"] if asked else {}), DataConfig, "data"
-    )
-    if not config.path:
-        raise ConfigError(f"model {model!r} has no preset that names data; give a file or a hub name")
-    return config
 
 
 def _tokenizer_dir(model: str) -> Path:

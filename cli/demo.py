@@ -22,7 +22,7 @@ from rich.table import Table
 from rich.text import Text
 
 from specd.errors import ConfigError, DaemonError
-from specd.memory import arena
+from specd.memory import segment
 from specd.train.interrupt import Interrupt
 
 EXAMPLES = "Examples: `specd demo` · `specd demo --quick --output runs/first-look`"
@@ -169,7 +169,7 @@ class Stage:
             if child.stdout is not None:
                 child.stdout.close()
         if killed:
-            arena.sweep()
+            segment.sweep()
         if self._log is not None:
             self._log.close()
 
@@ -195,7 +195,7 @@ def summarise(stage: Stage, run: Path, seconds: float) -> None:
     """What came out, in a few lines."""
     import msgspec
 
-    from specd.report.run_report import EVALS, EvalFacts
+    from specd.evaluate.results import EVALS, EvalFacts
     from specd.train.directory import JOURNAL
     from specd.train.journal import read
 

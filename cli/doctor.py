@@ -16,10 +16,14 @@ from typing import Annotated, Any, Literal, get_args, get_type_hints
 import msgspec
 import typer
 
-from specd import __version__, units
-from specd.config.settings import Preset, TargetConfig, cache_dir, preset, presets, runtime_dir
+from specd import units
+from specd.config.presets import Preset, preset, presets
+from specd.config.settings import TargetConfig
 from specd.errors import SpecdError, TransportError
+from specd.paths import cache_dir, runtime_dir
 from specd.transports import base as transport
+from specd.transports import checks, registry
+from specd.version import __version__
 
 EXAMPLES = "Examples: `specd doctor` · `specd doctor --json`"
 PACKAGES = (
@@ -53,7 +57,7 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON 
     """Say which transports, target backends and presets work on this machine, and why the others do not."""
     facts = machine()
     findings = [
-        *map(check_transport, transport.names()),
+        *map(check_transport, registry.names()),
         *map(check_backend, backends()),
         *map(check_preset, presets()),
     ]
@@ -104,7 +108,7 @@ def _version(distribution: str) -> str:
 def check_transport(name: str) -> Finding:
     """Move verified bytes through both sides of a transport: in this process, or from a process with a GPU's ring."""
     try:
-        found = transport.load(name)
+        found = registry.load(name)
         note = _move(found) if "host" in found.traits.memory else _move_between_gpus(name, found)
     except SpecdError as error:
         return Finding(name=name, kind="transport", works=False, note=str(error))
@@ -118,7 +122,7 @@ def _move(found: type[transport.Transport]) -> str:
 
     from specd.memory.arena import HostArena
 
-    session, sent = secrets.token_bytes(8), transport.pattern(secrets.token_bytes(16), PROBE_BYTES).tobytes()
+    session, sent = secrets.token_bytes(8), checks.pattern(secrets.token_bytes(16), PROBE_BYTES).tobytes()
     ref = transport.SlotRef(slot=0, generation=1, nbytes=PROBE_BYTES)
     into = torch.zeros(PROBE_BYTES, dtype=torch.uint8)
     with (
@@ -165,7 +169,7 @@ def _move_between_gpus(name: str, found: type[transport.Transport]) -> str:
         if found.traits.needs_recv_ready:
             host.announce(session, ref)
         client.fetch(ref, into, DEADLINE_S)
-        if into.cpu().numpy().tobytes() != transport.pattern(nonce, PROBE_BYTES).tobytes():
+        if into.cpu().numpy().tobytes() != checks.pattern(nonce, PROBE_BYTES).tobytes():
             raise TransportError(f"{PROBE_BYTES} bytes arrived changed on {trainer}")
     return _worked(found, f" from cuda:0 to {trainer}")
 

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from specd.cli.data import data_config
+from specd.cli.settings import data_config
 from specd.errors import ConfigError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from specd.data.chat import Chat
-    from specd.report.run_report import EvalFacts
+    from specd.evaluate.results import EvalFacts
 
 EXAMPLES = (
     "Examples: `specd eval --draft runs/dflash/draft` · "
@@ -62,9 +62,9 @@ def evaluate(
     from specd.drafts.dflash.model import DFlashDraft
     from specd.evaluate.decode import evaluate as decode
     from specd.evaluate.decode import greedy
-    from specd.report.run_report import EVALS, EvalFacts, read_facts
-    from specd.targets.source import load_causal_lm
-    from specd.train.directory import FACTS
+    from specd.evaluate.results import EVALS, EvalFacts
+    from specd.targets.transformers.load import load_causal_lm
+    from specd.train.directory import FACTS, read_facts
 
     directory = draft / "draft" if (draft / "draft" / "config.json").is_file() else draft
     run = directory.parent if (directory.parent / FACTS).is_file() else None

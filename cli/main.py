@@ -11,9 +11,9 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from specd import __version__
 from specd.cli import bench, data, demo, doctor, eval, plan, report, start, status, stop, train
 from specd.errors import ConfigError, SpecdError
+from specd.version import __version__
 
 SERVE, TRAIN, DATA, LOOK = "Serve", "Train", "Data", "Look"
 

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import msgspec
 import typer
 
-from specd.config.settings import preset, presets
+from specd.config.presets import preset, presets
 from specd.errors import ConfigError
-from specd.plan import Balance, Layout, Work, balance
+from specd.plan import Balance, Placement, Work, balance
 from specd.protocol.capture import DTYPE_BYTES, CaptureSpec
 
 if TYPE_CHECKING:
@@ -151,8 +151,7 @@ def _of_run(path: Path, *, draft: bool) -> dict[str, Any]:
     The forwards are as its daemons made them, merged where they merged. A co-located run's are unmerged, and so both.
     Raises ConfigError for a journal that does not tell what is asked.
     """
-    from specd.report.run_report import read_facts
-    from specd.train.directory import JOURNAL
+    from specd.train.directory import JOURNAL, read_facts
     from specd.train.journal import read
 
     facts, records = read_facts(path), read(path / JOURNAL)
@@ -228,7 +227,7 @@ def render(found: Balance) -> list[RenderableType]:
     return [times, "", placed, "", *facts]
 
 
-def _cells(layout: Layout) -> tuple[str, ...]:
+def _cells(layout: Placement) -> tuple[str, ...]:
     sized = layout.hours > 0
     return (
         layout.name,

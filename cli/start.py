@@ -10,14 +10,17 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Annotated, Any
+from typing import IO, TYPE_CHECKING, Annotated
 
 import msgspec
 import typer
 
 from specd import units
-from specd.config.settings import DaemonConfig, convert, load_yaml, make_runtime_dir, merge, overrides, preset
+from specd.cli.settings import daemon_config, given
+from specd.config.load import load_yaml
+from specd.config.settings import DaemonConfig
 from specd.errors import ConfigError, DaemonError
+from specd.paths import make_runtime_dir
 
 if TYPE_CHECKING:
     from specd.protocol.messages import StatusReport
@@ -101,30 +104,6 @@ def start(
     if detach:
         raise typer.Exit(_detach(daemon))
     raise typer.Exit(_serve(daemon, ready_fd))
-
-
-def given(flags: dict[str, Any]) -> dict[str, Any]:
-    """The flags that were given: no None, no empty text or list, no empty mapping left by them."""
-    kept = {key: given(value) if isinstance(value, dict) else value for key, value in flags.items()}
-    return {key: value for key, value in kept.items() if value is not None and value not in ("", [], {})}
-
-
-def daemon_config(
-    file: dict[str, Any], flags: dict[str, Any], settings: list[str], where: str = "specd start"
-) -> DaemonConfig:
-    """A DaemonConfig from, weakest first: the preset's recipe, a config file, flags, `--set`.
-
-    Raises ConfigError that names `where` and the key at fault, or when no model is given.
-    """
-    asked = merge(merge(file, flags), overrides(settings))
-    target = asked.get("target")
-    model = target.get("model") if isinstance(target, dict) else None
-    if not model:
-        raise ConfigError("no target given: expected --model with a preset, a local directory or a hub name")
-    recipe = preset(str(model))
-    names = ("target", "capture", "ring")
-    under: dict[str, Any] = {name: getattr(recipe, name) for name in names} if recipe else {}
-    return convert(merge(under, asked), DaemonConfig, where)
 
 
 def _serve(daemon: DaemonConfig, ready_fd: int) -> int:

@@ -23,7 +23,7 @@ def status(
     timeout: Annotated[float, typer.Option(min=0, help="Seconds to wait for an answer.")] = 5.0,
 ) -> None:
     """Show a daemon's target, ring, sessions and counters."""
-    from specd.client.handshake import ask_status
+    from specd.client.ask import ask_status
 
     report = ask_status(endpoint, timeout)
     if as_json:

@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from specd.config.settings import resolve_endpoint
+from specd.endpoints import resolve_endpoint
 from specd.errors import DaemonError
 
 EXAMPLES = "Examples: `specd stop` · `specd stop --timeout 60 --force`"
@@ -26,7 +26,7 @@ def stop(
     force: Annotated[bool, typer.Option("--force", help="End it at once if it has not drained by then.")] = False,
 ) -> None:
     """Drain a daemon of this host and wait until it has ended."""
-    from specd.client.handshake import ask_status, waitable
+    from specd.client.ask import ask_status, waitable
 
     deadline = time.monotonic() + waitable(timeout)
     where = resolve_endpoint(endpoint)

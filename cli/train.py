@@ -16,14 +16,16 @@ import msgspec
 import typer
 from msgspec.structs import replace
 
-from specd.config.settings import DaemonConfig, RunConfig, convert, load_yaml, merge, overrides, preset
+from specd.config.load import convert, load_yaml, merge, overrides
+from specd.config.presets import preset
+from specd.config.settings import DaemonConfig, RunConfig
 from specd.errors import ConfigError, TransportError
 
 if TYPE_CHECKING:
     from specd.data.dataset import Dataset
     from specd.drafts.dflash.objective import DFlash
-    from specd.protocol.messages import TargetContract
-    from specd.report.run_report import RunFacts
+    from specd.protocol.contract import TargetContract
+    from specd.train.directory import RunFacts
     from specd.train.interrupt import Interrupt
 
 EXAMPLES = (
@@ -115,15 +117,16 @@ def _train(asked: dict[str, Any], model: str, resume: bool, interrupt: Interrupt
     import torch
 
     from specd.client.subscriber import Subscriber
-    from specd.data.dataset import Loader, prepare
+    from specd.data.batching import Loader
+    from specd.data.dataset import prepare
     from specd.drafts.dflash.objective import DFlash, capture_spec
-    from specd.report.run_report import write_facts
     from specd.train.checkpoint import Checkpoints
-    from specd.train.directory import RunDirectory, identity, target_files
-    from specd.train.display import Display, Scalars
+    from specd.train.directory import RunDirectory, identity, target_files, write_facts
+    from specd.train.display import Display
     from specd.train.journal import read
     from specd.train.loop import train
     from specd.train.optimizer import total_steps
+    from specd.train.tensorboard import Scalars
 
     first = _settle(asked, model)  # what a daemon hosts, and its preset, is known when it is connected
     if first.target and not model:
@@ -212,7 +215,7 @@ def _hosted(config: RunConfig, model: str) -> DaemonConfig:
 
     Raises ConfigError that names the key at fault.
     """
-    from specd.cli.start import daemon_config
+    from specd.cli.settings import daemon_config
 
     if (other := config.target.get("model", model)) != model:
         raise ConfigError(f"settings: target.model={other!r}: expected {model!r}, as given by --model; leave it out")
@@ -270,7 +273,7 @@ def _mask_token(config: RunConfig, model: str) -> int:
 def _facts(
     config: RunConfig, contract: TargetContract, dataset: Dataset, objective: DFlash, transports: dict[str, str]
 ) -> RunFacts:
-    from specd.report.run_report import RunFacts, machine_facts
+    from specd.train.directory import RunFacts, machine_facts
 
     shape, report = objective.draft.shape, dataset.report
     parameters = sum(parameter.numel() for parameter in objective.module.parameters())

@@ -1,1 +1,1 @@
-"""Presets: one YAML file per target that specd knows by name; `specd.config.settings.Preset` describes their fields."""
+"""Presets: one YAML file per target that specd knows by name; `specd.config.presets.Preset` describes their fields."""

@@ -9,15 +9,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from specd.client.subscriber import Delivery, Subscriber
+    from specd.client.subscriber import Subscriber
     from specd.config.settings import DaemonConfig, RunConfig, SubscriberConfig, TargetConfig
     from specd.daemon.serve import embedded, serve
     from specd.errors import SpecdError
-    from specd.protocol.batch import Batch
+    from specd.protocol.batch import Batch, Delivery
     from specd.protocol.capture import CaptureSpec
-    from specd.protocol.messages import TargetContract
-
-__version__ = "0.1.0"
+    from specd.protocol.contract import TargetContract
 
 __all__ = [
     "Batch",
@@ -36,6 +34,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "__version__": "specd.version",
     "Batch": "specd.protocol.batch",
     "CaptureSpec": "specd.protocol.capture",
     "DaemonConfig": "specd.config.settings",

@@ -80,3 +80,8 @@ def writing(path: Path) -> Iterator[None]:
         raise CheckpointError(
             f"cannot write {path}: {error.strerror or error}; free some space there, then continue with --resume"
         ) from None
+
+
+def first_line(error: BaseException) -> str:
+    """What another library's error says, without the rest of its lines."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

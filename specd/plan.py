@@ -46,7 +46,7 @@ class Work(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     depth: int = 2
 
 
-class Layout(msgspec.Struct, frozen=True, kw_only=True):
+class Placement(msgspec.Struct, frozen=True, kw_only=True):
     """One way to place the work.
 
     batch_s: seconds between two batches of the whole layout. gpu_s_per_sample: what a sample occupies, idle GPUs
@@ -64,7 +64,7 @@ class Layout(msgspec.Struct, frozen=True, kw_only=True):
     gpu_hours: float
 
 
-class Ring(msgspec.Struct, frozen=True, kw_only=True):
+class RingSize(msgspec.Struct, frozen=True, kw_only=True):
     """The ring of one daemon in the balanced layout: `slots` batches of `slot_bytes` each."""
 
     slots: int
@@ -93,11 +93,11 @@ class Balance(msgspec.Struct, frozen=True, kw_only=True):
     starves: Side
     daemons_per_trainer: float
     bytes_per_sample: int
-    ring: Ring
-    one_to_one: Layout
-    balanced: Layout
-    colocated: Layout
-    data_parallel: Layout
+    ring: RingSize
+    one_to_one: Placement
+    balanced: Placement
+    colocated: Placement
+    data_parallel: Placement
     better: Literal["disaggregated", "co-located", "equal"]
     why: tuple[str, ...]
 
@@ -110,7 +110,7 @@ def balance(work: Work) -> Balance:
     wire_s = work.batch_tokens * work.bytes_per_token / (work.wire_gb_per_s * 1e9) if work.wire_gb_per_s else 0.0
     alone_s = work.batch_tokens / (work.colocated_target_tokens_per_s or work.target_tokens_per_s)
 
-    def layout(daemons: int, trainers: int) -> Layout:
+    def layout(daemons: int, trainers: int) -> Placement:
         batch_s = max(target_s / daemons, draft_s / trainers, wire_s / trainers)
         gpus = daemons * work.gpus_per_daemon + trainers * work.gpus_per_trainer
         return _layout(work, f"{daemons} : {trainers}", daemons, trainers, gpus, batch_s)
@@ -147,7 +147,7 @@ def balance(work: Work) -> Balance:
         starves=starves,
         daemons_per_trainer=target_s / max(draft_s, wire_s),
         bytes_per_sample=round(work.bytes_per_token * (work.tokens_per_sample or work.batch_tokens)),
-        ring=Ring(slots=max(under_way, balanced.trainers), slot_bytes=slot_bytes),
+        ring=RingSize(slots=max(under_way, balanced.trainers), slot_bytes=slot_bytes),
         one_to_one=layout(1, 1),
         balanced=balanced,
         colocated=colocated,
@@ -157,11 +157,11 @@ def balance(work: Work) -> Balance:
     )
 
 
-def _layout(work: Work, name: str, daemons: int, trainers: int, gpus: int, batch_s: float) -> Layout:
+def _layout(work: Work, name: str, daemons: int, trainers: int, gpus: int, batch_s: float) -> Placement:
     samples_per_batch = work.batch_tokens / (work.tokens_per_sample or work.batch_tokens)
     samples_per_s = samples_per_batch / batch_s
     hours = work.samples * work.epochs / samples_per_s / 3600
-    return Layout(
+    return Placement(
         name=name,
         daemons=daemons,
         trainers=trainers,
@@ -176,8 +176,8 @@ def _layout(work: Work, name: str, daemons: int, trainers: int, gpus: int, batch
 
 def _why(
     work: Work,
-    balanced: Layout,
-    colocated: Layout,
+    balanced: Placement,
+    colocated: Placement,
     target_s: float,
     draft_s: float,
     wire_s: float,

@@ -13,11 +13,13 @@ from typing import TYPE_CHECKING, ClassVar
 
 import msgspec
 
+from specd.endpoints import boot_id
 from specd.errors import TransportError
 from specd.memory import cuda
 from specd.memory.arena import MAX_SLOTS, HostArena
 from specd.memory.device_arena import DeviceArena
-from specd.transports.base import ServerContext, SlotRef, Traits, boot_id, check_into, check_ref, stale, unwrap, wrap
+from specd.transports.base import ServerContext, SlotRef, Traits
+from specd.transports.checks import check_into, check_ref, stale, unwrap, wrap
 
 if TYPE_CHECKING:
     import torch

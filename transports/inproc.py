@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, ClassVar, Final
 
 from specd.errors import TransportError
 from specd.memory.cuda import Copier
-from specd.transports.base import ServerContext, SlotRef, Traits, pull
+from specd.transports.base import ServerContext, SlotRef, Traits
+from specd.transports.checks import pull
 
 if TYPE_CHECKING:
     import torch

@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, ClassVar
 
 import msgspec
 
+from specd.endpoints import boot_id
 from specd.errors import TransportError
 from specd.memory import cuda
 from specd.memory.arena import MAX_SLOTS, HostArena
-from specd.transports.base import ServerContext, SlotRef, Traits, boot_id, pull, unwrap, wrap
+from specd.transports.base import ServerContext, SlotRef, Traits
+from specd.transports.checks import pull, unwrap, wrap
 
 if TYPE_CHECKING:
     import torch

@@ -15,7 +15,7 @@ import torch
 from specd.bench.pipeline.settings import Settings, batches, short_batches
 from specd.protocol.batch import Batch, slot_layout
 from specd.protocol.capture import CaptureSpec
-from specd.targets.base import Completion, Fill, Target
+from specd.targets.base import CaptureJob, Completion, Target
 
 AHEAD = 1
 """Forwards that are launched while one runs, as a daemon does it."""
@@ -102,14 +102,14 @@ def run(target: Target, spec: CaptureSpec, groups: Sequence[Sequence[Batch]], wa
     return [end - begin for begin, end in pairwise(ends)]
 
 
-def fill(batch: Batch, spec: CaptureSpec, hidden: int, place: Any) -> Fill:
+def fill(batch: Batch, spec: CaptureSpec, hidden: int, place: Any) -> CaptureJob:
     """What a worker asks of its target for one batch."""
     layout = slot_layout(spec, hidden, batch.num_tokens)
-    return Fill(tokens=batch.tokens, lengths=batch.lengths, spec=spec, layout=layout, slot=place)
+    return CaptureJob(tokens=batch.tokens, lengths=batch.lengths, spec=spec, layout=layout, slot=place)
 
 
 def slot(nbytes: int, device: str) -> Any:
-    """Memory for one batch where the target computes, as a Fill wants it."""
+    """Memory for one batch where the target computes, as a job wants it."""
     memory = torch.empty(nbytes, dtype=torch.uint8, device=device)
     return memory if memory.is_cuda else memoryview(memory.numpy())  # type: ignore[arg-type]
 

@@ -26,7 +26,7 @@ from specd.daemon.serve import Embedded, embedded
 from specd.drafts.dflash.objective import capture_spec
 from specd.errors import SpecdError
 from specd.protocol.batch import Batch
-from specd.protocol.messages import TargetContract
+from specd.protocol.contract import TargetContract
 
 NONCE = 2_000_000
 

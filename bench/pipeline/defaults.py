@@ -7,9 +7,10 @@ from typing import Any
 import msgspec
 
 from specd.bench.pipeline.settings import Settings
-from specd.config.settings import convert, merge, preset
+from specd.config.load import convert, merge
+from specd.config.presets import preset
 from specd.errors import ConfigError
-from specd.transports import base as transport
+from specd.transports import registry
 
 GPU_MODEL = "Qwen3-30B-A3B-FP8"
 CPU_MODEL = "synthetic:hidden=128,layers=8,vocab=512,ms=15,us_per_token=10"
@@ -78,7 +79,7 @@ def _check(settings: Settings) -> None:
             f"--sample-tokens or raise --batch-tokens"
         )
     for name in settings.transports:
-        if name != "auto" and name not in transport.names():
-            raise ConfigError(f"--transports {name}: expected some of {', '.join(transport.names())}, comma-separated")
+        if name != "auto" and name not in registry.names():
+            raise ConfigError(f"--transports {name}: expected some of {', '.join(registry.names())}, comma-separated")
     _ = settings.sleep  # whether the draft is known
     settings.daemon(settings.devices[0], settings.slots)  # whether target and draft settings are known

@@ -25,11 +25,11 @@ import torch
 from specd.bench.pipeline.bare_target import Bare, fill, measure, slot
 from specd.bench.pipeline.processes import answers, end_with_input
 from specd.bench.pipeline.settings import Settings
-from specd.bench.pipeline.step import Given, synchronize
+from specd.bench.pipeline.step import synchronize
 from specd.errors import SpecdError, TransportError
-from specd.protocol.batch import Batch, slot_layout
+from specd.protocol.batch import Batch, Delivery, slot_layout
 from specd.protocol.capture import CaptureSpec
-from specd.protocol.messages import TargetContract
+from specd.protocol.contract import TargetContract
 
 ECHOED = 3
 """Token ids, attention mask and loss mask come back with the states, int64 each: 24 bytes a token."""
@@ -127,9 +127,9 @@ class Client:
         self._spec, self._hidden, self._device = spec, contract.hidden_size, device
         self._thread = ThreadPoolExecutor(1, "seed-client")
 
-    def stream(self, batches: Iterable[Batch], overlap: bool) -> Iterator[Given]:
+    def stream(self, batches: Iterable[Batch], overlap: bool) -> Iterator[Delivery]:
         """Every batch with its states; with `overlap` one request is in flight while a batch is trained."""
-        waiting: Future[Given] | None = None
+        waiting: Future[Delivery] | None = None
         for batch in batches:
             asked = self._thread.submit(self._fetch, batch)
             if waiting is not None:
@@ -146,7 +146,7 @@ class Client:
         self._thread.shutdown()
         self._connection.close()
 
-    def _fetch(self, batch: Batch) -> Given:
+    def _fetch(self, batch: Batch) -> Delivery:
         if self._device.startswith("cuda"):
             torch.cuda.set_device(self._device)
         body = json.dumps(
@@ -169,7 +169,7 @@ class Client:
         for _ in range(ECHOED):
             self._receive(torch.empty(batch.num_tokens, dtype=torch.int64, device=self._wire))
         synchronize(self._device)
-        return Given(batch, torch.stack(taps, 1))
+        return Delivery(batch, torch.stack(taps, 1))
 
     def _receive(self, into: torch.Tensor) -> None:
         self._group.recv([into], SERVER, 0).wait()

@@ -26,14 +26,14 @@ from specd.bench.pipeline.result import Result, Row
 from specd.bench.pipeline.rows import row_of, settle
 from specd.bench.pipeline.settings import Lengths, Settings, batches
 from specd.bench.pipeline.step import Clocked, Draft, clock, given, made_up, make_draft, synchronize
-from specd.client.handshake import ask_status
+from specd.client.ask import ask_status
 from specd.client.subscriber import Subscriber
 from specd.config.settings import SubscriberConfig
 from specd.drafts.dflash.objective import capture_spec
 from specd.errors import DaemonError
 from specd.plan import Work
 from specd.protocol.capture import CaptureSpec
-from specd.protocol.messages import TargetContract
+from specd.protocol.contract import TargetContract
 
 log = logging.getLogger(__name__)
 

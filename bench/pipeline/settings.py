@@ -9,8 +9,10 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from specd.config.settings import Config, DaemonConfig, DFlashConfig, convert, merge, preset
-from specd.data.batching import Plan
+from specd.config.load import convert, merge
+from specd.config.presets import preset
+from specd.config.settings import Config, DaemonConfig, DFlashConfig
+from specd.data.batching import BatchPlan
 from specd.errors import ConfigError
 from specd.protocol.batch import Batch
 from specd.targets.synthetic import synthetic_options
@@ -174,7 +176,7 @@ def sample_lengths(settings: Settings, lengths: Lengths, count: int, shift: int 
     if lengths == "fixed":
         return [[settings.sample_tokens] * (settings.batch_tokens // settings.sample_tokens)] * count
     drawn = _log_normal(settings)
-    packs = Plan(drawn, settings.batch_tokens, seed=settings.seed).epoch(0)
+    packs = BatchPlan(drawn, settings.batch_tokens, seed=settings.seed).epoch(0)
     return [drawn[list(packs[(index + shift) % len(packs)])].tolist() for index in range(count)]
 
 

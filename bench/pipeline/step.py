@@ -6,48 +6,31 @@ import json
 import time
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import msgspec
 import numpy as np
 import torch
 
 from specd.bench.pipeline.settings import Settings, SleepConfig
-from specd.client.staging import Point, reached
 from specd.config.settings import TrainConfig
+from specd.memory.streams import Point, reached
 from specd.metrics import Stats
-from specd.protocol.batch import Batch
+from specd.protocol.batch import Batch, Delivery
 from specd.protocol.capture import CaptureSpec
-from specd.protocol.messages import TargetContract
+from specd.protocol.contract import TargetContract
 from specd.train.optimizer import apply_gradients, make_optimizer
 
 CLIP = 1.0
 PERCENTILES = (10, 25, 50, 75, 90)
 
 
-class States(Protocol):
-    """The part of a Delivery that a draft reads."""
-
-    @property
-    def batch(self) -> Batch: ...
-
-    @property
-    def taps(self) -> torch.Tensor | None: ...
-
-
-class Given(NamedTuple):
-    """States that did not come from a Subscriber."""
-
-    batch: Batch
-    taps: torch.Tensor | None
-
-
 class Draft(Protocol):
-    """Something that trains on states."""
+    """Something that trains on deliveries."""
 
     parameters: list[torch.nn.Parameter]
 
-    def step(self, states: States, wait: bool) -> None:
+    def step(self, delivery: Delivery, wait: bool) -> None:
         """One whole optimizer step. wait: return when the device is done with it, not only with the one before it."""
         ...
 
@@ -61,9 +44,9 @@ class SleepingDraft:
         self.parameters = [torch.nn.Parameter(torch.zeros(options.params))]
         self.parameters[0].grad = torch.zeros(options.params)
 
-    def step(self, states: States, wait: bool) -> None:
+    def step(self, delivery: Delivery, wait: bool) -> None:
         """See Draft.step."""
-        time.sleep(self._options.ms / 1e3 + self._options.us_per_token * states.batch.num_tokens / 1e6)
+        time.sleep(self._options.ms / 1e3 + self._options.us_per_token * delivery.batch.num_tokens / 1e6)
         self._reduce()
 
 
@@ -83,9 +66,9 @@ class TrainedDraft:
         self._before: Point | None = None
         self.parameters = [parameter for parameter in objective.module.parameters() if parameter.requires_grad]
 
-    def step(self, states: States, wait: bool) -> None:
+    def step(self, delivery: Delivery, wait: bool) -> None:
         """See Draft.step."""
-        loss = self._objective.loss(states)
+        loss = self._objective.loss(delivery)
         loss.sum.backward()
         self._reduce()
         weight, losses = loss.weight.detach(), loss.sum.detach()[None]
@@ -162,7 +145,7 @@ class Clocked(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def clock(
-    deliveries: Iterable[States],
+    deliveries: Iterable[Delivery],
     draft: Draft | None,
     warmup: int = 0,
     overlap: bool = True,
@@ -191,10 +174,10 @@ def clock(
     return Clocked(seconds=tuple(seconds), samples=samples, tokens=tokens, stats=stats().difference(earlier))
 
 
-def given(batches: Iterable[Batch], taps: torch.Tensor) -> Iterator[Given]:
+def given(batches: Iterable[Batch], taps: torch.Tensor) -> Iterator[Delivery]:
     """Deliveries of states that are there already. taps: [T, N, H] for at least the longest batch."""
     for batch in batches:
-        yield Given(batch, taps[: batch.num_tokens])
+        yield Delivery(batch, taps[: batch.num_tokens])
 
 
 def made_up(settings: Settings, spec: CaptureSpec, hidden: int) -> torch.Tensor:

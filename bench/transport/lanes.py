@@ -10,7 +10,9 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, cast
 
 from specd.errors import ConfigError, TransportError
-from specd.transports.base import Borrower, Client, Receiver, SlotRef, Traits, Transport, load, pattern
+from specd.transports.base import Borrower, Client, Receiver, SlotRef, Traits, Transport
+from specd.transports.checks import pattern
+from specd.transports.registry import load
 from specd.transports.testing.hosts import Host, LocalHost, SpawnedHost
 
 if TYPE_CHECKING:
@@ -286,7 +288,7 @@ def wire(served: Served, lane: Lane, session: bytes, slots: int = WINDOW, nbytes
 
     slots, nbytes: how many slots are to be used, and how much of them.
     """
-    from specd.client.staging import allocate
+    from specd.memory.streams import allocate
 
     device = lane.placement.trainer
     with on(device):

@@ -22,8 +22,9 @@ from specd.client.handshake import LEAST_TIMED_BYTES, PROBE_BYTES, TIMED_BYTES, 
 from specd.errors import TransportError
 from specd.protocol.batch import slot_bytes
 from specd.protocol.capture import CaptureSpec
-from specd.transports.base import DEVICE_ORDER, HOST_ORDER, Traits, choose, names
-from specd.transports.base import load as load_transport
+from specd.transports.base import Traits
+from specd.transports.registry import DEVICE_ORDER, HOST_ORDER, choose, names
+from specd.transports.registry import load as load_transport
 from specd.worker.ring_memory import RDMA_DEVICES, candidates
 
 SIZES: Final = (4096, 64 << 10, MIB, 16 * MIB, 64 * MIB, 256 * MIB)

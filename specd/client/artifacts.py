@@ -8,7 +8,8 @@ from collections.abc import Callable
 
 from specd.client.handshake import Session
 from specd.errors import DaemonError, ProtocolError
-from specd.protocol.messages import ARTIFACT_CHUNK_BYTES, Artifact, Fetch, Message
+from specd.protocol.limits import ARTIFACT_CHUNK_BYTES
+from specd.protocol.messages import Artifact, Fetch, Message
 
 WINDOW = 8
 """Chunks that are asked for at once."""

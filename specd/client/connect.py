@@ -9,9 +9,9 @@ from collections.abc import Callable
 import zmq
 
 from specd.client.handshake import Later, Session, Terms, open_session
-from specd.client.staging import Guard, on_device
-from specd.client.state import Link
+from specd.client.state import Guard, Link
 from specd.errors import TransportError
+from specd.memory.streams import on_device
 
 log = logging.getLogger(__name__)
 

@@ -11,9 +11,10 @@ from functools import partial
 from typing import TYPE_CHECKING, cast
 
 from specd.client.handshake import Session
-from specd.client.staging import Afterwards, Guard, Point, Staging, on_device
-from specd.client.state import Entry
+from specd.client.staging import Afterwards, Staging
+from specd.client.state import Entry, Guard
 from specd.errors import TransportError
+from specd.memory.streams import Point, on_device
 from specd.transports.base import Borrower, Client, Receiver, SlotRef
 
 if TYPE_CHECKING:

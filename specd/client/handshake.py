@@ -15,19 +15,22 @@ from typing import Any, NamedTuple, TypeVar, cast, overload
 
 import zmq
 
-from specd.config import settings as config
-from specd.errors import ConfigError, DaemonError, ProtocolError, RejectedError, TransportError
+from specd import endpoints
+from specd.client.ask import Context, dial
+from specd.errors import ProtocolError, RejectedError, TransportError
 from specd.memory import cuda
 from specd.protocol import messages as wire
 from specd.protocol.capture import CaptureSpec
-from specd.protocol.messages import Message, TargetContract
-from specd.transports.base import Borrower, Choice, Client, SlotRef, Traits, choose, load, pattern
+from specd.protocol.contract import TargetContract
+from specd.protocol.messages import Message
+from specd.transports.base import Borrower, Client, SlotRef, Traits
+from specd.transports.checks import pattern
+from specd.transports.registry import Choice, choose, load
 
 log = logging.getLogger(__name__)
 
 M = TypeVar("M", bound=Message)
 N = TypeVar("N", bound=Message)
-Context = zmq.Context[zmq.Socket[bytes]]
 PROBE_BYTES = 256 << 10
 TIMED_BYTES = 16 << 20
 """Most that is moved to time a transport."""
@@ -39,8 +42,6 @@ FIRST_S = 1.0
 """Longest wait for the first answer of a daemon that may not exist."""
 STEP_S = 10.0
 """Longest wait for one answer of a daemon that has answered before."""
-LONGEST_S = 86_400.0
-"""Longest wait that a person may ask for."""
 
 
 class Terms(NamedTuple):
@@ -84,51 +85,6 @@ class Later(Exception):
     """The daemon cannot take the session now; asking again may help."""
 
 
-def dial(context: Context, endpoint: str) -> zmq.Socket[bytes]:
-    """A socket to a daemon, under a fresh random routing id."""
-    socket = context.socket(zmq.DEALER)
-    socket.set(zmq.ROUTING_ID, b"\1" + secrets.token_bytes(15))
-    socket.set(zmq.MAXMSGSIZE, wire.MAX_MESSAGE_BYTES)
-    socket.set(zmq.LINGER, 0)
-    socket.set(zmq.RECONNECT_IVL, 50)
-    socket.set(zmq.RECONNECT_IVL_MAX, 1000)
-    socket.set(zmq.HEARTBEAT_IVL, 5000)
-    socket.set(zmq.HEARTBEAT_TIMEOUT, 20000)
-    where = config.resolve_endpoint(endpoint)
-    # Not for names: libzmq would then take a name's IPv6 addresses alone.
-    socket.set(zmq.IPV6, int(where.startswith("tcp://[")))
-    try:
-        socket.connect(where)
-    except zmq.ZMQError as error:
-        socket.close()
-        raise ConfigError(f"endpoint {where}: {error.strerror}; expected ipc://PATH or tcp://HOST:PORT") from None
-    return socket
-
-
-def waitable(timeout_s: float) -> float:
-    """`timeout_s` itself. Raises ConfigError for what no poll can wait: less than nothing, nan, more than LONGEST_S."""
-    if not 0 <= timeout_s <= LONGEST_S:
-        raise ConfigError(f"a timeout of {timeout_s:g} s: expected a number of seconds, 0 to {LONGEST_S:,.0f}")
-    return timeout_s
-
-
-def ask_status(endpoint: str, timeout_s: float) -> wire.StatusReport:
-    """Ask a daemon what it is doing. Raises DaemonError when none answers, ConfigError as `waitable` does."""
-    waitable(timeout_s)
-    with zmq.Context() as context, dial(context, endpoint) as socket:
-        with contextlib.suppress(zmq.Again):  # it hung up for good; nothing will come
-            socket.send(wire.encode(wire.Status()), zmq.NOBLOCK)
-        if not socket.poll(int(timeout_s * 1000)):
-            raise DaemonError(
-                f"no daemon answers at {config.resolve_endpoint(endpoint)} within {timeout_s:g} s: start one with "
-                f"`specd start --model MODEL`, or name its --endpoint"
-            )
-        reply = wire.decode(socket.recv())
-        if not isinstance(reply, wire.StatusReport):
-            raise ProtocolError(f"the daemon answered with {type(reply).__name__}, expected StatusReport")
-        return reply
-
-
 def open_session(context: Context, endpoint: str, terms: Terms, pause: Callable[[float], bool]) -> Session:
     """Open a session and prove its transport.
 
@@ -170,7 +126,7 @@ class _Handshake:
         terms = self._terms
         hello = wire.Hello(
             name=terms.name,
-            host=config.host_id(),
+            host=endpoints.host_id(),
             pid=os.getpid(),
             gpus=(cuda.uuid(terms.device),) if terms.device.startswith("cuda") else (),
             transports=(terms.transport,),
@@ -275,7 +231,7 @@ class _Handshake:
         """
         import torch
 
-        from specd.client.staging import allocate
+        from specd.memory.streams import allocate
 
         assert self._welcome is not None
         assert self._client is not None

@@ -22,10 +22,11 @@ from specd.client.connect import Dialer
 from specd.client.fetch import Fetcher
 from specd.client.handshake import Session, Terms
 from specd.client.io import Courier
-from specd.client.staging import reached
 from specd.client.state import Entry, Link, State
-from specd.config.settings import SubscriberConfig, resolve_endpoint
+from specd.config.settings import SubscriberConfig
+from specd.endpoints import resolve_endpoint
 from specd.errors import BatchError, DaemonError, ProtocolError, RejectedError, SpecdError, TransportError
+from specd.memory.streams import reached
 from specd.metrics import Stats
 from specd.protocol import messages as wire
 from specd.protocol.messages import Message

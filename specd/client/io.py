@@ -14,8 +14,7 @@ import zmq
 from zmq.utils.monitor import recv_monitor_message
 
 from specd.client.handshake import Session
-from specd.client.staging import Guard
-from specd.client.state import Link
+from specd.client.state import Guard, Link
 from specd.errors import SpecdError
 from specd.protocol import messages as wire
 from specd.protocol.messages import Message

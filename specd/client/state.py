@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import enum
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+import torch
 import zmq
 
 from specd.errors import SpecdError
@@ -125,3 +127,7 @@ class Link:
     def room(self) -> int:
         """How many more batches its daemon would take now."""
         return self.session.welcome.credits - len(self.entries) if self.session else 0
+
+
+Guard = Callable[..., None]
+"""Runs a thread's body with its arguments, and sees to what it raises."""

@@ -18,34 +18,11 @@ from specd.config.settings import SubscriberConfig
 from specd.errors import ConfigError, DaemonError
 from specd.memory import cuda
 from specd.metrics import Stats
-from specd.protocol.batch import Batch, Layout, batch_id, slot_layout
+from specd.protocol.batch import Batch, Delivery, Layout, batch_id, slot_layout
 from specd.protocol.capture import CaptureSpec
-from specd.protocol.messages import RingInfo, TargetContract
+from specd.protocol.contract import RingInfo, TargetContract
 
 log = logging.getLogger(__name__)
-
-
-class Delivery:
-    """One batch with its states on the trainer's device.
-
-    taps: [T, N, H], so that `taps.flatten(1)` is [T, N·H] without a copy; final: [T, H]; None where not captured.
-    Both are views of a staging buffer, valid until the next delivery is asked for or stream or subscriber are closed;
-    what reads them has to be launched by then, on the stream that is current then or on one that it waits for.
-
-    With `subscriber.borrow` they are views of the daemon's slot: not to be written, and not to be touched after that.
-    Until then they stay as they are, whatever happens to the session: the daemon refills no slot that is borrowed, and
-    the memory of a worker that died stays mapped here.
-    """
-
-    __slots__ = ("batch", "final", "taps")
-
-    def __init__(self, batch: Batch, states: dict[str, torch.Tensor]) -> None:
-        self.batch = batch
-        self.taps = states.get("taps")
-        self.final = states.get("final")
-
-    def __repr__(self) -> str:
-        return f"Delivery(epoch {self.batch.epoch}, index {self.batch.index}, {self.batch.num_tokens} tokens)"
 
 
 class Subscriber:
@@ -129,7 +106,7 @@ class Subscriber:
                     self._stats.fetch_s += entry.fetch_s
                     self._stats.forward_s += entry.forward_s
                     assert entry.buffer is not None
-                    yield Delivery(entry.batch, _views(entry.buffer, entry.layout))
+                    yield Delivery(entry.batch, **_views(entry.buffer, entry.layout))
                 finally:
                     self._flight.recycle(entry)
         finally:

@@ -7,12 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from specd.daemon.ring import SlotFill
+from specd.daemon.ring import Grant
 from specd.errors import ProtocolError
+from specd.protocol import limits
 from specd.protocol import messages as wire
 from specd.protocol.batch import Layout, batch_id, slot_layout
 from specd.protocol.capture import CaptureSpec
-from specd.protocol.messages import RingInfo, TargetContract
+from specd.protocol.contract import RingInfo, TargetContract
 from specd.worker import messages as channel
 
 Tokens = np.ndarray[Any, np.dtype[np.int32]]
@@ -28,7 +29,7 @@ class Request:
         self.batch_id = identity
         self.layout = layout
 
-    def task(self, fill: SlotFill, spec: CaptureSpec) -> channel.FillSlot | channel.FillNoise:
+    def task(self, fill: Grant, spec: CaptureSpec) -> channel.FillSlot | channel.FillNoise:
         """What the worker must do for it. Asked once: the tokens are not kept longer."""
         message, self._message = self._message, None
         assert message is not None, "a request is given a slot once"
@@ -89,7 +90,7 @@ def admit_probe(message: wire.Probe, session: bytes, ring: RingInfo) -> Request:
     if not 0 < message.nbytes <= ring.slot_bytes:
         raise ProtocolError(f"a probe of {message.nbytes} bytes does not fit a slot of {ring.slot_bytes}")
     facts = b"|".join((session, message.nonce, str(message.nbytes).encode()))
-    identity = hashlib.blake2b(facts, digest_size=wire.BATCH_ID_BYTES, person=b"specd probe").digest()
+    identity = hashlib.blake2b(facts, digest_size=limits.BATCH_ID_BYTES, person=b"specd probe").digest()
     return Request(message, identity, Layout(tensors=(), nbytes=message.nbytes))
 
 
@@ -98,16 +99,16 @@ def check_fetch(message: wire.Fetch, contract: TargetContract, under_way: int) -
 
     under_way: how many reads of the same session are not answered yet; MAX_FETCHES at most.
     """
-    if under_way >= wire.MAX_FETCHES:
+    if under_way >= limits.MAX_FETCHES:
         raise ProtocolError(f"{under_way} artifact reads are under way already: wait for their answers")
     artifact = contract.artifacts.get(message.name)
     if artifact is None:
         raise ProtocolError(f"the target has no artifact {message.name!r}")
     end = message.offset + message.length
-    if not 0 < message.length <= wire.ARTIFACT_CHUNK_BYTES or message.offset < 0 or end > artifact.nbytes:
+    if not 0 < message.length <= limits.ARTIFACT_CHUNK_BYTES or message.offset < 0 or end > artifact.nbytes:
         raise ProtocolError(
             f"bytes {message.offset}…{end} of artifact {message.name!r} ({artifact.nbytes} bytes) cannot be fetched; "
-            f"at most {wire.ARTIFACT_CHUNK_BYTES} at once"
+            f"at most {limits.ARTIFACT_CHUNK_BYTES} at once"
         )
 
 

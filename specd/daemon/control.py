@@ -15,7 +15,6 @@ from typing import Any
 
 import zmq
 
-import specd
 from specd.config.settings import DaemonConfig
 from specd.daemon.admission import Unfit, admit_batch, admit_probe, check_fetch, check_hello
 from specd.daemon.ring import Lease, Ring
@@ -23,9 +22,11 @@ from specd.daemon.sessions import Session, Sessions, peer_pid
 from specd.daemon.supervisor import Supervisor
 from specd.errors import DaemonError, ProtocolError
 from specd.metrics import Counters
+from specd.protocol import limits
 from specd.protocol import messages as wire
 from specd.protocol.messages import Message
 from specd.transports.base import SlotRef
+from specd.version import __version__
 from specd.worker import messages as channel
 
 log = logging.getLogger(__name__)
@@ -67,7 +68,7 @@ class Control:
         self._front.set(zmq.ROUTER_MANDATORY, 1)
         self._front.set(zmq.SNDHWM, 256)  # of up to 1 MiB each, for a trainer that does not read
         self._front.set(zmq.RCVHWM, 1000)
-        self._front.set(zmq.MAXMSGSIZE, wire.MAX_MESSAGE_BYTES)
+        self._front.set(zmq.MAXMSGSIZE, limits.MAX_MESSAGE_BYTES)
         self._front.set(zmq.LINGER, 500)  # before bind, as the supervisor's pipes
         self._front.set(zmq.HEARTBEAT_IVL, 5000)
         self._front.set(zmq.HEARTBEAT_TIMEOUT, 20000)
@@ -98,7 +99,7 @@ class Control:
                     os.read(self._wake, 4096)
                 for key in self._sessions.dead(events):
                     self._end(key, "the trainer's process ended")
-                self._sessions.bury(events)
+                self._sessions.release_dead(events)
                 for note in self._supervisor.notes(events):
                     self._hear(note)
                 if (death := self._supervisor.death(events)) is not None:
@@ -160,7 +161,7 @@ class Control:
                 self._handle(sender.bytes, wire.decode(frames[0].buffer), frames[0])
             except ProtocolError as error:
                 self.counters.add("refused_messages")
-                self._send(sender.bytes, wire.Error(epoch=self._epoch, reason=str(error)[: wire.MAX_REASON_CHARS]))
+                self._send(sender.bytes, wire.Error(epoch=self._epoch, reason=str(error)[: limits.MAX_REASON_CHARS]))
 
     def _handle(self, key: bytes, message: Any, frame: zmq.Frame) -> None:
         """Act on one message; ProtocolError is answered with ERROR and changes nothing."""
@@ -258,7 +259,7 @@ class Control:
             else:
                 request = admit_batch(message, session.spec, contract, ring)
         except Unfit as error:
-            identity = message.batch_id if isinstance(message, wire.Submit) else bytes(wire.BATCH_ID_BYTES)
+            identity = message.batch_id if isinstance(message, wire.Submit) else bytes(limits.BATCH_ID_BYTES)
             self._fail(session.key, message.seq, identity, str(error), retry=self._draining)
             return
         self._ring.submit(session.key, message.seq, request.batch_id)
@@ -302,7 +303,7 @@ class Control:
 
     def _fail(self, key: bytes, seq: int, identity: bytes, reason: str, *, retry: bool) -> None:
         self.counters.add("failed")
-        reason = reason[: wire.MAX_REASON_CHARS]
+        reason = reason[: limits.MAX_REASON_CHARS]
         self._send(key, wire.Failed(epoch=self._epoch, seq=seq, batch_id=identity, reason=reason, retry=retry))
 
     def _publish(self, session: Session, message: wire.RecvReady) -> None:
@@ -360,7 +361,7 @@ class Control:
                     session.transport = note.transport
                 self._send(note.session, wire.Offer(epoch=self._epoch, transport=note.transport, offer=note.offer))
             case channel.Refused():
-                reason = note.reason[: wire.MAX_REASON_CHARS]
+                reason = note.reason[: limits.MAX_REASON_CHARS]
                 self._send(note.session, wire.Refuse(epoch=self._epoch, transport=note.transport, reason=reason))
             case channel.ArtifactBytes():
                 self._fetches -= Counter([note.session])  # and forget those at 0
@@ -384,7 +385,7 @@ class Control:
         return wire.StatusReport(
             epoch=self._epoch,
             state=state,
-            version=specd.__version__,
+            version=__version__,
             pid=os.getpid(),
             worker_pid=self._supervisor.worker_pid,
             uptime_s=now - self._began,

@@ -41,7 +41,7 @@ from specd.errors import ConfigError, ProtocolError
 COUNTERS = ("submitted", "fills", "joins", "released", "stale_release", "stale_fill", "expired", "resets")
 
 
-class SlotFill(NamedTuple):
+class Grant(NamedTuple):
     """A slot the worker must fill with a batch. holder, seq: the request that gave the cause, and has the content."""
 
     slot: int
@@ -65,7 +65,7 @@ class Lease(NamedTuple):
 class Schedule(NamedTuple):
     """What `schedule` decided: slots to fill, and leases that joined a slot whose content is in place."""
 
-    fills: list[SlotFill]
+    fills: list[Grant]
     ready: list[Lease]
 
 
@@ -343,7 +343,7 @@ class Ring:
             slot = self._slots[index]
             slot.state, slot.batch_id, slot.generation = _State.FILLING, batch_id, slot.generation + 1
             self._resident[batch_id] = index
-            schedule.fills.append(SlotFill(index, slot.generation, batch_id, name, seq))
+            schedule.fills.append(Grant(index, slot.generation, batch_id, name, seq))
             self.counters["fills"] += 1
         else:
             slot = self._slots[index]

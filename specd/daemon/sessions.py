@@ -9,9 +9,9 @@ from collections.abc import Container, Iterator
 
 import zmq
 
-from specd.config.settings import host_id
 from specd.daemon.admission import Request
 from specd.daemon.ring import Ring
+from specd.endpoints import host_id
 from specd.protocol import messages as wire
 
 log = logging.getLogger(__name__)
@@ -107,10 +107,10 @@ class Sessions:
         return session
 
     def dead(self, fds: Container[object]) -> list[bytes]:
-        """Keys of the sessions whose process ended, given what can be read now. Pop them, then `bury`."""
+        """Keys of the sessions whose process ended, given what can be read now. Pop them, then `release_dead`."""
         return [key for pidfd, keys in self._keys.items() if pidfd in fds for key in keys]
 
-    def bury(self, fds: Container[object]) -> None:
+    def release_dead(self, fds: Container[object]) -> None:
         """End the quarantine of the slots that processes which ended had borrowed."""
         for pidfd in [pidfd for pidfd in self._keys if pidfd in fds]:
             self._ring.dead(pidfd)

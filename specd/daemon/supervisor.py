@@ -22,8 +22,8 @@ import zmq
 
 from specd.config.settings import DaemonConfig
 from specd.errors import DaemonError
-from specd.memory import arena
-from specd.protocol.messages import EPOCH_BYTES
+from specd.memory import segment
+from specd.protocol.limits import EPOCH_BYTES
 from specd.transports.base import ServerContext
 from specd.worker import messages as channel
 from specd.worker.worker import Worker, WorkerConfig
@@ -209,7 +209,7 @@ class Supervisor:
                 socket.close()
         self._handle = self._to = self._from = None
         self._up = False
-        arena.remove(self.epoch.hex())
+        segment.remove(self.epoch.hex())
 
 
 class ProcessHandle:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
-import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -24,19 +23,7 @@ class Samples(Protocol):
     def loss_mask(self, i: int) -> NDArray[np.bool_]: ...
 
 
-class Cursor(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The next batch to train: number `index` of `epoch`. An index equal to the epoch's length is the next epoch."""
-
-    epoch: int = 0
-    index: int = 0
-
-    @staticmethod
-    def after(batch: Batch) -> Cursor:
-        """Where a run stands once `batch` is trained."""
-        return Cursor(epoch=batch.epoch, index=batch.index + 1)
-
-
-class Plan:
+class BatchPlan:
     """Every epoch as batches of sample numbers: each sample exactly once an epoch, each batch within its budget.
 
     A pure function of its arguments, the same on every machine and with every numpy. Samples of alike length share a
@@ -71,7 +58,7 @@ class Plan:
             )
 
     def __repr__(self) -> str:
-        return f"Plan({self._lengths.size} samples, {self.batch_tokens} tokens a batch, seed {self.seed})"
+        return f"BatchPlan({self._lengths.size} samples, {self.batch_tokens} tokens a batch, seed {self.seed})"
 
     def epoch(self, epoch: int) -> list[tuple[int, ...]]:
         """The batches of one epoch (from 0), in order, as sample numbers."""
@@ -112,40 +99,39 @@ class Plan:
 
 
 class Loader:
-    """The batches of `epochs` epochs, from a cursor on. Iterating it again begins again at that cursor."""
+    """The batches of `epochs` epochs. Iterating over it gives all of them, from the first on."""
 
-    __slots__ = ("_cursor", "_plan", "_samples", "epochs")
+    __slots__ = ("_plan", "_samples", "epochs")
 
-    def __init__(self, samples: Samples, plan: Plan, *, epochs: int = 1, cursor: Cursor | None = None) -> None:
+    def __init__(self, samples: Samples, plan: BatchPlan, *, epochs: int = 1) -> None:
         self._samples, self._plan, self.epochs = samples, plan, epochs
-        self._cursor = cursor or Cursor()
         if epochs < 1:
             raise ConfigError(f"train.epochs={epochs}: expected at least 1")
-        if not 0 <= self._cursor.epoch <= epochs or self._cursor.index < 0:
-            raise ConfigError(f"cursor {self._cursor} lies outside a run of {epochs} epochs")
 
     def __repr__(self) -> str:
-        return f"Loader({self._plan!r}, {self.epochs} epochs, from {self._cursor})"
+        return f"Loader({self._plan!r}, {self.epochs} epochs)"
 
     @property
     def num_batches(self) -> int:
-        """How many batches all epochs have together, wherever the cursor stands."""
+        """How many batches all epochs have together."""
         return sum(map(self._plan.num_batches, range(self.epochs)))
 
     def __len__(self) -> int:
-        """How many batches are left from the cursor on."""
-        before = sum(map(self._plan.num_batches, range(self._cursor.epoch)))
-        return max(0, self.num_batches - before - self._cursor.index)
+        return self.num_batches
 
     def __iter__(self) -> Iterator[Batch]:
-        return self.batches(self._cursor.epoch, self._cursor.index)
+        return self.remaining(0, 0)
 
-    def batches(self, epoch: int, index: int) -> Iterator[Batch]:
-        """All batches from number `index` of `epoch` on; `index` may be the length of that epoch."""
+    def batches(self, epoch: int, index: int = 0) -> Iterator[Batch]:
+        """The batches of one epoch (from 0), from number `index` on; none from the epoch's length on."""
+        plan = self._plan.epoch(epoch)
+        for number in range(index, len(plan)):
+            yield self._pack(plan[number], epoch, number)
+
+    def remaining(self, epoch: int, index: int) -> Iterator[Batch]:
+        """All batches of the run from number `index` of `epoch` on; `index` may be the length of that epoch."""
         for current in range(epoch, self.epochs):
-            plan = self._plan.epoch(current)
-            for number in range(index if current == epoch else 0, len(plan)):
-                yield self._pack(plan[number], current, number)
+            yield from self.batches(current, index if current == epoch else 0)
 
     def _pack(self, members: tuple[int, ...], epoch: int, index: int) -> Batch:
         tokens = [self._samples.tokens(i) for i in members]

@@ -17,13 +17,12 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from specd.config.settings import DataConfig, cache_dir
-from specd.data.batching import Cursor, Loader, Plan
+from specd.config.settings import DataConfig
+from specd.data.batching import BatchPlan
 from specd.data.chat import Chat, Encoder, Rendered, load_tokenizer
 from specd.data.rows import Row, fingerprint, read_rows
 from specd.errors import ConfigError, DataError
-
-__all__ = ["Cursor", "Dataset", "Loader", "Plan", "Report", "prepare", "sample", "trainable"]
+from specd.paths import cache_dir
 
 logger = logging.getLogger(__name__)
 
@@ -85,9 +84,9 @@ class Dataset:
     def loss_mask(self, i: int) -> NDArray[np.bool_]:
         return self._mask[self._starts[i] : self._starts[i + 1]]
 
-    def plan(self, config: DataConfig, seed: int) -> Plan:
+    def plan(self, config: DataConfig, seed: int) -> BatchPlan:
         """The order in which these samples are trained. Raises ConfigError for a budget that a sample exceeds."""
-        return Plan(self.lengths, config.batch_tokens, config.max_batch_sequences, seed)
+        return BatchPlan(self.lengths, config.batch_tokens, config.max_batch_sequences, seed)
 
 
 def prepare(config: DataConfig, tokenizer_dir: Path, *, on_rows: Callable[[int], None] | None = None) -> Dataset:

@@ -20,7 +20,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from specd.config.settings import AttentionKind
-from specd.drafts.dflash.model import Attend, KeyValue, compiled
+from specd.drafts.compile import compiled
+from specd.drafts.layers import Attend, KeyValue
 
 TILE = 128
 """Rows and columns of a tile of flex_attention's block mask."""

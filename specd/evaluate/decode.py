@@ -8,104 +8,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import msgspec
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from specd.drafts.block_attention import BlockLayout, plain_attention
-from specd.drafts.dflash.model import DFlashDraft, KeyValue
+from specd.drafts.base import Drafter
+from specd.drafts.dflash.drafter import DFlashDrafter
+from specd.drafts.dflash.model import DFlashDraft
 from specd.errors import ConfigError
-
-DEFINITION = (
-    "acceptance length = tokens generated after the first, divided by target forwards after the prompt's own; each of "
-    "them yields the guesses it accepts and one token of the target's; the first token comes from the prompt's "
-    "forward and is not counted; tokens cut off by the end of the text or by max_new_tokens are not counted either, so "
-    "1.0 is plain decoding"
-)
-ROUNDINGS = 4
-"""Two logits within so many epsilons of the largest |logit| are a tie.
-
-Two runs compute two logits each, and each of the four is off by up to one epsilon: half for its own rounding, half for
-that of the states under it.
-"""
-
-
-class Drafter(Protocol):
-    """Something that guesses how a text goes on. It follows one text at a time."""
-
-    @property
-    def taps(self) -> tuple[int, ...]:
-        """The 0-based target layers whose states it wants."""
-        ...
-
-    @property
-    def block_size(self) -> int:
-        """Tokens of a block, the last known one included; it guesses block_size − 1."""
-        ...
-
-    def reset(self) -> None:
-        """Forget the text: another one begins."""
-        ...
-
-    def extend(self, taps: Tensor) -> None:
-        """The target's states [tokens, n·H] of the next tokens of the text, each token once and in order."""
-        ...
-
-    def propose(self, token: int) -> Tensor:
-        """Guesses int64 [block_size − 1] for what follows `token`, the text's last, whose states are not known yet."""
-        ...
-
-
-class DFlashDrafter:
-    """A trained DFlash draft as a Drafter. embedding, lm_head: the target's [V, H], in the dtype to compute in."""
-
-    def __init__(self, draft: DFlashDraft, embedding: Tensor, lm_head: Tensor) -> None:
-        shape = draft.shape
-        if embedding.shape != (shape.vocab_size, shape.hidden_size):
-            raise ConfigError(
-                f"the draft is for a target of vocabulary {shape.vocab_size} and hidden size {shape.hidden_size}, "
-                f"this one has {embedding.shape[0]} and {embedding.shape[1]}: evaluate it with its own target"
-            )
-        self._draft = draft.to(embedding.device)
-        self._embedding, self._lm_head = embedding, lm_head
-        self._cache: list[KeyValue] = []
-
-    @property
-    def taps(self) -> tuple[int, ...]:
-        return self._draft.shape.taps
-
-    @property
-    def block_size(self) -> int:
-        return self._draft.shape.block_size
-
-    def reset(self) -> None:
-        self._cache = []
-
-    def extend(self, taps: Tensor) -> None:
-        known = self._cache[0][0].shape[0] if self._cache else 0
-        positions = torch.arange(known, known + taps.shape[0], device=taps.device)
-        new = self._draft.context(taps.to(self._embedding.dtype), positions)
-        # Only the context is kept: a block's own keys are guesses, and the target's states replace them.
-        self._cache = [
-            (torch.cat((old[0], more[0])), torch.cat((old[1], more[1])))
-            for old, more in zip(self._cache, new, strict=True)
-        ] if self._cache else new  # fmt: skip
-
-    def propose(self, token: int) -> Tensor:
-        shape, device = self._draft.shape, self._embedding.device
-        known = self._cache[0][0].shape[0]
-        start, anchor = np.zeros(1, np.int64), np.full(1, known, np.int64)
-        layout = BlockLayout(starts=start, anchors=anchor, block_size=shape.block_size, num_context=known)
-        tokens = torch.full((shape.block_size,), shape.mask_token_id, device=device)
-        tokens[0] = token
-        positions = torch.arange(known, known + shape.block_size, device=device)
-        attend = plain_attention(layout, device)
-        states = self._draft.block(F.embedding(tokens, self._embedding), positions, self._cache, attend)
-        return F.linear(states[1:], self._lm_head).argmax(-1)
+from specd.evaluate.results import ROUNDINGS, Evaluation, Mismatch, PromptResult
 
 
 class Generation(msgspec.Struct, frozen=True, kw_only=True):
@@ -120,58 +34,6 @@ class Generation(msgspec.Struct, frozen=True, kw_only=True):
     seconds: float
     drafted: tuple[int, ...] = ()
     accepted: tuple[int, ...] = ()
-
-
-class PromptResult(msgspec.Struct, frozen=True, kw_only=True):
-    """One prompt of an evaluation; the times are wall seconds of the whole text, its prompt included."""
-
-    prompt_tokens: int
-    new_tokens: int
-    forwards: int
-    acceptance_length: float
-    identical: bool
-    seconds: float
-    greedy_seconds: float
-
-
-class Mismatch(msgspec.Struct, frozen=True, kw_only=True):
-    """The first difference between a text and the target's own. expected, got: tokens there, None past the end.
-
-    margin: by how much the expected token's logit leads the other's when the target reads the text up to there at once.
-    rounding: what the rounding of the target's dtype can make of it: ROUNDINGS · epsilon · the largest |logit| there.
-    """
-
-    prompt: int
-    position: int
-    expected: int | None
-    got: int | None
-    margin: float
-    rounding: float = 0.0
-
-    @property
-    def tie(self) -> bool:
-        """Whether the two logits are equal as far as rounding lets anyone know: no fault of the decoding."""
-        return self.expected is not None and self.got is not None and abs(self.margin) <= self.rounding
-
-
-class Evaluation(msgspec.Struct, frozen=True, kw_only=True):
-    """What a draft is worth on a set of prompts.
-
-    acceptance_length: over all prompts, as `definition` says. acceptance_by_offset: of the blocks that verified a
-    guess at offset 1, 2, …, the share in which it was accepted. identical: every text equals the target's own greedy
-    one, token for token. tokens_per_s, greedy_tokens_per_s: with the draft and without it.
-    """
-
-    acceptance_length: float
-    acceptance_by_offset: tuple[float, ...]
-    identical: bool
-    mismatches: tuple[Mismatch, ...]
-    new_tokens: int
-    forwards: int
-    tokens_per_s: float
-    greedy_tokens_per_s: float
-    prompts: tuple[PromptResult, ...]
-    definition: str = DEFINITION
 
 
 @torch.inference_mode()

@@ -15,12 +15,10 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import errno
 import fcntl
 import logging
 import mmap
 import os
-import re
 import stat
 import struct
 from typing import TYPE_CHECKING, Final, Literal, Protocol
@@ -28,6 +26,7 @@ from typing import TYPE_CHECKING, Final, Literal, Protocol
 import numpy as np
 
 from specd.errors import TransportError
+from specd.memory.segment import SHM_DIR, create_segment, is_segment_path, prefix, remove, segment_path
 
 if TYPE_CHECKING:
     import torch
@@ -35,18 +34,12 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-SHM_DIR: Final = "/dev/shm"
 PAGE: Final = 4096
 LINE: Final = 64
 MAX_SLOTS: Final = 65536
 _MAGIC: Final = b"specdmem"
 _VERSION: Final = 2
 _HEADER: Final = struct.Struct("<8sIIQQ32s")
-_EPOCH: Final = re.compile(r"[0-9a-f]{8,64}")
-
-
-class NoRoomError(TransportError):
-    """Shared memory has no room for an arena."""
 
 
 class Arena(Protocol):
@@ -114,7 +107,7 @@ class HostArena:
                 mapping.madvise(mmap.MADV_HUGEPAGE)
         else:
             path = segment_path(shared)
-            fd = _create_segment(path, total)
+            fd = create_segment(path, total)
             try:
                 mapping = mmap.mmap(fd, total, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
             except OSError as error:
@@ -139,7 +132,7 @@ class HostArena:
         total = start + num_slots * stride
         mapped = start if words_only else total
         if not is_segment_path(path):
-            raise TransportError(f"{path!r} is not a segment of this user: expected {SHM_DIR}/{_prefix()}EPOCH")
+            raise TransportError(f"{path!r} is not a segment of this user: expected {SHM_DIR}/{prefix()}EPOCH")
         try:
             fd = os.open(path, (os.O_RDWR if writable else os.O_RDONLY) | os.O_NOFOLLOW | os.O_CLOEXEC)
         except OSError as error:
@@ -266,61 +259,6 @@ class HostArena:
         return f"HostArena({self.num_slots} × {self.slot_bytes} bytes, {self.path or 'private'}, {state})"
 
 
-def segment_path(epoch: str) -> str:
-    """Where the segment of an epoch (hex) lies. Raises TransportError for anything that is not hex."""
-    if not _EPOCH.fullmatch(epoch) or len(epoch) % 2:
-        raise TransportError(f"epoch {epoch!r}: expected 8 to 64 lower-case hex digits, in pairs")
-    return f"{SHM_DIR}/{_prefix()}{epoch}"
-
-
-def is_segment_path(path: str) -> bool:
-    """Whether a path is exactly the name of a segment of this user."""
-    prefix = f"{SHM_DIR}/{_prefix()}"
-    return path.startswith(prefix) and _EPOCH.fullmatch(path[len(prefix) :]) is not None
-
-
-def remove(segment: str) -> bool:
-    """Unlink a segment of this user, by path or by epoch, whoever made it: for the worker that was killed.
-
-    Whoever has it mapped keeps the memory. Returns whether it was there.
-    """
-    path = segment if is_segment_path(segment) else segment_path(segment)
-    try:
-        os.unlink(path)
-    except FileNotFoundError:
-        return False
-    return True
-
-
-def sweep() -> list[str]:
-    """Unlink the segments of this user whose creator is dead: those nobody holds the lock of. Returns their paths."""
-    removed: list[str] = []
-    try:
-        names = [name for name in os.listdir(SHM_DIR) if is_segment_path(f"{SHM_DIR}/{name}")]
-    except FileNotFoundError:
-        return removed
-    for name in names:
-        path = f"{SHM_DIR}/{name}"
-        try:
-            fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-        except OSError:
-            continue  # gone meanwhile, or not ours to open
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # Unlinked while locked, so that a creator that waits for the lock sees it.
-            if os.fstat(fd).st_nlink and remove(path):
-                removed.append(path)
-        except BlockingIOError:
-            pass  # its creator lives
-        finally:
-            os.close(fd)
-    return removed
-
-
-def _prefix() -> str:
-    return f"specd-{os.getuid()}-"
-
-
 def _geometry(num_slots: int, slot_bytes: int) -> tuple[int, int]:
     """(offset of slot 0, distance between slots), both in whole pages."""
     if not (1 <= num_slots <= MAX_SLOTS and 0 <= slot_bytes < 1 << 48):
@@ -328,42 +266,3 @@ def _geometry(num_slots: int, slot_bytes: int) -> tuple[int, int]:
             f"{num_slots} slots of {slot_bytes} bytes: expected 1 to {MAX_SLOTS} slots of 0 to 2⁴⁸ bytes"
         )
     return -(-(LINE * (num_slots + 1)) // PAGE) * PAGE, -(-slot_bytes // PAGE) * PAGE
-
-
-def _create_segment(path: str, total: int) -> int:
-    """A new locked file of `total` bytes of real memory; returns its descriptor."""
-    while True:
-        try:
-            fd = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600)
-        except OSError as error:
-            raise TransportError(f"cannot create {path}: {error.strerror}") from None
-        fcntl.flock(fd, fcntl.LOCK_EX)
-        if os.fstat(fd).st_nlink:
-            break
-        os.close(fd)  # a sweep took it between creation and lock
-    facts = os.fstatvfs(fd)
-    free = facts.f_bavail * facts.f_frsize
-    try:
-        if total > free:
-            raise _no_space(total, free)
-        os.fchmod(fd, 0o600)  # whatever the umask is
-        os.posix_fallocate(fd, 0, total)
-    except OSError as error:
-        os.unlink(path)
-        os.close(fd)
-        if error.errno in (errno.ENOSPC, errno.EFBIG, errno.ENOMEM):
-            raise _no_space(total, free) from None
-        raise TransportError(f"cannot reserve {total} bytes in {path}: {error.strerror}") from None
-    except TransportError:
-        os.unlink(path)
-        os.close(fd)
-        raise
-    return fd
-
-
-def _no_space(total: int, free: int) -> NoRoomError:
-    return NoRoomError(
-        f"the ring needs {total / 2**20:.0f} MiB of shared memory and {SHM_DIR} has {free / 2**20:.0f} MiB free: "
-        f"configure fewer or shorter slots (ring.slots, ring.slot_tokens), or enlarge {SHM_DIR} "
-        f"(mount -o remount,size=…; docker run --shm-size=…)"
-    )

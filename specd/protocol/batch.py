@@ -7,12 +7,16 @@ from __future__ import annotations
 
 import hashlib
 import math
+from typing import TYPE_CHECKING
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from specd.protocol.capture import DTYPE_BYTES, CaptureSpec
+
+if TYPE_CHECKING:
+    import torch
 
 ALIGNMENT = 4096
 """Byte alignment of every tensor in a slot: a page, so that copies and kernels see the same alignment everywhere."""
@@ -89,3 +93,26 @@ def batch_id(fingerprint: str, spec: CaptureSpec, tokens: NDArray[np.int32], len
         digest.update(len(data).to_bytes(8, "little"))
         digest.update(data)
     return digest.digest()
+
+
+class Delivery:
+    """One batch with its states on the trainer's device.
+
+    taps: [T, N, H], so that `taps.flatten(1)` is [T, N·H] without a copy; final: [T, H]; None where not captured.
+    Both are views of a staging buffer, valid until the next delivery is asked for or stream or subscriber are closed;
+    what reads them has to be launched by then, on the stream that is current then or on one that it waits for.
+
+    With `subscriber.borrow` they are views of the daemon's slot: not to be written, and not to be touched after that.
+    Until then they stay as they are, whatever happens to the session: the daemon refills no slot that is borrowed, and
+    the memory of a worker that died stays mapped here.
+    """
+
+    __slots__ = ("batch", "final", "taps")
+
+    def __init__(self, batch: Batch, taps: torch.Tensor | None = None, final: torch.Tensor | None = None) -> None:
+        self.batch = batch
+        self.taps = taps
+        self.final = final
+
+    def __repr__(self) -> str:
+        return f"Delivery(epoch {self.batch.epoch}, index {self.batch.index}, {self.batch.num_tokens} tokens)"

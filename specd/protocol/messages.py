@@ -15,32 +15,26 @@ from msgspec import Meta
 from specd.errors import ProtocolError
 from specd.protocol.batch import Layout
 from specd.protocol.capture import CaptureSpec
+from specd.protocol.contract import RingInfo, TargetContract
+from specd.protocol.limits import (
+    ARTIFACT_CHUNK_BYTES,
+    EPOCH_BYTES,
+    MAX_HELLO_BYTES,
+    MAX_MESSAGE_BYTES,
+    MAX_NAME_CHARS,
+    MAX_OFFER_BYTES,
+    MAX_TAPS,
+    U64,
+    BatchId,
+    Int31,
+    Int32s,
+    Name,
+    Names,
+    Positive,
+    Reason,
+)
 
 VERSION = 2
-EPOCH_BYTES = 16
-BATCH_ID_BYTES = 16
-MAX_MESSAGE_BYTES = 8 << 20
-"""Largest control frame either side accepts; a peer that sends more is disconnected by libzmq."""
-ARTIFACT_CHUNK_BYTES = 1 << 20
-MAX_FETCHES = 16
-"""Artifact reads of one session that may be under way at once."""
-MAX_REASON_CHARS = 2000
-MAX_NAME_CHARS = 200
-MAX_HELLO_BYTES = 4096
-MAX_OFFER_BYTES = 64 << 10
-MAX_TAPS = 1024
-MAX_TRANSPORTS = 32
-MAX_INT31 = (1 << 31) - 1
-"""Largest credit count, process id, slot index and number of milliseconds."""
-
-Name = Annotated[str, Meta(min_length=1, max_length=MAX_NAME_CHARS)]
-Names = Annotated[tuple[Name, ...], Meta(max_length=MAX_TRANSPORTS)]
-Reason = Annotated[str, Meta(max_length=MAX_REASON_CHARS)]
-BatchId = Annotated[bytes, Meta(min_length=BATCH_ID_BYTES, max_length=BATCH_ID_BYTES)]
-Int31 = Annotated[int, Meta(ge=0, le=MAX_INT31)]
-U64 = Annotated[int, Meta(ge=0)]  # msgpack has no larger integer
-Positive = Annotated[int, Meta(ge=1, le=MAX_INT31)]
-Int32s = Annotated[bytes, Meta(min_length=4, max_length=MAX_MESSAGE_BYTES)]
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="type"):
@@ -51,55 +45,6 @@ class Message(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     def __post_init__(self) -> None:
         if len(self.epoch) not in (0, EPOCH_BYTES):
             raise ValueError(f"an epoch of {len(self.epoch)} bytes: expected {EPOCH_BYTES}, or none")
-
-
-class ArtifactRef(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A piece of the target a trainer can FETCH: a file's bytes, or a row-major tensor.
-
-    nbytes: its size. shape, dtype: of a tensor; empty for a file. same_as: the artifact that holds the same bytes.
-    """
-
-    nbytes: U64
-    shape: Annotated[tuple[U64, ...], Meta(max_length=8)] = ()
-    dtype: Annotated[str, Meta(max_length=MAX_NAME_CHARS)] = ""
-    same_as: Annotated[str, Meta(max_length=MAX_NAME_CHARS)] = ""
-
-
-class TargetContract(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What the target is. Two targets with one `fingerprint` deliver the same states.
-
-    weights: digest of the weights. tokenizer, chat_template: digests of those files, empty if there is none.
-    taps: the tap convention. tap_layers: those that a draft's taps are spread over, empty for all: of a target that
-    mixes full and linear attention, those with full attention. dtype: of the weights as they run. artifacts: what
-    FETCH serves, by name (`config.json`, tokenizer files, `embedding` [V, H], `lm_head` [V, H]).
-    """
-
-    model: str
-    model_type: str
-    hidden_size: Positive
-    num_layers: Positive
-    vocab_size: Positive
-    dtype: str
-    weights: str
-    tokenizer: str = ""
-    chat_template: str = ""
-    taps: str = "residual-after-layer, 0-based"
-    tap_layers: Annotated[tuple[Int31, ...], Meta(max_length=MAX_TAPS)] = ()
-    artifacts: Annotated[dict[Name, ArtifactRef], Meta(max_length=1024)] = {}
-
-    @property
-    def fingerprint(self) -> str:
-        """Identity of the target as far as states go: everything but the list of artifacts."""
-        identity = (self.model_type, self.hidden_size, self.num_layers, self.vocab_size, self.dtype, self.weights)
-        return ":".join(str(part) for part in (*identity, self.tokenizer, self.chat_template))
-
-
-class RingInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The ring's geometry. slot_tokens: the most tokens a batch of the daemon's own capture may have."""
-
-    num_slots: Positive
-    slot_bytes: Annotated[int, Meta(ge=1)]
-    slot_tokens: Positive
 
 
 class SessionStatus(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

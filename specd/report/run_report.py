@@ -4,27 +4,18 @@ from __future__ import annotations
 
 import base64
 import html
-import importlib.metadata
-import os
-import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-import msgspec
-
-from specd import __version__, units
-from specd.errors import CheckpointError, writing
-from specd.evaluate.decode import DEFINITION, ROUNDINGS, Evaluation
+from specd import units
+from specd.errors import CheckpointError
+from specd.evaluate.results import DEFINITION, EVALS, ROUNDINGS, EvalFacts, load_facts
 from specd.report import figures
 from specd.report.page import document
-from specd.train.directory import FACTS, JOURNAL
+from specd.train.directory import JOURNAL, RunFacts, read_facts
 from specd.train.journal import StepRecord, bound, read
 
-T = TypeVar("T")
-
-EVALS = {"untrained": "eval-untrained.json", "trained": "eval.json"}
-"""File of each evaluation in the run directory."""
 ACCEPTANCE = DEFINITION.partition(" = ")[2]
 DEFINITIONS = {
     "acceptance length": ACCEPTANCE,
@@ -49,105 +40,12 @@ DEFINITIONS = {
 }
 
 
-class RunFacts(msgspec.Struct, frozen=True, kw_only=True):
-    """What does not change during a run. All values are for people to read; `config` is the full RunConfig."""
-
-    started: str
-    target: dict[str, Any]
-    draft: dict[str, Any]
-    data: dict[str, Any]
-    transports: dict[str, str]
-    machine: dict[str, str]
-    config: dict[str, Any]
-
-
-class EvalFacts(msgspec.Struct, frozen=True, kw_only=True):
-    """One evaluation by real decoding, and what it was made with.
-
-    untrained: the draft had its first weights. source: the prompts, as they were given. dtype: the target's.
-    """
-
-    model: str
-    draft: str
-    untrained: bool
-    block_size: int
-    max_new_tokens: int
-    source: str = ""
-    dtype: str = ""
-    result: Evaluation
-
-    @property
-    def acceptance_length(self) -> float:
-        """Over all prompts, see ACCEPTANCE."""
-        return self.result.acceptance_length
-
-    @property
-    def prompts(self) -> int:
-        """How many texts were decoded."""
-        return len(self.result.prompts)
-
-    @property
-    def identical(self) -> int:
-        """How many of them equal the target's own."""
-        return sum(row.identical for row in self.result.prompts)
-
-    @property
-    def ties(self) -> int:
-        """How many part from the target's own at a tie."""
-        return sum(miss.tie for miss in self.result.mismatches)
-
-    @property
-    def different(self) -> int:
-        """How many differ otherwise."""
-        return len(self.result.mismatches) - self.ties
-
-    @property
-    def texts(self) -> tuple[object, ...]:
-        """What was decoded, under which limits: figures of the same texts can be compared."""
-        lengths = tuple(row.prompt_tokens for row in self.result.prompts)
-        return self.model, self.source, self.dtype, self.block_size, self.max_new_tokens, lengths
-
-
-def machine_facts() -> dict[str, str]:
-    """The machine and the versions that a number depends on."""
-    import torch
-
-    facts = {
-        "processor": f"{_processor()}, {len(os.sched_getaffinity(0))} cores usable",
-        "memory": f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.1f} GiB",
-        "GPU": ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())) or "none",
-        "system": f"{platform.system()} {platform.release()}, Python {platform.python_version()}",
-        "specd": __version__,
-    }
-    return facts | {name: importlib.metadata.version(name) for name in ("torch", "transformers", "pyzmq")}
-
-
-def _processor() -> str:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
-    except OSError:
-        names = []
-    return names[0] if names else platform.machine()
-
-
-def write_facts(run: Path, facts: RunFacts) -> None:
-    """Store what `write_report` needs to know beside the journal."""
-    with writing(run / FACTS):
-        (run / FACTS).write_bytes(msgspec.json.format(msgspec.json.encode(facts), indent=1) + b"\n")
-
-
-def read_facts(run: Path) -> RunFacts:
-    """The facts of a run. Raises CheckpointError when the directory is none."""
-    return _load(run / FACTS, RunFacts)
-
-
 def write_report(run: Path) -> Path:
     """Write `report.html` into a run directory and return its path. Needs the extra `report` (matplotlib)."""
     facts, records = read_facts(run), read(run / JOURNAL)
     if not records:
         raise CheckpointError(f"{run / JOURNAL} has no finished step: let the run get further, then report again")
-    evals = {name: _load(run / file, EvalFacts) for name, file in EVALS.items() if (run / file).exists()}
+    evals = {name: load_facts(run / file, EvalFacts) for name, file in EVALS.items() if (run / file).exists()}
     path = run / "report.html"
     path.write_text(render(facts, records, evals), encoding="utf-8")
     return path
@@ -298,15 +196,6 @@ def _yaml(config: dict[str, Any]) -> str:
     import yaml
 
     return str(yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
-
-
-def _load(path: Path, kind: type[T]) -> T:
-    try:
-        return msgspec.json.decode(path.read_bytes(), type=kind)
-    except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror}; give the --output of a `specd train`") from None
-    except (msgspec.DecodeError, msgspec.ValidationError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path} is damaged: {error}; restore it, or delete it and make it anew") from None
 
 
 _STYLE = """

@@ -5,19 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from specd.errors import TargetError
-from specd.protocol.batch import slot_layout
-from specd.protocol.capture import CaptureSpec
-from specd.protocol.messages import ArtifactRef, TargetContract
-from specd.targets.base import Fill, tap_layers
+from specd.protocol.contract import ArtifactRef, TargetContract
+from specd.targets.base import tap_layers
 from specd.targets.source import TOKENIZER_FILES, Source
-
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class Artifacts:
@@ -82,40 +76,6 @@ class Artifacts:
         """Let go of the tensors. Idempotent."""
         with self._lock:
             self._tensors, self._bytes = {}, {}
-
-
-def check(contract: TargetContract, fills: Sequence[Fill]) -> CaptureSpec:
-    """The one spec of all `fills`. Raises TargetError for fills that cannot share a forward, or do not fit the target.
-
-    Nothing of a batch that would fault on the device gets there: lengths, token ids and layout are checked.
-    """
-    spec = fills[0].spec
-    if (problem := spec.problem(contract.num_layers)) is not None:
-        raise TargetError(f"target {contract.model}: {problem}")
-    for fill in fills:
-        if fill.spec != spec:
-            raise TargetError(f"one forward captures one spec, got {spec} and {fill.spec}: run them one by one")
-        size = int(fill.tokens.size)
-        if size == 0 or int(fill.lengths.min(initial=1)) < 1 or int(fill.lengths.sum()) != size:
-            total = int(fill.lengths.sum())
-            raise TargetError(
-                f"{fill.lengths.size} lengths sum to {total}: they must be ≥ 1 and cover all {size} tokens"
-            )
-        low, high = int(fill.tokens.min()), int(fill.tokens.max())
-        if low < 0 or high >= contract.vocab_size:
-            raise TargetError(f"token ids {low}…{high} leave the vocabulary 0…{contract.vocab_size - 1}")
-        if fill.layout != slot_layout(spec, contract.hidden_size, size):
-            raise TargetError(f"the slot's layout is not that of {size} tokens of {spec}")
-    return spec
-
-
-def slot_tensors(fill: Fill) -> dict[str, torch.Tensor]:
-    """A slot's tensors, in the slot itself."""
-    slot = fill.slot if isinstance(fill.slot, torch.Tensor) else torch.frombuffer(fill.slot, dtype=torch.uint8)
-    return {
-        ref.name: slot[ref.offset : ref.offset + ref.nbytes].view(_DTYPES[ref.dtype]).view(ref.shape)
-        for ref in fill.layout.tensors
-    }
 
 
 def _digest(*parts: bytes) -> str:

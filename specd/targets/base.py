@@ -10,15 +10,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from specd.errors import TargetError
-from specd.protocol.batch import Layout
+from specd.protocol.batch import Layout, slot_layout
 from specd.protocol.capture import CaptureSpec
-from specd.protocol.messages import TargetContract
+from specd.protocol.contract import TargetContract
 
 if TYPE_CHECKING:
     import torch
 
 
-class Fill(msgspec.Struct, frozen=True, kw_only=True):
+class CaptureJob(msgspec.Struct, frozen=True, kw_only=True):
     """One batch to capture and the slot to capture it into.
 
     tokens: int32 [T], lengths: int32 [B]. layout: where in the slot each tensor goes. slot: the slot's bytes, where the
@@ -66,7 +66,7 @@ class Target(Protocol):
     contract: TargetContract
     device: str
 
-    def run(self, fills: Sequence[Fill]) -> Completion | None:
+    def run(self, fills: Sequence[CaptureJob]) -> Completion | None:
         """Run one forward over all `fills` packed together and write each one's states into its slot.
 
         All fills share one CaptureSpec. Returns None when the bytes are in place, else what to wait for.
@@ -96,3 +96,39 @@ def tap_layers(kinds: Sequence[str]) -> tuple[int, ...]:
             f"the target's layers are {', '.join(kinds)}: expected one with full attention before the last, to tap"
         )
     return layers
+
+
+def check(contract: TargetContract, fills: Sequence[CaptureJob]) -> CaptureSpec:
+    """The one spec of all `fills`. Raises TargetError for fills that cannot share a forward, or do not fit the target.
+
+    Nothing of a batch that would fault on the device gets there: lengths, token ids and layout are checked.
+    """
+    spec = fills[0].spec
+    if (problem := spec.problem(contract.num_layers)) is not None:
+        raise TargetError(f"target {contract.model}: {problem}")
+    for fill in fills:
+        if fill.spec != spec:
+            raise TargetError(f"one forward captures one spec, got {spec} and {fill.spec}: run them one by one")
+        size = int(fill.tokens.size)
+        if size == 0 or int(fill.lengths.min(initial=1)) < 1 or int(fill.lengths.sum()) != size:
+            total = int(fill.lengths.sum())
+            raise TargetError(
+                f"{fill.lengths.size} lengths sum to {total}: they must be ≥ 1 and cover all {size} tokens"
+            )
+        low, high = int(fill.tokens.min()), int(fill.tokens.max())
+        if low < 0 or high >= contract.vocab_size:
+            raise TargetError(f"token ids {low}…{high} leave the vocabulary 0…{contract.vocab_size - 1}")
+        if fill.layout != slot_layout(spec, contract.hidden_size, size):
+            raise TargetError(f"the slot's layout is not that of {size} tokens of {spec}")
+    return spec
+
+
+def slot_tensors(fill: CaptureJob) -> dict[str, torch.Tensor]:
+    """A slot's tensors, in the slot itself."""
+    import torch
+
+    slot = fill.slot if isinstance(fill.slot, torch.Tensor) else torch.frombuffer(fill.slot, dtype=torch.uint8)
+    return {
+        ref.name: slot[ref.offset : ref.offset + ref.nbytes].view(getattr(torch, ref.dtype)).view(ref.shape)
+        for ref in fill.layout.tensors
+    }

@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from specd.config.settings import Config, TargetConfig, convert
+from specd.config.load import convert
+from specd.config.settings import Config, TargetConfig
 from specd.errors import ConfigError, TargetError, TransportError
 from specd.memory import cuda
 from specd.protocol.batch import TensorRef, slot_layout
 from specd.protocol.capture import DTYPE_BYTES, StateDtype
-from specd.protocol.messages import ArtifactRef, TargetContract
-from specd.targets.base import Fill, Launched
+from specd.protocol.contract import ArtifactRef, TargetContract
+from specd.targets.base import CaptureJob, Launched
 
 if TYPE_CHECKING:
     import torch
@@ -74,7 +75,7 @@ class SyntheticTarget:
             },
         )
 
-    def run(self, fills: Sequence[Fill]) -> Launched | None:
+    def run(self, fills: Sequence[CaptureJob]) -> Launched | None:
         """See Target.run. Sleeps first, then writes."""
         spec, num_tokens = fills[0].spec, sum(int(fill.tokens.size) for fill in fills)
         if (problem := spec.problem(self.contract.num_layers)) is not None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import logging
+import os
+import platform
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,9 +14,11 @@ import msgspec
 
 from specd.config.settings import RunConfig
 from specd.errors import CheckpointError, ConfigError, ProtocolError, writing
-from specd.protocol.messages import TargetContract
+from specd.evaluate.results import load_facts
+from specd.protocol.contract import TargetContract
 from specd.train.checkpoint import Identity
 from specd.train.journal import read
+from specd.version import __version__
 
 logger = logging.getLogger(__name__)
 
@@ -129,3 +134,49 @@ def identity(config: RunConfig, contract: TargetContract, data: str) -> Identity
         values: Mapping[str, Any] = msgspec.to_builtins(getattr(config, section))
         settings |= {f"{section}.{key}": value for key, value in values.items() if key not in free}
     return Identity(target=contract.fingerprint, settings=settings)
+
+
+class RunFacts(msgspec.Struct, frozen=True, kw_only=True):
+    """What does not change during a run. All values are for people to read; `config` is the full RunConfig."""
+
+    started: str
+    target: dict[str, Any]
+    draft: dict[str, Any]
+    data: dict[str, Any]
+    transports: dict[str, str]
+    machine: dict[str, str]
+    config: dict[str, Any]
+
+
+def machine_facts() -> dict[str, str]:
+    """The machine and the versions that a number depends on."""
+    import torch
+
+    facts = {
+        "processor": f"{_processor()}, {len(os.sched_getaffinity(0))} cores usable",
+        "memory": f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.1f} GiB",
+        "GPU": ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())) or "none",
+        "system": f"{platform.system()} {platform.release()}, Python {platform.python_version()}",
+        "specd": __version__,
+    }
+    return facts | {name: importlib.metadata.version(name) for name in ("torch", "transformers", "pyzmq")}
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
+    except OSError:
+        names = []
+    return names[0] if names else platform.machine()
+
+
+def write_facts(run: Path, facts: RunFacts) -> None:
+    """Store what `write_report` needs to know beside the journal."""
+    with writing(run / FACTS):
+        (run / FACTS).write_bytes(msgspec.json.format(msgspec.json.encode(facts), indent=1) + b"\n")
+
+
+def read_facts(run: Path) -> RunFacts:
+    """The facts of a run. Raises CheckpointError when the directory is none."""
+    return load_facts(run / FACTS, RunFacts)

@@ -8,9 +8,8 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
 from rich import box
 from rich.console import Console, Group, RenderableType
@@ -21,11 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from specd import units
-from specd.errors import writing
 from specd.train.journal import StepRecord, bound
-
-if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
 
 RECENT = 20
 """Steps that the shown rates and shares are taken over."""
@@ -188,51 +183,3 @@ def _bar(part: int, whole: int, text: str) -> RenderableType:
 
 def _number(value: float | None, form: str) -> str:
     return "–" if value is None else format(value, form)
-
-
-class Scalars:
-    """TensorBoard scalars of a run, in `directory`. step: where it continues; later points of an earlier life go.
-
-    All methods raise CheckpointError where they cannot be written.
-    """
-
-    def __init__(self, directory: Path, step: int = 0) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        self.directory = directory
-        with writing(directory):
-            self._writer: SummaryWriter = SummaryWriter(str(directory), purge_step=step + 1)
-
-    def step(self, record: StepRecord) -> None:
-        """Write one more optimizer step."""
-        scalars: dict[str, float | None] = {
-            "train/loss": record.loss,
-            "train/teacher_forced_accuracy": record.teacher_forced_accuracy,
-            "train/lr": record.lr,
-            "train/grad_norm": record.grad_norm,
-            "speed/tokens_per_s": record.tokens / record.step_s if record.step_s else None,
-            "time/step_s": record.step_s,
-            "time/target_wait_s": record.target_wait_s,
-            "time/wire_wait_s": record.wire_wait_s,
-            "time/train_s": record.train_s,
-            "ring/busy_slots": float(record.busy_slots),
-        }
-        for offset, value in enumerate(record.teacher_forced_by_offset, start=1):
-            scalars[f"teacher_forced_by_offset/{offset:02d}"] = value
-        with writing(self.directory):
-            for name, value in scalars.items():
-                if value is not None:
-                    self._writer.add_scalar(name, value, record.step)
-
-    def close(self) -> None:
-        """Write out what is buffered. Idempotent."""
-        with writing(self.directory):
-            self._writer.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()

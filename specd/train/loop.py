@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -18,12 +18,11 @@ from typing import TYPE_CHECKING, Protocol
 import msgspec
 import torch
 
-from specd.client.staging import reached
 from specd.config.settings import TrainConfig
+from specd.drafts.base import Loss, Objective
 from specd.errors import BatchError, SpecdError
+from specd.memory.streams import reached
 from specd.protocol.batch import Batch
-from specd.protocol.capture import CaptureSpec
-from specd.protocol.messages import TargetContract
 from specd.train.checkpoint import Checkpoints, Position, RngStates
 from specd.train.interrupt import Interrupt
 from specd.train.journal import Journal, Sink, StepRecord, TrainedBatch
@@ -31,48 +30,10 @@ from specd.train.optimizer import apply_gradients, learning_rate, make_optimizer
 from specd.train.stopwatch import Stopwatch
 
 if TYPE_CHECKING:
-    from specd.client.subscriber import Delivery
     from specd.metrics import Stats
+    from specd.protocol.batch import Delivery
 
 logger = logging.getLogger(__name__)
-
-
-class Loss(Protocol):
-    """The loss of one batch. sum: weighted sum over predictions, a 0-d tensor with a graph; weight: sum of weights.
-
-    metrics: `counted` and `correct`, both [K]: predictions at block offsets 1…K under teacher forcing, and how many of
-    them were right. A batch without a prediction has sum 0 and weight 0. Everything stays on the device.
-    """
-
-    @property
-    def sum(self) -> torch.Tensor: ...
-
-    @property
-    def weight(self) -> torch.Tensor: ...
-
-    @property
-    def metrics(self) -> Mapping[str, torch.Tensor]: ...
-
-
-class Objective(Protocol):
-    """A draft, how it is trained, and how it is exported."""
-
-    @property
-    def module(self) -> torch.nn.Module:
-        """The draft; its trainable parameters are the float32 masters."""
-        ...
-
-    def spec_for(self, contract: TargetContract) -> CaptureSpec:
-        """What this draft needs captured from that target."""
-        ...
-
-    def loss(self, delivery: Delivery) -> Loss:
-        """The loss of one delivered batch; random choices depend on seed, epoch and sample only."""
-        ...
-
-    def export(self, path: Path) -> None:
-        """Write the draft to a directory in its published format."""
-        ...
 
 
 class Feed(Protocol):
@@ -83,7 +44,7 @@ class Feed(Protocol):
         """How many there are."""
         ...
 
-    def batches(self, epoch: int, index: int) -> Iterator[Batch]:
+    def remaining(self, epoch: int, index: int) -> Iterator[Batch]:
         """All of them from batch `index` of `epoch` on; `index` may be the length of that epoch."""
         ...
 
@@ -100,7 +61,7 @@ class Source(Protocol):
         ...
 
 
-class _Window:
+class _StepBatches:
     """The batches of one optimizer step and their sums, which stay on the device until they are logged.
 
     watch: times what it makes the device do.
@@ -147,7 +108,7 @@ class _Done:
 
     __slots__ = ("_copied", "_values", "facts", "window")
 
-    def __init__(self, window: _Window, norm: torch.Tensor, facts: StepRecord) -> None:
+    def __init__(self, window: _StepBatches, norm: torch.Tensor, facts: StepRecord) -> None:
         self.window = window
         self.facts = facts
         values = torch.cat([window.weight[None], norm.double()[None], window.losses, window.counts.flatten()])
@@ -212,7 +173,7 @@ class _Run:
         self._stats = source.stats()
         self._mark = time.perf_counter()
 
-    def step(self, window: _Window) -> None:
+    def step(self, window: _StepBatches) -> None:
         """One optimizer step over the window, then log and save as configured."""
         rate = learning_rate(self.config, self.position.step, self.steps)
         for group in self.optimizer.param_groups:
@@ -261,7 +222,7 @@ class _Run:
             for sink in self.sinks:
                 sink.step(record)
 
-    def _facts(self, window: _Window, rate: float) -> StepRecord:
+    def _facts(self, window: _StepBatches, rate: float) -> StepRecord:
         """The host's part of a record: what was trained, and where the time since the last step went."""
         now, total = time.perf_counter(), self.source.stats()
         wall, stats = now - self._mark, total.difference(self._stats)
@@ -319,8 +280,8 @@ def train(
     with Journal(journal, position.step) as lines:
         run = _Run(config, objective, source, checkpoints, lines, sinks, optimizer, position, steps)
         try:
-            window = _Window(run.device)
-            for delivery in source.stream(islice(feed.batches(position.epoch, position.index), max(0, left))):
+            window = _StepBatches(run.device)
+            for delivery in source.stream(islice(feed.remaining(position.epoch, position.index), max(0, left))):
                 try:
                     with window.watch.running():
                         window.add(delivery.batch, objective.loss(delivery))
@@ -328,7 +289,7 @@ def train(
                     if len(window.batches) == config.accumulation or not left:
                         with interrupt.shield():
                             run.step(window)
-                        window = _Window(run.device)
+                        window = _StepBatches(run.device)
                 except torch.OutOfMemoryError as error:
                     raise _out_of_memory(run.position.step + 1, delivery.batch, error) from None
             if left > 0:

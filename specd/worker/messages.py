@@ -12,7 +12,7 @@ import msgspec
 
 from specd.protocol.batch import Layout
 from specd.protocol.capture import CaptureSpec
-from specd.protocol.messages import RingInfo, TargetContract
+from specd.protocol.contract import RingInfo, TargetContract
 from specd.transports.base import SlotRef
 
 

@@ -9,9 +9,11 @@ from typing import NamedTuple
 
 from specd.config.settings import DaemonConfig
 from specd.errors import TransportError
-from specd.memory.arena import HostArena, NoRoomError
+from specd.memory.arena import HostArena
 from specd.memory.device_arena import DeviceArena
-from specd.transports.base import DEVICE_ORDER, HOST_ORDER, Server, ServerContext, Transport, load
+from specd.memory.segment import NoRoomError
+from specd.transports.base import Server, ServerContext, Transport
+from specd.transports.registry import DEVICE_ORDER, HOST_ORDER, load
 
 log = logging.getLogger(__name__)
 

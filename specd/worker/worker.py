@@ -28,10 +28,11 @@ from specd.memory.arena import HostArena
 from specd.memory.device_arena import DeviceArena
 from specd.protocol.batch import slot_bytes
 from specd.protocol.capture import CaptureSpec
-from specd.protocol.messages import RingInfo, TargetContract
-from specd.targets.base import Completion, Fill, Target
+from specd.protocol.contract import RingInfo, TargetContract
+from specd.targets.base import CaptureJob, Completion, Target
 from specd.targets.registry import load_target
-from specd.transports.base import Server, ServerContext, pattern
+from specd.transports.base import Server, ServerContext
+from specd.transports.checks import pattern
 from specd.worker import messages as channel
 from specd.worker.ring_memory import open_ring
 
@@ -248,7 +249,7 @@ class Worker:
             arena.begin(task.slot)
             slot = arena.tensor(task.slot) if isinstance(arena, DeviceArena) else arena.slot(task.slot)
             tokens, lengths = np.frombuffer(task.tokens, "<i4"), np.frombuffer(task.lengths, "<i4")
-            fills.append(Fill(tokens=tokens, lengths=lengths, spec=task.spec, layout=task.layout, slot=slot))
+            fills.append(CaptureJob(tokens=tokens, lengths=lengths, spec=task.spec, layout=task.layout, slot=slot))
         begin = time.monotonic()
         try:
             completion = self._target.run(fills)

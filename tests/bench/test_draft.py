@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from specd.bench.draft import TINY, Variant, _Given, _objective, render, run, useful_flops
+from specd.bench.draft import TINY, Variant, _objective, render, run, useful_flops
 from specd.config.settings import DFlashConfig
-from specd.drafts.dflash.objective import make_blocks, sample_anchors
+from specd.drafts.blocks import make_blocks, sample_anchors
 from specd.errors import ConfigError
-from specd.protocol.batch import Batch
+from specd.protocol.batch import Batch, Delivery
 
 CONFIG = DFlashConfig(num_layers=2, num_taps=2, block_size=4, num_anchors=6, loss_chunk=5)
 
@@ -37,7 +37,7 @@ def test_counted_operations_are_those_that_torch_executes(window: int) -> None:
         samples=(0,),
     )
     with FlopCounterMode(display=False) as counter:
-        objective.loss(_Given(batch, torch.randn(50, 2, shape.hidden_size))).sum.backward()  # type: ignore[no-untyped-call]
+        objective.loss(Delivery(batch, torch.randn(50, 2, shape.hidden_size))).sum.backward()  # type: ignore[no-untyped-call]
     executed = counter.get_flop_counts()["Global"]
     anchors = sample_anchors(batch.loss_mask, batch.lengths, batch.samples, 0, 0, config.num_anchors)
     counted = useful_flops(shape, 50, make_blocks(batch, anchors, 4, 511, objective.decay))

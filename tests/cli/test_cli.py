@@ -21,10 +21,11 @@ import zmq
 from typer.testing import CliRunner
 
 import specd
-from specd.cli import bench, demo, doctor, main, start, status, stop
+from specd.cli import bench, demo, doctor, main, settings, start, status, stop
 from specd.cli.main import app, run
 from specd.errors import ConfigError, DaemonError
-from specd.protocol.messages import RingInfo, SessionStatus, Status, StatusReport, TargetContract, decode, encode
+from specd.protocol.contract import RingInfo, TargetContract
+from specd.protocol.messages import SessionStatus, Status, StatusReport, decode, encode
 from specd.train.interrupt import Interrupt
 
 VERBS = (
@@ -194,8 +195,8 @@ def test_logging_is_set_up_once() -> None:
 
 def test_flags_win_over_the_file_and_settings_over_flags() -> None:
     file = {"target": {"model": "smollm2-135m", "dtype": "float16"}, "ring": {"slots": 3, "slot_tokens": 77}}
-    flags = start.given({"target": {"dtype": "bfloat16", "device": ""}, "ring": {"slots": 5}, "transports": []})
-    config = start.daemon_config(file, flags, ["ring.slots=6", "target.threads=2"])
+    flags = settings.given({"target": {"dtype": "bfloat16", "device": ""}, "ring": {"slots": 5}, "transports": []})
+    config = settings.daemon_config(file, flags, ["ring.slots=6", "target.threads=2"])
     assert config.target.model == "smollm2-135m"
     assert (config.target.dtype, config.target.threads, config.target.device) == ("bfloat16", 2, "auto")
     assert (config.ring.slots, config.ring.slot_tokens) == (6, 77)
@@ -203,7 +204,7 @@ def test_flags_win_over_the_file_and_settings_over_flags() -> None:
 
 
 def test_given_keeps_false_and_zero() -> None:
-    assert start.given({"a": False, "b": 0, "c": None, "d": "", "e": {"f": []}}) == {"a": False, "b": 0}
+    assert settings.given({"a": False, "b": 0, "c": None, "d": "", "e": {"f": []}}) == {"a": False, "b": 0}
 
 
 @pytest.mark.parametrize(
@@ -303,7 +304,7 @@ def test_doctor_finds_what_works_here() -> None:
 
 
 def test_doctor_gives_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(specd.transports.base.BUILTIN, "gone", "specd.transports.gone:Gone")
+    monkeypatch.setitem(specd.transports.registry.BUILTIN, "gone", "specd.transports.gone:Gone")
     finding = doctor.check_transport("gone")
     assert not finding.works
     assert "cannot be imported" in finding.note

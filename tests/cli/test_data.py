@@ -77,11 +77,11 @@ def test_stats_of_samples_that_are_all_alike(tmp_path: Path, model: Path) -> Non
 
 
 def test_regenerate_writes_answers_once(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from specd.targets import source as checkpoint
+    from specd.targets.transformers import load
 
-    tokenizer = checkpoint.load_tokenizer(str(model))
-    network, _ = checkpoint.load_causal_lm(str(model), load_format="dummy")
-    monkeypatch.setattr(checkpoint, "load_causal_lm", lambda *_, **__: (network, tokenizer))
+    tokenizer = load.load_tokenizer(str(model))
+    network, _ = load.load_causal_lm(str(model), load_format="dummy")
+    monkeypatch.setattr(load, "load_causal_lm", lambda *_, **__: (network, tokenizer))
     prompts = write_rows(tmp_path / "a.jsonl", *({"messages": talk(f"Hi {i}", "old")} for i in range(3)))
     out = tmp_path / "out.jsonl"
     arguments = ("regenerate", "--model", model, "--prompts", prompts, "--output", out, "--max-new-tokens", "3")
@@ -105,12 +105,12 @@ def test_settings_and_missing_data_are_refused_by_name(tmp_path: Path, model: Pa
 
 def test_ctrl_c_says_how_to_go_on(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from specd.data import regenerate
-    from specd.targets import source as checkpoint
+    from specd.targets.transformers import load
 
     def interrupt(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(checkpoint, "load_causal_lm", lambda *_, **__: ("model", "tokenizer"))
+    monkeypatch.setattr(load, "load_causal_lm", lambda *_, **__: ("model", "tokenizer"))
     monkeypatch.setattr(regenerate, "regenerate", interrupt)
     prompts = write_rows(tmp_path / "a.jsonl", {"messages": talk("Hi")})
     result = run("regenerate", "--model", model, "--prompts", prompts, "--output", tmp_path / "out.jsonl")

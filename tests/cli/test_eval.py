@@ -17,8 +17,9 @@ from specd.drafts.dflash.export import save_draft
 from specd.drafts.dflash.model import DFlashDraft, draft_shape
 from specd.evaluate import decode
 from specd.evaluate.decode import Generation
-from specd.report.run_report import EVALS, EvalFacts, RunFacts, write_facts
-from specd.targets import source as checkpoint
+from specd.evaluate.results import EVALS, EvalFacts
+from specd.targets.transformers import load
+from specd.train.directory import RunFacts, write_facts
 
 LAYERS: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 6, "num_attention_heads": 4}
 SILENT = "<think>\n\n</think>\n\n"
@@ -94,7 +95,7 @@ def test_the_template_gets_the_options_of_the_run_or_those_given(
 ) -> None:
     asked: list[str] = []
     ends: list[Any] = []
-    tokenizer: Any = checkpoint.load_tokenizer(str(model))
+    tokenizer: Any = load.load_tokenizer(str(model))
 
     def greedy(_: Any, prompt: list[int], *, max_new_tokens: int, eos: Any) -> Generation:
         asked.append(tokenizer.decode(prompt))

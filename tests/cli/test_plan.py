@@ -10,7 +10,7 @@ import pytest
 
 from specd.cli.main import run
 from specd.plan import Balance, Work
-from specd.report.run_report import RunFacts, write_facts
+from specd.train.directory import RunFacts, write_facts
 from specd.train.journal import Journal, StepRecord, TrainedBatch
 
 RATES = ["--target-tokens-per-s", "43800", "--draft-tokens-per-s", "51000"]

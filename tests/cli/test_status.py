@@ -11,8 +11,8 @@ import pytest
 
 from samples import batch
 from specd.cli.main import run
-from specd.client import handshake as session
-from specd.client.handshake import LONGEST_S, ask_status, dial
+from specd.client import ask
+from specd.client.ask import LONGEST_S, ask_status, dial
 from specd.client.subscriber import Subscriber
 from specd.config.settings import DaemonConfig, RingConfig, SubscriberConfig, TargetConfig
 from specd.daemon.serve import embedded
@@ -48,7 +48,7 @@ def show(
     report: StatusReport, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *options: str
 ) -> str:
     monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.setattr(session, "ask_status", lambda endpoint, timeout_s: report)
+    monkeypatch.setattr(ask, "ask_status", lambda endpoint, timeout_s: report)
     assert run(["status", *options]) == 0
     return capsys.readouterr().out
 

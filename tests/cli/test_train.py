@@ -14,7 +14,8 @@ from typer.testing import CliRunner
 
 import specd.daemon.serve
 from specd.cli.main import app, run
-from specd.config.settings import DaemonConfig, Preset, TargetConfig
+from specd.config.presets import Preset
+from specd.config.settings import DaemonConfig, TargetConfig
 from specd.errors import DaemonError
 from tiny import TARGET, TINY
 

@@ -10,7 +10,8 @@ import pytest
 from specd.client.artifacts import Artifacts
 from specd.client.handshake import Session
 from specd.errors import DaemonError, ProtocolError
-from specd.protocol.messages import ARTIFACT_CHUNK_BYTES, Artifact, Fetch, Message
+from specd.protocol.limits import ARTIFACT_CHUNK_BYTES
+from specd.protocol.messages import Artifact, Fetch, Message
 
 SIZE = 3 * ARTIFACT_CHUNK_BYTES + 17
 

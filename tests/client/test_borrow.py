@@ -13,11 +13,12 @@ import zmq
 
 from samples import batch
 from scripted import EXPECT_S, MEMORY, SPEC, Daemon, Scripted, make, states, wait_for
-from specd.client.subscriber import Delivery, Subscriber
+from specd.client.subscriber import Subscriber
 from specd.config.settings import DaemonConfig, RingConfig, SubscriberConfig, TargetConfig
 from specd.daemon.serve import embedded
 from specd.errors import TransportError
 from specd.protocol import messages as wire
+from specd.protocol.batch import Delivery
 from specd.transports import inproc
 from specd.transports.base import SlotRef, Traits
 

@@ -14,12 +14,13 @@ import zmq
 
 from samples import batch
 from scripted import CONTRACT, EXPECT_S, MEMORY, SPEC, Daemon, Scripted, Wire, make, states, wait_for
-from specd.client.staging import Afterwards, Staging, allocate
-from specd.client.subscriber import Delivery, Subscriber
+from specd.client.staging import Afterwards, Staging
+from specd.client.subscriber import Subscriber
 from specd.config.settings import SubscriberConfig
 from specd.errors import BatchError, TransportError
+from specd.memory.streams import allocate
 from specd.protocol import messages as wire
-from specd.protocol.batch import Batch, batch_id
+from specd.protocol.batch import Batch, Delivery, batch_id
 from specd.transports.base import SlotRef
 
 Install = Callable[[type[Scripted]], type[Scripted]]

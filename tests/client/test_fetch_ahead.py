@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from specd.client.fetch import Fetcher
-from specd.client.staging import allocate
 from specd.errors import TransportError
+from specd.memory.streams import allocate
 from specd.transports.base import SlotRef
 
 WAIT_S = 20.0

@@ -178,7 +178,7 @@ def test_cuda_is_the_device_that_is_current_where_the_subscriber_is_made(
         allocated.add(device)
         return torch.empty(nbytes, dtype=torch.uint8)
 
-    monkeypatch.setattr("specd.client.staging.allocate", on_cpu)
+    monkeypatch.setattr("specd.memory.streams.allocate", on_cpu)
     with Daemon(context) as daemon:
         config = SubscriberConfig(endpoints=(daemon.endpoint,), transport="scripted")
         with Subscriber(config, SPEC, device="cuda", context=context):

@@ -11,12 +11,16 @@ import pytest
 import torch
 import transformers
 
-from specd.config.settings import CaptureConfig, Preset, RingConfig, RunConfig, TargetConfig, convert, preset, presets
+from specd.config.load import convert
+from specd.config.presets import Preset, preset, presets
+from specd.config.settings import CaptureConfig, RingConfig, RunConfig, TargetConfig
+from specd.drafts.taps import dflash_taps
 from specd.protocol.batch import slot_layout
-from specd.protocol.capture import CaptureSpec, dflash_taps
-from specd.targets.base import Fill
+from specd.protocol.capture import CaptureSpec
+from specd.targets.base import CaptureJob
 from specd.targets.registry import load_target
-from specd.targets.source import dummy_config, load_causal_lm, resolve
+from specd.targets.source import dummy_config, resolve
+from specd.targets.transformers.load import load_causal_lm
 
 PARAMETERS = {"smollm2-135m": 134.5e6, "Qwen3-4B": 4.02e9, "Qwen3-8B": 8.19e9, "Qwen3-30B-A3B-FP8": 30.5e9}
 """As their model cards state them; Qwen3-4B's and SmolLM2's head is tied."""
@@ -99,7 +103,7 @@ def test_each_preset_runs_at_reduced_size(name: str, tmp_path: Path) -> None:
     spec = CaptureSpec(taps=(0, 1, 3), final=True, dtype="float32")
     lengths = (9, 1, 14)
     layout = slot_layout(spec, 64, sum(lengths))
-    fill = Fill(
+    fill = CaptureJob(
         tokens=np.random.default_rng(0).integers(0, 256, sum(lengths)).astype(np.int32),
         lengths=np.array(lengths, dtype=np.int32),
         spec=spec,

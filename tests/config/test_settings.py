@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from specd.config.load import convert, load_yaml, merge, overrides
+from specd.config.presets import preset, presets
 from specd.config.settings import (
     CaptureConfig,
     DaemonConfig,
@@ -16,18 +18,10 @@ from specd.config.settings import (
     RunConfig,
     SubscriberConfig,
     TargetConfig,
-    cache_dir,
-    convert,
-    host_id,
-    load_yaml,
-    merge,
-    overrides,
-    preset,
-    presets,
-    resolve_endpoint,
-    runtime_dir,
 )
+from specd.endpoints import host_id, resolve_endpoint
 from specd.errors import ConfigError
+from specd.paths import cache_dir, runtime_dir
 
 
 def write(tmp_path: Path, text: str | bytes) -> Path:

@@ -12,10 +12,12 @@ import zmq
 
 from samples import batch
 from specd.client.subscriber import Subscriber
-from specd.config.settings import DaemonConfig, RingConfig, SubscriberConfig, TargetConfig, host_id
+from specd.config.settings import DaemonConfig, RingConfig, SubscriberConfig, TargetConfig
 from specd.daemon.control import Control
 from specd.daemon.serve import embedded
 from specd.daemon.supervisor import Supervisor, ThreadHandle
+from specd.endpoints import host_id
+from specd.protocol import limits
 from specd.protocol import messages as wire
 from specd.protocol.capture import CaptureSpec
 from specd.transports.base import ServerContext
@@ -159,7 +161,7 @@ def test_an_oversized_message_ends_only_its_own_connection(tmp_path: Path) -> No
                     peer.set(zmq.RECONNECT_IVL, -1)
                     peer.connect(endpoint)
                 monitor = hostile.get_monitor_socket(zmq.EVENT_DISCONNECTED)
-                hostile.send(bytes((wire.VERSION,)) + bytes(wire.MAX_MESSAGE_BYTES))
+                hostile.send(bytes((wire.VERSION,)) + bytes(limits.MAX_MESSAGE_BYTES))
                 assert monitor.poll(20_000), "a frame over the limit must end the connection"
                 hostile.disable_monitor()
                 monitor.close()
@@ -192,9 +194,9 @@ def test_artifact_reads_beyond_the_limit_are_refused_and_probes_are_no_batches()
                 greedy.send(fetch)
             return [type(wire.decode(greedy.recv())) for _ in range(times)]
 
-        answers = next(answers for _ in range(100) if wire.Error in (answers := ask(3 * wire.MAX_FETCHES)))
-        assert answers.count(wire.Artifact) >= wire.MAX_FETCHES
-        assert ask(wire.MAX_FETCHES) == [wire.Artifact] * wire.MAX_FETCHES
+        answers = next(answers for _ in range(100) if wire.Error in (answers := ask(3 * limits.MAX_FETCHES)))
+        assert answers.count(wire.Artifact) >= limits.MAX_FETCHES
+        assert ask(limits.MAX_FETCHES) == [wire.Artifact] * limits.MAX_FETCHES
         greedy.send(wire.encode(wire.Probe(epoch=welcome.epoch, seq=0, nonce=b"n" * 16, nbytes=1000)))
         assert isinstance(wire.decode(greedy.recv()), wire.Ready)
         greedy.send(wire.encode(wire.Status()))

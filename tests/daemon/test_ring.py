@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from rings import A, B, C, content, fill_all, make
-from specd.daemon.ring import Lease, SlotFill
+from specd.daemon.ring import Grant, Lease
 from specd.errors import ConfigError, ProtocolError
 
 
@@ -41,7 +41,7 @@ def test_one_batch_from_submit_to_release() -> None:
     ring.submit(A, 7, content(1))
     assert (ring.queued(), ring.outstanding(A), ring.busy) == (1, 1, 0)
     schedule = ring.schedule()
-    assert schedule == ([SlotFill(0, 1, content(1), A, 7)], [])
+    assert schedule == ([Grant(0, 1, content(1), A, 7)], [])
     assert ring.counts() == {"free": 3, "filling": 1, "ready": 0, "quarantined": 0}
     (lease,) = ring.filled(0, 1)
     assert lease == Lease(1, A, 7, 0, 1, content(1))

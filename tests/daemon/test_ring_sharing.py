@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from rings import A, B, C, content, fill_all, make
-from specd.daemon.ring import SlotFill
+from specd.daemon.ring import Grant
 
 
 def test_the_same_content_joins_a_filling_slot() -> None:
@@ -119,7 +119,7 @@ def test_an_orphan_is_given_to_nobody_until_the_worker_reports_it() -> None:
     ring.submit(B, 0, content(1))
     assert ring.schedule().fills == []
     assert ring.failed(fill.slot, fill.generation) == []
-    assert ring.schedule().fills == [SlotFill(0, 2, content(1), B, 0)]
+    assert ring.schedule().fills == [Grant(0, 2, content(1), B, 0)]
 
 
 def test_orphans_are_charged_to_the_pool() -> None:

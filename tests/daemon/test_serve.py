@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 import zmq
 
-from specd.client.handshake import dial
+from specd.client.ask import dial
 from specd.config.settings import DaemonConfig, TargetConfig
-from specd.daemon.serve import _interface, _owned, serve
+from specd.daemon.lock import owned
+from specd.daemon.serve import serve
+from specd.endpoints import interface
 from specd.errors import ConfigError
 
 
@@ -37,26 +39,26 @@ def test_strangers_are_let_in_only_when_that_was_asked_for(host: str) -> None:
     said = refusal(f"tcp://{host}:7070", insecure=False)
     assert "pass --insecure" in said
     assert "WireGuard" in said
-    assert _interface(f"tcp://{host}:7070", insecure=True) == host.strip("[]")
+    assert interface(f"tcp://{host}:7070", insecure=True) == host.strip("[]")
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.3.2.1", "localhost", "[::1]"])
 def test_loopback_needs_no_leave(host: str) -> None:
-    assert _interface(f"tcp://{host}:7070", insecure=False) == host.strip("[]")
-    assert _interface(f"tcp://{host}:*", insecure=False) == host.strip("[]")
+    assert interface(f"tcp://{host}:7070", insecure=False) == host.strip("[]")
+    assert interface(f"tcp://{host}:*", insecure=False) == host.strip("[]")
 
 
 def test_an_endpoint_elsewhere_needs_no_runtime_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_RUNTIME_DIR", "/proc/nowhere")
     tmp_path.chmod(0o700)
-    with _owned(f"ipc://{tmp_path}/d.sock") as prefix:
+    with owned(f"ipc://{tmp_path}/d.sock") as prefix:
         assert prefix == tmp_path / "d.sock"
-    with pytest.raises(ConfigError, match="set XDG_RUNTIME_DIR"), _owned("tcp://127.0.0.1:7070"):
+    with pytest.raises(ConfigError, match="set XDG_RUNTIME_DIR"), owned("tcp://127.0.0.1:7070"):
         pass
 
 
 def test_other_endpoints_have_no_interface(tmp_path: Path) -> None:
-    assert _interface(f"ipc://{tmp_path}/tcp.sock", insecure=False) == ""
+    assert interface(f"ipc://{tmp_path}/tcp.sock", insecure=False) == ""
 
 
 @pytest.mark.parametrize(

@@ -15,9 +15,10 @@ from typing import Any
 import pytest
 import zmq
 
-from specd.config.settings import DaemonConfig, RingConfig, TargetConfig, host_id
+from specd.config.settings import DaemonConfig, RingConfig, TargetConfig
 from specd.daemon.control import Control
 from specd.daemon.supervisor import Supervisor, ThreadHandle
+from specd.endpoints import host_id
 from specd.protocol import messages as wire
 from specd.protocol.capture import CaptureSpec
 from specd.transports.base import ServerContext

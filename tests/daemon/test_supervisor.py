@@ -21,7 +21,7 @@ from specd.daemon.serve import Embedded, embedded
 from specd.daemon.supervisor import Supervisor, ThreadHandle
 from specd.errors import BatchError, DaemonError, TargetError
 from specd.protocol.capture import CaptureSpec
-from specd.targets.base import Fill, Target
+from specd.targets.base import CaptureJob, Target
 from specd.targets.registry import load_target
 from specd.transports.base import ServerContext
 from specd.worker import worker
@@ -41,7 +41,7 @@ class Broken:
         self._inner = inner
         self.contract, self.device = inner.contract, inner.device
 
-    def run(self, fills: Sequence[Fill]) -> None:
+    def run(self, fills: Sequence[CaptureJob]) -> None:
         raise RuntimeError("the forward broke")
 
     def artifact(self, name: str) -> Any:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from itertools import chain
 
-import msgspec
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from specd.data.batching import Cursor, Loader, Plan, _splitmix
+from specd.data.batching import BatchPlan, Loader, _splitmix
 from specd.errors import ConfigError
 from specd.protocol.batch import Batch
 
@@ -37,27 +36,34 @@ lengths = st.lists(st.integers(1, 60), min_size=1, max_size=300)
 def test_each_sample_once_an_epoch_and_each_batch_within_its_budget(
     sizes: list[int], budget: int, most: int, seed: int, epoch: int
 ) -> None:
-    plan = Plan(sizes, budget, most, seed)
+    plan = BatchPlan(sizes, budget, most, seed)
     batches = plan.epoch(epoch)
     assert sorted(chain.from_iterable(batches)) == list(range(len(sizes)))
     assert all(batches)
     assert all(sum(sizes[i] for i in batch) <= budget for batch in batches)
     assert all(len(batch) <= most for batch in batches if most)
-    assert Plan(sizes, budget, most, seed).epoch(epoch) == batches
+    assert BatchPlan(sizes, budget, most, seed).epoch(epoch) == batches
 
 
 @settings(deadline=None)
 @given(lengths, st.integers(1, 3), st.data())
 def test_resuming_anywhere_gives_the_tail(sizes: list[int], epochs: int, data: st.DataObject) -> None:
-    plan = Plan(sizes, 100, seed=7)
+    plan = BatchPlan(sizes, 100, seed=7)
     whole = list(Loader(Numbers(sizes), plan, epochs=epochs))
     assert len(whole) == Loader(Numbers(sizes), plan, epochs=epochs).num_batches
     trained = data.draw(st.integers(0, len(whole)))
-    cursor = Cursor.after(whole[trained - 1]) if trained else Cursor()
-    cursor = msgspec.json.decode(msgspec.json.encode(cursor), type=Cursor)
-    resumed = Loader(Numbers(sizes), Plan(sizes, 100, seed=7), epochs=epochs, cursor=cursor)
-    assert len(resumed) == len(whole) - trained
+    epoch, index = (whole[trained - 1].epoch, whole[trained - 1].index + 1) if trained else (0, 0)
+    resumed = Loader(Numbers(sizes), BatchPlan(sizes, 100, seed=7), epochs=epochs).remaining(epoch, index)
     assert [facts(batch) for batch in resumed] == [facts(batch) for batch in whole[trained:]]
+
+
+def test_an_epochs_batches_are_that_epochs() -> None:
+    loader = Loader(Numbers([4] * 20), BatchPlan([4] * 20, 12), epochs=3)
+    assert {batch.epoch for batch in loader.batches(1)} == {1}
+    by_epoch = [list(loader.batches(epoch)) for epoch in range(3)]
+    assert [facts(batch) for epoch in by_epoch for batch in epoch] == [facts(batch) for batch in loader]
+    assert [batch.index for batch in loader.batches(2, 5)] == list(range(5, len(by_epoch[2])))
+    assert list(loader.batches(0, len(by_epoch[0]))) == []
 
 
 def facts(batch: Batch) -> tuple[object, ...]:
@@ -67,7 +73,7 @@ def facts(batch: Batch) -> tuple[object, ...]:
 
 def test_a_batch_is_its_samples_end_to_end() -> None:
     sizes = [3, 2, 4]
-    (batch,) = Loader(Numbers(sizes), Plan(sizes, 100))
+    (batch,) = Loader(Numbers(sizes), BatchPlan(sizes, 100))
     assert batch.tokens.tolist() == list(chain.from_iterable([i] * sizes[i] for i in batch.samples))
     assert batch.lengths.tolist() == [sizes[i] for i in batch.samples]
     assert batch.loss_mask.tolist() == list(
@@ -78,15 +84,15 @@ def test_a_batch_is_its_samples_end_to_end() -> None:
 
 def test_epochs_are_counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
     built: list[int] = []
-    build = Plan._build
+    build = BatchPlan._build
 
-    def spy(self: Plan, epoch: int) -> list[tuple[int, ...]]:
+    def spy(self: BatchPlan, epoch: int) -> list[tuple[int, ...]]:
         built.append(epoch)
         return build(self, epoch)
 
-    monkeypatch.setattr(Plan, "_build", spy)
+    monkeypatch.setattr(BatchPlan, "_build", spy)
     sizes = [3, 5, 2] * 40
-    loader = Loader(Numbers(sizes), Plan(sizes, 16, seed=1), epochs=4)
+    loader = Loader(Numbers(sizes), BatchPlan(sizes, 16, seed=1), epochs=4)
     assert loader.num_batches == len(loader) == loader.num_batches
     assert built == [0, 1, 2, 3]
     assert len(list(loader)) == loader.num_batches
@@ -95,13 +101,13 @@ def test_epochs_are_counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_seeds_and_epochs_differ() -> None:
     sizes = [5] * 100
-    epochs = [Plan(sizes, 20, seed=seed).epoch(epoch) for seed in (0, 1) for epoch in (0, 1)]
+    epochs = [BatchPlan(sizes, 20, seed=seed).epoch(epoch) for seed in (0, 1) for epoch in (0, 1)]
     assert all(a != b for i, a in enumerate(epochs) for b in epochs[:i])
 
 
 def test_the_order_is_the_same_on_every_machine() -> None:
     """Written down once: a resumed run on another machine or numpy must see this very epoch."""
-    assert Plan([4, 2, 3, 1, 5, 2], 6, seed=3).epoch(1) == [(4,), (2,), (0,), (3, 1, 5)]
+    assert BatchPlan([4, 2, 3, 1, 5, 2], 6, seed=3).epoch(1) == [(4,), (2,), (0,), (3, 1, 5)]
 
 
 def test_splitmix_gives_its_published_first_number() -> None:
@@ -110,7 +116,7 @@ def test_splitmix_gives_its_published_first_number() -> None:
 
 def test_samples_of_alike_length_share_a_batch() -> None:
     sizes = [10, 90] * 50
-    mixed = [batch for batch in Plan(sizes, 180).epoch(0) if {sizes[i] for i in batch} == {10, 90}]
+    mixed = [batch for batch in BatchPlan(sizes, 180).epoch(0) if {sizes[i] for i in batch} == {10, 90}]
     assert len(mixed) <= 1
 
 
@@ -125,13 +131,11 @@ def test_samples_of_alike_length_share_a_batch() -> None:
 )
 def test_what_cannot_be_planned_is_refused_at_once(sizes: list[int], budget: int, most: int, said: str) -> None:
     with pytest.raises(ConfigError, match=said):
-        Plan(sizes, budget, most)
+        BatchPlan(sizes, budget, most)
 
 
-def test_a_loader_refuses_positions_outside_its_run() -> None:
-    plan = Plan([3], 8)
+def test_a_loader_has_at_least_one_epoch() -> None:
+    plan = BatchPlan([3], 8)
     with pytest.raises(ConfigError, match="expected at least 1"):
         Loader(Numbers([3]), plan, epochs=0)
-    with pytest.raises(ConfigError, match="outside a run of 2 epochs"):
-        Loader(Numbers([3]), plan, epochs=2, cursor=Cursor(epoch=3))
-    assert list(Loader(Numbers([3]), plan, epochs=2, cursor=Cursor(epoch=2))) == []
+    assert list(Loader(Numbers([3]), plan, epochs=2).remaining(2, 0)) == []

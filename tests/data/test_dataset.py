@@ -11,8 +11,9 @@ import pytest
 
 from chats import THINKING, talk, write_rows, write_tokenizer
 from specd.config.settings import DataConfig
+from specd.data.batching import Loader
 from specd.data.chat import load_tokenizer
-from specd.data.dataset import Dataset, Loader, prepare, sample
+from specd.data.dataset import Dataset, prepare, sample
 from specd.errors import ConfigError, DataError
 
 

@@ -15,13 +15,16 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from drafts import CONFIG, CONTRACT, HIDDEN, LENGTHS, MASK, TARGET, VOCAB, FakeDelivery, deliver, make_batch, make_draft
+from drafts import CONFIG, CONTRACT, HIDDEN, LENGTHS, MASK, TARGET, VOCAB, deliver, make_batch, make_draft, taps_of
 from specd.config.settings import DFlashConfig
 from specd.drafts.block_attention import in_whole_tiles
-from specd.drafts.dflash.model import KeyValue, compiled, draft_shape
-from specd.drafts.dflash.objective import DFlash, Tuning, capture_spec, loss_decay, make_blocks, sample_anchors
+from specd.drafts.blocks import make_blocks, sample_anchors
+from specd.drafts.compile import compiled
+from specd.drafts.dflash.model import draft_shape
+from specd.drafts.dflash.objective import DFlash, Tuning, capture_spec, loss_decay
+from specd.drafts.layers import KeyValue
 from specd.errors import ConfigError
-from specd.protocol.batch import Batch
+from specd.protocol.batch import Batch, Delivery
 from specd.protocol.capture import CaptureSpec
 
 
@@ -108,7 +111,7 @@ def attend_alone(query: Tensor, block: KeyValue, context: KeyValue, window: int)
     return F.scaled_dot_product_attention(query.transpose(0, 1), keys, values, attn_mask=visible).transpose(0, 1)
 
 
-def slow_loss(draft: DFlash, delivery: FakeDelivery) -> tuple[Tensor, float, list[int], list[int]]:
+def slow_loss(draft: DFlash, delivery: Delivery) -> tuple[Tensor, float, list[int], list[int]]:
     """The same loss, block by block and score by score, from the definition."""
     batch, shape, module = delivery.batch, draft.draft.shape, draft.draft
     total, weight = torch.zeros(()), 0.0
@@ -124,7 +127,7 @@ def slow_loss(draft: DFlash, delivery: FakeDelivery) -> tuple[Tensor, float, lis
             ids = torch.full((shape.block_size,), MASK)
             ids[0] = int(tokens[p])
             states = module(
-                delivery.taps[start : start + p].flatten(1),
+                taps_of(delivery)[start : start + p].flatten(1),
                 torch.arange(p),
                 draft.embedding[ids],
                 torch.arange(p, p + shape.block_size),
@@ -172,7 +175,7 @@ def test_a_sequence_gives_the_same_loss_alone_and_packed() -> None:
             loss_mask=delivery.batch.loss_mask[cut],
             samples=delivery.batch.samples[index : index + 1],
         )
-        alone.append(draft.loss(FakeDelivery(batch, delivery.taps[cut])))
+        alone.append(draft.loss(Delivery(batch, taps_of(delivery)[cut])))
         start += length
     packed = draft.loss(delivery)
     torch.testing.assert_close(packed.sum, torch.stack([x.sum for x in alone]).sum(), rtol=1e-5, atol=1e-4)
@@ -201,9 +204,9 @@ def test_no_block_sees_its_own_answer() -> None:
     anchor = int(sample_anchors(batch.loss_mask, batch.lengths, batch.samples, 0, 0, 1)[0][0])
     delivery = deliver(batch)
     before = draft.loss(delivery).sum
-    delivery.taps[anchor:] += 1.0
+    taps_of(delivery)[anchor:] += 1.0
     assert torch.equal(draft.loss(delivery).sum, before)
-    delivery.taps[anchor - 1] += 1.0
+    taps_of(delivery)[anchor - 1] += 1.0
     assert not torch.equal(draft.loss(delivery).sum, before)
 
 

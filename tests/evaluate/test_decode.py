@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 from specd.config.settings import DFlashConfig
+from specd.drafts.dflash.drafter import DFlashDrafter
 from specd.drafts.dflash.model import DFlashDraft, draft_shape
 from specd.errors import ConfigError
-from specd.evaluate.decode import DFlashDrafter, Generation, Mismatch, PromptResult, evaluate, greedy, speculate
+from specd.evaluate.decode import Generation, evaluate, greedy, speculate
+from specd.evaluate.results import Mismatch, PromptResult
 
 transformers = pytest.importorskip("transformers")
 VOCAB, HIDDEN, BLOCK = 41, 32, 5

@@ -16,8 +16,9 @@ import pytest
 import torch
 
 from specd.errors import TransportError
-from specd.memory import arena as module
-from specd.memory.arena import LINE, PAGE, HostArena, is_segment_path, remove, segment_path, sweep
+from specd.memory import segment
+from specd.memory.arena import LINE, PAGE, HostArena
+from specd.memory.segment import is_segment_path, remove, segment_path, sweep
 
 
 @pytest.fixture
@@ -275,7 +276,7 @@ def test_sweep_takes_what_a_killed_owner_left_and_nothing_else(
         assert path in swept
         assert living.path not in swept
         assert os.path.exists(living.path)
-    monkeypatch.setattr(module, "SHM_DIR", str(tmp_path / "missing"))
+    monkeypatch.setattr(segment, "SHM_DIR", str(tmp_path / "missing"))
     assert sweep() == []
 
 

@@ -17,9 +17,10 @@ import torch
 import fake_cuda
 from specd.errors import TransportError
 from specd.memory import cuda
-from specd.memory.arena import PAGE, HostArena, segment_path
+from specd.memory.arena import PAGE, HostArena
 from specd.memory.device_arena import DeviceArena
-from specd.transports.base import pattern
+from specd.memory.segment import segment_path
+from specd.transports.checks import pattern
 
 SLOT_BYTES = 5000
 ROOT = Path(__file__).parents[2]

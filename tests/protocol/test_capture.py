@@ -5,8 +5,9 @@ from __future__ import annotations
 import msgspec
 import pytest
 
+from specd.drafts.taps import dflash_taps, eagle3_taps
 from specd.errors import ConfigError
-from specd.protocol.capture import CaptureSpec, dflash_taps, eagle3_taps
+from specd.protocol.capture import CaptureSpec
 
 
 @pytest.mark.parametrize(

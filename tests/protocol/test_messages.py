@@ -18,9 +18,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from messages import BY_TAG, CONTRACT, EPOCH, SAMPLES, TYPES
+from specd.protocol import limits
 from specd.protocol import messages as wire
 from specd.protocol.batch import Layout, TensorRef
 from specd.protocol.capture import CaptureSpec
+from specd.protocol.contract import ArtifactRef, RingInfo, TargetContract
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "protocol.json"
 TEXT = Path(__file__).parents[2] / "docs" / "protocol.md"
@@ -117,13 +119,13 @@ specs = st.builds(
 shapes = st.lists(u64, max_size=4).map(tuple)
 tensors = st.builds(TensorRef, name=text, offset=u64, shape=shapes, dtype=text)
 layouts = st.builds(Layout, tensors=st.lists(tensors, max_size=2).map(tuple), nbytes=u64)
-artifacts = st.builds(wire.ArtifactRef, nbytes=u64, shape=shapes, dtype=text, same_as=text)
+artifacts = st.builds(ArtifactRef, nbytes=u64, shape=shapes, dtype=text, same_as=text)
 contracts = st.builds(
-    wire.TargetContract, model=text, model_type=text, hidden_size=positive, num_layers=positive, vocab_size=positive,
+    TargetContract, model=text, model_type=text, hidden_size=positive, num_layers=positive, vocab_size=positive,
     dtype=text, weights=text, tokenizer=text, chat_template=text, taps=text,
     artifacts=st.dictionaries(name, artifacts, max_size=3),
 )  # fmt: skip
-rings = st.builds(wire.RingInfo, num_slots=positive, slot_bytes=st.integers(1, 2**64 - 1), slot_tokens=positive)
+rings = st.builds(RingInfo, num_slots=positive, slot_bytes=st.integers(1, 2**64 - 1), slot_tokens=positive)
 finite = st.floats(allow_nan=False)
 sessions = st.builds(
     wire.SessionStatus, session=text, name=text, transport=text, gpus=names, credits=u64, outstanding=u64, leases=u64,
@@ -201,8 +203,8 @@ def test_the_text_has_the_limits_of_the_code() -> None:
     text = TEXT.read_text()
     assert f"version {wire.VERSION}\n" in text.splitlines(keepends=True)[0]
     for limit in (
-        wire.MAX_MESSAGE_BYTES, wire.ARTIFACT_CHUNK_BYTES, wire.MAX_OFFER_BYTES, wire.MAX_HELLO_BYTES, wire.MAX_TAPS,
-        wire.MAX_REASON_CHARS,
+        limits.MAX_MESSAGE_BYTES, limits.ARTIFACT_CHUNK_BYTES, limits.MAX_OFFER_BYTES, limits.MAX_HELLO_BYTES,
+        limits.MAX_TAPS, limits.MAX_REASON_CHARS,
     ):  # fmt: skip
         assert f"{limit:,}" in text
 

@@ -10,6 +10,7 @@ import pytest
 
 from messages import BATCH, BY_TAG, EPOCH, SAMPLES
 from specd.errors import ProtocolError
+from specd.protocol import limits
 from specd.protocol import messages as wire
 
 VERSION = bytes((wire.VERSION,))
@@ -171,7 +172,7 @@ def test_msgpack_extensions_and_timestamps_are_refused() -> None:
 
 
 def test_a_message_too_large_to_be_taken_is_not_sent() -> None:
-    tokens = bytes(wire.MAX_MESSAGE_BYTES)
+    tokens = bytes(limits.MAX_MESSAGE_BYTES)
     message = wire.Submit(epoch=EPOCH, seq=0, batch_id=BATCH, tokens=tokens, lengths=b"\1\0\0\0")
     with pytest.raises(ProtocolError, match="exceeds the limit of 8388608"):
         wire.encode(message)

@@ -22,22 +22,14 @@ from rich.console import Console
 from runs import full_disk
 from specd.config.settings import RunConfig
 from specd.errors import CheckpointError, ConfigError
-from specd.evaluate.decode import Evaluation, Mismatch, PromptResult
+from specd.evaluate.results import EVALS, EvalFacts, Evaluation, Mismatch, PromptResult
 from specd.report import figures
 from specd.report.figures import running_mean
-from specd.report.run_report import (
-    EVALS,
-    EvalFacts,
-    RunFacts,
-    key_figures,
-    machine_facts,
-    step_over_bound,
-    write_facts,
-    write_report,
-)
-from specd.train.directory import JOURNAL
-from specd.train.display import Display, Scalars, sparkline
+from specd.report.run_report import key_figures, step_over_bound, write_report
+from specd.train.directory import JOURNAL, RunFacts, machine_facts, write_facts
+from specd.train.display import Display, sparkline
 from specd.train.journal import Journal, StepRecord, TrainedBatch, bound, read
+from specd.train.tensorboard import Scalars
 
 
 def record(step: int, **changes: Any) -> StepRecord:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import msgspec
 import numpy as np
 import torch
 
 from specd.config.settings import DFlashConfig
 from specd.drafts.dflash.objective import DFlash
-from specd.protocol.batch import Batch
-from specd.protocol.messages import TargetContract
+from specd.protocol.batch import Batch, Delivery
+from specd.protocol.contract import TargetContract
 
 VOCAB, HIDDEN, MASK = 97, 32, 3
 TARGET: dict[str, Any] = {
@@ -33,11 +32,6 @@ CONFIG = DFlashConfig(num_layers=2, num_taps=3, block_size=4, num_anchors=5, los
 LENGTHS = (11, 1, 17, 6)
 
 
-class FakeDelivery(msgspec.Struct):
-    batch: Batch
-    taps: Any
-
-
 def make_batch(lengths: tuple[int, ...] = LENGTHS, density: float = 0.8, seed: int = 0) -> Batch:
     rng = np.random.default_rng(seed)
     return Batch(
@@ -54,9 +48,15 @@ def make_draft(config: DFlashConfig = CONFIG, seed: int = 0, **changes: Any) -> 
     return DFlash(config, CONTRACT, {**TARGET, **changes}, head, head, MASK, seed=seed)
 
 
-def deliver(batch: Batch, num_taps: int = 3, seed: int = 2) -> FakeDelivery:
+def deliver(batch: Batch, num_taps: int = 3, seed: int = 2) -> Delivery:
     taps = torch.randn(batch.num_tokens, num_taps, HIDDEN, generator=torch.Generator().manual_seed(seed))
-    return FakeDelivery(batch, taps)
+    return Delivery(batch, taps)
 
 
 # Anchors
+
+
+def taps_of(delivery: Delivery) -> torch.Tensor:
+    """A delivery's taps, which it has."""
+    assert delivery.taps is not None
+    return delivery.taps

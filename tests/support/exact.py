@@ -39,7 +39,7 @@ class Feed:
 
     num_batches = STEPS
 
-    def batches(self, epoch: int, index: int) -> Iterator[Batch]:
+    def remaining(self, epoch: int, index: int) -> Iterator[Batch]:
         for number in range(index, STEPS):
             rng = np.random.default_rng(number)
             lengths = rng.integers(10, 60, 3).astype(np.int32)

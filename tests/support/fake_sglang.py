@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from specd.targets.sglang.engine import TOUCH_POINTS
+from specd.targets.sglang.touch_points import TOUCH_POINTS
 
 HIDDEN, VOCAB, LAYERS = 64, 256, 5
 

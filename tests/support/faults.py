@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from specd.client.handshake import ask_status
+from specd.client.ask import ask_status
 from specd.protocol.messages import StatusReport
 from specd.train.journal import read
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from specd.protocol.batch import slot_layout
 from specd.protocol.capture import CaptureSpec
-from specd.targets.base import Fill
+from specd.targets.base import CaptureJob
 
 HIDDEN, VOCAB = 64, 256
 LENGTHS = (7, 1, 23, 16)
@@ -22,10 +22,10 @@ def draw_tokens(count: int, seed: int = 0) -> NDArray[np.int32]:
     return np.random.default_rng(seed).integers(0, VOCAB, count).astype(np.int32)
 
 
-def make_fill(lengths: Sequence[int], spec: CaptureSpec = SPEC, *, seed: int = 0, hidden: int = HIDDEN) -> Fill:
+def make_fill(lengths: Sequence[int], spec: CaptureSpec = SPEC, *, seed: int = 0, hidden: int = HIDDEN) -> CaptureJob:
     num_tokens = sum(lengths)
     layout = slot_layout(spec, hidden, num_tokens)
-    return Fill(
+    return CaptureJob(
         tokens=draw_tokens(num_tokens, seed),
         lengths=np.array(lengths, dtype=np.int32),
         spec=spec,
@@ -34,7 +34,7 @@ def make_fill(lengths: Sequence[int], spec: CaptureSpec = SPEC, *, seed: int = 0
     )
 
 
-def read(fill: Fill) -> dict[str, torch.Tensor]:
+def read(fill: CaptureJob) -> dict[str, torch.Tensor]:
     """The tensors in a slot, after a look at the bytes beyond them."""
     assert bytes(fill.slot[fill.layout.nbytes :]) == b"\xa5" * 64
     return {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 from typing import get_args
 
+from specd.protocol import contract
 from specd.protocol import messages as wire
 from specd.protocol.batch import slot_layout
 from specd.protocol.capture import CaptureSpec
@@ -12,7 +13,7 @@ from specd.protocol.capture import CaptureSpec
 EPOCH = bytes(range(16))
 BATCH = bytes(range(0xA0, 0xB0))
 SPEC = CaptureSpec(taps=(1, 12), final=True, dtype="bfloat16")
-CONTRACT = wire.TargetContract(
+CONTRACT = contract.TargetContract(
     model="smollm2-135m",
     model_type="llama",
     hidden_size=576,
@@ -23,12 +24,12 @@ CONTRACT = wire.TargetContract(
     tokenizer="cd34",
     chat_template="",
     artifacts={
-        "config.json": wire.ArtifactRef(nbytes=861),
-        "embedding": wire.ArtifactRef(nbytes=113246208, shape=(49152, 576), dtype="float32"),
-        "lm_head": wire.ArtifactRef(nbytes=113246208, shape=(49152, 576), dtype="float32", same_as="embedding"),
+        "config.json": contract.ArtifactRef(nbytes=861),
+        "embedding": contract.ArtifactRef(nbytes=113246208, shape=(49152, 576), dtype="float32"),
+        "lm_head": contract.ArtifactRef(nbytes=113246208, shape=(49152, 576), dtype="float32", same_as="embedding"),
     },
 )
-RING = wire.RingInfo(num_slots=8, slot_bytes=12288, slot_tokens=4096)
+RING = contract.RingInfo(num_slots=8, slot_bytes=12288, slot_tokens=4096)
 SAMPLES: tuple[wire.Message, ...] = (
     wire.Hello(
         epoch=EPOCH, name="trainer", host="h1", pid=4242, gpus=("GPU-0",), transports=("shm", "bytes"), spec=SPEC,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import resource
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +13,7 @@ import numpy as np
 import torch
 
 from specd.config.settings import TrainConfig
+from specd.drafts.base import Loss
 from specd.metrics import Stats
 from specd.protocol.batch import Batch
 from specd.train.checkpoint import Checkpoints, Identity, Position
@@ -21,13 +21,6 @@ from specd.train.journal import StepRecord, read
 from specd.train.loop import train
 
 HIDDEN = 6
-
-
-@dataclass
-class TinyLoss:
-    sum: torch.Tensor
-    weight: torch.Tensor
-    metrics: dict[str, torch.Tensor]
 
 
 class Tiny:
@@ -48,7 +41,7 @@ class Tiny:
     def export(self, path: Path) -> None:
         raise NotImplementedError
 
-    def loss(self, delivery: Any) -> TinyLoss:
+    def loss(self, delivery: Any) -> Loss:
         batch: Batch = delivery.batch
         self.trained.append((batch.epoch, batch.index))
         mask = torch.from_numpy(batch.loss_mask)
@@ -59,7 +52,7 @@ class Tiny:
             total = total * float("nan")
         right = torch.stack([(error.abs() < 0.5).sum(), torch.zeros((), dtype=torch.long)])
         metrics = {"correct": right, "counted": torch.stack([mask.sum(), mask.sum() * 0])}
-        return TinyLoss(total, mask.sum(), metrics)
+        return Loss(total, mask.sum(), metrics)
 
 
 class Plan:
@@ -72,7 +65,7 @@ class Plan:
     def num_batches(self) -> int:
         return self.epochs * self.per_epoch
 
-    def batches(self, epoch: int, index: int) -> Iterator[Batch]:
+    def remaining(self, epoch: int, index: int) -> Iterator[Batch]:
         for number in range(epoch * self.per_epoch + index, self.num_batches):
             epoch, index = divmod(number, self.per_epoch)
             yield self.batch(epoch, index)

@@ -18,11 +18,14 @@ import zmq
 from specd.client.subscriber import Subscriber
 from specd.config.settings import SubscriberConfig
 from specd.errors import TransportError
+from specd.protocol import limits
 from specd.protocol import messages as wire
 from specd.protocol.batch import Batch, batch_id, slot_layout
 from specd.protocol.capture import CaptureSpec
-from specd.protocol.messages import Message, RingInfo, TargetContract
-from specd.transports.base import Client, Server, SlotRef, Traits, pattern, stale
+from specd.protocol.contract import RingInfo, TargetContract
+from specd.protocol.messages import Message
+from specd.transports.base import Client, Server, SlotRef, Traits
+from specd.transports.checks import pattern, stale
 
 SPEC = CaptureSpec(taps=(1,), dtype="float32")
 CONTRACT = TargetContract(
@@ -106,7 +109,7 @@ class Daemon:
         ttl_s: float = 30.0,
     ) -> None:
         self.endpoint = f"inproc://scripted-{secrets.token_hex(4)}"
-        self.epoch = secrets.token_bytes(wire.EPOCH_BYTES)
+        self.epoch = secrets.token_bytes(limits.EPOCH_BYTES)
         self.refuses_to_lend = self.deaf = False
         self.hellos: list[wire.Hello] = []
         self.heard: list[Message] = []

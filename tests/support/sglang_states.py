@@ -20,7 +20,7 @@ import transformers
 from specd.config.settings import TargetConfig
 from specd.protocol.batch import slot_layout
 from specd.protocol.capture import CaptureSpec
-from specd.targets.base import Fill, Target
+from specd.targets.base import CaptureJob, Target
 from specd.targets.registry import load_target
 
 LENGTHS = (7, 1, 23, 16)
@@ -55,7 +55,7 @@ def checkpoint(family: str, path: Path, kind: str) -> None:
     model.save_pretrained(path)
 
 
-def fills(target: Target, groups: tuple[tuple[int, ...], ...], spec: CaptureSpec) -> list[Fill]:
+def fills(target: Target, groups: tuple[tuple[int, ...], ...], spec: CaptureSpec) -> list[CaptureJob]:
     """One fill of each group of lengths, its tokens drawn from the group's place."""
     made = []
     for seed, lengths in enumerate(groups):
@@ -65,7 +65,7 @@ def fills(target: Target, groups: tuple[tuple[int, ...], ...], spec: CaptureSpec
         slot: Any = torch.full((layout.nbytes,), 0xA5, dtype=torch.uint8, device=target.device)
         if target.device == "cpu":
             slot = memoryview(slot.numpy())
-        made.append(Fill(tokens=tokens, lengths=np.array(lengths, np.int32), spec=spec, layout=layout, slot=slot))
+        made.append(CaptureJob(tokens=tokens, lengths=np.array(lengths, np.int32), spec=spec, layout=layout, slot=slot))
     return made
 
 

@@ -16,7 +16,7 @@ from specd.config.settings import CaptureConfig, DaemonConfig, RingConfig, Targe
 from specd.errors import TargetError, TransportError
 from specd.protocol.batch import slot_layout
 from specd.protocol.capture import CaptureSpec
-from specd.targets.base import Fill
+from specd.targets.base import CaptureJob
 from specd.targets.registry import load_target
 from specd.transports.base import ServerContext, SlotRef, Traits
 from specd.worker import ring_memory as serving
@@ -91,7 +91,7 @@ def expected(task: FillSlot) -> bytes:
     slot = memoryview(bytearray(task.layout.nbytes))
     tokens, lengths = np.frombuffer(task.tokens, "<i4"), np.frombuffer(task.lengths, "<i4")
     load_target(TargetConfig(model=MODEL)).run(
-        [Fill(tokens=tokens, lengths=lengths, spec=SPEC, layout=task.layout, slot=slot)]
+        [CaptureJob(tokens=tokens, lengths=lengths, spec=SPEC, layout=task.layout, slot=slot)]
     )
     return bytes(slot)
 
@@ -176,7 +176,7 @@ class SlowTarget:
         self.sizes: list[list[int]] = []
         self.began = threading.Semaphore(0)
 
-    def run(self, fills: Sequence[Fill]) -> Pending:
+    def run(self, fills: Sequence[CaptureJob]) -> Pending:
         if int(fills[0].tokens.size) == 13:
             raise TargetError("thirteen tokens")
         self._inner.run(fills)
@@ -198,7 +198,7 @@ class Stuck(SlowTarget):
     def __init__(self, _config: TargetConfig) -> None:
         super().__init__()
 
-    def run(self, fills: Sequence[Fill]) -> Pending:
+    def run(self, fills: Sequence[CaptureJob]) -> Pending:
         if self.pending:
             threading.Event().wait()
         pending = super().run(fills)

@@ -7,9 +7,10 @@ import pytest
 import torch
 import torch._inductor.config
 
-from drafts import CONTRACT, HIDDEN, MASK, TARGET, VOCAB, FakeDelivery, deliver, make_batch
+from drafts import CONTRACT, HIDDEN, MASK, TARGET, VOCAB, deliver, make_batch, taps_of
 from specd.config.settings import AttentionKind, DFlashConfig, TrainConfig
 from specd.drafts.dflash.objective import DFlash, Tuning
+from specd.protocol.batch import Delivery
 from specd.train.optimizer import apply_gradients, make_optimizer
 
 CONFIG = DFlashConfig(num_layers=2, num_taps=3, block_size=16, num_anchors=40, loss_chunk=128, head_dim=64)
@@ -20,10 +21,10 @@ def make_head() -> torch.Tensor:
     return torch.randn(VOCAB, HIDDEN, generator=torch.Generator().manual_seed(1))
 
 
-def on_gpu(lengths: tuple[int, ...], seed: int = 0) -> FakeDelivery:
+def on_gpu(lengths: tuple[int, ...], seed: int = 0) -> Delivery:
     """A batch of sequences of these lengths, its taps bfloat16 on the GPU."""
     delivery = deliver(make_batch(lengths, seed=seed))
-    return FakeDelivery(delivery.batch, delivery.taps.cuda().bfloat16())
+    return Delivery(delivery.batch, taps_of(delivery).cuda().bfloat16())
 
 
 @pytest.mark.gpu(1)
@@ -36,7 +37,7 @@ def test_loss_on_a_gpu_equals_the_cpu_and_never_waits_for_the_device() -> None:
     on_cpu = DFlash(config, CONTRACT, TARGET, head, head, MASK)
     on_gpu = DFlash(config, CONTRACT, TARGET, head, head, MASK, device="cuda")
     here = on_cpu.loss(delivery)
-    there = FakeDelivery(delivery.batch, delivery.taps.cuda())
+    there = Delivery(delivery.batch, taps_of(delivery).cuda())
     on_gpu.loss(there).sum.backward()  # type: ignore[no-untyped-call]
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -83,7 +84,7 @@ def test_the_batch_that_was_compiled_for_does_not_show_in_the_gradients() -> Non
     """A resumed run meets another batch first than the run it goes on with."""
     head, small, large = make_head(), on_gpu((90,)), on_gpu((700, 300))
 
-    def gradients(first: FakeDelivery) -> torch.Tensor:
+    def gradients(first: Delivery) -> torch.Tensor:
         torch._dynamo.reset()
         draft = DFlash(CONFIG, CONTRACT, TARGET, head, head, MASK, "cuda", torch.bfloat16)
         with torch._inductor.config.patch(force_disable_caches=True):

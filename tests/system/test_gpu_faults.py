@@ -29,7 +29,7 @@ from specd.config.settings import SubscriberConfig, TargetConfig
 from specd.metrics import Stats
 from specd.protocol.batch import Batch, slot_layout
 from specd.protocol.capture import CaptureSpec
-from specd.targets.base import Fill
+from specd.targets.base import CaptureJob
 from specd.targets.synthetic import SyntheticTarget
 from specd.train.journal import read
 
@@ -107,7 +107,7 @@ def states(of: Batch) -> torch.Tensor:
     target = SyntheticTarget(TargetConfig(model=TARGET, device="cpu"))
     layout = slot_layout(SPEC, target.contract.hidden_size, of.num_tokens)
     slot = bytearray(layout.nbytes)
-    target.run([Fill(tokens=of.tokens, lengths=of.lengths, spec=SPEC, layout=layout, slot=memoryview(slot))])
+    target.run([CaptureJob(tokens=of.tokens, lengths=of.lengths, spec=SPEC, layout=layout, slot=memoryview(slot))])
     (taps,) = layout.tensors
     return torch.frombuffer(slot, dtype=torch.float32, count=taps.nbytes // 4, offset=taps.offset).view(taps.shape)
 

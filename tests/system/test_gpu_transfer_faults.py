@@ -23,7 +23,8 @@ import torch
 from faults import ASKED, SEED
 from levels import Levels
 from specd.errors import TransportError
-from specd.transports.base import SlotRef, load
+from specd.transports.base import SlotRef
+from specd.transports.registry import load
 from specd.transports.testing.hosts import SpawnedHost
 from specd.transports.testing.rig import Rig, holds
 

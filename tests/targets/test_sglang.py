@@ -19,13 +19,15 @@ import fake_sglang
 from fake_sglang import HIDDEN, LAYERS, VOCAB, ModelRunner
 from fills import draw_tokens, make_fill, read
 from specd.cli import start as start_verb
-from specd.config.settings import DaemonConfig, TargetConfig, convert
+from specd.config.load import convert
+from specd.config.settings import DaemonConfig, TargetConfig
 from specd.errors import ConfigError, TargetError
 from specd.protocol.capture import CaptureSpec
 from specd.targets.registry import load_target, pick_backend
-from specd.targets.sglang.engine import TOUCH_POINTS, touch_points
-from specd.targets.sglang.ranks import RankSetup, read_frame
+from specd.targets.sglang.rank import read_frame
+from specd.targets.sglang.setup import RankSetup
 from specd.targets.sglang.target import SGLangTarget
+from specd.targets.sglang.touch_points import TOUCH_POINTS, touch_points
 
 SPEC = CaptureSpec(taps=(0, 2), final=True, dtype="float32")
 TAPS_ONLY = CaptureSpec(taps=(0, 2), dtype="float32")
@@ -274,7 +276,7 @@ def test_a_dead_rank_ends_the_process() -> None:
 
 
 def test_a_rank_dies_with_its_parent() -> None:
-    inner = "import os, sys, time; from specd.targets.sglang.ranks import die_with; die_with(os.getppid()); " + (
+    inner = "import os, sys, time; from specd.targets.sglang.rank import die_with; die_with(os.getppid()); " + (
         "print(os.getpid(), flush=True); time.sleep(60)"
     )
     outer = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {inner!r}])"

@@ -14,9 +14,11 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from specd.config.settings import Preset, presets
+from specd.config.presets import Preset, presets
 from specd.errors import ConfigError, TargetError
+from specd.targets import digest, gguf
 from specd.targets import source as checkpoint
+from specd.targets.transformers import load
 
 SMALL: dict[str, Any] = {
     "model_type": "qwen3",
@@ -87,36 +89,36 @@ def test_a_directory_must_hold_a_model(tmp_path: Path) -> None:
         checkpoint.resolve(f"{tmp_path}/")
     (tmp_path / "config.json").write_text('{"model_type": "no-such-model"}')
     with pytest.raises(TargetError, match="no-such-model"):
-        checkpoint.load_causal_lm(f"{tmp_path}/", load_format="dummy")
+        load.load_causal_lm(f"{tmp_path}/", load_format="dummy")
 
 
 def test_a_directory_without_weights_is_refused(shape_only: Path) -> None:
     with pytest.raises(TargetError, match="cannot load"):
-        checkpoint.load_causal_lm(f"{shape_only}/")
+        load.load_causal_lm(f"{shape_only}/")
     with pytest.raises(TargetError, match="safetensors"):
-        checkpoint.weights_digest(shape_only)
+        digest.weights_digest(shape_only)
     with pytest.raises(TargetError, match="no usable tokenizer"):
-        checkpoint.load_tokenizer(f"{shape_only}/")
+        load.load_tokenizer(f"{shape_only}/")
 
 
 def test_impossible_requests_are_refused(shape_only: Path) -> None:
     with pytest.raises(ConfigError, match="real weights keep all their layers"):
-        checkpoint.load_causal_lm(f"{shape_only}/", num_layers=2)
+        load.load_causal_lm(f"{shape_only}/", num_layers=2)
     with pytest.raises(ConfigError, match="has 4 layers"):
-        checkpoint.load_causal_lm(f"{shape_only}/", load_format="dummy", num_layers=5)
+        load.load_causal_lm(f"{shape_only}/", load_format="dummy", num_layers=5)
     for device in ("gpu", "cuda:99"):
         with pytest.raises(ConfigError, match=f"device '{device}'"):
-            checkpoint.load_causal_lm(f"{shape_only}/", load_format="dummy", device=device)
+            load.load_causal_lm(f"{shape_only}/", load_format="dummy", device=device)
     with pytest.raises(ConfigError, match="dtype 'int4'"):
-        checkpoint.load_causal_lm(f"{shape_only}/", load_format="dummy", dtype="int4")
+        load.load_causal_lm(f"{shape_only}/", load_format="dummy", dtype="int4")
 
 
 def test_dummy_weights_are_the_same_every_time_and_at_every_depth(shape_only: Path) -> None:
     torch.manual_seed(7)
-    shallow, tokenizer = checkpoint.load_causal_lm(f"{shape_only}/", load_format="dummy", num_layers=2)
+    shallow, tokenizer = load.load_causal_lm(f"{shape_only}/", load_format="dummy", num_layers=2)
     torch.manual_seed(8)
     state = torch.random.get_rng_state()
-    deep, _ = checkpoint.load_causal_lm(f"{shape_only}/", load_format="dummy")
+    deep, _ = load.load_causal_lm(f"{shape_only}/", load_format="dummy")
     assert torch.equal(torch.random.get_rng_state(), state)
     assert tokenizer is None
     assert (shallow.config.num_hidden_layers, deep.config.num_hidden_layers) == (2, 4)
@@ -128,7 +130,7 @@ def test_dummy_weights_are_the_same_every_time_and_at_every_depth(shape_only: Pa
         if weight.ndim > 1:
             assert weight.std().item() == pytest.approx(0.02, rel=0.15)
     digests = {
-        checkpoint.dummy_digest(checkpoint.dummy_config(checkpoint.resolve(f"{shape_only}/"), n), "cpu") for n in (0, 2)
+        digest.dummy_digest(checkpoint.dummy_config(checkpoint.resolve(f"{shape_only}/"), n), "cpu") for n in (0, 2)
     }
     assert len(digests) == 2
 
@@ -161,7 +163,7 @@ def test_fp8_checkpoints_are_expanded(saved: Path, caplog: pytest.LogCaptureFixt
         "weight_block_size": [128, 128],
     }
     (saved / "config.json").write_text(json.dumps(config))
-    model, _ = checkpoint.load_causal_lm(f"{saved}/", dtype="float32")
+    model, _ = load.load_causal_lm(f"{saved}/", dtype="float32")
     assert "FP8 weights are expanded" in caplog.text
     for name, weight in model.state_dict().items():
         bound = plain[name].abs() / 16 + plain[name].abs().max() / 448 * 2**-9 if "_proj" in name else torch.zeros(1)
@@ -169,15 +171,15 @@ def test_fp8_checkpoints_are_expanded(saved: Path, caplog: pytest.LogCaptureFixt
 
 
 def test_the_weights_digest_sees_a_change(saved: Path) -> None:
-    before = checkpoint.weights_digest(saved)
-    assert checkpoint.weights_digest(saved) == before
+    before = digest.weights_digest(saved)
+    assert digest.weights_digest(saved) == before
     file = saved / "model.safetensors"
     data = bytearray(file.read_bytes())
     data[-1] ^= 1
     file.write_bytes(data)
-    changed = checkpoint.weights_digest(saved)
+    changed = digest.weights_digest(saved)
     (saved / "config.json").write_text((saved / "config.json").read_text() + " ")
-    assert len({before, changed, checkpoint.weights_digest(saved)}) == 3
+    assert len({before, changed, digest.weights_digest(saved)}) == 3
 
 
 # Conversion of a GGUF file that a package carries
@@ -240,7 +242,7 @@ def write_gguf(path: Path) -> None:
 
 
 def test_a_packaged_target_is_converted_once(carried: Preset, tmp_path: Path) -> None:
-    model, tokenizer = checkpoint.load_causal_lm("tiny")
+    model, tokenizer = load.load_causal_lm("tiny")
     source = checkpoint.resolve("tiny")
     assert source.path is not None
     assert source.path.parent == tmp_path / "cache" / "targets"
@@ -280,7 +282,7 @@ def test_two_conversions_at_once_do_the_work_once(
         started.wait(10)
         paths.append(found())
 
-    monkeypatch.setattr(checkpoint, "_write_conversion", convert)
+    monkeypatch.setattr(gguf, "_write_conversion", convert)
     threads = [threading.Thread(target=resolve) for _ in range(2)]
     for thread in threads:
         thread.start()
@@ -301,7 +303,7 @@ def test_a_failed_conversion_leaves_nothing(carried: Preset, tmp_path: Path, mon
         (into / "part").touch()
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(checkpoint, "_write_conversion", fail)
+    monkeypatch.setattr(gguf, "_write_conversion", fail)
     with pytest.raises(TargetError, match=r"no space left.*SPECD_CACHE"):
         checkpoint.resolve("tiny")
     assert all(entry.suffix == ".lock" for entry in (tmp_path / "cache" / "targets").iterdir())
@@ -321,7 +323,7 @@ def test_a_missing_package_is_named(carried: Preset, monkeypatch: pytest.MonkeyP
 @pytest.mark.slow
 def test_the_demo_target_answers() -> None:
     """The real SmolLM2: converted on first use, it knows a capital and stops at its end of turn."""
-    model, tokenizer = checkpoint.load_causal_lm("smollm2-135m")
+    model, tokenizer = load.load_causal_lm("smollm2-135m")
     assert tokenizer is not None
     asked: Any = tokenizer.apply_chat_template(
         [{"role": "user", "content": "What is the capital of France?"}],

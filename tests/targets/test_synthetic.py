@@ -149,12 +149,12 @@ def test_the_synthetic_target_needs_no_torch() -> None:
         "from specd.config.settings import TargetConfig\n"
         "from specd.protocol.batch import slot_layout\n"
         "from specd.targets.registry import load_target\n"
-        "from specd.targets.base import Fill\n"
+        "from specd.targets.base import CaptureJob\n"
         "target = load_target(TargetConfig(model='synthetic:hidden=8'))\n"
         "spec = CaptureSpec(taps=(1,))\n"
         "layout = slot_layout(spec, 8, 3)\n"
         "one = dict(tokens=np.arange(3, dtype=np.int32), lengths=np.array([3], np.int32))\n"
-        "target.run([Fill(**one, spec=spec, layout=layout, slot=memoryview(bytearray(layout.nbytes)))])\n"
+        "target.run([CaptureJob(**one, spec=spec, layout=layout, slot=memoryview(bytearray(layout.nbytes)))])\n"
         "assert not {'torch', 'transformers'} & set(sys.modules), 'torch came along'\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2], timeout=60)

@@ -15,10 +15,11 @@ import transformers
 
 from fills import HIDDEN, LENGTHS, SPEC, TAPS, VOCAB, draw_tokens, make_fill, read
 from specd.config.settings import TargetConfig
+from specd.drafts.taps import dflash_taps
 from specd.errors import ConfigError, TargetError
 from specd.protocol.batch import slot_layout
-from specd.protocol.capture import CaptureSpec, StateDtype, dflash_taps
-from specd.targets.base import Fill, Target, tap_layers
+from specd.protocol.capture import CaptureSpec, StateDtype
+from specd.targets.base import CaptureJob, Target, tap_layers
 from specd.targets.registry import load_target
 
 LAYERS = 6
@@ -89,7 +90,7 @@ def layer_calls() -> Iterator[list[int]]:
     handle.remove()
 
 
-def plain_states(model: Any, fill: Fill) -> dict[str, torch.Tensor]:
+def plain_states(model: Any, fill: CaptureJob) -> dict[str, torch.Tensor]:
     """taps, final and logits of a plain run: one sequence at a time, no padding, no packing."""
     taps, final, logits = [], [], []
     for piece in torch.split(torch.from_numpy(fill.tokens.astype(np.int64)), fill.lengths.tolist()):
@@ -219,7 +220,7 @@ def test_a_bad_fill_is_refused_and_the_target_lives_on(targets: dict[str, Target
     outside, uneven = make_fill((4,)), make_fill((4,))
     outside.tokens[2] = VOCAB
     uneven.lengths[0] = 3
-    wrong_slot = Fill(
+    wrong_slot = CaptureJob(
         tokens=draw_tokens(4),
         lengths=np.array([4], np.int32),
         spec=SPEC,

@@ -9,7 +9,7 @@ import pytest
 
 from specd.config.settings import DataConfig, DFlashConfig, RunConfig, TrainConfig
 from specd.errors import CheckpointError, ConfigError, ProtocolError
-from specd.protocol.messages import ArtifactRef, TargetContract
+from specd.protocol.contract import ArtifactRef, TargetContract
 from specd.train.directory import RunDirectory, identity, target_files
 
 CONTRACT = TargetContract(

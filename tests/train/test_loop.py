@@ -12,8 +12,9 @@ import torch
 from msgspec import structs
 from safetensors.torch import load_file
 
-from runs import CONFIG, Plan, Source, Tiny, TinyLoss, curve, records, run, same, weights
+from runs import CONFIG, Plan, Source, Tiny, curve, records, run, same, weights
 from specd.config.settings import TrainConfig
+from specd.drafts.base import Loss
 from specd.errors import BatchError, CheckpointError, SpecdError
 from specd.protocol.batch import Batch
 from specd.train.checkpoint import Checkpoints, Position
@@ -137,12 +138,12 @@ def test_out_of_memory_names_the_batch_and_loses_no_step(tmp_path: Path, at: tup
     class Big(Tiny):
         """Half of its gradients are made when the batch `at` runs out of memory."""
 
-        def loss(self, delivery: Any) -> TinyLoss:
+        def loss(self, delivery: Any) -> Loss:
             loss = super().loss(delivery)
             if (delivery.batch.epoch, delivery.batch.index) == at:
                 bias = self.module[2].bias
                 loss.sum.backward(inputs=[bias], retain_graph=True)  # type: ignore[no-untyped-call]
-                loss.sum = OutOfMemory.apply(loss.sum)  # type: ignore[no-untyped-call]
+                return loss._replace(sum=OutOfMemory.apply(loss.sum))  # type: ignore[no-untyped-call]
             return loss
 
     run(tmp_path / "whole")
@@ -255,7 +256,7 @@ def test_log_every_changes_the_log_but_no_number(tmp_path: Path) -> None:
 
 def test_the_drafts_own_time_counts_all_batches_of_a_step_and_no_wait(tmp_path: Path) -> None:
     class Slow(Tiny):
-        def loss(self, delivery: Any) -> TinyLoss:
+        def loss(self, delivery: Any) -> Loss:
             time.sleep(0.02)
             return super().loss(delivery)
 

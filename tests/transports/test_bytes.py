@@ -19,10 +19,11 @@ import zmq
 
 from specd.errors import TransportError
 from specd.memory.arena import HostArena
-from specd.transports.base import ServerContext, SlotRef, unwrap, wrap
+from specd.transports.base import ServerContext, SlotRef
 from specd.transports.bytes.frames import CHUNK_BYTES, HEADER_BYTES, WINDOW, Header, Kind, unpack
 from specd.transports.bytes.server import Bytes, BytesServer
 from specd.transports.bytes.socket import BytesOffer, connect, new_token, sweep
+from specd.transports.checks import unwrap, wrap
 from specd.transports.testing.hosts import SpawnedHost
 
 TEXT = Path(__file__).parents[2] / "docs" / "protocol.md"

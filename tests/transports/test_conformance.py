@@ -13,11 +13,13 @@ import torch
 
 from specd.errors import TransportError
 from specd.memory.arena import HostArena
-from specd.transports.base import ServerContext, SlotRef, load, unwrap, wrap
+from specd.transports.base import ServerContext, SlotRef
 from specd.transports.bytes.client import BytesClient
 from specd.transports.bytes.server import Bytes
 from specd.transports.bytes.socket import BytesOffer
+from specd.transports.checks import unwrap, wrap
 from specd.transports.inproc import Inproc
+from specd.transports.registry import load
 from specd.transports.shm import Shm, ShmOffer
 from specd.transports.testing.hosts import Host, LocalHost, SpawnedHost
 from specd.transports.testing.suite import Rig, TransportConformance, holds

@@ -14,7 +14,8 @@ from specd.errors import TransportError
 from specd.memory import cuda
 from specd.memory.arena import HostArena
 from specd.memory.device_arena import DeviceArena
-from specd.transports.base import ServerContext, SlotRef, unwrap, wrap
+from specd.transports.base import ServerContext, SlotRef
+from specd.transports.checks import unwrap, wrap
 from specd.transports.cuda_ipc import CudaIpc, CudaIpcClient, CudaIpcOffer
 from specd.transports.shm import Shm, ShmClient
 from specd.transports.testing.hosts import Host, LocalHost

@@ -15,9 +15,10 @@ import pytest
 import fake_cuda
 from specd.errors import TransportError
 from specd.memory.device_arena import DeviceArena
-from specd.transports.base import SlotRef, Transport, load
+from specd.transports.base import SlotRef, Transport
 from specd.transports.bytes.server import Bytes
 from specd.transports.inproc import Inproc
+from specd.transports.registry import load
 from specd.transports.shm import Shm
 from specd.transports.testing.hosts import Host, LocalHost, SpawnedHost
 from specd.transports.testing.suite import BorrowConformance, Rig, TransportConformance, holds

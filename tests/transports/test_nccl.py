@@ -30,15 +30,18 @@ from fake_nccl import (
     stop_half_way,
     until,
 )
+from specd.endpoints import boot_id
 from specd.errors import TransportError
 from specd.memory.arena import HostArena
 from specd.memory.device_arena import DeviceArena
-from specd.transports.base import ServerContext, SlotRef, boot_id, load, unwrap, wrap
+from specd.transports.base import ServerContext, SlotRef
+from specd.transports.checks import unwrap, wrap
 from specd.transports.nccl import communicator as nccl_comm
 from specd.transports.nccl import sender as nccl_lane
 from specd.transports.nccl import transport as nccl
 from specd.transports.nccl.communicator import Communicator, Library, Side, Watch
 from specd.transports.nccl.transport import Nccl, NcclHello, NcclServer
+from specd.transports.registry import load
 from specd.transports.testing.hosts import Host, LocalHost, SpawnedHost
 from specd.transports.testing.receiver_suite import ReceiverConformance
 from specd.transports.testing.suite import Rig, holds

@@ -23,7 +23,8 @@ import torch
 
 from specd.errors import TransportError
 from specd.memory.arena import LINE, HostArena
-from specd.transports.base import ServerContext, SlotRef, wrap
+from specd.transports.base import ServerContext, SlotRef
+from specd.transports.checks import wrap
 from specd.transports.nixl.agent import Region
 from specd.transports.nixl.transport import Nixl, NixlOffer, NixlServer, checked
 from specd.transports.testing.hosts import LocalHost, SpawnedHost

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from specd.errors import TransportError
-from specd.transports.base import BUILTIN, SlotRef, Transport, choose, load, names
+from specd.transports.base import SlotRef, Transport
+from specd.transports.registry import BUILTIN, choose, load, names
 from specd.transports.testing.hosts import Host, LocalHost, SpawnedHost
 from specd.transports.testing.suite import Rig, TransportConformance, holds
 

@@ -14,8 +14,10 @@ from hypothesis import strategies as st
 
 from specd.errors import TransportError
 from specd.memory.cuda import Copier
-from specd.transports import base as module
-from specd.transports.base import BUILTIN, DEVICE_ORDER, HOST_ORDER, SlotRef, Traits, choose, load, names, pattern, pull
+from specd.transports import registry
+from specd.transports.base import SlotRef, Traits
+from specd.transports.checks import pattern, pull
+from specd.transports.registry import BUILTIN, DEVICE_ORDER, HOST_ORDER, choose, load, names
 
 GOLDEN = "9eee6dbf13703835a829e187e6f5b032f3e0d6cb"
 NAMES = ("inproc", "cuda_ipc", "nixl", "nccl", "shm", "bytes", "rdma", "carrier")
@@ -145,11 +147,11 @@ def test_an_unknown_name_lists_the_known_ones() -> None:
     [
         ("specd.nowhere:X", "No module named"),
         ("specd.transports.base:Nothing", "no attribute"),
-        ("specd.transports.base:choose", "expected a class with traits"),
+        ("specd.transports.registry:choose", "expected a class with traits"),
     ],
 )
 def test_a_broken_entry_says_what_failed(target: str, match: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(module.BUILTIN, "broken", target)
+    monkeypatch.setitem(registry.BUILTIN, "broken", target)
     with pytest.raises(TransportError, match=match):
         load("broken")
 

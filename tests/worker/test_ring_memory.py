@@ -11,7 +11,8 @@ import pytest
 import fake_cuda
 from specd.config.settings import DaemonConfig, RingConfig, TargetConfig
 from specd.errors import TransportError
-from specd.memory.arena import HostArena, NoRoomError, segment_path
+from specd.memory.arena import HostArena
+from specd.memory.segment import NoRoomError, segment_path
 from specd.transports.base import ServerContext
 from specd.worker import ring_memory as serving
 from workers import Known, Served, only_these

@@ -21,8 +21,11 @@ import zmq
 import fake_cuda
 from specd.daemon.supervisor import ThreadHandle
 from specd.errors import TransportError
-from specd.memory.arena import HostArena, remove, segment_path
-from specd.transports.base import ServerContext, SlotRef, load, pattern
+from specd.memory.arena import HostArena
+from specd.memory.segment import remove, segment_path
+from specd.transports.base import ServerContext, SlotRef
+from specd.transports.checks import pattern
+from specd.transports.registry import load
 from specd.worker import worker
 from specd.worker.messages import (
     Accept,

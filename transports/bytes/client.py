@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING
 
 import zmq
 
+from specd.endpoints import boot_id
 from specd.errors import TransportError
 from specd.memory import cuda
-from specd.transports.base import SlotRef, boot_id, check_into, check_ref, stale, unwrap, wrap
+from specd.transports.base import SlotRef
 from specd.transports.bytes.frames import Header, Kind, checksum, unpack
 from specd.transports.bytes.socket import BytesHello, BytesOffer, connect, usable
+from specd.transports.checks import check_into, check_ref, stale, unwrap, wrap
 
 if TYPE_CHECKING:
     import torch

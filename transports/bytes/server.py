@@ -18,12 +18,14 @@ from typing import TYPE_CHECKING, ClassVar
 
 import zmq
 
+from specd.endpoints import address, boot_id
 from specd.errors import TransportError
 from specd.memory.arena import HostArena
-from specd.transports.base import ServerContext, SlotRef, Traits, boot_id, check_ref, unwrap, wrap
+from specd.transports.base import ServerContext, SlotRef, Traits
 from specd.transports.bytes.client import BytesClient
 from specd.transports.bytes.frames import CHUNK_BYTES, WINDOW, Header, Kind, checksum, unpack
-from specd.transports.bytes.socket import BytesHello, BytesOffer, address, bind, new_token
+from specd.transports.bytes.socket import BytesHello, BytesOffer, bind, new_token
+from specd.transports.checks import check_ref, unwrap, wrap
 
 if TYPE_CHECKING:
     from specd.memory.arena import Arena

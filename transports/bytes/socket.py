@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 import secrets
 import socket as sockets
 import stat
 import time
-from ipaddress import IPv4Address, IPv6Address, ip_address
 from pathlib import Path
 from typing import Final
 
 import msgspec
 import zmq
 
+from specd.endpoints import address
 from specd.errors import TransportError
 from specd.memory.arena import MAX_SLOTS
 from specd.transports.base import ServerContext
@@ -66,14 +65,6 @@ def sweep(directory: str) -> list[str]:
         except OSError:
             continue  # gone meanwhile, or alive and busy
     return removed
-
-
-def address(host: str) -> IPv4Address | IPv6Address | None:
-    """The address that the host part of a tcp endpoint spells out, `*` being all of them; None for a name."""
-    text = "0.0.0.0" if host == "*" else host.strip("[]")
-    with contextlib.suppress(OSError, UnicodeError):
-        return ip_address(sockets.getaddrinfo(text, None, flags=sockets.AI_NUMERICHOST)[0][4][0])
-    return None
 
 
 def bind(context: zmq.Context[zmq.Socket[bytes]], where: ServerContext) -> tuple[zmq.Socket[bytes], str, str]:

@@ -16,9 +16,11 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Final, NamedTuple
 
 import msgspec
 
+from specd.endpoints import boot_id
 from specd.errors import TransportError
 from specd.memory import cuda
-from specd.transports.base import ServerContext, SlotRef, Traits, boot_id, check_into, check_ref, stale, unwrap, wrap
+from specd.transports.base import ServerContext, SlotRef, Traits
+from specd.transports.checks import check_into, check_ref, stale, unwrap, wrap
 from specd.transports.nccl.communicator import (
     BYTES_S,
     EAGER_S,

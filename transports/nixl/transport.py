@@ -18,7 +18,8 @@ import numpy as np
 from specd.errors import TransportError
 from specd.memory import cuda
 from specd.memory.arena import LINE, MAX_SLOTS, PAGE, HostArena
-from specd.transports.base import ServerContext, SlotRef, Traits, check_into, check_ref, stale, unwrap, wrap
+from specd.transports.base import ServerContext, SlotRef, Traits
+from specd.transports.checks import check_into, check_ref, stale, unwrap, wrap
 from specd.transports.nixl.agent import Destinations, NixlAgent, Region
 
 if TYPE_CHECKING:

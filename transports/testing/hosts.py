@@ -17,8 +17,11 @@ import msgspec
 
 from specd.errors import TransportError
 from specd.memory import cuda
-from specd.memory.arena import HostArena, remove
-from specd.transports.base import ServerContext, SlotRef, Transport, load, pattern
+from specd.memory.arena import HostArena
+from specd.memory.segment import remove
+from specd.transports.base import ServerContext, SlotRef, Transport
+from specd.transports.checks import pattern
+from specd.transports.registry import load
 from specd.transports.testing.matmuls import MatmulLoad
 
 if TYPE_CHECKING:

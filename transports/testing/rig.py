@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from specd.errors import TransportError
-from specd.transports.base import Client, SlotRef, Transport, pattern
+from specd.transports.base import Client, SlotRef, Transport
+from specd.transports.checks import pattern
 from specd.transports.testing.hosts import Host
 
 if TYPE_CHECKING:

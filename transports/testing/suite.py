@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from typing import ClassVar, cast
 
 from specd.errors import TransportError, missing_extra
-from specd.memory.arena import segment_path
+from specd.memory.segment import segment_path
 from specd.transports.base import Borrower, SlotRef, Traits, Transport
 from specd.transports.testing.hosts import Host, LocalHost
 from specd.transports.testing.rig import Rig, holds

@@ -16,7 +16,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from specd.drafts.dflash.model import DFlashDraft, DraftShape, rope_theta
+from specd.drafts.dflash.model import DFlashDraft, DraftShape
+from specd.drafts.layers import rope_theta
 from specd.errors import CheckpointError, ConfigError
 
 logger = logging.getLogger(__name__)

@@ -6,33 +6,19 @@ Module names are those of published checkpoints (arXiv 2602.06036), so state dic
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
-from typing import Any, Literal, Protocol, TypeVar, cast
+from typing import Any, Literal
 
 import msgspec
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from specd.config.settings import DFlashConfig
+from specd.drafts.compile import compiled
+from specd.drafts.layers import MLP, Attend, KeyValue, Linear, RMSNorm, Rope, rope_theta, rotate
 from specd.errors import ConfigError
 from specd.protocol.capture import CaptureSpec
 
-KeyValue = tuple[Tensor, Tensor]
-"""Keys and values of some tokens, each [tokens, K, D], keys already rotated."""
-Rope = tuple[Tensor, Tensor]
-"""Cosine and sine of some positions, each [tokens, 1, D / 2]."""
 LayerType = Literal["full_attention", "sliding_attention"]
-Function = TypeVar("Function", bound=Callable[..., Any])
-
-
-class Attend(Protocol):
-    """Attention of all block tokens under the DFlash mask; see `specd.drafts.block_attention`."""
-
-    def __call__(self, query: Tensor, block: KeyValue, context: KeyValue, window: int) -> Tensor:
-        """query [N, Q, D], block keys and values of N tokens, context of T; window 0 is none. Returns [N, Q, D]."""
-        ...
 
 
 class DraftShape(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -122,35 +108,6 @@ def draft_shape(
     return shape
 
 
-def rope_theta(config: dict[str, Any]) -> float:
-    """Base frequency of a model's rotary embedding: newer configs keep it inside `rope_parameters`."""
-    inside = config.get("rope_parameters") or {}
-    return float(inside.get("rope_theta") or config.get("rope_theta") or 10000.0)
-
-
-class Linear(nn.Module):
-    """Bias-free linear map: float32 master weight [outputs, inputs], applied in the dtype of its input."""
-
-    def __init__(self, inputs: int, outputs: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(outputs, inputs))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype))
-
-
-class RMSNorm(nn.Module):
-    """Root-mean-square norm over the last dimension, with a gain."""
-
-    def __init__(self, size: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
-
-
 class Attention(nn.Module):
     """Queries from the block, keys and values from the context features and the block."""
 
@@ -168,25 +125,11 @@ class Attention(nn.Module):
     def keys_values(self, x: Tensor, rope: Rope) -> KeyValue:
         """x [tokens, H] -> rotated keys and values."""
         keys = self.k_norm(self.k_proj(x).unflatten(-1, (-1, self.head_dim)))
-        return _rotate(keys, rope), self.v_proj(x).unflatten(-1, (-1, self.head_dim))
+        return rotate(keys, rope), self.v_proj(x).unflatten(-1, (-1, self.head_dim))
 
     def queries(self, x: Tensor, rope: Rope) -> Tensor:
         """x [tokens, H] -> rotated queries [tokens, Q, D]."""
-        return _rotate(self.q_norm(self.q_proj(x).unflatten(-1, (-1, self.head_dim))), rope)
-
-
-class MLP(nn.Module):
-    """SwiGLU."""
-
-    def __init__(self, shape: DraftShape) -> None:
-        super().__init__()
-        self.gate_proj = Linear(shape.hidden_size, shape.intermediate_size)
-        self.up_proj = Linear(shape.hidden_size, shape.intermediate_size)
-        self.down_proj = Linear(shape.intermediate_size, shape.hidden_size)
-
-    def forward(self, x: Tensor) -> Tensor:
-        states: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
-        return states
+        return rotate(self.q_norm(self.q_proj(x).unflatten(-1, (-1, self.head_dim))), rope)
 
 
 class Layer(nn.Module):
@@ -195,7 +138,7 @@ class Layer(nn.Module):
     def __init__(self, shape: DraftShape, layer_type: LayerType) -> None:
         super().__init__()
         self.self_attn = Attention(shape, layer_type)
-        self.mlp = MLP(shape)
+        self.mlp = MLP(shape.hidden_size, shape.intermediate_size)
         self.input_layernorm = RMSNorm(shape.hidden_size, shape.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(shape.hidden_size, shape.rms_norm_eps)
 
@@ -272,41 +215,3 @@ class DFlashDraft(nn.Module):
         frequencies = 1.0 / (self.shape.rope_theta ** (half / self.shape.head_dim))
         angles = (positions.float()[:, None] * frequencies)[:, None, :]
         return angles.cos().to(dtype), angles.sin().to(dtype)
-
-
-@functools.cache
-def compiled(function: Function) -> Function:
-    """torch.compile of a function, once for all numbers of tokens and all layers of a shape.
-
-    Kernels are chosen without timing them: another choice could round differently from one run to the next.
-    What it returns raises ConfigError where the function cannot be compiled on this machine.
-    """
-    from torch._dynamo.exc import TorchDynamoException
-    from torch._inductor import config
-
-    # Sums over as few numbers as heads share keys go into the element-wise kernel around them: as reductions of their
-    # own, with no shape tried out, they take many times what their bytes need.
-    options: dict[str, Any] = {"unroll_reductions_threshold": 17}
-    if hasattr(config, "deterministic"):  # from torch 2.10 on
-        options["deterministic"] = True
-    inner = torch.compile(function, dynamic=True, options=options)
-
-    @functools.wraps(function)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        try:
-            return inner(*args, **kwargs)
-        except TorchDynamoException as error:
-            reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-            raise ConfigError(
-                f"torch.compile cannot build the draft's kernels here ({reason}): it needs Triton and a C compiler; "
-                f"draft.attention=sdpa trains without them, but slower"
-            ) from error
-
-    return cast(Function, call)
-
-
-def _rotate(x: Tensor, rope: Rope) -> Tensor:
-    """Rotates x [tokens, heads, D] in the half-split convention of Qwen3 and Llama."""
-    cos, sin = rope
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)

@@ -9,75 +9,31 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, cast
+from typing import Any, cast
 
 import msgspec
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
 from specd.config.settings import AttentionKind, DFlashConfig
+from specd.drafts.base import Loss
 from specd.drafts.block_attention import TILE, BlockLayout, block_attention, in_whole_tiles, to_device, uses_flex
+from specd.drafts.blocks import make_blocks, sample_anchors
 from specd.drafts.dflash.export import save_draft
-from specd.drafts.dflash.model import Attend, DFlashDraft, draft_shape
+from specd.drafts.dflash.model import DFlashDraft, draft_shape
 from specd.drafts.head import head_loss
+from specd.drafts.layers import Attend
+from specd.drafts.taps import dflash_taps
 from specd.errors import ConfigError
-from specd.protocol.batch import Batch
-from specd.protocol.capture import DTYPE_BYTES, CaptureSpec, StateDtype, dflash_taps
-from specd.protocol.messages import TargetContract
+from specd.protocol.batch import Batch, Delivery
+from specd.protocol.capture import DTYPE_BYTES, CaptureSpec, StateDtype
+from specd.protocol.contract import TargetContract
 
 logger = logging.getLogger(__name__)
-
-
 COMPILED_TOKENS = 2048
 """Context tokens of the batch that is compiled for."""
-
-
-class Loss(NamedTuple):
-    """Sums over one batch, all on the trainer's device; whoever takes the optimizer step divides by the total weight.
-
-    sum: 0-d float32 with a graph to every parameter. weight: 0-d float32. metrics: `correct` and `counted`, float32
-    [b − 1], predictions at offsets 1, 2, … under teacher forcing: how many were right, and of how many.
-    """
-
-    sum: Tensor
-    weight: Tensor
-    metrics: dict[str, Tensor]
-
-
-class Delivered(Protocol):
-    """The part of a `specd.client.subscriber.Delivery` that an objective reads."""
-
-    @property
-    def batch(self) -> Batch: ...
-
-    @property
-    def taps(self) -> Tensor | None: ...
-
-
-class _MadeUp(NamedTuple):
-    batch: Batch
-    taps: Tensor
-
-
-class Blocks(msgspec.Struct, frozen=True, kw_only=True):
-    """The blocks of one batch on the host: what goes in, what should come out.
-
-    tokens, positions: int64 [M·b], input ids (anchor, then masks) and positions within the sequence. context_positions:
-    int64 [T]. rows: int64 [R], ascending indices into the M·b block tokens whose prediction counts; labels, offsets:
-    int64 [R], the token each should predict and its offset in the block, from 1. weights: float32 [R], all positive.
-    """
-
-    layout: BlockLayout
-    tokens: NDArray[np.int64]
-    positions: NDArray[np.int64]
-    context_positions: NDArray[np.int64]
-    rows: NDArray[np.int64]
-    labels: NDArray[np.int64]
-    offsets: NDArray[np.int64]
-    weights: NDArray[np.float32]
 
 
 class Tuning(msgspec.Struct, frozen=True, kw_only=True):
@@ -92,27 +48,6 @@ class Tuning(msgspec.Struct, frozen=True, kw_only=True):
     spread_heads: bool = True
 
 
-def sample_anchors(
-    loss_mask: NDArray[np.bool_],
-    lengths: NDArray[np.int32],
-    samples: tuple[int, ...],
-    epoch: int,
-    seed: int,
-    num_anchors: int,
-) -> list[NDArray[np.int64]]:
-    """Per sequence up to `num_anchors` positions p, ascending and from its start, with loss_mask at p and p + 1.
-
-    Drawn without replacement by a generator of (seed, epoch, sample id) alone, so the choice is the same whatever
-    batch, order, rank or resumed run the sample comes in. loss_mask: bool [T]. lengths: [B]. samples: B ids.
-    """
-    chosen = []
-    for mask, sample in zip(np.split(loss_mask, np.cumsum(lengths)[:-1]), samples, strict=True):
-        legal = np.flatnonzero(mask[:-1] & mask[1:])
-        draws = np.random.default_rng([part % 2**64 for part in (seed, epoch, sample)]).random(legal.size)
-        chosen.append(np.sort(legal[np.argsort(draws, kind="stable")[:num_anchors]]))
-    return chosen
-
-
 def loss_decay(config: DFlashConfig) -> float:
     """γ of the position weights; 0 is no decay. The paper takes 4, 5, 7 for blocks of 8, 10, 16; lines between."""
     if config.loss_decay >= 0:
@@ -123,44 +58,6 @@ def loss_decay(config: DFlashConfig) -> float:
         )
     size = config.block_size
     return size / 2 if size <= 10 else 7 + (size - 16) / 3
-
-
-def make_blocks(
-    batch: Batch, anchors: list[NDArray[np.int64]], block_size: int, mask_token_id: int, decay: float
-) -> Blocks:
-    """The blocks that start at `anchors` (per sequence, as from sample_anchors).
-
-    Offset k ≥ 1 of a block predicts token p + k and weighs exp(−(k − 1) / decay) where p + k is inside the sequence
-    and under the loss mask. Without any anchor there is one block that predicts nothing: its gradients are zeros,
-    and a batch without labels takes the same path as every other.
-    """
-    ends = np.cumsum(batch.lengths, dtype=np.int64)
-    begins = ends - batch.lengths
-    if idle := not any(part.size for part in anchors):
-        anchors = [np.zeros(1, np.int64), *anchors[1:]]
-    counts = [part.size for part in anchors]
-    starts, stops = np.repeat(begins, counts), np.repeat(ends, counts)
-    first = starts + np.concatenate(anchors)
-    steps = np.arange(block_size)
-
-    tokens = np.full((first.size, block_size), mask_token_id, np.int64)
-    tokens[:, 0] = batch.tokens[first]
-    targets = first[:, None] + steps
-    known = np.minimum(targets, batch.num_tokens - 1)
-    counted = (targets < stops[:, None]) & batch.loss_mask[known] & (steps > 0) & (not idle)
-    rows = np.flatnonzero(counted)
-    offsets = rows % block_size
-    weights = np.exp(-(offsets - 1) / decay) if decay else np.ones(rows.size)
-    return Blocks(
-        layout=BlockLayout(starts=starts, anchors=first, block_size=block_size, num_context=batch.num_tokens),
-        tokens=tokens.reshape(-1),
-        positions=(targets - starts[:, None]).reshape(-1),
-        context_positions=np.arange(batch.num_tokens) - np.repeat(begins, batch.lengths),
-        rows=rows,
-        labels=batch.tokens[known.reshape(-1)[rows]].astype(np.int64),
-        offsets=offsets,
-        weights=weights.astype(np.float32),
-    )
 
 
 def capture_spec(config: DFlashConfig, contract: TargetContract) -> CaptureSpec:
@@ -232,7 +129,7 @@ class DFlash:
         """The attention of one batch's blocks, as this objective computes it."""
         return block_attention(self._attention, layout, self.device, self.tuning.spread_heads)
 
-    def loss(self, delivery: Delivered) -> Loss:
+    def loss(self, delivery: Delivery) -> Loss:
         """The loss of one batch; its backward must run before the delivery's tensors are given up."""
         batch, taps = delivery.batch, delivery.taps
         assert taps is not None, "the capture spec of a DFlash draft always has taps"
@@ -275,7 +172,7 @@ class DFlash:
         )
         taps = torch.zeros(size, len(shape.taps), shape.hidden_size, dtype=dtype, device=self.device)
         with torch.enable_grad():
-            self.loss(_MadeUp(batch, taps)).sum.backward()  # type: ignore[no-untyped-call]
+            self.loss(Delivery(batch, taps)).sum.backward()  # type: ignore[no-untyped-call]
         self.module.zero_grad()
 
     def export(self, path: Path, files: Mapping[str, bytes] | None = None) -> None:

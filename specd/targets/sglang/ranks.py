@@ -10,52 +10,19 @@ import contextlib
 import logging
 import os
 import select
-import signal
 import socket
 import subprocess
 import sys
 import threading
-from typing import IO, Final
+from typing import Final
 
 import msgspec
-import numpy as np
+
+from specd.targets.sglang.setup import RankSetup, Step
 
 log = logging.getLogger(__name__)
-
-AT_HEAD: Final = -1
-"""Step.stop of a forward that ends where lm_head would begin."""
-
 STOP_S: Final = 10.0
 """How long a rank may take to end by itself."""
-
-
-class RankSetup(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What one rank needs to load. path: a directory with config.json. gpu: that of rank 0; rank r has gpu + r.
-
-    port: where the ranks of this host meet. max_tokens, context: the longest forward and sequence, in tokens.
-    """
-
-    path: str
-    load_format: str
-    dtype: str
-    device: str
-    gpu: int
-    tp: int
-    port: int
-    memory_fraction: float
-    attention_backend: str
-    max_tokens: int
-    context: int
-    rank: int = 0
-    parent_pid: int = 0
-
-
-class Step(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One forward: little-endian int32 tokens, lengths of the sequences, and the layer it ends after, or AT_HEAD."""
-
-    tokens: bytes
-    lengths: list[int]
-    stop: int
 
 
 class Ranks:
@@ -73,7 +40,7 @@ class Ranks:
         self._wake = os.eventfd(0)
         for rank in range(1, setup.tp):
             mine = msgspec.structs.replace(setup, rank=rank, parent_pid=os.getpid())
-            child = subprocess.Popen([sys.executable, "-m", __name__], stdin=subprocess.PIPE)
+            child = subprocess.Popen([sys.executable, "-m", "specd.targets.sglang.rank"], stdin=subprocess.PIPE)
             self._children.append(child)
             self._write(child, msgspec.json.encode(mine))
         self._watcher = threading.Thread(target=self._watch, name="specd-ranks", daemon=True)
@@ -138,49 +105,3 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
-
-
-def read_frame(stream: IO[bytes]) -> bytes | None:
-    """The next frame of a rank's standard input; None at its end."""
-    head = stream.read(4)
-    size = int.from_bytes(head, "little")
-    frame = stream.read(size) if len(head) == 4 else b""
-    return frame if len(head) == 4 and len(frame) == size else None
-
-
-def die_with(parent_pid: int) -> None:
-    """End this process as soon as its parent is dead, whatever it is doing."""
-    parent = os.pidfd_open(parent_pid)
-    if os.getppid() != parent_pid:
-        os._exit(1)
-
-    def watch() -> None:
-        select.select([parent], [], [])
-        os._exit(1)
-
-    threading.Thread(target=watch, name="specd-parent", daemon=True).start()
-
-
-def main() -> None:
-    """Entry of a rank's process."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C reaches control, which ends all in order
-    level = os.environ.get("SPECD_LOG", "WARNING")
-    logging.basicConfig(level=level, format="%(asctime)s %(levelname)s rank %(name)s: %(message)s")
-    stream = sys.stdin.buffer
-    frame = read_frame(stream)
-    if frame is None:
-        return
-    setup = msgspec.json.decode(frame, type=RankSetup)
-    die_with(setup.parent_pid)
-    from specd.targets.sglang.engine import Engine
-
-    engine = Engine(setup)
-    engine.weights()
-    while (frame := read_frame(stream)) is not None:
-        step = msgspec.msgpack.decode(frame, type=Step)
-        engine.forward(np.frombuffer(step.tokens, "<i4"), step.lengths, step.stop, None)
-    engine.close()
-
-
-if __name__ == "__main__":
-    main()

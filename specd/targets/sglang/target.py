@@ -16,11 +16,14 @@ import torch
 
 from specd.config.settings import TargetConfig
 from specd.errors import ConfigError, TargetError
-from specd.targets.artifacts import Artifacts, check, slot_tensors
-from specd.targets.base import Fill, Launched
-from specd.targets.sglang.engine import Capture, Engine, touch_points
-from specd.targets.sglang.ranks import AT_HEAD, Ranks, RankSetup, Step, free_port
-from specd.targets.source import dummy_config, dummy_digest, pick_device, pick_dtype, resolve, weights_digest
+from specd.targets.artifacts import Artifacts
+from specd.targets.base import CaptureJob, Launched, check, slot_tensors
+from specd.targets.digest import dummy_digest, weights_digest
+from specd.targets.sglang.engine import Capture, Engine
+from specd.targets.sglang.ranks import Ranks, free_port
+from specd.targets.sglang.setup import AT_HEAD, RankSetup, Step
+from specd.targets.sglang.touch_points import touch_points
+from specd.targets.source import dummy_config, pick_device, pick_dtype, resolve
 
 DEFAULT_FRACTION: Final = 0.9
 """Of the GPU's free memory, for weights and KV cache; the cache itself is bounded by max_forward_tokens."""
@@ -93,7 +96,7 @@ class SGLangTarget:
         dtype = str(self._engine.runner.dtype).removeprefix("torch.")
         self.contract = self._artifacts.contract(source, text, str(source.config["model_type"]), dtype, digest)
 
-    def run(self, fills: Sequence[Fill]) -> Launched | None:
+    def run(self, fills: Sequence[CaptureJob]) -> Launched | None:
         """See Target.run. With several ranks a failed forward ends the process: the others would wait for ever."""
         if self._engine is None:
             raise TargetError(f"target {self._name} is closed")

@@ -17,9 +17,11 @@ from specd.config.settings import TargetConfig
 from specd.errors import TargetError
 from specd.protocol.batch import slot_layout
 from specd.protocol.capture import CaptureSpec
-from specd.targets.artifacts import Artifacts, check, slot_tensors
-from specd.targets.base import Fill, Launched
-from specd.targets.source import dummy_config, dummy_digest, load_network, resolve, weights_digest
+from specd.targets.artifacts import Artifacts
+from specd.targets.base import CaptureJob, Launched, check, slot_tensors
+from specd.targets.digest import dummy_digest, weights_digest
+from specd.targets.source import dummy_config, resolve
+from specd.targets.transformers.load import load_network
 from specd.targets.transformers.packed_attention import ATTENTION, Packed, packed_attention
 
 logger = logging.getLogger(__name__)
@@ -71,7 +73,7 @@ class TransformersTarget:
         )
         self._try_out()
 
-    def run(self, fills: Sequence[Fill]) -> Launched | None:
+    def run(self, fills: Sequence[CaptureJob]) -> Launched | None:
         """See Target.run. One forward over all sequences of all fills; cost of attention is the sum of length²."""
         if self._decoder is None:
             raise TargetError(f"target {self._name} is closed")
@@ -108,12 +110,12 @@ class TransformersTarget:
         layout = slot_layout(spec, self.contract.hidden_size, 2)
         tokens, lengths = np.zeros(2, dtype=np.int32), np.ones(2, dtype=np.int32)
         slot = torch.empty(layout.nbytes, dtype=torch.uint8, device=self._device)
-        completion = self.run([Fill(tokens=tokens, lengths=lengths, spec=spec, layout=layout, slot=slot)])
+        completion = self.run([CaptureJob(tokens=tokens, lengths=lengths, spec=spec, layout=layout, slot=slot)])
         if completion is not None:
             completion.wait()
 
     def _forward(
-        self, fills: Sequence[Fill], spec: CaptureSpec, packed: Packed, tokens: Any, positions: Any
+        self, fills: Sequence[CaptureJob], spec: CaptureSpec, packed: Packed, tokens: Any, positions: Any
     ) -> Launched | None:
         rows = tuple(accumulate((int(fill.tokens.size) for fill in fills), initial=0))
         views = [slot_tensors(fill) for fill in fills]

@@ -17,12 +17,13 @@ from specd.bench.pipeline.colocated import Reduction
 from specd.bench.pipeline.defaults import defaults
 from specd.bench.pipeline.rows import row_of
 from specd.bench.pipeline.settings import SleepConfig, batches
-from specd.bench.pipeline.step import Given, SleepingDraft, TrainedDraft, clock, given, make_draft
+from specd.bench.pipeline.step import SleepingDraft, TrainedDraft, clock, given, make_draft
 from specd.client.subscriber import Subscriber
 from specd.config.settings import DaemonConfig, RingConfig, SubscriberConfig, TargetConfig
 from specd.daemon.serve import embedded
 from specd.drafts.dflash.objective import capture_spec
 from specd.metrics import Stats
+from specd.protocol.batch import Delivery
 from specd.protocol.capture import CaptureSpec
 from specd.targets.registry import load_target
 
@@ -75,10 +76,10 @@ def test_the_clock_leaves_warm_up_out() -> None:
     drawn = batches(SETTINGS, "fixed", 64, 5, 1)
     seen: list[int] = []
 
-    def coming() -> Iterator[Given]:
+    def coming() -> Iterator[Delivery]:
         for batch in drawn:
             seen.append(batch.index)
-            yield Given(batch, None)
+            yield Delivery(batch, None)
 
     clocked = clock(coming(), None, 2, stats=lambda: Stats(batches=len(seen), transports={"a": "b"}))
     assert (len(clocked.seconds), clocked.tokens, clocked.stats) == (

@@ -15,7 +15,8 @@ import msgspec
 from specd.errors import TransportError
 from specd.memory.arena import Arena
 from specd.memory.cuda import Copier
-from specd.transports.base import ServerContext, SlotRef, Traits, check_into, check_ref, pull, stale, unwrap, wrap
+from specd.transports.base import ServerContext, SlotRef, Traits
+from specd.transports.checks import check_into, check_ref, pull, stale, unwrap, wrap
 
 if TYPE_CHECKING:
     import torch

@@ -1,0 +1,96 @@
+"""Settings from YAML files and `--set a.b=c`, checked against their structs."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+import yaml
+
+from specd.errors import ConfigError
+
+T = TypeVar("T")
+
+
+def convert(data: Any, kind: type[T], where: str) -> T:
+    """`data` as `kind`. Raises ConfigError that names `where`, the key and what was expected."""
+    try:
+        return msgspec.convert(data, kind)
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"{where}: {_with_number(str(error), data)}") from None
+
+
+def _with_number(message: str, data: Any) -> str:
+    """msgspec's message; where a number is out of its range, with that number, which msgspec leaves out."""
+    expected, at, path = message.partition(" - at `$")
+    if not re.fullmatch(r"Expected `\w+` [<>].*", expected):
+        return message
+    for key, index in re.findall(r"\.(\w+)|\[(\d+)\]", path):
+        data = data[key] if key else data[int(index)]
+    return f"{expected}, got {data}{at}{path}"
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 reads a plain 3e-4 as text and people mean a number; no setting is a date."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, form) for tag, form in pairs if tag != "tag:yaml.org,2002:timestamp"]
+    for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def _read(text: str) -> Any:
+    """What YAML text says. Raises yaml.YAMLError."""
+    loader = _Loader(text)
+    try:
+        return loader.get_single_data()
+    finally:
+        loader.dispose()
+
+
+def load_yaml(path: str | Path) -> dict[str, Any]:
+    """The mapping in a YAML file. Raises ConfigError when it cannot be read or is no mapping."""
+    try:
+        data = _read(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read config file {str(path)!r}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"config file {str(path)!r} is not YAML: {error}") from None
+    if not isinstance(data, dict):
+        raise ConfigError(f"config file {str(path)!r} holds a {type(data).__name__}, expected a mapping of settings")
+    return data
+
+
+def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """`base` with `over` on top, mapping by mapping; neither is changed."""
+    merged = dict(base)
+    for key, value in over.items():
+        old = merged.get(key)
+        merged[key] = merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return merged
+
+
+def overrides(settings: Sequence[str]) -> dict[str, Any]:
+    """`["a.b=c", …]` as a nested mapping; values are read as YAML. Raises ConfigError for anything else."""
+    result: dict[str, Any] = {}
+    for setting in settings:
+        path, equals, text = setting.partition("=")
+        keys = path.split(".")
+        if not equals or not all(keys):
+            raise ConfigError(f"--set {setting!r}: expected key.path=value, for example --set train.lr=3e-4")
+        try:
+            value = _read(text)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"--set {setting!r}: the value is not YAML: {error}") from None
+        for key in reversed(keys):
+            value = {key: value}
+        result = merge(result, value)
+    return result

@@ -1,0 +1,44 @@
+"""torch.compile for drafts: kernels that do not depend on timing, and errors a person can act on."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+import torch
+
+from specd.errors import ConfigError
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+@functools.cache
+def compiled(function: Function) -> Function:
+    """torch.compile of a function, once for all numbers of tokens and all layers of a shape.
+
+    Kernels are chosen without timing them: another choice could round differently from one run to the next.
+    What it returns raises ConfigError where the function cannot be compiled on this machine.
+    """
+    from torch._dynamo.exc import TorchDynamoException
+    from torch._inductor import config
+
+    # Sums over as few numbers as heads share keys go into the element-wise kernel around them: as reductions of their
+    # own, with no shape tried out, they take many times what their bytes need.
+    options: dict[str, Any] = {"unroll_reductions_threshold": 17}
+    if hasattr(config, "deterministic"):  # from torch 2.10 on
+        options["deterministic"] = True
+    inner = torch.compile(function, dynamic=True, options=options)
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return inner(*args, **kwargs)
+        except TorchDynamoException as error:
+            reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+            raise ConfigError(
+                f"torch.compile cannot build the draft's kernels here ({reason}): it needs Triton and a C compiler; "
+                f"draft.attention=sdpa trains without them, but slower"
+            ) from error
+
+    return cast(Function, call)

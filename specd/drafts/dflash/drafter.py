@@ -1,0 +1,61 @@
+"""DFlash as a drafter: one block of guesses a target forward."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from specd.drafts.block_attention import BlockLayout, plain_attention
+from specd.drafts.dflash.model import DFlashDraft
+from specd.drafts.layers import KeyValue
+from specd.errors import ConfigError
+
+
+class DFlashDrafter:
+    """A trained DFlash draft as a Drafter. embedding, lm_head: the target's [V, H], in the dtype to compute in."""
+
+    def __init__(self, draft: DFlashDraft, embedding: Tensor, lm_head: Tensor) -> None:
+        shape = draft.shape
+        if embedding.shape != (shape.vocab_size, shape.hidden_size):
+            raise ConfigError(
+                f"the draft is for a target of vocabulary {shape.vocab_size} and hidden size {shape.hidden_size}, "
+                f"this one has {embedding.shape[0]} and {embedding.shape[1]}: evaluate it with its own target"
+            )
+        self._draft = draft.to(embedding.device)
+        self._embedding, self._lm_head = embedding, lm_head
+        self._cache: list[KeyValue] = []
+
+    @property
+    def taps(self) -> tuple[int, ...]:
+        return self._draft.shape.taps
+
+    @property
+    def block_size(self) -> int:
+        return self._draft.shape.block_size
+
+    def reset(self) -> None:
+        self._cache = []
+
+    def extend(self, taps: Tensor) -> None:
+        known = self._cache[0][0].shape[0] if self._cache else 0
+        positions = torch.arange(known, known + taps.shape[0], device=taps.device)
+        new = self._draft.context(taps.to(self._embedding.dtype), positions)
+        # Only the context is kept: a block's own keys are guesses, and the target's states replace them.
+        self._cache = [
+            (torch.cat((old[0], more[0])), torch.cat((old[1], more[1])))
+            for old, more in zip(self._cache, new, strict=True)
+        ] if self._cache else new  # fmt: skip
+
+    def propose(self, token: int) -> Tensor:
+        shape, device = self._draft.shape, self._embedding.device
+        known = self._cache[0][0].shape[0]
+        start, anchor = np.zeros(1, np.int64), np.full(1, known, np.int64)
+        layout = BlockLayout(starts=start, anchors=anchor, block_size=shape.block_size, num_context=known)
+        tokens = torch.full((shape.block_size,), shape.mask_token_id, device=device)
+        tokens[0] = token
+        positions = torch.arange(known, known + shape.block_size, device=device)
+        attend = plain_attention(layout, device)
+        states = self._draft.block(F.embedding(tokens, self._embedding), positions, self._cache, attend)
+        return F.linear(states[1:], self._lm_head).argmax(-1)

@@ -1,0 +1,79 @@
+"""Endpoints: where a daemon listens, and whether a peer runs on this host."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import socket
+from ipaddress import IPv4Address, IPv6Address, ip_address
+
+from specd.errors import ConfigError
+from specd.paths import runtime_dir
+
+_TCP = re.compile(r"(?:\[[^][]*:[^][]*\]|[^][:/\s]+):([0-9]{1,5}|\*)")
+
+
+def resolve_endpoint(endpoint: str) -> str:
+    """`auto` as this user's default ipc endpoint; anything else unchanged. Raises ConfigError for a malformed one."""
+    if endpoint == "auto":
+        return f"ipc://{runtime_dir() / 'default.sock'}"
+    scheme, sep, rest = endpoint.partition("://")
+    if not sep or scheme not in {"ipc", "tcp", "inproc"} or not rest:
+        raise ConfigError(f"endpoint {endpoint!r}: expected ipc://PATH or tcp://HOST:PORT")
+    if scheme == "ipc" and len(rest.encode()) > 107:
+        raise ConfigError(f"endpoint {endpoint!r}: its path has {len(rest.encode())} bytes, a socket path at most 107")
+    if scheme == "tcp" and ((parts := _TCP.fullmatch(rest)) is None or int(parts[1].strip("*") or 0) > 65535):
+        raise ConfigError(
+            f"endpoint {endpoint!r}: expected tcp://ADDRESS:PORT with a port up to 65535, an IPv6 address in brackets, "
+            f"as in tcp://[::1]:7070"
+        )
+    return endpoint
+
+
+def address(host: str) -> IPv4Address | IPv6Address | None:
+    """The address that the host part of a tcp endpoint spells out, `*` being all of them; None for a name."""
+    text = "0.0.0.0" if host == "*" else host.strip("[]")
+    with contextlib.suppress(OSError, UnicodeError):
+        return ip_address(socket.getaddrinfo(text, None, flags=socket.AI_NUMERICHOST)[0][4][0])
+    return None
+
+
+def interface(endpoint: str, insecure: bool) -> str:
+    """What a tcp endpoint listens on: an address, without brackets, or a name; empty for other endpoints.
+
+    Raises ConfigError for one that strangers may connect to, unless they are allowed to, or that serves no trainer.
+    """
+    if not endpoint.startswith("tcp://"):
+        return ""
+    host, _, port = endpoint.removeprefix("tcp://").rpartition(":")
+    host = host.strip("[]")
+    found = address(host)
+    if found is not None and found.is_unspecified:
+        raise ConfigError(
+            f"endpoint {endpoint} listens on every interface, and a trainer must be told one address to take batches "
+            f"from: name the one it can reach, as in tcp://192.0.2.7:{port}, with --insecure on a network you trust"
+        )
+    loopback = host == "localhost" or (found is not None and found.is_loopback)
+    if not loopback and not insecure:
+        raise ConfigError(
+            f"endpoint {endpoint} can be reached from other machines, and the protocol neither encrypts nor asks who "
+            f"they are: pass --insecure if you trust that network, or use this machine's address in a VPN (WireGuard) "
+            f"with --insecure; trainers on this machine need no tcp endpoint"
+        )
+    return host
+
+
+def boot_id() -> str:
+    """Identity of the running kernel, empty if unknown; containers of one host share it. Transports ask for it."""
+    try:
+        with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+            return file.read().strip()
+    except OSError:
+        return ""
+
+
+def host_id() -> str:
+    """Identity of this kernel and of its process and memory namespaces. Watching a trainer's process asks for it."""
+    spaces = (os.stat(f"/proc/self/ns/{space}").st_ino for space in ("pid", "ipc"))
+    return ":".join([boot_id(), *(f"{inode:x}" for inode in spaces), f"{os.stat('/dev/shm').st_dev:x}"])

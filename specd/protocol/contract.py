@@ -1,0 +1,66 @@
+"""What a daemon says of its target and its ring."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta
+
+from specd.protocol.limits import (
+    MAX_NAME_CHARS,
+    MAX_TAPS,
+    U64,
+    Int31,
+    Name,
+    Positive,
+)
+
+
+class ArtifactRef(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A piece of the target a trainer can FETCH: a file's bytes, or a row-major tensor.
+
+    nbytes: its size. shape, dtype: of a tensor; empty for a file. same_as: the artifact that holds the same bytes.
+    """
+
+    nbytes: U64
+    shape: Annotated[tuple[U64, ...], Meta(max_length=8)] = ()
+    dtype: Annotated[str, Meta(max_length=MAX_NAME_CHARS)] = ""
+    same_as: Annotated[str, Meta(max_length=MAX_NAME_CHARS)] = ""
+
+
+class TargetContract(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What the target is. Two targets with one `fingerprint` deliver the same states.
+
+    weights: digest of the weights. tokenizer, chat_template: digests of those files, empty if there is none.
+    taps: the tap convention. tap_layers: those that a draft's taps are spread over, empty for all: of a target that
+    mixes full and linear attention, those with full attention. dtype: of the weights as they run. artifacts: what
+    FETCH serves, by name (`config.json`, tokenizer files, `embedding` [V, H], `lm_head` [V, H]).
+    """
+
+    model: str
+    model_type: str
+    hidden_size: Positive
+    num_layers: Positive
+    vocab_size: Positive
+    dtype: str
+    weights: str
+    tokenizer: str = ""
+    chat_template: str = ""
+    taps: str = "residual-after-layer, 0-based"
+    tap_layers: Annotated[tuple[Int31, ...], Meta(max_length=MAX_TAPS)] = ()
+    artifacts: Annotated[dict[Name, ArtifactRef], Meta(max_length=1024)] = {}
+
+    @property
+    def fingerprint(self) -> str:
+        """Identity of the target as far as states go: everything but the list of artifacts."""
+        identity = (self.model_type, self.hidden_size, self.num_layers, self.vocab_size, self.dtype, self.weights)
+        return ":".join(str(part) for part in (*identity, self.tokenizer, self.chat_template))
+
+
+class RingInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The ring's geometry. slot_tokens: the most tokens a batch of the daemon's own capture may have."""
+
+    num_slots: Positive
+    slot_bytes: Annotated[int, Meta(ge=1)]
+    slot_tokens: Positive

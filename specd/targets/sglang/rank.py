@@ -1,0 +1,62 @@
+"""One other rank of a tensor-parallel SGLang target: `python -m specd.targets.sglang.rank`."""
+
+from __future__ import annotations
+
+import logging
+import os
+import select
+import signal
+import sys
+import threading
+from typing import IO
+
+import msgspec
+import numpy as np
+
+from specd.targets.sglang.setup import RankSetup, Step
+
+
+def read_frame(stream: IO[bytes]) -> bytes | None:
+    """The next frame of a rank's standard input; None at its end."""
+    head = stream.read(4)
+    size = int.from_bytes(head, "little")
+    frame = stream.read(size) if len(head) == 4 else b""
+    return frame if len(head) == 4 and len(frame) == size else None
+
+
+def die_with(parent_pid: int) -> None:
+    """End this process as soon as its parent is dead, whatever it is doing."""
+    parent = os.pidfd_open(parent_pid)
+    if os.getppid() != parent_pid:
+        os._exit(1)
+
+    def watch() -> None:
+        select.select([parent], [], [])
+        os._exit(1)
+
+    threading.Thread(target=watch, name="specd-parent", daemon=True).start()
+
+
+def main() -> None:
+    """Entry of a rank's process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C reaches control, which ends all in order
+    level = os.environ.get("SPECD_LOG", "WARNING")
+    logging.basicConfig(level=level, format="%(asctime)s %(levelname)s rank %(name)s: %(message)s")
+    stream = sys.stdin.buffer
+    frame = read_frame(stream)
+    if frame is None:
+        return
+    setup = msgspec.json.decode(frame, type=RankSetup)
+    die_with(setup.parent_pid)
+    from specd.targets.sglang.engine import Engine
+
+    engine = Engine(setup)
+    engine.weights()
+    while (frame := read_frame(stream)) is not None:
+        step = msgspec.msgpack.decode(frame, type=Step)
+        engine.forward(np.frombuffer(step.tokens, "<i4"), step.lengths, step.stop, None)
+    engine.close()
+
+
+if __name__ == "__main__":
+    main()

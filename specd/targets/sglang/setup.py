@@ -1,0 +1,39 @@
+"""What every rank of an SGLang target is told: how to load, and what to run."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import msgspec
+
+AT_HEAD: Final = -1
+"""Step.stop of a forward that ends where lm_head would begin."""
+
+
+class RankSetup(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What one rank needs to load. path: a directory with config.json. gpu: that of rank 0; rank r has gpu + r.
+
+    port: where the ranks of this host meet. max_tokens, context: the longest forward and sequence, in tokens.
+    """
+
+    path: str
+    load_format: str
+    dtype: str
+    device: str
+    gpu: int
+    tp: int
+    port: int
+    memory_fraction: float
+    attention_backend: str
+    max_tokens: int
+    context: int
+    rank: int = 0
+    parent_pid: int = 0
+
+
+class Step(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One forward: little-endian int32 tokens, lengths of the sequences, and the layer it ends after, or AT_HEAD."""
+
+    tokens: bytes
+    lengths: list[int]
+    stop: int
