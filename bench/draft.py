@@ -1,8 +1,7 @@
-"""How long a training step of a DFlash draft takes, and how much of what the device's matmuls can do it uses.
+"""How long does a training step of a draft take, and what share of the device's matmul rate does it use?
 
-The states are random and already on the device: this is the trainer alone. Every step draws its own anchors, as in
-training. Shape legend: T context tokens, N block tokens, R predictions, H hidden size, V vocabulary, n taps,
-Q query heads, K key-value heads, D head size.
+The states are random and already on the device: this is the trainer alone. Every step is of another epoch, so that a
+draft that draws from its samples draws anew, as in training.
 """
 
 from __future__ import annotations
@@ -10,20 +9,21 @@ from __future__ import annotations
 import itertools
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
 import msgspec
 import numpy as np
 import torch
 
+from specd.bench.device_clock import DeviceClock, matmul_tflop_per_s, median_ms
 from specd.bench.machine import machine
-from specd.config.settings import DFlashConfig, TrainConfig
-from specd.drafts.blocks import Blocks, make_blocks, sample_anchors
-from specd.drafts.dflash.model import DraftShape
-from specd.drafts.dflash.objective import DFlash, Tuning
+from specd.config.settings import Config, TrainConfig
+from specd.drafts import registry
+from specd.drafts.base import Method, Objective, TargetParts, Tuning
 from specd.errors import ConfigError
 from specd.protocol.batch import Batch, Delivery
+from specd.protocol.capture import CaptureSpec
 from specd.protocol.contract import TargetContract
 from specd.train.optimizer import apply_gradients, make_optimizer
 
@@ -39,28 +39,29 @@ TINY: Final[dict[str, Any]] = {
     "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 512, "rms_norm_eps": 1e-6,
     "max_position_embeddings": 40960, "rope_theta": 1e6,
 }  # fmt: skip
-"""What a machine without a GPU is asked for, so that the command answers at all."""
+"""The target on a machine without a GPU: small enough for a core."""
 
 
 class Variant(NamedTuple):
-    """One way to compute the same step."""
+    """A draft's settings, as they stand in a run's `draft` section, and how its step is computed."""
 
-    config: DFlashConfig
+    settings: dict[str, Any]
     tuning: Tuning = Tuning()
 
 
-class Row(msgspec.Struct, frozen=True, kw_only=True):
+class DraftRow(msgspec.Struct, frozen=True, kw_only=True):
     """One context length and variant. Times are of whole optimizer steps, back to back, by the device's clock.
 
+    rows: tokens that run through the draft's layers; predictions: those of them that the head is asked for.
     useful_tflop: of one step, by part, without anything computed twice. ceiling_tflop_per_s: the matmul's. mfu: useful
-    over ceiling. phases_ms: medians of the stretches a step consists of. attention_ms: attention alone, forward and
-    backward of all layers. first_step_s: with all compilation. peak_gb: allocated on the device, 10⁹ bytes.
+    over ceiling. phases_ms: medians of the stretches a step consists of. parts_ms: of parts of a step that were run
+    alone, forward and backward of all layers. first_step_s: with all compilation. peak_gb: allocated on the device,
+    10⁹ bytes.
     """
 
     variant: str
     context_tokens: int
-    blocks: int
-    block_tokens: int
+    rows: int
     predictions: int
     steps: int
     step_ms: float
@@ -71,21 +72,22 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
     ceiling_tflop_per_s: float
     mfu: float
     phases_ms: dict[str, float]
-    attention_ms: float
+    parts_ms: dict[str, float]
     first_step_s: float
     peak_gb: float | None
 
 
-class Result(msgspec.Struct, frozen=True, kw_only=True):
-    """One run. ceiling: the square matmul that the rows are held against."""
+class DraftResult(msgspec.Struct, frozen=True, kw_only=True):
+    """One run. method: the draft, by title. ceiling: the square matmul that the rows are held against."""
 
     machine: dict[str, Any]
+    method: str
     device: str
     dtype: str
     ceiling: str
     target: dict[str, Any]
     draft: dict[str, Any]
-    rows: tuple[Row, ...]
+    rows: tuple[DraftRow, ...]
 
 
 def run(
@@ -94,36 +96,39 @@ def run(
     device: str = "auto",
     target: Mapping[str, Any] | None = None,
     variants: Mapping[str, Variant] | None = None,
-) -> Result:
+    name: str = registry.DEFAULT,
+) -> DraftResult:
     """Time `steps` optimizer steps for each number of context tokens and each variant.
 
-    target: config.json of the target whose draft it is; Qwen3-30B-A3B on a GPU and a tiny one elsewhere.
-    Raises ConfigError for a shape that cannot be.
+    target: config.json of the target whose draft it is; Qwen3-30B-A3B on a GPU and a tiny one elsewhere. name: of the
+    draft's method. Raises ConfigError for a method, settings or a shape that cannot be.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    where = torch.device(device)
-    if short := [tokens for tokens in context if tokens < 2]:
-        raise ConfigError(f"context of {short[0]} tokens: expected at least 2, an anchor and what it predicts")
+    where, method = torch.device(device), registry.load(name)
+    if short := [tokens for tokens in context if tokens < method.consecutive_labels]:
+        least = method.consecutive_labels
+        raise ConfigError(f"context of {short[0]} tokens: expected at least {least}, which {name} needs to predict one")
     known = dict(target or (QWEN3_30B if where.type == "cuda" else TINY))
-    ways = variants or {"default": Variant(DFlashConfig(loss_chunk=2048))}
+    ways = variants or {"default": Variant({"loss_chunk": 2048})}
     size, dtype = (8192, torch.bfloat16) if where.type == "cuda" else (256, torch.float32)
-    ceilings = [_matmul(size, where, dtype)]
+    ceilings = [matmul_tflop_per_s(size, where, dtype)]
     rows = []
-    for name, way in ways.items():
-        objective = _objective(known, way, where, dtype)
+    for variant, way in ways.items():
+        trained = _Trained.made(name, known, way, where, dtype)
         for tokens in context:
-            rows.append(_row(name, objective, tokens, steps))
-            ceilings.append(_matmul(size, where, dtype))
+            rows.append(_row(variant, trained, tokens, steps))
+            ceilings.append(matmul_tflop_per_s(size, where, dtype))
     # One ceiling for all rows: the median over the run, as clocks move with the heat.
     ceiling = statistics.median(ceilings)
-    return Result(
+    return DraftResult(
         machine=machine(),
+        method=method.title,
         device=torch.cuda.get_device_name(where) if where.type == "cuda" else "cpu",
         dtype=str(dtype).removeprefix("torch."),
         ceiling=f"{size}³ {str(dtype).removeprefix('torch.')} matmul",
         target=known,
-        draft=msgspec.to_builtins(next(iter(ways.values())).config),
+        draft=msgspec.to_builtins(_settings(name, known, next(iter(ways.values())))),
         rows=tuple(
             msgspec.structs.replace(row, ceiling_tflop_per_s=round(ceiling, 3), mfu=round(row.tflop_per_s / ceiling, 4))
             for row in rows
@@ -131,41 +136,19 @@ def run(
     )
 
 
-def useful_flops(shape: DraftShape, num_context: int, blocks: Blocks) -> dict[str, float]:
-    """Floating point operations of one step, forward and backward, by part; a multiplication and addition are two.
-
-    What the mask hides is not counted, nor what is computed again in a backward, nor gradients nobody needs: of the
-    taps and of the head's weights.
-    """
-    hidden, kv = shape.hidden_size, shape.num_kv_heads * shape.head_dim
-    heads = shape.num_heads * shape.head_dim
-    rows, layers = len(blocks.tokens), shape.num_layers
-    product = 2.0 * hidden * rows
-    seen = 0
-    for kind in shape.layer_types:
-        window = shape.sliding_window if kind == "sliding_attention" else 0
-        visible = blocks.layout.anchors[:, None] - blocks.layout.visible_from(window)
-        seen += int(np.maximum(visible, 0).sum()) + rows * shape.block_size
-    head = 2.0 * len(blocks.rows) * hidden * shape.vocab_size
-    return {
-        "fc": 2 * 2.0 * num_context * len(shape.taps) * hidden * hidden,
-        "context keys and values": 3 * layers * 2.0 * num_context * hidden * 2 * kv,
-        "attention projections": 3 * layers * product * (2 * heads + 2 * kv),
-        "attention": 3 * 2 * 2.0 * seen * heads,
-        "mlp": 3 * layers * 3 * product * shape.intermediate_size,
-        "head": head,
-        "head's gradient": head,
-    }
-
-
-def render(result: Result) -> Any:
+def render(result: DraftResult) -> Any:
     """A table of the rows, and one of where the time of each goes."""
     from rich.console import Group
     from rich.table import Table
 
-    times = Table(title=f"DFlash training step · {result.device} · {result.dtype}")
-    for column in ("variant", "context", "predictions", "step ms", "p25–p75", "TFLOP", "TFLOP/s", "MFU", "peak GB"):
-        times.add_column(column, justify="left" if column == "variant" else "right")
+    def table(*columns: str) -> Table:
+        """Without a frame: readable at 80 columns."""
+        made = Table(box=None, padding=(0, 1, 0, 0))
+        for column in columns:
+            made.add_column(column, justify="left" if column == "variant" else "right")
+        return made
+
+    times = table("variant", "context", "predictions", "step ms", "p25–p75", "TFLOP", "TFLOP/s", "MFU", "peak GB")
     for row in result.rows:
         times.add_row(
             row.variant,
@@ -178,73 +161,82 @@ def render(result: Result) -> Any:
             f"{row.mfu:.1%}",
             "–" if row.peak_gb is None else f"{row.peak_gb:.1f}",
         )
-    phases = Table(title="Milliseconds of a step", caption=f"MFU: useful FLOPs over the {result.ceiling}'s "
-                   f"{result.rows[0].ceiling_tflop_per_s:.3g} TFLOP/s, measured in this run")  # fmt: skip
-    names = list(result.rows[0].phases_ms)
-    for column in ("variant", "context", *names, "attention alone", "first step s"):
-        phases.add_column(column, justify="left" if column == "variant" else "right")
+    names, parts = list(result.rows[0].phases_ms), list(result.rows[0].parts_ms)
+    phases = table("variant", "context", *names, *(f"{part} alone" for part in parts), "first step s")
     for row in result.rows:
-        spent = [f"{row.phases_ms[name]:.1f}" for name in names]
-        phases.add_row(
-            row.variant, f"{row.context_tokens:,}", *spent, f"{row.attention_ms:.1f}", f"{row.first_step_s:.1f}"
+        spent = [*(row.phases_ms[name] for name in names), *(row.parts_ms[part] for part in parts), row.first_step_s]
+        phases.add_row(row.variant, f"{row.context_tokens:,}", *(f"{value:.1f}" for value in spent))
+    ceiling = f"{result.ceiling}'s {result.rows[0].ceiling_tflop_per_s:.3g} TFLOP/s"
+    return Group(
+        f"A training step of {result.method} · {result.device} · {result.dtype}",
+        times,
+        "\nMilliseconds of a step",
+        phases,
+        f"\nMFU: useful FLOPs over the {ceiling}, measured in this run",
+    )
+
+
+class _Trained(NamedTuple):
+    """A draft beside a target of random weights. spec: what it would have captured."""
+
+    method: type[Method]
+    objective: Objective
+    spec: CaptureSpec
+    hidden: int
+    vocab: int
+    dtype: torch.dtype
+    device: torch.device
+
+    @classmethod
+    def made(
+        cls, name: str, target: dict[str, Any], way: Variant, device: torch.device, dtype: torch.dtype
+    ) -> _Trained:
+        contract = TargetContract(
+            model="random",
+            model_type=target["model_type"],
+            hidden_size=target["hidden_size"],
+            num_layers=target["num_hidden_layers"],
+            vocab_size=target["vocab_size"],
+            dtype=str(dtype).removeprefix("torch."),
+            weights="0",
         )
-    return Group(times, phases)
+        generator, size = torch.Generator(device).manual_seed(0), (contract.vocab_size, contract.hidden_size)
+        embedding, head = (torch.randn(size, device=device, dtype=dtype, generator=generator) * 0.02 for _ in range(2))
+        method, settings = registry.load(name), _settings(name, target, way)
+        objective = method.objective(
+            settings, TargetParts(contract, target, embedding, head), device, dtype, tuning=way.tuning
+        )
+        spec = method.capture(settings, contract)
+        return cls(method, objective, spec, contract.hidden_size, contract.vocab_size, dtype, device)
+
+    def states(self, tokens: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Random taps [T, n, H] and final states [T, H], as far as the draft wants them."""
+        generator = torch.Generator(self.device).manual_seed(1)
+
+        def random(*shape: int) -> torch.Tensor:
+            return torch.randn(shape, device=self.device, dtype=self.dtype, generator=generator)
+
+        taps = random(tokens, len(self.spec.taps), self.hidden) if self.spec.taps else None
+        return taps, random(tokens, self.hidden) if self.spec.final else None
 
 
-class _Clock:
-    """Marks in time: CUDA events, read when all is done, or the host's clock."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-
-    def mark(self) -> Any:
-        if self._device.type != "cuda":
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        event.record(torch.cuda.current_stream(self._device))
-        return event
-
-    def wait(self) -> None:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-
-    def ms(self, begin: Any, end: Any) -> float:
-        return float(begin.elapsed_time(end) if self._device.type == "cuda" else (end - begin) * 1e3)
+def _settings(name: str, target: dict[str, Any], way: Variant) -> Config:
+    """A draft's settings, with the target's last token as the mask token if it takes one."""
+    given = way.settings
+    if "mask_token_id" in registry.load(name).settings.__struct_fields__:
+        given = {"mask_token_id": target["vocab_size"] - 1} | given
+    return registry.settings(name, given, "specd bench draft")
 
 
-def _objective(target: dict[str, Any], way: Variant, device: torch.device, dtype: torch.dtype) -> DFlash:
-    contract = TargetContract(
-        model="random",
-        model_type=target["model_type"],
-        hidden_size=target["hidden_size"],
-        num_layers=target["num_hidden_layers"],
-        vocab_size=target["vocab_size"],
-        dtype=str(dtype).removeprefix("torch."),
-        weights="0",
-    )
-    generator = torch.Generator(device).manual_seed(0)
-    embedding, head = (
-        torch.randn(target["vocab_size"], target["hidden_size"], device=device, dtype=dtype, generator=generator) * 0.02
-        for _ in range(2)
-    )
-    return DFlash(
-        way.config, contract, target, embedding, head, target["vocab_size"] - 1, device, dtype, tuning=way.tuning
-    )
-
-
-def _row(name: str, objective: DFlash, num_context: int, steps: int) -> Row:
-    shape, device, clock = objective.draft.shape, objective.device, _Clock(objective.device)
-    rng = np.random.default_rng(0)
+def _row(variant: str, trained: _Trained, num_context: int, steps: int) -> DraftRow:
+    objective, device, clock = trained.objective, trained.device, DeviceClock(trained.device)
     batch = Batch(
-        tokens=rng.integers(0, shape.vocab_size, num_context, dtype=np.int32),
+        tokens=np.random.default_rng(0).integers(0, trained.vocab, num_context, dtype=np.int32),
         lengths=np.array([num_context], np.int32),
         loss_mask=np.ones(num_context, np.bool_),
         samples=(0,),
     )
-    taps = torch.randn(
-        num_context, len(shape.taps), shape.hidden_size, device=device, dtype=objective.embedding.dtype,
-        generator=torch.Generator(device).manual_seed(1),
-    )  # fmt: skip
+    taps, final = trained.states(num_context)
     optimizer = make_optimizer(objective.module, TrainConfig())
     halted, marks = torch.zeros((), device=device), []
     # The forward's own stretch, without the inputs before and the head behind it.
@@ -257,7 +249,7 @@ def _row(name: str, objective: DFlash, num_context: int, steps: int) -> Row:
         nonlocal halted
         marks.clear()
         marks.append(clock.mark())
-        loss = objective.loss(Delivery(msgspec.structs.replace(batch, epoch=number), taps))
+        loss = objective.loss(Delivery(msgspec.structs.replace(batch, epoch=number), taps, final))
         marks.append(clock.mark())
         loss.sum.backward()  # type: ignore[no-untyped-call]
         marks.append(clock.mark())
@@ -285,18 +277,14 @@ def _row(name: str, objective: DFlash, num_context: int, steps: int) -> Row:
         part: round(statistics.median(clock.ms(marks[i], marks[i + 1]) for marks in taken[1:]), 3)
         for i, part in enumerate(names)
     }
-    anchors = sample_anchors(
-        batch.loss_mask, batch.lengths, batch.samples, 0, objective.seed, objective.config.num_anchors
-    )
-    blocks = make_blocks(batch, anchors, shape.block_size, shape.mask_token_id, objective.decay)
-    useful = {part: flops / 1e12 for part, flops in useful_flops(shape, num_context, blocks).items()}
+    work = trained.method.workload(objective, batch)
+    useful = {part: flops / 1e12 for part, flops in work.flops.items()}
     median = statistics.median(whole)
-    return Row(
-        variant=name,
+    return DraftRow(
+        variant=variant,
         context_tokens=num_context,
-        blocks=len(blocks.layout.anchors),
-        block_tokens=len(blocks.tokens),
-        predictions=len(blocks.rows),
+        rows=work.rows,
+        predictions=work.predictions,
         steps=steps,
         step_ms=round(median, 3),
         p25_ms=round(float(np.quantile(whole, 0.25)), 3),
@@ -306,49 +294,7 @@ def _row(name: str, objective: DFlash, num_context: int, steps: int) -> Row:
         ceiling_tflop_per_s=0.0,
         mfu=0.0,
         phases_ms=phases,
-        attention_ms=round(_attention_ms(objective, blocks, clock), 3),
+        parts_ms={part: round(median_ms(alone, clock, 5), 3) for part, alone in work.parts.items()},
         first_step_s=round(first_s, 2),
         peak_gb=None if peak is None else round(peak, 2),
     )
-
-
-def _attention_ms(objective: DFlash, blocks: Blocks, clock: _Clock) -> float:
-    """Attention of all layers on random states, forward and backward, its kernels and masks as in the step."""
-    shape, device, dtype = objective.draft.shape, objective.device, objective.embedding.dtype
-    attend = objective.attention(blocks.layout)
-    generator = torch.Generator(device).manual_seed(2)
-
-    def states(tokens: int, heads: int) -> torch.Tensor:
-        return torch.randn(
-            tokens, heads, shape.head_dim, device=device, dtype=dtype, generator=generator, requires_grad=True
-        )
-
-    rows, context, kv = len(blocks.tokens), blocks.layout.num_context, shape.num_kv_heads
-    query = states(rows, shape.num_heads)
-    own, far = (states(rows, kv), states(rows, kv)), (states(context, kv), states(context, kv))
-    grad = torch.randn(query.shape, device=device, dtype=dtype, generator=generator)
-
-    def once() -> None:
-        torch.autograd.grad(attend(query, own, far, shape.sliding_window), (query, *own, *far), grad)
-
-    return shape.num_layers * _median_ms(once, clock, 5)
-
-
-def _matmul(size: int, device: torch.device, dtype: torch.dtype) -> float:
-    """TFLOP/s of a square matmul of random numbers."""
-    generator = torch.Generator(device).manual_seed(3)
-    left, right = (torch.randn(size, size, device=device, dtype=dtype, generator=generator) for _ in range(2))
-    out = torch.empty_like(left)
-    return 2 * size**3 / _median_ms(lambda: torch.mm(left, right, out=out), _Clock(device), 20) / 1e9
-
-
-def _median_ms(action: Callable[[], Any], clock: _Clock, count: int) -> float:
-    """Median of `count` runs back to back, after two that do not count."""
-    for _ in range(2):
-        action()
-    marks = [clock.mark()]
-    for _ in range(count):
-        action()
-        marks.append(clock.mark())
-    clock.wait()
-    return statistics.median(clock.ms(begin, end) for begin, end in itertools.pairwise(marks))

@@ -1,4 +1,4 @@
-"""The facts that figures depend on: processor, GPUs, versions, commit."""
+"""The machine a benchmark ran on: processor, GPUs, versions, commit."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ CUPY = ("cupy-cuda13x", "cupy-cuda12x")
 
 
 def machine() -> dict[str, Any]:
-    """What to print beside figures. load_1m: processes that wanted a core in the last minute, ours included.
+    """Facts to print beside figures; those about GPUs are empty where there is none.
 
-    On a machine without a GPU, what only GPUs have is empty.
+    load_1m: the load average of the last minute, this process included.
     """
     import torch
     import zmq
@@ -46,8 +46,14 @@ def machine() -> dict[str, Any]:
     }
 
 
+def gpu_names(facts: dict[str, Any]) -> str:
+    """The GPUs among these facts, `2 × NVIDIA H200`; empty without any."""
+    names = [gpu["name"] for gpu in facts["gpus"]]
+    return ", ".join(f"{names.count(name)} × {name}" for name in dict.fromkeys(names))
+
+
 def version(distribution: str) -> str:
-    """Of an installed package; empty for one that is not."""
+    """The version of an installed package; empty if it is not installed."""
     try:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
@@ -55,12 +61,12 @@ def version(distribution: str) -> str:
 
 
 def cupy_version() -> str:
-    """`14.2 (cupy-cuda13x)`, or empty."""
+    """The version of cupy and its package, `14.2 (cupy-cuda13x)`; empty without cupy."""
     return next((f"{version(name)} ({name})" for name in CUPY if version(name)), "")
 
 
 def driver() -> str:
-    """The NVIDIA driver's version; empty where nothing tells it."""
+    """The version of the NVIDIA driver; empty without one."""
     try:
         words = Path("/proc/driver/nvidia/version").read_text(encoding="utf-8").splitlines()[0].split()
         found = [word for word in words if word.count(".") >= 1 and word.replace(".", "").isdigit()]
@@ -76,7 +82,7 @@ def driver() -> str:
 
 
 def cpu_model() -> str:
-    """As the kernel names it."""
+    """The processor's name in /proc/cpuinfo, else its architecture."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -99,7 +105,7 @@ def commit() -> str:
 
 
 def nccl_version() -> str:
-    """The NCCL that torch brings, `2.28.9`; empty without a GPU."""
+    """The version of the NCCL inside torch, `2.28.9`; empty without a GPU."""
     import torch
 
     if not torch.cuda.is_available():

@@ -12,6 +12,7 @@ import msgspec
 import typer
 
 from specd.config.load import overrides
+from specd.drafts import registry
 from specd.errors import ConfigError
 
 UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
@@ -31,20 +32,21 @@ def group() -> None:
     "--sizes 16M,1G --chart transports.png`"
 )
 def transport(
-    transports: Annotated[str, typer.Option(help="Which ones, comma-separated; empty for all.")] = "",
+    transports: Annotated[str, typer.Option(help="Transports, comma-separated; empty for all.")] = "",
     devices: Annotated[
         str, typer.Option(help="Daemon and trainer on the cpu, the same GPU, or peer GPUs; all that are here.")
     ] = "all",
     sizes: Annotated[str, typer.Option(help="Bytes of a slot, comma-separated, with K, M or G.")] = "",
-    iterations: Annotated[int, typer.Option(min=0, help="Transfers a row; 0 for as many as each size deserves.")] = 0,
-    budget_s: Annotated[float, typer.Option(min=1, help="Seconds the whole run may take, or a little more.")] = 150.0,
-    chart: Annotated[Path | None, typer.Option(help="Draw it: FILE.png, or FILE.html with all figures.")] = None,
+    iterations: Annotated[int, typer.Option(min=0, help="Transfers a row; 0 for as many as the time allows.")] = 0,
+    budget_s: Annotated[float, typer.Option(min=1, help="Seconds for the whole run, or a little more.")] = 150.0,
+    chart: Annotated[Path | None, typer.Option(help="Draw the result in FILE.png or FILE.svg.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """How fast does each transport move a slot, next to a raw copy of the same size, and which one would auto take?"""
     from rich.console import Console
 
-    from specd.bench.transport import chart as charts
+    from specd.bench import charts
+    from specd.bench.transport.chart import write
     from specd.bench.transport.run import complain, run
     from specd.bench.transport.table import render
 
@@ -65,7 +67,7 @@ def transport(
     else:
         Console().print(*render(result), sep="\n")
     if chart is not None:
-        charts.write(result, chart)
+        write(result, chart)
         typer.echo(f"chart: {chart}", err=True)
     complain(result, _names(transports))
 
@@ -75,7 +77,7 @@ def daemon(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON 
     """What does a daemon add to a batch, and how well do target and trainer overlap?"""
     from specd.bench.daemon import run
 
-    logging.getLogger("specd").setLevel(logging.WARNING)  # one session after the other is no news here
+    logging.getLogger("specd").setLevel(logging.WARNING)  # sessions come and go all the time here
     result = run()
     if as_json:
         typer.echo(json.dumps(result, indent=2))
@@ -85,14 +87,14 @@ def daemon(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON 
 
 
 @app.command(
-    epilog="Examples: `specd bench pipeline --quick` · `specd bench pipeline --json --chart pipeline.html > "
+    epilog="Examples: `specd bench pipeline --quick` · `specd bench pipeline --json --chart pipeline.png > "
     "pipeline.json`, then `specd plan --from pipeline.json` · `specd bench pipeline --model Qwen3-4B --daemons 3`"
 )
 def pipeline(
     model: Annotated[
         str, typer.Option("--model", "-m", help="Target, with dummy weights; empty for what this machine can run.")
     ] = "",
-    draft: Annotated[str, typer.Option(help="dflash, of the target's shape, or synthetic:ms=20.")] = "dflash",
+    draft: Annotated[str, typer.Option(help="A method, of the target's shape, or synthetic:ms=20.")] = registry.DEFAULT,
     daemons: Annotated[int, typer.Option(help="Daemons that feed the one trainer, a GPU each.")] = 1,
     transports: Annotated[
         str, typer.Option(help="Comma-separated, the first in full; empty for cuda_ipc, shm on the CPU.")
@@ -106,26 +108,26 @@ def pipeline(
         list[str] | None, typer.Option("--set", help="Of the target or the draft, e.g. --set target.tp=2.")
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Tiny shapes on the CPU, to see that it works.")] = False,
-    chart: Annotated[Path | None, typer.Option(help="Draw it: FILE.png, or FILE.html.")] = None,
+    chart: Annotated[Path | None, typer.Option(help="Draw the result in FILE.png or FILE.svg.")] = None,
     save: Annotated[
         Path | None, typer.Option(help="Keep the JSON in FILE, written anew after each row: nothing measured is lost.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """How close does a pipeline come to its bound, next to co-location and to the seed's protocol?"""
+    """How close does a pipeline come to its bound, next to co-location and to origin (SpecForge's pull request 569)?"""
     from rich.console import Console
 
-    from specd.bench.pipeline import chart as pipeline_chart
+    from specd.bench import charts, outputs
+    from specd.bench.pipeline.chart import write
     from specd.bench.pipeline.defaults import defaults
     from specd.bench.pipeline.run import run
     from specd.bench.pipeline.table import render
-    from specd.bench.transport import chart as charts
 
     if chart is not None:
         charts.check(chart)
     if save is not None:
-        _check_save(save)
-    logging.getLogger("specd").setLevel(logging.WARNING)  # one session after the other is no news here
+        outputs.check("--save", save)
+    logging.getLogger("specd").setLevel(logging.WARNING)  # sessions come and go all the time here
     given = {
         "draft": draft,
         "transports": _names(transports),
@@ -146,8 +148,7 @@ def pipeline(
         if save is None:
             return
         try:
-            _part(save).write_bytes(_json(result).encode())
-            _part(save).replace(save)
+            outputs.write(save, _json(result).encode())
         except OSError as error:  # the run is worth more than its file
             log.warning("--save %s: not written this time: %s", save, error.strerror)
 
@@ -163,7 +164,7 @@ def pipeline(
     else:
         Console().print(*render(result), sep="\n")
     if chart is not None:
-        pipeline_chart.write(result, chart)
+        write(result, chart)
         typer.echo(f"chart: {chart}", err=True)
 
 
@@ -173,7 +174,7 @@ def draft(
     context: Annotated[str, typer.Option(help="Context tokens of a batch, comma-separated.")] = "",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """How fast is DFlash's training step, next to the matmuls this device can do?"""
+    """How fast is a training step of a draft, next to the matmuls this device can do?"""
     from rich.console import Console
 
     from specd.bench.draft import render, run
@@ -194,30 +195,12 @@ def _whole(text: str, option: str) -> int:
     return int(text)
 
 
-def _check_save(path: Path) -> None:
-    """Raise ConfigError unless a result can be kept in `path`: before minutes are spent on measuring it."""
-    if not path.absolute().parent.is_dir():
-        raise ConfigError(f"--save {str(path)!r}: its directory does not exist")
-    if path.is_dir():
-        raise ConfigError(f"--save {str(path)!r}: it is a directory; name a file in it")
-    try:
-        _part(path).touch()
-        _part(path).unlink()
-    except OSError as error:
-        raise ConfigError(f"--save {str(path)!r}: it cannot be written ({error.strerror}); name another file") from None
-
-
-def _part(path: Path) -> Path:
-    """Where a result lies until it is whole."""
-    return path.with_name(f"{path.name}.part")
-
-
 def _names(text: str) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
 
 
 def _bytes(text: str) -> int:
-    """`64M` as a number of bytes. Raises ConfigError for anything else than digits and one of K, M, G."""
+    """`64M` as a number of bytes. Raises ConfigError for anything but digits and one of K, M, G."""
     digits, unit = (text[:-1], text[-1:].upper()) if text[-1:].isalpha() else (text, "")
     if not digits.isdecimal() or unit not in UNITS or int(digits) == 0:
         raise ConfigError(f"size {text!r}: expected a number of bytes, with K, M or G if wanted, for example 64M")

@@ -1,4 +1,4 @@
-"""`specd data`: let the target answer prompts, look at a sample and its labels, count a data set."""
+"""`specd data`: regenerate answers with the target, show a sample and its labels, count a data set."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import typer
 
 from specd.cli.settings import data_config
 from specd.config.settings import DataConfig
+from specd.drafts import registry
 from specd.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -25,6 +26,8 @@ BAR_WIDTH = 40
 
 Model = Annotated[str, typer.Option("--model", "-m", help="The target: preset, local directory or hub name.")]
 Source = Annotated[str, typer.Argument(help="JSONL, JSON, Parquet or hub name; else the preset's.", show_default=False)]
+Preset = Annotated[str, typer.Option("--preset", help="Take this preset's recipe; else the target's own.")]
+Method = Annotated[str, typer.Option("--method", help="The draft whose training the samples are for.")]
 Settings = Annotated[
     list[str] | None, typer.Option("--set", help="Any setting of the data section, as data.max_length=512.")
 ]
@@ -45,17 +48,17 @@ def regenerate(
     split: Annotated[str, typer.Option(help="Split of a hub data set.")] = "train",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 64,
     batch_size: Annotated[int, typer.Option(min=1, help="Conversations answered together.")] = 16,
-    max_samples: Annotated[int, typer.Option(min=0, help="Only the first so many conversations, 0 for all.")] = 0,
+    max_samples: Annotated[int, typer.Option(min=0, help="Only the first N conversations, 0 for all.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     threads: Annotated[int, typer.Option(min=0, help="CPU threads, 0 for torch's choice.")] = 0,
     settings: Settings = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output file.")] = False,
 ) -> None:
-    """Let the target answer every conversation anew: greedily, from the prompts alone.
+    """Regenerate every answer of the conversations with the target: greedily, from the prompts alone.
 
-    A draft learns to predict its target, so it should learn from what the target writes. An interrupted command goes on
-    where it stopped when it is given again.
+    A draft learns to predict its target, so it should learn from what the target writes. Give an interrupted command
+    again to resume it.
     """
     config = data_config(prompts, model, settings)
     if output.exists() and not overwrite:
@@ -98,7 +101,7 @@ def regenerate(
             )
         except KeyboardInterrupt:
             bar.stop()
-            typer.echo("specd: interrupted; give the same command again to go on", err=True)
+            typer.echo("specd: interrupted; give the same command again to resume", err=True)
             raise typer.Exit(130) from None
     rate = f"{done.tokens / max(done.seconds, 1e-9):.0f} tokens/s"
     typer.echo(f"{output}: {done.samples} answered, {done.tokens} tokens now in {done.seconds:.1f} s ({rate})")
@@ -109,6 +112,8 @@ def show(
     source: Source = "",
     model: Model = "smollm2-135m",
     row: Annotated[int, typer.Option("--row", "-n", min=1, help="Which row of the file, from 1.")] = 1,
+    method: Method = registry.DEFAULT,
+    preset: Preset = "",
     settings: Settings = None,
 ) -> None:
     """Show one sample as the target reads it, with the tokens that are labels in colour."""
@@ -118,7 +123,8 @@ def show(
     from specd.data.chat import load_tokenizer
     from specd.data.dataset import sample, trainable
 
-    config = data_config(source, model, settings)
+    config = data_config(source, model, settings, preset=preset)
+    needed = registry.load(method).consecutive_labels
     directory = _tokenizer_dir(model)
     tokens, mask = sample(config, directory, row)
     tokenizer = load_tokenizer(directory)
@@ -139,14 +145,16 @@ def show(
         legend.append(f", {tokens.size - config.max_length} tokens cut", "strike dim red")
     console.print(legend)
     console.print(f"{kept.size} tokens, {int(kept.sum())} labels")
-    if not trainable(kept):
-        console.print("[bold red]left out of training:[/] no two tokens in a row are labels")
+    if not trainable(kept, needed):
+        console.print(f"[bold red]left out of training:[/] {method} needs {needed} labels in a row")
 
 
 @app.command(epilog="Example: `specd data stats chats.jsonl --model Qwen3-8B --json`")
 def stats(
     source: Source = "",
     model: Model = "smollm2-135m",
+    method: Method = registry.DEFAULT,
+    preset: Preset = "",
     settings: Settings = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
@@ -155,18 +163,19 @@ def stats(
 
     from specd.data.dataset import prepare
 
-    config = data_config(source, model, settings)
-    dataset = prepare(config, _tokenizer_dir(model))
+    config = data_config(source, model, settings, preset=preset)
+    needed = registry.load(method).consecutive_labels
+    dataset = prepare(config, _tokenizer_dir(model), consecutive_labels=needed)
     if as_json:
         lengths = {"mean": float(dataset.lengths.mean()), "longest": int(dataset.lengths.max())}
         typer.echo(
             msgspec.json.encode({"digest": dataset.digest, "length": lengths, "report": dataset.report}).decode()
         )
     else:
-        _show_stats(Console(highlight=False), config, dataset)
+        _show_stats(Console(highlight=False), config, dataset, f"{method} needs {needed} labels in a row")
 
 
-def _show_stats(console: Console, config: DataConfig, dataset: Dataset) -> None:
+def _show_stats(console: Console, config: DataConfig, dataset: Dataset, rule: str) -> None:
     import numpy as np
     from rich.table import Table
 
@@ -178,7 +187,7 @@ def _show_stats(console: Console, config: DataConfig, dataset: Dataset) -> None:
     for name, count, note in (
         ("rows", report.rows, config.path),
         ("samples", report.samples, ""),
-        ("left out", report.without_labels, "no two tokens in a row are labels"),
+        ("left out", report.without_labels, rule),
         ("cut", report.cut, f"to {config.max_length} tokens"),
         ("tokens", report.tokens, f"{lengths.mean():.1f} a sample, {np.median(lengths):.0f} median"),
         ("labels", report.trainable_tokens, f"{report.trainable_tokens / report.tokens:.1%} of all tokens"),

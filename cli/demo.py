@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from specd.drafts import registry
 from specd.errors import ConfigError, DaemonError
 from specd.memory import segment
 from specd.train.interrupt import Interrupt
@@ -28,7 +29,7 @@ from specd.train.interrupt import Interrupt
 EXAMPLES = "Examples: `specd demo` · `specd demo --quick --output runs/first-look`"
 MODEL = "smollm2-135m"
 SETTLE_S = 20.0
-"""How long a child has to end in order before it is killed."""
+"""Timeout of a child's orderly end; then it is killed."""
 
 
 def demo(
@@ -57,7 +58,9 @@ def demo(
             )
             stage.run("data", "show", str(answers), "--model", MODEL)
         with stage.step("Train a draft on the daemon's hidden states"):
-            stage.run("train", "dflash", "--endpoint", endpoint, "--transport", "auto", "--output", str(run), *steps)
+            stage.run(
+                "train", registry.DEFAULT, "--endpoint", endpoint, "--transport", "auto", "--output", str(run), *steps
+            )
         with stage.step("Ask the daemon what it did, and stop it"):
             stage.run("status", "--endpoint", endpoint)
             stage.run("stop", "--endpoint", endpoint)
@@ -69,7 +72,7 @@ def demo(
 
 
 def remove_run(run: Path) -> None:
-    """Make room for a new run where an earlier one lies. Raises ConfigError for anything that is no run."""
+    """Remove an earlier run to make room for a new one. Raises ConfigError for anything that is no run."""
     from specd.train.directory import FACTS
 
     if not run.exists() or (run.is_dir() and not any(run.iterdir())):
@@ -86,9 +89,9 @@ def remove_run(run: Path) -> None:
 
 
 class Stage:
-    """Runs the demo's commands where they can be seen.
+    """Runs the demo's commands, visibly, as child processes.
 
-    Each is a process group of its own that never outlives the stage, and knows the signal that ends it at once.
+    Each has its own process group, which never outlives the stage, and a signal that ends it at once.
     """
 
     __slots__ = ("_children", "_console", "_interrupt", "_log", "times")
@@ -152,10 +155,10 @@ class Stage:
         self.say(ready)
 
     def close(self) -> None:
-        """End every child that still runs: asked first, then killed, the youngest first. Idempotent."""
+        """End every running child, the youngest first: by its signal, then by SIGKILL. Idempotent."""
         killed = False
         if any(child.poll() is None for child, _ in self._children):
-            self._console.print("[dim]ending what still runs[/]")
+            self._console.print("[dim]stopping child processes[/]")
         while self._children:
             child, end = self._children.pop()
             child.send_signal(end)
@@ -164,7 +167,7 @@ class Stage:
             except subprocess.TimeoutExpired:
                 killed = True
             with suppress(ProcessLookupError):
-                os.killpg(child.pid, signal.SIGKILL)  # whatever it left behind in its group
+                os.killpg(child.pid, signal.SIGKILL)  # the rest of its group
             child.wait()
             if child.stdout is not None:
                 child.stdout.close()
@@ -192,7 +195,7 @@ class Stage:
 
 
 def summarise(stage: Stage, run: Path, seconds: float) -> None:
-    """What came out, in a few lines."""
+    """Print the results of the demo."""
     import msgspec
 
     from specd.evaluate.results import EVALS, EvalFacts

@@ -11,16 +11,16 @@ import tempfile
 from contextlib import closing
 from importlib import metadata, util
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_type_hints
+from typing import Annotated, Any, Literal
 
 import msgspec
 import typer
 
 from specd import units
 from specd.config.presets import Preset, preset, presets
-from specd.config.settings import TargetConfig
 from specd.errors import SpecdError, TransportError
 from specd.paths import cache_dir, runtime_dir
+from specd.targets import registry as targets
 from specd.transports import base as transport
 from specd.transports import checks, registry
 from specd.version import __version__
@@ -45,7 +45,7 @@ DEADLINE_S = 10.0
 
 
 class Finding(msgspec.Struct, frozen=True, kw_only=True):
-    """One thing that was tried. note: what it is worth, or the reason why it does not work."""
+    """The result of one check. note: details, or the reason why it does not work."""
 
     name: str
     kind: Literal["transport", "backend", "preset"]
@@ -58,7 +58,7 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON 
     facts = machine()
     findings = [
         *map(check_transport, registry.names()),
-        *map(check_backend, backends()),
+        *map(check_backend, targets.names()),
         *map(check_preset, presets()),
     ]
     if as_json:
@@ -149,7 +149,7 @@ def _move_between_gpus(name: str, found: type[transport.Transport]) -> str:
     """From the first GPU to the last one; with a single one, to itself."""
     import torch
 
-    from specd.transports.testing.hosts import SpawnedHost
+    from specd.transports.testing.spawned import SpawnedHost
 
     if not (count := torch.cuda.device_count()):
         build = torch.version.cuda
@@ -179,13 +179,8 @@ def _worked(found: type[transport.Transport], where: str) -> str:
     return f"moved {units.size(PROBE_BYTES)}{where}, verified; reaches {scope}"
 
 
-def backends() -> list[str]:
-    """The target backends that can be asked for by name."""
-    return [name for name in get_args(get_type_hints(TargetConfig)["backend"]) if name != "auto"]
-
-
 def check_backend(name: str) -> Finding:
-    """Whether a backend's package is here; `synthetic` needs none."""
+    """Whether a backend's package is installed; `synthetic` needs none."""
     if name == "synthetic":
         return Finding(name=name, kind="backend", works=True, note="made-up states, for tests and benchmarks")
     version = _version(name)
@@ -223,7 +218,7 @@ def _weights(known: Preset) -> tuple[bool, str]:
 
 
 def _packaged(package: str) -> tuple[bool, str]:
-    """Whether the package that carries a preset's weights is here, and what converts them."""
+    """Whether the package with a preset's weights is installed, and those that convert them."""
     module = package.replace("-", "_")
     missing = [name for name in (module, "gguf", "accelerate") if util.find_spec(name) is None]
     if not missing:

@@ -5,24 +5,24 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from specd.cli.settings import data_config
+from specd.data.rows import HELDOUT
+from specd.drafts import registry
 from specd.errors import ConfigError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from specd.data.chat import Chat
     from specd.evaluate.results import EvalFacts
 
 EXAMPLES = (
-    "Examples: `specd eval --draft runs/dflash/draft` · "
-    "`specd eval --model smollm2-135m --draft runs/dflash/draft --untrained --limit 8`"
+    f"Examples: `specd eval --draft runs/{registry.DEFAULT}` · "
+    "`specd eval --model smollm2-135m --draft runs/first/draft --untrained --limit 8`"
 )
-PROMPTS = "specd:demo/heldout.jsonl"
 
 
 def evaluate(
@@ -32,9 +32,9 @@ def evaluate(
     ] = "",
     prompts: Annotated[
         str, typer.Option(help="Conversations (JSONL, Parquet, hub name); each first question is asked.")
-    ] = PROMPTS,
+    ] = HELDOUT,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 64,
-    limit: Annotated[int, typer.Option(min=0, help="Use only so many prompts, 0 for all.")] = 0,
+    limit: Annotated[int, typer.Option(min=0, help="Use at most N prompts, 0 for all.")] = 0,
     untrained: Annotated[
         bool, typer.Option("--untrained", help="Also decode with the draft as it was before training, to compare.")
     ] = False,
@@ -51,18 +51,14 @@ def evaluate(
     The target runs in this process. Results also go to the draft's run directory, for `specd report`.
     The chat template gets the run's options; --set data.template.KEY=VALUE changes them, or gives them without a run.
 
-    Exits with 1 when an output differs from the target's own greedy one otherwise than by a tie: two logits that are
-    equal as far as the rounding of the target's dtype lets anyone know.
+    Exits with 1 when an output differs from the target's own greedy one, unless by a tie: two logits that are equal
+    within the rounding of the target's dtype.
     """
     import msgspec
     from rich.console import Console
 
-    from specd.data.chat import Chat, end_tokens
-    from specd.drafts.dflash.export import load_draft
-    from specd.drafts.dflash.model import DFlashDraft
-    from specd.evaluate.decode import evaluate as decode
-    from specd.evaluate.decode import greedy
-    from specd.evaluate.results import EVALS, EvalFacts
+    from specd.evaluate.evaluator import evaluate_draft
+    from specd.evaluate.results import EVALS
     from specd.targets.transformers.load import load_causal_lm
     from specd.train.directory import FACTS, read_facts
 
@@ -75,66 +71,34 @@ def evaluate(
     used = {"template": facts.config.get("data", {}).get("template", {})} if facts else None
     if strange := [text for text in settings or [] if not text.startswith("data.template.")]:
         raise ConfigError(f"--set {strange[0]}: evaluation takes data.template.KEY=VALUE alone")
-    template = data_config(prompts, model, settings, used).template
-    trained = load_draft(directory)
+    template = data_config(prompts, model, settings, run=used).template
+    registry.read(directory)  # fail before the target is loaded
     target, tokenizer = load_causal_lm(model, dtype=dtype, device=device)
     if tokenizer is None:
         raise ConfigError(f"target {model!r} has no tokenizer: evaluation needs its chat template")
-    asked = encode_prompts(prompts, Chat(tokenizer, template), limit)
-    limits: dict[str, Any] = {"max_new_tokens": max_new_tokens, "eos": end_tokens(target, tokenizer)}
     console = Console(quiet=as_json)
-    # The same target texts prove both drafts.
-    with _progress(console, "target alone", len(asked)) as advance:
-        references = []
-        for prompt in asked:
-            references.append(greedy(target, prompt, **limits))
-            advance()
-    drafts = {"trained": trained}
-    if untrained:
-        seed = facts.config["train"]["seed"] if facts else 0
-        drafts = {"untrained": DFlashDraft(trained.shape, seed), **drafts}
-    results: dict[str, EvalFacts] = {}
-    for name, network in drafts.items():
-        with _progress(console, f"with the {name} draft", len(asked)) as advance:
-            result = decode(
-                target,
-                network,
-                asked,
-                references=references,
-                progress=lambda index, row: advance(),
-                **limits,
-            )
-        results[name] = EvalFacts(
-            model=model,
-            draft=str(draft),
-            untrained=name == "untrained",
-            block_size=trained.shape.block_size,
-            max_new_tokens=max_new_tokens,
-            source=prompts,
-            dtype=str(target.dtype).removeprefix("torch."),
-            result=result,
-        )
-        if run:
-            (run / EVALS[name]).write_bytes(msgspec.json.encode(results[name]) + b"\n")
+    seed = int(facts.config["train"]["seed"]) if facts else 0
+    results = evaluate_draft(
+        directory,
+        target,
+        tokenizer,
+        prompts,
+        name=model,
+        template=template,
+        limit=limit,
+        max_new_tokens=max_new_tokens,
+        untrained=seed if untrained else None,
+        progress=lambda title, total: _progress(console, title, total),
+    )
+    if run:
+        for name, found in results.items():
+            (run / EVALS[name]).write_bytes(msgspec.json.encode(found) + b"\n")
     if as_json:
         typer.echo(msgspec.json.encode(results))
     else:
         show(console, results)
     if any(result.different for result in results.values()):
         raise typer.Exit(1)
-
-
-def encode_prompts(source: str, chat: Chat, limit: int) -> list[list[int]]:
-    """Token ids of the first question of each conversation in `source`, up to where the target begins its answer."""
-    from specd.data.chat import questions, turns
-    from specd.data.rows import read_rows
-
-    tokenizer: Any = chat.tokenizer
-    texts = [
-        chat.render(questions(turns(row, where), where)[0], open_answer=True, tools=row.get("tools") or None)
-        for where, row in read_rows(source, limit=limit)
-    ]
-    return [list(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
 
 
 def show(console: Console, results: dict[str, EvalFacts]) -> None:

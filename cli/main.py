@@ -1,4 +1,4 @@
-"""The `specd` command: its verbs, its logging, and how errors leave the process."""
+"""The `specd` command: its verbs, its logging, and its exit codes."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import typer
 from typer.core import TyperGroup
 
 from specd.cli import bench, data, demo, doctor, eval, plan, report, start, status, stop, train
+from specd.drafts import registry
 from specd.errors import ConfigError, SpecdError
 from specd.version import __version__
 
@@ -31,7 +32,8 @@ app = typer.Typer(
     name="specd",
     cls=Verbs,
     help="Serve a target model's hidden states to the training of draft models for speculative decoding.\n\n"
-    "Begin with `specd doctor`, then `specd start --model smollm2-135m` and `specd train dflash --transport auto`.",
+    "Begin with `specd doctor`, then `specd start --model smollm2-135m` and "
+    f"`specd train {registry.DEFAULT} --transport auto`.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -41,7 +43,7 @@ app = typer.Typer(
 app.command("start", rich_help_panel=SERVE, epilog=start.EXAMPLES)(start.start)
 app.command("status", rich_help_panel=SERVE, epilog=status.EXAMPLES)(status.status)
 app.command("stop", rich_help_panel=SERVE, epilog=stop.EXAMPLES)(stop.stop)
-app.add_typer(train.app, name="train", rich_help_panel=TRAIN)
+app.command("train", rich_help_panel=TRAIN, epilog=train.EXAMPLES, no_args_is_help=True)(train.train)
 app.command("eval", rich_help_panel=TRAIN, epilog=eval.EXAMPLES)(eval.evaluate)
 app.command("report", rich_help_panel=TRAIN, epilog=report.EXAMPLES)(report.report)
 app.add_typer(data.app, name="data", rich_help_panel=DATA)

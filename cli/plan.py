@@ -11,9 +11,11 @@ import msgspec
 import typer
 
 from specd.config.presets import preset, presets
+from specd.drafts import registry
 from specd.errors import ConfigError
 from specd.plan import Balance, Placement, Work, balance
 from specd.protocol.capture import DTYPE_BYTES, CaptureSpec
+from specd.transports.registry import WITHIN_PROCESS
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -26,9 +28,9 @@ EXAMPLES = (
 )
 RATES, SIZES, PLACES = "Rates", "Sizes", "Places"
 WARM_UP = 0.1
-"""Share of a journal's steps, from its beginning, that is left out of its rates: they compile and load."""
+"""Share of a journal's first steps that is left out of its rates: they compile and load."""
 MOST_WAITS = 0.05
-"""Steps without draft_s give the draft's rate if they waited for less than this share of their time."""
+"""Steps without draft_s give the draft's rate only if they waited less than this share of their time."""
 STARVING = {
     "target": "the target starves: the draft is slower",
     "draft": "the draft starves: the target is slower",
@@ -46,7 +48,7 @@ def plan(
     ] = None,
     colocated_target_tokens_per_s: Annotated[
         float | None,
-        typer.Option(help="What a target computes that runs each batch alone, unmerged.", rich_help_panel=RATES),
+        typer.Option(help="What a target computes that runs batches one by one, unmerged.", rich_help_panel=RATES),
     ] = None,
     wire_gb_per_s: Annotated[
         float | None, typer.Option(help="10⁹ bytes a second to one trainer; 0 for enough.", rich_help_panel=RATES)
@@ -72,7 +74,7 @@ def plan(
         int | None, typer.Option(help="More than 1 for tensor parallelism.", rich_help_panel=PLACES)
     ] = None,
     gpus_per_trainer: Annotated[int | None, typer.Option(help="GPUs of one trainer.", rich_help_panel=PLACES)] = None,
-    depth: Annotated[int | None, typer.Option(help="Batches under way a trainer.", rich_help_panel=PLACES)] = None,
+    depth: Annotated[int | None, typer.Option(help="Batches in flight per trainer.", rich_help_panel=PLACES)] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Which side starves, how many daemons a trainer needs, what it takes, and whether co-location is better."""
@@ -103,7 +105,7 @@ def plan(
 
 
 def _work(known: dict[str, Any]) -> Work:
-    """What is known as a Work. Raises ConfigError that names all that is missing."""
+    """A Work from the known values. Raises ConfigError that names all missing ones."""
     needed = ("target_tokens_per_s", "draft_tokens_per_s", "batch_tokens", "bytes_per_token")
     missing = [f"--{name.replace('_', '-')}" for name in needed if name not in known]
     if missing:
@@ -120,14 +122,14 @@ def _of_preset(name: str, num_taps: int) -> dict[str, Any]:
     if recipe is None or "hidden_size" not in recipe.config:
         raise ConfigError(f"--model {name!r}: expected one of {', '.join(presets())}; else give --bytes-per-token")
     spec = CaptureSpec(taps=tuple(range(num_taps)), dtype=recipe.dtype)
-    tokens = recipe.run.get("data", {}).get("batch_tokens", 3072)
+    tokens = recipe.run.get(registry.DEFAULT, {}).get("data", {}).get("batch_tokens", 3072)
     return {"bytes_per_token": spec.bytes_per_token(int(recipe.config["hidden_size"])), "batch_tokens": tokens}
 
 
 def _measured(path: Path, *, draft: bool) -> dict[str, Any]:
     """The rates a benchmark or a run has measured. Raises ConfigError for a path that holds neither.
 
-    draft: whether a run has to tell the draft's rate.
+    draft: whether a run must give the draft's rate.
     """
     if path.is_dir():
         return _of_run(path, draft=draft)
@@ -148,8 +150,8 @@ def _measured(path: Path, *, draft: bool) -> dict[str, Any]:
 def _of_run(path: Path, *, draft: bool) -> dict[str, Any]:
     """Rates of a run: its daemons' forward times and, for the draft's, its optimizer steps' own times.
 
-    The forwards are as its daemons made them, merged where they merged. A co-located run's are unmerged, and so both.
-    Raises ConfigError for a journal that does not tell what is asked.
+    The forwards are as its daemons ran them, merged or not. A co-located run's are unmerged: they give both rates.
+    Raises ConfigError for a journal without these times.
     """
     from specd.train.directory import JOURNAL, read_facts
     from specd.train.journal import read
@@ -175,17 +177,17 @@ def _of_run(path: Path, *, draft: bool) -> dict[str, Any]:
     }
     if draft:
         known["draft_tokens_per_s"] = _draft_rate(path, steps)
-    if "inproc" in facts.transports.values():
+    if WITHIN_PROCESS in facts.transports.values():
         known["colocated_target_tokens_per_s"] = known["target_tokens_per_s"]
     return known
 
 
 def _draft_rate(path: Path, steps: Sequence[StepRecord]) -> float:
-    """Tokens a second of optimizer steps. Raises ConfigError where their times cannot be told from their waits."""
+    """Tokens a second of optimizer steps. Raises ConfigError where the time without waits is unknown."""
     if timed := [step for step in steps if step.draft_s]:
         return sum(step.tokens for step in timed) / sum(step.draft_s for step in timed)
     wall_s, wait_s = sum(step.step_s for step in steps), sum(step.target_wait_s + step.wire_wait_s for step in steps)
-    # A GPU goes on with its step while the next batch is waited for: what the waits leave is too short for it.
+    # A GPU goes on with its step while the host waits for the next batch: wall time without waits is too short.
     if wait_s >= MOST_WAITS * wall_s:
         raise ConfigError(
             f"--from {str(path)!r}: its journal has no draft_s, and its steps waited {wait_s:.1f} of {wall_s:.1f} s, "

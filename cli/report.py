@@ -7,7 +7,9 @@ from typing import Annotated
 
 import typer
 
-EXAMPLES = "Example: `specd report runs/dflash`"
+from specd.drafts import registry
+
+EXAMPLES = f"Example: `specd report runs/{registry.DEFAULT}`"
 
 
 def report(

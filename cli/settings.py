@@ -1,25 +1,27 @@
-"""Settings from the command line: flags, files and `--set` on top of a preset."""
+"""Settings from the command line: flags, files and `--set` on top of a preset's recipe."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from specd.config.load import convert, merge, overrides
-from specd.config.presets import preset
-from specd.config.settings import DaemonConfig, DataConfig
+from specd.config.presets import recipe_of
+from specd.config.settings import DaemonConfig, DataConfig, RunConfig
+from specd.drafts import registry
 from specd.errors import ConfigError
+from specd.targets import registry as targets
 
 
 def given(flags: dict[str, Any]) -> dict[str, Any]:
-    """The flags that were given: no None, no empty text or list, no empty mapping left by them."""
+    """Drop flags that were not given: None, empty texts and lists, and mappings of only those."""
     kept = {key: given(value) if isinstance(value, dict) else value for key, value in flags.items()}
     return {key: value for key, value in kept.items() if value is not None and value not in ("", [], {})}
 
 
 def daemon_config(
-    file: dict[str, Any], flags: dict[str, Any], settings: list[str], where: str = "specd start"
+    file: dict[str, Any], flags: dict[str, Any], settings: list[str], *, preset: str = "", where: str = "specd start"
 ) -> DaemonConfig:
-    """A DaemonConfig from, weakest first: the preset's recipe, a config file, flags, `--set`.
+    """A DaemonConfig from, weakest first: the recipe of `preset` or else the model's own, a file, flags, `--set`.
 
     Raises ConfigError that names `where` and the key at fault, or when no model is given.
     """
@@ -28,20 +30,45 @@ def daemon_config(
     model = target.get("model") if isinstance(target, dict) else None
     if not model:
         raise ConfigError("no target given: expected --model with a preset, a local directory or a hub name")
-    recipe = preset(str(model))
+    recipe = recipe_of(preset, str(model))
     names = ("target", "capture", "ring")
     under: dict[str, Any] = {name: getattr(recipe, name) for name in names} if recipe else {}
-    return convert(merge(under, asked), DaemonConfig, where)
+    found = convert(merge(under, asked), DaemonConfig, where)
+    if found.target.backend not in ("auto", *targets.names()):
+        known = ", ".join(targets.names())
+        raise ConfigError(f"{where}: target.backend={found.target.backend!r}: expected auto or one of {known}")
+    return found
 
 
-def data_config(source: str, model: str, settings: list[str] | None, run: dict[str, Any] | None = None) -> DataConfig:
-    """The data section: that of a run or else the preset's, then the flags, then --set."""
-    known = preset(model)
+def hosting_config(run: RunConfig, model: str, *, preset: str = "") -> DaemonConfig:
+    """The DaemonConfig to host `model` in the trainer's process, its ring sized for the run.
+
+    Raises ConfigError that names the key at fault.
+    """
+    if (other := run.target.get("model", model)) != model:
+        raise ConfigError(f"settings: target.model={other!r}: expected {model!r}, as given by --model; leave it out")
+    draft = registry.settings(run.method, run.draft, "settings")
+    capture = registry.load(run.method).capture_config(draft)
+    settings = {
+        "target": {"device": run.train.device} | run.target | {"model": model},
+        "capture": {"num_taps": capture.num_taps, "final": capture.final},
+        "ring": {"slots": run.subscriber.depth + 2, "slot_tokens": run.data.batch_tokens, "max_sessions": 1},
+    }
+    return daemon_config({}, settings, [], preset=preset, where="settings")
+
+
+def data_config(
+    source: str, model: str, settings: list[str] | None, *, preset: str = "", run: dict[str, Any] | None = None
+) -> DataConfig:
+    """The data section: that of a run or else the recipe's, then the source, then `--set`.
+
+    Raises ConfigError that names the key at fault, or when nothing names data.
+    """
+    recipe = recipe_of(preset, model)
     asked = overrides([text if text.startswith("data.") else f"data.{text}" for text in settings or []])
-    base: dict[str, Any] = run if run is not None else known.run.get("data", {}) if known else {}
-    config = convert(
-        merge(merge(base, {"path": source} if source else {}), asked["data"] if asked else {}), DataConfig, "data"
-    )
+    own = recipe.run.get(registry.DEFAULT, {}).get("data", {}) if recipe else {}
+    base = merge(own if run is None else run, {"path": source} if source else {})
+    config = convert(merge(base, asked.get("data", {})), DataConfig, "data")
     if not config.path:
-        raise ConfigError(f"model {model!r} has no preset that names data; give a file or a hub name")
+        raise ConfigError(f"no recipe of model {model!r} names data: give a file or a hub name")
     return config

@@ -38,7 +38,13 @@ def start(
     ] = "",
     backend: Annotated[str, typer.Option(help="auto, sglang, transformers or synthetic.", rich_help_panel=TARGET)] = "",
     load_format: Annotated[
-        str, typer.Option(help="auto reads weights, dummy makes them up.", rich_help_panel=TARGET)
+        str, typer.Option(help="auto reads weights, dummy draws random ones.", rich_help_panel=TARGET)
+    ] = "",
+    tokenizer: Annotated[
+        str, typer.Option(help="Directory of its tokenizer, for a preset with dummy weights.", rich_help_panel=TARGET)
+    ] = "",
+    preset: Annotated[
+        str, typer.Option(help="Take this preset's recipe; else the model's own.", rich_help_panel=TARGET)
     ] = "",
     num_layers: Annotated[
         int | None, typer.Option(help="Cut the model's depth (dummy weights only).", rich_help_panel=TARGET)
@@ -87,6 +93,7 @@ def start(
             "model": model,
             "backend": backend,
             "load_format": load_format,
+            "tokenizer": tokenizer,
             "num_layers": num_layers,
             "device": device,
             "dtype": dtype,
@@ -100,7 +107,7 @@ def start(
         "endpoint": endpoint,
         "insecure": insecure,
     }
-    daemon = daemon_config(load_yaml(config) if config else {}, given(flags), settings or [])
+    daemon = daemon_config(load_yaml(config) if config else {}, given(flags), settings or [], preset=preset)
     if detach:
         raise typer.Exit(_detach(daemon))
     raise typer.Exit(_serve(daemon, ready_fd))
@@ -146,7 +153,7 @@ def _detach(daemon: DaemonConfig) -> int:
             raise
     if line:
         typer.echo(f"{line.rstrip()} · pid {child.pid} · log {log_path}")
-        child.returncode = 0  # it goes on without this process: nothing is left to wait for
+        child.returncode = 0  # it runs on without this process: never wait for it
         return 0
     code = child.wait()
     with open(log_path, "rb") as written:
@@ -163,7 +170,7 @@ def _verbosity() -> list[str]:
 
 
 def _failure(log: IO[bytes], begin: int, code: int, path: Path) -> DaemonError | ConfigError:
-    """The error of a detached daemon that ended before it was ready, from what it wrote."""
+    """The error of a detached daemon that ended before it was ready, from its log."""
     log.seek(begin)
     lines = log.read().decode(errors="replace").splitlines()
     said = [line.partition("specd: error: ")[2] for line in lines if line.startswith("specd: error: ")]
@@ -190,7 +197,7 @@ def ready_line(report: StatusReport) -> str:
 
 
 def resident_bytes(pids: set[int]) -> int:
-    """Resident memory of these processes of this host; 0 where it cannot be read."""
+    """Resident memory of local processes, in total; an unreadable one counts 0."""
     total = 0
     for pid in pids:
         try:

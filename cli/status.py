@@ -33,7 +33,7 @@ def status(
 
 
 def as_data(report: StatusReport) -> dict[str, object]:
-    """The report as plain data: as the message, with the epoch in hex."""
+    """The report as plain data, with the epoch in hex."""
     data: dict[str, object] = msgspec.to_builtins(report)
     return {**data, "epoch": report.epoch.hex()}
 
@@ -72,7 +72,7 @@ def _show(report: StatusReport) -> None:
 
 
 def _facts(report: StatusReport) -> Iterator[tuple[str, str]]:
-    """What is known of the daemon itself, line by line: a name and its value."""
+    """Facts of the daemon itself, line by line: a name and its value."""
     yield "daemon", f"specd {report.version}, {report.state}, up {report.uptime_s:.0f} s"
     yield "", f"control pid {report.pid}, worker pid {report.worker_pid or '–'}, epoch {report.epoch.hex() or '–'}"
     yield "endpoints", ", ".join(report.endpoints)
@@ -90,5 +90,5 @@ def _facts(report: StatusReport) -> Iterator[tuple[str, str]]:
 
 
 def _printable(text: str) -> str:
-    """A peer's text without what would steer the terminal: control and format characters, line ends."""
+    """A peer's text, safe for a terminal: control and format characters and line ends are replaced."""
     return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text)

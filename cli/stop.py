@@ -1,4 +1,4 @@
-"""`specd stop`: let a daemon serve what is outstanding, then end it, and wait until it is gone."""
+"""`specd stop`: let a daemon finish its outstanding requests and end, and wait until it has."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from specd.errors import DaemonError
 
 EXAMPLES = "Examples: `specd stop` · `specd stop --timeout 60 --force`"
 GRACE_S = 5.0
-"""How long a daemon that is forced to end has after SIGINT, before SIGKILL."""
+"""Timeout between SIGINT and SIGKILL with --force."""
 
 
 def stop(
@@ -54,7 +54,7 @@ def stop(
 
 @contextlib.contextmanager
 def _watched(pids: set[int]) -> Iterator[dict[int, int]]:
-    """A pidfd for each process that still lives, by pid: it turns readable when the process ends."""
+    """A pidfd for each live process, by pid: it becomes readable when the process ends."""
     pidfds: dict[int, int] = {}
     try:
         for pid in pids:

@@ -32,7 +32,7 @@ def resolve_endpoint(endpoint: str) -> str:
 
 
 def address(host: str) -> IPv4Address | IPv6Address | None:
-    """The address that the host part of a tcp endpoint spells out, `*` being all of them; None for a name."""
+    """The IP address in the host part of a tcp endpoint, `*` as 0.0.0.0; None for a name."""
     text = "0.0.0.0" if host == "*" else host.strip("[]")
     with contextlib.suppress(OSError, UnicodeError):
         return ip_address(socket.getaddrinfo(text, None, flags=socket.AI_NUMERICHOST)[0][4][0])
@@ -40,9 +40,9 @@ def address(host: str) -> IPv4Address | IPv6Address | None:
 
 
 def interface(endpoint: str, insecure: bool) -> str:
-    """What a tcp endpoint listens on: an address, without brackets, or a name; empty for other endpoints.
+    """The host a tcp endpoint listens on: an address, without brackets, or a name; empty for other endpoints.
 
-    Raises ConfigError for one that strangers may connect to, unless they are allowed to, or that serves no trainer.
+    Raises ConfigError for a wildcard address, and for one beyond loopback unless `insecure`.
     """
     if not endpoint.startswith("tcp://"):
         return ""
@@ -57,15 +57,15 @@ def interface(endpoint: str, insecure: bool) -> str:
     loopback = host == "localhost" or (found is not None and found.is_loopback)
     if not loopback and not insecure:
         raise ConfigError(
-            f"endpoint {endpoint} can be reached from other machines, and the protocol neither encrypts nor asks who "
-            f"they are: pass --insecure if you trust that network, or use this machine's address in a VPN (WireGuard) "
-            f"with --insecure; trainers on this machine need no tcp endpoint"
+            f"endpoint {endpoint} can be reached from other machines, and the protocol has no encryption or "
+            f"authentication: pass --insecure if you trust that network, or use this machine's address in a VPN "
+            f"(WireGuard) with --insecure; trainers on this machine need no tcp endpoint"
         )
     return host
 
 
 def boot_id() -> str:
-    """Identity of the running kernel, empty if unknown; containers of one host share it. Transports ask for it."""
+    """Identity of the running kernel, empty if unknown; containers of one host share it. Used by transports."""
     try:
         with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
             return file.read().strip()
@@ -74,6 +74,6 @@ def boot_id() -> str:
 
 
 def host_id() -> str:
-    """Identity of this kernel and of its process and memory namespaces. Watching a trainer's process asks for it."""
+    """Identity of this kernel and its pid, ipc and /dev/shm namespaces: equal where a process can be watched."""
     spaces = (os.stat(f"/proc/self/ns/{space}").st_ino for space in ("pid", "ipc"))
     return ":".join([boot_id(), *(f"{inode:x}" for inode in spaces), f"{os.stat('/dev/shm').st_dev:x}"])

@@ -50,7 +50,7 @@ class BatchError(SpecdError):
 class TransportError(SpecdError):
     """A transport cannot be used here, or a transfer failed its check.
 
-    lost: the side that raises it is good for nothing but `close` from now on; a trainer has to attach anew.
+    lost: the side that raises it can only be closed from now on; a trainer has to attach again.
     """
 
     def __init__(self, message: str, *, lost: bool = False) -> None:
@@ -73,7 +73,7 @@ def missing_extra(package: str, extra: str) -> ConfigError:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """A block that writes `path` for a run. Raises CheckpointError where it cannot, mostly because the disk is full."""
+    """Turn an OSError of a block that writes `path` into a CheckpointError; mostly the disk is full."""
     try:
         yield
     except OSError as error:
@@ -83,5 +83,5 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def first_line(error: BaseException) -> str:
-    """What another library's error says, without the rest of its lines."""
+    """First line of another library's error, or its type."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)

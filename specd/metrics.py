@@ -1,4 +1,4 @@
-"""Every counter has its home here: the control loop's event counts and the subscriber's cumulative statistics."""
+"""Counters: the control loop's event counts and the subscriber's cumulative statistics."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ class Counters:
 
 
 class Stats(msgspec.Struct, kw_only=True):
-    """What a subscriber did since it started; times in seconds.
+    """Cumulative statistics of a subscriber; times in seconds.
 
     target_wait_s: the trainer waited while its next batch was still being computed (target-bound).
     wire_wait_s: it waited while its next batch was READY but not fetched (wire-bound).
-    batches, tokens, nbytes: of what was delivered. fetch_s, forward_s: of the same batches, the time inside
-    `transport.fetch`, overlapped or not, and the target's share of a forward, as READY has it.
+    batches, tokens, nbytes: delivered. fetch_s, forward_s: of the same batches, the time inside `transport.fetch`,
+    overlapped or not, and their share of the target's forwards, as in READY.
     busy_slots, num_slots: the rings' occupancy as last reported. transports: endpoint → transport in use.
     """
 
@@ -61,7 +61,7 @@ class Stats(msgspec.Struct, kw_only=True):
     transports: dict[str, str] = {}
 
     def difference(self, earlier: Stats) -> Stats:
-        """What happened since `earlier`: sums are subtracted, ring occupancy and transports stay the latest."""
+        """The change since `earlier`: sums are subtracted, ring occupancy and transports stay the latest."""
         return msgspec.structs.replace(
             self,
             batches=self.batches - earlier.batches,

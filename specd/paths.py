@@ -15,7 +15,7 @@ def runtime_dir() -> Path:
 
 
 def make_runtime_dir() -> Path:
-    """`runtime_dir`, made if need be. Raises ConfigError where it cannot be, and as `check_private` does."""
+    """`runtime_dir`, created if missing. Raises ConfigError if that fails, and as `check_private` does."""
     directory = runtime_dir()
     try:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -29,7 +29,7 @@ def make_runtime_dir() -> Path:
 
 
 def check_private(directory: Path) -> None:
-    """Raise ConfigError unless a directory is this user's and nobody else's: it holds a daemon's sockets."""
+    """Raise ConfigError unless a directory is private to this user: it holds a daemon's sockets."""
     facts = directory.stat()
     if facts.st_uid != os.getuid() or facts.st_mode & 0o077:
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""Whether a target in a process of its own pays: times, ring and GPU-hours of a training, from rates alone.
+"""Whether disaggregation pays: times, ring and GPU-hours of a training, computed from rates alone.
 
 Per GPU-second a perfectly balanced disaggregation costs what co-location costs: every batch needs its target's forward
 and its draft's step, wherever they run. It can only win where a daemon's forwards are cheaper than co-located ones, and
@@ -16,19 +16,19 @@ from specd.errors import ConfigError
 
 Side = Literal["target", "draft", "wire", "none"]
 MOST_PROCESSES = 8
-"""Layouts of up to so many daemons and trainers together are compared."""
+"""Layouts of up to 8 daemons and trainers together are compared."""
 EVEN = 0.02
-"""Two costs this close are the same: no machine repeats itself better."""
+"""Costs within 2 % of each other count as equal: below run-to-run noise."""
 
 
 class Work(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What is trained, and how fast its parts are.
+    """The workload: throughput of target and draft, sizes of batches, samples and states.
 
     target_tokens_per_s: of one daemon. draft_tokens_per_s: of one trainer, the whole optimizer step.
     colocated_target_tokens_per_s: of a target that runs each batch alone, on as many GPUs as a daemon; 0 for the same:
     a daemon merges small batches of several requests into one forward, a co-located target cannot.
     batch_tokens: of one trainer batch. tokens_per_sample: on average. bytes_per_token: of the captured states.
-    wire_gb_per_s: 10⁹ bytes a second to one trainer; 0 if it never waits for the wire. depth: batches under way beyond
+    wire_gb_per_s: 10⁹ bytes a second to one trainer; 0 if it never waits for the wire. depth: batches in flight beyond
     the one in use.
     """
 
@@ -76,10 +76,10 @@ class RingSize(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Balance(msgspec.Struct, frozen=True, kw_only=True):
-    """What `balance` found.
+    """The outcome of `balance`.
 
     target_s, draft_s, wire_s: of one batch, on one daemon, one trainer, one wire. starves: who waits when one daemon
-    feeds one trainer: `draft` if the target is the slower one, `none` within 2 %; `wire` if both wait for the wire.
+    feeds one trainer: `draft` if the target is slower, `none` within 2 %; `wire` if both wait for the wire.
     daemons_per_trainer: what balances the two. one_to_one: one daemon and one trainer. balanced: the smallest layout
     within 2 % of the least GPU time a sample. colocated: on the GPUs of one daemon or trainer. data_parallel:
     co-located on as many GPUs as `balanced`. better: the one to take. why: in words.
@@ -103,7 +103,7 @@ class Balance(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def balance(work: Work) -> Balance:
-    """Weigh disaggregation against co-location. Raises ConfigError for rates and sizes that cannot be."""
+    """Weigh disaggregation against co-location. Raises ConfigError for rates and sizes out of range."""
     _check(work)
     target_s = work.batch_tokens / work.target_tokens_per_s
     draft_s = work.batch_tokens / work.draft_tokens_per_s
@@ -117,10 +117,9 @@ def balance(work: Work) -> Balance:
 
     choices = [layout(d, t) for d in range(1, MOST_PROCESSES) for t in range(1, MOST_PROCESSES + 1 - d)]
     least = min(choice.gpu_s_per_sample for choice in choices)
-    # The smallest of those that are as good as the best: a few per cent are not worth eight more GPUs.
+    # The smallest within noise of the best: a few per cent are not worth eight more GPUs.
     balanced = min((c for c in choices if c.gpu_s_per_sample <= least * (1 + EVEN)), key=lambda c: c.gpus)
-    # All of its GPUs work all the time: that is co-location at its best, also where target and draft take different
-    # numbers of GPUs.
+    # Co-location at its best: no GPU idles, also where target and draft take different numbers of GPUs.
     needed_s = work.gpus_per_daemon * alone_s + work.gpus_per_trainer * draft_s
     group = max(work.gpus_per_daemon, work.gpus_per_trainer)
     colocated = _layout(work, "co-located", 0, 1, group, needed_s / group)
@@ -226,7 +225,7 @@ def _why(
 
 
 def _check(work: Work) -> None:
-    """Raise ConfigError that names the first value that cannot be."""
+    """Raise ConfigError that names the first value out of range."""
     positive = ("target_tokens_per_s", "draft_tokens_per_s", "batch_tokens", "bytes_per_token", "epochs")
     whole = ("gpus_per_daemon", "gpus_per_trainer")
     not_negative = ("colocated_target_tokens_per_s", "wire_gb_per_s", "tokens_per_sample", "samples", "depth")

@@ -1,10 +1,10 @@
-"""Sizes and times as people read them."""
+"""Human-readable sizes and times."""
 
 from __future__ import annotations
 
 
 def size(nbytes: float) -> str:
-    """17 B, 640 KiB, 1.5 GiB: binary units, one decimal unless it comes out even."""
+    """Bytes as 17 B, 640 KiB, 1.5 GiB: binary units, one decimal unless it is 0."""
     units = ("B", "KiB", "MiB", "GiB", "TiB")
     power = 0
     while abs(nbytes) >= 1024 and power < len(units) - 1:
@@ -14,7 +14,7 @@ def size(nbytes: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """46 µs, 7.5 ms, 250 ms, 2.0 s, 1 min 20 s, 3 h 05 min: three figures below a second."""
+    """Seconds as 46 µs, 7.5 ms, 2.0 s, 1 min 20 s, 3 h 05 min: three figures below a second."""
     if (us := 1e6 * seconds) < 999.5:
         return f"{us:.3g} µs"
     if (ms := 1e3 * seconds) < 999.5:

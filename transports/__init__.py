@@ -1,1 +1,1 @@
-"""The transports that come with specd; `specd.transports.base` says what one is and knows their names."""
+"""How states move from daemon to trainer: `base` is the contract, `registry` knows the names."""

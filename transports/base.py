@@ -1,9 +1,14 @@
-"""What a transport is, which ones exist, and which one `auto` takes.
+"""What a transport is: two sides, static traits, and when `auto` considers it.
 
 A transport moves the bytes of a leased slot from the daemon's worker to a trainer. It has a server side in the
 worker and a client side in the trainer; everything else (leases, credits, announcements) belongs to the control plane.
-A plug-in is a class like the built-in ones under an entry point of the group `specd.transports`; the suite in
-`specd.transports.testing.suite` says whether it behaves (`conformance_receiver`, if its client is a `Receiver`).
+
+`auto` needs nothing but traits. The daemon serves every transport with a rank that suits the ring's memory and is
+`available`; the trainer tries what it is offered by rank, lowest first, and takes the first that brings verified bytes,
+as fast as its floor (`specd.transports.registry`).
+
+A plug-in is a class like the built-in ones under an entry point of the group `specd.transports`. Two suites prove it:
+`specd.transports.testing.suite`, or `receiver_suite` beside it if its client is a `Receiver`. See docs/plugins.md.
 """
 
 from __future__ import annotations
@@ -27,6 +32,8 @@ class Traits(msgspec.Struct, frozen=True, kw_only=True):
     needs_recv_ready: the trainer announces RECV_READY and only then `Server.publish` is called.
     abortable: a transfer in flight can be given up and the next one made over the same client; if not, giving one up
     loses the client. borrow: its client is a `Borrower`. floor_gb_s: slower than this, `auto` does not take it.
+    rank: where `auto` tries it, lowest first: inproc 100, cuda_ipc 200, nixl 300, nccl 400, shm 500, bytes 600, so that
+    a plug-in may stand between any two. None: only for those who name it; `auto` tries it last, where a daemon does.
     """
 
     memory: frozenset[Literal["host", "device"]]
@@ -36,6 +43,7 @@ class Traits(msgspec.Struct, frozen=True, kw_only=True):
     abortable: bool
     borrow: bool = False
     floor_gb_s: float = 0.0
+    rank: int | None = None
 
 
 class SlotRef(NamedTuple):
@@ -116,20 +124,21 @@ class Client(Protocol):
 
 @runtime_checkable
 class Receiver(Client, Protocol):
-    """A client whose transfers can begin before they are fetched, so that the wire does not idle between them."""
+    """A client with several transfers in flight: they begin before they are fetched, and the wire does not idle."""
 
     def expect(self, ref: SlotRef, into: torch.Tensor) -> None:
-        """The transfer of `ref` to `into` may begin now; returns at once, and what goes wrong is for `fetch` to report.
+        """Begin the transfer of `ref` to `into`; returns at once, and leaves errors to `fetch`.
 
-        Called on the thread that fetches, for any number of slots, in the order of their RECV_READYs. Each is then to
-        be fetched, in this order and to the same `into`, which belongs to the transfer until then; a slot that was not
-        expected can be fetched once none is left that was. A fetch that fails with `lost` loses all that are expected.
+        Called on the thread that fetches, for any number of slots, in the order of their RECV_READYs. Each is then
+        fetched, in this order and to the same `into`, which belongs to the transfer until then; a slot that was not
+        expected can be fetched once no expected one is left. A fetch that fails as `lost` loses all that are expected.
         """
 
     def call_off(self) -> None:
-        """Whatever waits for the daemon now or later fails, with `lost`; returns at once, and only `close` is left.
+        """Cancel all transfers, in flight or still to come: they fail, as `lost`. Returns at once.
 
-        Called on any thread when the session is lost: a transfer that has begun need not notice that its peer is gone.
+        Called on any thread when the session is lost, because a transfer in flight need not notice that its peer died.
+        Only `close` may follow.
         """
 
 
@@ -149,6 +158,14 @@ class Transport(Protocol):
     """What a registry entry points to: a class with static traits and a factory for each side, never instantiated."""
 
     traits: ClassVar[Traits]
+
+    @staticmethod
+    def available(device: str) -> str | None:
+        """Why `auto` does not serve a ring on `device` on this machine, or None; a quick look that opens nothing.
+
+        A transport that is named is not asked: its `server` then says what is missing.
+        """
+        ...
 
     @staticmethod
     def server(arena: Arena, context: ServerContext) -> Server:

@@ -1,4 +1,4 @@
-"""Checks that transports share: what came from the peer, what is fetched, and the bytes of a probe."""
+"""Checks that transports share: hellos and offers from a peer, the generation around a copy, the bytes of a probe."""
 
 from __future__ import annotations
 

@@ -17,7 +17,6 @@ from specd.endpoints import boot_id
 from specd.errors import TransportError
 from specd.memory import cuda
 from specd.memory.arena import MAX_SLOTS, HostArena
-from specd.memory.device_arena import DeviceArena
 from specd.transports.base import ServerContext, SlotRef, Traits
 from specd.transports.checks import check_into, check_ref, stale, unwrap, wrap
 
@@ -54,7 +53,7 @@ class CudaIpcOffer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 class CudaIpcServer:
     """Tells each session where the memory and its ledger are; the rest is the trainer's own work."""
 
-    def __init__(self, arena: DeviceArena) -> None:
+    def __init__(self, arena: Arena) -> None:
         self._offer = CudaIpcOffer(
             handle=arena.handle(),
             gpu=cuda.uuid(arena.device),
@@ -76,7 +75,7 @@ class CudaIpcServer:
         raise TransportError("cuda_ipc is pulled by the trainer: it never publishes")
 
     def drop(self, session: bytes) -> None:
-        """Nothing to forget: what a trainer still reads is harmless, its generation check tells it so."""
+        """Nothing to forget: a late read is harmless, the trainer's generation check fails it."""
 
     def close(self) -> None:
         """Nothing to release: the memory is the arena's."""
@@ -85,7 +84,7 @@ class CudaIpcServer:
         return f"CudaIpcServer({self._offer.gpu})"
 
 
-class _Ring:
+class _MappedRing:
     """The daemon's ring, opened by one trainer."""
 
     __slots__ = ("_views", "mapping", "offer", "words")
@@ -101,7 +100,7 @@ class _Ring:
         self._views: dict[int, torch.Tensor] = {}
 
     def check(self, ref: SlotRef) -> None:
-        """Raise TransportError unless the slot holds what was leased."""
+        """Raise TransportError unless the slot holds the leased generation."""
         if (found := self.words.generation(ref.slot, device=True)) != ref.generation:
             raise stale(ref, found)
 
@@ -114,7 +113,7 @@ class _Ring:
         return whole[: ref.nbytes]
 
     def close(self) -> None:
-        """Let go of all of it; what was lent stays mapped as long as its views live."""
+        """Unmap it all, except lent slots, which stay mapped as long as their views live."""
         self._views.clear()
         self.mapping.close()
         self.words.close()
@@ -131,7 +130,7 @@ class CudaIpcClient:
         self._gpu = cuda.uuid(self._device)
         self._lock = threading.Lock()
         """Held while memory is used: attach, fetch and close may come from different threads."""
-        self._ring: _Ring | None = None
+        self._ring: _MappedRing | None = None
 
     def hello(self) -> bytes:
         return wrap(CudaIpcHello(host=boot_id(), gpu=self._gpu))
@@ -142,7 +141,7 @@ class CudaIpcClient:
             raise TransportError(
                 f"offer of {found.num_slots} slots of {found.slot_bytes} bytes, {found.stride} apart: out of range"
             )
-        ring = _Ring(found, self._device)
+        ring = _MappedRing(found, self._device)
         self.close()
         with self._lock:
             self._ring = ring
@@ -177,7 +176,7 @@ class CudaIpcClient:
             if ring is not None:
                 ring.close()
 
-    def _opened(self) -> _Ring:
+    def _opened(self) -> _MappedRing:
         if self._ring is None:
             raise TransportError("cuda_ipc: not attached, or closed")
         return self._ring
@@ -187,7 +186,7 @@ class CudaIpcClient:
 
 
 def _open(offer: CudaIpcOffer, device: str) -> cuda.Mapping:
-    """Open the offered memory for `device`. Raises TransportError that says what is missing."""
+    """Open the offered memory for `device`. Raises TransportError with the remedy."""
     holder = cuda.visible().get(offer.gpu)
     if holder is not None and not cuda.can_read(device, holder):
         raise TransportError(
@@ -214,11 +213,16 @@ class CudaIpc:
         abortable=True,
         borrow=True,
         floor_gb_s=10.0,
+        rank=200,
     )
 
     @staticmethod
+    def available(device: str) -> None:
+        return None
+
+    @staticmethod
     def server(arena: Arena, context: ServerContext) -> CudaIpcServer:
-        if not isinstance(arena, DeviceArena) or not arena.path:
+        if arena.memory != "device" or not arena.path:
             raise TransportError(f"cuda_ipc cannot serve {arena!r}: the ring must lie in shared device memory")
         return CudaIpcServer(arena)
 

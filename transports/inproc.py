@@ -92,8 +92,17 @@ class Inproc:
     """Registry entry of `inproc`."""
 
     traits: ClassVar[Traits] = Traits(
-        memory=frozenset({"host", "device"}), scope="process", one_sided=True, needs_recv_ready=False, abortable=True
+        memory=frozenset({"host", "device"}),
+        scope="process",
+        one_sided=True,
+        needs_recv_ready=False,
+        abortable=True,
+        rank=100,
     )
+
+    @staticmethod
+    def available(device: str) -> None:
+        return None
 
     @staticmethod
     def server(arena: Arena, context: ServerContext) -> InprocServer:

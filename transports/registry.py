@@ -1,13 +1,16 @@
-"""The registry: which transports exist, and which one `auto` takes."""
+"""The registry: which transports exist, and which one `auto` takes.
+
+Both sides of `auto` ask `preferred`: the daemon for what it serves, the trainer for the order in which it tries.
+"""
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Callable, Sequence
-from importlib.metadata import entry_points
-from typing import Any, NamedTuple
+import contextlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 from specd.errors import SpecdError, TransportError
+from specd.plugins import Family
 from specd.transports.base import Traits, Transport
 
 BUILTIN: dict[str, str] = {
@@ -18,42 +21,42 @@ BUILTIN: dict[str, str] = {
     "shm": "specd.transports.shm:Shm",
     "bytes": "specd.transports.bytes.server:Bytes",
 }
-ENTRY_POINT_GROUP = "specd.transports"
-HOST_ORDER = ("shm", "bytes")
-"""What `auto` tries, best first, for a trainer whose states go to host memory; between two processes."""
-DEVICE_ORDER = ("cuda_ipc", "nixl", "nccl", *HOST_ORDER)
-"""What `auto` tries, best first, for a trainer on a GPU."""
-
-
-def names() -> list[str]:
-    """All transports that can be asked for by name: built-in ones first, then plug-ins."""
-    plugins = {entry.name for entry in entry_points(group=ENTRY_POINT_GROUP)}
-    return [*BUILTIN, *sorted(plugins - BUILTIN.keys())]
+FAMILY = Family("transport", BUILTIN, "specd.transports", TransportError)
+names = FAMILY.names
+WITHIN_PROCESS = "inproc"
+"""What a daemon on threads of its trainer's process serves."""
+_PARTS = ("available", "server", "client")
 
 
 def load(name: str) -> type[Transport]:
     """Import the transport called `name`. Raises TransportError that lists the known names, or says what failed."""
-    target = BUILTIN.get(name)
-    try:
-        if target is not None:
-            module, _, attribute = target.partition(":")
-            found: Any = getattr(importlib.import_module(module), attribute)
-        else:
-            plugins = {entry.name: entry for entry in entry_points(group=ENTRY_POINT_GROUP)}
-            if name not in plugins:
-                raise TransportError(f"unknown transport {name!r}; known here: {', '.join(names())}")
-            found = plugins[name].load()
-    except SpecdError:
-        raise
-    except Exception as error:  # a plug-in's import may raise anything
-        raise TransportError(f"transport {name!r} cannot be imported: {type(error).__name__}: {error}") from error
-    if (
-        not isinstance(getattr(found, "traits", None), Traits)
-        or not hasattr(found, "server")
-        or not hasattr(found, "client")
-    ):
-        raise TransportError(f"transport {name!r} is {found!r}: expected a class with traits, server and client")
+    found = FAMILY.load(name)
+    if not isinstance(getattr(found, "traits", None), Traits) or not all(hasattr(found, part) for part in _PARTS):
+        raise TransportError(f"transport {name!r} is {found!r}: expected a class with traits, {', '.join(_PARTS)}")
     return found  # type: ignore[no-any-return]
+
+
+def known(wanted: Iterable[str]) -> dict[str, Traits]:
+    """Traits of the built-in transports and of those `wanted`, by name; what cannot be imported is left out."""
+    found: dict[str, Traits] = {}
+    for name in dict.fromkeys([*BUILTIN, *wanted]):
+        with contextlib.suppress(SpecdError):  # a probe of it says why
+            found[name] = load(name).traits
+    return found
+
+
+def preferred(traits: Mapping[str, Traits], device: str, same_process: bool = False) -> list[str]:
+    """What `auto` is for, best first: the transports with a rank that suit states on `device`, by rank.
+
+    For host memory, between two processes, these are the ones of host memory alone: one that takes device memory as
+    well is made for that, and serves a host to those who name it.
+    """
+
+    def suits(one: Traits) -> bool:
+        return same_process if one.scope == "process" else device != "cpu" or one.memory == {"host"}
+
+    ranked = {name: one.rank for name, one in traits.items() if one.rank is not None and suits(one)}
+    return sorted(ranked, key=lambda name: (ranked[name], name))
 
 
 class Choice(NamedTuple):
@@ -64,14 +67,21 @@ class Choice(NamedTuple):
 
 
 def choose(
-    asked: str, offered: Sequence[str], same_process: bool, device: str, probe: Callable[[str], str | None]
+    asked: str,
+    offered: Sequence[str],
+    traits: Mapping[str, Traits],
+    same_process: bool,
+    device: str,
+    probe: Callable[[str], str | None],
 ) -> Choice:
     """Pick the transport for one session.
 
-    asked: `auto` or a name. offered: what the daemon serves. same_process: whether trainer and worker share one.
-    device: where the trainer wants the states. probe: moves verified bytes over one candidate and returns None, or the
-    reason why it failed. `auto` tries the built-in ones best first, then plug-ins by name. A name is that transport or
-    a TransportError, never another one.
+    asked: `auto` or a name. offered: what the daemon serves. traits: of what is known here (`known`). same_process:
+    whether trainer and worker share one. device: where the trainer wants the states. probe: moves verified bytes over
+    one candidate and returns None, or the reason why it failed.
+
+    `auto` tries what is `preferred`, then the rest of what is offered, by name. A name is that transport or a
+    TransportError, never another one.
     """
     served = f"the daemon does not serve it (it serves {', '.join(offered) or 'none'})"
     if asked != "auto":
@@ -80,10 +90,9 @@ def choose(
             raise TransportError(f"transport {asked!r} cannot be used: {reason}")
         return Choice(asked, {})
     reasons: dict[str, str] = {}
-    order = HOST_ORDER if device == "cpu" else DEVICE_ORDER
-    if same_process:
-        order = ("inproc", *order)
-    for name in (*order, *sorted(set(offered) - set(order) - {"inproc"})):
+    order = preferred(traits, device, same_process)
+    far = {name for name, one in traits.items() if one.scope == "process" and not same_process}
+    for name in (*order, *sorted({*offered} - {*order} - far)):
         reason = _attempt(probe, name) if name in offered else served
         if reason is None:
             return Choice(name, reasons)

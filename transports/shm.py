@@ -43,7 +43,7 @@ class ShmOffer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 class ShmServer:
     """Tells each session where the arena is; the rest is the trainer's own work."""
 
-    def __init__(self, arena: HostArena) -> None:
+    def __init__(self, arena: Arena) -> None:
         self._offer = wrap(ShmOffer(path=arena.path, num_slots=arena.num_slots, slot_bytes=arena.slot_bytes))
 
     def accept(self, session: bytes, hello: bytes) -> bytes:
@@ -56,7 +56,7 @@ class ShmServer:
         raise TransportError("shm is pulled by the trainer: it never publishes")
 
     def drop(self, session: bytes) -> None:
-        """Nothing to forget: what a trainer still reads is harmless, its generation check tells it so."""
+        """Nothing to forget: a late read is harmless, the trainer's generation check fails it."""
 
     def close(self) -> None:
         """Nothing to release: the segment is the arena's."""
@@ -105,12 +105,12 @@ class ShmClient:
             arena, self._arena = self._arena, None
             if arena is not None:
                 if self._locked_pages:
-                    cuda.unregister(arena.address, self._device)
+                    cuda.unregister(arena.mapping.address, self._device)
                 arena.close()
 
     def _lock_pages(self, arena: HostArena) -> bool:
         try:
-            cuda.register(arena.address, arena.nbytes, self._device)
+            cuda.register(*arena.mapping, self._device)
         except TransportError as error:
             log.warning("shm copies to %s are several times slower: %s", self._device, error)
             return False
@@ -124,12 +124,16 @@ class Shm:
     """Registry entry of `shm`."""
 
     traits: ClassVar[Traits] = Traits(
-        memory=frozenset({"host"}), scope="host", one_sided=True, needs_recv_ready=False, abortable=True
+        memory=frozenset({"host"}), scope="host", one_sided=True, needs_recv_ready=False, abortable=True, rank=500
     )
 
     @staticmethod
+    def available(device: str) -> None:
+        return None
+
+    @staticmethod
     def server(arena: Arena, context: ServerContext) -> ShmServer:
-        if not isinstance(arena, HostArena) or not arena.path or not arena.slot_bytes:
+        if arena.memory != "host" or not arena.path or not arena.slot_bytes:
             raise TransportError(f"shm cannot serve {arena!r}: the ring must lie in shared host memory")
         return ShmServer(arena)
 

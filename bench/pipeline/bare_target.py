@@ -1,4 +1,4 @@
-"""A target without a daemon: its forwards with the same capture and nothing around them, the ceiling of all rows."""
+"""A target without a daemon: its forwards with the same capture and nothing else, the ceiling of all rows."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from specd.protocol.capture import CaptureSpec
 from specd.targets.base import CaptureJob, Completion, Target
 
 AHEAD = 1
-"""Forwards that are launched while one runs, as a daemon does it."""
+"""Forwards that are launched while one runs, as in a daemon."""
 NONCE = 1_000_000
 
 
 class Bare(msgspec.Struct, frozen=True, kw_only=True):
-    """What a bare target takes, each by how many batches share a forward.
+    """Times of a bare target, each by how many batches share a forward.
 
     batch_ms: by lengths, for one batch; batch_spread_ms: 25th and 75th percentile of the same. short, long: tokens/s of
     batches of `many` short samples, and of batches that are one sample.
@@ -36,7 +36,7 @@ class Bare(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def measure(target: Target, spec: CaptureSpec, settings: Settings) -> Bare:
-    """Run every composition that a row or a rate is compared with."""
+    """Time every composition that a row or a rate is compared with."""
     vocab, steps = target.contract.vocab_size, settings.steps
 
     def timed(drawn: Sequence[Batch], size: int) -> _Timed:
@@ -103,13 +103,13 @@ def run(target: Target, spec: CaptureSpec, groups: Sequence[Sequence[Batch]], wa
 
 
 def fill(batch: Batch, spec: CaptureSpec, hidden: int, place: Any) -> CaptureJob:
-    """What a worker asks of its target for one batch."""
+    """A worker's job for its target: capture one batch into `place`."""
     layout = slot_layout(spec, hidden, batch.num_tokens)
     return CaptureJob(tokens=batch.tokens, lengths=batch.lengths, spec=spec, layout=layout, slot=place)
 
 
 def slot(nbytes: int, device: str) -> Any:
-    """Memory for one batch where the target computes, as a job wants it."""
+    """Memory for one batch on the target's device, as a job takes it."""
     memory = torch.empty(nbytes, dtype=torch.uint8, device=device)
     return memory if memory.is_cuda else memoryview(memory.numpy())  # type: ignore[arg-type]
 

@@ -1,100 +1,96 @@
-"""The pipeline benchmark's result as a picture: where a batch's time goes, what a sample costs; PNG or HTML."""
+"""The pipeline benchmark's result as a picture: where a batch's time goes, what a sample costs."""
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
-from specd.bench.pipeline.result import Result, Row
-from specd.bench.pipeline.table import LEGEND, label
-from specd.bench.transport.chart import GREY, GRID, STYLE, check
-from specd.report.page import document
+from specd.bench import charts
+from specd.bench.machine import gpu_names
+from specd.bench.pipeline.result import PipelineResult, PipelineRow
+from specd.bench.pipeline.table import label
+from specd.report.style import GREY, INK, SILVER, TARGET, TRAINER, WIRE
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-TRAINS, WIRE, TARGET, WHOLE = "#0072B2", "#E69F00", "#D55E00", "#9CA3AF"
-"""Okabe and Ito's blue, orange and vermilion; grey where a row has no waits to tell."""
-BAR, GAP = 0.34, 1.6
-
-
-def write(result: Result, path: Path) -> None:
-    """Write the chart of a result. Raises ConfigError for a path that `chart.check` refuses."""
-    check(path)
-    if path.suffix == ".png":
-        path.write_bytes(_drawn(result, "png"))
-        return
-    svg = _drawn(result, "svg").decode()
-    facts = ", ".join(gpu["name"] for gpu in result.machine["gpus"]) or result.machine["cpu"]
-    body = f"<h1>specd pipeline</h1><p>{facts} · {result.target['model']}</p>{svg[svg.index('<svg') :]}<p>{LEGEND}</p>"
-    path.write_text(
-        document("specd pipeline", body, "svg { width: 100%; height: auto; }", width_px=1152), encoding="utf-8"
-    )
-
-
-def _drawn(result: Result, kind: str) -> bytes:
-    from matplotlib import rc_context
     from matplotlib.figure import Figure
+
+PARTS: Final = (("trainer computes", TRAINER), ("waits for wire", WIRE), ("waits for target", TARGET))
+WHOLE: Final = ("not split", SILVER)
+"""Of a row without a subscriber, which has no waits to report."""
+WIDTH, BAR, GAP = 12.0, 0.38, 0.75
+"""Inches: of the picture, of a bar, and of title and scale of one distribution of lengths."""
+ENDS: Final = 8.5
+"""Points of the figures at the ends of bars."""
+
+
+def write(result: PipelineResult, path: Path) -> None:
+    """Write the chart of a result. Raises ConfigError for a path that `charts.check` refuses."""
+    lengths = dict.fromkeys(row.lengths for row in result.rows)
+    parts = {name: [row for row in result.rows if row.lengths == name] for name in lengths}
+
+    def draw(figure: Figure) -> None:
+        where = f"{gpu_names(result.machine) or result.machine['cpu']} · {result.target['model']}"
+        figure.suptitle(where, fontsize=9, fontweight="normal", color=GREY, x=0.01, ha="left")
+        if not parts:
+            figure.text(0.5, 0.5, "nothing was measured", ha="center", color=GREY)
+            return
+        grid = figure.subplots(len(parts), 2, squeeze=False, height_ratios=[len(rows) for rows in parts.values()])
+        for (left, right), (name, rows) in zip(grid, parts.items(), strict=True):
+            left.set_title(f"{name} lengths: ms a batch")
+            times(left, rows)
+            right.set_title("device-seconds a sample")
+            costs(right, rows)
+        _legend(figure, result.rows)
+
+    charts.write(path, draw, WIDTH, 1.2 + GAP * len(parts) + BAR * len(result.rows))
+
+
+def times(axes: Axes, rows: Sequence[PipelineRow]) -> None:
+    """Stacked bars of an iteration's parts over the batches that it trains, and a mark at the bound."""
+    for place, row in enumerate(rows):
+        shares = [(row.iteration_ms, WHOLE[1])]
+        if row.trainer_ms is not None:
+            waits = (row.trainer_ms, row.wire_wait_ms or 0.0, row.target_wait_ms or 0.0)
+            shares = [(ms, colour) for ms, (_, colour) in zip(waits, PARTS, strict=True)]
+        left = 0.0
+        for ms, colour in shares:
+            axes.barh(place, ms / row.parallel, left=left, color=colour, height=0.7, zorder=2)
+            left += ms / row.parallel
+        axes.text(left, place, f" {row.iteration_ms / row.parallel:.1f}", va="center", fontsize=ENDS)
+        if row.bound_ms is not None:
+            axes.plot([row.bound_ms] * 2, [place - 0.42, place + 0.42], color=INK, linewidth=1.6, zorder=3)
+    _frame(axes, rows, room=0.15)
+
+
+def costs(axes: Axes, rows: Sequence[PipelineRow]) -> None:
+    """Bars of what a sample costs, and how many times faster than `origin` it is trained."""
+    for place, row in enumerate(rows):
+        cost = row.gpu_seconds_per_sample
+        axes.barh(place, cost, color=WHOLE[1], height=0.7, zorder=2)
+        faster = f" · {row.over_origin:.2f} × origin" if row.over_origin else ""
+        axes.text(cost, place, f" {cost:.4f}{faster}", va="center", fontsize=ENDS)
+    _frame(axes, rows, room=0.5)
+    axes.tick_params(axis="y", length=0, labelleft=False)
+
+
+def _legend(figure: Figure, rows: Sequence[PipelineRow]) -> None:
+    from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
-    lengths = list(dict.fromkeys(row.lengths for row in result.rows))
-    most = max(sum(row.lengths == one for row in result.rows) for one in lengths)
-    with rc_context(STYLE):
-        figure = Figure(figsize=(12, len(lengths) * (GAP + BAR * most)), layout="constrained")
-        grid = figure.subplots(len(lengths), 2, squeeze=False)
-        for (left, right), name in zip(grid, lengths, strict=True):
-            rows = [row for row in result.rows if row.lengths == name]
-            _times(left, rows)
-            left.set_title(f"{name} lengths: ms a batch")
-            _costs(right, rows)
-            right.set_title("device-seconds a sample")
-        handles = [Patch(color=TRAINS, label="trains"), Patch(color=WIRE, label="waits for the wire")]
-        handles += [Patch(color=TARGET, label="waits for the target"), Patch(color=WHOLE, label="all of it")]
-        figure.legend(handles=handles, loc="outside lower center", ncols=4, fontsize=9)
-        out = io.BytesIO()
-        figure.savefig(out, format=kind, dpi=150, facecolor="white", metadata={"Date": None} if kind == "svg" else {})
-    return out.getvalue()
+    handles: list[Line2D | Patch] = [Patch(color=colour, label=name) for name, colour in (*PARTS, WHOLE)]
+    if any(row.bound_ms is not None for row in rows):
+        handles.append(Line2D([], [], color=INK, marker="|", linestyle="", markersize=11, markeredgewidth=1.6,
+                              label="bound"))  # fmt: skip
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=9)
 
 
-def _times(axes: Axes, rows: Sequence[Row]) -> None:
-    """Stacked bars of an iteration's shares over the batches that it trains, and a mark at the bound."""
-    for place, row in enumerate(rows):
-        shares = [(row.trainer_ms, TRAINS), (row.wire_wait_ms, WIRE), (row.target_wait_ms, TARGET)]
-        if row.trainer_ms is None:
-            shares = [(row.iteration_ms, WHOLE)]
-        left = 0.0
-        for share, colour in shares:
-            width = (share or 0.0) / row.parallel
-            axes.barh(place, width, left=left, color=colour, height=0.7, zorder=2)
-            left += width
-        axes.text(left, place, f" {row.iteration_ms / row.parallel:.1f}", va="center", fontsize=8.5)
-        if row.bound_ms is not None:
-            axes.plot([row.bound_ms] * 2, [place - 0.42, place + 0.42], color="black", linewidth=1.4, zorder=3)
-    _frame(axes, rows)
-    axes.set_xlabel("black mark: the bound", color=GREY)
-
-
-def _costs(axes: Axes, rows: Sequence[Row]) -> None:
-    for place, row in enumerate(rows):
-        axes.barh(place, row.gpu_seconds_per_sample, color=WHOLE, height=0.7, zorder=2)
-        faster = f" · {row.over_seed:.2f} × seed" if row.over_seed else ""
-        axes.text(
-            row.gpu_seconds_per_sample, place, f" {row.gpu_seconds_per_sample:.4f}{faster}", va="center", fontsize=8.5
-        )
-    _frame(axes, rows, room=0.5)
-    axes.set_yticklabels([])
-
-
-def _frame(axes: Axes, rows: Sequence[Row], room: float = 0.28) -> None:
-    axes.set_yticks(range(len(rows)), [_label(row) for row in rows])
-    axes.invert_yaxis()
+def _frame(axes: Axes, rows: Sequence[PipelineRow], room: float) -> None:
+    """Names, scale and grid. room: for the figures at the ends, as a share of the longest bar."""
+    axes.set_yticks(range(len(rows)), [f"{label(row)}, {row.transport}, depth {row.depth}" for row in rows])
+    axes.set_ylim(len(rows) - 0.4, -0.6)
+    axes.locator_params(axis="x", nbins=6)
     axes.margins(x=room)
     axes.set_xlim(left=0)
-    axes.grid(axis="x", color=GRID, linewidth=0.7)
-    axes.set_axisbelow(True)
-
-
-def _label(row: Row) -> str:
-    return f"{label(row)}, {row.transport}, depth {row.depth}"
+    axes.grid(axis="x")

@@ -1,38 +1,41 @@
-"""Target and draft in one process, one after the other; alone, and as one of several that share their gradients.
+"""Co-location: target and draft in one process, one after the other; alone, and data-parallel in several processes.
 
-It is run as a process that takes a JSON line on standard input and answers in JSON lines on standard output.
+This module is run as such a process: it takes a JSON line on standard input and answers in JSON lines on standard
+output.
 """
 
 from __future__ import annotations
 
 import datetime
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from itertools import chain
-from typing import Any
+from pathlib import Path
+from typing import Any, Final
 
 import msgspec
 import torch
 
 from specd.bench.pipeline.memory import memory
-from specd.bench.pipeline.origin_protocol import joined
-from specd.bench.pipeline.processes import START_S, answers, end_with_input
+from specd.bench.pipeline.process_group import joined
+from specd.bench.pipeline.processes import START_S, Child, answers, as_answered, child, end_with_input
+from specd.bench.pipeline.result import Mode, PipelineRow
+from specd.bench.pipeline.rows import row_of
 from specd.bench.pipeline.settings import Lengths, Settings, batches
-from specd.bench.pipeline.step import Clocked, Draft, clock, make_draft, synchronize
+from specd.bench.pipeline.step import Clocked, clock, make_step, synchronize
 from specd.client.subscriber import Subscriber
 from specd.config.settings import SubscriberConfig
-from specd.daemon.serve import Embedded, embedded
-from specd.drafts.dflash.objective import capture_spec
-from specd.errors import SpecdError
+from specd.daemon.serve import embedded
+from specd.errors import DaemonError, SpecdError
 from specd.protocol.batch import Batch
-from specd.protocol.contract import TargetContract
+from specd.transports.registry import WITHIN_PROCESS
 
-NONCE = 2_000_000
+NONCE: Final = 2_000_000
 
 
-class Job(msgspec.Struct, frozen=True, kw_only=True):
-    """One of `world` processes. store: path of a new file where they meet. depths: the first one of all is alone."""
+class ColocatedJob(msgspec.Struct, frozen=True, kw_only=True):
+    """The order of one of `world` processes. store: path of a new file where they meet. depths: of the rows."""
 
     settings: Settings
     device: str
@@ -42,8 +45,8 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     store: str = ""
 
 
-class Timed(msgspec.Struct, frozen=True, kw_only=True):
-    """One measured way. parallel: processes that trained at once."""
+class ColocatedTimes(msgspec.Struct, frozen=True, kw_only=True):
+    """The times of one row. parallel: processes that trained at once."""
 
     lengths: Lengths
     depth: int
@@ -51,17 +54,16 @@ class Timed(msgspec.Struct, frozen=True, kw_only=True):
     clocked: Clocked
 
 
-class Answer(msgspec.Struct, frozen=True, kw_only=True):
-    """What a process says at its end, and the first of several also once it has measured alone; `error` if it could
-    not."""
+class ColocatedAnswer(msgspec.Struct, frozen=True, kw_only=True):
+    """What a process measured; the first of several answers twice, alone and together. error: why it could not."""
 
-    timed: tuple[Timed, ...] = ()
+    timed: tuple[ColocatedTimes, ...] = ()
     memory_bytes: int = 0
     error: str = ""
 
 
 class Reduction:
-    """Sums the gradients of all processes while the backward pass still runs, as data-parallel training does it."""
+    """All-reduce of gradients, overlapped with the backward pass as in data-parallel training."""
 
     def __init__(self, group: Any, world: int) -> None:
         self.on = False
@@ -71,7 +73,7 @@ class Reduction:
         self._waiting: list[tuple[torch.Tensor, Any]] = []
 
     def attach(self, parameters: Sequence[torch.nn.Parameter]) -> None:
-        """Send each of these gradients off as soon as it is there."""
+        """Start reducing each of these gradients as soon as it is complete."""
         self._parameters = parameters
         for parameter in parameters:
             parameter.register_post_accumulate_grad_hook(self._send)  # type: ignore[no-untyped-call]
@@ -89,7 +91,7 @@ class Reduction:
         self._waiting.clear()
 
     def meet(self, device: str) -> None:
-        """Wait for all other processes."""
+        """A barrier over all processes."""
         self._group.allreduce([torch.zeros(1, device=device)]).wait()
         synchronize(device)
 
@@ -98,10 +100,55 @@ class Reduction:
             self._waiting.append((parameter.grad, self._group.allreduce([parameter.grad])))
 
 
-def run(job: Job, answer: Callable[[msgspec.Struct], None]) -> Answer:
+@contextmanager
+def processes(settings: Settings, depths: tuple[int, ...], directory: Path) -> Iterator[list[Child]]:
+    """A process on each device of daemons and trainer; on the CPU, as many as there would be."""
+    world = settings.num_devices
+    places = ["cpu"] * world if settings.trainer == "cpu" else [*dict.fromkeys((*settings.devices, settings.trainer))]
+    store = str(directory / "together")
+    with ExitStack() as stack:
+        jobs = [
+            ColocatedJob(settings=settings, device=place, depths=depths, rank=rank, world=world, store=store)
+            for rank, place in enumerate(places)
+        ]
+        yield [stack.enter_context(child("specd.bench.pipeline.colocated", job)) for job in jobs]
+
+
+def alone(children: Sequence[Child]) -> list[PipelineRow]:
+    """Rows of the first process, the only one that trains by then. Raises DaemonError when any has failed."""
+    for number, answer in as_answered(children, ColocatedAnswer):
+        rows = _rows([(number, answer)])
+        if number == 0:
+            return rows
+    raise DaemonError("the first co-located process gave no answer")
+
+
+def together(children: Sequence[Child]) -> list[PipelineRow]:
+    """Rows of all processes, once `alone` has been asked for. Raises DaemonError when any has failed."""
+    return _rows(as_answered(children, ColocatedAnswer))
+
+
+def _rows(answers: Iterable[tuple[int, ColocatedAnswer]]) -> list[PipelineRow]:
+    """The first one's rows, as all are alike, with the memory of all."""
+    found: tuple[ColocatedTimes, ...] = ()
+    used = 0
+    for number, answer in answers:
+        if answer.error:
+            raise DaemonError(answer.error)
+        found = answer.timed if number == 0 else found
+        used += answer.memory_bytes
+    rows = []
+    for timed in found:
+        mode: Mode = "co-located" if timed.parallel == 1 else "co-located data-parallel"
+        row = row_of(mode, timed.lengths, timed.depth, WITHIN_PROCESS, timed.parallel, timed.clocked, timed.parallel)
+        rows.append(msgspec.structs.replace(row, trainer_memory_bytes=used))
+    return rows
+
+
+def run(job: ColocatedJob, answer: Callable[[msgspec.Struct], None]) -> ColocatedAnswer:
     """Measure alone if this is the first process, then all together if there are several.
 
-    answer: told what was measured alone before all are.
+    answer: the first of several gives its times alone before all train.
     """
     settings, device = job.settings, job.device
     before = memory(device) if device != "cpu" else 0
@@ -116,53 +163,45 @@ def run(job: Job, answer: Callable[[msgspec.Struct], None]) -> Answer:
         host = stack.enter_context(embedded(daemon))
         reduction = Reduction(group, job.world)
         nonces = iter(range(NONCE + job.rank * 1000, NONCE + (job.rank + 1) * 1000))
-        link = SubscriberConfig(endpoints=(host.endpoint,), transport="inproc", depth=max(job.depths))
-        with Subscriber(link, _spec(settings), device=device, context=host.context) as subscriber:
+        link = SubscriberConfig(endpoints=(host.endpoint,), transport=WITHIN_PROCESS, depth=max(job.depths))
+        with Subscriber(link, settings.capture, device=device, context=host.context) as subscriber:
             vocab = subscriber.contract.vocab_size
-            draft = make_draft(settings, subscriber.contract, subscriber.artifact, device, reduction)
-            reduction.attach(draft.parameters)
+            step = make_step(settings, subscriber.contract, subscriber.artifact, device, reduction)
+            reduction.attach(step.parameters)
 
             def draw(lengths: Lengths) -> list[Batch]:
                 return batches(settings, lengths, vocab, settings.warmup + settings.steps, next(nonces), job.rank)
 
             # Kernels are compiled by shape: what is timed has been run before.
-            clock(subscriber.stream(chain(*map(draw, settings.lengths))), draft)
+            clock(subscriber.stream(chain(*map(draw, settings.lengths))), step)
 
-        def one(lengths: Lengths, depth: int, parallel: int) -> Timed:
-            clocked = _clocked(settings, host, device, depth, draw(lengths), draft)
-            return Timed(lengths=lengths, depth=depth, parallel=parallel, clocked=clocked)
+        def timed(parallel: int) -> Iterator[ColocatedTimes]:
+            for lengths in settings.lengths:
+                for depth in job.depths:
+                    link = SubscriberConfig(endpoints=(host.endpoint,), transport=WITHIN_PROCESS, depth=depth)
+                    with Subscriber(link, settings.capture, device=device, context=host.context) as subscriber:
+                        stream = subscriber.stream(draw(lengths))
+                        clocked = clock(stream, step, settings.warmup, depth > 0, subscriber.stats)
+                    yield ColocatedTimes(lengths=lengths, depth=depth, parallel=parallel, clocked=clocked)
 
-        timed: list[Timed] = []
+        found: list[ColocatedTimes] = []
         if job.world > 1:
-            reduction.meet(device)  # nobody loads or compiles any more
+            reduction.meet(device)  # all have loaded and compiled
         if job.rank == 0:
-            timed = [one(lengths, depth, 1) for lengths in settings.lengths for depth in job.depths]
+            found = list(timed(1))
         if job.world > 1:
             if job.rank == 0:
-                answer(Answer(timed=tuple(timed), memory_bytes=memory(device) - before))
+                answer(ColocatedAnswer(timed=tuple(found), memory_bytes=memory(device) - before))
             reduction.meet(device)  # the others wait here for the first one
             reduction.on = True
-            timed = [one(lengths, depth, job.world) for lengths in settings.lengths for depth in job.depths]
+            found = list(timed(job.world))
         used = memory(device) - before
-    return Answer(timed=tuple(timed), memory_bytes=used)
-
-
-def _clocked(settings: Settings, host: Embedded, device: str, depth: int, drawn: list[Batch], draft: Draft) -> Clocked:
-    link = SubscriberConfig(endpoints=(host.endpoint,), transport="inproc", depth=depth)
-    with Subscriber(link, _spec(settings), device=device, context=host.context) as subscriber:
-        return clock(subscriber.stream(drawn), draft, settings.warmup, depth > 0, subscriber.stats)
-
-
-def _spec(settings: Settings) -> Any:
-    def spec(contract: TargetContract) -> Any:
-        return capture_spec(settings.dflash, contract)
-
-    return spec
+    return ColocatedAnswer(timed=tuple(found), memory_bytes=used)
 
 
 def main() -> None:
     """Entry of one process."""
-    job = msgspec.json.decode(sys.stdin.readline(), type=Job)
+    job = msgspec.json.decode(sys.stdin.readline(), type=ColocatedJob)
     end_with_input()
     if job.device == "cpu":
         torch.set_num_threads(1)
@@ -170,7 +209,7 @@ def main() -> None:
         try:
             answer(run(job, answer))
         except SpecdError as error:
-            answer(Answer(error=str(error)))
+            answer(ColocatedAnswer(error=str(error)))
 
 
 if __name__ == "__main__":

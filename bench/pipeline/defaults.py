@@ -1,4 +1,4 @@
-"""What `specd bench pipeline` measures when it is not told otherwise: by the devices that are here."""
+"""The defaults of `specd bench pipeline`, by the devices of this machine."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ SMALL: dict[str, Any] = {
     "steps": 12,
     "warmup": 3,
 }
-"""Shapes that two cores do in a minute."""
+"""Shapes that take two cores a minute."""
 
 
 def defaults(quick: bool, daemons: int, model: str, given: dict[str, Any]) -> Settings:
-    """The settings for this machine. given: what was asked for, over them.
+    """The settings for this machine. given: overrides of them.
 
-    daemons: how many; on GPUs each has one, and the trainer the next one, or the last daemon's if there are no more.
-    Raises ConfigError for what this machine does not have.
+    daemons: on GPUs each has one, and the trainer the next one, or the last daemon's where there is none. Raises
+    ConfigError for devices that this machine does not have.
     """
     import torch
 
@@ -49,12 +49,12 @@ def defaults(quick: bool, daemons: int, model: str, given: dict[str, Any]) -> Se
         )
     base: dict[str, Any] = {"model": model or (GPU_MODEL if gpus else QUICK_MODEL if quick else CPU_MODEL)}
     if not gpus:
-        base |= SMALL | {"devices": ("cpu",) * daemons, "trainer": "cpu", "transports": ("shm",)}
+        base |= SMALL | {"devices": ("cpu",) * daemons, "trainer": "cpu", "transports": _best("cpu")}
     else:
         base |= {
             "devices": tuple(f"cuda:{index * tp}" for index in range(daemons)),
             "trainer": f"cuda:{min(daemons * tp, gpus - 1)}",
-            "transports": ("cuda_ipc",),
+            "transports": _best("cuda"),
         }
     if quick:
         base |= {"lengths": ("fixed",), "depths": (0, 2), "steps": 8}
@@ -69,8 +69,13 @@ def defaults(quick: bool, daemons: int, model: str, given: dict[str, Any]) -> Se
     return settings
 
 
+def _best(device: str) -> tuple[str, ...]:
+    """What `auto` tries first between two processes for states on `device`."""
+    return tuple(registry.preferred(registry.known(()), device)[:1])
+
+
 def _check(settings: Settings) -> None:
-    """Raise ConfigError for settings that cannot be measured, before anything is started."""
+    """Raise ConfigError for settings that cannot be measured, before a process is started."""
     if min(settings.depths) < 0 or settings.steps < 2:
         raise ConfigError(f"depths {settings.depths}, {settings.steps} steps: expected depths ≥ 0 and at least 2 steps")
     if not 0 < settings.sample_tokens <= settings.batch_tokens:

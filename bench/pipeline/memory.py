@@ -1,4 +1,4 @@
-"""How much memory the sides of the pipeline benchmark hold: of their devices, or resident on the CPU."""
+"""Memory that the sides of the pipeline benchmark hold: on their GPUs, or resident on the CPU."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from specd.bench.pipeline.settings import Settings
 
 
 def memory(device: str, pid: int | str = "self") -> int:
-    """Bytes in use on a GPU, by whomever, or the most a process had resident; 0 if that cannot be read."""
+    """Bytes in use on a GPU by all processes, or the peak resident size of one; 0 if that cannot be read."""
     if device.startswith("cuda"):
         free, total = torch.cuda.mem_get_info(device)
         return int(total - free)
@@ -24,7 +24,7 @@ def memory(device: str, pid: int | str = "self") -> int:
 
 
 def in_use(settings: Settings) -> dict[str, int]:
-    """Bytes in use on each GPU of daemons and trainer; nothing on the CPU."""
+    """Bytes in use on each GPU of daemons and trainer; empty on the CPU."""
     devices = {*settings.daemon_devices, settings.trainer} - {"cpu"}
     return {device: memory(device) for device in devices}
 
@@ -32,8 +32,8 @@ def in_use(settings: Settings) -> dict[str, int]:
 def held(settings: Settings, before: dict[str, int], workers: Iterable[int]) -> tuple[int, int]:
     """Bytes that all daemons together, and the trainer, which is this process, hold by now.
 
-    before: what `in_use` gave before there were any. workers: process ids of the daemons' targets, asked for on the
-    CPU only. Where both sides share a GPU, the trainer's part is what its torch has reserved there.
+    before: `in_use` before they started. workers: process ids of the daemons' targets, read on the CPU only. Where
+    both sides share a GPU, the trainer's part is what its torch has reserved there.
     """
     if settings.trainer == "cpu":
         return sum(memory("cpu", pid) for pid in workers), memory("cpu")

@@ -1,45 +1,47 @@
-"""The protocol specd set out to replace, emulated: an HTTP request a batch, one in flight, tensors one after the other.
+"""`origin`: the protocol of SpecForge's pull request 569, which specd set out to replace, emulated.
 
-The serving process runs the target, waits for the whole device, answers, and sends every tap and the echoed token ids
-and masks with torch.distributed; the trainer receives them in that order and waits for its whole device. It is run as a
-process that takes a JSON line on standard input, and it measures the bare target before it serves.
+A batch is an HTTP request, one in flight. The serving process runs the target, waits for the whole device, answers, and
+sends every tap and the echoed token ids and masks with torch.distributed, one tensor after the other; the trainer
+receives them in that order and waits for its whole device. This module is run as that process: it takes a JSON line on
+standard input, and measures the bare target before it serves.
 """
 
 from __future__ import annotations
 
-import datetime
+import contextlib
 import http.client
 import http.server
 import json
-import os
 import sys
-import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Any
+from pathlib import Path
+from typing import Any, Final
 
 import msgspec
 import torch
 
 from specd.bench.pipeline.bare_target import Bare, fill, measure, slot
-from specd.bench.pipeline.processes import answers, end_with_input
+from specd.bench.pipeline.process_group import DEADLINE, joined, shake_hands
+from specd.bench.pipeline.processes import answers, child, end_with_input
+from specd.bench.pipeline.result import PipelineRow
+from specd.bench.pipeline.rows import row_of
 from specd.bench.pipeline.settings import Settings
-from specd.bench.pipeline.step import synchronize
-from specd.errors import SpecdError, TransportError
+from specd.bench.pipeline.step import Draw, TrainingStep, clock, synchronize
+from specd.errors import DaemonError, SpecdError, TransportError
 from specd.protocol.batch import Batch, Delivery, slot_layout
 from specd.protocol.capture import CaptureSpec
 from specd.protocol.contract import TargetContract
 
-ECHOED = 3
+ECHOED: Final = 3
 """Token ids, attention mask and loss mask come back with the states, int64 each: 24 bytes a token."""
-DEADLINE = datetime.timedelta(seconds=120)
-HANDSHAKE_S = 30.0
 SERVER, TRAINER = 0, 1
+"""Ranks."""
 
 
-class Job(msgspec.Struct, frozen=True, kw_only=True):
-    """What the serving process is told. store: path of a new file where both sides meet. backend: gloo or nccl."""
+class OriginJob(msgspec.Struct, frozen=True, kw_only=True):
+    """The serving process's order. store: path of a new file where both sides meet. backend: gloo or nccl."""
 
     settings: Settings
     spec: CaptureSpec
@@ -47,8 +49,8 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     backend: str
 
 
-class Serving(msgspec.Struct, frozen=True, kw_only=True):
-    """What the serving process says when it serves, or why it does not."""
+class OriginServing(msgspec.Struct, frozen=True, kw_only=True):
+    """The serving process's first answer: it serves on `port`, or `error` says why it does not."""
 
     port: int = 0
     bare: Bare | None = None
@@ -61,62 +63,8 @@ def payload_bytes(spec: CaptureSpec, hidden: int) -> int:
     return len(spec.taps) * hidden * 2 + ECHOED * 8
 
 
-@contextmanager
-def joined(backend: str, store: str, rank: int, world: int, timeout: datetime.timedelta = DEADLINE) -> Iterator[Any]:
-    """A process group of this benchmark alone: an engine in the same process may have the default one.
-
-    Gloo takes the loopback interface unless told otherwise. Raises TransportError when the group does not form.
-    """
-    import torch.distributed as dist
-
-    name = "GLOO_SOCKET_IFNAME"
-    given = os.environ.get(name)
-    os.environ.setdefault(name, "lo")
-    distributed: Any = dist  # its classes are not all typed
-    group: Any
-    try:
-        meeting = distributed.PrefixStore("specd", distributed.FileStore(store, world))
-        meeting.set_timeout(timeout)
-        if backend == "nccl":
-            options = distributed.ProcessGroupNCCL.Options()
-            options._timeout = timeout
-            group = distributed.ProcessGroupNCCL(meeting, rank, world, options)
-        else:
-            group = distributed.ProcessGroupGloo(meeting, rank, world, timeout)
-    except RuntimeError as error:
-        raise TransportError(f"torch.distributed does not form a {backend} group: {error}") from None
-    finally:
-        if given is None:
-            del os.environ[name]
-    try:
-        yield group
-    finally:
-        if backend == "nccl":
-            group.abort()
-
-
-def shake_hands(group: Any, rank: int, device: str) -> None:
-    """Send a word from the server to the trainer: its first transfer makes a communicator, and is where it would hang.
-
-    Raises TransportError when it does not arrive in time; the group is of no use then.
-    """
-    word = torch.zeros(1, device=device)
-    sends = rank == SERVER
-    try:
-        work = group.send([word], TRAINER, 0) if sends else group.recv([word], SERVER, 0)
-        limit = time.monotonic() + HANDSHAKE_S
-        while device != "cpu" and not work.is_completed():  # its wait is the device's, which nothing could end
-            if time.monotonic() > limit:
-                raise TransportError(f"nothing was transferred in {HANDSHAKE_S:g} s")
-            time.sleep(0.001)
-        work.wait()
-    except RuntimeError as error:
-        raise TransportError(f"torch.distributed transfers nothing: {error}") from None
-    synchronize(device)
-
-
-class Client:
-    """The trainer's side. group: that `joined` gave. device: where the states go."""
+class OriginClient:
+    """The trainer's side. group: of both sides. device: where the states go."""
 
     def __init__(
         self, port: int, group: Any, backend: str, spec: CaptureSpec, contract: TargetContract, device: str
@@ -125,7 +73,7 @@ class Client:
         self._connection = http.client.HTTPConnection("127.0.0.1", port, timeout=DEADLINE.total_seconds())
         self._wire = device if backend == "nccl" else "cpu"
         self._spec, self._hidden, self._device = spec, contract.hidden_size, device
-        self._thread = ThreadPoolExecutor(1, "seed-client")
+        self._thread = ThreadPoolExecutor(1, "origin-client")
 
     def stream(self, batches: Iterable[Batch], overlap: bool) -> Iterator[Delivery]:
         """Every batch with its states; with `overlap` one request is in flight while a batch is trained."""
@@ -175,7 +123,7 @@ class Client:
         self._group.recv([into], SERVER, 0).wait()
 
 
-class _Handler(http.server.BaseHTTPRequestHandler):
+class OriginHandler(http.server.BaseHTTPRequestHandler):
     """One request: capture, wait for the device, answer, send."""
 
     protocol_version = "HTTP/1.1"
@@ -203,8 +151,46 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         """Say nothing."""
 
 
-def serve(job: Job, answer: Callable[[msgspec.Struct], None]) -> None:
-    """Load, measure, then serve for ever."""
+@contextmanager
+def serving(settings: Settings, spec: CaptureSpec, directory: Path) -> Iterator[tuple[OriginJob, OriginServing]]:
+    """A serving process, from its first answer on. Raises DaemonError when it does not serve."""
+    backend = "gloo" if settings.shared or settings.trainer == "cpu" else "nccl"
+    job = OriginJob(settings=settings, spec=spec, store=str(directory / "origin"), backend=backend)
+    with child("specd.bench.pipeline.origin_protocol", job) as server:
+        first = server.answer(OriginServing)
+        if first.error:
+            raise DaemonError(first.error)
+        yield job, first
+
+
+def rows(
+    job: OriginJob,
+    port: int,
+    contract: TargetContract,
+    step: TrainingStep,
+    draw: Draw,
+    progress: Callable[[str], None],
+) -> Iterator[PipelineRow]:
+    """Train over the protocol, without and with a request in flight. port: of the process that serves `job`."""
+    settings, backend = job.settings, job.backend
+    with joined(backend, job.store, TRAINER, 2) as group:
+        shake_hands(group, TRAINER, "cpu" if backend == "gloo" else settings.trainer)
+        client = OriginClient(port, group, backend, job.spec, contract, settings.trainer)
+        with contextlib.closing(client):
+            for lengths in settings.lengths:
+                for depth in (0, 1):
+                    progress(f"origin, {lengths} lengths, depth {depth}")
+                    stream = client.stream(draw(lengths), overlap=depth > 0)
+                    clocked = clock(stream, step, settings.warmup, depth > 0)
+                    nbytes = payload_bytes(job.spec, contract.hidden_size) * clocked.tokens
+                    devices = settings.tp + (not settings.shared)
+                    row = row_of("origin", lengths, depth, backend, devices, clocked)
+                    yield msgspec.structs.replace(row, bytes_per_sample=nbytes / clocked.samples)
+    synchronize(settings.trainer)
+
+
+def serve(job: OriginJob, answer: Callable[[msgspec.Struct], None]) -> None:
+    """Load the target, measure it, then serve until the process is ended."""
     import numpy as np
 
     from specd.bench.pipeline.memory import memory
@@ -233,10 +219,10 @@ def serve(job: Job, answer: Callable[[msgspec.Struct], None]) -> None:
         echo = [torch.from_numpy(part.astype(np.int64)).to(wire) for part in (tokens, np.ones_like(tokens), mask)]
         return [*states, *echo]
 
-    handler = type("Handler", (_Handler,), {"capture": staticmethod(capture)})
+    handler = type("Handler", (OriginHandler,), {"capture": staticmethod(capture)})
     with http.server.HTTPServer(("127.0.0.1", 0), handler) as server:
         used = memory(target.device)
-        answer(Serving(port=server.server_port, bare=bare, memory_bytes=used))
+        answer(OriginServing(port=server.server_port, bare=bare, memory_bytes=used))
         with joined(job.backend, job.store, SERVER, 2) as handler.group:  # type: ignore[attr-defined]
             shake_hands(handler.group, SERVER, wire)  # type: ignore[attr-defined]
             server.serve_forever()
@@ -244,7 +230,7 @@ def serve(job: Job, answer: Callable[[msgspec.Struct], None]) -> None:
 
 def main() -> None:
     """Entry of the serving process."""
-    job = msgspec.json.decode(sys.stdin.readline(), type=Job)
+    job = msgspec.json.decode(sys.stdin.readline(), type=OriginJob)
     end_with_input()
     if job.settings.devices[0] == "cpu":
         torch.set_num_threads(1)
@@ -252,7 +238,7 @@ def main() -> None:
         try:
             serve(job, answer)
         except SpecdError as error:
-            answer(Serving(error=str(error)))
+            answer(OriginServing(error=str(error)))
 
 
 if __name__ == "__main__":

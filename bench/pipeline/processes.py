@@ -22,12 +22,12 @@ from specd.errors import DaemonError
 T = TypeVar("T")
 
 START_S = 900.0
-"""Longest that a child may take to its answer: a large target loads for minutes."""
+"""Longest wait for a child's answer: a large target loads for minutes."""
 END_S = 20.0
 
 
 class Child(NamedTuple):
-    """A process that runs a module of specd. says: what it answers on. log: what else it writes."""
+    """A process that runs a module of specd. says: the pipe it answers on. log: a file with its other output."""
 
     process: subprocess.Popen[bytes]
     says: IO[bytes]
@@ -50,7 +50,7 @@ class Child(NamedTuple):
         raise DaemonError(f"{self._name} {end}; {self._last()}")
 
     def silent(self) -> DaemonError:
-        """What to raise when it has said nothing for START_S."""
+        """The error when it has said nothing for START_S."""
         return DaemonError(f"{self._name} has said nothing for {START_S:g} s; {self._last()}")
 
     @property
@@ -64,7 +64,7 @@ class Child(NamedTuple):
 
 
 def as_answered(children: Sequence[Child], kind: type[T]) -> Iterator[tuple[int, T]]:
-    """The next line of each, with its number, whoever is first. Raises as `Child.answer` does for the first to fail."""
+    """The next line of each child, with its number, in the order they come. Raises as `Child.answer` for the first."""
     waiting = {process.says: number for number, process in enumerate(children)}
     while waiting:
         ready = select.select(list(waiting), [], [], START_S)[0]
@@ -76,7 +76,7 @@ def as_answered(children: Sequence[Child], kind: type[T]) -> Iterator[tuple[int,
 
 
 def end_with_input() -> None:
-    """End this process, whatever it waits for, once its standard input ends: nobody wants its answers any more."""
+    """Exit this process, whatever it waits for, once its standard input ends: its parent is gone or done with it."""
 
     def watch() -> None:
         sys.stdin.read()
@@ -87,7 +87,7 @@ def end_with_input() -> None:
 
 @contextmanager
 def answers() -> Iterator[Callable[[msgspec.Struct], None]]:
-    """What a child answers with. Whatever else it or an engine prints goes to standard error meanwhile."""
+    """How a child answers. All other output, an engine's included, goes to standard error meanwhile."""
     sys.stdout.flush()
     kept = os.dup(1)
     os.dup2(2, 1)

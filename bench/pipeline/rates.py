@@ -1,4 +1,4 @@
-"""A daemon's tokens a second to a trainer that does nothing with them, beside a bare target and beside each other."""
+"""A daemon's throughput to a null trainer, which takes batches and does nothing, next to a bare target's."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ MERGING_BAR: Final = 0.8
 FORWARDS: Final = 24
 """Full forwards of merged samples that the merging rate is timed over: less than one at each end is a partial one."""
 BLOCKS: Final = 8
-"""Parts of the timed deliveries whose rates show the spread."""
+"""Blocks of timed deliveries, at most: their rates show the spread."""
 
 
 class Fed(msgspec.Struct, frozen=True, kw_only=True):
-    """One rate. merged: the most batches that share a forward. spread: 25th and 75th percentile over blocks."""
+    """One throughput. merged: the most batches that share a forward. spread: 25th and 75th percentile over blocks."""
 
     composition: str
     depth: int
@@ -41,10 +41,10 @@ def measure(
     nonce: Callable[[], int],
     progress: Callable[[str], None],
 ) -> dict[str, Fed]:
-    """Run every composition. subscriber: of one daemon, by depth. nonce: gives another one each time.
+    """Run every composition. subscriber: of one daemon, by depth. nonce: a new one each time.
 
-    A daemon works ahead only as far as it was asked to: `short` and `long` are run so deep that it never waits for the
-    trainer's answer, and may merge then, which `compare` allows the bare target, too.
+    A daemon works ahead only as far as it has requests: `short` and `long` have a depth at which it never waits for the
+    trainer. It may merge then, and `compare` allows the bare target the same.
     """
     whole = msgspec.structs.replace(settings, sample_tokens=settings.batch_tokens)
     short, long, single = settings.many * settings.short, settings.batch_tokens, settings.short
@@ -54,7 +54,7 @@ def measure(
         merged = min(depth, settings.room(tokens))
         warmup = max(settings.warmup, depth + 1)
         with subscriber(depth) as link:
-            # At the end nobody asks any more: the last ones find an emptier queue than those that count.
+            # The last batches find an emptier queue, as no requests follow: they are not timed.
             seconds = clock(link.stream(draw(warmup + count + depth + 1)), None, warmup).seconds[:count]
         rates = [tokens * len(block) / sum(block) for block in _blocks(seconds, merged)]
         low, high = np.percentile(rates, (25, 75)).tolist()
@@ -78,7 +78,7 @@ def measure(
 
 
 def compare(settings: Settings, fed: dict[str, Fed], bare: Bare) -> Iterator[Rate]:
-    """Every rate beside the best composition of the bare target that the daemon may have merged to."""
+    """Every rate next to the best one of the bare target, among the merges that the daemon may have made."""
     for key, beside in (("short", bare.short_tokens_per_s), ("long", bare.long_tokens_per_s)):
         allowed = {size: rate for size, rate in beside.items() if size <= fed[key].merged}
         best = max(allowed, key=lambda size: allowed[size])
@@ -86,7 +86,7 @@ def compare(settings: Settings, fed: dict[str, Fed], bare: Bare) -> Iterator[Rat
         yield _rate("the ring", fed[key], name, allowed[best], RING_BAR, allowed)
     if not settings.target.get("exact"):  # a target that runs every batch alone merges nothing
         short = fed["short"]
-        yield _rate("one by one", fed["singles"], f"{short.composition}, the ring", short.tokens_per_s, MERGING_BAR, {})
+        yield _rate("one by one", fed["singles"], f"daemon, {short.composition}", short.tokens_per_s, MERGING_BAR, {})
 
 
 def _rate(name: str, found: Fed, reference: str, beside: float, bar: float, bare: dict[int, float]) -> Rate:
@@ -107,7 +107,7 @@ def _rate(name: str, found: Fed, reference: str, beside: float, bar: float, bare
 
 
 def _blocks(seconds: Sequence[float], merged: int) -> Iterator[Sequence[float]]:
-    """Parts of alike size, of whole forwards: the batches of one forward are delivered at once."""
+    """Blocks of equal size, of whole forwards: the batches of one forward are delivered at once."""
     size = max(1, -(-len(seconds) // BLOCKS // merged)) * merged
     for at in range(0, len(seconds), size):
         if at == 0 or at + size <= len(seconds):

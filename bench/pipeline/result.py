@@ -1,4 +1,4 @@
-"""What `specd bench pipeline` found out, as data: rows, rates beside the bare target, and what `specd plan` reads."""
+"""The result of `specd bench pipeline`: rows, rates beside the bare target, and what `specd plan` reads."""
 
 from __future__ import annotations
 
@@ -9,21 +9,20 @@ import msgspec
 from specd.bench.pipeline.settings import Lengths
 from specd.plan import Work
 
-Mode = Literal["disaggregated", "co-located", "co-located data-parallel", "seed protocol"]
+Mode = Literal["disaggregated", "co-located", "co-located data-parallel", "origin"]
 
 
-class Row(msgspec.Struct, frozen=True, kw_only=True):
+class PipelineRow(msgspec.Struct, frozen=True, kw_only=True):
     """One way to run one pipeline.
 
     devices: how many it occupies. parallel: batches that every iteration trains. iteration_ms: mean of the timed
     iterations, each ended when the step before it is done, at depth 0 its own; p10_ms … p90_ms: percentiles of the
     same. bound_ms: what no overlap can beat; efficiency: bound over measured. target_wait_ms, wire_wait_ms: what an
     iteration waited for the target, or for a batch that was READY; trainer_ms: the rest. forward_ms: the target's time
-    for a batch, as it says. bytes_per_sample: of the states, or of everything the seed's protocol sends.
-    *_memory_bytes: in use at the end on all devices of a side, beyond what was before; on the CPU the most its
-    processes had resident; co-located, the trainer is all there is. over_seed: how much faster a sample is trained than
-    by the seed's protocol with the same lengths: at depth 0 without overlap, else at its best. None: no such thing
-    here.
+    for a batch, as it reports it. bytes_per_sample: of the states, or of everything that `origin` sends.
+    *_memory_bytes: in use at the end on all devices of a side, beyond what was in use before; on the CPU the peak
+    resident size of its processes; co-located, all of it is the trainer's. over_origin: samples per second over those
+    of `origin` with the same lengths: at depth 0 without overlap, else at its best. None: does not apply.
     """
 
     mode: Mode
@@ -51,7 +50,7 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
     bytes_per_sample: float
     daemon_memory_bytes: int | None = None
     trainer_memory_bytes: int | None = None
-    over_seed: float | None = None
+    over_origin: float | None = None
 
 
 class Rate(msgspec.Struct, frozen=True, kw_only=True):
@@ -77,13 +76,13 @@ class Rate(msgspec.Struct, frozen=True, kw_only=True):
     bar: float
 
 
-class Result(msgspec.Struct, frozen=True, kw_only=True):
+class PipelineResult(msgspec.Struct, frozen=True, kw_only=True):
     """One run.
 
     target_ms: of a bare forward in a process of its own, by lengths and by how many batches share a forward, for one
     batch; target_spread_ms: 25th and 75th percentile of the same. draft_ms: of an optimizer step on states that are
-    there, by lengths. work: what `specd plan --from` reads, None before there are rows. skipped: what was to be
-    measured and could not be, with the reason. began_s: when each part began, in seconds after the start.
+    there, by lengths. work: what `specd plan --from` reads, None before there are rows. skipped: what could not
+    be measured, with the reason. began_s: when each part began, in seconds after the start.
     """
 
     machine: dict[str, Any]
@@ -92,8 +91,8 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
     wall_s: float
     target_ms: dict[str, dict[int, float]]
     target_spread_ms: dict[str, dict[int, tuple[float, float]]]
-    draft_ms: dict[str, float]
-    rows: tuple[Row, ...]
+    draft_ms: dict[Lengths, float]
+    rows: tuple[PipelineRow, ...]
     rates: tuple[Rate, ...]
     work: Work | None
     skipped: dict[str, str]

@@ -1,4 +1,4 @@
-"""Rows of the pipeline benchmark: of what was timed, and with what follows from the other rows."""
+"""Rows of the pipeline benchmark: from the times of one, and with what follows from the others."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from typing import Any
 import msgspec
 
 from specd.bench.pipeline.bare_target import Bare
-from specd.bench.pipeline.result import Row
+from specd.bench.pipeline.result import Mode, PipelineRow
 from specd.bench.pipeline.settings import Lengths, Settings
 from specd.bench.pipeline.step import Clocked
 
 
 def row_of(
-    mode: Any,
+    mode: Mode,
     lengths: Lengths,
     depth: int,
     transport: str,
     devices: int,
     clocked: Clocked,
     parallel: int = 1,
-) -> Row:
-    """A row of what was timed; without a subscriber's statistics there are no waits to report."""
+) -> PipelineRow:
+    """A row of these times; without a subscriber's statistics it has no waits."""
     figures = clocked.figures(parallel)
     waits: dict[str, Any] = {}
     stats = clocked.stats
@@ -35,7 +35,7 @@ def row_of(
             "trainer_ms": round(max(0.0, figures["iteration_ms"] - target - wire), 3),
             "forward_ms": round(stats.forward_s / stats.batches * 1e3, 3),
         }
-    return Row(
+    return PipelineRow(
         mode=mode,
         lengths=lengths,
         depth=depth,
@@ -48,19 +48,21 @@ def row_of(
     )
 
 
-def settle(rows: Sequence[Row], settings: Settings, bare: Bare | None, draft_ms: dict[str, float]) -> tuple[Row, ...]:
-    """All rows with what needs other figures: their bounds, and the seed's protocol beside them."""
+def settle(
+    rows: Sequence[PipelineRow], settings: Settings, bare: Bare | None, draft_ms: dict[Lengths, float]
+) -> tuple[PipelineRow, ...]:
+    """All rows with what follows from other figures: their bounds, and `origin` beside them."""
     return tuple(msgspec.structs.replace(row, **dict(_changes(row, rows, settings, bare, draft_ms))) for row in rows)
 
 
 def _changes(
-    row: Row, rows: Sequence[Row], settings: Settings, bare: Bare | None, draft_ms: dict[str, float]
+    row: PipelineRow, rows: Sequence[PipelineRow], settings: Settings, bare: Bare | None, draft_ms: dict[Lengths, float]
 ) -> Iterator[tuple[str, float]]:
-    rivals = [other for other in rows if other.mode == "seed protocol" and other.lengths == row.lengths]
-    if row.mode == "disaggregated" and row.depth == 0:  # asked on demand, as the seed's without overlap
+    rivals = [other for other in rows if other.mode == "origin" and other.lengths == row.lengths]
+    if row.mode == "disaggregated" and row.depth == 0:  # on demand, as `origin` without overlap
         rivals = [other for other in rivals if other.depth == 0]
-    if rivals and row.mode != "seed protocol":
-        yield "over_seed", round(row.samples_per_s / max(other.samples_per_s for other in rivals), 3)
+    if rivals and row.mode != "origin":
+        yield "over_origin", round(row.samples_per_s / max(other.samples_per_s for other in rivals), 3)
     if row.mode == "disaggregated" and bare is not None:
         merged = settings.merged(row.depth, row.lengths)
         target = min(ms for size, ms in bare.batch_ms[row.lengths].items() if size <= merged)

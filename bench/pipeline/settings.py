@@ -1,4 +1,4 @@
-"""What `specd bench pipeline` runs: its settings, and batches of random tokens of two length distributions."""
+"""The settings of `specd bench pipeline`, and its batches: random tokens of two length distributions."""
 
 from __future__ import annotations
 
@@ -11,10 +11,14 @@ from numpy.typing import NDArray
 
 from specd.config.load import convert, merge
 from specd.config.presets import preset
-from specd.config.settings import Config, DaemonConfig, DFlashConfig
+from specd.config.settings import Config, DaemonConfig
 from specd.data.batching import BatchPlan
+from specd.drafts import registry
+from specd.drafts.base import Method
 from specd.errors import ConfigError
 from specd.protocol.batch import Batch
+from specd.protocol.capture import CaptureSpec
+from specd.protocol.contract import TargetContract
 from specd.targets.synthetic import synthetic_options
 
 Lengths = Literal["fixed", "log-normal"]
@@ -35,7 +39,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """One run of the benchmark; it travels to the processes that measure.
 
     target: overrides of TargetConfig. devices: of the daemons, one each. trainer: the trainer's device.
-    draft: `dflash`, or `synthetic:ms=…` for one that only takes time. draft_config: overrides of DFlashConfig.
+    draft: a method, or `synthetic:ms=…` for one that only takes time. draft_config: overrides of the method's settings.
+    mask_token_id: of a target without a preset, for methods that mask tokens.
     batch_tokens: of a trainer's batch. sample_tokens: of a sample of fixed length.
     short, many: `many` samples of `short` tokens are what the merging rows run. forward_tokens: most in one forward.
     depths: of the disaggregated rows. steps: timed in each row, after `warmup` others.
@@ -46,7 +51,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     devices: tuple[str, ...] = ("cpu",)
     trainer: str = "cpu"
     transports: tuple[str, ...] = ("shm",)
-    draft: str = "dflash"
+    draft: str = registry.DEFAULT
     draft_config: dict[str, Any] = {}
     mask_token_id: int = 0
     batch_tokens: int = 3072
@@ -86,7 +91,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def slots(self) -> int:
-        """Enough for the deepest row."""
+        """Slots of a ring: enough for the deepest row."""
         return max(*self.depths, self.merge_depth, self.fed(self.batch_tokens), self.fed(self.short * self.many)) + 2
 
     @property
@@ -94,11 +99,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         return max(self.batch_tokens, self.short * self.many)
 
     def room(self, tokens: int) -> int:
-        """The most batches of so many tokens that a forward takes."""
+        """How many batches of `tokens` tokens fit one forward."""
         return 1 if self.target.get("exact") else max(1, self.forward_tokens // tokens)
 
     def forwards(self, tokens: Sequence[int], most: int) -> list[slice]:
-        """Which neighbours, of batches of these tokens, share a forward where up to `most` wait: as a daemon merges."""
+        """Which of these batches, by their tokens, share a forward where up to `most` wait: as a daemon merges them."""
         if self.target.get("exact"):
             most = 1
         parts: list[slice] = []
@@ -117,27 +122,40 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         return max(len(tokens[part]) for part in self.forwards(tokens, most))
 
     def fed(self, tokens: int) -> int:
-        """The depth at which a daemon never waits for a trainer that only takes: one forward runs, one is waiting."""
+        """The depth at which a daemon never waits for a null trainer: one forward runs, one is queued."""
         return 2 * self.room(tokens)
 
     def daemon(self, device: str, slots: int) -> DaemonConfig:
         """A daemon for this benchmark, over the target's preset. Raises ConfigError for a setting that cannot be."""
         recipe = preset(self.model)
+        capture = self.method.capture_config(self.draft_settings)
         target = {"model": self.model, "device": device, "max_forward_tokens": self.forward_tokens} | self.target
         asked = {
             "target": merge(recipe.target if recipe else {}, target),
-            "capture": {"num_taps": self.dflash.num_taps},
+            "capture": {"num_taps": capture.num_taps, "final": capture.final},
             "ring": {"slots": slots, "slot_tokens": self.slot_tokens, "max_sessions": 1},
             "transports": list(self.transports),
         }
         return convert(asked, DaemonConfig, "specd bench pipeline")
 
     @property
-    def dflash(self) -> DFlashConfig:
+    def method(self) -> type[Method]:
+        """The method of the draft; of one that only takes time, the one it stands for."""
+        return registry.load(registry.DEFAULT if self.sleep else self.draft)
+
+    @property
+    def draft_settings(self) -> Config:
         """The draft's settings, over those of the target's preset."""
         recipe = preset(self.model)
-        under = recipe.run.get("draft", {}) if recipe else {}
-        return convert(merge(under, self.draft_config), DFlashConfig, "draft")
+        name = registry.DEFAULT if self.sleep else self.draft
+        under = recipe.run.get(name, {}).get("draft", {}) if recipe else {}
+        if "mask_token_id" in self.method.settings.__struct_fields__:
+            under = {"mask_token_id": self.mask_token_id} | under
+        return registry.settings(name, merge(under, self.draft_config), "specd bench pipeline")
+
+    def capture(self, contract: TargetContract) -> CaptureSpec:
+        """What the draft wants captured from a target."""
+        return self.method.capture(self.draft_settings, contract)
 
     @property
     def sleep(self) -> SleepConfig | None:
@@ -151,20 +169,16 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
             if min(options.ms, options.us_per_token, options.params - 1) < 0:
                 raise ConfigError(f"draft {self.draft!r}: expected ms ≥ 0, us_per_token ≥ 0, params ≥ 1")
             return options
-        if self.draft != "dflash":
-            raise ConfigError(f"draft {self.draft!r}: expected dflash or synthetic:ms=MILLISECONDS")
+        if self.draft not in registry.names():
+            known = ", ".join(registry.names())
+            raise ConfigError(f"draft {self.draft!r}: expected {known} or synthetic:ms=MILLISECONDS")
         return None
-
-    @property
-    def mask_token(self) -> int:
-        recipe = preset(self.model)
-        return recipe.mask_token_id if recipe else self.mask_token_id
 
 
 def batches(settings: Settings, lengths: Lengths, vocab: int, count: int, nonce: int, shift: int = 0) -> list[Batch]:
     """`count` batches of the trainer's budget.
 
-    nonce: gives other tokens of the same lengths, so that no ring still has them. shift: begins so many batches later.
+    nonce: another one gives other tokens of the same lengths, which no ring still has. shift: begins this much later.
     """
     tokens = np.random.default_rng([settings.seed, nonce])
     chosen = sample_lengths(settings, lengths, count, shift)

@@ -12,8 +12,9 @@ import msgspec
 import numpy as np
 import torch
 
-from specd.bench.pipeline.settings import Settings, SleepConfig
+from specd.bench.pipeline.settings import Lengths, Settings, SleepConfig
 from specd.config.settings import TrainConfig
+from specd.drafts.base import TargetParts
 from specd.memory.streams import Point, reached
 from specd.metrics import Stats
 from specd.protocol.batch import Batch, Delivery
@@ -25,18 +26,22 @@ CLIP = 1.0
 PERCENTILES = (10, 25, 50, 75, 90)
 
 
-class Draft(Protocol):
-    """Something that trains on deliveries."""
+Draw = Callable[[Lengths], list[Batch]]
+"""Draws the batches of one row, warm-up included: other tokens each time, so that no ring still has them."""
+
+
+class TrainingStep(Protocol):
+    """What a trainer does with a delivery: one whole optimizer step."""
 
     parameters: list[torch.nn.Parameter]
 
-    def step(self, delivery: Delivery, wait: bool) -> None:
-        """One whole optimizer step. wait: return when the device is done with it, not only with the one before it."""
+    def __call__(self, delivery: Delivery, wait: bool) -> None:
+        """wait: return when the device is done with this step, not only with the one before it."""
         ...
 
 
-class SleepingDraft:
-    """A draft that costs what it is told to cost: it sleeps, so that a target on the same processor can run."""
+class SleepingStep:
+    """A step that takes the time it is told to take: it sleeps, so that a target on the same processor can run."""
 
     def __init__(self, options: SleepConfig, reduce: Callable[[], None]) -> None:
         self._options = options
@@ -44,14 +49,14 @@ class SleepingDraft:
         self.parameters = [torch.nn.Parameter(torch.zeros(options.params))]
         self.parameters[0].grad = torch.zeros(options.params)
 
-    def step(self, delivery: Delivery, wait: bool) -> None:
-        """See Draft.step."""
+    def __call__(self, delivery: Delivery, wait: bool) -> None:
+        """See TrainingStep."""
         time.sleep(self._options.ms / 1e3 + self._options.us_per_token * delivery.batch.num_tokens / 1e6)
         self._reduce()
 
 
-class TrainedDraft:
-    """DFlash with AdamW and clipping, one batch a step.
+class OptimizerStep:
+    """The step of a draft, with AdamW and clipping, one batch a step.
 
     Unless it is told to wait, a step ends when the one before it is done, as in the loop: the device has work while the
     host makes the next.
@@ -66,8 +71,8 @@ class TrainedDraft:
         self._before: Point | None = None
         self.parameters = [parameter for parameter in objective.module.parameters() if parameter.requires_grad]
 
-    def step(self, delivery: Delivery, wait: bool) -> None:
-        """See Draft.step."""
+    def __call__(self, delivery: Delivery, wait: bool) -> None:
+        """See TrainingStep."""
         loss = self._objective.loss(delivery)
         loss.sum.backward()
         self._reduce()
@@ -79,20 +84,19 @@ class TrainedDraft:
             last.synchronize()
 
 
-def make_draft(
+def make_step(
     settings: Settings,
     contract: TargetContract,
     artifact: Callable[[str], bytes],
     device: str,
     reduce: Callable[[], None] = lambda: None,
-) -> Draft:
-    """The draft that the settings ask for. artifact: of the target. reduce: called once all gradients are there.
+) -> TrainingStep:
+    """The step of the draft that the settings ask for. artifact: of the target. reduce: averages the gradients.
 
-    Raises ConfigError for a draft that cannot be.
+    Raises ConfigError for a draft that does not fit the target.
     """
     if (options := settings.sleep) is not None:
-        return SleepingDraft(options, reduce)
-    from specd.drafts.dflash.objective import DFlash
+        return SleepingStep(options, reduce)
 
     def tensor(name: str) -> torch.Tensor:
         ref = contract.artifacts[name]
@@ -101,22 +105,15 @@ def make_draft(
 
     embedding = tensor("embedding")
     tied = contract.artifacts["lm_head"].same_as == "embedding"
-    objective = DFlash(
-        settings.dflash,
-        contract,
-        json.loads(artifact("config.json")),
-        embedding,
-        embedding if tied else tensor("lm_head"),
-        settings.mask_token,
-        device,
-        torch.float32 if device == "cpu" else torch.bfloat16,
-        settings.seed,
-    )
-    return TrainedDraft(objective, device, reduce)
+    head = embedding if tied else tensor("lm_head")
+    parts = TargetParts(contract, json.loads(artifact("config.json")), embedding, head)
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    objective = settings.method.objective(settings.draft_settings, parts, device, dtype, settings.seed)
+    return OptimizerStep(objective, device, reduce)
 
 
 class Clocked(msgspec.Struct, frozen=True, kw_only=True):
-    """Times of the iterations that were timed, in seconds, and what they trained.
+    """Seconds of each timed iteration, and what they trained in all.
 
     stats: of the subscriber that delivered the same batches; empty where there was none.
     """
@@ -131,7 +128,7 @@ class Clocked(msgspec.Struct, frozen=True, kw_only=True):
         return sum(self.seconds) / len(self.seconds)
 
     def figures(self, parallel: int = 1) -> dict[str, Any]:
-        """The fields of a Row that follow from these times. parallel: processes that each trained as much."""
+        """The fields of a PipelineRow that follow from these times. parallel: processes that each trained as much."""
         total = sum(self.seconds)
         spread = np.percentile(np.asarray(self.seconds) * 1e3, PERCENTILES).tolist()
         return {
@@ -146,26 +143,26 @@ class Clocked(msgspec.Struct, frozen=True, kw_only=True):
 
 def clock(
     deliveries: Iterable[Delivery],
-    draft: Draft | None,
+    step: TrainingStep | None,
     warmup: int = 0,
     overlap: bool = True,
     stats: Callable[[], Stats] = Stats,
 ) -> Clocked:
-    """Train on every delivery, and time all iterations but the first `warmup`.
+    """Train on every delivery; time all iterations but the first `warmup`.
 
     overlap: whether the next delivery may be asked for while the device still trains this one. stats: of the subscriber
     whose stream it is.
     """
     coming = iter(deliveries)
     for delivery in islice(coming, warmup):
-        if draft is not None:
-            draft.step(delivery, not overlap)
+        if step is not None:
+            step(delivery, not overlap)
     seconds: list[float] = []
     samples = tokens = 0
     earlier, mark = stats(), time.perf_counter()
     for delivery in coming:
-        if draft is not None:
-            draft.step(delivery, not overlap)
+        if step is not None:
+            step(delivery, not overlap)
         now = time.perf_counter()
         seconds.append(now - mark)
         samples += len(delivery.batch.samples)
@@ -175,18 +172,18 @@ def clock(
 
 
 def given(batches: Iterable[Batch], taps: torch.Tensor) -> Iterator[Delivery]:
-    """Deliveries of states that are there already. taps: [T, N, H] for at least the longest batch."""
+    """Deliveries of states that are in memory already. taps: [T, N, H] for at least the longest batch."""
     for batch in batches:
         yield Delivery(batch, taps[: batch.num_tokens])
 
 
 def made_up(settings: Settings, spec: CaptureSpec, hidden: int) -> torch.Tensor:
-    """States as `given` takes them, random, on the trainer's device: what they are makes no difference to the time."""
+    """Random states for `given`, on the trainer's device: values make no difference to the time."""
     shape = (settings.batch_tokens, len(spec.taps), hidden)
     return torch.randn(shape, dtype=getattr(torch, spec.dtype), device=settings.trainer)
 
 
 def synchronize(device: str) -> None:
-    """Wait until the device has done all it was told."""
+    """Wait until a GPU has finished its work; nothing on the CPU."""
     if device.startswith("cuda"):
         torch.cuda.synchronize(device)

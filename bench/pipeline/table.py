@@ -1,58 +1,66 @@
-"""The pipeline benchmark's result as tables for a terminal."""
+"""The pipeline benchmark's result as tables for a terminal, readable at 80 columns."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from specd.bench.pipeline.result import Rate, Result, Row
+from specd.bench.pipeline.result import PipelineResult, PipelineRow, Rate
+from specd.bench.pipeline.settings import Lengths
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-TIMES = ("mode", "depth", "over", "ms", "bound", "eff.", "samples/s", "GPU·s each", "× seed")
-WAITS = ("mode", "depth", "over", "devices", "target wait", "wire wait", "trains", "MB each")
-RATES = ("what", "batches", "depth", "a forward", "tokens/s", "beside", "tokens/s", "ratio", "bar")
-WORDS = ("mode", "over", "what", "batches", "beside")
+TIMES = ("mode", "depth", "over", "ms", "bound", "eff.", "samples/s", "GPU·s", "× origin")
+WAITS = ("mode", "depth", "over", "devices", "target wait", "wire wait", "trains", "MB")
+RATES = ("batches", "depth", "a forward", "tokens/s", "next to", "tokens/s", "ratio", "bar")
+WORDS = ("mode", "over", "batches", "next to")
+WRAPPED = "next to"
+"""The one column that may take several lines: no figure is cut at 80 columns."""
 LEGEND = (
     "ms: mean iteration, as are its waits · bound: max(target / daemons, draft), or their sum on one device · "
-    "eff.: bound over measured · GPU·s each: devices × seconds a sample · "
-    "× seed: samples/s over the seed's protocol, at depth 0 without overlap, else at its best · "
-    "memory: in use at the end on all GPUs of a side, beyond what was before. "
-    "On a CPU a process counts as a device, and its memory is the most it had resident."
+    "eff.: bound over measured · GPU·s, MB: of a sample; devices × seconds, and bytes sent · "
+    "× origin: samples/s over `origin`, the protocol of SpecForge's pull request 569, at depth 0 without overlap, else "
+    "at its best · memory: in use at the end on all GPUs of a side, beyond what was in use before. "
+    "On a CPU a process counts as a device, and its memory is its peak resident size."
 )
 
 
-def render(result: Result) -> list[RenderableType]:
+def render(result: PipelineResult) -> list[RenderableType]:
     """Two tables for each length distribution, the rates beside the bare target, and what was not measured."""
+    from rich.text import Text
+
     parts: list[RenderableType] = []
     for lengths in dict.fromkeys(row.lengths for row in result.rows):
         rows = [row for row in result.rows if row.lengths == lengths]
-        times = result.target_ms.get(lengths, {})
-        alone = ", ".join(f"{ms:.2f} ms with {size} in a forward" for size, ms in times.items())
-        parts.append(
-            f"{lengths} lengths: a batch takes the target {alone or '?'}; the draft "
-            f"{_number(result.draft_ms.get(lengths), '.2f')} ms"
-        )
+        parts.append(_alone(result, rows[0].lengths))
         parts.append(_table(TIMES, [_times(row) for row in rows]))
         parts.append(_table(WAITS, [_waits(row) for row in rows]))
     if result.rates:
-        parts.append("a daemon's tokens a second to a null trainer, and most batches that share one of its forwards")
+        parts.append("a daemon's tokens/s to a null trainer; a forward: most batches that share one")
         parts.append(_table(RATES, [_rate(rate) for rate in result.rates]))
-    parts += [f"not measured: {what}: {why}" for what, why in result.skipped.items()]
-    held = max((row.daemon_memory_bytes or 0 for row in result.rows), default=0)
+    # Text, because a reason may hold what looks like markup: pip install 'specd[nixl]'.
+    parts += [Text(f"not measured: {what}: {why}") for what, why in result.skipped.items()]
+    daemons = max((row.daemon_memory_bytes or 0 for row in result.rows), default=0)
     apart = max((row.trainer_memory_bytes or 0 for row in result.rows if row.mode == "disaggregated"), default=0)
     together = max((row.trainer_memory_bytes or 0 for row in result.rows if row.mode == "co-located"), default=0)
     parts.append(
-        f"memory: daemons {held / 1e9:.2f} GB, trainer {apart / 1e9:.2f} GB, co-located {together / 1e9:.2f} GB · "
+        f"memory: daemons {daemons / 1e9:.2f} GB, trainer {apart / 1e9:.2f} GB, co-located {together / 1e9:.2f} GB · "
         f"{result.wall_s:.0f} s"
     )
     return [*parts, LEGEND]
 
 
-def label(row: Row) -> str:
-    """How tables and charts call a row's mode."""
+def label(row: PipelineRow) -> str:
+    """What tables and charts call a row's mode."""
     return f"co-located × {row.parallel}" if row.mode == "co-located data-parallel" else row.mode
+
+
+def _alone(result: PipelineResult, lengths: Lengths) -> str:
+    """What target and draft take for a batch when nothing else runs."""
+    times = [f"{ms:.2f} ({size} a forward)" for size, ms in result.target_ms.get(lengths, {}).items()]
+    draft = _number(result.draft_ms.get(lengths), ".2f")
+    return f"{lengths} lengths, ms a batch: target {' or '.join(times) or '?'}, draft {draft}"
 
 
 def _table(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> RenderableType:
@@ -60,13 +68,13 @@ def _table(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> RenderableTy
 
     table = Table(box=None, padding=(0, 1, 0, 0))
     for head in heads:
-        table.add_column(head, justify="left" if head in WORDS else "right", no_wrap=True)
+        table.add_column(head, justify="left" if head in WORDS else "right", no_wrap=head != WRAPPED)
     for line in lines:
         table.add_row(*line)
     return table
 
 
-def _times(row: Row) -> tuple[str, ...]:
+def _times(row: PipelineRow) -> tuple[str, ...]:
     return (
         label(row),
         str(row.depth),
@@ -76,11 +84,11 @@ def _times(row: Row) -> tuple[str, ...]:
         _number(row.efficiency, ".3f"),
         f"{row.samples_per_s:.1f}",
         f"{row.gpu_seconds_per_sample:.4f}",
-        _number(row.over_seed, ".2f"),
+        _number(row.over_origin, ".2f"),
     )
 
 
-def _waits(row: Row) -> tuple[str, ...]:
+def _waits(row: PipelineRow) -> tuple[str, ...]:
     return (
         label(row),
         str(row.depth),
@@ -95,7 +103,6 @@ def _waits(row: Row) -> tuple[str, ...]:
 
 def _rate(rate: Rate) -> tuple[str, ...]:
     return (
-        rate.name,
         rate.composition,
         str(rate.depth),
         f"≤ {rate.merged}" if rate.merged > 1 else "1",

@@ -1,4 +1,4 @@
-"""What transfers cost whoever computes beside them: matmuls on one GPU, alone and while a lane streams, in turn."""
+"""How much transfers slow computation beside them: matmuls on one GPU, alone and while a lane streams, in turn."""
 
 from __future__ import annotations
 
@@ -8,19 +8,27 @@ import time
 from collections.abc import Callable
 from typing import Any, Final
 
+from specd.bench.transport.loaded import LoadedHost
+from specd.bench.transport.matmuls import MatmulLoad
 from specd.bench.transport.timing import Mover, spread
-from specd.transports.testing.hosts import Host
-from specd.transports.testing.matmuls import MatmulLoad
+from specd.transports.base import Traits
+from specd.transports.testing.hosts import LocalHost
 
 SEGMENT_S: Final = 0.4
 SEGMENTS: Final = 5
 """Alone, during, alone, during, alone: a GPU that gets warm slows both."""
 BURST: Final = 16
 """Transfers between two looks at the clock."""
-LOADED: Final = ("cuda_ipc", "nixl", "nccl", "shm")
-"""The transports whose cost to a neighbour is measured; what bytes costs is CPU time."""
 SIDE_S: Final = SEGMENTS * (SEGMENT_S + 0.15)
 """About what one side costs, the starts of the load included."""
+
+
+def loads_a_gpu(traits: Traits) -> bool:
+    """Whether a GPU moves the bytes between two processes, so that its matmuls may be slower meanwhile.
+
+    It does so from its own memory, and from host memory that the trainer maps. Anything else costs CPU time.
+    """
+    return traits.scope != "process" and (traits.one_sided or "device" in traits.memory)
 
 
 class Load:
@@ -43,7 +51,8 @@ class Load:
 class HostLoad:
     """Matmuls in the process that serves, beside what the transport does there: a target's place."""
 
-    def __init__(self, host: Host) -> None:
+    def __init__(self, host: LocalHost | LoadedHost) -> None:
+        assert isinstance(host, LoadedHost), "a load is measured beside a transport between two processes"
         self.start: Callable[[], None] = host.start_load
         self.stop: Callable[[], float] = host.stop_load
 

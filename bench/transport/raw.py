@@ -6,11 +6,12 @@ import contextlib
 import secrets
 import time
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Final, Literal, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
 from specd.bench.transport.timing import Mover
 from specd.errors import TransportError
 from specd.memory import cuda
+from specd.transports.base import Traits
 
 if TYPE_CHECKING:
     import torch
@@ -134,7 +135,7 @@ class DeviceCopy:
                     raise
 
 
-class Staging:
+class MirrorCopy:
     """The daemon's hop of a staged transport: a sealed slot copied to its mirror, page-locked shared host memory."""
 
     kind = "ring D2H"
@@ -175,15 +176,15 @@ class Shelf:
         self.ring = count, nbytes
         self._made: dict[str, Raw | TransportError] = {}
 
-    def for_transport(self, name: str, memory: frozenset[Literal["host", "device"]]) -> Raw:
-        """What a transport that takes such memory is held against. Raises TransportError when it cannot be made."""
+    def for_transport(self, traits: Traits) -> Raw:
+        """What such a transport is held against. Raises TransportError when it cannot be made."""
         if self._daemon == "cpu":
             return self._get("host", lambda: HostCopy(self._nbytes, self._count))
-        if name == "nccl":
+        if two_sided(traits):
             from specd.bench.transport.raw_nccl import NcclLoop
 
             return self._get("nccl", lambda: NcclLoop(self._daemon, self._trainer, self._nbytes, self._count))
-        if "device" in memory:
+        if "device" in traits.memory:
             return self._get("device", lambda: DeviceCopy(self._daemon, self._trainer, self._nbytes, self._count))
         return self._get("h2d", lambda: DeviceCopy("cpu", self._trainer, self._nbytes, 1))
 
@@ -193,7 +194,7 @@ class Shelf:
 
     def staging(self) -> Raw:
         """That hop itself."""
-        return self._get("staging", lambda: Staging(self._daemon, self._nbytes))
+        return self._get("staging", lambda: MirrorCopy(self._daemon, self._nbytes))
 
     def close(self) -> None:
         with contextlib.ExitStack() as stack:
@@ -212,6 +213,11 @@ class Shelf:
         if isinstance(found, TransportError):
             raise found
         return found
+
+
+def two_sided(traits: Traits) -> bool:
+    """Whether both GPUs take part in a transfer: then its ceiling is NCCL's own send and receive, not a copy."""
+    return "device" in traits.memory and not traits.one_sided
 
 
 def _kind(source: str, target: str) -> str:

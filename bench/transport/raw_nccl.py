@@ -13,8 +13,9 @@ from typing import Final, Literal
 import msgspec
 
 from specd.errors import TransportError
-from specd.transports.nccl.communicator import BYTES_S, EAGER_S, Communicator, Library, Watch, library
+from specd.transports.nccl.communicator import Communicator, Library, library
 from specd.transports.nccl.transport import MAX_CTAS
+from specd.transports.nccl.watch import BYTES_S, EAGER_S, Watch
 
 CONNECT_S: Final = 60.0
 """Covers the other process's start."""
@@ -24,7 +25,7 @@ RECEIVER: Final = 1
 
 
 class _Order(msgspec.Struct, frozen=True, kw_only=True):
-    """What the receiver asks of the sender: so many sends, as soon as it can."""
+    """What the receiver asks of the sender: `count` sends of `nbytes`, as soon as it can."""
 
     nbytes: int
     count: int
@@ -48,7 +49,7 @@ class _Connecting(Watch):
         super().until(over, what, eager_s)
 
 
-class Link:
+class RawRank:
     """One end of a communicator of the transport's kind; nothing but sends, receives and waits. One thread at a time.
 
     Waits as the transport does. Raises TransportError when the peer does not come or a step takes too long.
@@ -69,7 +70,7 @@ class Link:
         self._nccl = nccl
         with nccl.translated(), torch.cuda.device(device):
             self._buffers = [torch.zeros(nbytes, dtype=torch.uint8, device=device) for _ in range(count)]
-            torch.cuda.synchronize(device)  # the link's stream waits for no other
+            torch.cuda.synchronize(device)  # the communicator's stream waits for no other
         self._communicator = Communicator(nccl, device, rank, unique_id, MAX_CTAS, _Connecting(peer_lives))
 
     def send(self, nbytes: int, count: int) -> None:
@@ -91,13 +92,13 @@ class Link:
                 self._communicator.call(method, watch, self._buffers[index % len(self._buffers)][:nbytes])
             watch.until(side.mark(), "the raw NCCL loop", EAGER_S + nbytes * count / BYTES_S)
             if not self._communicator.settled():
-                raise TransportError("the raw NCCL loop ended with a call under way")
+                raise TransportError("the raw NCCL loop ended with a call in flight")
 
 
 class NcclLoop:
     """Receives on the trainer's GPU what a process of its own sends from the daemon's, without any other message.
 
-    What is timed begins behind a receive that is not, so that both sides are in their loop.
+    The timed receives follow one that is not timed, so that both sides are in their loop.
     """
 
     kind = "ncclSend/Recv"
@@ -115,9 +116,9 @@ class NcclLoop:
         )
         self._process.start()
         theirs.close()
-        self._link: Link | None = None
+        self._rank: RawRank | None = None
         try:
-            self._link = Link(found, trainer, RECEIVER, unique_id, nbytes, count, self._process.is_alive)
+            self._rank = RawRank(found, trainer, RECEIVER, unique_id, nbytes, count, self._process.is_alive)
             self.one(1)  # the first message sets up the connection
         except BaseException:
             self.close()
@@ -127,22 +128,22 @@ class NcclLoop:
         return self.stream(nbytes, 1)
 
     def stream(self, nbytes: int, count: int) -> float:
-        assert self._link is not None
+        assert self._rank is not None
         try:
             self._pipe.send_bytes(msgspec.msgpack.encode(_Order(nbytes=nbytes, count=count + 1)))
         except OSError:
             raise TransportError("the sender of the raw NCCL loop is gone; what it wrote to stderr says why") from None
-        self._link.receive(nbytes, 1)
+        self._rank.receive(nbytes, 1)
         begin = time.perf_counter()
-        self._link.receive(nbytes, count)
+        self._rank.receive(nbytes, count)
         return time.perf_counter() - begin
 
     def close(self) -> None:
         if self._pipe.closed:
             return
         self._pipe.close()
-        if self._link is not None:
-            self._link.abort()
+        if self._rank is not None:
+            self._rank.abort()
         self._process.join(15)
         if self._process.is_alive():
             self._process.kill()
@@ -151,12 +152,12 @@ class NcclLoop:
 
 
 def _sender(pipe: Connection, device: str, unique_id: bytes, nbytes: int, count: int) -> None:
-    """The child: sends what it is told to, until the pipe closes."""
+    """The child: sends as ordered until the pipe closes."""
     parent = multiprocessing.parent_process()
     assert parent is not None
-    link = Link(library(), device, SENDER, unique_id, nbytes, count, parent.is_alive)
+    rank = RawRank(library(), device, SENDER, unique_id, nbytes, count, parent.is_alive)
     with contextlib.suppress(EOFError, OSError, TransportError):
         while True:
             order = msgspec.msgpack.decode(pipe.recv_bytes(), type=_Order)
-            link.send(order.nbytes, order.count)
-    link.abort()
+            rank.send(order.nbytes, order.count)
+    rank.abort()

@@ -1,4 +1,4 @@
-"""What `specd bench transport` found out, as data: rows, slowdowns, what `auto` takes, and the machine."""
+"""The result of `specd bench transport`: rows, slowdowns, what `auto` takes, and the machine."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import msgspec
 Mode = Literal["copy", "borrow"]
 
 
-class Row(msgspec.Struct, frozen=True, kw_only=True):
+class TransportRow(msgspec.Struct, frozen=True, kw_only=True):
     """One transport, one placement, one size.
 
     mode: `copy` delivers into the trainer's memory, `borrow` lends the slot where it lies. Times are from the
@@ -17,7 +17,7 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
     same size and kind, made in turn with the transfers; ratio: its median time over the transport's.
     `stream_*`: transfers back to back, `stream_window` of them announced ahead; median, quartiles and the slowest of
     `stream_blocks` blocks. `d2h_*`: the daemon's hop of a staged transport, which is made before the announcement.
-    `*_cpu_s_per_gb`: CPU seconds of each side's process. None: there is no such thing here.
+    `*_cpu_s_per_gb`: CPU seconds of each side's process. None: does not apply.
     """
 
     placement: str
@@ -55,7 +55,7 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def lane(self) -> str:
-        """How tables and charts call it."""
+        """Its name in tables and charts."""
         return self.transport if self.mode == "copy" else f"{self.transport} {self.mode}"
 
 
@@ -63,7 +63,7 @@ class Slowdown(msgspec.Struct, frozen=True, kw_only=True):
     """What a stream of transfers costs matmuls (bfloat16, 8192³, back to back) on one GPU.
 
     side: whose GPU, and in whose process they run. slowdown: 1 − during / alone, medians of segments in turn.
-    gb_per_s: what was transferred meanwhile.
+    gb_per_s: of the stream meanwhile.
     """
 
     placement: str
@@ -87,13 +87,13 @@ class Auto(msgspec.Struct, frozen=True, kw_only=True):
     reasons: dict[str, str]
 
 
-class Result(msgspec.Struct, frozen=True, kw_only=True):
-    """One run. skipped: what was to be measured and could not be, by placement and transport, with the reason."""
+class TransportResult(msgspec.Struct, frozen=True, kw_only=True):
+    """One run. skipped: what could not be measured, by placement and transport, with the reason."""
 
     machine: dict[str, Any]
     budget_s: float
     wall_s: float
     auto: tuple[Auto, ...]
-    rows: tuple[Row, ...]
+    rows: tuple[TransportRow, ...]
     slowdowns: tuple[Slowdown, ...]
     skipped: dict[str, str]

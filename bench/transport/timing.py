@@ -1,4 +1,4 @@
-"""Transfers timed in turn with raw copies of the same size, so that drift of the machine meets both alike."""
+"""Transfers timed in turn with raw copies of the same size, so that the machine's drift affects both alike."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ BLOCKS: Final = (64, 32, 16, 8)
 
 
 class Mover(Protocol):
-    """Something that moves bytes and says how long it took: a transport, or the raw copy it is held against."""
+    """Moves bytes and returns how long it took: a transport, or the raw copy it is compared with."""
 
     def one(self, nbytes: int) -> float:
         """Seconds of one transfer, from its announcement until the bytes are usable."""

@@ -17,7 +17,7 @@ WINDOW = 8
 Ask = Callable[[Callable[[bytes], list[Message]], Session | None], Session | None]
 
 
-class Artifacts:
+class ArtifactReader:
     """Reads artifacts for one subscriber.
 
     lock: notified when something arrives. ask: sends messages, given their epoch, over a session that is up unless the
@@ -67,10 +67,10 @@ class Artifacts:
         with self._lock:
             self._wanted = (name, lengths)
             while len(self._chunks) < len(lengths):
-                if time.monotonic() > limit:
+                if (left := limit - time.monotonic()) < 0:
                     raise DaemonError(f"artifact {name!r} did not come within {self._timeout_s:g} s")
                 asked = self._ask(fetches, asked)
-                self._lock.wait(0.5)
+                self._lock.wait_for(lambda: len(self._chunks) == len(lengths), min(0.5, left))
             found = dict(self._chunks)
             self._chunks.clear()
             return found

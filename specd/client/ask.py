@@ -18,7 +18,8 @@ LONGEST_S = 86_400.0
 
 
 def dial(context: Context, endpoint: str) -> zmq.Socket[bytes]:
-    """A socket to a daemon, under a fresh random routing id."""
+    """A socket to a daemon, under a fresh random routing id. Raises ConfigError for an endpoint that is none."""
+    where = endpoints.resolve_endpoint(endpoint)
     socket = context.socket(zmq.DEALER)
     socket.set(zmq.ROUTING_ID, b"\1" + secrets.token_bytes(15))
     socket.set(zmq.MAXMSGSIZE, limits.MAX_MESSAGE_BYTES)
@@ -27,7 +28,6 @@ def dial(context: Context, endpoint: str) -> zmq.Socket[bytes]:
     socket.set(zmq.RECONNECT_IVL_MAX, 1000)
     socket.set(zmq.HEARTBEAT_IVL, 5000)
     socket.set(zmq.HEARTBEAT_TIMEOUT, 20000)
-    where = endpoints.resolve_endpoint(endpoint)
     # Not for names: libzmq would then take a name's IPv6 addresses alone.
     socket.set(zmq.IPV6, int(where.startswith("tcp://[")))
     try:

@@ -1,4 +1,4 @@
-"""The dialer: short-lived threads that open a subscriber's sessions, and open them anew when they are lost."""
+"""The connector: short-lived threads that open a subscriber's sessions, and open them anew when they are lost."""
 
 from __future__ import annotations
 
@@ -8,24 +8,24 @@ from collections.abc import Callable
 
 import zmq
 
+from specd.client.guard import Guard
 from specd.client.handshake import Later, Session, Terms, open_session
-from specd.client.state import Guard, Link
+from specd.client.state import Link
 from specd.errors import TransportError
 from specd.memory.streams import on_device
 
 log = logging.getLogger(__name__)
 
 RETRY_S = 0.3
-"""Pause before a transport that worked is tried again."""
+"""Back-off before a transport that worked is tried again."""
 
 
-class Dialer:
-    """Opens sessions on the terms given, and tries again for as long as a daemon asks for that.
+class Connector:
+    """Opens sessions on the terms given, and retries for as long as a daemon asks for that.
 
-    A transport that does not work is an error, unless it did before: then whoever is busy or restarting gets time.
+    A transport that does not work is an error, unless it did before: then its daemon may be busy or restarting.
 
-    opened: told of each session that is up; False if nobody wants it any more. closing: set when no more are wanted.
-    guard: runs the threads' bodies.
+    opened: called with each session that is up; False if it is not wanted any more. closing: set when none is.
     """
 
     def __init__(
@@ -44,11 +44,10 @@ class Dialer:
         self._threads: set[threading.Thread] = set()
         self._proven: set[str] = set()
 
-    def dial(self, link: Link) -> None:
+    def connect(self, link: Link) -> None:
         """Open a session with an endpoint."""
-        thread = threading.Thread(target=self._guard, args=(self._run, link), name="specd-connect", daemon=True)
+        thread = self._guard.start("specd-connect", self._run, link)
         self._threads = {other for other in self._threads if other.is_alive()} | {thread}
-        thread.start()
 
     def join(self) -> None:
         """Wait for all threads; once closing, each ends within the step it is at."""

@@ -1,18 +1,18 @@
-"""The fetcher: a thread that pulls ready slots into staging buffers, one after the other, or borrows them in place."""
+"""The fetcher: a thread that transfers READY batches into staging buffers, one by one, or views their slots."""
 
 from __future__ import annotations
 
 import queue
-import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, cast
 
+from specd.client.guard import Guard
 from specd.client.handshake import Session
+from specd.client.pending import Pending
 from specd.client.staging import Afterwards, Staging
-from specd.client.state import Entry, Guard
 from specd.errors import TransportError
 from specd.memory.streams import Point, on_device
 from specd.transports.base import Borrower, Client, Receiver, SlotRef
@@ -23,17 +23,19 @@ if TYPE_CHECKING:
 FETCH_S = 30.0
 """Longest a single transfer may take before it is tried again."""
 
-Begin = Callable[[Entry, Session], SlotRef | None]
-End = Callable[[Entry, Session, "torch.Tensor | None", TransportError | None], None]
+Item = Pending[Session, "torch.Tensor"]
+"""A batch in flight, with the sessions and buffers of a running subscriber."""
+Begin = Callable[[Item, Session], SlotRef | None]
+End = Callable[[Item, "torch.Tensor | TransportError", float], None]
 
 
 class _Pull:
-    """An entry to be pulled. ref, buffer: from where and to where, once it has begun and is still its session's."""
+    """A batch to be transferred. ref, buffer: from where and to where, once it has begun and is still wanted."""
 
-    __slots__ = ("begun", "buffer", "entry", "ref", "session")
+    __slots__ = ("begun", "buffer", "pending", "ref", "session")
 
-    def __init__(self, entry: Entry, session: Session) -> None:
-        self.entry = entry
+    def __init__(self, pending: Item, session: Session) -> None:
+        self.pending = pending
         self.session = session
         self.begun = False
         self.ref: SlotRef | None = None
@@ -41,13 +43,12 @@ class _Pull:
 
 
 class Fetcher:
-    """Runs transports' client sides, which belong to its thread once their session is open.
+    """Runs the transports' client sides, which belong to its thread once their session is open.
 
-    A Receiver is told of all that was asked for and has a free buffer before the first of it is waited for.
+    A Receiver expects all batches that were asked for and have a free buffer before the first of them is waited for.
 
-    num_buffers: of staging. begin: asked before each transfer for the slot; None if the entry is no longer that
-    session's. end: told after it, with the buffer or the slot's view, or with none and the error. guard: runs the
-    threads' bodies.
+    num_buffers: of staging. begin: asked before each transfer for its slot; None if the batch is no longer that
+    session's. end: called after it with the buffer, the view of the slot, or the error, and the seconds it took.
     """
 
     def __init__(self, device: str, num_buffers: int, begin: Begin, end: End, guard: Guard) -> None:
@@ -56,18 +57,17 @@ class Fetcher:
         self._end = end
         self._work: queue.SimpleQueue[Callable[[], None] | _Pull | None] = queue.SimpleQueue()
         self._ahead: deque[Callable[[], None] | _Pull | None] = deque()
-        """What was taken from `_work` to look at, and is still to be done."""
+        """Taken from `_work` to look ahead, and still to be done."""
         self._afterwards = Afterwards(device, guard)
         self._staging = Staging(device, num_buffers, self._afterwards)
         self._lent: Counter[Client] = Counter()
-        """How many views of each client's are not given back: unmapped under a kernel they would end the process."""
+        """Views of each client that are in use: unmapped under a kernel they would end the process."""
         self._retired: set[Client] = set()
-        self._thread = threading.Thread(target=guard, args=(self._run,), name="specd-fetch", daemon=True)
-        self._thread.start()
+        self._thread = guard.start("specd-fetch", self._run)
 
-    def fetch(self, entry: Entry, session: Session) -> None:
-        """Bring a READY entry home, after those asked for before."""
-        self._work.put(partial(self._borrow, entry, session) if session.borrow else _Pull(entry, session))
+    def fetch(self, pending: Item, session: Session) -> None:
+        """Transfer a READY batch, or view its slot, behind those asked for before."""
+        self._work.put(partial(self._borrow, pending, session) if session.borrow else _Pull(pending, session))
 
     def recycle(self, buffer: torch.Tensor, after: Point | None = None) -> None:
         """Take a staging buffer back; its bytes may be overwritten once the training stream has come to `after`."""
@@ -76,34 +76,34 @@ class Fetcher:
     def give_back(
         self, session: Session, ref: SlotRef, after: Point | None, returned: Callable[[TransportError | None], None]
     ) -> None:
-        """Call `returned` once the training stream has come to `after` and no longer reads a borrowed slot.
+        """Drop the view of a borrowed slot once the training stream has come to `after`, then call `returned`.
 
-        Its argument says why the slot was not the lent one's to the end, if it was not.
+        Its argument is an error if the slot was overwritten while it was borrowed.
         """
         work = partial(self._work.put, partial(self._verify, session.client, ref, returned))
         self._afterwards.do(after, work)
 
     def unborrow(self, session: Session) -> None:
-        """Take a view back that nobody has looked at."""
+        """Drop a view that nobody has looked at."""
         self._work.put(partial(self._settle, session.client))
 
     def retire(self, session: Session) -> None:
-        """Close a session's transport once the transfers asked for so far are over and no view of it is in use.
+        """Close a lost session's transport, behind the transfers asked for so far, once no view of it is in use.
 
-        A Receiver's are called off: every daemon's batches would wait for the one that waits for a daemon that is gone.
+        Cancel a Receiver's transfers: the fetch thread is serial, one dead daemon would block all.
         """
         if isinstance(session.client, Receiver):
             session.client.call_off()
         self._work.put(partial(self._retire, session.client))
 
     def stop(self) -> None:
-        """Do what was asked for, then end the threads."""
+        """Do all that was asked for, then end the threads."""
         self._afterwards.close()
         self._work.put(None)
         self._thread.join()
 
     def close(self) -> None:
-        """Stop, and do what was asked for since."""
+        """Stop, and do on this thread what was asked for since."""
         self.stop()
         self._look()
         while self._ahead:
@@ -123,48 +123,48 @@ class Fetcher:
 
     def _pull(self, pull: _Pull) -> None:
         new = not pull.begun  # then no transfer is under way
-        own = [(pull, self._staging.take(pull.entry.layout.nbytes))] if new else []  # the wait for it is not the wire's
+        own = [(pull, self._staging.take(pull.pending.layout.nbytes))] if new else []  # that wait is not the wire's
         # First all buffers: an allocation may wait for whatever is on the device, and a transfer for a peer that died.
         for each, place in own + self._following(new):
             self._start(each, place)
-        entry, session, ref, buffer = pull.entry, pull.session, pull.ref, pull.buffer
+        ref, buffer = pull.ref, pull.buffer
         if ref is None or buffer is None:
             return
-        entry.began = time.monotonic()  # it may have begun behind others, whose time is not its own
+        began = time.monotonic()  # it may have begun behind others, whose time is not its own
         try:
-            session.client.fetch(ref, buffer, FETCH_S)
+            pull.session.client.fetch(ref, buffer, FETCH_S)
         except TransportError as error:
             if error.lost:
                 self._staging.forget()
             else:
                 self._staging.give(buffer)
-            self._end(entry, session, None, error)
+            self._end(pull.pending, error, time.monotonic() - began)
         else:
-            self._end(entry, session, buffer, None)
+            self._end(pull.pending, buffer, time.monotonic() - began)
 
     def _look(self) -> None:
-        """See what is to be done."""
+        """Look at all that was asked for."""
         while not self._work.empty():
             self._ahead.append(self._work.get())
 
     def _following(self, new: bool) -> list[tuple[_Pull, torch.Tensor]]:
-        """What comes next and can begin, with its buffer: as far as it is for Receivers and there are buffers."""
+        """The next transfers that can begin, and their buffers, as far as they are Receivers' and there are buffers."""
         self._look()
         found: list[tuple[_Pull, torch.Tensor]] = []
         for work in self._ahead:
             if not isinstance(work, _Pull) or not isinstance(work.session.client, Receiver):
                 break
             if not work.begun:
-                buffer = self._staging.spare(work.entry.layout.nbytes, new)
+                buffer = self._staging.spare(work.pending.layout.nbytes, new)
                 if buffer is None:
                     break
                 found.append((work, buffer))
         return found
 
     def _start(self, pull: _Pull, buffer: torch.Tensor) -> None:
-        """Have a pull's bytes come to `buffer`, unless its session has nothing more to send for it."""
+        """Begin a transfer to `buffer`, unless it is no longer wanted."""
         pull.begun = True
-        pull.ref = self._begin(pull.entry, pull.session)
+        pull.ref = self._begin(pull.pending, pull.session)
         if pull.ref is None:
             self._staging.give(buffer)
             return
@@ -172,17 +172,18 @@ class Fetcher:
         if isinstance(pull.session.client, Receiver):
             pull.session.client.expect(pull.ref, buffer)
 
-    def _borrow(self, entry: Entry, session: Session) -> None:
-        ref = self._begin(entry, session)
+    def _borrow(self, pending: Item, session: Session) -> None:
+        ref = self._begin(pending, session)
         if ref is None:
             return
+        began = time.monotonic()
         try:
             view = cast(Borrower, session.client).view(ref)
         except TransportError as error:
-            self._end(entry, session, None, error)
+            self._end(pending, error, time.monotonic() - began)
         else:
             self._lent[session.client] += 1
-            self._end(entry, session, view, None)
+            self._end(pending, view, time.monotonic() - began)
 
     def _verify(self, client: Client, ref: SlotRef, returned: Callable[[TransportError | None], None]) -> None:
         problem = None

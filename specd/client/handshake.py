@@ -25,7 +25,7 @@ from specd.protocol.contract import TargetContract
 from specd.protocol.messages import Message
 from specd.transports.base import Borrower, Client, SlotRef, Traits
 from specd.transports.checks import pattern
-from specd.transports.registry import Choice, choose, load
+from specd.transports.registry import Choice, choose, known, load
 
 log = logging.getLogger(__name__)
 
@@ -142,7 +142,8 @@ class _Handshake:
             raise RejectedError(f"{self._endpoint}: {answer.reason}")
         self._welcome = answer
         same_process = self._endpoint.startswith("inproc://")
-        choice = choose(terms.transport, answer.transports, same_process, terms.device, self._probe)
+        offered = answer.transports
+        choice = choose(terms.transport, offered, known(offered), same_process, terms.device, self._probe)
         losers = "".join(f"; not {name}: {reason}" for name, reason in choice.reasons.items())
         log.info("%s: transport %s%s", self._endpoint, choice.name, losers)
         assert self._client is not None

@@ -1,7 +1,12 @@
-"""The flight: the batches a subscriber has under way, and the threads that bring them home.
+"""The batches in flight: a window under one lock, and the threads that carry out what it wants done.
 
-The dialer's threads (re)open sessions, the courier's owns their sockets, the fetcher's pulls ready slots. They share
-one lock with the training loop, which only ever waits.
+    training loop: submit, take, give_back, drop ─┐            ┌─▶ SocketLoop: messages               (specd-io)
+    specd-connect: opened ────────────────────────┼─▶ Window ──┤
+    specd-io: act ────────────────────────────────┤   effects  └─▶ Fetcher: transfers, buffers, views (specd-fetch)
+    specd-fetch: begin, end, returned ────────────┘
+
+Each thread tells the window what happened, and carries out the effects that it returns before another thread may tell
+it something. Apart from that the training loop only waits.
 """
 
 from __future__ import annotations
@@ -9,24 +14,28 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any
 
+import msgspec
 import torch
 import zmq
 
-from specd.client.artifacts import Artifacts
-from specd.client.connect import Dialer
-from specd.client.fetch import Fetcher
+from specd.client import effects
+from specd.client.artifacts import ArtifactReader
+from specd.client.connect import Connector
+from specd.client.effects import Effect
+from specd.client.fetch import Fetcher, Item
+from specd.client.guard import Guard
 from specd.client.handshake import Session, Terms
-from specd.client.io import Courier
-from specd.client.state import Entry, Link, State
+from specd.client.io import GONE, Closed, Lost, SocketLoop
+from specd.client.pending import State
+from specd.client.state import Link, Links
+from specd.client.window import Window
 from specd.config.settings import SubscriberConfig
 from specd.endpoints import resolve_endpoint
-from specd.errors import BatchError, DaemonError, ProtocolError, RejectedError, SpecdError, TransportError
-from specd.memory.streams import reached
+from specd.errors import DaemonError, ProtocolError, RejectedError, TransportError
+from specd.memory.streams import Point, reached
 from specd.metrics import Stats
 from specd.protocol import messages as wire
 from specd.protocol.messages import Message
@@ -34,367 +43,251 @@ from specd.transports.base import SlotRef
 
 log = logging.getLogger(__name__)
 
-RENEWALS_PER_TTL = 6
 
-
-class Flight:
-    """Brings submitted entries home over any number of daemons, whatever dies on the way.
+class InFlight:
+    """Brings submitted batches home over any number of daemons, whatever dies on the way.
 
     Everything public is called from one thread, the training loop's.
     """
 
-    def __init__(
-        self, config: SubscriberConfig, terms: Terms, context: zmq.Context[zmq.Socket[bytes]], stats: Stats
-    ) -> None:
+    def __init__(self, config: SubscriberConfig, terms: Terms, context: zmq.Context[zmq.Socket[bytes]]) -> None:
         self._config = config
         self._device = terms.device
-        self._stats = stats
-        self.lock = threading.Condition()
-        self.links = [Link(resolve_endpoint(endpoint)) for endpoint in config.endpoints]
-        self._entries: deque[Entry] = deque()
-        self._in_use: set[Entry] = set()
-        self.artifacts = Artifacts(self.lock, config.timeout_s, self._ask)
-        self._fatal: SpecdError | None = None
-        self._closing = threading.Event()
-        self._down_since = time.monotonic()
-        self._dialer = Dialer(context, terms, self._opened, self._closing, self._guard)
-        self._fetcher = Fetcher(terms.device, config.depth + 2, self._begin_fetch, self._end_fetch, self._guard)
-        self._courier = Courier(
-            self.links, self.lock, self._act, self._lose, self._tend, self._fetcher.retire, self._guard
+        self._stats = Stats()
+        self._lock = threading.Condition()
+        self._guard = Guard(self._lock)
+        self._links = Links(resolve_endpoint(endpoint) for endpoint in config.endpoints)
+        self._window: Window[Session, torch.Tensor] = Window(
+            [link.endpoint for link in self._links], config.max_attempts
         )
-        for link in self.links:
-            self._dialer.dial(link)
+        self.artifacts = ArtifactReader(self._lock, config.timeout_s, self._ask)
+        self._closing = threading.Event()
+        self._connector = Connector(context, terms, self._opened, self._closing, self._guard)
+        self._fetcher = Fetcher(terms.device, config.depth + 2, self._begin, self._end, self._guard)
+        self._io = SocketLoop(self._links, self._lock, self._act, self._guard)
+        for link in self._links:
+            self._connector.connect(link)
+
+    def __len__(self) -> int:
+        """How many batches are still to be taken."""
+        return len(self._window)
+
+    def __str__(self) -> str:
+        return f"{self._links.num_up} of {len(self._links)} daemons up, {len(self)} batches in flight"
 
     # For the subscriber
 
     def first_session(self) -> Session:
         """The first session that is up; waits for it. Raises what keeps all of them from opening."""
-        with self.lock:
-            while (session := self._session()) is None:
+        with self._lock:
+            while (session := self._links.session) is None:
                 self._check()
-                self.lock.wait(0.5)
+                self._lock.wait(0.5)
             return session
 
-    def submit(self, entries: Iterable[Entry]) -> None:
+    def submit(self, batches: Iterable[Item]) -> None:
         """Have batches captured; they come home by `take`, in this order."""
-        with self.lock:
-            self._entries.extend(entries)
-        self._courier.kick()
+        with self._lock:
+            self._carry_out(self._window.add(batches))
 
-    def take(self) -> Entry:
-        """Wait for the oldest entry and charge the time to whom it waited for. Raises what keeps it from coming."""
-        entry = self._entries[0]
+    def take(self) -> Item:
+        """Wait for the oldest batch and charge the time to whom it waited for. Raises what keeps it from coming."""
         limit = time.monotonic() + self._config.timeout_s
-        with self.lock:
-            while entry.state is not State.FETCHED:
-                if entry.error is not None:
-                    raise entry.error
+        with self._lock:
+            while not self._window.here():
                 self._check()
-                begin = time.monotonic()
-                if begin > limit:
-                    raise DaemonError(
-                        f"{entry} did not come within {self._config.timeout_s:g} s (subscriber.timeout_s): it "
-                        f"{entry.state.value}, attempt {entry.attempts}; {self._problems()}"
-                    )
-                on_wire = entry.state in (State.READY, State.FETCHING)
-                self.lock.wait(min(1.0, limit - begin))
-                waited = time.monotonic() - begin
-                self._stats.wire_wait_s += waited * on_wire
-                self._stats.target_wait_s += waited * (not on_wire)
-            if self._fatal is not None:
-                raise self._fatal
-            self._entries.popleft()
-            entry.state = State.USED
-            self._in_use.add(entry)
-        return entry
+                self._wait_for(self._window.first, limit)
+            self._guard.check()
+            pending = self._window.first
+            self._carry_out(self._window.take())
+            self._stats.batches += 1
+            self._stats.tokens += pending.batch.num_tokens
+            self._stats.nbytes += pending.layout.nbytes
+            self._stats.fetch_s += pending.fetch_s
+            self._stats.forward_s += pending.forward_s
+        return pending
 
-    def recycle(self, entry: Entry) -> None:
-        """Take an entry that was taken back, once the calling thread's current stream has done what it was told so far.
+    def give_back(self, pending: Item) -> None:
+        """Take a batch back, once the calling thread's current stream has done what it was told so far.
 
         Idempotent; `close` does it too.
         """
-        if entry not in self._in_use:
-            return
-        self._in_use.remove(entry)
-        buffer, entry.buffer = entry.buffer, None
-        assert buffer is not None
-        after, ready, session = reached(self._device), entry.ready, entry.session
-        if session is None or ready is None:
-            self._fetcher.recycle(buffer, after)
-        else:
-            ref = SlotRef(ready.slot, ready.generation, entry.layout.nbytes)
-            self._fetcher.give_back(session, ref, after, partial(self._returned, entry))
+        with self._lock:
+            todo = self._window.give_back(pending)
+        if todo:
+            after = reached(self._device)  # without the lock: a full launch queue makes it wait
+            with self._lock:
+                self._carry_out(todo, after)
 
-    def drop_all(self) -> None:
-        """Give up everything under way."""
-        with self.lock:
-            for entry in self._entries:
-                entry.dropped = True
-                if entry.state is State.FETCHED and entry.session is None:
-                    assert entry.buffer is not None
-                    self._fetcher.recycle(entry.buffer)
-                elif entry.state is State.FETCHED or (entry.state is State.READY and not entry.announced):
-                    self._let_go(entry)
-                # A daemon that works on an entry announces it yet, and what it was told to send has to be received.
-            self._entries.clear()
+    def drop(self) -> None:
+        """Give up everything in flight."""
+        with self._lock:
+            self._carry_out(self._window.drop())
+
+    def stats(self) -> Stats:
+        """Counters since the start."""
+        with self._lock:
+            transports = {link.endpoint: link.session.choice.name for link in self._links if link.session}
+            return msgspec.structs.replace(self._stats, resubmitted=self._window.resubmitted, transports=transports)
 
     def close(self) -> None:
         """End every session and thread. Idempotent."""
         if self._closing.is_set():
             return
-        for entry in list(self._in_use):
-            self._guard(self.recycle, entry)
-        self.drop_all()
+        for pending in self._window.in_use:
+            self._guard(self.give_back, pending)
+        self.drop()
         self._closing.set()
         self._fetcher.stop()  # while there are sessions that a borrowed slot can be released in
-        self._courier.stop()
+        self._io.stop()
         self._fetcher.close()
-        self._dialer.join()
-        self._courier.close()
+        self._connector.join()
+        self._io.close()
 
-    def __len__(self) -> int:
-        return len(self._entries)
+    # Waiting, on the training loop's thread
 
-    # Waiting, on the subscriber's thread
+    def _wait_for(self, pending: Item, limit: float) -> None:
+        begin = time.monotonic()
+        if begin > limit:
+            raise DaemonError(
+                f"{pending} did not come within {self._config.timeout_s:g} s (subscriber.timeout_s): it "
+                f"{pending.state.value}, attempt {pending.attempts}; {self._links.problems()}"
+            )
+        on_wire = pending.state in (State.READY, State.FETCHING)
+        self._lock.wait(min(1.0, limit - begin))
+        waited = time.monotonic() - begin
+        self._stats.wire_wait_s += waited * on_wire
+        self._stats.target_wait_s += waited * (not on_wire)
 
     def _check(self) -> None:
-        """Raise what ends the run: a fatal error, or no daemon for too long."""
-        if self._fatal is not None:
-            raise self._fatal
-        down = time.monotonic() - self._down_since
-        if down > self._config.connect_s and self._session() is None:
+        """Raise what ends the run: an error of a thread, or no daemon for too long."""
+        self._guard.check()
+        down = time.monotonic() - self._links.down_since
+        if down > self._config.connect_s and self._links.session is None:
             raise DaemonError(
-                f"no daemon for {down:.0f} s (subscriber.connect_s): {self._problems()}. Start one with "
+                f"no daemon for {down:.0f} s (subscriber.connect_s): {self._links.problems()}. Start one with "
                 f"`specd start --model MODEL`, or name its --endpoint"
             )
-
-    def _session(self) -> Session | None:
-        return next((link.session for link in self.links if link.session), None)
-
-    def _problems(self) -> str:
-        return "; ".join(f"{link.endpoint}: {'up' if link.session else link.problem}" for link in self.links)
 
     def _ask(self, messages: Callable[[bytes], list[Message]], asked: Session | None) -> Session | None:
         """Send messages over the first session that is up, unless the one asked already is; returns the one asked."""
         self._check()
-        if asked is not None and any(link.session is asked for link in self.links):
+        if asked is not None and self._links.of(asked) is not None:
             return asked
-        session = self._session()
+        session = self._links.session
         if session is not None:
             for message in messages(session.epoch):
-                self._courier.post(session, message)
+                self._io.post(session, message)
         return session
 
-    # Sessions
+    # Effects
+
+    def _carry_out(self, todo: Iterable[Effect[Session, torch.Tensor]], after: Point | None = None) -> None:
+        """Do what the window wants done. after: when the training stream has read what is given back. With the lock."""
+        for effect in todo:
+            match effect:
+                case effects.Submit(session, pending):
+                    self._io.post(session, pending.request(session.epoch))
+                case effects.Release(session, lease):
+                    self._io.post(session, wire.Release(epoch=session.epoch, lease=lease))
+                case effects.Announce(session, lease):
+                    self._say(session, wire.RecvReady(epoch=session.epoch, lease=lease))
+                case effects.Borrow(session, lease):
+                    self._say(session, wire.Borrow(epoch=session.epoch, lease=lease))
+                case effects.HangUp(session, reason):
+                    self._io.abandon(session, reason)
+                case effects.Fetch(session, pending):
+                    self._fetcher.fetch(pending, session)
+                case effects.Missed(session, pending, reason):
+                    log.warning("%s: %s did not arrive: %s", session.endpoint, pending, reason)
+                case effects.Unborrow(session):
+                    self._fetcher.unborrow(session)
+                case effects.Recycle(buffer):
+                    self._fetcher.recycle(buffer, after)
+                case effects.Return(session, ref, pending):
+                    self._fetcher.give_back(session, ref, after, partial(self._returned, pending))
+
+    def _say(self, session: Session, message: Message) -> None:
+        """Send a message before the next effect. On the I/O loop's thread."""
+        self._io.post(session, message)
+        for link in self._io.flush():
+            self._lose(link, GONE)
+
+    # What connector, I/O loop and fetcher tell
 
     def _opened(self, link: Link, session: Session) -> bool:
-        with self.lock:
-            if self._closing.is_set():
+        with self._lock:
+            if self._closing.is_set() or self._guard.error is not None:  # then the I/O loop may have ended
                 return False
-            if (first := self._session()) is not None:  # two may have been met at the same moment
+            if (first := self._links.session) is not None:  # two may have been met at the same moment
                 one, other = (each.welcome.contract.fingerprint for each in (first, session))
                 if one != other:
-                    self._die(RejectedError(f"{session.endpoint} serves target {other}, {first.endpoint} serves {one}"))
+                    served = f"{session.endpoint} serves target {other}, {first.endpoint} serves {one}"
+                    self._guard.fail(RejectedError(served))
                     return False
             link.open(session)
+            self._io.wake()
             self._stats.num_slots = session.welcome.ring.num_slots
-            self.lock.notify_all()
-        self._courier.kick()
+            self._carry_out(
+                self._window.opened(
+                    self._links.index(link),
+                    session,
+                    session.welcome.credits,
+                    borrow=session.borrow,
+                    announce=session.needs_recv_ready,
+                )
+            )
+            self._lock.notify_all()
         return True
 
-    def _lose(self, link: Link, reason: str) -> None:
-        """A session is over: what it worked on is pending again, and a new session is opened."""
-        if link.session is None:
-            return
-        log.warning("lost %s: %s", link.endpoint, reason)
-        self._fetcher.retire(link.hang_up(reason))
-        for entry in list(link.entries.values()):
-            if entry.state is State.USED:  # borrowed: its bytes stay, and there is nobody left to give them back to
-                del link.entries[entry.seq]
-                entry.link = None
-            elif entry.state is not State.FETCHING:  # a transfer in flight verifies itself and decides
-                self._retry(entry, reason)
-        self._stats.reconnects += 1
-        if self._session() is None:
-            self._down_since = time.monotonic()
-        self.lock.notify_all()
-        self._dialer.dial(link)
-
-    def _retry(self, entry: Entry, reason: str) -> None:
-        """Make an entry pending again, or give it up after too many attempts."""
-        self._let_go(entry)
-        entry.state = State.PENDING
-        if entry.dropped:
-            return
-        if entry.attempts >= self._config.max_attempts:
-            entry.error = BatchError(f"{entry} failed {entry.attempts} times (subscriber.max_attempts): {reason}")
-        else:
-            self._stats.resubmitted += 1
-
-    def _let_go(self, entry: Entry) -> None:
-        """Take an entry from its link, and give the daemon its lease back."""
-        link, ready, session = entry.link, entry.ready, entry.session
-        entry.link = entry.ready = entry.session = None
-        entry.announced = False
-        if entry.state is State.FETCHED and session is not None:  # borrowed, and not looked at
-            entry.buffer = None
-            self._fetcher.unborrow(session)
-        if link is None:
-            return
-        link.entries.pop(entry.seq, None)
-        if ready is not None and session is not None and link.session is session:
-            self._courier.post(session, wire.Release(epoch=session.epoch, lease=ready.lease))
-        self._courier.kick()
-
-    def _returned(self, entry: Entry, problem: TransportError | None) -> None:
-        """The training stream no longer reads a borrowed slot."""
-        with self.lock:
-            self._let_go(entry)
-        if problem is not None:
-            log.error("%s was overwritten while it was borrowed: %s", entry, problem)
-            self._die(TransportError(f"{entry} was overwritten while it was borrowed: {problem}"))
-
-    # Threads
-
-    def _guard(self, run: Callable[..., None], *args: Any) -> None:
-        """Run a thread's body; what it raises ends the training loop's wait."""
-        try:
-            run(*args)
-        except SpecdError as error:
-            self._die(error)
-        except Exception as error:
-            log.exception("a subscriber thread failed")
-            self._die(DaemonError(f"the subscriber failed: {error!r}"))
-
-    def _die(self, error: SpecdError) -> None:
-        with self.lock:
-            self._fatal = self._fatal or error
-            self.lock.notify_all()
-
-    # The courier's thread
-
-    def _act(self, link: Link, message: Any) -> None:
-        match message:
+    def _act(self, link: Link, event: Message | Lost | Closed) -> None:
+        session = link.session
+        assert session is not None
+        match event:
             case wire.Ready():
-                self._ready(link, message)
-            case wire.Failed():
-                entry = link.entries.get(message.seq)
-                if message.retry:
-                    self._lose(link, message.reason)
-                elif entry is not None:
-                    self._let_go(entry)
-                    entry.error = BatchError(f"{entry} cannot be captured: {message.reason}")
-            case wire.Revoke():
-                self._lose(link, message.reason)
+                self._stats.busy_slots = event.busy_slots
+                self._carry_out(self._window.ready(session, event))
+            case wire.Failed() if not event.retry:
+                self._carry_out(self._window.failed(session, event.seq, event.reason))
+            case wire.Failed() | wire.Revoke() | Lost():
+                self._lose(link, event.reason)
             case wire.Artifact():
-                self.artifacts.arrived(message, link.endpoint)
+                self.artifacts.arrived(event, link.endpoint)
             case wire.Renewed():
                 pass
+            case Closed():
+                self._fetcher.retire(link.hang_up(event.reason))
             case wire.Error():
-                raise ProtocolError(f"{link.endpoint} refused a message: {message.reason}")
+                raise ProtocolError(f"{link.endpoint} refused a message: {event.reason}")
             case _:
-                raise ProtocolError(f"{link.endpoint} sent {type(message).__name__}, which a trainer does not expect")
+                raise ProtocolError(f"{link.endpoint} sent {type(event).__name__}, which a trainer does not expect")
+        self._lock.notify_all()
 
-    def _ready(self, link: Link, message: wire.Ready) -> None:
-        assert link.session is not None
-        entry = link.entries.get(message.seq)
-        self._stats.busy_slots = message.busy_slots
-        if entry is None:
-            raise ProtocolError(f"{link.endpoint} announced seq {message.seq}, which was not asked for")
-        if message.batch_id != entry.identity or message.layout != entry.layout:
-            raise ProtocolError(f"{link.endpoint} announced {entry} as id {message.batch_id.hex()}, {message.layout}")
-        session = entry.session = link.session
-        entry.ready, entry.state = message, State.READY
-        if entry.dropped:
-            self._let_go(entry)
-            return
-        entry.forward_s = message.target_us / 1e6
-        if session.borrow:
-            self._courier.say(session, wire.Borrow(epoch=session.epoch, lease=message.lease))  # before there is a view
-        elif session.needs_recv_ready:
-            entry.announced = True
-            self._courier.say(session, wire.RecvReady(epoch=session.epoch, lease=message.lease))
-        self._fetcher.fetch(entry, session)
+    def _lose(self, link: Link, reason: str) -> None:
+        """Hang up a session that is over, retry its batches, and open it anew."""
+        log.warning("lost %s: %s", link.endpoint, reason)
+        session = self._links.hang_up(link, reason)
+        self._fetcher.retire(session)
+        self._stats.reconnects += 1
+        self._carry_out(self._window.lost(session, reason))
+        self._connector.connect(link)
 
-    def _tend(self) -> None:
-        self._renew()
-        self._submit()
+    def _begin(self, pending: Item, session: Session) -> SlotRef | None:
+        with self._lock:
+            return None if self._closing.is_set() else self._window.begin(pending, session)
 
-    def _renew(self) -> None:
-        """Keep leases alive; a daemon that has not answered for half their life is lost."""
-        now = time.monotonic()
-        for link in self.links:
-            session = link.session
-            if session is None:
-                continue
-            ttl_s = session.welcome.lease_ttl_ms / 1000
-            if link.broken:
-                self._lose(link, link.broken)
-            elif now - link.heard > ttl_s / 2:
-                self._lose(link, f"it has not answered for {now - link.heard:.1f} s")
-            elif now >= link.renew_at:
-                link.renew_at = now + ttl_s / RENEWALS_PER_TTL
-                self._courier.post(session, wire.Renew(epoch=session.epoch))
+    def _end(self, pending: Item, got: torch.Tensor | TransportError, took_s: float) -> None:
+        with self._lock:
+            if isinstance(got, TransportError):
+                todo = self._window.missed(pending, str(got), took_s, lost=got.lost)
+            else:
+                todo = self._window.fetched(pending, got, took_s)
+            self._carry_out(todo)
+            self._lock.notify_all()
 
-    def _submit(self) -> None:
-        """Submit pending entries in order to whoever has most room."""
-        for entry in self._entries:
-            if entry.state is not State.PENDING or entry.error is not None:
-                continue
-            link = max(self.links, key=lambda link: link.room)
-            if link.session is None or link.room <= 0:
-                if entry is self._entries[0]:
-                    self._make_room()
-                break
-            entry.link, entry.state = link, State.SUBMITTED
-            entry.attempts += 1
-            link.entries[entry.seq] = entry
-            self._courier.post(link.session, entry.request(link.session.epoch))
-
-    def _make_room(self) -> None:
-        """Give the last borrowed batch back that nobody has looked at: the one that is waited for needs its credit."""
-        for entry in reversed(self._entries):
-            if entry.state is State.FETCHED and entry.session is not None:
-                self._let_go(entry)
-                entry.state = State.PENDING
-                entry.attempts -= 1
-                return
-
-    # The fetcher's thread
-
-    def _begin_fetch(self, entry: Entry, session: Session) -> SlotRef | None:
-        with self.lock:
-            ready, link = entry.ready, entry.link
-            if entry.state is not State.READY or ready is None or link is None or link.session is not session:
-                return None
-            if link.broken or self._closing.is_set():
-                return None
-            entry.state, entry.began = State.FETCHING, time.monotonic()
-            return SlotRef(ready.slot, ready.generation, entry.layout.nbytes)
-
-    def _end_fetch(
-        self, entry: Entry, session: Session, buffer: torch.Tensor | None, error: TransportError | None
-    ) -> None:
-        with self.lock:
-            link = entry.link
-            entry.fetch_s = time.monotonic() - entry.began
-            problem = "" if error is None else str(error)
-            if error is not None and error.lost and link is not None and link.session is session:
-                link.broken = problem
-            if buffer is not None and session.borrow:
-                entry.buffer, entry.state = buffer, State.FETCHED
-                if entry.dropped:
-                    self._let_go(entry)
-                elif link is None or link.session is not session:
-                    problem = "its session was lost"
-            elif buffer is not None:
-                self._let_go(entry)
-                if entry.dropped:
-                    self._fetcher.recycle(buffer)
-                else:
-                    entry.buffer, entry.state = buffer, State.FETCHED
-            if problem:
-                log.warning("%s: %s did not arrive: %s", session.endpoint, entry, problem)
-                self._retry(entry, problem)
-            self._courier.kick()
-            self.lock.notify_all()
+    def _returned(self, pending: Item, problem: TransportError | None) -> None:
+        with self._lock:
+            self._carry_out(self._window.returned(pending))
+        if problem is not None:
+            log.error("%s was overwritten while it was borrowed: %s", pending, problem)
+            self._guard.fail(TransportError(f"{pending} was overwritten while it was borrowed: {problem}"))

@@ -1,4 +1,4 @@
-"""The courier: the thread that owns the sockets of a subscriber's sessions, and all that is said over them."""
+"""The I/O loop: the thread that owns the sockets of a subscriber's sessions, and finds out which are lost."""
 
 from __future__ import annotations
 
@@ -7,75 +7,91 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable
+from typing import NamedTuple
 
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
+from specd.client.guard import Guard
 from specd.client.handshake import Session
-from specd.client.state import Guard, Link
+from specd.client.state import Link, Links
 from specd.errors import SpecdError
 from specd.protocol import messages as wire
 from specd.protocol.messages import Message
 
+RENEWALS_PER_TTL = 6
+GONE = "its connection is gone"
 
-class Courier:
-    """Carries messages between links and their owner, who is called on its thread with the lock held.
 
-    lock: notified for each message that came. hear: told of each. gone: told of a link whose connection is, and why.
-    tend: called once a turn, before what is due is sent. closed: given each session that was open to the end. guard:
-    runs the thread's body.
+class Lost(NamedTuple):
+    """A session is over, to be hung up and opened anew."""
+
+    reason: str
+
+
+class Closed(NamedTuple):
+    """The loop ends, and a session with it, to be hung up."""
+
+    reason: str
+
+
+Act = Callable[[Link, Message | Lost | Closed], None]
+
+
+class SocketLoop:
+    """Sends what is posted, renews leases, and hands on what comes.
+
+    lock: held for all that is said of links. act: called with each message that came over a link or what became of its
+    session, on the loop's thread, with the lock held; it hangs up sessions that are over.
     """
 
-    def __init__(
-        self,
-        links: Sequence[Link],
-        lock: threading.Condition,
-        hear: Callable[[Link, Any], None],
-        gone: Callable[[Link, str], None],
-        tend: Callable[[], None],
-        closed: Callable[[Session], None],
-        guard: Guard,
-    ) -> None:
+    def __init__(self, links: Links, lock: threading.Condition, act: Act, guard: Guard) -> None:
         self._links = links
         self._lock = lock
-        self._hear = hear
-        self._gone = gone
-        self._tend = tend
-        self._closed = closed
+        self._act = act
         self._outbox: deque[tuple[Session, Message]] = deque()
         self._wake = os.eventfd(0, os.EFD_NONBLOCK)
         self._closing = threading.Event()
-        self._thread = threading.Thread(target=guard, args=(self._run,), name="specd-io", daemon=True)
-        self._thread.start()
+        self._thread = guard.start("specd-io", self._run)
 
     def post(self, session: Session, message: Message) -> None:
-        """Have a message sent soon, if its session is still open then. With the lock held."""
+        """Send a message soon, behind those posted before, if its session is still up then. With the lock held."""
         self._outbox.append((session, message))
-        self.kick()
+        self.wake()
 
-    def say(self, session: Session, message: Message) -> None:
-        """Send a message now, if its session is open. On the courier's thread, with the lock held."""
-        for link in self._links:
-            if link.session is session:
-                try:
-                    session.socket.send(wire.encode(message), zmq.NOBLOCK)
-                except zmq.Again:  # an embedded daemon that has ended
-                    self._gone(link, "its connection is gone")
+    def flush(self) -> list[Link]:
+        """Send what was posted; returns links whose connection is gone. On the loop's thread, with the lock held."""
+        gone: list[Link] = []
+        while self._outbox:
+            session, message = self._outbox.popleft()
+            link = self._links.of(session)
+            if link is None or link in gone:
+                continue
+            try:
+                session.socket.send(wire.encode(message), zmq.NOBLOCK)
+            except zmq.Again:  # an embedded daemon that has ended
+                gone.append(link)
+        return gone
 
-    def kick(self) -> None:
-        """Have it look around."""
+    def abandon(self, session: Session, reason: str) -> None:
+        """Have a session lost: its transport is. With the lock held."""
+        if (link := self._links.of(session)) is not None:
+            link.broken = reason
+            self.wake()
+
+    def wake(self) -> None:
+        """Have it look at the links and its outbox."""
         os.eventfd_write(self._wake, 1)
 
     def stop(self) -> None:
-        """Send what is due, end every session, then the thread."""
+        """Send what is posted, end every session, then the thread."""
         self._closing.set()
-        self.kick()
+        self.wake()
         self._thread.join()
 
     def close(self) -> None:
-        """Stop; nobody may call it any more."""
+        """Stop; nothing may be posted any more."""
         self.stop()
         os.close(self._wake)
 
@@ -86,10 +102,10 @@ class Courier:
         finally:
             with self._lock:
                 with contextlib.suppress(SpecdError):
-                    self._send()
+                    self.flush()
                 for link in self._links:
                     if link.session is not None:
-                        self._closed(link.hang_up("the subscriber is closed"))
+                        self._act(link, Closed("the subscriber is closed"))
 
     def _turn(self) -> None:
         """Wait for something to do, and do it."""
@@ -112,23 +128,34 @@ class Courier:
                 assert monitor is not None
                 recv_monitor_message(monitor)
                 with self._lock:
-                    self._gone(link, "its connection is gone")
+                    self._act(link, Lost(GONE))
         with self._lock:
-            self._tend()
-            self._send()
+            for link in self._links:
+                self._keep(link)
+            for link in self.flush():
+                self._act(link, Lost(GONE))
 
     def _read(self, link: Link, session: Session) -> None:
-        """Hear all that a daemon has sent."""
-        while link.session is session:
+        """Hand on all that a daemon has sent."""
+        while link.session is session and not link.broken:
             try:
                 message = wire.decode(session.socket.recv(zmq.NOBLOCK))
             except zmq.Again:
                 return
             with self._lock:
                 link.heard = time.monotonic()
-                self._hear(link, message)
-                self._lock.notify_all()
+                self._act(link, message)
 
-    def _send(self) -> None:
-        while self._outbox:
-            self.say(*self._outbox.popleft())
+    def _keep(self, link: Link) -> None:
+        """Keep a link's leases alive; a daemon that has not answered for half their life is lost."""
+        session, now = link.session, time.monotonic()
+        if session is None:
+            return
+        ttl_s = session.welcome.lease_ttl_ms / 1000
+        if link.broken:
+            self._act(link, Lost(link.broken))
+        elif now - link.heard > ttl_s / 2:
+            self._act(link, Lost(f"it has not answered for {now - link.heard:.1f} s"))
+        elif now >= link.renew_at:
+            link.renew_at = now + ttl_s / RENEWALS_PER_TTL
+            self.post(session, wire.Renew(epoch=session.epoch))

@@ -10,12 +10,12 @@ from functools import partial
 
 import torch
 
-from specd.client.state import Guard
+from specd.client.guard import Guard
 from specd.memory.streams import Point, allocate, on_device
 
 
 class Afterwards:
-    """Does things once the training stream has come to a point, in order, on a thread that the first one starts."""
+    """Runs actions once the training stream has come to a point, in order, on a thread that the first one starts."""
 
     def __init__(self, device: str, guard: Guard) -> None:
         self._device = device
@@ -24,7 +24,7 @@ class Afterwards:
         self._thread: threading.Thread | None = None
 
     def do(self, point: Point | None, action: Callable[[], None]) -> None:
-        """Run `action` after `point`, also when waiting for it fails; at once without one. From one thread only."""
+        """Run `action` after `point`, also if waiting fails; at once without one. Points come from one thread only."""
         if point is None:
             action()
             return
@@ -41,7 +41,7 @@ class Afterwards:
         self._work.put(wait)
 
     def close(self) -> None:
-        """Do all that was asked for, then end."""
+        """Run all actions, then end."""
         if self._thread is not None:
             self._work.put(None)
             self._thread.join()
@@ -54,7 +54,7 @@ class Afterwards:
 
 
 class Staging:
-    """The staging buffers of one subscriber. most: how many there are before one that is still read is waited for."""
+    """The staging buffers of one subscriber: up to `most`, and more only if none in use is about to come back."""
 
     def __init__(self, device: str, most: int, afterwards: Afterwards) -> None:
         self._device = device
@@ -66,7 +66,7 @@ class Staging:
         self._still_read = 0
 
     def take(self, nbytes: int) -> torch.Tensor:
-        """A buffer that nobody reads any more, uint8 [≥ nbytes]; it may have to wait for one."""
+        """A free buffer, uint8 [≥ nbytes]; waits for one that the training stream still reads, or allocates it."""
         with self._changed:
             while not self._free and self._count >= self._most and self._still_read:
                 self._changed.wait()
@@ -78,7 +78,7 @@ class Staging:
         return allocate(nbytes, self._device)
 
     def spare(self, nbytes: int, new: bool) -> torch.Tensor | None:
-        """A buffer as `take` gives it, if there is one without waiting. new: whether it may be allocated."""
+        """A buffer as `take` gives it, or None rather than wait. new: whether it may be allocated."""
         with self._changed:
             fits = bool(self._free) and self._free[0].numel() >= nbytes
             room = bool(self._free) or self._count < self._most
@@ -92,7 +92,7 @@ class Staging:
         self._afterwards.do(after, partial(self._free_again, buffer))
 
     def forget(self) -> None:
-        """A buffer does not come back: a transfer that was given up may still write to it."""
+        """Stop counting a buffer that never comes back: a cancelled transfer may still write to it."""
         with self._changed:
             self._count -= 1
 

@@ -1,107 +1,29 @@
-"""Links and entries: each daemon a subscriber talks to, each batch it has under way. The flight's lock guards both."""
+"""Links: each endpoint of a subscriber, and its session while one is up. The subscriber's lock guards them."""
 
 from __future__ import annotations
 
-import enum
 import time
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Iterator
 
-import torch
 import zmq
 
-from specd.errors import SpecdError
-from specd.protocol.messages import Submit
-
-if TYPE_CHECKING:
-    import torch
-
-    from specd.client.handshake import Session
-    from specd.protocol.batch import Batch, Layout
-    from specd.protocol.messages import Ready
-
-
-class State(enum.Enum):
-    """Where a batch is."""
-
-    PENDING = "waits for a daemon"
-    SUBMITTED = "is being captured"
-    READY = "waits to be fetched"
-    FETCHING = "is being fetched"
-    FETCHED = "is here"
-    USED = "is being trained"
-
-
-class Entry:
-    """One batch under way.
-
-    ready, session: the lease it has, and whose it is, while it has one. announced: whether RECV_READY was sent for it.
-    began: when its transfer did, in monotonic seconds. fetch_s, forward_s: what its transfer took, and its target, the
-    last time. buffer: its bytes once FETCHED, the borrowed slot's if it still has its lease. dropped: nobody wants it.
-    """
-
-    __slots__ = (
-        "announced",
-        "attempts",
-        "batch",
-        "began",
-        "buffer",
-        "dropped",
-        "error",
-        "fetch_s",
-        "forward_s",
-        "identity",
-        "layout",
-        "link",
-        "ready",
-        "seq",
-        "session",
-        "state",
-    )
-
-    def __init__(self, seq: int, batch: Batch, identity: bytes, layout: Layout) -> None:
-        self.seq = seq
-        self.batch = batch
-        self.identity = identity
-        self.layout = layout
-        self.state = State.PENDING
-        self.attempts = 0
-        self.announced = False
-        self.began = self.fetch_s = self.forward_s = 0.0
-        self.dropped = False
-        self.link: Link | None = None
-        self.ready: Ready | None = None
-        self.session: Session | None = None
-        self.buffer: torch.Tensor | None = None
-        self.error: SpecdError | None = None
-
-    def request(self, epoch: bytes) -> Submit:
-        """What asks a daemon for it."""
-        return Submit(
-            epoch=epoch,
-            seq=self.seq,
-            batch_id=self.identity,
-            tokens=self.batch.tokens.astype("<i4", copy=False).tobytes(),
-            lengths=self.batch.lengths.astype("<i4", copy=False).tobytes(),
-        )
-
-    def __str__(self) -> str:
-        return f"batch {self.batch.index} of epoch {self.batch.epoch} (id {self.identity.hex()})"
+from specd.client.handshake import Session
 
 
 class Link:
-    """One endpoint: its session while it is up, and the entries that take its credits, by seq.
+    """One endpoint.
 
-    broken: why the session has to be opened anew, as a thread found that may not touch its socket; else empty.
+    monitor: tells of the end of the session's connection. problem: why there is no session. broken: why the session
+    has to be opened anew, as a thread found that may not touch its socket; else empty. heard: when the daemon last
+    answered, renew_at: when its leases are renewed next, in monotonic seconds.
     """
 
-    __slots__ = ("broken", "endpoint", "entries", "heard", "monitor", "problem", "renew_at", "session")
+    __slots__ = ("broken", "endpoint", "heard", "monitor", "problem", "renew_at", "session")
 
     def __init__(self, endpoint: str) -> None:
         self.endpoint = endpoint
         self.session: Session | None = None
         self.monitor: zmq.Socket[bytes] | None = None
-        self.entries: dict[int, Entry] = {}
         self.problem = "not reached yet"
         self.broken = ""
         self.renew_at = self.heard = 0.0
@@ -114,7 +36,7 @@ class Link:
         self.session = session
 
     def hang_up(self, reason: str) -> Session:
-        """The session is over; returns it, for its transport to be closed by whoever may still use it."""
+        """End the session; returns it, for its transport to be closed by whoever may still use it."""
         session, self.session, self.problem = self.session, None, reason
         assert session is not None
         assert self.monitor is not None
@@ -123,11 +45,45 @@ class Link:
         session.hang_up()
         return session
 
+
+class Links:
+    """All endpoints of one subscriber, in the order they were given in. down_since: when the last session ended."""
+
+    def __init__(self, endpoints: Iterable[str]) -> None:
+        self._links = [Link(endpoint) for endpoint in endpoints]
+        self.down_since = time.monotonic()
+
+    def __len__(self) -> int:
+        return len(self._links)
+
+    def __iter__(self) -> Iterator[Link]:
+        return iter(self._links)
+
+    def index(self, link: Link) -> int:
+        """Its place among the endpoints."""
+        return self._links.index(link)
+
     @property
-    def room(self) -> int:
-        """How many more batches its daemon would take now."""
-        return self.session.welcome.credits - len(self.entries) if self.session else 0
+    def session(self) -> Session | None:
+        """The first session that is up."""
+        return next((link.session for link in self._links if link.session is not None), None)
 
+    @property
+    def num_up(self) -> int:
+        """How many sessions are up."""
+        return sum(link.session is not None for link in self._links)
 
-Guard = Callable[..., None]
-"""Runs a thread's body with its arguments, and sees to what it raises."""
+    def of(self, session: Session) -> Link | None:
+        """The link of a session that is up."""
+        return next((link for link in self._links if link.session is session), None)
+
+    def hang_up(self, link: Link, reason: str) -> Session:
+        """End a link's session, as `Link.hang_up` does."""
+        session = link.hang_up(reason)
+        if self.session is None:
+            self.down_since = time.monotonic()
+        return session
+
+    def problems(self) -> str:
+        """Each endpoint, and why it has no session."""
+        return "; ".join(f"{link.endpoint}: {'up' if link.session else link.problem}" for link in self._links)

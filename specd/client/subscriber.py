@@ -7,13 +7,13 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from types import TracebackType
 from typing import Self
 
-import msgspec
 import torch
 import zmq
 
+from specd.client.fetch import Item
 from specd.client.handshake import Terms
-from specd.client.inflight import Flight
-from specd.client.state import Entry
+from specd.client.inflight import InFlight
+from specd.client.pending import Pending
 from specd.config.settings import SubscriberConfig
 from specd.errors import ConfigError, DaemonError
 from specd.memory import cuda
@@ -51,8 +51,6 @@ class Subscriber:
         self._closed = False
         self._own_context = context is None
         self._context = zmq.Context() if context is None else context
-        self._stats = Stats()
-        self._seq = 0
         spec_for = spec if callable(spec) else lambda contract: spec
         # A borrowed slot takes its credit until its batch is trained, not only fetched.
         credits = config.depth + (2 if config.borrow else 1)
@@ -65,9 +63,9 @@ class Subscriber:
             borrow=config.borrow,
             fingerprint=fingerprint,
         )
-        self._flight = Flight(config, terms, self._context, self._stats)
+        self._in_flight = InFlight(config, terms, self._context)
         try:
-            session = self._flight.first_session()
+            session = self._in_flight.first_session()
         except BaseException:
             self.close()
             raise
@@ -75,10 +73,10 @@ class Subscriber:
         self.ring: RingInfo = session.welcome.ring
         self.spec: CaptureSpec = session.spec
         if config.borrow:
-            log.info("at most %d batches under way, read in the daemon's slots", config.depth + 1)
+            log.info("at most %d batches in flight, read in the daemon's slots", config.depth + 1)
         else:
             log.info(
-                "at most %d batches under way, %.1f MiB of staging buffers",
+                "at most %d batches in flight, %.1f MiB of staging buffers",
                 config.depth + 1,
                 (config.depth + 2) * self.ring.slot_bytes / 2**20,
             )
@@ -86,7 +84,7 @@ class Subscriber:
     def stream(self, batches: Iterable[Batch]) -> Generator[Delivery, None, None]:
         """Yield every batch with its states, in order, each exactly once.
 
-        While one delivery is in use, the next `depth` are under way. Raises BatchError for a batch that cannot be
+        While one delivery is in use, the next `depth` are in flight. Raises BatchError for a batch that cannot be
         captured, DaemonError when one does not come within `timeout_s`, no daemon is left for `connect_s`, or the
         subscriber is closed before the end.
         """
@@ -95,22 +93,17 @@ class Subscriber:
             while True:
                 self._check_open()
                 self._extend(source, self._depth + 1)
-                if not self._flight:
+                if not self._in_flight:
                     return
-                entry = self._flight.take()
+                pending = self._in_flight.take()
                 try:
                     self._extend(source, self._depth)
-                    self._stats.batches += 1
-                    self._stats.tokens += entry.batch.num_tokens
-                    self._stats.nbytes += entry.layout.nbytes
-                    self._stats.fetch_s += entry.fetch_s
-                    self._stats.forward_s += entry.forward_s
-                    assert entry.buffer is not None
-                    yield Delivery(entry.batch, **_views(entry.buffer, entry.layout))
+                    assert pending.buffer is not None
+                    yield Delivery(pending.batch, **_views(pending.buffer, pending.layout))
                 finally:
-                    self._flight.recycle(entry)
+                    self._in_flight.give_back(pending)
         finally:
-            self._flight.drop_all()
+            self._in_flight.drop()
 
     def artifact(self, name: str) -> bytes:
         """The bytes of one artifact of the target.
@@ -123,7 +116,7 @@ class Subscriber:
         if ref is None:
             offers = ", ".join(sorted(self.contract.artifacts))
             raise ConfigError(f"the target has no artifact {name!r}; it has {offers}")
-        return bytes(self._flight.artifacts.read(ref.same_as or name, ref.nbytes))
+        return bytes(self._in_flight.artifacts.read(ref.same_as or name, ref.nbytes))
 
     def tensor(self, name: str) -> torch.Tensor:
         """One artifact that is a tensor, such as `embedding` [V, H] or `lm_head` [V, H], in the target's dtype."""
@@ -133,14 +126,12 @@ class Subscriber:
 
     def stats(self) -> Stats:
         """Counters since the start."""
-        with self._flight.lock:
-            transports = {link.endpoint: link.session.choice.name for link in self._flight.links if link.session}
-            return msgspec.structs.replace(self._stats, transports=transports)
+        return self._in_flight.stats()
 
     def close(self) -> None:
         """End every session and thread. Idempotent."""
         self._closed = True
-        self._flight.close()
+        self._in_flight.close()
         if self._own_context:
             self._context.term()
 
@@ -153,23 +144,21 @@ class Subscriber:
         self.close()
 
     def __repr__(self) -> str:
-        up = sum(link.session is not None for link in self._flight.links)
-        return f"Subscriber({up} of {len(self._flight.links)} daemons up, {len(self._flight)} batches under way)"
+        return f"Subscriber({self._in_flight})"
 
     def _check_open(self) -> None:
         if self._closed:
             raise DaemonError("the subscriber is closed: open another one to go on")
 
     def _extend(self, source: Iterator[Batch], size: int) -> None:
-        """Draw batches from the loader until `size` are under way."""
-        fresh: list[Entry] = []
-        while len(self._flight) + len(fresh) < size and (batch := next(source, None)) is not None:
-            self._seq += 1
+        """Draw batches from the loader until `size` are in flight."""
+        fresh: list[Item] = []
+        while len(self._in_flight) + len(fresh) < size and (batch := next(source, None)) is not None:
             layout = slot_layout(self.spec, self.contract.hidden_size, batch.num_tokens)
             identity = batch_id(self.contract.fingerprint, self.spec, batch.tokens, batch.lengths)
-            fresh.append(Entry(self._seq, batch, identity, layout))
+            fresh.append(Pending(batch, identity, layout))
         if fresh:
-            self._flight.submit(fresh)
+            self._in_flight.submit(fresh)
 
 
 def _views(buffer: torch.Tensor, layout: Layout) -> dict[str, torch.Tensor]:

@@ -33,23 +33,23 @@ def _with_number(message: str, data: Any) -> str:
     return f"{expected}, got {data}{at}{path}"
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads a plain 3e-4 as text and people mean a number; no setting is a date."""
+class _YamlLoader(yaml.SafeLoader):
+    """YAML 1.1, but a plain 3e-4 is a number and nothing is a date."""
 
 
-_Loader.yaml_implicit_resolvers = {
+_YamlLoader.yaml_implicit_resolvers = {
     first: [(tag, form) for tag, form in pairs if tag != "tag:yaml.org,2002:timestamp"]
     for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 
-_Loader.add_implicit_resolver(
+_YamlLoader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
 )
 
 
 def _read(text: str) -> Any:
-    """What YAML text says. Raises yaml.YAMLError."""
-    loader = _Loader(text)
+    """Parse YAML text. Raises yaml.YAMLError."""
+    loader = _YamlLoader(text)
     try:
         return loader.get_single_data()
     finally:

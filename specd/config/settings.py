@@ -16,14 +16,16 @@ Decay = Annotated[float, Meta(ge=0, lt=1)]
 
 
 class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Base of all configuration. `convert` checks the ranges of numbers; a constructor takes what it is given."""
+    """Base of all configuration. `convert` checks the ranges of numbers; a constructor does not."""
 
 
 class TargetConfig(Config, kw_only=True, frozen=True):
     """The target and how to run it.
 
     model: a preset of configs/, a local directory, or a hub name. dtype: `auto` is the preset's, else the checkpoint's.
-    load_format: `auto` reads the weights, `dummy` makes them up from config.json. num_layers: 0 keeps the model's
+    tokenizer: directory of its tokenizer, where the checkpoint has none (a preset with made-up weights). backend:
+    `auto`, or one by name: sglang, transformers, synthetic, or a plug-in's.
+    load_format: `auto` reads the weights, `dummy` draws random ones for config.json. num_layers: 0 keeps the model's
     depth, any other number cuts it (dummy weights only). threads: CPU threads of a forward, 0 for torch's choice.
     max_forward_tokens: several small batches share one forward up to this many tokens. exact: one batch a forward,
     so that results are bit-identical to a local run.
@@ -32,7 +34,8 @@ class TargetConfig(Config, kw_only=True, frozen=True):
     """
 
     model: str
-    backend: Literal["auto", "sglang", "transformers", "synthetic"] = "auto"
+    tokenizer: str = ""
+    backend: str = "auto"
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     load_format: Literal["auto", "dummy"] = "auto"
@@ -80,7 +83,7 @@ class DaemonConfig(Config, kw_only=True, frozen=True):
 
 
 class SubscriberConfig(Config, kw_only=True, frozen=True):
-    """The trainer's client. depth: batches in flight beyond the one in use; 0 asks only on demand.
+    """The trainer's client. depth: batches in flight beyond the one in use; 0 requests on demand only.
 
     timeout_s: longest wait for one batch. connect_s: longest time without any usable daemon.
     max_attempts: how often one batch may be submitted before the run ends with an error that names it.
@@ -101,9 +104,9 @@ class DataConfig(Config, kw_only=True, frozen=True):
     """Training data. path: JSONL, Parquet or a hub name; empty takes the preset's.
 
     format: `auto` looks at the columns. last_turn_only: only the last assistant turn is a label.
-    max_length: longer samples are cut. batch_tokens: token budget of a batch. max_batch_sequences: at most so many
-    sequences in one, 0 for no limit. max_samples: only the first so many rows, 0 for all. template: variables of the
-    chat template, as enable_thinking. cache_dir: where prepared data is kept; empty for specd's own cache.
+    max_length: longer samples are cut. batch_tokens: token budget of a batch. max_batch_sequences: most sequences of
+    one, 0 for no limit. max_samples: only the first N rows, 0 for all. template: variables of the chat template, as
+    enable_thinking. cache_dir: where prepared data is kept; empty for specd's own cache.
     """
 
     path: str = ""
@@ -118,35 +121,10 @@ class DataConfig(Config, kw_only=True, frozen=True):
     cache_dir: str = ""
 
 
-class DFlashConfig(Config, kw_only=True, frozen=True):
-    """The DFlash draft (arXiv 2602.06036).
-
-    loss_decay: γ of the position weights, 0 for none, −1 for the paper's choice.
-    block_size: tokens a block, its anchor included. num_anchors: blocks drawn from a sequence, at most.
-    loss_chunk: predictions whose logits exist at a time. attention: `flex` needs a GPU.
-    num_heads, num_kv_heads, head_dim, intermediate_size: 0 takes the target's. mask_token_id: −1 takes the preset's.
-    sliding_window: 0 for full attention in every layer.
-    """
-
-    num_layers: Positive = 5
-    num_taps: Positive = 5
-    block_size: Annotated[int, Meta(ge=2)] = 16
-    num_anchors: Positive = 512
-    loss_decay: float = -1.0
-    mask_token_id: Annotated[int, Meta(ge=-1)] = -1
-    intermediate_size: NotNegative = 0
-    num_heads: NotNegative = 0
-    num_kv_heads: NotNegative = 0
-    head_dim: NotNegative = 0
-    sliding_window: NotNegative = 0
-    attention: AttentionKind = "auto"
-    loss_chunk: Positive = 1024
-
-
 class TrainConfig(Config, kw_only=True, frozen=True):
     """The training loop. accumulation: batches an optimizer step. max_steps: 0 for all epochs.
 
-    save_every, keep: checkpoints each so many steps, and how many stay. dtype: of the draft's forward; the masters are
+    save_every: steps between checkpoints. keep: how many stay. dtype: of the draft's forward; master weights are
     float32.
     """
 
@@ -168,15 +146,18 @@ class TrainConfig(Config, kw_only=True, frozen=True):
 
 
 class RunConfig(Config, kw_only=True, frozen=True):
-    """Everything of one `specd train`. output: the run directory.
+    """All settings of one `specd train METHOD`.
 
-    target: of a target that the trainer hosts itself, overrides of its TargetConfig; all but `model`, which is given
+    method: which draft is trained, a name of the registry (`specd.drafts.registry`). draft: its settings, which the
+    method turns into a struct of its own. output: the run directory; empty is runs/METHOD.
+    target: overrides of the TargetConfig of a target that the trainer hosts itself, without `model`, which is given
     apart. Its device is the trainer's unless named here. Daemons have settings of their own.
     """
 
-    output: str = "runs/dflash"
+    method: str
+    output: str = ""
     target: dict[str, Any] = {}
     data: DataConfig = DataConfig()
-    draft: DFlashConfig = DFlashConfig()
+    draft: dict[str, Any] = {}
     train: TrainConfig = TrainConfig()
     subscriber: SubscriberConfig = SubscriberConfig()

@@ -1,1 +1,1 @@
-"""The daemon's control process: sockets, sessions, leases, credits, and the worker's life."""
+"""The daemon's control process: sockets, sessions, leases, credits, and the worker's lifecycle."""

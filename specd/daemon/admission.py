@@ -1,4 +1,4 @@
-"""Admission: what a trainer may ask of this target and this ring. Pure checks, no state."""
+"""Admission: checks a trainer's requests against the target and the ring. Pure functions, no state."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Tokens = np.ndarray[Any, np.dtype[np.int32]]
 
 
 class Request:
-    """One request of a session that may be served. layout: of its states in a slot."""
+    """One admitted request of a session. layout: of its states in a slot."""
 
     __slots__ = ("_message", "batch_id", "layout")
 
@@ -30,7 +30,7 @@ class Request:
         self.layout = layout
 
     def task(self, fill: Grant, spec: CaptureSpec) -> channel.FillSlot | channel.FillNoise:
-        """What the worker must do for it. Asked once: the tokens are not kept longer."""
+        """The worker's task for this request. Call it once: it drops the tokens."""
         message, self._message = self._message, None
         assert message is not None, "a request is given a slot once"
         if isinstance(message, wire.Probe):
@@ -52,7 +52,7 @@ class Unfit(Exception):
 
 
 def check_hello(hello: wire.Hello, contract: TargetContract) -> str | None:
-    """Why this trainer and this target do not fit, or None when they do."""
+    """Why a trainer's HELLO does not match this target, or None if it does."""
     if hello.fingerprint not in {"", contract.fingerprint}:
         return (
             f"this daemon's target is not the trainer's: it serves {contract.model} ({contract.fingerprint}), the "
@@ -62,7 +62,7 @@ def check_hello(hello: wire.Hello, contract: TargetContract) -> str | None:
 
 
 def admit_batch(message: wire.Submit, spec: CaptureSpec, contract: TargetContract, ring: RingInfo) -> Request:
-    """The request a SUBMIT stands for. Raises ProtocolError for a forged or malformed one, Unfit for one too large."""
+    """Check a SUBMIT and return its Request. Raises ProtocolError if forged or malformed, Unfit if out of bounds."""
     tokens, lengths = _ints(message.tokens, "tokens"), _ints(message.lengths, "lengths")
     if tokens.size == 0 or lengths.size == 0 or lengths.min() < 1 or lengths.sum(dtype=np.int64) != tokens.size:
         raise ProtocolError(f"{lengths.size} lengths do not cover {tokens.size} tokens with positive parts")
@@ -86,7 +86,7 @@ def admit_batch(message: wire.Submit, spec: CaptureSpec, contract: TargetContrac
 
 
 def admit_probe(message: wire.Probe, session: bytes, ring: RingInfo) -> Request:
-    """The request a PROBE stands for; no two probes share content. Raises ProtocolError when it does not fit a slot."""
+    """Check a PROBE and return its Request; no two share content. Raises ProtocolError when it does not fit a slot."""
     if not 0 < message.nbytes <= ring.slot_bytes:
         raise ProtocolError(f"a probe of {message.nbytes} bytes does not fit a slot of {ring.slot_bytes}")
     facts = b"|".join((session, message.nonce, str(message.nbytes).encode()))
@@ -97,10 +97,10 @@ def admit_probe(message: wire.Probe, session: bytes, ring: RingInfo) -> Request:
 def check_fetch(message: wire.Fetch, contract: TargetContract, under_way: int) -> None:
     """Raise ProtocolError unless the artifact exists and has those bytes.
 
-    under_way: how many reads of the same session are not answered yet; MAX_FETCHES at most.
+    under_way: unanswered reads of the same session, at most MAX_FETCHES.
     """
     if under_way >= limits.MAX_FETCHES:
-        raise ProtocolError(f"{under_way} artifact reads are under way already: wait for their answers")
+        raise ProtocolError(f"{under_way} artifact reads are in flight already: wait for their answers")
     artifact = contract.artifacts.get(message.name)
     if artifact is None:
         raise ProtocolError(f"the target has no artifact {message.name!r}")

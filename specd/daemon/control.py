@@ -18,7 +18,7 @@ import zmq
 from specd.config.settings import DaemonConfig
 from specd.daemon.admission import Unfit, admit_batch, admit_probe, check_fetch, check_hello
 from specd.daemon.ring import Lease, Ring
-from specd.daemon.sessions import Session, Sessions, peer_pid
+from specd.daemon.sessions import Sessions, TrainerSession, peer_pid
 from specd.daemon.supervisor import Supervisor
 from specd.errors import DaemonError, ProtocolError
 from specd.metrics import Counters
@@ -32,7 +32,7 @@ from specd.worker import messages as channel
 log = logging.getLogger(__name__)
 
 RETRY_MS = 300
-"""How long a rejected trainer is asked to wait while a worker starts."""
+"""Retry delay sent with a REJECT that may succeed later."""
 COUNTERS = ("batches", "bytes", "failed", "refused_messages", "revoked_sessions", "worker_restarts")
 
 
@@ -40,7 +40,7 @@ class Control:
     """The control loop of one daemon.
 
     endpoints: what to bind, ipc, tcp or inproc. supervisor: starts workers. on_ready: called once with the status when
-    the first worker serves. wake_fd: a byte written to it makes the loop look around, as signals must.
+    the first worker serves. wake_fd: a byte written to it wakes the loop, as signals must.
     Raises DaemonError from `run` when no worker can be started.
     """
 
@@ -61,7 +61,7 @@ class Control:
         ring = settings.ring
         self._ring = Ring(ring.slots, ring.max_sessions, ring.lease_ttl_s, self._clock)
         self._started: channel.Started | None = None
-        self._fetches: Counter[bytes] = Counter()  # reads of artifacts under way, by routing id: they outlive sessions
+        self._fetches: Counter[bytes] = Counter()  # artifact reads in flight, by routing id: they outlive sessions
         self._draining = self._stopping = self._served = False
         self.counters = Counters(COUNTERS)
         self._front = context.socket(zmq.ROUTER)
@@ -115,7 +115,7 @@ class Control:
             self._close()
 
     def close(self) -> None:
-        """Give `wake_fd` up, once nobody can call `stop` or `drain` any more."""
+        """Close `wake_fd`. Neither `stop` nor `drain` may be called after it."""
         os.close(self._wake)
         os.close(self.wake_fd)
 
@@ -125,14 +125,14 @@ class Control:
         self._kick()
 
     def drain(self) -> None:
-        """Serve what is outstanding, take nothing new, then end; the second call ends at once. As safe as `stop`."""
+        """Finish outstanding requests, refuse new ones, then end; a second call ends at once. As safe as `stop`."""
         if self._draining:
             self.stop()
         self._draining = True
         self._kick()
 
     def _kick(self) -> None:
-        with contextlib.suppress(BlockingIOError):  # full: it is awake
+        with contextlib.suppress(BlockingIOError):  # a full pipe: the loop wakes anyway
             os.write(self.wake_fd, b"\0")
 
     def _patience_ms(self) -> int | None:
@@ -149,7 +149,7 @@ class Control:
     # Trainers
 
     def _listen(self, limit: int = 100) -> None:
-        """Take up to `limit` messages, so that a flood does not keep the worker's news waiting."""
+        """Handle up to `limit` messages, so that a flood does not delay the worker's messages."""
         for _ in range(limit):
             try:
                 sender, *frames = self._front.recv_multipart(zmq.NOBLOCK, copy=False)
@@ -164,7 +164,7 @@ class Control:
                 self._send(sender.bytes, wire.Error(epoch=self._epoch, reason=str(error)[: limits.MAX_REASON_CHARS]))
 
     def _handle(self, key: bytes, message: Any, frame: zmq.Frame) -> None:
-        """Act on one message; ProtocolError is answered with ERROR and changes nothing."""
+        """Handle one message; a ProtocolError is answered with ERROR and changes nothing."""
         match message:
             case wire.Status():
                 self._send(key, self.status())
@@ -201,7 +201,7 @@ class Control:
                 raise ProtocolError(f"a daemon does not take {type(message).__name__}: it only sends it")
 
     def _greet(self, key: bytes, hello: wire.Hello, peer: int) -> wire.Welcome | wire.Reject:
-        """Open a session, or say why not. peer: the sender's process, if the kernel told."""
+        """Open a session, or REJECT with a reason. peer: the sender's pid, 0 if unknown."""
         if key in self._sessions:
             self._end(key, "")
         started = self._started
@@ -236,7 +236,7 @@ class Control:
             self._send(key, wire.Revoke(epoch=self._epoch, reason=reason))
 
     def _send(self, key: bytes, message: Message) -> None:
-        """Send to one trainer; one that is gone, or does not read what it is sent, loses its session."""
+        """Send to one trainer, never blocking; if it is gone or does not read, its session ends."""
         try:
             self._front.send_multipart([key, wire.encode(message)], zmq.NOBLOCK)
         except zmq.Again:
@@ -248,7 +248,7 @@ class Control:
 
     # Batches
 
-    def _submit(self, session: Session, message: wire.Submit | wire.Probe) -> None:
+    def _submit(self, session: TrainerSession, message: wire.Submit | wire.Probe) -> None:
         assert self._started is not None
         contract, ring = self._started.contract, self._started.ring
         try:
@@ -306,15 +306,15 @@ class Control:
         reason = reason[: limits.MAX_REASON_CHARS]
         self._send(key, wire.Failed(epoch=self._epoch, seq=seq, batch_id=identity, reason=reason, retry=retry))
 
-    def _publish(self, session: Session, message: wire.RecvReady) -> None:
+    def _publish(self, session: TrainerSession, message: wire.RecvReady) -> None:
         lease = self._ring.lease(session.key, message.lease)
         if lease is None or not session.transport:
-            raise ProtocolError(f"lease {message.lease} is not one this session can receive")
+            raise ProtocolError(f"lease {message.lease} cannot be received: expected a READY lease and a transport")
         self._ring.renew(session.key)
         ref = SlotRef(lease.slot, lease.generation, session.requests[lease.seq].layout.nbytes)
         self._supervisor.send(channel.Publish(session=session.key, transport=session.transport, ref=ref))
 
-    def _attach(self, session: Session, message: wire.Attach) -> None:
+    def _attach(self, session: TrainerSession, message: wire.Attach) -> None:
         assert self._started is not None
         if message.transport not in self._started.transports:
             reason = f"the daemon does not serve it (it serves {', '.join(self._started.transports)})"
@@ -322,7 +322,7 @@ class Control:
             return
         self._supervisor.send(channel.Accept(session=session.key, transport=message.transport, hello=message.hello))
 
-    def _fetch(self, session: Session, message: wire.Fetch) -> None:
+    def _fetch(self, session: TrainerSession, message: wire.Fetch) -> None:
         assert self._started is not None
         check_fetch(message, self._started.contract, self._fetches[session.key])
         self._fetches[session.key] += 1
@@ -337,7 +337,7 @@ class Control:
         return self._supervisor.epoch
 
     def _hear(self, note: channel.ToControl) -> None:
-        """Act on the worker's news."""
+        """Handle one message of the worker."""
         match note:
             case channel.Started():
                 self._started = note
@@ -369,7 +369,7 @@ class Control:
                 self._send(note.session, data)
 
     def _lose_worker(self, reason: str) -> None:
-        """Void all that the dead worker held, tell every trainer, and have a new one started."""
+        """Drop all state of the dead worker, REVOKE every session, and schedule a restart."""
         self._started = None
         self._fetches.clear()
         self.counters.add("worker_restarts")

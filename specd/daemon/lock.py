@@ -1,4 +1,4 @@
-"""One daemon an endpoint: the lock that it holds, and the sockets it may leave behind."""
+"""The lock that allows one daemon per endpoint, and the removal of stale sockets."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from specd.errors import ConfigError, DaemonError
 from specd.paths import check_private, make_runtime_dir, runtime_dir
 
 MAX_PREFIX = 107 - len(".01234567.out")
-"""Bytes of a path that still give socket paths, 107 bytes at most, when the workers' pipes are named after it."""
+"""Longest path prefix in bytes: with the suffix of a worker's pipe it is a socket path, at most 107 bytes."""
 
 
 @contextlib.contextmanager
 def owned(endpoint: str) -> Iterator[Path]:
-    """Own an endpoint; yields the path prefix of the daemon's own sockets.
+    """Hold the lock of an endpoint; yields the path prefix of the daemon's own sockets.
 
-    libzmq takes over a live ipc endpoint without a word, so a lock file beside it decides.
+    libzmq silently takes over a live ipc endpoint, so a lock file beside it decides.
     """
     if endpoint.startswith("ipc://"):
         prefix = Path(endpoint.removeprefix("ipc://"))
@@ -54,7 +54,7 @@ def owned(endpoint: str) -> Iterator[Path]:
 
 
 def _clear_sockets(prefix: Path) -> None:
-    """Remove the sockets of a daemon that is gone: its endpoint, its workers' pipes."""
+    """Remove the sockets of a dead daemon: its endpoint, its workers' pipes."""
     for path in (prefix, *prefix.parent.glob(f"{glob.escape(prefix.name)}.*")):
         if path.is_socket():
             path.unlink(missing_ok=True)

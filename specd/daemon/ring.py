@@ -14,7 +14,7 @@ is quarantined, that is not filled again until the holder's process, its *reader
 
 **The slot guarantee.** With N slots and at most M holders, P = N − M slots form a shared pool. h is a holder's number
 of leases; *extras* = Σ max(h − 1, 0); an *orphan* is a FILLING slot without a lease (its holders are gone, but the
-worker still writes to it, so nobody may have it); Q is the number of QUARANTINED slots. A holder with h > 0 gets
+worker still writes to it, so it cannot be reused); Q is the number of QUARANTINED slots. A holder with h > 0 gets
 another lease, joined or not, only if afterwards extras + orphans + Q ≤ P; one with h = 0 only needs a free slot or one
 to join. A holder is let in only if afterwards holders + extras + Q ≤ N.
 
@@ -42,7 +42,7 @@ COUNTERS = ("submitted", "fills", "joins", "released", "stale_release", "stale_f
 
 
 class Grant(NamedTuple):
-    """A slot the worker must fill with a batch. holder, seq: the request that gave the cause, and has the content."""
+    """A slot the worker must fill with a batch. holder, seq: the request that caused it, and has the content."""
 
     slot: int
     generation: int
@@ -69,7 +69,7 @@ class Schedule(NamedTuple):
     ready: list[Lease]
 
 
-class _State(enum.Enum):
+class _SlotState(enum.Enum):
     FREE = "free"
     FILLING = "filling"
     READY = "ready"
@@ -82,7 +82,7 @@ class _Slot:
     __slots__ = ("batch_id", "generation", "leases", "readers", "state")
 
     def __init__(self) -> None:
-        self.state = _State.FREE
+        self.state = _SlotState.FREE
         self.generation = 0
         self.batch_id = b""
         self.leases: set[int] = set()
@@ -108,14 +108,14 @@ class Ring:
     """Slots, leases and credits of one daemon. Not thread-safe: the control loop owns it."""
 
     def __init__(self, num_slots: int, max_holders: int, ttl_s: float, clock: Callable[[], float]) -> None:
-        """ttl_s: a holder that makes no valid call for so long expires. clock: monotonic seconds."""
+        """ttl_s: a holder expires this long after its last valid call. clock: monotonic seconds."""
         if not 1 <= max_holders <= num_slots:
             raise ConfigError(
                 f"a ring of {num_slots} slots cannot give {max_holders} sessions a slot each: "
                 f"set ring.max_sessions to at least 1 and ring.slots to at least ring.max_sessions"
             )
         if ttl_s <= 0:
-            raise ConfigError(f"a lease that lives {ttl_s} s is over at once: set ring.lease_ttl_s above 0")
+            raise ConfigError(f"a lease of {ttl_s} s expires at once: set ring.lease_ttl_s above 0")
         self.num_slots = num_slots
         self.max_holders = max_holders
         self.pool = num_slots - max_holders
@@ -137,9 +137,9 @@ class Ring:
     # Holders
 
     def open(self, holder: bytes, credits: int, reader: int = -1) -> int | None:
-        """Let `holder` in and return the credits it gets, at most 1 + pool; None when there is no room.
+        """Let `holder` in and return its credits, at most 1 + pool; None when there is no room.
 
-        reader: identity of its process; −1 when nobody would notice its death: it cannot borrow then. There is room
+        reader: identity of its process; −1 when its death cannot be watched: it cannot borrow then. There is room
         for max_holders, fewer while slots are quarantined, and none for a reader with 1 + pool quarantined slots. A
         holder that is in already is closed first: its old requests and leases are void.
         """
@@ -149,7 +149,7 @@ class Ring:
         if len(self._holders) >= self.max_holders or taken >= self.num_slots or most < 1:
             return None
         state = self._holders[holder] = _Holder(max(1, min(credits, most)), reader)
-        self._turns.append(holder)  # behind everyone: opening anew never jumps the queue
+        self._turns.append(holder)  # at the end: reopening never jumps the queue
         self.renew(holder)
         return state.credits
 
@@ -160,7 +160,7 @@ class Ring:
             return
         for borrowed in state.borrowed:
             slot = self._slots[state.leases[borrowed].slot]
-            slot.state = _State.QUARANTINED
+            slot.state = _SlotState.QUARANTINED
             slot.readers.add(state.reader)
         for lease in list(state.leases.values()):
             self._end(lease)
@@ -168,15 +168,15 @@ class Ring:
         self._turns.remove(holder)
 
     def dead(self, reader: int) -> None:
-        """The reader's process is dead: what is quarantined for it alone is READY, or FREE if it has no lease."""
+        """End a dead reader's quarantine: a slot held for it alone becomes READY, or FREE without a lease."""
         for index, slot in enumerate(self._slots):
             slot.readers.discard(reader)
-            if slot.state is _State.QUARANTINED and not slot.readers:
-                slot.state = _State.READY
+            if slot.state is _SlotState.QUARANTINED and not slot.readers:
+                slot.state = _SlotState.READY
                 self._settle(index)
 
     def renew(self, holder: bytes) -> bool:
-        """Put the holder's deadline off to ttl_s from now; False when it is not in."""
+        """Move the holder's deadline to ttl_s from now; False when it is not in."""
         state = self._holders.get(holder)
         if state is None:
             return False
@@ -188,7 +188,7 @@ class Ring:
         return min((state.deadline for state in self._holders.values()), default=None)
 
     def expire(self) -> list[bytes]:
-        """Close the holders whose deadline has come, and return them."""
+        """Close the holders whose deadline has passed, and return them."""
         now = self._clock()
         expired = [holder for holder, state in self._holders.items() if state.deadline <= now]
         for holder in expired:
@@ -197,12 +197,12 @@ class Ring:
         return expired
 
     def reset(self) -> None:
-        """The worker died: every slot is FREE, every holder closed. Generations and ids keep counting."""
+        """Free every slot and close every holder: the worker died. Generations and ids keep counting."""
         for holder in list(self._holders):
             self.close(holder)
         for index, slot in enumerate(self._slots):
             slot.readers.clear()
-            if slot.state is not _State.FREE:
+            if slot.state is not _SlotState.FREE:
                 self._vacate(index)
         self.counters["resets"] += 1
 
@@ -217,7 +217,7 @@ class Ring:
         if state is None:
             raise ProtocolError("submit without an open session: say HELLO first")
         if seq in state.seqs:
-            raise ProtocolError(f"seq {seq} is outstanding already: number each request anew")
+            raise ProtocolError(f"seq {seq} is outstanding already: use a new one for each request")
         if len(state.seqs) >= state.credits:
             raise ProtocolError(
                 f"submit of seq {seq} with {len(state.seqs)} requests outstanding and {state.credits} credits: "
@@ -239,16 +239,16 @@ class Ring:
         return schedule
 
     def filled(self, slot: int, generation: int) -> list[Lease]:
-        """The worker filled a slot: it is READY; returns its leases to announce. Anything stale is a counted no-op."""
+        """Mark a filled slot READY and return its leases to announce. A stale report is a counted no-op."""
         found = self._filling(slot, generation)
         if found is None:
             return []
-        found.state = _State.READY
+        found.state = _SlotState.READY
         self._settle(slot)
         return [self._leases[lease] for lease in sorted(found.leases)]
 
     def failed(self, slot: int, generation: int) -> list[Lease]:
-        """The worker could not fill a slot: it is FREE, and the requests it stood for, returned, are over."""
+        """Free a slot that the worker could not fill, end the requests on it, and return their leases."""
         found = self._filling(slot, generation)
         if found is None:
             return []
@@ -263,22 +263,22 @@ class Ring:
     def lease(self, holder: bytes, lease: int) -> Lease | None:
         """The holder's own lease of a slot whose content is in place, or None for anything else."""
         found = self._leases.get(lease)
-        if found is None or found.holder != holder or self._slots[found.slot].state is _State.FILLING:
+        if found is None or found.holder != holder or self._slots[found.slot].state is _SlotState.FILLING:
             return None
         return found
 
     def borrow(self, holder: bytes, lease: int) -> None:
-        """The holder reads its leased slot in place until it releases it; renews the holder. Again: no change.
+        """Mark a lease as read in place until it is released; renews the holder. Idempotent.
 
         Raises ProtocolError for anything but a lease as `lease` returns it, and for a holder without a reader.
         """
         if self.lease(holder, lease) is None:
-            raise ProtocolError(f"lease {lease} is not one this session can borrow")
+            raise ProtocolError(f"lease {lease} cannot be borrowed: expected a READY lease of this session")
         state = self._holders[holder]
         if state.reader < 0:
             raise ProtocolError(
                 f"lease {lease} cannot be borrowed: the daemon cannot watch the trainer's process and would not know "
-                f"when nobody reads the slot any more; run both in one pid namespace, or set subscriber.borrow=false"
+                f"when the slot is no longer read; run both in one pid namespace, or set subscriber.borrow=false"
             )
         state.borrowed.add(lease)
         self.renew(holder)
@@ -294,7 +294,7 @@ class Ring:
         self.renew(holder)
         return True
 
-    # What is going on
+    # Queries
 
     @property
     def busy(self) -> int:
@@ -311,7 +311,7 @@ class Ring:
         return len(state.seqs) if state else 0
 
     def leases(self, holder: bytes) -> list[Lease]:
-        """The holder's leases, oldest first, of slots that are being filled or have been."""
+        """The holder's leases, oldest first, of slots that are being filled or are READY."""
         state = self._holders.get(holder)
         return list(state.leases.values()) if state else []
 
@@ -322,7 +322,7 @@ class Ring:
     def counts(self) -> dict[str, int]:
         """How many slots are in each state: free, filling, ready, quarantined."""
         states = [slot.state for slot in self._slots]
-        return {state.value: states.count(state) for state in _State}
+        return {state.value: states.count(state) for state in _SlotState}
 
     # Transitions
 
@@ -341,7 +341,7 @@ class Ring:
         if index is None:
             index = self._free.popleft()
             slot = self._slots[index]
-            slot.state, slot.batch_id, slot.generation = _State.FILLING, batch_id, slot.generation + 1
+            slot.state, slot.batch_id, slot.generation = _SlotState.FILLING, batch_id, slot.generation + 1
             self._resident[batch_id] = index
             schedule.fills.append(Grant(index, slot.generation, batch_id, name, seq))
             self.counters["fills"] += 1
@@ -352,7 +352,7 @@ class Ring:
         lease = Lease(self._last_lease, name, seq, index, slot.generation, batch_id)
         self._leases[lease.id] = holder.leases[lease.id] = lease
         slot.leases.add(lease.id)
-        if slot.state is not _State.FILLING:
+        if slot.state is not _SlotState.FILLING:
             schedule.ready.append(lease)
         return True
 
@@ -366,18 +366,18 @@ class Ring:
 
     def _orphaned(self, index: int) -> bool:
         slot = self._slots[index]
-        return slot.state is _State.FILLING and not slot.leases
+        return slot.state is _SlotState.FILLING and not slot.leases
 
     def _filling(self, index: int, generation: int) -> _Slot | None:
-        """The slot the worker reports on, or None, counted, when the report is of another time."""
+        """The slot the worker reports on, or None, counted, when the report is stale."""
         slot = self._slots[index] if 0 <= index < self.num_slots else None
-        if slot is None or slot.state is not _State.FILLING or slot.generation != generation:
+        if slot is None or slot.state is not _SlotState.FILLING or slot.generation != generation:
             self.counters["stale_fill"] += 1
             return None
         return slot
 
     def _end(self, lease: Lease) -> None:
-        """Take a lease away. A READY slot goes with its last lease, a FILLING one waits for the worker's report."""
+        """End a lease. A READY slot is freed with its last lease, a FILLING one on the worker's report."""
         holder, slot = self._holders[lease.holder], self._slots[lease.slot]
         del self._leases[lease.id], holder.leases[lease.id]
         holder.seqs.remove(lease.seq)
@@ -386,15 +386,15 @@ class Ring:
         self._settle(lease.slot)
 
     def _settle(self, index: int) -> None:
-        """Give a READY slot away if nobody leases it."""
-        if self._slots[index].state is _State.READY and not self._slots[index].leases:
+        """Free a READY slot that has no lease."""
+        if self._slots[index].state is _SlotState.READY and not self._slots[index].leases:
             self._vacate(index)
 
     def _vacate(self, index: int) -> None:
         slot = self._slots[index]
         assert not slot.leases | slot.readers, (
-            f"slot {index} is given away: {slot.leases} lease it, {slot.readers} read"
+            f"slot {index} is freed while leased by {slot.leases}, read by {slot.readers}"
         )
         del self._resident[slot.batch_id]
-        slot.state, slot.batch_id = _State.FREE, b""
+        slot.state, slot.batch_id = _SlotState.FREE, b""
         self._free.append(index)

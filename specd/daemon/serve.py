@@ -8,12 +8,12 @@ import secrets
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
 import zmq
 
-from specd.config.settings import DaemonConfig
+from specd.config.settings import DaemonConfig, SubscriberConfig
 from specd.daemon.control import Control
 from specd.daemon.lock import owned
 from specd.daemon.supervisor import ProcessHandle, Supervisor, ThreadHandle
@@ -21,6 +21,7 @@ from specd.endpoints import interface, resolve_endpoint
 from specd.memory import cuda, segment
 from specd.protocol.messages import StatusReport
 from specd.transports.base import ServerContext
+from specd.transports.registry import WITHIN_PROCESS
 
 log = logging.getLogger(__name__)
 
@@ -32,6 +33,10 @@ class Embedded(NamedTuple):
 
     endpoint: str
     context: Context
+
+    def subscriber_config(self, **settings: Any) -> SubscriberConfig:
+        """Settings of a Subscriber that connects to this daemon; `settings` override the defaults."""
+        return SubscriberConfig(endpoints=(self.endpoint,), transport=WITHIN_PROCESS, **settings)
 
 
 def serve(settings: DaemonConfig, on_ready: Callable[[StatusReport], None]) -> None:
@@ -71,7 +76,7 @@ def embedded(settings: DaemonConfig, context: Context | None = None) -> Iterator
     """
     # The worker's thread starts on the first device, whichever the caller made its own.
     target = msgspec.structs.replace(settings.target, device=cuda.resolve(settings.target.device))
-    settings = msgspec.structs.replace(settings, target=target, transports=("inproc",))
+    settings = msgspec.structs.replace(settings, target=target, transports=(WITHIN_PROCESS,))
     endpoint = f"inproc://specd-{secrets.token_hex(8)}"
     ready = threading.Event()
     failure: list[Exception] = []
@@ -85,7 +90,7 @@ def embedded(settings: DaemonConfig, context: Context | None = None) -> Iterator
             try:
                 control.run()
             except Exception as error:
-                if ready.is_set():  # whoever trains will only hear that nobody answers
+                if ready.is_set():  # the trainer only sees that it does not answer
                     log.exception("the daemon ended")
                 failure.append(error)
             finally:

@@ -1,4 +1,4 @@
-"""Sessions: which trainers are in, what they asked for, and whether their processes live."""
+"""Sessions: the connected trainers, their requests, and whether their processes live."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from specd.protocol import messages as wire
 log = logging.getLogger(__name__)
 
 
-class Session:
-    """One trainer. key: its routing id. requests: by seq. pidfd: readable once its process is dead; −1 if unknown."""
+class TrainerSession:
+    """A trainer's session. key: routing id. requests: by seq. pidfd: readable once its process ended, −1 if unknown."""
 
     __slots__ = (
         "batches", "credits", "gpus", "key", "name", "nbytes", "opened", "pidfd", "requests", "spec", "transport",
@@ -54,7 +54,7 @@ class Session:
 
 
 class Sessions:
-    """All open sessions by key, and a pidfd for each process of this host that has one, or may still read the ring.
+    """All open sessions by key, and a pidfd for each local process that has one or may still read the ring.
 
     The ring knows a process by its pidfd, which stays open, and so unique, while slots are quarantined for it.
     """
@@ -63,22 +63,22 @@ class Sessions:
         self._poller = poller
         self._ring = ring
         self._host = host_id()
-        self._by_key: dict[bytes, Session] = {}
+        self._by_key: dict[bytes, TrainerSession] = {}
         self._pids: dict[int, int] = {}  # pidfd → pid
         self._keys: dict[int, set[bytes]] = {}  # pidfd → its process's sessions
 
-    def __iter__(self) -> Iterator[Session]:
+    def __iter__(self) -> Iterator[TrainerSession]:
         return iter(list(self._by_key.values()))
 
     def __contains__(self, key: bytes) -> bool:
         return key in self._by_key
 
-    def get(self, key: bytes) -> Session | None:
+    def get(self, key: bytes) -> TrainerSession | None:
         """The session of a key, if it is open."""
         return self._by_key.get(key)
 
-    def open(self, key: bytes, hello: wire.Hello, peer: int, now: float) -> Session | str:
-        """Let a trainer in, or say why there is no room; watches its process if it is one of this host.
+    def open(self, key: bytes, hello: wire.Hello, peer: int, now: float) -> TrainerSession | str:
+        """Open a session, or return why there is no room; watches the trainer's process if it is local.
 
         peer: the process at the other end of the connection, 0 if the kernel does not tell.
         """
@@ -89,11 +89,11 @@ class Sessions:
             return self._why_full()
         if pidfd >= 0:
             self._keys[pidfd].add(key)
-        session = self._by_key[key] = Session(key, hello, credits, now, pidfd)
+        session = self._by_key[key] = TrainerSession(key, hello, credits, now, pidfd)
         log.info("session %s of %s: %d credits", key.hex()[:8], hello.name, credits)
         return session
 
-    def pop(self, key: bytes) -> Session | None:
+    def pop(self, key: bytes) -> TrainerSession | None:
         """Remove a session, if it is open, and free all it holds; what its process may still read is quarantined."""
         session = self._by_key.pop(key, None)
         self._ring.close(key)
@@ -107,23 +107,23 @@ class Sessions:
         return session
 
     def dead(self, fds: Container[object]) -> list[bytes]:
-        """Keys of the sessions whose process ended, given what can be read now. Pop them, then `release_dead`."""
+        """Keys of the sessions whose process ended. fds: the readable ones. Pop them, then `release_dead`."""
         return [key for pidfd, keys in self._keys.items() if pidfd in fds for key in keys]
 
     def release_dead(self, fds: Container[object]) -> None:
-        """End the quarantine of the slots that processes which ended had borrowed."""
+        """End the quarantine of slots borrowed by processes that ended."""
         for pidfd in [pidfd for pidfd in self._keys if pidfd in fds]:
             self._ring.dead(pidfd)
             self._unwatch(pidfd)
 
     def reset(self) -> None:
-        """The worker is gone, and the ring's memory with it: nothing is held or quarantined any more."""
+        """Drop all leases and quarantines: the worker is gone, and the ring's memory with it."""
         self._ring.reset()
         for pidfd in list(self._keys):
             self._unwatch(pidfd)
 
     def _watch(self, hello: wire.Hello, peer: int) -> int:
-        """A pidfd of a trainer on this host, or −1 when its pid is not known, or not the one the kernel knows."""
+        """A pidfd of a local trainer; −1 when its pid is unknown or differs from the kernel's."""
         if hello.host != self._host or hello.pid <= 0 or peer not in (0, hello.pid):
             return -1
         for pidfd, pid in self._pids.items():
@@ -138,7 +138,7 @@ class Sessions:
         return pidfd
 
     def _unwatch(self, pidfd: int) -> None:
-        """Give a pidfd up once its process has no session and nothing is quarantined for it."""
+        """Close a pidfd once its process has no session and no quarantined slot."""
         if pidfd >= 0 and not self._keys[pidfd] and not self._ring.quarantined(pidfd):
             del self._keys[pidfd], self._pids[pidfd]
             self._poller.unregister(pidfd)
@@ -159,7 +159,7 @@ def peer_pid(frame: zmq.Frame) -> int:
     """The process that sent a frame, as the kernel told libzmq when it connected over ipc; 0 over anything else."""
     try:
         address = str(frame.get("Peer-Address"))  # "localhost:UID:GID:PID" where the socket has credentials
-    except zmq.ZMQError:  # inproc: nobody connected
+    except zmq.ZMQError:  # inproc: there is no peer
         return 0
     _, *credentials = address.split(":")
     return int(credentials[2]) if len(credentials) == 3 and all(part.isdigit() for part in credentials) else 0

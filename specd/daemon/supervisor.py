@@ -31,9 +31,9 @@ from specd.worker.worker import Worker, WorkerConfig
 log = logging.getLogger(__name__)
 
 BACKOFF_S = (0.0, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
-"""Wait before the nth start in a row; a worker that filled a batch starts the row anew."""
+"""Back-off before the nth consecutive restart; a worker that fills a batch resets it."""
 MAX_EARLY_DEATHS = 3
-"""So many workers may die before the first one ever served; then the daemon gives up."""
+"""The daemon gives up after this many worker deaths if none ever served."""
 STOP_S = 10.0
 
 
@@ -48,14 +48,14 @@ class Handle(Protocol):
         ...
 
     def kill(self) -> None:
-        """End it now, if it can be."""
+        """Kill it, if it can be."""
 
     def wait(self, timeout_s: float) -> bool:
         """Whether it ended within `timeout_s`."""
         ...
 
     def close(self) -> None:
-        """Give `fd` up."""
+        """Close `fd`."""
 
 
 Launch = Callable[[WorkerConfig], Handle]
@@ -100,7 +100,7 @@ class Supervisor:
         return self._due
 
     def tend(self, poller: zmq.Poller) -> None:
-        """Start a worker if one is due, and have its pipe and its death polled.
+        """Start a worker if one is due, and register its pipe and its death with `poller`.
 
         Raises DaemonError as `restart` does.
         """
@@ -111,7 +111,7 @@ class Supervisor:
         self._poller = poller
         try:
             self._start(poller)
-        except (OSError, zmq.ZMQError) as error:  # no memory for a process, say: it may be there later
+        except (OSError, zmq.ZMQError) as error:  # such as no memory for a process: retry later
             self.restart(f"it could not be launched: {error}")
 
     def _start(self, poller: zmq.Poller) -> None:
@@ -131,7 +131,7 @@ class Supervisor:
         poller.register(self._handle.fd, zmq.POLLIN)
 
     def notes(self, events: dict[Any, int]) -> list[Any]:
-        """What the worker has to say."""
+        """The worker's messages."""
         notes: list[Any] = []
         if self._from is not None and self._from in events:
             with contextlib.suppress(zmq.Again):
@@ -140,21 +140,21 @@ class Supervisor:
         return notes
 
     def send(self, note: channel.ToWorker) -> None:
-        """Tell the worker something; nothing happens while none serves."""
+        """Send to the worker; a no-op while none serves."""
         if self._to is not None and self._up:
-            with contextlib.suppress(zmq.Again):  # it is dead, though nobody has told us yet
+            with contextlib.suppress(zmq.Again):  # it is dead, but not yet reaped
                 self._to.send(channel.encode(note), zmq.NOBLOCK)
 
     def serving(self) -> None:
-        """The worker is up."""
+        """Note that the worker is up."""
         self._up = self._ever_served = True
 
     def productive(self) -> None:
-        """The worker did its job: its death, should it come, is not one in a row."""
+        """Reset the back-off: the worker filled a batch."""
         self._deaths = 0
 
     def failed(self, reason: str) -> None:
-        """The worker says that it cannot start. Raises DaemonError if none ever could."""
+        """Kill a worker that reported that it cannot start. Raises DaemonError if none ever did."""
         if not self._ever_served:
             raise DaemonError(reason)
         log.error("the worker cannot start again: %s", reason)
@@ -170,7 +170,7 @@ class Supervisor:
     def restart(self, reason: str) -> None:
         """Clean up after a dead worker and set the time of the next start.
 
-        Raises DaemonError when worker after worker died before one ever served.
+        Raises DaemonError after MAX_EARLY_DEATHS deaths before any worker served.
         """
         self._deaths += 1
         self._clear()
@@ -181,7 +181,7 @@ class Supervisor:
         log.warning("the worker died (%s); the next one starts in %.1f s", reason, pause)
 
     def stop(self) -> None:
-        """End the worker in order, or kill it. Idempotent."""
+        """Stop the worker, or kill it after STOP_S. Idempotent."""
         handle, self._due = self._handle, None
         if handle is not None:
             assert self._to is not None
@@ -196,7 +196,7 @@ class Supervisor:
         self._clear()
 
     def _clear(self) -> None:
-        """Forget the worker and take away what it left."""
+        """Drop the worker, its pipes and its segment."""
         if self._poller is None:  # none was ever started
             return
         if self._handle is not None:
@@ -277,6 +277,6 @@ class ThreadHandle:
         return not self._thread.is_alive()
 
     def close(self) -> None:
-        """The thread writes to `fd` when it ends: one that goes on keeps it."""
+        """Close `fd`, unless the thread still runs: it writes to it at its end."""
         if not self._thread.is_alive():
             os.close(self.fd)

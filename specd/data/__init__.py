@@ -1,1 +1,1 @@
-"""Conversations into training samples, samples into batches."""
+"""Training data: conversations into samples, samples into batches."""

@@ -12,7 +12,7 @@ from specd.errors import ConfigError
 from specd.protocol.batch import Batch
 
 GROUP_BATCHES = 64
-"""So many batches' worth of shuffled samples are sorted by length together."""
+"""Shuffled samples are sorted by length in groups of this many batches."""
 
 
 class Samples(Protocol):
@@ -26,7 +26,7 @@ class Samples(Protocol):
 class BatchPlan:
     """Every epoch as batches of sample numbers: each sample exactly once an epoch, each batch within its budget.
 
-    A pure function of its arguments, the same on every machine and with every numpy. Samples of alike length share a
+    A pure function of its arguments, the same on every machine and with every numpy. Samples of similar length share a
     batch: sorted within groups of GROUP_BATCHES batches of shuffled samples; then the batches are shuffled.
     """
 
@@ -49,7 +49,7 @@ class BatchPlan:
                 f"of at least one token, and a limit of sequences or 0 for none"
             )
         if not self._lengths.size:
-            raise ConfigError("there are no samples to plan batches of; give data with at least one trainable sample")
+            raise ConfigError("no samples to make batches of; give data with at least one trainable sample")
         longest = int(self._lengths.argmax())
         if self._lengths[longest] > batch_tokens:
             raise ConfigError(
@@ -113,7 +113,7 @@ class Loader:
 
     @property
     def num_batches(self) -> int:
-        """How many batches all epochs have together."""
+        """How many batches all epochs have in total."""
         return sum(map(self._plan.num_batches, range(self.epochs)))
 
     def __len__(self) -> int:
@@ -146,7 +146,7 @@ class Loader:
 
 
 def _keys(count: int, seed: int, epoch: int, purpose: int) -> NDArray[np.uint64]:
-    """`count` random-looking numbers; sorting by them shuffles.
+    """`count` pseudo-random numbers; sorting by them shuffles.
 
     Splitmix64 (Steele, Lea and Flood, 2014) in place of numpy's generators, whose permutations may change from one
     version to the next: a resumed run must see the very same epoch.

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 Turn = dict[str, Any]
 """`role`, `content` and whatever else the template reads (tool_calls, reasoning_content, …).
 
-An answer's `finish_reason` is ours, and no template sees it: "length" says that it was cut off.
+An answer's `finish_reason` is specd's own, hidden from templates: "length" if it was cut off.
 """
 
 ROLES = {
@@ -42,7 +42,7 @@ Span = tuple[int, int]
 
 
 class Rendered(msgspec.Struct, frozen=True, kw_only=True):
-    """A conversation as text. spans: the characters that the target writes, and a draft may be trained on."""
+    """A conversation as text. spans: the characters that the target writes, which may be labels."""
 
     text: str
     spans: tuple[Span, ...]
@@ -70,7 +70,7 @@ def turns(row: Mapping[str, Any], where: str) -> list[Turn]:
 
 
 def questions(conversation: list[Turn], where: str) -> list[list[Turn]]:
-    """The turns that lead up to each answer of the assistant, without the answers: what a target can answer anew.
+    """The turns that lead up to each answer of the assistant, without the answers: prompts to regenerate them.
 
     Raises DataError when the conversation asks nothing.
     """
@@ -87,7 +87,7 @@ def questions(conversation: list[Turn], where: str) -> list[list[Turn]]:
 
 
 class Chat:
-    """The chat template of one tokenizer, and what is constant in the text around an answer."""
+    """The chat template of one tokenizer, and the constant text it writes around an answer."""
 
     __slots__ = ("_closing", "_generation", "_header", "_leads", "options", "tokenizer")
 
@@ -115,9 +115,9 @@ class Chat:
             )
         # Some templates write an empty think block before the last answer, and not before earlier ones.
         self._leads = tuple(sorted({last[len(asked) :], early[len(asked) :]}, key=len, reverse=True))
-        """What the template may write between the turn before and an answer's content."""
+        """Texts the template may write between the turn before and an answer's content."""
         self._header = commonprefix([opened[len(asked) :], *self._leads])  # noqa: RUF071 - of texts, not of paths
-        """What begins every answer."""
+        """The text that begins every answer."""
         specials = sorted(map(str, self.tokenizer.all_special_tokens), key=len, reverse=True)
         bare = after.lstrip()
         ending = next((token for token in specials if token and bare.startswith(token)), "")
@@ -127,7 +127,7 @@ class Chat:
     def render(
         self, conversation: list[Turn], *, open_answer: bool = False, tools: Any = None, where: str = "a conversation"
     ) -> str:
-        """The conversation as text; with `open_answer` up to where the target goes on writing.
+        """The conversation as text; with `open_answer` up to where the target's answer begins.
 
         Raises DataError naming `where` when the template refuses it.
         """
@@ -236,7 +236,7 @@ class Encoder:
         from tokenizers import Tokenizer
 
         self.tokenizer = tokenizer
-        # A core that trims offsets says that a whitespace token has no characters, which would hide who wrote it.
+        # With trimmed offsets a whitespace token has no characters, and could not be told a label.
         core: Any = tokenizer.backend_tokenizer
         state = core.to_str().replace('"trim_offsets":true', '"trim_offsets":false')
         self._core = Tokenizer.from_str(state)
@@ -286,7 +286,7 @@ def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> li
 
 
 def _shown(conversation: list[Turn]) -> list[Turn]:
-    """What a template sees of a conversation."""
+    """The turns as a template gets them: without `finish_reason`."""
     return [{key: value for key, value in turn.items() if key != "finish_reason"} for turn in conversation]
 
 

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from specd.config.settings import DataConfig
 from specd.data.batching import BatchPlan
 from specd.data.chat import Chat, Encoder, Rendered, load_tokenizer
-from specd.data.rows import Row, fingerprint, read_rows
+from specd.data.rows import Row, fingerprint, locate, read_rows
 from specd.errors import ConfigError, DataError
 from specd.paths import cache_dir
 
@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 CHUNK = 512
 """Rows that are tokenised together; the tokenizer spreads them over the cores."""
 
-_VERSION = "2"  # part of the cache key: raise it when the same rows would give other samples
+_VERSION = "3"  # part of the cache key: raise it when the same rows would give other samples
 _TOKENIZER_FILE = re.compile(r"(token|vocab|merges|special_|added_|chat_template).*\.(json|jinja|model|txt|tiktoken)")
 _COLUMNS = {"tokens": ("input_ids",), "conversations": ("messages", "conversations"), "text": ("text",)}
 
@@ -37,11 +37,11 @@ Format = Literal["conversations", "text", "tokens"]
 
 
 class Report(msgspec.Struct, frozen=True, kw_only=True):
-    """What became of a data file.
+    """Counts of a prepared data file.
 
     rows: read. samples, tokens, trainable_tokens: in the data set; a trainable token is one under the loss mask.
-    cut: samples longer than max_length. without_labels: rows left out because no two tokens in a row are trainable,
-    so that no anchor fits. forms: samples by their `form` column, where they have one.
+    cut: samples longer than max_length. without_labels: rows left out, with fewer consecutive labels than the draft
+    needs. forms: samples by their `form` column, where they have one.
     """
 
     rows: int = 0
@@ -56,8 +56,8 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
 class Dataset:
     """Samples by number. tokens: int32, the ids of sample i; loss_mask: bool, True where a token may be a label.
 
-    rows: for each sample, which row of the file it was, from 0. digest: identity of the samples, whatever file or
-    path they came from.
+    rows: for each sample, its row in the file, from 0. digest: identity of the samples, whatever file or path they
+    came from.
     """
 
     __slots__ = ("_mask", "_starts", "_tokens", "digest", "report", "rows")
@@ -89,24 +89,34 @@ class Dataset:
         return BatchPlan(self.lengths, config.batch_tokens, config.max_batch_sequences, seed)
 
 
-def prepare(config: DataConfig, tokenizer_dir: Path, *, on_rows: Callable[[int], None] | None = None) -> Dataset:
-    """The samples of `config.path` for the tokenizer in `tokenizer_dir`, from the cache where it has them.
-
-    on_rows: called with the number of rows read so far, now and then. Raises DataError that names the row for data that
-    cannot be used, ConfigError for settings that cannot be.
-    """
-    if not config.path:
-        raise ConfigError("data.path is empty and the target's preset names no data; give --data or set data.path")
+def check(config: DataConfig) -> None:
+    """Raise ConfigError or DataError for settings that cannot be used; reads no rows, contacts no hub."""
     if config.max_length < 2 or config.max_samples < 0:
         raise ConfigError(
             f"data.max_length={config.max_length}, data.max_samples={config.max_samples}: expected a length of at "
             f"least 2 tokens, and a number of samples or 0 for all"
         )
+    locate(config.path)
+
+
+def prepare(
+    config: DataConfig,
+    tokenizer_dir: Path,
+    *,
+    consecutive_labels: int = 1,
+    on_rows: Callable[[int], None] | None = None,
+) -> Dataset:
+    """The samples of `config.path` for the tokenizer in `tokenizer_dir`, from the cache if they are there.
+
+    consecutive_labels: a sample with fewer labels in a row is left out. on_rows: called with the rows read so far,
+    every CHUNK rows. Raises DataError that names the row for data that cannot be used, ConfigError as `check`.
+    """
+    check(config)
     home = Path(config.cache_dir).expanduser() if config.cache_dir else cache_dir() / "data"
-    place = home / _key(config, tokenizer_dir)
+    place = home / _key(config, tokenizer_dir, consecutive_labels)
     dataset = _load(place)
     if dataset is None:
-        arrays, report = _build(config, tokenizer_dir, on_rows)
+        arrays, report = _build(config, tokenizer_dir, consecutive_labels, on_rows)
         dataset = Dataset(arrays, report, _digest(arrays))
         _store(place, arrays, report)
     report = dataset.report
@@ -119,7 +129,7 @@ def prepare(config: DataConfig, tokenizer_dir: Path, *, on_rows: Callable[[int],
 
 
 def sample(config: DataConfig, tokenizer_dir: Path, number: int) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
-    """Tokens and loss mask of row `number` (from 1), uncut and whether or not it has labels: to look at.
+    """Tokens and loss mask of row `number` (from 1) for inspection: uncut, with labels or without.
 
     Raises DataError when there are fewer rows.
     """
@@ -128,13 +138,15 @@ def sample(config: DataConfig, tokenizer_dir: Path, number: int) -> tuple[NDArra
     raise DataError(f"{config.path} has no row {number}; rows count from 1")
 
 
-def trainable(mask: NDArray[np.bool_]) -> bool:
-    """Whether an anchor fits: it needs a label, and one right after it."""
-    return bool((mask[1:] & mask[:-1]).any())
+def trainable(mask: NDArray[np.bool_], consecutive_labels: int) -> bool:
+    """Whether `mask` has `consecutive_labels` labels in a row."""
+    for _ in range(consecutive_labels - 1):
+        mask = mask[1:] & mask[:-1]
+    return bool(mask.any())
 
 
 def _build(
-    config: DataConfig, tokenizer_dir: Path, on_rows: Callable[[int], None] | None
+    config: DataConfig, tokenizer_dir: Path, consecutive_labels: int, on_rows: Callable[[int], None] | None
 ) -> tuple[dict[str, NDArray[Any]], Report]:
     """Tokenise every row. Samples without labels are left out, and counted."""
     samples: list[tuple[NDArray[np.int32], NDArray[np.bool_]]] = []
@@ -146,7 +158,7 @@ def _build(
         if on_rows is not None and rows % CHUNK == 0:
             on_rows(rows)
         shown, labels = tokens[: config.max_length], mask[: config.max_length]
-        if not trainable(labels):
+        if not trainable(labels, consecutive_labels):
             continue
         cut += tokens.size > config.max_length
         samples.append((shown, labels))
@@ -213,7 +225,7 @@ def _vocabulary(tokenizer_dir: Path) -> int:
 
 
 def _format(row: Mapping[str, Any], where: str, asked: str) -> Format:
-    """What kind of row it is: as asked, or by its columns."""
+    """The format of a row: `asked`, or by its columns."""
     for kind, columns in _COLUMNS.items():
         if asked in ("auto", kind) and any(row.get(column) is not None for column in columns):
             return kind  # type: ignore[return-value]  # the keys of _COLUMNS are the Formats
@@ -231,7 +243,7 @@ def _string(row: Mapping[str, Any], where: str) -> str:
 
 
 def _tokens(row: Mapping[str, Any], where: str, size: int) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
-    """A row that is tokens already. size: of the vocabulary."""
+    """Tokens and mask of a tokenised row. size: of the vocabulary."""
     arrays = []
     for column, top in (("input_ids", size - 1), ("loss_mask", 1)):
         try:
@@ -252,10 +264,13 @@ def _tokens(row: Mapping[str, Any], where: str, size: int) -> tuple[NDArray[np.i
     return ids.astype(np.int32), mask.astype(np.bool_)
 
 
-def _key(config: DataConfig, tokenizer_dir: Path) -> str:
-    """Name of the prepared data in the cache: everything that the samples depend on."""
+def _key(config: DataConfig, tokenizer_dir: Path, consecutive_labels: int) -> str:
+    """Cache key of the prepared data: a digest of all that the samples depend on."""
     digest = hashlib.blake2b(digest_size=16)
-    options = (config.format, config.last_turn_only, config.max_length, config.max_samples, config.template)
+    options = (
+        config.format, config.last_turn_only, config.max_length, config.max_samples, config.template,
+        consecutive_labels,
+    )  # fmt: skip
     digest.update(
         msgspec.json.encode([_VERSION, fingerprint(config.path, split=config.split), options], order="sorted")
     )
@@ -281,7 +296,7 @@ _ARRAYS: Iterable[tuple[str, type[Any]]] = (
 
 
 def _load(place: Path) -> Dataset | None:
-    """The data set kept at `place`, its arrays mapped rather than read; None when there is none, or it is damaged."""
+    """The data set cached at `place`, its arrays memory-mapped; None when it is missing or damaged."""
     if not place.is_dir():
         return None
     try:
@@ -300,7 +315,7 @@ def _load(place: Path) -> Dataset | None:
 
 
 def _store(place: Path, arrays: Mapping[str, NDArray[Any]], report: Report) -> None:
-    """Keep prepared data; a cache that cannot be written only costs the time to prepare it again."""
+    """Cache prepared data; a failure is logged and only costs preparing it again."""
     scratch: Path | None = None
     try:
         place.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Rows of a data set: JSONL, JSON, Parquet or a hub name as mappings, each with where it stands."""
+"""Rows of a data set: JSONL, JSON, Parquet or a hub name as mappings, each with its location."""
 
 from __future__ import annotations
 
@@ -14,10 +14,14 @@ import msgspec
 from specd.errors import DataError, missing_extra
 
 Row = tuple[str, dict[str, Any]]
-"""Where a row stands ("train.jsonl line 3"), for messages, and its columns."""
+"""A row's location ("train.jsonl line 3"), for messages, and its columns."""
 
 SHIPPED = "specd:"
-"""Prefix of files that come with specd: `specd:demo/train.jsonl`."""
+"""Prefix of files that come with specd."""
+DEMO = f"{SHIPPED}demo/train.jsonl"
+"""Demo conversations; the answers are SmolLM2-135M-Instruct's."""
+HELDOUT = f"{SHIPPED}demo/heldout.jsonl"
+"""Held-out conversations of the same kind."""
 
 
 def locate(path: str) -> Path | None:
@@ -44,8 +48,8 @@ def locate(path: str) -> Path | None:
 def read_rows(path: str, *, split: str = "train", limit: int = 0) -> Iterator[Row]:
     """The rows of `path` in order, lazily; at most `limit` of them, 0 for all.
 
-    Raises DataError that names the line for whatever cannot be read, and when there is no row at all; ConfigError when
-    a package for Parquet or the hub is missing.
+    Raises DataError that names an unreadable line, and when there is no row at all; ConfigError when a package for
+    Parquet or the hub is missing.
     """
     file = locate(path)
     if file is None:
@@ -148,6 +152,6 @@ def _hub(name: str, split: str) -> Any:
     except Exception as error:  # noqa: BLE001 - the hub's, httpx's and datasets' own errors share no base class
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise DataError(
-            f"data set {name!r} (split {split!r}) cannot be had from the hub: {reason}; "
+            f"data set {name!r} (split {split!r}) cannot be loaded from the hub: {reason}; "
             f"check the name, or give a .jsonl or .parquet file"
         ) from None

@@ -1,19 +1,24 @@
-"""What a draft brings to training and to decoding: the contracts of the family."""
+"""What a draft brings to training and to decoding: the contracts of the family.
+
+A draft is a folder with a `Method`: static facts and factories, named by the registry or by an entry point of the group
+`specd.drafts`. The trainer knows no draft by name: it asks the method what to capture, has it make an `Objective`
+beside the target, and trains that. Evaluation asks the method that wrote a directory for a `Drafter`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
+import msgspec
 import torch
 from torch import Tensor
 
+from specd.config.settings import CaptureConfig, Config
+from specd.protocol.batch import Batch, Delivery
 from specd.protocol.capture import CaptureSpec
 from specd.protocol.contract import TargetContract
-
-if TYPE_CHECKING:
-    from specd.protocol.batch import Delivery
 
 
 class Loss(NamedTuple):
@@ -30,24 +35,68 @@ class Loss(NamedTuple):
 
 
 class Objective(Protocol):
-    """A draft, how it is trained, and how it is exported."""
+    """A draft in training: its network, its loss, its published format."""
 
     @property
     def module(self) -> torch.nn.Module:
         """The draft; its trainable parameters are the float32 masters."""
         ...
 
-    def spec_for(self, contract: TargetContract) -> CaptureSpec:
-        """What this draft needs captured from that target."""
-        ...
-
     def loss(self, delivery: Delivery) -> Loss:
         """The loss of one delivered batch; random choices depend on seed, epoch and sample only."""
         ...
 
-    def export(self, path: Path) -> None:
-        """Write the draft to a directory in its published format."""
+    def warm_up(self, dtype: torch.dtype) -> None:
+        """Compile what is compiled, before the first batch; leaves weights and gradients as they are. dtype: of states.
+
+        Kernels must be ready for every size a run can bring: a compilation in mid-run stalls the trainer for seconds.
+        """
         ...
+
+    def facts(self) -> dict[str, str]:
+        """What a person wants to know of the draft, by name: layers, taps, trained parameters."""
+        ...
+
+    def export(self, path: Path, files: Mapping[str, bytes] | None = None) -> None:
+        """Write the draft to a directory in its published format; `files` (tokenizer and the like) go beside it."""
+        ...
+
+
+class TargetParts(NamedTuple):
+    """What a trainer has of the target, beside its states.
+
+    config: its config.json. embedding, lm_head: [V, H], frozen; one tensor if they share memory.
+    """
+
+    contract: TargetContract
+    config: dict[str, Any]
+    embedding: Tensor
+    lm_head: Tensor
+
+
+class Tuning(msgspec.Struct, frozen=True, kw_only=True):
+    """How the same loss is computed; None is the draft's own choice for the device.
+
+    compiled: the layers run through torch.compile. fused_head: see `head.head_loss`. spread_heads: see
+    `block_attention.flex_attention`.
+    """
+
+    compiled: bool | None = None
+    fused_head: bool | None = None
+    spread_heads: bool = True
+
+
+class Workload(NamedTuple):
+    """What one training step of a batch costs, for the benchmark. rows: tokens that run through the draft's layers.
+
+    predictions: rows that the head is asked for. flops: useful operations of a step, forward and backward, by part; a
+    multiplication and an addition are two. parts: parts of a step that can be run, and timed, alone.
+    """
+
+    rows: int
+    predictions: int
+    flops: dict[str, float]
+    parts: dict[str, Callable[[], object]]
 
 
 class Drafter(Protocol):
@@ -73,4 +122,76 @@ class Drafter(Protocol):
 
     def propose(self, token: int) -> Tensor:
         """Guesses int64 [block_size − 1] for what follows `token`, the text's last, whose states are not known yet."""
+        ...
+
+
+class Draft(Protocol):
+    """A draft as it was read from its published directory."""
+
+    def drafter(self, embedding: Tensor, lm_head: Tensor) -> Drafter:
+        """The draft for decoding beside a target, in the dtype of the target's embedding and lm_head, both [V, H].
+
+        Raises ConfigError for a target that is not the draft's own.
+        """
+        ...
+
+    def untrained(self, seed: int) -> Draft:
+        """The same draft with the weights that training with `seed` began with."""
+        ...
+
+
+class Method(Protocol):
+    """What a registry entry points to: a class with static facts and factories, never instantiated.
+
+    title: name and source, for people. settings: its own struct, which `draft` of a RunConfig becomes. free: settings
+    that do not change what is computed, so that a resumed run may have others. consecutive_labels: a sample needs so
+    many labels in a row to be trained at all. architectures: what its published config.json may name.
+    """
+
+    title: ClassVar[str]
+    settings: ClassVar[type[Config]]
+    free: ClassVar[frozenset[str]]
+    consecutive_labels: ClassVar[int]
+    architectures: ClassVar[tuple[str, ...]]
+
+    @staticmethod
+    def check(settings: Any, target: str) -> None:
+        """Raise ConfigError for settings that cannot work, whatever the target turns out to be. target: its name.
+
+        Asked before a target is loaded or a transport attached.
+        """
+
+    @staticmethod
+    def capture_config(settings: Any) -> CaptureConfig:
+        """What a daemon that is started for this draft sizes its slots for."""
+        ...
+
+    @staticmethod
+    def capture(settings: Any, contract: TargetContract) -> CaptureSpec:
+        """What has to be captured of that target. Raises ConfigError when it has too few layers."""
+        ...
+
+    @staticmethod
+    def objective(
+        settings: Any,
+        target: TargetParts,
+        device: str | torch.device,
+        dtype: torch.dtype,
+        seed: int = 0,
+        tuning: Tuning | None = None,
+    ) -> Objective:
+        """The draft that is trained. dtype: of its forward. seed: of its weights and of what it draws from samples.
+
+        Raises ConfigError where settings and target do not fit.
+        """
+        ...
+
+    @staticmethod
+    def load(path: Path) -> Draft:
+        """Read a draft's directory. Raises ConfigError for one it cannot run, CheckpointError for a damaged one."""
+        ...
+
+    @staticmethod
+    def workload(objective: Any, batch: Batch) -> Workload:
+        """What a training step of `batch` costs."""
         ...

@@ -1,4 +1,4 @@
-"""Attention of packed DFlash blocks: each sees its own sequence strictly before its anchor, and all of itself.
+"""Attention of packed blocks: each sees its own sequence strictly before its anchor, and all of itself.
 
 Two implementations of one mask: flex_attention for GPUs, and plain torch ops sequence by sequence for anything else.
 Shape legend: M blocks, b tokens a block, N = M·b, T context tokens, C context tokens of one sequence, A its blocks,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar, cast
 
 import torch
@@ -28,6 +29,9 @@ def compiled(function: Function) -> Function:
     options: dict[str, Any] = {"unroll_reductions_threshold": 17}
     if hasattr(config, "deterministic"):  # from torch 2.10 on
         options["deterministic"] = True
+    # It is tried or left by the number of tokens: every range of sizes would be compiled for when it first comes.
+    if hasattr(config.triton, "mix_order_reduction"):  # from torch 2.10 on
+        options["triton.mix_order_reduction"] = False
     inner = torch.compile(function, dynamic=True, options=options)
 
     @functools.wraps(function)
@@ -42,3 +46,21 @@ def compiled(function: Function) -> Function:
             ) from error
 
     return cast(Function, call)
+
+
+@contextlib.contextmanager
+def compiling_for(*sizes: int) -> Iterator[None]:
+    """Where what is `compiled` meets its first arguments, of these sizes.
+
+    Kernels are shaped by those sizes, but torch's caches on disk do not tell sizes apart: what a run with others left
+    there could round differently, so it is kept apart.
+    """
+    import torch._dynamo.config
+    import torch.compiler.config
+
+    tag = "-".join(["specd", *map(str, sizes)])
+    dynamo: Any = torch._dynamo.config
+    compiler: Any = torch.compiler.config
+    # Numbers such as the norms' epsilon are constants: else each function is traced twice, to find out.
+    with dynamo.patch(specialize_float=True), compiler.patch(cache_key_tag=f"{compiler.cache_key_tag}{tag}"):
+        yield

@@ -18,7 +18,7 @@ Rope = tuple[Tensor, Tensor]
 
 
 class Attend(Protocol):
-    """Attention of all block tokens under the DFlash mask; see `specd.drafts.block_attention`."""
+    """Attention of all block tokens under the mask of blocks; see `specd.drafts.block_attention`."""
 
     def __call__(self, query: Tensor, block: KeyValue, context: KeyValue, window: int) -> Tensor:
         """query [N, Q, D], block keys and values of N tokens, context of T; window 0 is none. Returns [N, Q, D]."""

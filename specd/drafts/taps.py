@@ -7,8 +7,8 @@ import itertools
 from specd.errors import ConfigError
 
 
-def dflash_taps(num_layers: int, num_taps: int, eligible: tuple[int, ...] = ()) -> tuple[int, ...]:
-    """Evenly spaced DFlash taps (arXiv 2602.06036, as in its published checkpoints).
+def spread_taps(num_layers: int, num_taps: int, eligible: tuple[int, ...] = ()) -> tuple[int, ...]:
+    """Evenly spaced taps, from early to late (arXiv 2602.06036, as in its published checkpoints).
 
     num_layers: decoder layers of the target. eligible: the only layers that may be tapped (hybrid attention), empty for
     all; the first and the last of them are always included. Raises ConfigError when the taps would not be distinct.

@@ -1,7 +1,7 @@
-"""Greedy speculative decoding as evaluation: what a draft is worth, and proof that it changes nothing.
+"""Greedy speculative decoding as evaluation: a draft's acceptance length, and proof that it changes no output.
 
 Target and draft both keep their caches: nothing is computed twice. Batch size 1. A float32 target shows identity
-best: a coarser dtype rounds the same text otherwise in a block than token by token, and ties of its logits fall apart.
+best: a coarser dtype rounds the same text differently in a block than token by token, and breaks ties of its logits.
 """
 
 from __future__ import annotations
@@ -16,17 +16,16 @@ import torch
 from torch import Tensor
 
 from specd.drafts.base import Drafter
-from specd.drafts.dflash.drafter import DFlashDrafter
-from specd.drafts.dflash.model import DFlashDraft
 from specd.errors import ConfigError
 from specd.evaluate.results import ROUNDINGS, Evaluation, Mismatch, PromptResult
 
 
 class Generation(msgspec.Struct, frozen=True, kw_only=True):
-    """One text. tokens: what follows the prompt, the end token included if it came. forwards: target forwards after
+    """One generated text.
 
-    the prompt's. seconds: wall time, the prompt included. drafted, accepted: per offset 1, 2, … how many blocks
-    verified a guess there, and in how many it and all before it were right.
+    tokens: after the prompt, up to and including the end token. forwards: target forwards after the prompt's.
+    seconds: wall time, the prompt included. drafted, accepted: per offset 1, 2, … how many blocks verified a guess
+    there, and in how many it and all before it were right.
     """
 
     tokens: tuple[int, ...]
@@ -43,7 +42,7 @@ def greedy(model: Any, prompt: Sequence[int], *, max_new_tokens: int, eos: Colle
     model: a transformers causal LM. prompt: at least one token id. eos: ids that end the text, as of `chat.end_tokens`.
     """
     began = time.perf_counter()
-    target = _Target(model, ())
+    target = _CachedModel(model, ())
     tokens: list[int] = []
     logits, _ = target.forward(_checked(prompt, max_new_tokens), last_only=True)
     while True:
@@ -60,18 +59,17 @@ def speculate(
 ) -> Generation:
     """The same text by speculative decoding: the draft guesses a block, one target forward verifies all of it.
 
-    Of a block the longest prefix of right guesses is kept, and the target's own token after it. Arguments as of
-    `greedy`.
+    The longest prefix of right guesses is accepted, plus the target's own token after it. Arguments as of `greedy`.
     """
     began = time.perf_counter()
-    target = _Target(model, drafter.taps)
+    target = _CachedModel(model, drafter.taps)
     drafted, accepted = np.zeros((2, drafter.block_size - 1), np.int64)
     drafter.reset()
     logits, taps = target.forward(_checked(prompt, max_new_tokens), last_only=True)
     drafter.extend(taps)
     tokens, forwards = [int(logits[-1].argmax())], 0
     while tokens[-1] not in eos and len(tokens) < max_new_tokens:
-        # A block verifies one token more than it guesses, and yields as many as it verifies at most.
+        # A block verifies one token more than it guesses, and yields at most as many as it verifies.
         room = min(drafter.block_size, max_new_tokens - len(tokens))
         guesses = drafter.propose(tokens[-1])[: room - 1].tolist() if room > 1 else []
         logits, taps = target.forward([tokens[-1], *guesses])
@@ -98,7 +96,7 @@ def speculate(
 
 def evaluate(
     model: Any,
-    draft: DFlashDraft | Drafter | None,
+    drafter: Drafter | None,
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
@@ -108,14 +106,10 @@ def evaluate(
 ) -> Evaluation:
     """Decode every prompt with the draft and without it, and compare the texts token by token.
 
-    draft: None measures the target alone. references: the target's own texts of an earlier evaluation of the same
-    prompts and limits, to spare the time. progress: called with index and result after each prompt.
+    drafter: None measures the target alone. references: the target's own texts of an earlier evaluation of the same
+    prompts and limits, to save time. progress: called with index and result after each prompt.
     """
-    drafter: Drafter
-    if isinstance(draft, DFlashDraft):
-        drafter = DFlashDrafter(draft, model.get_input_embeddings().weight, model.get_output_embeddings().weight)
-    else:
-        drafter = draft or _NoDrafter()
+    drafter = drafter or _NoDrafter()
     rows: list[PromptResult] = []
     mismatches: list[Mismatch] = []
     greedy_tokens = 0
@@ -170,8 +164,8 @@ class _NoDrafter:
         return torch.empty(0, dtype=torch.int64)
 
 
-class _Target:
-    """A causal LM that follows one text, with its cache."""
+class _CachedModel:
+    """A causal LM with the KV cache of one text."""
 
     def __init__(self, model: Any, taps: tuple[int, ...]) -> None:
         from transformers import DynamicCache
@@ -193,7 +187,7 @@ class _Target:
         return output.logits[0], torch.cat(states, -1) if states else output.logits.new_empty(len(tokens), 0)
 
     def keep(self, length: int) -> None:
-        """Forget the text after its first `length` tokens."""
+        """Crop the cache to the first `length` tokens."""
         if surplus := self._cache.get_seq_length() - length:
             self._cache.crop(-surplus)
 
@@ -217,7 +211,7 @@ def _difference(model: Any, prompt: Sequence[int], index: int, own: Generation, 
     expected, got = (tokens[at] if at < len(tokens) else None for tokens in (own.tokens, text.tokens))
     if expected is None or got is None:
         return Mismatch(prompt=index, position=at, expected=expected, got=got, margin=0.0)
-    logits = _Target(model, ()).forward([*prompt, *own.tokens[:at]], last_only=True)[0][-1].float()
+    logits = _CachedModel(model, ()).forward([*prompt, *own.tokens[:at]], last_only=True)[0][-1].float()
     return Mismatch(
         prompt=index,
         position=at,

@@ -1,4 +1,4 @@
-"""Results of an evaluation, as they lie in a run's directory."""
+"""Results of an evaluation, as stored in a run's directory."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ DEFINITION = (
     "1.0 is plain decoding"
 )
 ROUNDINGS = 4
-"""Two logits within so many epsilons of the largest |logit| are a tie.
+"""Two logits within this many epsilons of the largest |logit| are a tie.
 
 Two runs compute two logits each, and each of the four is off by up to one epsilon: half for its own rounding, half for
 that of the states under it.
@@ -40,7 +40,7 @@ class Mismatch(msgspec.Struct, frozen=True, kw_only=True):
     """The first difference between a text and the target's own. expected, got: tokens there, None past the end.
 
     margin: by how much the expected token's logit leads the other's when the target reads the text up to there at once.
-    rounding: what the rounding of the target's dtype can make of it: ROUNDINGS · epsilon · the largest |logit| there.
+    rounding: the largest margin that is a tie in the target's dtype: ROUNDINGS · epsilon · the largest |logit| there.
     """
 
     prompt: int
@@ -52,12 +52,12 @@ class Mismatch(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def tie(self) -> bool:
-        """Whether the two logits are equal as far as rounding lets anyone know: no fault of the decoding."""
+        """Whether the two logits are equal within rounding: no fault of the decoding."""
         return self.expected is not None and self.got is not None and abs(self.margin) <= self.rounding
 
 
 class Evaluation(msgspec.Struct, frozen=True, kw_only=True):
-    """What a draft is worth on a set of prompts.
+    """Results of a draft on a set of prompts.
 
     acceptance_length: over all prompts, as `definition` says. acceptance_by_offset: of the blocks that verified a
     guess at offset 1, 2, …, the share in which it was accepted. identical: every text equals the target's own greedy
@@ -81,9 +81,9 @@ EVALS = {"untrained": "eval-untrained.json", "trained": "eval.json"}
 
 
 class EvalFacts(msgspec.Struct, frozen=True, kw_only=True):
-    """One evaluation by real decoding, and what it was made with.
+    """One evaluation by real decoding, and its settings.
 
-    untrained: the draft had its first weights. source: the prompts, as they were given. dtype: the target's.
+    untrained: the draft had its initial weights. source: the prompts, as they were given. dtype: the target's.
     """
 
     model: str
@@ -107,22 +107,22 @@ class EvalFacts(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def identical(self) -> int:
-        """How many of them equal the target's own."""
+        """How many texts equal the target's own."""
         return sum(row.identical for row in self.result.prompts)
 
     @property
     def ties(self) -> int:
-        """How many part from the target's own at a tie."""
+        """How many texts first differ at a tie."""
         return sum(miss.tie for miss in self.result.mismatches)
 
     @property
     def different(self) -> int:
-        """How many differ otherwise."""
+        """How many texts differ, not at a tie."""
         return len(self.result.mismatches) - self.ties
 
     @property
     def texts(self) -> tuple[object, ...]:
-        """What was decoded, under which limits: figures of the same texts can be compared."""
+        """Identity of what was decoded, under which limits: equal ones can be compared."""
         lengths = tuple(row.prompt_tokens for row in self.result.prompts)
         return self.model, self.source, self.dtype, self.block_size, self.max_new_tokens, lengths
 
@@ -133,4 +133,4 @@ def load_facts(path: Path, kind: type[T]) -> T:
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror}; give the --output of a `specd train`") from None
     except (msgspec.DecodeError, msgspec.ValidationError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path} is damaged: {error}; restore it, or delete it and make it anew") from None
+        raise CheckpointError(f"{path} is damaged: {error}; restore it, or delete it and create it again") from None

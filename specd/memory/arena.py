@@ -21,7 +21,7 @@ import mmap
 import os
 import stat
 import struct
-from typing import TYPE_CHECKING, Final, Literal, Protocol
+from typing import TYPE_CHECKING, Final, Literal, NamedTuple, Protocol
 
 import numpy as np
 
@@ -42,48 +42,84 @@ _VERSION: Final = 2
 _HEADER: Final = struct.Struct("<8sIIQQ32s")
 
 
+class Span(NamedTuple):
+    """A stretch of this process's memory."""
+
+    address: int
+    nbytes: int
+
+
 class Arena(Protocol):
-    """What a transport's server may know of the ring's memory. memory: where the slots lie."""
+    """What a transport's server may know of the ring's memory, wherever it lies.
+
+    memory, device: where the slots lie; device is `cpu` or such as `cuda:0`. num_slots, slot_bytes: geometry. stride:
+    bytes from the start of one slot to that of the next, whole pages. path: the segment that another process of this
+    host opens, empty if private: it holds the slots themselves, or the generations of slots on a device. ledger: the
+    host arena with the generations; slots in host memory are in theirs.
+    """
 
     @property
     def memory(self) -> Literal["host", "device"]: ...
     @property
+    def device(self) -> str: ...
+    @property
     def num_slots(self) -> int: ...
     @property
     def slot_bytes(self) -> int: ...
+    @property
+    def stride(self) -> int: ...
+    @property
+    def path(self) -> str: ...
+    @property
+    def ledger(self) -> HostArena: ...
     def tensor(self, slot: int) -> torch.Tensor:
         """One slot as uint8 [slot_bytes], without a copy, on the device it lies on."""
+        ...
+
+    def address(self, slot: int) -> int:
+        """Where a slot begins: a pointer of this process, or of the device."""
         ...
 
     def generation(self, slot: int) -> int:
         """The generation whose bytes the slot holds; 0 while it is being written or before it was ever filled."""
         ...
 
+    def word_address(self, slot: int) -> int:
+        """Where that generation lies, u64, in host memory: for a copy that must see it at its own place on a stream."""
+        ...
+
+    def handle(self) -> bytes:
+        """What another process of this host opens device memory by; slot i then begins at `i * stride`.
+
+        Raises TransportError for memory that is not opened so.
+        """
+        ...
+
 
 class HostArena:
-    """Slots in host memory. Built by `create` (the worker) or `open` (a trainer).
+    """Slots in host memory. Built by `create` (the worker) or `open` (a trainer); an `Arena`, and its own ledger.
 
     num_slots, slot_bytes: geometry; slot_bytes 0 for generations alone. path: the named segment, empty when private.
-    address, nbytes: the whole mapping, page-aligned, for registration with a device driver. All views stay valid after
-    `close`: the memory itself goes with the last of them.
+    mapping: all of it, page-aligned, for registration with a device driver. All views stay valid after `close`: the
+    memory itself goes with the last of them.
     """
 
     __slots__ = (
-        "__weakref__", "_fd", "_map", "_start", "_stride", "_words", "address", "nbytes", "num_slots", "path",
-        "slot_bytes", "writable",
+        "__weakref__", "_fd", "_map", "_start", "_words", "mapping", "num_slots", "path", "slot_bytes", "stride",
+        "writable",
     )  # fmt: skip
 
     def __init__(self, mapping: mmap.mmap, fd: int, num_slots: int, slot_bytes: int, path: str, writable: bool) -> None:
         self._map: mmap.mmap | None = mapping
         self._fd = fd
-        self._start, self._stride = _geometry(num_slots, slot_bytes)
+        self._start, self.stride = _geometry(num_slots, slot_bytes)
         self._words = memoryview(mapping)[: self._start].cast("Q")
         self.num_slots = num_slots
         self.slot_bytes = slot_bytes
         self.path = path
         self.writable = writable
-        self.nbytes = len(mapping)
-        self.address = int(np.frombuffer(mapping, np.uint8).__array_interface__["data"][0])
+        address = int(np.frombuffer(mapping, np.uint8).__array_interface__["data"][0])
+        self.mapping = Span(address, len(mapping))
 
     @classmethod
     def create(cls, num_slots: int, slot_bytes: int, shared: str | None) -> HostArena:
@@ -169,15 +205,21 @@ class HostArena:
     def memory(self) -> Literal["host"]:
         return "host"
 
+    @property
+    def device(self) -> Literal["cpu"]:
+        return "cpu"
+
+    @property
+    def ledger(self) -> HostArena:
+        return self
+
     def slot(self, slot: int) -> memoryview:
         """One slot's bytes, [slot_bytes], page-aligned; read-only in a trainer.
 
         Raises TransportError where only generations are.
         """
-        offset = self._offset(slot)
-        if offset + self.slot_bytes > self.nbytes or not self.slot_bytes:
-            raise TransportError(f"{self!r} has generations alone: its slots' bytes are not mapped")
-        return memoryview(self._mapping())[offset : offset + self.slot_bytes]
+        offset = self.address(slot) - self.mapping.address
+        return memoryview(self._mapped())[offset : offset + self.slot_bytes]
 
     def tensor(self, slot: int) -> torch.Tensor:
         """One slot as uint8 [slot_bytes], without a copy. A trainer must not write to it: that faults."""
@@ -185,9 +227,19 @@ class HostArena:
 
         owner = self.slot(slot)
         # By address: torch warns of a read-only buffer, and numpy cannot hide that a mapping is one.
-        view = (ctypes.c_uint8 * self.slot_bytes).from_address(self.address + self._offset(slot))
+        view = (ctypes.c_uint8 * self.slot_bytes).from_address(self.address(slot))
         view.owner = owner  # type: ignore[attr-defined]  # the tensor keeps the view, the view the mapping
         return torch.frombuffer(view, dtype=torch.uint8)
+
+    def address(self, slot: int) -> int:
+        """Where a slot begins. Raises TransportError where only generations are."""
+        offset = self._offset(slot)
+        if offset + self.slot_bytes > self.mapping.nbytes or not self.slot_bytes:
+            raise TransportError(f"{self!r} has generations alone: its slots' bytes are not mapped")
+        return self.mapping.address + offset
+
+    def handle(self) -> bytes:
+        raise TransportError(f"{self!r} lies in host memory: another process opens it by its path")
 
     def begin(self, slot: int, *, device: bool = False) -> None:
         """Mark a slot as being written; a transfer that still reads it will notice.
@@ -212,8 +264,8 @@ class HostArena:
         return self._words[self._word(slot, device)]
 
     def word_address(self, slot: int, *, device: bool = False) -> int:
-        """Where a slot's generation lies, u64: for a copy that must see it at its own place on a stream."""
-        return self.address + self._word(slot, device) * 8
+        """See Arena."""
+        return self.mapping.address + self._word(slot, device) * 8
 
     def close(self) -> None:
         """Unlink the segment if this is its creator, and let go of the memory. Idempotent."""
@@ -232,7 +284,7 @@ class HostArena:
         except BufferError:
             log.debug("views of %r are still in use: its memory goes with the last of them", self)
 
-    def _mapping(self) -> mmap.mmap:
+    def _mapped(self) -> mmap.mmap:
         if self._map is None:
             raise TransportError(f"{self!r} is closed: its slots can no longer be used")
         return self._map
@@ -245,8 +297,8 @@ class HostArena:
     def _offset(self, slot: int) -> int:
         if not 0 <= slot < self.num_slots:
             raise TransportError(f"slot {slot} is out of range: the ring has {self.num_slots} slots")
-        self._mapping()
-        return self._start + slot * self._stride
+        self._mapped()
+        return self._start + slot * self.stride
 
     def __enter__(self) -> HostArena:
         return self

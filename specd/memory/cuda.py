@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 HANDLE_BYTES = 64
 """CUDA_IPC_HANDLE_SIZE."""
 BLOCK_BYTES = 2 << 20
-"""The driver shares whole blocks of this size: what is smaller is exported together with its neighbours."""
+"""The driver shares whole blocks of this size: a smaller allocation is exported together with its neighbours."""
 LAZY_PEER_ACCESS = 1
 """cudaIpcMemLazyEnablePeerAccess, the only flag cudaIpcOpenMemHandle takes."""
 MEMCPY_DEFAULT = 4
@@ -128,7 +128,7 @@ class Allocation:
         return borrow(self.address, self.nbytes, self.device)
 
     def free(self) -> None:
-        """Give the memory back; nobody may use it any more. Idempotent."""
+        """Give the memory back; it must no longer be in use. Idempotent."""
         address, self.address = self.address, 0
         if address:
             with _current(self.device):
@@ -238,7 +238,7 @@ class Copier:
 
         streams = [self._stream(device) for device in {source.device, into.device} if device.type == "cuda"]
         with contextlib.ExitStack() as stack:
-            if streams:  # a stream's context restores the device before it even if nobody had opened that one
+            if streams:  # a stream's context restores the device before it, even one that was never opened
                 stack.enter_context(torch.cuda.device(streams[0].device))
             for stream in streams:
                 stack.enter_context(torch.cuda.stream(stream))
@@ -283,7 +283,7 @@ def register(address: int, nbytes: int, device: str) -> None:
 
 
 def unregister(address: int, device: str) -> None:
-    """Undo `register`, before the memory is unmapped and with no copy of it under way."""
+    """Undo `register`, before the memory is unmapped and with no copy in flight."""
     import torch
 
     cudart: Any = torch.cuda.cudart  # untyped
@@ -295,7 +295,7 @@ def unregister(address: int, device: str) -> None:
 def _current(device: str) -> Iterator[None]:
     """Make `device` current on this thread, for torch's CUDA runtime and for cupy's, which is a copy of its own.
 
-    torch restores what was current, without opening a device that nobody has used.
+    torch restores the current device without opening one that was never used.
     """
     import torch
 
@@ -306,7 +306,7 @@ def _current(device: str) -> Iterator[None]:
 
 
 def _why_not_opened(error: Exception) -> str:
-    """What is missing when cudaIpcOpenMemHandle refuses, in words."""
+    """The likely cause when cudaIpcOpenMemHandle refuses, in words."""
     text = str(error)
     if "PeerAccess" in text or "TooManyPeers" in text:
         return "the driver gives no peer access between the two GPUs"

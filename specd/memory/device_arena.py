@@ -1,7 +1,7 @@
 """The device arena: the ring of a GPU target, its slots in device memory and their generations in host memory.
 
 A shared one is a single cudaMalloc of its own, which other processes open by its handle. A private one is torch's, so
-that whoever reads a slot in place in this process keeps the memory alive.
+that a tensor of a slot, read in place in this process, keeps the memory alive.
 
 Who may write what, and in which order:
 
@@ -81,7 +81,7 @@ class DeviceArena:
             if allocation is not None:
                 undo.callback(allocation.free)
             memory = private_memory(nbytes, device) if allocation is None else allocation.tensor()
-            cuda.register(ledger.address, ledger.nbytes, device)
+            cuda.register(*ledger.mapping, device)
             undo.pop_all()
         return cls(ledger, memory, allocation, num_slots, slot_bytes, device)
 
@@ -107,13 +107,10 @@ class DeviceArena:
         return self._whole().data_ptr() + self._offset(slot)
 
     def handle(self) -> bytes:
-        """What another process of this host opens the memory by; slot i then begins at `i * stride`.
-
-        Raises TransportError when the memory is private, cupy is not installed, or the driver does not export it.
-        """
+        """See Arena. Raises TransportError when the memory is private, or cupy or the driver does not export it."""
         self._whole()
         if self._allocation is None:
-            cuda.runtime()  # says what is missing
+            cuda.runtime()  # raises with the remedy where cupy is missing
             raise TransportError(f"{self!r} is private: it cannot be opened from another process")
         handle = self._allocation.handle()
         self._exported = True
@@ -147,8 +144,12 @@ class DeviceArena:
             self._mirror(slot)
 
     def generation(self, slot: int) -> int:
-        """See Arena.generation. What the mirror holds is `ledger.generation(slot)`."""
+        """See Arena. What the mirror holds is `ledger.generation(slot)`."""
         return self.ledger.generation(slot, device=True)
+
+    def word_address(self, slot: int) -> int:
+        """See Arena; page-locked with the ledger."""
+        return self.ledger.word_address(slot, device=True)
 
     def read_on_host(self, session: bytes, wanted: bool) -> None:
         """Note whether a session reads slots on the host: while any does, `seal` copies them there.
@@ -180,14 +181,14 @@ class DeviceArena:
         """Unlink the ledger and let go of the memory; call it after every server's close. Idempotent.
 
         Memory that was exported is left to the end of this process: freeing it under a trainer that has it open is
-        undefined, and nobody can tell when the last one closed it.
+        undefined, and no one can tell when the last one closed it.
         """
         with self._copying:
             if self._memory is None:
                 return
             self._memory = None
             self._views.clear()
-            cuda.unregister(self.ledger.address, self.device)
+            cuda.unregister(self.ledger.mapping.address, self.device)
             self.ledger.close()
             if self._allocation is not None and not self._exported:
                 self._allocation.free()

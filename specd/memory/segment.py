@@ -32,9 +32,9 @@ def is_segment_path(path: str) -> bool:
 
 
 def remove(segment: str) -> bool:
-    """Unlink a segment of this user, by path or by epoch, whoever made it: for the worker that was killed.
+    """Unlink a segment of this user, by path or by epoch, also that of another process: for a worker that was killed.
 
-    Whoever has it mapped keeps the memory. Returns whether it was there.
+    Mappings stay valid. Returns whether it was there.
     """
     path = segment if is_segment_path(segment) else segment_path(segment)
     try:
@@ -45,7 +45,7 @@ def remove(segment: str) -> bool:
 
 
 def sweep() -> list[str]:
-    """Unlink the segments of this user whose creator is dead: those nobody holds the lock of. Returns their paths."""
+    """Unlink the segments of this user whose creator is dead, that is, the unlocked ones. Returns their paths."""
     removed: list[str] = []
     try:
         names = [name for name in os.listdir(SHM_DIR) if is_segment_path(f"{SHM_DIR}/{name}")]

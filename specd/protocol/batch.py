@@ -64,8 +64,8 @@ class Layout(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 def slot_layout(spec: CaptureSpec, hidden_size: int, num_tokens: int) -> Layout:
     """Where a batch's states lie in its slot.
 
-    `taps` [T, N, H] interleaves the taps of a token, so that it reads as [T, N·H] and no one ever concatenates;
-    `final` [T, H] follows at the next aligned offset. Daemon and trainer compute it alike and compare.
+    `taps` [T, N, H] interleaves the taps of a token, so that it reads as [T, N·H] without a concatenation;
+    `final` [T, H] follows at the next aligned offset. Daemon and trainer both compute it and compare.
     """
     tensors: list[TensorRef] = []
     end = 0
@@ -99,12 +99,12 @@ class Delivery:
     """One batch with its states on the trainer's device.
 
     taps: [T, N, H], so that `taps.flatten(1)` is [T, N·H] without a copy; final: [T, H]; None where not captured.
-    Both are views of a staging buffer, valid until the next delivery is asked for or stream or subscriber are closed;
-    what reads them has to be launched by then, on the stream that is current then or on one that it waits for.
+    Both are views of a staging buffer, valid until the next delivery is requested, or stream or subscriber is closed;
+    kernels that read them must be launched by then, on the stream that is current then or on one that it waits for.
 
-    With `subscriber.borrow` they are views of the daemon's slot: not to be written, and not to be touched after that.
-    Until then they stay as they are, whatever happens to the session: the daemon refills no slot that is borrowed, and
-    the memory of a worker that died stays mapped here.
+    With `subscriber.borrow` they are views of the daemon's slot: never write to them, nor touch them after that.
+    Until then they do not change, whatever happens to the session: the daemon never refills a borrowed slot, and the
+    memory of a dead worker stays mapped here.
     """
 
     __slots__ = ("batch", "final", "taps")

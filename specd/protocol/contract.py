@@ -1,4 +1,4 @@
-"""What a daemon says of its target and its ring."""
+"""What a daemon publishes about its target and its ring."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ class ArtifactRef(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
 
 class TargetContract(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What the target is. Two targets with one `fingerprint` deliver the same states.
+    """Identity and shape of a target. Targets with equal `fingerprint` deliver the same states.
 
     weights: digest of the weights. tokenizer, chat_template: digests of those files, empty if there is none.
-    taps: the tap convention. tap_layers: those that a draft's taps are spread over, empty for all: of a target that
+    taps: the tap convention. tap_layers: the layers a draft's taps may be spread over, empty for all; if the target
     mixes full and linear attention, those with full attention. dtype: of the weights as they run. artifacts: what
     FETCH serves, by name (`config.json`, tokenizer files, `embedding` [V, H], `lm_head` [V, H]).
     """
@@ -59,7 +59,7 @@ class TargetContract(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 
 
 class RingInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The ring's geometry. slot_tokens: the most tokens a batch of the daemon's own capture may have."""
+    """The ring's geometry. slot_tokens: longest batch of the daemon's own capture, in tokens."""
 
     num_slots: Positive
     slot_bytes: Annotated[int, Meta(ge=1)]

@@ -12,7 +12,7 @@ MAX_MESSAGE_BYTES = 8 << 20
 """Largest control frame either side accepts; a peer that sends more is disconnected by libzmq."""
 ARTIFACT_CHUNK_BYTES = 1 << 20
 MAX_FETCHES = 16
-"""Artifact reads of one session that may be under way at once."""
+"""Artifact reads of one session that may be in flight at once."""
 MAX_REASON_CHARS = 2000
 MAX_NAME_CHARS = 200
 MAX_HELLO_BYTES = 4096

@@ -1,8 +1,8 @@
 """The control protocol between daemon and trainer: messages, versioned framing, one decoder. See docs/protocol.md.
 
 A message is one ZeroMQ frame: the version byte, then one msgpack map with the key `type`. Nothing here needs torch.
-Every field is bounded here as far as one message alone can tell; what depends on the session, the target or the ring
-is checked by whoever knows it.
+Every field is bounded here as far as one message alone can tell; limits that depend on the session, the target or the
+ring are checked where those are known.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ VERSION = 2
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="type"):
-    """Base of all messages. epoch: the daemon life this message belongs to; empty where none is known yet."""
+    """Base of all messages. epoch: the worker life this message belongs to; empty where none is known yet."""
 
     epoch: bytes = b""
 
@@ -66,7 +66,7 @@ class SessionStatus(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
 
 
 class Hello(Message, kw_only=True, frozen=True, tag="hello"):
-    """Open a session, or open it anew. name: for people. pid: 0 if unknown. host: identity of kernel and namespaces.
+    """Open or reopen a session. name: for people. pid: 0 if unknown. host: identity of kernel and namespaces.
 
     credits: how many batches the trainer wants outstanding. fingerprint: the target it must be, empty for any.
     """
@@ -111,7 +111,7 @@ class Submit(Message, kw_only=True, frozen=True, tag="submit"):
 
 
 class RecvReady(Message, kw_only=True, frozen=True, tag="recv_ready"):
-    """The trainer has a place for a leased slot; the worker may send it."""
+    """The trainer has a buffer for a leased slot; the worker may send it."""
 
     lease: U64
 
@@ -131,7 +131,7 @@ class Release(Message, kw_only=True, frozen=True, tag="release"):
 
 
 class Renew(Message, kw_only=True, frozen=True, tag="renew"):
-    """The trainer lives; answered with Renewed. Renews every lease it holds."""
+    """Renew every lease of the session; answered with Renewed."""
 
 
 class Fetch(Message, kw_only=True, frozen=True, tag="fetch"):
@@ -143,7 +143,7 @@ class Fetch(Message, kw_only=True, frozen=True, tag="fetch"):
 
 
 class Status(Message, kw_only=True, frozen=True, tag="status"):
-    """Ask what the daemon is doing. Needs no session."""
+    """Ask for the daemon's status. Needs no session."""
 
 
 class Bye(Message, kw_only=True, frozen=True, tag="bye"):
@@ -165,7 +165,7 @@ class Welcome(Message, kw_only=True, frozen=True, tag="welcome"):
 
 
 class Reject(Message, kw_only=True, frozen=True, tag="reject"):
-    """HELLO refused. retry_ms: 0 when asking again is useless, else how long to wait first."""
+    """HELLO refused. retry_ms: 0 when a retry is useless, else the delay before it."""
 
     reason: Reason
     retry_ms: Int31 = 0
@@ -199,7 +199,7 @@ class Ready(Message, kw_only=True, frozen=True, tag="ready"):
 
 
 class Failed(Message, kw_only=True, frozen=True, tag="failed"):
-    """A batch cannot be captured. retry: whether submitting it again may help."""
+    """A batch cannot be captured. retry: whether a retry may succeed."""
 
     seq: U64
     batch_id: BatchId
@@ -260,7 +260,7 @@ _decoder: msgspec.msgpack.Decoder[ToDaemon | ToTrainer] = msgspec.msgpack.Decode
 
 
 def encode(message: Message) -> bytes:
-    """The frame of one message. Raises ProtocolError when it exceeds MAX_MESSAGE_BYTES: nobody would take it."""
+    """The frame of one message. Raises ProtocolError when it exceeds MAX_MESSAGE_BYTES, which no peer accepts."""
     frame = bytes((VERSION,)) + _encoder.encode(message)
     if len(frame) > MAX_MESSAGE_BYTES:
         raise ProtocolError(

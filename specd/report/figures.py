@@ -1,64 +1,46 @@
-"""The pictures of a report, as SVG: loss, teacher-forced accuracy, acceptance per offset, where the time went."""
+"""The pictures of a report: loss, teacher-forced accuracy, acceptance by block offset, time of a step."""
 
 from __future__ import annotations
 
-import io
 import itertools
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from specd import units
-from specd.errors import missing_extra
+from specd.report.style import BLUE, GREEN, GREY, ORANGE, RED, SMALL, TARGET, TRAINER, WIRE, render
 from specd.train.journal import StepRecord
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# Okabe and Ito's palette: told apart with any colour vision, and of different lightness in print.
-BLUE, ORANGE, GREEN, RED, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#6B7280"
-INK = "#1F2937"
 WIDTH, HEIGHT = 5.2, 3.1
 """Inches: small, so that letters keep their size on a phone."""
-STYLE: Any = {
-    "font.size": 9,
-    "axes.edgecolor": GREY,
-    "axes.labelcolor": INK,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.linewidth": 0.8,
-    "axes.titlesize": 9,
-    "xtick.color": INK,
-    "ytick.color": INK,
-    "text.color": INK,
-    "lines.solid_capstyle": "round",
-    "legend.frameon": False,
-    "svg.hashsalt": "specd",
-}
 SMOOTH = 0.05
 """Width of the running mean, as a share of the run."""
 
 
-def loss(records: Sequence[StepRecord]) -> str:
-    """Loss of every step, and its running mean."""
+def svg(draw: Callable[[Axes], None]) -> str:
+    """The picture that `draw` makes on fresh axes. Raises ConfigError where matplotlib is missing."""
+    return render(lambda figure: draw(figure.subplots()), WIDTH, HEIGHT, "svg").decode()
+
+
+def loss(axes: Axes, records: Sequence[StepRecord]) -> None:
+    """Draw the loss of every step, and its running mean."""
     points = [(record.step, record.loss) for record in records if record.loss is not None]
-
-    def draw(axes: Axes) -> None:
-        steps, values = [step for step, _ in points], [value for _, value in points]
-        axes.plot(steps, values, color=BLUE, alpha=0.3, linewidth=0.8)
-        axes.plot(steps, running_mean(values), color=BLUE, linewidth=1.8)
-        # A fresh draft's first losses would flatten all the rest.
-        top = 1.2 * _usual(values)
-        if values and values[0] > 1.5 * top:
-            axes.set_ylim(0, top)
-            _beyond(axes, f"{values[0]:.1f} at step {steps[0]}", 0.98)
-        axes.set_ylabel("loss (nats per predicted token)")
-        _steps(axes, records)
-
-    return _svg(draw)
+    steps, values = [step for step, _ in points], [value for _, value in points]
+    axes.plot(steps, values, color=BLUE, alpha=0.3, linewidth=0.8)
+    axes.plot(steps, running_mean(values), color=BLUE, linewidth=1.8)
+    # A fresh draft's first losses would flatten all the rest.
+    top = 1.2 * _usual(values)
+    if values and values[0] > 1.5 * top:
+        axes.set_ylim(0, top)
+        _beyond(axes, f"{values[0]:.1f} at step {steps[0]}", 0.98)
+    axes.set_ylabel("loss (nats per predicted token)")
+    _steps(axes, records)
 
 
-def accuracy(records: Sequence[StepRecord]) -> str:
-    """Teacher-forced accuracy of the first offset, of the last, and of all together."""
+def accuracy(axes: Axes, records: Sequence[StepRecord]) -> None:
+    """Draw the teacher-forced accuracy of the first block offset, of the last, and of all together."""
     last = max((len(record.teacher_forced_by_offset) for record in records), default=0)
     series: list[tuple[str, str, list[tuple[int, float | None]]]] = [
         ("all offsets", BLUE, [(record.step, record.teacher_forced_accuracy) for record in records])
@@ -67,77 +49,63 @@ def accuracy(records: Sequence[StepRecord]) -> str:
         if last > 1:
             values = [(record.step, _at(record.teacher_forced_by_offset, offset)) for record in records]
             series.append((f"offset {offset}", colour, values))
-
-    def draw(axes: Axes) -> None:
-        ends: list[tuple[float, str, str]] = []
-        for name, colour, values in series:
-            known = [(step, value) for step, value in values if value is not None]
-            means = [100 * value for value in running_mean([value for _, value in known])]
-            axes.plot([step for step, _ in known], means, color=colour, linewidth=1.8)
-            if known:
-                ends.append((means[-1], name, colour))
-        axes.set_ylim(bottom=0)
-        _labels(axes, ends)
-        axes.set_ylabel("teacher-forced accuracy (%)")
-        _steps(axes, records)
-
-    return _svg(draw)
+    ends: list[tuple[float, str, str]] = []
+    for name, colour, values in series:
+        known = [(step, value) for step, value in values if value is not None]
+        means = [100 * value for value in running_mean([value for _, value in known])]
+        axes.plot([step for step, _ in known], means, color=colour, linewidth=1.8)
+        if known:
+            ends.append((means[-1], name, colour))
+    axes.set_ylim(bottom=0)
+    _labels(axes, ends)
+    axes.set_ylabel("teacher-forced accuracy (%)")
+    _steps(axes, records)
 
 
-def acceptance(runs: Mapping[str, Sequence[float]]) -> str:
-    """Share of drafted blocks whose first k tokens the target accepted; one line per named evaluation."""
-
-    def draw(axes: Axes) -> None:
-        longest = max(len(shares) for shares in runs.values())
-        for (name, shares), colour in zip(runs.items(), (GREY, RED, BLUE, GREEN), strict=False):
-            offsets = range(1, len(shares) + 1)
-            axes.plot(
-                offsets, [100 * share for share in shares], "o-", color=colour, linewidth=1.6, markersize=4, label=name
-            )
-        axes.set_xticks(range(1, longest + 1))
-        axes.set_xlim(0.6, longest + 0.4)
-        top = max(5.0, *(110 * share for shares in runs.values() for share in shares))
-        axes.set_ylim(-0.03 * top, top)
-        axes.set_xlabel("block offset k")
-        axes.set_ylabel("blocks accepted up to k (%)")
-        axes.grid(axis="y", color=GREY, alpha=0.2, linewidth=0.6)
-        axes.legend(loc="upper right")
-
-    return _svg(draw)
+def acceptance(axes: Axes, runs: Mapping[str, Sequence[float]]) -> None:
+    """Draw the share of drafted blocks whose first k tokens the target accepted; one line per named evaluation."""
+    longest = max(len(shares) for shares in runs.values())
+    for (name, shares), colour in zip(runs.items(), (GREY, RED, BLUE, GREEN), strict=False):
+        offsets, percent = range(1, len(shares) + 1), [100 * share for share in shares]
+        axes.plot(offsets, percent, "o-", color=colour, linewidth=1.6, markersize=4, label=name)
+    axes.set_xticks(range(1, longest + 1))
+    axes.set_xlim(0.6, longest + 0.4)
+    top = max(5.0, *(110 * share for shares in runs.values() for share in shares))
+    axes.set_ylim(-0.03 * top, top)
+    axes.set_xlabel("block offset k")
+    axes.set_ylabel("blocks accepted up to k (%)")
+    axes.grid(axis="y")
+    axes.legend(loc="upper right")
 
 
-def time_split(records: Sequence[StepRecord]) -> str:
-    """Time of a step, stacked by what the trainer waited for or did; in ms where steps take less than a second."""
+def time_split(axes: Axes, records: Sequence[StepRecord]) -> None:
+    """Draw the time of a step, stacked by what the trainer waited for or did; in ms where steps take under a second."""
     names = (
-        ("trainer computes", "train_s", GREEN),
-        ("waits for wire", "wire_wait_s", ORANGE),
-        ("waits for target", "target_wait_s", BLUE),
+        ("trainer computes", "train_s", TRAINER),
+        ("waits for wire", "wire_wait_s", WIRE),
+        ("waits for target", "target_wait_s", TARGET),
     )
-
-    def draw(axes: Axes) -> None:
-        steps = [record.step for record in records]
-        raw = [[getattr(record, field) for record in records] for _, field, _ in names]
-        means = [running_mean(values) for values in raw]
-        totals = [sum(parts) for parts in zip(*means, strict=True)]
-        top, usual = max(totals, default=1.0), _usual(totals)
-        if top > 1.5 * usual > 0:  # one step that compiles would flatten all the rest
-            slowest, step = max((sum(parts), step) for *parts, step in zip(*raw, steps, strict=True))
-            top = usual
-            _beyond(axes, f"{units.duration(slowest)} at step {step}", 0.88)
-        scale, unit = (1e3, "ms") if top < 1 else (1.0, "s")
-        axes.stackplot(
-            steps,
-            [[scale * value for value in values] for values in means],
-            colors=[colour for _, _, colour in names],
-            labels=[name for name, _, _ in names],
-            alpha=0.85,
-        )
-        axes.set_ylim(0, 1.3 * scale * (top or 1.0))
-        axes.set_ylabel(f"time ({unit} per step)")
-        _steps(axes, records)
-        axes.legend(loc="upper center", ncols=3, fontsize=8, handlelength=1.0, columnspacing=1.2)
-
-    return _svg(draw)
+    steps = [record.step for record in records]
+    raw = [[getattr(record, field) for record in records] for _, field, _ in names]
+    means = [running_mean(values) for values in raw]
+    totals = [sum(parts) for parts in zip(*means, strict=True)]
+    top, usual = max(totals, default=1.0), _usual(totals)
+    if top > 1.5 * usual > 0:  # one step that compiles would flatten all the rest
+        slowest, step = max((sum(parts), step) for *parts, step in zip(*raw, steps, strict=True))
+        top = usual
+        _beyond(axes, f"{units.duration(slowest)} at step {step}", 0.88)
+    scale, unit = (1e3, "ms") if top < 1 else (1.0, "s")
+    axes.stackplot(
+        steps,
+        [[scale * value for value in values] for values in means],
+        colors=[colour for _, _, colour in names],
+        labels=[name for name, _, _ in names],
+        alpha=0.85,
+    )
+    axes.set_ylim(0, 1.3 * scale * (top or 1.0))
+    axes.set_ylabel(f"time ({unit} per step)")
+    _steps(axes, records)
+    axes.legend(loc="upper center", ncols=3, handlelength=1.0, columnspacing=1.2)
 
 
 def running_mean(values: Sequence[float]) -> list[float]:
@@ -149,13 +117,13 @@ def running_mean(values: Sequence[float]) -> list[float]:
 
 
 def _usual(values: Sequence[float]) -> float:
-    """What all but the largest twentieth of `values` stay at or below; 1 of none."""
+    """95th percentile of `values`; 1 of none."""
     return sorted(values)[max(0, int(0.95 * len(values)) - 1)] if values else 1.0
 
 
 def _beyond(axes: Axes, text: str, height: float) -> None:
     """Say what lies above a capped axis."""
-    axes.annotate(text, (0.16, height), xycoords="axes fraction", va="top", fontsize=8)
+    axes.annotate(text, (0.16, height), xycoords="axes fraction", va="top", fontsize=SMALL)
 
 
 def _at(values: Sequence[float | None], offset: int) -> float | None:
@@ -166,7 +134,7 @@ def _steps(axes: Axes, records: Sequence[StepRecord]) -> None:
     axes.set_xlabel("optimizer step")
     if records:
         axes.set_xlim(records[0].step, max(records[-1].step, records[0].step + 1))
-    axes.grid(axis="y", color=GREY, alpha=0.2, linewidth=0.6)
+    axes.grid(axis="y")
 
 
 def _labels(axes: Axes, ends: Sequence[tuple[float, str, str]]) -> None:
@@ -183,21 +151,6 @@ def _labels(axes: Axes, ends: Sequence[tuple[float, str, str]]) -> None:
             textcoords="offset points",
             va="center",
             color=colour,
-            fontsize=8,
+            fontsize=SMALL,
             annotation_clip=False,
         )
-
-
-def _svg(draw: Any) -> str:
-    """Run `draw` on fresh axes and return the picture."""
-    try:
-        from matplotlib import rc_context
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise missing_extra("matplotlib", "report") from None
-    with rc_context(STYLE):
-        figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
-        draw(figure.subplots())
-        out = io.StringIO()
-        figure.savefig(out, format="svg", metadata={"Date": None}, facecolor="white")
-    return out.getvalue()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import html
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,8 +9,8 @@ from typing import Any
 from specd import units
 from specd.errors import CheckpointError
 from specd.evaluate.results import DEFINITION, EVALS, ROUNDINGS, EvalFacts, load_facts
-from specd.report import figures
-from specd.report.page import document
+from specd.report import figures, page
+from specd.report.page import text
 from specd.train.directory import JOURNAL, RunFacts, read_facts
 from specd.train.journal import StepRecord, bound, read
 
@@ -52,35 +50,44 @@ def write_report(run: Path) -> Path:
 
 
 def render(facts: RunFacts, records: Sequence[StepRecord], evals: Mapping[str, EvalFacts]) -> str:
-    """The page, from what a run left behind. Evaluations are compared where they decoded the same texts."""
-    alike = {name: facts for name, facts in evals.items() if facts.texts == evals.get("trained", facts).texts}
+    """The page, from what a run left behind."""
+    alike = comparable(evals)
     pictures = [
-        ("Loss", figures.loss(records), "Every optimizer step (thin) and the running mean over 5 % of the run."),
-        ("Teacher-forced accuracy", figures.accuracy(records), "Running means. Not the acceptance length."),
-        ("Time of a step", figures.time_split(records), _time_caption(records)),
-    ]
+        ("Loss", figures.svg(lambda axes: figures.loss(axes, records)),
+         "Every optimizer step (thin) and the running mean over 5 % of the run."),
+        ("Teacher-forced accuracy", figures.svg(lambda axes: figures.accuracy(axes, records)),
+         "Running means. Not the acceptance length."),
+        ("Time of a step", figures.svg(lambda axes: figures.time_split(axes, records)), _time_caption(records)),
+    ]  # fmt: skip
     if alike:
-        shares = {name: facts.result.acceptance_by_offset for name, facts in alike.items()}
+        shares = {name: one.result.acceptance_by_offset for name, one in alike.items()}
         caption = "Share of verified blocks of which the target accepted the first k guesses, in real decoding."
-        pictures.insert(1, ("Acceptance by block offset", figures.acceptance(shares), caption))
-    target, draft = str(facts.target.get("model", "")), facts.draft
+        picture = figures.svg(lambda axes: figures.acceptance(axes, shares))
+        pictures.insert(1, ("Acceptance by block offset", picture, caption))
+    target = str(facts.target.get("model", ""))
+    method = str(facts.draft.get("method", "")).partition(" (")[0]
+    heading = f"{method} draft for {target}" if method else f"Draft for {target}"
     body = [
-        f"<header><h1>DFlash draft for {_text(target)}</h1><p>{_text(_subtitle(facts, records))}</p></header>",
-        f'<section class="tiles">{"".join(_tile(*figure) for figure in key_figures(records, alike))}</section>',
-        f'<section class="pictures">{"".join(_picture(*picture) for picture in pictures)}</section>',
-        "<section><h2>What the figures mean</h2><dl>",
-        *(f"<dt>{_text(name)}</dt><dd>{_text(meaning)}.</dd>" for name, meaning in DEFINITIONS.items()),
-        "</dl></section><section class='tables'>",
-        _table("Target", facts.target),
-        _table("Draft", draft),
-        _table("Data", facts.data),
-        _table("Evaluation", _evaluation(evals)),
-        _table("Transports", facts.transports),
-        _table("Machine", facts.machine),
+        f"<header><h1>{text(heading)}</h1><p>{text(_subtitle(facts, records))}</p></header>",
+        f'<section class="tiles">{"".join(page.tile(*figure) for figure in key_figures(records, alike))}</section>',
+        f'<section class="pictures">{"".join(page.picture(*one) for one in pictures)}</section>',
+        f"<section><h2>What the figures mean</h2>{page.definitions(DEFINITIONS)}</section>",
+        '<section class="tables">',
+        page.table("Target", facts.target),
+        page.table("Draft", facts.draft),
+        page.table("Data", facts.data),
+        page.table("Evaluation", _evaluation(evals)),
+        page.table("Transports", facts.transports),
+        page.table("Machine", facts.machine),
         "</section>",
-        f"<section><h2>Configuration</h2><pre>{_text(_yaml(facts.config))}</pre></section>",
+        f"<section><h2>Configuration</h2><pre>{text(_yaml(facts.config))}</pre></section>",
     ]
-    return document(f"specd report: {target}", "\n".join(body), _STYLE, width_px=1080)
+    return page.document(f"specd report: {target}", "\n".join(body))
+
+
+def comparable(evals: Mapping[str, EvalFacts]) -> dict[str, EvalFacts]:
+    """Those that decoded the same texts as the trained draft's."""
+    return {name: facts for name, facts in evals.items() if facts.texts == evals.get("trained", facts).texts}
 
 
 def key_figures(records: Sequence[StepRecord], evals: Mapping[str, EvalFacts]) -> list[tuple[str, str, str]]:
@@ -170,61 +177,7 @@ def _ties(facts: EvalFacts) -> str:
     return f", {facts.ties} part at a tie" if facts.ties else ""
 
 
-def _tile(value: str, name: str, remark: str) -> str:
-    return f"<div><b>{_text(value)}</b><span>{_text(name)}</span><small>{_text(remark)}</small></div>"
-
-
-def _picture(title: str, svg: str, caption: str) -> str:
-    # As an image of its own: identifiers inside one picture cannot meet those of another.
-    data = base64.b64encode(svg.encode()).decode()
-    return (
-        f'<figure><h2>{_text(title)}</h2><img alt="{_text(title)}" src="data:image/svg+xml;base64,{data}">'
-        f"<figcaption>{_text(caption)}</figcaption></figure>"
-    )
-
-
-def _table(title: str, rows: Mapping[str, Any]) -> str:
-    cells = "".join(f"<tr><th>{_text(str(key))}</th><td>{_text(str(value))}</td></tr>" for key, value in rows.items())
-    return f"<div><h2>{_text(title)}</h2><table>{cells}</table></div>"
-
-
-def _text(value: str) -> str:
-    return html.escape(value)
-
-
 def _yaml(config: dict[str, Any]) -> str:
     import yaml
 
     return str(yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
-
-
-_STYLE = """
-header p { margin: .4rem 0 0; color: #4b5563; }
-section { margin-top: 2.25rem; }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: 1.25rem 1.5rem;
-  border-top: 1px solid #d1d5db; border-bottom: 1px solid #d1d5db; padding: 1.25rem 0; }
-.tiles div { display: flex; flex-direction: column; }
-.tiles b { font-size: 1.65rem; line-height: 1.2; font-weight: 650; font-variant-numeric: tabular-nums; }
-.tiles small { color: #6b7280; }
-.pictures, .tables { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 420px), 1fr)); }
-.pictures { gap: 2.25rem 2.5rem; }
-figure { margin: 0; break-inside: avoid; }
-img { width: 100%; height: auto; display: block; }
-figcaption { color: #4b5563; font-size: .875rem; margin-top: .35rem; }
-dl { margin: 0; display: grid; grid-template-columns: minmax(9rem, max-content) 1fr; gap: .35rem 1.5rem; }
-dl { font-size: .9375rem; }
-dt { font-weight: 600; }
-dd { margin: 0; color: #374151; max-width: 65ch; }
-.tables { gap: 2rem 2.5rem; }
-table { border-collapse: collapse; width: 100%; font-size: .875rem; }
-tr { border-top: 1px solid #e5e7eb; }
-th, td { text-align: left; vertical-align: top; padding: .3rem .75rem .3rem 0; overflow-wrap: anywhere; }
-th { font-weight: 500; color: #4b5563; width: 40%; }
-pre { font-size: .8125rem; background: #f9fafb; padding: 1rem; margin: 0; white-space: pre-wrap; columns: 2 20rem; }
-@media (max-width: 560px) { dl { grid-template-columns: 1fr; } dd { margin-bottom: .5rem; } }
-@media print {
-  :root { font-size: 12px; }
-  main { max-width: none; padding: 0; }
-  section { break-inside: avoid; margin-top: 1.25rem; }
-}
-"""

@@ -1,4 +1,4 @@
-"""What the backends of real checkpoints share: the checks of fills, a slot's tensors, and the contract's artifacts."""
+"""Artifacts of a real checkpoint: the files and tensors that trainers fetch, and the contract that lists them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from specd.targets.source import TOKENIZER_FILES, Source
 
 
 class Artifacts:
-    """What a trainer may fetch of a target: files by name, and the tensors `embedding` and `lm_head`, both [V, H].
+    """A target's files by name, and its tensors `embedding` and `lm_head`, both [V, H], as bytes.
 
     Thread-safe. A tensor on a GPU is copied to the host on the first read, and kept there.
     """
@@ -23,17 +23,17 @@ class Artifacts:
     __slots__ = ("_bytes", "_lock", "_tensors", "files")
 
     def __init__(self, source: Source, config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
-        """config: what `config.json` shall say. The tokenizer's files are read from the source's directory."""
+        """config: the content of `config.json`. The tokenizer's files are the source's."""
         self.files = {"config.json": json.dumps(config, indent=2).encode()}
         for name in TOKENIZER_FILES:
-            if source.path is not None and (source.path / name).is_file():
-                self.files[name] = (source.path / name).read_bytes()
+            if (data := source.file(name)) is not None:
+                self.files[name] = data
         self._tensors = tensors
         self._bytes: dict[str, memoryview] = {}
         self._lock = threading.Lock()
 
     def read(self, name: str) -> memoryview:
-        """The bytes of one artifact. Raises KeyError for one there is not."""
+        """The bytes of one artifact. Raises KeyError for an unknown name."""
         with self._lock:
             if name in self.files:
                 return memoryview(self.files[name])
@@ -73,7 +73,7 @@ class Artifacts:
         )
 
     def close(self) -> None:
-        """Let go of the tensors. Idempotent."""
+        """Release the tensors. Idempotent."""
         with self._lock:
             self._tensors, self._bytes = {}, {}
 

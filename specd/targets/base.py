@@ -1,4 +1,4 @@
-"""What a target backend is: it runs packed batches and writes their states straight into slots."""
+"""The Target protocol: a backend runs packed batches and writes their states straight into slots."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ class CaptureJob(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Completion(Protocol):
-    """Bytes that are still on their way into a slot (a device event)."""
+    """A pending write into slots (a device event)."""
 
     def wait(self) -> None:
         """Block the calling thread until every byte of the fills is in place."""
 
 
 class Launched:
-    """The completion of what was launched on a device, on the calling thread's current stream, up to now."""
+    """Completion of all work launched so far on the calling thread's current stream of a device."""
 
     __slots__ = ("_event",)
 
@@ -48,7 +48,7 @@ class Launched:
         import torch
 
         event: Any = torch.cuda.Event  # untyped
-        # Its waiter sleeps: a forward takes long enough to give its processor to somebody else.
+        # The waiter sleeps instead of spinning: a forward takes long.
         self._event = event(blocking=True)
         self._event.record(torch.cuda.current_stream(device))
 
@@ -60,6 +60,8 @@ class Launched:
 class Target(Protocol):
     """A frozen LLM behind one backend. All methods but `artifact` are called from one thread.
 
+    A registry entry points to a class, or a function, that takes a TargetConfig and returns one; its attribute
+    `settings` names those of `registry.OWN` that it accepts. `specd.targets.suite` is the conformance suite.
     device: where its states are computed, `cpu` or a GPU with its number as in `cuda:0`; the ring lies there.
     """
 
@@ -70,8 +72,8 @@ class Target(Protocol):
         """Run one forward over all `fills` packed together and write each one's states into its slot.
 
         All fills share one CaptureSpec. Returns None when the bytes are in place, else what to wait for.
-        Raises TargetError with the reason when this forward failed but the target lives on; nothing writes to the slots
-        any more then.
+        Raises TargetError with the reason when this forward failed but the target survives; nothing writes to the
+        slots after that.
         """
 
     def artifact(self, name: str) -> memoryview:
@@ -101,7 +103,7 @@ def tap_layers(kinds: Sequence[str]) -> tuple[int, ...]:
 def check(contract: TargetContract, fills: Sequence[CaptureJob]) -> CaptureSpec:
     """The one spec of all `fills`. Raises TargetError for fills that cannot share a forward, or do not fit the target.
 
-    Nothing of a batch that would fault on the device gets there: lengths, token ids and layout are checked.
+    Checks lengths, token ids and layout, so that no bad batch faults on the device.
     """
     spec = fills[0].spec
     if (problem := spec.problem(contract.num_layers)) is not None:
@@ -124,7 +126,7 @@ def check(contract: TargetContract, fills: Sequence[CaptureJob]) -> CaptureSpec:
 
 
 def slot_tensors(fill: CaptureJob) -> dict[str, torch.Tensor]:
-    """A slot's tensors, in the slot itself."""
+    """A slot's tensors, as views of the slot."""
     import torch
 
     slot = fill.slot if isinstance(fill.slot, torch.Tensor) else torch.frombuffer(fill.slot, dtype=torch.uint8)

@@ -1,4 +1,4 @@
-"""Digests of a target's weights, quick enough for each start."""
+"""Digests of a target's weights, cheap enough for every start."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _SAMPLES = 16
 
 
 def weights_digest(path: Path) -> str:
-    """Digest of the checkpoint in `path`, quick enough for each start.
+    """Digest of the checkpoint in `path`, from samples of its files.
 
     Covers config.json, and of each safetensors file its name, size, header and 16 evenly spread samples of 1 MiB: two
     checkpoints that differ only between the samples share a digest, training another step always changes it.
@@ -29,7 +29,7 @@ def weights_digest(path: Path) -> str:
 
 
 def dummy_digest(config: dict[str, Any], device_type: str) -> str:
-    """Digest of the weights `_dummy_model` makes up: their config, the seed, and whose generator drew them."""
+    """Digest of the dummy weights of `_dummy_model`: config, seed, and device type of their generator."""
     identity = json.dumps([config, DUMMY_SEED, device_type], sort_keys=True)
     return "dummy-" + hashlib.blake2b(identity.encode(), digest_size=16).hexdigest()
 

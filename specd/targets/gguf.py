@@ -1,4 +1,4 @@
-"""Weights that come as a GGUF file in a Python package: converted once, to specd's cache."""
+"""Weights from a GGUF file in a Python package: converted once, to specd's cache."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ def convert(known: Preset) -> Path:
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
         with open(final.with_suffix(".lock"), "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # a second process waits here, and then finds it done
+            fcntl.flock(lock, fcntl.LOCK_EX)  # a second process waits here, then finds it done
             if not final.is_dir():
                 logger.info("converting %s once to %s (about half a minute)", gguf.name, final)
                 scratch = final.with_name(f".{final.name}.partial")
-                shutil.rmtree(scratch, ignore_errors=True)  # what a killed conversion left behind
+                shutil.rmtree(scratch, ignore_errors=True)  # of a killed conversion
                 scratch.mkdir()
                 try:
                     _write_conversion(gguf, scratch)
@@ -57,7 +57,7 @@ def convert(known: Preset) -> Path:
 
 
 def _packaged_file(known: Preset) -> Path:
-    """Found without importing the package: its own dependencies are not needed for the file."""
+    """The GGUF file, found without importing its package, whose dependencies may be missing."""
     spec = importlib.util.find_spec(known.package.replace("-", "_"))
     if spec is None or not spec.submodule_search_locations:
         raise ConfigError(

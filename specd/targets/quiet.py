@@ -1,4 +1,4 @@
-"""Transformers without its progress bars: they would break the display of whoever called."""
+"""Transformers without its progress bars, which would break the caller's display."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 @contextlib.contextmanager
 def no_bars() -> Iterator[None]:
-    """No progress bars of transformers."""
+    """Disable transformers' progress bars."""
     from transformers.utils import logging
 
     bars: Any = logging  # untyped

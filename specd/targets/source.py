@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import logging
 import os
+import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -21,6 +23,8 @@ logger = logging.getLogger(__name__)
 
 Need = Literal["weights", "tokenizer", "shape"]
 
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
+"""A directory with any of these holds a tokenizer."""
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -32,20 +36,50 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "generation_config.json",
 )
-"""What a trainer needs to read and write the target's text; a checkpoint has some of them."""
+"""Files of a tokenizer and its chat template; a checkpoint has some of them."""
 
 
 class Source(msgspec.Struct, frozen=True, kw_only=True):
     """Where a target comes from.
 
-    name: for the contract and logs. config: its config.json. path: the directory with config.json, tokenizer and
-    weights; None when only the shape was asked for and a preset knows it. preset: the one it is, if any.
+    name: for the contract and logs; of a local directory its whole path, so that it is never a preset's name.
+    config: its config.json. path: the directory with config.json, tokenizer and weights; None when only the shape was
+    asked for and a preset knows it. preset: set if it is one. tokenizer: a separate directory for the tokenizer.
     """
 
     name: str
     config: dict[str, Any]
     path: Path | None = None
     preset: Preset | None = None
+    tokenizer: Path | None = None
+
+    def file(self, name: str) -> bytes | None:
+        """One of the tokenizer's files, also if stored compressed (`tokenizer.json.gz`); None if missing."""
+        directory = self.tokenizer or self.path
+        if directory is None:
+            return None
+        if (directory / name).is_file():
+            return (directory / name).read_bytes()
+        packed = directory / f"{name}.gz"
+        try:
+            return gzip.decompress(packed.read_bytes()) if packed.is_file() else None
+        except (OSError, EOFError, zlib.error) as error:
+            raise TargetError(f"{packed} cannot be unpacked: {error}; copy it here again") from None
+
+
+def with_tokenizer(source: Source, directory: str) -> Source:
+    """`source` with the tokenizer of another directory; unchanged for an empty one.
+
+    Raises ConfigError for a directory that holds none.
+    """
+    if not directory:
+        return source
+    found = msgspec.structs.replace(source, tokenizer=Path(directory).expanduser())
+    if not any(found.file(name) is not None for name in TOKENIZERS):
+        raise ConfigError(
+            f"tokenizer {directory!r}: no tokenizer there; expected a directory with {' or '.join(TOKENIZERS)}"
+        )
+    return found
 
 
 def resolve(model: str, *, need: Need = "weights") -> Source:
@@ -53,11 +87,11 @@ def resolve(model: str, *, need: Need = "weights") -> Source:
 
     A preset whose weights come in a Python package is converted once, to specd's cache. A string with a slash that
     is a directory is that directory. need: `tokenizer` and `shape` fetch no weights from a hub.
-    Raises ConfigError when there is no such target, TargetError when it exists but cannot be had.
+    Raises ConfigError when there is no such target, TargetError when it cannot be read or downloaded.
     """
     directory = Path(model).expanduser()
     if os.sep in model and directory.is_dir():
-        return _from_directory(directory, name=directory.resolve().name)
+        return _from_directory(directory, name=str(directory.resolve()))
     known = preset(model)
     if known is not None and ("/" not in model or model.lower() == known.hub.lower()):
         if need == "shape" and known.config:
@@ -65,7 +99,7 @@ def resolve(model: str, *, need: Need = "weights") -> Source:
         path = convert(known) if known.package else _download(known.hub, need)
         return _from_directory(path, name=known.name, preset=known)
     if directory.is_dir():
-        return _from_directory(directory, name=directory.resolve().name)
+        return _from_directory(directory, name=str(directory.resolve()))
     if model.count("/") == 1 and not model.startswith((".", "/", "~")):
         return _from_directory(_download(model, need), name=model)
     raise ConfigError(

@@ -34,7 +34,7 @@ T = TypeVar("T")
 class SyntheticConfig(Config, kw_only=True, frozen=True):
     """The options of a model string like `synthetic:hidden=64,layers=8,vocab=512,ms=20`.
 
-    ms, us_per_token: how long a forward sleeps, per forward and per token. seed: another one gives other states.
+    ms, us_per_token: how long a forward sleeps, per forward and per token. seed: of the states' hash.
     """
 
     hidden: int = 64
@@ -46,10 +46,10 @@ class SyntheticConfig(Config, kw_only=True, frozen=True):
 
 
 class SyntheticTarget:
-    """A Target that costs what it is told to cost. It sleeps, so that a trainer can use the processor meanwhile.
+    """A Target with a configured cost. It sleeps that long, so that a trainer can use the CPU meanwhile.
 
     Its device is the CPU unless the configuration names a GPU, whose states have the same bits.
-    Raises ConfigError for a model string with unknown or impossible options, or a device that is not here.
+    Raises ConfigError for a model string with unknown or impossible options, or a missing device.
     """
 
     def __init__(self, config: TargetConfig) -> None:
@@ -166,7 +166,7 @@ def _write_on_device(slot: torch.Tensor, ref: TensorRef, row: _U32, column: _U32
 
 
 def _mix(value: _U32) -> _U32:
-    """Scatter the bits of 32-bit numbers, one to one."""
+    """A bijective hash of 32-bit numbers."""
     value = (value ^ (value >> np.uint32(16))) * np.uint32(0x7FEB352D)
     value = (value ^ (value >> np.uint32(15))) * np.uint32(0x846CA68B)
     return value ^ (value >> np.uint32(16))

@@ -38,8 +38,12 @@ class Position(msgspec.Struct, frozen=True, kw_only=True):
     index: int = 0
 
 
+UNSETTLED = {("method", None), ("draft.mask_token_id", -1)}
+"""Old values that are not compared: 0.1.0 stored no method, and an unresolved mask token."""
+
+
 class Identity(msgspec.Struct, frozen=True, kw_only=True):
-    """What a resumed run must share. target: the fingerprint. settings: flat `a.b` names and plain values."""
+    """What must be equal on resume. target: the fingerprint. settings: flat `a.b` names and plain values."""
 
     target: str
     settings: dict[str, Any]
@@ -66,7 +70,7 @@ class RngStates(msgspec.Struct, frozen=True, kw_only=True):
         )
 
     def restore(self) -> None:
-        """Put the states back. CUDA devices that the checkpoint does not know keep theirs."""
+        """Restore the states. CUDA devices that the checkpoint does not know keep theirs."""
         torch.set_rng_state(self.torch_cpu)
         for device, state in enumerate(self.torch_cuda[: torch.cuda.device_count()]):
             torch.cuda.set_rng_state(state, device)
@@ -81,7 +85,7 @@ class _File(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     crc32: int
 
 
-class _State(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class _Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     format: int
     position: Position
     identity: Identity
@@ -124,7 +128,7 @@ class Checkpoints:
             save_file(_host(_weights(module)), partial / "model.safetensors")
             save_file(_host(_moments(module, optimizer) | _rng_tensors(rng)), partial / "optimizer.safetensors")
             files = {path.name: _seal(path) for path in sorted(partial.iterdir())}
-            state = _State(
+            state = _Manifest(
                 format=FORMAT,
                 position=position,
                 identity=self.identity,
@@ -148,7 +152,7 @@ class Checkpoints:
         return final
 
     def latest(self) -> Path:
-        """The newest complete checkpoint; torn ones are passed over. Raises CheckpointError when there is none."""
+        """The newest complete checkpoint; torn ones are skipped. Raises CheckpointError when there is none."""
         complete = self._complete()
         if not complete:
             torn = len([path for path in self.directory.glob("*step-*") if path.is_dir()])
@@ -163,7 +167,7 @@ class Checkpoints:
         return max((step for step, _ in self._complete()), default=0)
 
     def restore(self, path: Path, module: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Position:
-        """Load a checkpoint into `module`, `optimizer` and the global random generators; return where it stands.
+        """Load a checkpoint into `module`, `optimizer` and the global random generators; return its position.
 
         Raises CheckpointError, before anything is changed, when it is corrupt or belongs to another target, draft or
         data plan; the message names what differs.
@@ -202,15 +206,15 @@ class Checkpoints:
         return sorted(found)
 
     def _clear_partial(self) -> None:
-        """Remove what a killed run left half-written. One run owns the directory, so nobody else writes there."""
+        """Remove partial checkpoints of a killed run. A directory has one run, so no other writes there."""
         for path in self.directory.glob(".partial-*"):
             shutil.rmtree(path, ignore_errors=True)
 
 
-def _state(path: Path) -> _State | None:
+def _state(path: Path) -> _Manifest | None:
     """The state of a checkpoint, None unless all its files are there in full length."""
     try:
-        state = msgspec.json.decode((path / "state.json").read_bytes(), type=_State)
+        state = msgspec.json.decode((path / "state.json").read_bytes(), type=_Manifest)
         whole = all((path / name).stat().st_size == file.nbytes for name, file in state.files.items())
     except (OSError, msgspec.DecodeError, msgspec.ValidationError, UnicodeDecodeError):
         return None
@@ -228,7 +232,7 @@ def _compare(path: Path, old: Identity, new: Identity) -> None:
     changed = [
         f"{key} was {old.settings.get(key)!r}, is {now.get(key)!r}"
         for key in sorted(old.settings.keys() | now.keys())
-        if old.settings.get(key) != now.get(key)
+        if old.settings.get(key) != now.get(key) and (key, old.settings.get(key)) not in UNSETTLED
     ]
     if changed:
         raise CheckpointError(
@@ -249,7 +253,7 @@ def _check_shapes(path: Path, saved: Mapping[str, torch.Tensor], wanted: Mapping
 
 
 def _weights(module: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """What the run must keep: trained parameters and persistent buffers, not the target's frozen embedding and head."""
+    """The tensors to save: trained parameters and persistent buffers, not the target's frozen embedding and head."""
     frozen = {name for name, parameter in module.named_parameters() if not parameter.requires_grad}
     return {name: tensor for name, tensor in module.state_dict().items() if name not in frozen}
 
@@ -295,7 +299,7 @@ def _crc32(path: Path) -> int:
 
 
 def _seal(path: Path) -> _File:
-    """Put a written file on disk and describe it."""
+    """fsync a written file; returns its size and crc32."""
     with open(path, "rb") as file:
         os.fsync(file.fileno())
     return _File(nbytes=path.stat().st_size, crc32=_crc32(path))

@@ -12,7 +12,7 @@ from typing import Any
 
 import msgspec
 
-from specd.config.settings import RunConfig
+from specd.config.settings import Config, RunConfig
 from specd.errors import CheckpointError, ConfigError, ProtocolError, writing
 from specd.evaluate.results import load_facts
 from specd.protocol.contract import TargetContract
@@ -25,20 +25,21 @@ logger = logging.getLogger(__name__)
 FACTS, JOURNAL = "run.json", "metrics.jsonl"
 
 FREE = {
-    "draft": {"attention", "loss_chunk"},
     "data": {"path", "cache_dir"},
     "train": {"device", "threads", "save_every", "keep", "log_every"},
 }
-"""Settings that do not change what is computed; all others of these sections stay the same over the life of a run.
+"""Settings that a resumed run may change: they do not affect what is computed. All others of these sections are fixed.
 
-Those of `target` are free, wherever it is hosted: what decides over its states, as its dtype, is in its fingerprint.
+The draft's free settings are its method's to name.
+
+Those of `target` are free, wherever it is hosted: what affects its states, as its dtype, is in its fingerprint.
 """
 
 
 class RunDirectory:
     """run.json, metrics.jsonl, checkpoints/, tb/, draft/ and report.html of one run.
 
-    run.json comes first, when all that can be wrong with the settings has been looked at: before it there is nothing.
+    run.json is written first, once all settings are checked: before it there is nothing.
     """
 
     __slots__ = ("path",)
@@ -71,7 +72,7 @@ class RunDirectory:
         return (self.path / FACTS).is_file()
 
     def open(self, resume: bool) -> None:
-        """Make an empty directory for a new run, or see that there is one to resume.
+        """Make an empty directory for a new run, or check that there is a run to resume.
 
         Raises ConfigError when a new run would overwrite something, CheckpointError when there is nothing to resume.
         """
@@ -92,7 +93,7 @@ class RunDirectory:
     def has_checkpoint(self, save_every: int) -> bool:
         """Whether there is a checkpoint to resume from.
 
-        A run that was killed before its first checkpoint was due begins again. Raises CheckpointError when it was due.
+        A run killed before its first checkpoint was due starts over. Raises CheckpointError if a due one is missing.
         """
         if any(self.checkpoints.glob("step-*")):
             return True
@@ -109,7 +110,7 @@ class RunDirectory:
 def target_files(contract: TargetContract, fetch: Callable[[str], bytes], directory: Path) -> dict[str, bytes]:
     """Fetch the target's files (config, tokenizer), write them into `directory` and return them by name.
 
-    Raises ProtocolError for a name that leads elsewhere.
+    Raises ProtocolError for a name that is a path.
     """
     files: dict[str, bytes] = {}
     for name, ref in contract.artifacts.items():
@@ -123,21 +124,23 @@ def target_files(contract: TargetContract, fetch: Callable[[str], bytes], direct
     return files
 
 
-def identity(config: RunConfig, contract: TargetContract, data: str) -> Identity:
-    """What a checkpoint of this run may be resumed with. data: digest of the samples, whatever path they come from.
+def identity(config: RunConfig, draft: Config, free: frozenset[str], contract: TargetContract, data: str) -> Identity:
+    """The Identity of this run's checkpoints. data: digest of the samples, whatever path they come from.
 
-    config: with the dtype that `auto` means on the run's device, as the device may change over its life.
+    config: with train.dtype resolved, not `auto`, as the device may change. draft: the settings of the draft, free:
+    those of them that may change.
     """
-    assert config.train.dtype != "auto", "the device decides what it means"
-    settings: dict[str, Any] = {"data.digest": data}
-    for section, free in FREE.items():
-        values: Mapping[str, Any] = msgspec.to_builtins(getattr(config, section))
-        settings |= {f"{section}.{key}": value for key, value in values.items() if key not in free}
+    assert config.train.dtype != "auto", "resolve the dtype for the device first"
+    settings: dict[str, Any] = {"method": config.method, "data.digest": data}
+    sections = {name: (getattr(config, name), names) for name, names in FREE.items()} | {"draft": (draft, free)}
+    for section, (struct, names) in sections.items():
+        values: Mapping[str, Any] = msgspec.to_builtins(struct)
+        settings |= {f"{section}.{key}": value for key, value in values.items() if key not in names}
     return Identity(target=contract.fingerprint, settings=settings)
 
 
 class RunFacts(msgspec.Struct, frozen=True, kw_only=True):
-    """What does not change during a run. All values are for people to read; `config` is the full RunConfig."""
+    """The constant facts of a run. All values are for people to read; `config` is the full RunConfig."""
 
     started: str
     target: dict[str, Any]
@@ -149,7 +152,7 @@ class RunFacts(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def machine_facts() -> dict[str, str]:
-    """The machine and the versions that a number depends on."""
+    """The machine and the versions that measurements depend on."""
     import torch
 
     facts = {
@@ -172,11 +175,11 @@ def _processor() -> str:
 
 
 def write_facts(run: Path, facts: RunFacts) -> None:
-    """Store what `write_report` needs to know beside the journal."""
+    """Write run.json, which the report reads beside the journal."""
     with writing(run / FACTS):
         (run / FACTS).write_bytes(msgspec.json.format(msgspec.json.encode(facts), indent=1) + b"\n")
 
 
 def read_facts(run: Path) -> RunFacts:
-    """The facts of a run. Raises CheckpointError when the directory is none."""
+    """The facts of a run. Raises CheckpointError when there are none."""
     return load_facts(run / FACTS, RunFacts)

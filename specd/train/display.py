@@ -1,15 +1,17 @@
-"""Progress of a run for people: a live panel on a terminal, plain lines elsewhere, and scalars for TensorBoard."""
+"""Progress of a run for people: a live panel on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
 import itertools
+import logging
 import math
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from types import TracebackType
-from typing import Self
+from typing import Self, TextIO
 
 from rich import box
 from rich.console import Console, Group, RenderableType
@@ -23,7 +25,7 @@ from specd import units
 from specd.train.journal import StepRecord, bound
 
 RECENT = 20
-"""Steps that the shown rates and shares are taken over."""
+"""Steps that the shown rates and shares are averaged over."""
 REFRESH_S = 0.1
 BLOCKS = "▁▂▃▄▅▆▇█"
 SHARES = (("target", "blue"), ("wire", "yellow"), ("trainer", "green"))
@@ -33,7 +35,7 @@ class Display:
     """Shows the steps of a run as they come; a context manager and a sink of the loop.
 
     title: what is trained, on what. first, steps: the step the run starts from and its last. transports: endpoint →
-    transport in use, asked for at each refresh. every_s: seconds between two plain lines.
+    transport in use, read at each refresh. every_s: seconds between two plain lines.
     """
 
     def __init__(
@@ -59,6 +61,7 @@ class Display:
             # Logs go through the same console, so that they scroll above the panel instead of tearing it.
             self._live = Live(self.render(), console=self._console, auto_refresh=False, redirect_stderr=True)
             self._live.start(refresh=True)
+            self._redirect(sys.__stderr__, sys.stderr)
         else:
             self._say(f"{self.title}: steps {self.first + 1} to {self.steps}")
         return self
@@ -67,9 +70,17 @@ class Display:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._live is not None:
+            above = sys.stderr
             with suppress(OSError):  # the terminal may be gone
                 self._live.stop()
             self._live = None
+            self._redirect(above, sys.__stderr__)
+
+    def _redirect(self, old: TextIO | None, new: TextIO | None) -> None:
+        """Move log handlers from `old` to `new`: rich's replacement of stderr scrolls lines above the panel."""
+        for handler in logging.getLogger("specd").handlers:
+            if isinstance(handler, logging.StreamHandler) and handler.stream is old:
+                handler.setStream(new)
 
     def step(self, record: StepRecord) -> None:
         """Show one more optimizer step."""
@@ -80,7 +91,7 @@ class Display:
         if time.monotonic() - self._said_at < every_s and record.step != self.steps:
             return
         self._said_at = time.monotonic()
-        with suppress(OSError):  # a terminal that was closed is no reason to stop training
+        with suppress(OSError):  # a closed terminal must not stop training
             if self._live is not None:
                 self._live.update(self.render(), refresh=True)
             else:

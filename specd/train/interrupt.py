@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and SIGHUP of a training run: at once while it computes, deferred while it writes weights."""
+"""Ctrl-C, SIGTERM and SIGHUP of a training run: raised at once, or deferred while it writes weights."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 class Interrupt:
     """Turns the first SIGINT, SIGTERM or SIGHUP into KeyboardInterrupt, but never inside `shield()`.
 
-    A context manager for the main thread; the handlers found at entry come back at exit. A signal that is ignored at
-    entry stays ignored: SIGHUP under nohup, SIGINT in the background job of a script. Without entering it, `shield()`
-    works and shields from nothing, which is what tests and embedders want.
+    A context manager for the main thread; the handlers found at entry are restored at exit. A signal that is ignored
+    at entry stays ignored: SIGHUP under nohup, SIGINT in the background job of a script. Unless entered, `shield()`
+    has no effect, which is what tests and embedders want.
     """
 
     __slots__ = ("_deferred", "_depth", "_previous", "received")
 
     def __init__(self) -> None:
         self.received = 0
-        """Number of the signal that came, 0 if none did."""
+        """Number of the first signal, 0 if none came."""
         self._depth = 0
         self._deferred = False
         self._previous: dict[signal.Signals, Any] = {}
@@ -43,7 +43,7 @@ class Interrupt:
 
     @contextmanager
     def shield(self) -> Iterator[None]:
-        """A section that runs to its end; a signal that came meanwhile is raised after it."""
+        """Defer signals: one that comes inside is raised at the end of the section."""
         self._depth += 1
         try:
             yield

@@ -1,4 +1,4 @@
-"""The journal of a run: one line of JSON per optimizer step, each step exactly once whatever happened in between."""
+"""The journal of a run: one line of JSON per optimizer step, each step exactly once across crashes and resumes."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ class StepRecord(msgspec.Struct, frozen=True, kw_only=True):
     weight. teacher_forced_accuracy: share of predicted tokens that equal the data, given true context; it is not the
     acceptance length. teacher_forced_by_offset: the same for each block offset 1, 2, …; None where nothing counted.
     grad_norm: before clipping. tokens: of the target. step_s = target_wait_s (next batch not computed yet) +
-    wire_wait_s (computed, not fetched yet) + train_s (the rest). draft_s: the step's own time on its device, also what
-    of it ran during those waits; wall time on a CPU; 0 if it was not taken. forward_s: the daemons' forward time of its
-    batches, overlapped or not. resubmitted, reconnects: in this step.
+    wire_wait_s (computed, not fetched yet) + train_s (the rest). draft_s: the step's own time on its device, also the
+    part during those waits; wall time on a CPU; 0 if not measured. forward_s: the daemons' forward time of its batches,
+    overlapped or not. resubmitted, reconnects: in this step.
     """
 
     step: int
@@ -73,7 +73,7 @@ class Sink(Protocol):
     """Something that shows or stores the progress of a run."""
 
     def step(self, record: StepRecord) -> None:
-        """One more optimizer step is trained."""
+        """Take the record of one more optimizer step."""
         ...
 
 
@@ -98,7 +98,7 @@ class Journal:
         self._last = self._end = 0
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            # Without a buffer: what could not be written must not be tried again when the file is closed.
+            # Unbuffered: a failed write must not be retried when the file is closed.
             self._file = FileIO(path, "a")
         for record, end in _records(path):
             if record.step > step:
@@ -123,7 +123,7 @@ class Journal:
         return f"Journal({str(self.path)!r}, step={self._last})"
 
     def append(self, record: StepRecord) -> None:
-        """Write one line, or nothing of it. Steps must come in order, without a gap."""
+        """Append one line, whole or not at all. Steps must come in order, without a gap."""
         assert record.step == self._last + 1, f"journal is at step {self._last}, got {record.step}"
         line = msgspec.json.encode(record) + b"\n"
         with writing(self.path):
@@ -138,7 +138,7 @@ class Journal:
         self._last, self._end = record.step, self._end + len(line)
 
     def sync(self) -> None:
-        """Put every line on disk; a checkpoint must never know of a step the journal can lose."""
+        """fsync the file: a checkpoint must never know of a step the journal can lose."""
         with writing(self.path):
             os.fsync(self._file.fileno())
 

@@ -1,4 +1,4 @@
-"""The training loop: deliveries in, optimizer steps out, whatever the draft.
+"""The training loop: deliveries in, optimizer steps out, for any draft.
 
 An optimizer step takes `accumulation` batches in a row, across the ends of epochs; only the last step of a run may take
 fewer. Gradients of loss sums are added up and divided once by the weight of the whole step, so the result does not
@@ -41,19 +41,19 @@ class Feed(Protocol):
 
     @property
     def num_batches(self) -> int:
-        """How many there are."""
+        """How many batches there are."""
         ...
 
     def remaining(self, epoch: int, index: int) -> Iterator[Batch]:
-        """All of them from batch `index` of `epoch` on; `index` may be the length of that epoch."""
+        """All batches from number `index` of `epoch` on; `index` may be the length of that epoch."""
         ...
 
 
-class Source(Protocol):
-    """Where states come from; a Subscriber is one."""
+class StateSource(Protocol):
+    """A source of states, such as a Subscriber."""
 
     def stream(self, batches: Iterable[Batch]) -> Iterator[Delivery]:
-        """One delivery for each batch, in order; its tensors live until the next one is asked for."""
+        """One delivery for each batch, in order; its tensors are valid until the next one is requested."""
         ...
 
     def stats(self) -> Stats:
@@ -64,7 +64,7 @@ class Source(Protocol):
 class _StepBatches:
     """The batches of one optimizer step and their sums, which stay on the device until they are logged.
 
-    watch: times what it makes the device do.
+    watch: times its work on the device.
     """
 
     __slots__ = ("_counts", "_losses", "_weights", "batches", "tokens", "watch")
@@ -78,7 +78,7 @@ class _StepBatches:
         self._counts: list[torch.Tensor] = []
 
     def add(self, batch: Batch, loss: Loss) -> None:
-        """Take in a batch's gradients."""
+        """Accumulate a batch's gradients."""
         if loss.sum.requires_grad:
             loss.sum.backward()  # type: ignore[no-untyped-call]
         self.batches.append(TrainedBatch(epoch=batch.epoch, index=batch.index, samples=batch.samples))
@@ -103,8 +103,8 @@ class _StepBatches:
         return torch.stack(self._counts).sum(0)
 
 
-class _Done:
-    """An optimizer step that is not logged yet: host facts, and a copy under way of all it needs from the device."""
+class _UnloggedStep:
+    """An optimizer step that is not logged yet: host facts, and its device values in an asynchronous copy."""
 
     __slots__ = ("_copied", "_values", "facts", "window")
 
@@ -151,7 +151,7 @@ class _Run:
         self,
         config: TrainConfig,
         objective: Objective,
-        source: Source,
+        source: StateSource,
         checkpoints: Checkpoints,
         journal: Journal,
         sinks: Sequence[Sink],
@@ -165,10 +165,10 @@ class _Run:
         self.optimizer = optimizer
         self.rng = RngStates.capture()
         self.savable = True  # weights, moments, position and records are of the same step
-        self._pending: list[_Done] = []
+        self._pending: list[_UnloggedStep] = []
         self.device = str(optimizer.param_groups[0]["params"][0].device)
-        # 1 from the first non-finite step on: no later step changes a weight, though the host learns of it only when
-        # it logs.
+        # 1 from the first non-finite step on: no later step changes a weight, though the host sees it only when it
+        # logs.
         self._halted = torch.zeros((), device=self.device)
         self._stats = source.stats()
         self._mark = time.perf_counter()
@@ -186,11 +186,11 @@ class _Run:
         last = window.batches[-1]
         self.position = Position(step=self.position.step + 1, epoch=last.epoch, index=last.index + 1)
         self.rng = RngStates.capture()
-        self._pending.append(_Done(window, norm, self._facts(window, rate)))
+        self._pending.append(_UnloggedStep(window, norm, self._facts(window, rate)))
         self.savable = True
         step = self.position.step
         if step % self.config.log_every == 0 or step == self.steps:
-            # On a GPU the newest step stays, so that there is work on it while the host waits and makes the next batch.
+            # On a GPU the newest step stays pending: the device has work while the host waits and makes the next batch.
             self._show(self._log(keep=1 if self._halted.is_cuda and step < self.steps else 0))
         if step == self.steps or (self.config.save_every and step % self.config.save_every == 0):
             self.save()
@@ -205,7 +205,7 @@ class _Run:
             logger.info("checkpoint of step %d: %s", self.position.step, path)
 
     def _log(self, keep: int = 0) -> list[StepRecord]:
-        """Write the records that the journal lacks, but the newest `keep`: the one place that waits for the device."""
+        """Journal all pending records but the newest `keep`: the only place that waits for the device."""
         records: list[StepRecord] = []
         while len(self._pending) > keep:
             try:
@@ -254,7 +254,7 @@ def train(
     config: TrainConfig,
     objective: Objective,
     feed: Feed,
-    source: Source,
+    source: StateSource,
     checkpoints: Checkpoints,
     journal: Path,
     *,
@@ -264,9 +264,9 @@ def train(
 ) -> Position:
     """Train to the end, from the start or from the newest checkpoint; returns the last position.
 
-    journal: path of the step records. A SpecdError (running out of GPU memory becomes one) or a KeyboardInterrupt on
-    the way leaves a checkpoint of the last optimizer step behind, unless that error is a non-finite loss or gradient,
-    which no weight has seen, or came between the weights and the position of a step.
+    journal: path of the step records. On a SpecdError (running out of GPU memory becomes one) or a KeyboardInterrupt
+    the last optimizer step is checkpointed, unless the error is a non-finite loss or gradient, which no weight has
+    seen, or came between the weights and the position of a step.
     """
     interrupt = interrupt or Interrupt()
     optimizer = make_optimizer(objective.module, config)

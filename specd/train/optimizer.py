@@ -1,4 +1,4 @@
-"""The optimizer step: how many there are, their learning rate, and what a step does with gradients of loss sums."""
+"""Optimizer steps: their number, their learning rate, and one step over gradients of loss sums."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from specd.config.settings import TrainConfig
 
 
 def total_steps(config: TrainConfig, num_batches: int) -> int:
-    """Optimizer steps of a run over `num_batches` batches: max_steps, or as many as the data gives if that is less."""
+    """Optimizer steps of a run over `num_batches` batches: at most max_steps, if that is set."""
     steps = math.ceil(num_batches / config.accumulation)
     return min(steps, config.max_steps) if config.max_steps else steps
 
@@ -39,9 +39,9 @@ def apply_gradients(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One step with the accumulated gradients of loss sums, which it clears. No host sync.
 
-    weight: 0-d float32, what the gradients are divided by. losses: [batches]. clip: of the gradients' norm, 0 for none.
-    halted: 0-d float32, 1 stops every step from now on. A step without weight, with a loss or gradient that is not
-    finite, or after one such, leaves weights and moments as they are. Returns the norm before clipping, and `halted`.
+    weight: 0-d float32, divides the gradients. losses: [batches]. clip: of the gradients' norm, 0 for none.
+    halted: 0-d float32, 1 disables every step from now on. A step without weight, with a non-finite loss or gradient,
+    or after such a one, leaves weights and moments unchanged. Returns the norm before clipping, and `halted`.
     """
     parameters = chain.from_iterable(group["params"] for group in optimizer.param_groups)
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]

@@ -1,4 +1,4 @@
-"""How long the trainer's device works on something, however long the host waits meanwhile."""
+"""Device time of the trainer's work, without the waits of the host."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 
 class Stopwatch:
-    """The time that pieces of work take on `device`: as its stream comes to their ends, or the caller on the CPU."""
+    """Total time of pieces of work on `device`: by events of the current stream, on the CPU by the wall clock."""
 
     def __init__(self, device: str) -> None:
         self._device = device
@@ -19,13 +19,13 @@ class Stopwatch:
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
-        """Times what the body has the device do; what the body leaves with an error does not count."""
+        """Time the body's work on the device; a body that raises does not count."""
         begin = self._now()
         yield
         self._marks.append((begin, self._now()))
 
     def seconds(self) -> float:
-        """The sum; the device must have done all of it."""
+        """Total seconds; the device must have finished."""
         if self._device.startswith("cuda"):
             return float(sum(begin.elapsed_time(end) for begin, end in self._marks)) / 1e3
         return float(sum(end - begin for begin, end in self._marks))

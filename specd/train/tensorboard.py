@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class Scalars:
-    """TensorBoard scalars of a run, in `directory`. step: where it continues; later points of an earlier life go.
+    """TensorBoard scalars of a run, in `directory`. step: where it continues; later points are purged.
 
     All methods raise CheckpointError where they cannot be written.
     """

@@ -1,4 +1,4 @@
-"""What control and worker tell each other: internal messages of one daemon, never seen by a trainer.
+"""Messages between control and worker, internal to one daemon; no trainer sees them.
 
 Two one-way pipes per worker life, bound by control: one to the worker, one from it. Either side may be a process or a
 thread of the same one; the messages are the same.
@@ -44,7 +44,7 @@ class FillNoise(Note, kw_only=True, frozen=True, tag="noise"):
 
 
 class Accept(Note, kw_only=True, frozen=True, tag="accept"):
-    """Let a session use a transport."""
+    """Attach a session to a transport."""
 
     session: bytes
     transport: str
@@ -52,7 +52,7 @@ class Accept(Note, kw_only=True, frozen=True, tag="accept"):
 
 
 class Publish(Note, kw_only=True, frozen=True, tag="publish"):
-    """A session is ready to receive a slot it holds."""
+    """A session is ready to receive a slot it leases."""
 
     session: bytes
     transport: str
@@ -60,7 +60,7 @@ class Publish(Note, kw_only=True, frozen=True, tag="publish"):
 
 
 class Drop(Note, kw_only=True, frozen=True, tag="drop"):
-    """A session is over."""
+    """Drop a session that ended."""
 
     session: bytes
 
@@ -122,7 +122,7 @@ class Accepted(Note, kw_only=True, frozen=True, tag="accepted"):
 
 
 class Refused(Note, kw_only=True, frozen=True, tag="refused"):
-    """The answer to Accept, when it cannot be."""
+    """The answer to Accept, when it failed."""
 
     session: bytes
     transport: str
@@ -146,5 +146,5 @@ encode = msgspec.msgpack.Encoder().encode
 
 
 def decode(frame: bytes) -> Any:
-    """The message in one frame; only ever called on frames of the own daemon."""
+    """The message in one frame; only for frames of this daemon."""
     return _decoder.decode(frame)

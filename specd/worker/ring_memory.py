@@ -1,23 +1,20 @@
-"""What a worker serves: the ring's memory, where the target computes, and the serving side of each transport."""
+"""The ring's memory, where the target computes, and the serving side of each transport."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
-import os
 from typing import NamedTuple
 
 from specd.config.settings import DaemonConfig
-from specd.errors import TransportError
+from specd.errors import SpecdError, TransportError
 from specd.memory.arena import HostArena
 from specd.memory.device_arena import DeviceArena
 from specd.memory.segment import NoRoomError
+from specd.transports import registry
 from specd.transports.base import Server, ServerContext, Transport
-from specd.transports.registry import DEVICE_ORDER, HOST_ORDER, load
 
 log = logging.getLogger(__name__)
-
-RDMA_DEVICES = "/sys/class/infiniband"
 
 
 class Serving(NamedTuple):
@@ -31,8 +28,8 @@ class Serving(NamedTuple):
 def open_ring(config: DaemonConfig, slot_bytes: int, device: str, epoch: bytes, serving: ServerContext) -> Serving:
     """Make the ring on `device`, `config.ring.slots` slots of `slot_bytes`, and serve it.
 
-    A transport that was named must work; of those that `auto` stands for, the ones that do not are left out. The caller
-    closes the servers, then the arena. Raises TransportError when the memory cannot be had or nothing can serve it.
+    A transport that was named must work; one that only `auto` brings is left out if it does not. The caller closes the
+    servers, then the arena. Raises TransportError when the memory cannot be had or nothing can serve it.
     """
     found: dict[str, type[Transport]] = {}
     automatic = candidates(device) if "auto" in config.transports else ()
@@ -46,7 +43,7 @@ def open_ring(config: DaemonConfig, slot_bytes: int, device: str, epoch: bytes, 
     with contextlib.ExitStack() as undo:
         undo.callback(arena.close)
         for name, transport in found.items():
-            here = arena.ledger if isinstance(arena, DeviceArena) and name in on_host else arena
+            here = arena.ledger if name in on_host else arena
             try:
                 servers[name] = transport.server(here, serving)
             except TransportError as error:
@@ -59,21 +56,30 @@ def open_ring(config: DaemonConfig, slot_bytes: int, device: str, epoch: bytes, 
     return Serving(arena, servers, on_host)
 
 
-def candidates(device: str) -> tuple[str, ...]:
-    """What `auto` serves of a ring on `device`."""
-    if device == "cpu":
-        return HOST_ORDER
-    rdma = os.path.isdir(RDMA_DEVICES) and os.listdir(RDMA_DEVICES)
-    return tuple(name for name in DEVICE_ORDER if name != "nixl" or rdma)
+def candidates(device: str) -> list[str]:
+    """What `auto` serves of a ring on `device`, best first; the log says what is left out."""
+    here: dict[str, type[Transport]] = {}
+    for name in registry.names():
+        try:
+            here[name] = registry.load(name)
+        except SpecdError as error:
+            log.info("%s is not served: %s", name, error)
+    found: list[str] = []
+    for name in registry.preferred({name: one.traits for name, one in here.items()}, device):
+        if reason := here[name].available(device):
+            log.info("%s is not served: %s", name, reason)
+        else:
+            found.append(name)
+    return found
 
 
 def _make(
     config: DaemonConfig, slot_bytes: int, device: str, epoch: str, found: dict[str, type[Transport]]
 ) -> tuple[HostArena | DeviceArena, frozenset[str]]:
-    """The ring's memory, and who reads it through a mirror.
+    """The ring's memory, and the transports that read its mirror.
 
-    Where host memory has no room for its slots, those of `found` that need them there are left out of it: on the CPU
-    those that share them, as the others read a private ring; of a ring on a device all that read its mirror.
+    Where shared memory has no room for the slots, the transports that need them there are dropped from `found`: of a
+    ring on the CPU those of scope `host`, as the others read a private ring; of one on a device all that read a mirror.
     """
     slots = config.ring.slots
     while True:
@@ -95,7 +101,7 @@ def _make(
 
 def _usable(name: str, device: str) -> type[Transport]:
     """The transport called `name`, if it can take a ring on `device`. Raises TransportError."""
-    transport = load(name)
+    transport = registry.load(name)
     if device == "cpu" and "host" not in transport.traits.memory:
         raise TransportError("it moves device memory, and the ring lies where the target computes, on the CPU")
     return transport

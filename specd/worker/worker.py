@@ -1,8 +1,8 @@
 """The worker: owns the target, the ring's memory and the transports' serving sides.
 
-Three threads. The service thread talks with control and with the transports, and fills the slots of probes; the target
-thread loads the target and launches forwards; the announcer thread waits for those that run on a device, and copies
-their slots to the host while a trainer reads there. A slot is announced only when its bytes are in place.
+Three threads. The service thread talks to control and the transports, and fills the slots of probes; the target thread
+loads the target and launches forwards; the announcer thread waits for forwards on a device, and copies their slots to
+the host while a trainer reads there. A slot is announced only when its bytes are in place.
 """
 
 from __future__ import annotations
@@ -42,14 +42,14 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 Announce = Callable[[zmq.Socket[bytes], float], None]
-"""Tells control of the slots of one forward, over this pipe; the forward took so many seconds."""
+"""Send Filled for every slot of one forward; `took`: its seconds."""
 
 CRASH_S = 5.0
-"""How long a worker that failed waits for its target to end."""
+"""How long a failed worker waits for its target thread."""
 
 
 class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """What control tells a new worker: its configuration, its epoch, its two pipes, and who its parent is."""
+    """Configuration of a new worker: the daemon's, its epoch, its two pipes, its parent's pid (0: a thread)."""
 
     daemon: DaemonConfig
     epoch: bytes
@@ -60,7 +60,7 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Worker:
-    """One life of the target. `run` blocks until control says Stop, or its parent is dead."""
+    """One worker: loads the target and serves it. `run` blocks until Stop, or until its parent is dead."""
 
     def __init__(self, config: WorkerConfig, context: zmq.Context[zmq.Socket[bytes]]) -> None:
         self._config = config
@@ -73,7 +73,7 @@ class Worker:
         self._announcements: queue.SimpleQueue[tuple[Completion, float, Announce] | None] = queue.SimpleQueue()
         self._announcer: threading.Thread | None = None
         self._ahead = threading.Semaphore(1)
-        """Forwards that may be launched behind one that runs: what comes meanwhile then shares the next."""
+        """Forwards launched behind a running one, at most 1: later batches then share the next."""
         self._ended = os.eventfd(0)  # the target thread's: it could not start, or crashed
         self._failure = ""
 
@@ -105,7 +105,7 @@ class Worker:
                 if inbox in ready and not self._serve(channel.decode(inbox.recv()), outbox):
                     break
         except BaseException:
-            # The target may wait for a device that is gone. A thread cannot be left behind: its ring is about to go.
+            # The target may hang on a failed device. Only a process may leave it behind: a thread's ring is freed.
             patience = CRASH_S if parent >= 0 else None
             raise
         finally:
@@ -130,7 +130,7 @@ class Worker:
         return socket
 
     def _serve(self, note: channel.ToWorker, outbox: zmq.Socket[bytes]) -> bool:
-        """Do what control asks, on the service thread; False ends the worker."""
+        """Handle one message of control, on the service thread; False ends the worker."""
         match note:
             case channel.FillSlot():
                 self._tasks.put(note)
@@ -143,7 +143,7 @@ class Worker:
             case channel.Publish():
                 try:
                     self._servers[note.transport].publish(note.session, note.ref)
-                except TransportError as error:  # the session ended meanwhile; its trainer's deadline notices
+                except TransportError as error:  # the session ended meanwhile; its trainer times out
                     log.info("%s is not sent: %s", note.ref, error)
             case channel.Accept():
                 outbox.send(channel.encode(self._accept(note)))
@@ -162,11 +162,11 @@ class Worker:
 
     def _accept(self, note: channel.Accept) -> channel.Accepted | channel.Refused:
         try:
-            # Before the trainer can ask for a slot, all that are in the ring must lie where it reads.
+            # Every slot of the ring must be readable there before the trainer can ask for one.
             self._read_on_host(note.session, note.transport in self._on_host)
             offer = self._servers[note.transport].accept(note.session, note.hello)
             for name, server in self._servers.items():
-                if name != note.transport:  # tried before, and given up
+                if name != note.transport:  # an earlier attempt
                     server.drop(note.session)
         except SpecdError as error:
             self._read_on_host(note.session, False)
@@ -186,7 +186,7 @@ class Worker:
             except (SpecdError, MemoryError) as error:
                 log.debug("worker start failed", exc_info=True)
                 outbox.send(channel.encode(channel.StartFailed(reason=str(error) or repr(error))))
-                if not self._config.parent_pid:  # a process waits to be killed, lest its death overtake the reason
+                if not self._config.parent_pid:  # a process waits to be killed, so that the reason arrives first
                     os.eventfd_write(self._ended, 1)
                 return
             outbox.send(channel.encode(started))
@@ -221,7 +221,7 @@ class Worker:
         )
 
     def _gather(self, first: channel.FillSlot) -> tuple[list[channel.FillSlot], channel.FillSlot | None]:
-        """`first` and the waiting batches that may share its forward; and one that may not, to start the next group."""
+        """`first` and the queued batches that share its forward, and the one that does not: the next group's first."""
         group = [first]
         target = self._config.daemon.target
         if target.exact:
@@ -277,7 +277,7 @@ class Worker:
     def _announce_later(self, completion: Completion, begin: float, announce: Announce) -> None:
         """Hand a pending completion to the announcer thread, so that the next forward is launched meanwhile.
 
-        begin: when it was launched, in monotonic seconds. Returns when no other forward is unfinished.
+        begin: when it was launched, in monotonic seconds. Blocks while another forward is in flight.
         """
         if self._announcer is None:
             self._announcer = threading.Thread(target=self._run_announcer, name="specd-announcer", daemon=True)
@@ -292,14 +292,14 @@ class Worker:
             while (item := self._announcements.get()) is not None:
                 completion, begin, announce = item
                 completion.wait()
-                # One that was launched behind another began when that one had ended.
+                # A forward launched behind another began when that one ended.
                 begin, end = max(begin, end), time.monotonic()
                 self._ahead.release()
                 announce(outbox, end - begin)
         except BaseException:
             log.exception("a forward failed on the device")
             self._fail("a forward failed on the device")
-            self._ahead.release(1 + self._config.daemon.ring.slots)  # nothing that is queued waits for it any more
+            self._ahead.release(1 + self._config.daemon.ring.slots)  # unblock whatever is queued
         finally:
             outbox.close(linger=1000)
 
@@ -309,7 +309,7 @@ class Worker:
         os.eventfd_write(self._ended, 1)
 
     def _abandon(self) -> None:
-        """End this process now, without waiting for a forward; shared memory does not outlive it."""
+        """Exit the process at once, not waiting for a forward; removes its shared segment."""
         if self._arena is not None:
             with contextlib.suppress(OSError):
                 os.unlink(self._arena.path)
@@ -326,7 +326,7 @@ class Worker:
 
 
 def capture_of(config: DaemonConfig, contract: TargetContract) -> CaptureSpec:
-    """The spec the daemon's slots are sized for; which taps does not matter, only how many."""
+    """The spec the daemon's slots are sized for; only the number of taps matters."""
     capture = config.capture
     dtype = contract.dtype if capture.dtype == "auto" else capture.dtype
     return CaptureSpec(taps=tuple(range(capture.num_taps)), final=capture.final, dtype=dtype)  # type: ignore[arg-type]

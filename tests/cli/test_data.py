@@ -96,7 +96,7 @@ def test_regenerate_writes_answers_once(tmp_path: Path, model: Path, monkeypatch
 
 
 def test_settings_and_missing_data_are_refused_by_name(tmp_path: Path, model: Path) -> None:
-    with pytest.raises(ConfigError, match="no preset that names data"):
+    with pytest.raises(ConfigError, match=r"no recipe of model .* names data"):
         run("stats", "--model", model)
     path = write_rows(tmp_path / "a.jsonl", {"messages": talk("Hi", "Hello.")})
     with pytest.raises(ConfigError, match="max_lenght"):

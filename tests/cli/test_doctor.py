@@ -11,6 +11,8 @@ import huggingface_hub.constants
 import pytest
 import torch
 
+import specd
+from daemons import specd_command
 from specd.cli import doctor
 from specd.cli.main import run
 
@@ -122,3 +124,20 @@ def test_nccl_is_tried_on_two() -> None:
     finding = doctor.check_transport("nccl")
     assert finding.works, finding.note
     assert "from cuda:0 to cuda:" in finding.note
+
+
+def test_doctor_finds_what_works_here() -> None:
+    result = specd_command("doctor", "--json")
+    assert result.returncode == 0, result.stdout + result.stderr
+    found = {(entry["kind"], entry["name"]): entry["works"] for entry in json.loads(result.stdout)["findings"]}
+    assert found["transport", "inproc"]
+    assert found["transport", "bytes"]
+    assert found["backend", "synthetic"]
+    assert ("preset", "smollm2-135m") in found
+
+
+def test_doctor_gives_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(specd.transports.registry.BUILTIN, "gone", "specd.transports.gone:Gone")
+    finding = doctor.check_transport("gone")
+    assert not finding.works
+    assert "cannot be imported" in finding.note

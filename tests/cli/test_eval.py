@@ -12,9 +12,10 @@ import torch
 
 from chats import THINKING, talk, write_rows, write_tokenizer
 from specd.cli.main import run
-from specd.config.settings import DFlashConfig, RunConfig
+from specd.config.settings import RunConfig
 from specd.drafts.dflash.export import save_draft
 from specd.drafts.dflash.model import DFlashDraft, draft_shape
+from specd.drafts.dflash.settings import DFlashConfig
 from specd.evaluate import decode
 from specd.evaluate.decode import Generation
 from specd.evaluate.results import EVALS, EvalFacts
@@ -44,16 +45,15 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def trained(tmp_path: Path, model: Path) -> Path:
     """A run whose data had `enable_thinking` off, with its draft."""
-    shape = draft_shape(
-        DFlashConfig(num_layers=1, block_size=4), json.loads((model / "config.json").read_text()), (1, 2), 0
-    )
+    config = DFlashConfig(num_layers=1, block_size=4, mask_token_id=0)
+    shape = draft_shape(config, json.loads((model / "config.json").read_text()), (1, 2))
     directory = tmp_path / "run"
     directory.mkdir()
     save_draft(DFlashDraft(shape, 3), directory / "draft", dtype=torch.float32)
-    config = msgspec.to_builtins(RunConfig())
-    config["data"]["template"] = {"enable_thinking": False}
+    settings = msgspec.to_builtins(RunConfig(method="dflash"))
+    settings["data"]["template"] = {"enable_thinking": False}
     facts = RunFacts(
-        started="now", target={"model": str(model)}, draft={}, data={}, transports={}, machine={}, config=config
+        started="now", target={"model": str(model)}, draft={}, data={}, transports={}, machine={}, config=settings
     )
     write_facts(directory, facts)
     return directory
@@ -102,7 +102,7 @@ def test_the_template_gets_the_options_of_the_run_or_those_given(
         ends.append(list(eos))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(decode, "greedy", greedy)
+    monkeypatch.setattr("specd.evaluate.evaluator.greedy", greedy)
     if not in_run:
         (trained / "run.json").unlink()
     arguments = ["eval", "--draft", str(trained), "--model", str(model), "--prompts", prompts, "--device", "cpu"]
@@ -123,7 +123,7 @@ def test_only_what_no_rounding_explains_is_a_failure(
         text = true(*arguments, **limits)
         return msgspec.structs.replace(text, tokens=((text.tokens[0] + 1) % 400, *text.tokens[1:]))
 
-    monkeypatch.setattr(decode, "greedy", forged)
+    monkeypatch.setattr("specd.evaluate.evaluator.greedy", forged)
     monkeypatch.setattr(decode, "ROUNDINGS", rounding)
     monkeypatch.setenv("COLUMNS", "200")
     arguments = ["eval", "--draft", str(trained), "--prompts", prompts, "--max-new-tokens", "4", "--limit", "1"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from pathlib import Path
@@ -9,7 +10,9 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from daemons import CONTRACT, REPORT
 from samples import batch
+from specd.cli import status
 from specd.cli.main import run
 from specd.client import ask
 from specd.client.ask import LONGEST_S, ask_status, dial
@@ -108,4 +111,35 @@ def test_start_names_the_runtime_directory_it_cannot_write(
     error = capsys.readouterr().err
     assert f"runtime directory '{base}/specd-{os.getuid()}': cannot write there" in error
     assert "set XDG_RUNTIME_DIR" in error
+    assert error.count("\n") == 1
+
+
+def test_status_shows_the_daemon(daemon: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["status", "--endpoint", daemon]) == 0
+    text = capsys.readouterr().out
+    for part in (
+        "serving",
+        "tiny",
+        CONTRACT.fingerprint,
+        "1 quarantined",
+        "GPU-5e7a1c90",
+        "trainer-1",
+        "1,234",
+        "5 GiB",
+    ):
+        assert part in text
+
+
+def test_status_as_json(daemon: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["status", "--endpoint", daemon, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == json.loads(json.dumps(status.as_data(REPORT)))
+
+
+@pytest.mark.parametrize("verb", ["status", "stop"])
+def test_no_daemon_is_one_clear_line(verb: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    endpoint = f"ipc://{tmp_path}/none.sock"
+    assert run([verb, "--endpoint", endpoint, "--timeout", "0.2"]) == 1
+    error = capsys.readouterr().err
+    assert endpoint in error
+    assert "specd start" in error
     assert error.count("\n") == 1

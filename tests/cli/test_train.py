@@ -39,7 +39,7 @@ def train(output: Path, *arguments: str) -> int:
 
 def asked(tmp_path: Path, hosted: list[DaemonConfig], *arguments: str) -> TargetConfig:
     """The target that this command hosts."""
-    assert train(tmp_path / "run", *arguments) == 1
+    assert train(tmp_path / "run", *arguments, "--set", "draft.mask_token_id=9") == 1
     return hosted.pop().target
 
 
@@ -157,8 +157,9 @@ def test_a_run_keeps_the_dtype_that_auto_meant_on_its_first_device(
 def test_the_recipe_of_a_preset_is_used_as_a_whole(
     tmp_path: Path, command: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recipe = Preset(name="tiny", run={"train": {"threads": 3, "save_every": 2}, "subscriber": {"depth": 1}})
-    monkeypatch.setattr("specd.cli.train.preset", lambda name: recipe)
+    own = {"train": {"threads": 3, "save_every": 2}, "subscriber": {"depth": 1}}
+    recipe = Preset(name="tiny", run={"dflash": own, "another": {"train": {"threads": 99}}})
+    monkeypatch.setattr("specd.config.presets.preset", lambda name: recipe)
     threads: list[int] = []
     monkeypatch.setattr(torch, "set_num_threads", threads.append)
     assert train(tmp_path / "run", *command, "--max-steps", "3") == 0, capsys.readouterr().err
@@ -173,8 +174,8 @@ def test_the_recipe_of_a_preset_is_used_as_a_whole(
 @pytest.mark.parametrize(
     ("where", "remedy"),
     [
-        ("specd.data.dataset.prepare", "give the same command again"),
-        ("specd.train.loop.train", "the same command and --resume"),
+        ("specd.train.trainer.prepare", "give the same command again"),
+        ("specd.train.trainer.train", "the same command and --resume"),
     ],
 )
 def test_an_interrupted_run_goes_on_as_it_says(

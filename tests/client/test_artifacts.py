@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from specd.client.artifacts import Artifacts
+from specd.client.artifacts import ArtifactReader
 from specd.client.handshake import Session
 from specd.errors import DaemonError, ProtocolError
 from specd.protocol.limits import ARTIFACT_CHUNK_BYTES
@@ -27,7 +27,7 @@ class Wire:
         self.more = more
         self.late = late or []
         self.asked: list[Fetch] = []
-        self.reader = Artifacts(threading.Condition(), 0.2, self.ask)
+        self.reader = ArtifactReader(threading.Condition(), 0.2, self.ask)
 
     def ask(self, messages: Callable[[bytes], list[Message]], asked: Session | None) -> Session | None:
         if asked is None and self.contents:

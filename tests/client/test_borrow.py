@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -12,7 +11,7 @@ import torch
 import zmq
 
 from samples import batch
-from scripted import EXPECT_S, MEMORY, SPEC, Daemon, Scripted, make, states, wait_for
+from scripted import EXPECT_S, MEMORY, SPEC, Daemon, Scripted, Work, make, num_fetched, states, wait_for
 from specd.client.subscriber import Subscriber
 from specd.config.settings import DaemonConfig, RingConfig, SubscriberConfig, TargetConfig
 from specd.daemon.serve import embedded
@@ -21,29 +20,6 @@ from specd.protocol import messages as wire
 from specd.protocol.batch import Delivery
 from specd.transports import inproc
 from specd.transports.base import SlotRef, Traits
-
-
-class Work:
-    """What the training stream was told to do until a delivery was given back; `end` ends it, unless `done`."""
-
-    def __init__(self, done: bool) -> None:
-        self._done = threading.Event()
-        if done:
-            self._done.set()
-        self.awaited = threading.Event()
-
-    def synchronize(self) -> None:
-        self.awaited.set()
-        assert self._done.wait(EXPECT_S)
-
-    def end(self) -> None:
-        self._done.set()
-
-
-@pytest.fixture
-def context() -> Iterator[zmq.Context[zmq.Socket[bytes]]]:
-    with zmq.Context() as context:
-        yield context
 
 
 @pytest.fixture
@@ -61,7 +37,9 @@ class Stream:
         self.idle = False
 
     def reached(self, device: str) -> Work:
-        self.work.append(Work(self.idle))
+        self.work.append(Work())
+        if self.idle:
+            self.work[-1].end()
         return self.work[-1]
 
     def __getitem__(self, index: int) -> Work:
@@ -140,7 +118,7 @@ def test_closing_gives_back_what_is_borrowed_before_it_says_bye(
         for _ in refs:
             daemon.expect(wire.Borrow)
         assert check(coming.result(EXPECT_S)) == 0
-        wait_for(lambda: source._flight._entries[0].buffer is not None)
+        wait_for(lambda: num_fetched(source) == 1)
         closing = pool.submit(source.close)
         assert daemon.expect(wire.Release)[1].lease == refs[1].slot, "nobody has looked at it"
         assert work[0].awaited.wait(EXPECT_S)
@@ -183,7 +161,7 @@ def test_a_session_lost_under_a_borrowed_batch_leaves_it_intact(
             daemon.ready(*submit, batch(i))
             daemon.expect(wire.Borrow)
         delivery = coming.result(EXPECT_S)
-        wait_for(lambda: source._flight._entries[0].buffer is not None)
+        wait_for(lambda: num_fetched(source) == 1)
         daemon.say(submits[0][0], wire.Revoke(epoch=daemon.epoch, reason="the worker died"))
         daemon.expect(wire.Bye)
         key, submit = daemon.expect(wire.Submit)
@@ -227,7 +205,7 @@ def test_a_slot_that_is_stale_when_it_is_borrowed_is_asked_for_again(
         (key, first), (_, second) = [daemon.expect(wire.Submit) for _ in "ab"]
         two = daemon.ready(key, second, batch(1))
         daemon.expect(wire.Borrow)
-        wait_for(lambda: source._flight._entries[1].buffer is not None)
+        wait_for(lambda: num_fetched(source) == 1)
         one = daemon.ready(key, first, batch(0), stale=True)
         daemon.expect(wire.Borrow)
         assert daemon.expect(wire.Release)[1].lease == one.slot
@@ -241,21 +219,26 @@ def test_a_slot_that_is_stale_when_it_is_borrowed_is_asked_for_again(
 
 
 def test_two_daemons_of_which_one_is_lost_do_not_wait_for_each_other(
-    context: zmq.Context[zmq.Socket[bytes]], transport: type[Scripted], work: Stream, pool: ThreadPoolExecutor
+    context: zmq.Context[zmq.Socket[bytes]],
+    transport: type[Scripted],
+    work: Stream,
+    pool: ThreadPoolExecutor,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """All credits of one daemon are held by batches behind the one that the other daemon lost."""
+    monkeypatch.setattr("specd.client.handshake.FIRST_S", 0.05)  # the lost one is not waited for long
     with Daemon(context, credits=1) as gone, Daemon(context, credits=1) as left:
         config = SubscriberConfig(
             endpoints=(gone.endpoint, left.endpoint), transport="scripted", depth=1, borrow=True, timeout_s=EXPECT_S
         )
         with Subscriber(config, SPEC, context=context) as source:
-            wait_for(lambda: sum(link.session is not None for link in source._flight.links) == 2)
+            wait_for(lambda: len(source.stats().transports) == 2)
             coming = pool.submit(list, map(check, source.stream([batch(0), batch(1)])))
             key, _ = gone.expect(wire.Submit)
             other, second = left.expect(wire.Submit)
             two = left.ready(other, second, batch(1))
             left.expect(wire.Borrow)
-            wait_for(lambda: source._flight._entries[1].buffer is not None)
+            wait_for(lambda: num_fetched(source) == 1)
             gone.deaf = True
             gone.say(key, wire.Revoke(epoch=gone.epoch, reason="it ends"))
             assert left.expect(wire.Release)[1].lease == two.slot

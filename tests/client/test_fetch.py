@@ -1,399 +1,220 @@
-"""How batches come home: announced early, fetched in order, into buffers that nobody reads any more."""
+"""The fetcher looks ahead: what a Receiver is told of while another transfer is waited for, and into which buffers."""
 
 from __future__ import annotations
 
-import queue
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
-import zmq
 
-from samples import batch
-from scripted import CONTRACT, EXPECT_S, MEMORY, SPEC, Daemon, Scripted, Wire, make, states, wait_for
-from specd.client.staging import Afterwards, Staging
-from specd.client.subscriber import Subscriber
-from specd.config.settings import SubscriberConfig
-from specd.errors import BatchError, TransportError
+from specd.client.fetch import Fetcher
+from specd.client.guard import Guard
+from specd.errors import TransportError
 from specd.memory.streams import allocate
-from specd.protocol import messages as wire
-from specd.protocol.batch import Batch, Delivery, batch_id
 from specd.transports.base import SlotRef
 
-Install = Callable[[type[Scripted]], type[Scripted]]
+WAIT_S = 20.0
+
+
+class Client:
+    """A Receiver that notes what it is told: `e0` for slot 0 expected, `f0` for it fetched.
+
+    gone: its daemon is, so that a fetch waits. waits: set while one does.
+    """
+
+    def __init__(self, log: list[str], gone: bool = False) -> None:
+        self.log = log
+        self.gone = gone
+        self.waits = threading.Event()
+        self._called_off = threading.Event()
+        self.expected: deque[tuple[int, torch.Tensor]] = deque()
+        self.intos: list[torch.Tensor] = []
+        self.lost = False
+
+    def hello(self) -> bytes:
+        return b""
+
+    def attach(self, offer: bytes, deadline_s: float) -> None:
+        raise AssertionError
+
+    def expect(self, ref: SlotRef, into: torch.Tensor) -> None:
+        assert all(into.data_ptr() != other.data_ptr() for _, other in self.expected), "one buffer for two transfers"
+        self.expected.append((ref.slot, into))
+        self.intos.append(into)
+        self.log.append(f"e{ref.slot}")
+
+    def fetch(self, ref: SlotRef, into: torch.Tensor, deadline_s: float) -> None:
+        slot, expected = self.expected.popleft()
+        assert (slot, expected.data_ptr()) == (ref.slot, into.data_ptr())
+        self.log.append(f"f{slot}")
+        if self.gone:
+            self.waits.set()
+            self.lost = self._called_off.wait(deadline_s)
+        if self.lost:
+            raise TransportError("the communicator is gone", lost=True)
+
+    def call_off(self) -> None:
+        self._called_off.set()
+
+    def close(self) -> None:
+        self.log.append("close")
+
+
+class Bench:
+    """A fetcher with three buffers. Its thread looks at what is asked for only at `go`.
+
+    gone: slots that their session has nothing to send for. keep: whether buffers that came stay in use.
+    """
+
+    def __init__(self) -> None:
+        self.log: list[str] = []
+        self.client = Client(self.log)
+        self.gone: set[int] = set()
+        self.keep = False
+        self.ended: list[tuple[int, torch.Tensor | TransportError]] = []
+        self._go = threading.Event()
+        self._held = False
+        self._count = 0
+        self._session: Any = SimpleNamespace(client=self.client, borrow=False)
+        self.guard = Guard(threading.Condition())
+        self.fetcher = Fetcher("cpu", 3, self._begin, self._end, self.guard)
+
+    def ask(self, count: int, nbytes: int = 4096, session: Any = None) -> None:
+        if not self._held:
+            self._held = True
+            self.fetcher._work.put(self._wait)
+        for _ in range(count):
+            pending: Any = SimpleNamespace(index=self._count, layout=SimpleNamespace(nbytes=nbytes))
+            self.fetcher.fetch(pending, session or self._session)
+            self._count += 1
+
+    def retire(self) -> None:
+        self.fetcher.retire(self._session)
+
+    def start(self) -> None:
+        """Let the thread work."""
+        self._go.set()
+
+    def go(self) -> None:
+        """Let the thread work until it has done what was asked for."""
+        self.start()
+        done = threading.Event()
+        self.fetcher._work.put(done.set)
+        assert done.wait(WAIT_S)
+        self._go.clear()
+        self._held = False
+
+    def _wait(self) -> None:
+        assert self._go.wait(WAIT_S)
+
+    def _begin(self, pending: Any, session: object) -> SlotRef | None:
+        return None if pending.index in self.gone else SlotRef(pending.index, 1, pending.layout.nbytes)
+
+    def _end(self, pending: Any, got: torch.Tensor | TransportError, took_s: float) -> None:
+        assert 0 <= took_s < WAIT_S
+        self.ended.append((pending.index, got))
+        if isinstance(got, torch.Tensor) and not self.keep:
+            self.fetcher.recycle(got)
 
 
 @pytest.fixture
-def context() -> Iterator[zmq.Context[zmq.Socket[bytes]]]:
-    with zmq.Context() as context:
-        yield context
+def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
+    bench = Bench()
+
+    def allocated(nbytes: int, device: str) -> torch.Tensor:
+        assert not bench.client.expected, "this may wait for a transfer whose deadline nobody looks at then"
+        return allocate(nbytes, device)
+
+    monkeypatch.setattr("specd.client.staging.allocate", allocated)
+    yield bench
+    bench._go.set()
+    bench.fetcher.close()
+    bench.guard.check()
 
 
-class Receiving(Wire):
-    """A client that is a Receiver, and fails once it is lost as one does. Called off, what a gate holds of it fails."""
-
-    def __init__(self, fetching: Callable[[SlotRef], None]) -> None:
-        super().__init__(fetching)
-        self.expected: deque[tuple[SlotRef, int]] = deque()
-        self.lost = False
-
-    def expect(self, ref: SlotRef, into: torch.Tensor) -> None:
-        assert not self.closed
-        self.expected.append((ref, into.data_ptr()))
-
-    def call_off(self) -> None:
-        if isinstance(self._fetching, Gate):
-            self._fetching.open(TransportError("it was called off", lost=True))
-
-    def fetch(self, ref: SlotRef, into: torch.Tensor, deadline_s: float) -> None:
-        if self.expected:
-            assert self.expected.popleft() == (ref, into.data_ptr())
-        if self.lost:
-            raise TransportError("it was lost", lost=True)
-        try:
-            super().fetch(ref, into, deadline_s)
-        except TransportError as error:
-            self.lost = error.lost
-            raise
+def test_what_has_a_buffer_is_expected_before_the_first_is_waited_for(bench: Bench) -> None:
+    bench.ask(5)
+    bench.go()
+    assert bench.log == ["e0", "e1", "e2", "f0", "e3", "f1", "e4", "f2", "f3", "f4"]
+    assert [index for index, _ in bench.ended] == [0, 1, 2, 3, 4]
 
 
-@pytest.fixture(params=[Wire, Receiving])
-def install(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Install:
-    def install(transport: type[Scripted]) -> type[Scripted]:
-        def client(device: str) -> Wire:
-            transport.made.append(request.param(transport.fetching))
-            return transport.made[-1]
-
-        monkeypatch.setattr(transport, "client", staticmethod(client))
-        monkeypatch.setattr("specd.client.handshake.load", lambda name: transport)
-        return transport
-
-    return install
+def test_no_buffer_is_made_to_look_ahead(bench: Bench) -> None:
+    bench.keep = True
+    bench.ask(5)
+    bench.go()
+    assert bench.log == ["e0", "e1", "e2", "f0", "f1", "f2", "e3", "f3", "e4", "f4"]
+    assert len({got.data_ptr() for _, got in bench.ended if isinstance(got, torch.Tensor)}) == 5
 
 
-class Gate:
-    """A fetch's hook that lets probes through and holds every batch until it is told what becomes of it."""
-
-    def __init__(self) -> None:
-        self.held: queue.SimpleQueue[SlotRef] = queue.SimpleQueue()
-        self._verdicts: queue.SimpleQueue[TransportError | None] = queue.SimpleQueue()
-        self.shut = False
-
-    def __call__(self, ref: SlotRef) -> None:
-        if not self.shut:
-            return
-        self.held.put(ref)
-        if (error := self._verdicts.get(timeout=EXPECT_S)) is not None:
-            raise error
-
-    def open(self, error: TransportError | None = None) -> None:
-        self._verdicts.put(error)
+def test_buffers_are_enlarged_only_while_nothing_is_expected(bench: Bench) -> None:
+    bench.ask(3)
+    bench.go()
+    bench.ask(2)
+    bench.ask(3, nbytes=8192)
+    bench.go()
+    assert bench.log[6:] == ["e3", "e4", "e5", "f3", "f4", "f5", "e6", "e7", "f6", "f7"]
 
 
-def check(delivery: Delivery) -> int:
-    assert delivery.taps is not None
-    assert torch.equal(delivery.taps, states(delivery.batch))
-    return delivery.batch.index
+def test_what_is_no_longer_its_sessions_gives_its_buffer_to_the_next(bench: Bench) -> None:
+    bench.gone = {0, 2}
+    bench.keep = True
+    bench.ask(5)
+    bench.go()
+    assert bench.log == ["e1", "e3", "e4", "f1", "f3", "f4"]
 
 
-def serve(daemon: Daemon, batches: list[Batch], ended: set[bytes]) -> None:
-    """Announce each batch when it is asked for, until all are released; no session of `ended` may ask for one."""
-    waiting, released = list(batches), 0
-    while released < len(batches):
-        key, message = daemon.expect(wire.Message)
-        assert key not in ended
-        if isinstance(message, wire.Submit):
-            daemon.ready(key, message, waiting.pop(0))
-        released += isinstance(message, wire.Release)
+def test_a_loss_is_told_of_each_and_their_buffers_are_left_alone(bench: Bench) -> None:
+    bench.client.lost = True
+    bench.ask(3)
+    bench.go()
+    told = [(index, isinstance(got, TransportError) and got.lost) for index, got in bench.ended]
+    assert told == [(0, True), (1, True), (2, True)]
+    lost = {into.data_ptr() for into in bench.client.intos}
+    bench.client.lost = False
+    bench.keep = True
+    bench.ask(3)
+    bench.go()
+    fresh = {got.data_ptr() for _, got in bench.ended if isinstance(got, torch.Tensor)}
+    assert (len(lost), len(fresh), lost & fresh) == (3, 3, set())
 
 
-def test_all_that_is_ready_is_announced_while_the_first_is_still_fetched(
-    context: zmq.Context[zmq.Socket[bytes]], install: Install
-) -> None:
-    gate = Gate()
-    install(make(gate, needs_recv_ready=True))
-    with Daemon(context) as daemon, daemon.subscriber(depth=2) as source, ThreadPoolExecutor() as pool:
-        gate.shut = True
-        stream = source.stream([batch(i) for i in range(3)])
-        first = pool.submit(next, stream)
-        submits = [daemon.expect(wire.Submit) for _ in range(3)]
-        refs = [daemon.ready(key, submit, batch(i)) for i, (key, submit) in enumerate(submits)]
-        announced = [daemon.expect(wire.RecvReady)[1].lease for _ in refs]
-        assert announced == [ref.slot for ref in refs]
-        for ref in refs:
-            assert gate.held.get(timeout=EXPECT_S) == ref, "they are fetched in the order they were announced in"
-            gate.open()
-        assert check(first.result(EXPECT_S)) == 0
-        assert [check(delivery) for delivery in stream] == [1, 2]
+def test_a_session_is_closed_behind_what_it_expects(bench: Bench) -> None:
+    bench.ask(2)
+    bench.retire()
+    bench.go()
+    assert bench.log == ["e0", "e1", "f0", "f1", "close"]
 
 
-def test_what_was_announced_is_fetched_even_if_nobody_wants_it_any_more(
-    context: zmq.Context[zmq.Socket[bytes]], install: Install
-) -> None:
-    gate = Gate()
-    install(make(gate, needs_recv_ready=True))
-    with Daemon(context) as daemon, daemon.subscriber(depth=2) as source, ThreadPoolExecutor() as pool:
-        gate.shut = True
-        stream = source.stream([batch(i) for i in range(3)])
-        first = pool.submit(next, stream)
-        submits = [daemon.expect(wire.Submit) for _ in range(3)]
-        refs = [daemon.ready(*submits[i], batch(i)) for i in (0, 1)]
-        for _ in refs:
-            daemon.expect(wire.RecvReady)
-        gate.held.get(timeout=EXPECT_S)
-        gate.open()
-        assert check(first.result(EXPECT_S)) == 0
-        assert daemon.expect(wire.Release)[1].lease == refs[0].slot
-        assert gate.held.get(timeout=EXPECT_S) == refs[1]
-        stream.close()
-        assert daemon.quiet(), "a transfer in flight keeps its lease"
-        late = daemon.ready(*submits[2], batch(2))
-        assert daemon.expect(wire.Release)[1].lease == late.slot, "what was not announced yet is only given back"
-        gate.open()
-        assert daemon.expect(wire.Release)[1].lease == refs[1].slot
-
-        again = pool.submit(list, map(check, source.stream([batch(7)])))
-        ref = daemon.ready(*daemon.expect(wire.Submit), batch(7))
-        daemon.expect(wire.RecvReady)
-        assert gate.held.get(timeout=EXPECT_S) == ref
-        gate.open()
-        assert again.result(EXPECT_S) == [7]
+def test_a_session_that_is_lost_is_not_waited_for(bench: Bench) -> None:
+    """Nothing else would tell the transfer, and every other daemon's batches come behind it."""
+    gone = Client([], gone=True)
+    lost: Any = SimpleNamespace(client=gone, borrow=False)
+    bench.ask(2, session=lost)
+    bench.ask(1)
+    bench.start()
+    assert gone.waits.wait(WAIT_S)
+    bench.fetcher.retire(lost)
+    bench.go()
+    told = [(index, isinstance(got, TransportError) and got.lost) for index, got in bench.ended]
+    assert told == [(0, True), (1, True), (2, False)]
+    assert gone.log == ["e0", "e1", "f0", "f1", "close"]
+    assert bench.log == ["e2", "f2"], "its own session goes on"
 
 
-def test_a_lost_transport_is_attached_anew_and_only_what_was_in_flight_pays(
-    context: zmq.Context[zmq.Socket[bytes]], install: Install
-) -> None:
-    gate = Gate()
-    transport = install(make(gate, needs_recv_ready=True, abortable=False))
-    with Daemon(context) as daemon, daemon.subscriber(depth=1, max_attempts=2) as source, ThreadPoolExecutor() as pool:
-        gate.shut = True
-        found = pool.submit(list, map(check, source.stream([batch(i) for i in range(3)])))
-        submits = [daemon.expect(wire.Submit) for _ in range(2)]
-        for i, submit in enumerate(submits):
-            daemon.ready(*submit, batch(i))
-            daemon.expect(wire.RecvReady)
-        gate.held.get(timeout=EXPECT_S)
-        gate.shut = False
-        gate.open(TransportError("the communicator is gone", lost=True))
-        assert daemon.expect(wire.Bye)[0] == submits[0][0]
-        serve(daemon, [batch(i) for i in range(3)], {submits[0][0]})
-        assert found.result(EXPECT_S) == [0, 1, 2]
-        stats = source.stats()
-        assert (stats.reconnects, stats.resubmitted) == (1, 2)
-        assert transport.made[0].closed
-        assert not transport.made[1].closed
-    assert transport.made[1].closed
-
-
-def test_a_lost_daemons_transfer_is_called_off_and_its_batches_come_from_another(
-    context: zmq.Context[zmq.Socket[bytes]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    gate = Gate()
-    transport = make(gate, needs_recv_ready=True, abortable=False)
-    made: list[Receiving] = []
-
-    def client(device: str) -> Receiving:
-        made.append(Receiving(gate))
-        return made[-1]
-
-    monkeypatch.setattr(transport, "client", client)
-    monkeypatch.setattr("specd.client.handshake.load", lambda name: transport)
-    batches = {batch_id(CONTRACT.fingerprint, SPEC, each.tokens, each.lengths): each for each in map(batch, range(3))}
-    with Daemon(context) as one, Daemon(context) as two, ThreadPoolExecutor() as pool:
-        config = SubscriberConfig(
-            endpoints=(one.endpoint, two.endpoint), transport="scripted", depth=2, timeout_s=EXPECT_S
-        )
-        with Subscriber(config, SPEC, context=context) as source:
-            wait_for(lambda: all(link.session for link in source._flight.links))
-            gate.shut = True
-            found = pool.submit(list, map(check, source.stream(batches.values())))
-            key, submit = one.expect(wire.Submit)
-            one.expect(wire.Submit)
-            one.ready(key, submit, batches[submit.batch_id])
-            one.expect(wire.RecvReady)
-            gate.held.get(timeout=EXPECT_S)
-            key, submit = two.expect(wire.Submit)
-            two.ready(key, submit, batches[submit.batch_id])
-            two.expect(wire.RecvReady)
-            gate.shut = False
-            one.deaf = True
-            one.revoke()  # nothing tells the transfer
-            released = 0
-            while released < 3:
-                key, message = two.expect(wire.Message)
-                if isinstance(message, wire.Submit):
-                    two.ready(key, message, batches[message.batch_id])
-                released += isinstance(message, wire.Release)
-            assert found.result(EXPECT_S) == [0, 1, 2]
-            assert source.stats().resubmitted == 2, "what was in flight, and what was not captured yet"
-            assert [client.closed for client in made].count(True) == 1
-
-
-def test_a_transport_that_is_lost_again_and_again_ends_the_run_by_name(
-    context: zmq.Context[zmq.Socket[bytes]], install: Install
-) -> None:
-    def fail(ref: SlotRef) -> None:
-        if MEMORY[ref.slot][1].numel() < 4096:  # a batch, not a probe
-            raise TransportError("the communicator is gone", lost=True)
-
-    install(make(fail, needs_recv_ready=True, abortable=False))
-    with Daemon(context) as daemon, daemon.subscriber(depth=0, max_attempts=2) as source, ThreadPoolExecutor() as pool:
-        found = pool.submit(next, source.stream([batch(3)]))
-        for _ in range(2):
-            daemon.ready(*daemon.expect(wire.Submit), batch(3))
-            for kind in (wire.RecvReady, wire.Bye):
-                daemon.expect(kind)
-        with pytest.raises(BatchError, match=r"batch 3 .*failed 2 times .*the communicator is gone"):
-            found.result(EXPECT_S)
-
-
-class Work:
-    """What a stream has been told to do: a Point that is reached when the test says so."""
-
-    def __init__(self, error: Exception | None = None) -> None:
-        self.done = threading.Event()
-        self.awaited = threading.Event()
-        self._error = error
-
-    def synchronize(self) -> None:
-        self.awaited.set()
-        assert self.done.wait(EXPECT_S)
-        if self._error is not None:
-            raise self._error
-
-
-def test_a_buffer_is_written_again_only_when_the_training_stream_has_read_it(
-    context: zmq.Context[zmq.Socket[bytes]], install: Install, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    install(make())
-    points: list[Work] = []
-
-    def reached(device: str) -> Work:
-        assert device == "cpu"
-        points.append(Work())
-        return points[-1]
-
-    monkeypatch.setattr("specd.client.inflight.reached", reached)
-    with Daemon(context) as daemon, daemon.subscriber(depth=0) as source, ThreadPoolExecutor() as pool:
-        batches = [batch(i) for i in range(4)]
-        stream = source.stream(batches)
-
-        def bring(index: int) -> Delivery:
-            coming = pool.submit(next, stream)
-            daemon.ready(*daemon.expect(wire.Submit), batches[index])
-            daemon.expect(wire.Release)
-            return coming.result(EXPECT_S)
-
-        one = bring(0)
-        two = bring(1)
-        assert one.taps is not None
-        assert two.taps is not None
-        assert len(points) == 1
-        assert check(one) == 0, "its stream has not read it yet, so another buffer is used"
-        third = pool.submit(next, stream)
-        daemon.ready(*daemon.expect(wire.Submit), batches[2])
-        assert points[0].awaited.wait(EXPECT_S)
-        threading.Event().wait(0.05)
-        assert daemon.quiet(), "both buffers are still read: the transfer has not begun"
-        assert check(one) == 0
-        assert check(two) == 1
-        points[0].done.set()
-        daemon.expect(wire.Release)
-        three = third.result(EXPECT_S)
-        assert source.stats().fetch_s < 0.05, "the wire is not charged with that wait"
-        assert three.taps is not None
-        assert three.taps.data_ptr() == one.taps.data_ptr()
-        assert check(two) == 1
-        for point in points:
-            point.done.set()
-        last = bring(3)
-        assert check(last) == 3
-        for point in points:
-            point.done.set()
-        assert next(stream, None) is None
-        points[-1].done.set()
-
-
-def direct(run: Callable[..., None], *args: object) -> None:
-    run(*args)
-
-
-def test_staging_never_has_more_than_it_may_unless_nothing_would_come_back() -> None:
-    afterwards = Afterwards("cpu", direct)
-    staging = Staging("cpu", 2, afterwards)
-    one, two = staging.take(100), staging.take(100)
-    assert one.data_ptr() != two.data_ptr()
-    assert one.data_ptr() % 4096 == 0
-    three = staging.take(100)
-    assert three.data_ptr() not in (one.data_ptr(), two.data_ptr()), "nobody gives one back: waiting would be for ever"
-    staging.give(one)
-    larger = staging.take(one.numel() + 1)
-    assert larger.numel() > one.numel()
-    staging.give(two)
-    assert staging.take(50).data_ptr() == two.data_ptr()
-    afterwards.close()
-
-
-def test_a_point_that_fails_gives_its_buffer_back_and_is_reported() -> None:
-    failures: list[Exception] = []
-
-    def guard(run: Callable[..., None], *args: object) -> None:
-        try:
-            run(*args)
-        except Exception as error:  # noqa: BLE001 (what a guard is for)
-            failures.append(error)
-
-    afterwards = Afterwards("cpu", guard)
-    staging = Staging("cpu", 1, afterwards)
-    buffer = staging.take(100)
-    broken = Work(RuntimeError("device-side assert"))
-    staging.give(buffer, broken)
-    broken.done.set()
-    assert staging.take(100).data_ptr() == buffer.data_ptr()
-    afterwards.close()
-    assert [str(error) for error in failures] == ["device-side assert"]
-
-
-def test_a_buffer_left_to_a_lost_transfer_is_replaced() -> None:
-    afterwards = Afterwards("cpu", direct)
-    staging = Staging("cpu", 1, afterwards)
-    lost = staging.take(100)
-    staging.forget()
-    assert staging.take(100).data_ptr() != lost.data_ptr()
-    afterwards.close()
-
-
-def test_buffers_are_whole_pages() -> None:
-    assert allocate(4097, "cpu").numel() == 8192
-    assert allocate(1, "cpu").data_ptr() % 4096 == 0
-
-
-def test_closing_ends_a_transfer_before_the_session(context: zmq.Context[zmq.Socket[bytes]], install: Install) -> None:
-    gate = Gate()
-    transport = install(make(gate, needs_recv_ready=True))
-    with Daemon(context) as daemon, ThreadPoolExecutor() as pool:
-        source = daemon.subscriber(depth=1)
-        gate.shut = True
-        stream = source.stream([batch(0), batch(1)])
-        coming = pool.submit(next, stream)
-        submits = [daemon.expect(wire.Submit) for _ in range(2)]
-        for i, submit in enumerate(submits):
-            daemon.ready(*submit, batch(i))
-            daemon.expect(wire.RecvReady)
-        gate.held.get(timeout=EXPECT_S)
-        gate.open()
-        coming.result(EXPECT_S)
-        daemon.expect(wire.Release)
-        gate.held.get(timeout=EXPECT_S)
-        closing = pool.submit(source.close)
-        wait_for(source._flight._closing.is_set)
-        assert daemon.quiet()
-        gate.open()
-        closing.result(EXPECT_S)
-        daemon.expect(wire.Release)
-        daemon.expect(wire.Bye)
-        assert all(client.closed for client in transport.made)
-        stream.close()
+def test_what_was_asked_for_while_it_stops_is_done_by_close(bench: Bench) -> None:
+    bench.ask(2)
+    stopping = threading.Thread(target=bench.fetcher.stop)
+    stopping.start()
+    while bench.fetcher._work.qsize() < 3:  # both, and the end
+        threading.Event().wait(0.001)
+    bench.retire()
+    bench._go.set()
+    stopping.join(WAIT_S)
+    assert bench.log == ["e0", "e1", "f0", "f1"]
+    bench.fetcher.close()
+    assert bench.log[-1] == "close"

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterator
 
 import pytest
 import torch
 import zmq
 
-from scripted import MEMORY, SPEC, Daemon, Scripted, make, wait_for
+from scripted import MEMORY, SPEC, Daemon, Scripted, make
 from specd.client.handshake import TIMED_TRIES
 from specd.client.subscriber import Subscriber
 from specd.config.settings import SubscriberConfig
@@ -22,12 +21,6 @@ TIMED_BYTES = 1 << 20
 SLOW_S = 0.3
 FLOOR_GB_S = 2 * TIMED_BYTES / SLOW_S / 1e9
 """A transfer of TIMED_BYTES misses it if it takes SLOW_S, and meets it if it takes half of that."""
-
-
-@pytest.fixture
-def context() -> Iterator[zmq.Context[zmq.Socket[bytes]]]:
-    with zmq.Context() as context:
-        yield context
 
 
 def install(monkeypatch: pytest.MonkeyPatch, **transports: type[Scripted]) -> None:
@@ -139,24 +132,6 @@ def test_a_transport_is_not_blamed_for_a_worker_that_dies_under_its_probe(
     with Daemon(context) as daemon, daemon.subscriber() as source:
         assert list(source.stats().transports.values()) == ["scripted"]
         assert len(daemon.hellos) == len(fetches) == 2
-
-
-def test_a_transport_that_worked_is_tried_again_after_a_session_was_lost(
-    context: zmq.Context[zmq.Socket[bytes]], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    fetches: list[SlotRef] = []
-
-    def fail_twice(ref: SlotRef) -> None:
-        fetches.append(ref)
-        if len(fetches) in (2, 3):
-            raise TransportError("nothing came within 10 s")
-
-    install(monkeypatch, scripted=make(fail_twice))
-    with Daemon(context) as daemon, daemon.subscriber() as source:
-        daemon.revoke()
-        wait_for(lambda: len(fetches) == 4)
-        wait_for(lambda: list(source.stats().transports.values()) == ["scripted"])
-    assert "'scripted' cannot be used: nothing came within 10 s" in caplog.text
 
 
 def test_cuda_is_the_device_that_is_current_where_the_subscriber_is_made(

@@ -13,7 +13,6 @@ import torch
 import zmq
 
 from samples import batch
-from specd.client import connect as dialer
 from specd.client.handshake import Session, open_session
 from specd.client.subscriber import Subscriber
 from specd.config.settings import DaemonConfig, RingConfig, SubscriberConfig, TargetConfig
@@ -113,7 +112,7 @@ def test_a_stream_left_early_gives_everything_back(host: Embedded) -> None:
 
 @pytest.mark.parametrize("length", [3, 100])
 def test_a_stream_that_goes_on_after_the_subscriber_was_closed_is_told(host: Embedded, length: int) -> None:
-    """Also if all that is missing was under way: it does not look like the end."""
+    """Also if all that is missing was in flight: it does not look like the end."""
     source = subscriber(host)
     stream = source.stream(batch(i) for i in range(length))
     next(stream)
@@ -144,7 +143,7 @@ def test_two_daemons_with_different_targets_end_the_run(host: Embedded, monkeypa
         both.wait()
         return session
 
-    monkeypatch.setattr(dialer, "open_session", together)
+    monkeypatch.setattr("specd.client.connect.open_session", together)
     with embedded(daemon_config("synthetic:hidden=16,layers=6,vocab=128,seed=1"), host.context) as other:
         endpoints = (host.endpoint, other.endpoint)
         config = SubscriberConfig(endpoints=endpoints, depth=0, timeout_s=20, connect_s=20)
@@ -163,7 +162,8 @@ def test_artifacts_come_over_the_wire(host: Embedded) -> None:
         assert b"hidden_size" in source.artifact("config.json")
 
 
-def test_no_daemon_is_an_error_with_the_endpoint(tmp_path: object) -> None:
+def test_no_daemon_is_an_error_with_the_endpoint(tmp_path: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("specd.client.handshake.FIRST_S", 0.05)
     config = SubscriberConfig(endpoints=(f"ipc://{tmp_path}/none.sock",), connect_s=0.2)
     with pytest.raises(DaemonError, match=r"none\.sock"):
         Subscriber(config, SPEC)
@@ -215,7 +215,9 @@ def test_a_trainer_that_holds_all_it_may_does_not_block_another(host: Embedded) 
         greedy.send(wire.encode(wire.Bye(epoch=welcome.epoch)))
 
 
-def test_draining_serves_what_is_outstanding_and_refuses_the_rest() -> None:
+def test_draining_serves_what_is_outstanding_and_refuses_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("specd.client.handshake.FIRST_S", 0.2)  # a daemon that has ended is not waited for long
+    monkeypatch.setattr("specd.client.handshake.STEP_S", 2.0)
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     endpoint = "inproc://drain-test"
     settings = msgspec.structs.replace(

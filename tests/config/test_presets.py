@@ -13,8 +13,14 @@ import transformers
 
 from specd.config.load import convert
 from specd.config.presets import Preset, preset, presets
-from specd.config.settings import CaptureConfig, RingConfig, RunConfig, TargetConfig
-from specd.drafts.taps import dflash_taps
+from specd.config.settings import (
+    CaptureConfig,
+    RingConfig,
+    RunConfig,
+    TargetConfig,
+)
+from specd.drafts.dflash.settings import DFlashConfig
+from specd.drafts.taps import spread_taps
 from specd.protocol.batch import slot_layout
 from specd.protocol.capture import CaptureSpec
 from specd.targets.base import CaptureJob
@@ -71,21 +77,22 @@ def test_shapes_are_the_published_models(name: str) -> None:
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_recipes_fit_the_configuration(name: str) -> None:
     recipe = known(name)
-    run = convert(recipe.run, RunConfig, f"preset {name}")
+    run = convert({"method": "dflash"} | recipe.run["dflash"], RunConfig, f"preset {name}")
+    draft = convert(run.draft, DFlashConfig, f"preset {name}")
     capture = convert(recipe.capture, CaptureConfig, f"preset {name}")
     ring = convert(recipe.ring, RingConfig, f"preset {name}")
     layers = recipe.config["num_hidden_layers"]
-    taps = dflash_taps(layers, run.draft.num_taps)
+    taps = spread_taps(layers, draft.num_taps)
     assert taps == TAPS.get(name, (1, 9, 17, 25, 33))
-    assert run.draft.num_taps == capture.num_taps
+    assert draft.num_taps == capture.num_taps
     assert CaptureSpec(taps=taps).problem(layers) is None
     assert run.data.batch_tokens <= ring.slot_tokens
     assert run.data.max_length <= run.data.batch_tokens
-    assert 0 <= recipe.mask_token_id < recipe.config["vocab_size"]
-    assert recipe.mask_token_id not in {recipe.config["bos_token_id"], recipe.config["eos_token_id"]}
+    assert 0 <= draft.mask_token_id < recipe.config["vocab_size"]
+    assert draft.mask_token_id not in {recipe.config["bos_token_id"], recipe.config["eos_token_id"]}
     if name.startswith("Qwen3"):
-        assert (run.draft.num_layers, run.draft.block_size, run.draft.num_anchors) == (5, 16, 512)
-        assert recipe.mask_token_id == 151669
+        assert (draft.num_layers, draft.block_size, draft.num_anchors) == (5, 16, 512)
+        assert draft.mask_token_id == 151669
     else:
         assert run.data.path == "specd:demo/train.jsonl"
 
@@ -128,3 +135,26 @@ def test_each_preset_runs_at_reduced_size(name: str, tmp_path: Path) -> None:
             )
         torch.testing.assert_close(states["final"][rows], plain.hidden_states[-1][0], rtol=1e-4, atol=1e-5)
         start += len(piece)
+
+
+def test_every_preset_loads_and_its_overrides_fit() -> None:
+    assert presets()
+    for name in presets():
+        found = preset(name)
+        assert found is not None
+        assert found.name.lower() == name.lower()
+        convert(found.capture, CaptureConfig, name)
+        convert(found.ring, RingConfig, name)
+        for method, recipe in found.run.items():
+            convert({"method": method} | recipe, RunConfig, name)
+        assert found.config["num_hidden_layers"] > 0
+
+
+def test_a_preset_is_found_however_it_is_written() -> None:
+    plain = preset("smollm2-135m")
+    assert plain is not None
+    assert preset("SmolLM2-135M") == preset("huggingfacetb/smollm2-135m-instruct") == plain
+    assert preset("someone/SmolLM2-135M") is None, "who knows whose that is"
+    assert preset("a/b/smollm2-135m") is None
+    assert preset("no-such-model") is None
+    assert preset("") is None

@@ -15,14 +15,14 @@ def test_refuses_a_ring_without_a_slot_for_every_holder(slots: int, holders: int
         make(slots, holders)
 
 
-def test_refuses_leases_that_never_live() -> None:
+def test_refuses_a_lease_ttl_of_zero() -> None:
     with pytest.raises(ConfigError, match="lease_ttl_s"):
         make(ttl_s=0.0)
 
 
 @pytest.mark.parametrize(("asked", "granted"), [(-5, 1), (0, 1), (1, 1), (3, 3), (4, 3), (1 << 40, 3)])
-def test_credits_are_what_was_asked_up_to_the_cap(asked: int, granted: int) -> None:
-    ring, _ = make(num_slots=4, max_holders=2)  # pool of 2: nobody holds more than 3
+def test_credits_are_granted_up_to_the_cap(asked: int, granted: int) -> None:
+    ring, _ = make(num_slots=4, max_holders=2)  # pool of 2: at most 3 for one holder
     assert ring.open(A, asked) == granted
 
 
@@ -243,6 +243,6 @@ def test_reset_voids_everything_and_keeps_counting() -> None:
     assert ring.counters["resets"] == 1
 
 
-def test_repr_says_what_is_going_on() -> None:
+def test_repr_shows_slots_holders_and_queue() -> None:
     ring, _ = make()
     assert repr(ring) == "Ring(4 slots: 4 free, 0 filling, 0 ready, 0 quarantined; 0 holders, 0 queued)"

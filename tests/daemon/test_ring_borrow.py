@@ -1,4 +1,4 @@
-"""Borrowed slots: read in place, quarantined when their holder ends first, and what that costs whom."""
+"""Borrowed slots: read in place, quarantined when their holder ends first, and the effect on other holders."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def quarantined(ring: Ring) -> int:
     return ring.counts()["quarantined"]
 
 
-def test_release_ends_a_borrowed_lease_as_any_other() -> None:
+def test_release_ends_a_borrowed_lease() -> None:
     ring, _ = make()
     ring.open(A, 2, READER)
     lease = lease_one(ring, A, 0)
@@ -77,14 +77,14 @@ def test_what_cannot_be_borrowed() -> None:
     ring.submit(A, 0, content(0))
     (fill,) = ring.schedule().fills
     early = ring.leases(A)[0]
-    with pytest.raises(ProtocolError, match="not one this session can borrow"):
+    with pytest.raises(ProtocolError, match="expected a READY lease of this session"):
         ring.borrow(A, early.id)
     ring.filled(fill.slot, fill.generation)
     for holder in (B, C):
-        with pytest.raises(ProtocolError, match="not one this session can borrow"):
+        with pytest.raises(ProtocolError, match="expected a READY lease of this session"):
             ring.borrow(holder, early.id)
     ring.release(A, early.id)
-    with pytest.raises(ProtocolError, match=f"lease {early.id} is not one"):
+    with pytest.raises(ProtocolError, match=f"lease {early.id} cannot be borrowed: expected a READY lease"):
         ring.borrow(A, early.id)
     unwatched = lease_one(ring, B, 1)
     with pytest.raises(ProtocolError, match=r"cannot watch the trainer's process.*subscriber\.borrow=false"):
@@ -127,7 +127,7 @@ def test_a_slot_two_dead_sessions_borrowed_waits_for_both_processes() -> None:
     assert free(ring) == 2
 
 
-def test_quarantine_is_paid_by_the_pool_first() -> None:
+def test_quarantine_takes_from_the_pool_first() -> None:
     ring, _ = make(num_slots=4, max_holders=2)
     ring.open(A, 2, READER)
     for number in range(2):
@@ -173,7 +173,7 @@ def test_extras_that_were_taken_before_the_quarantine_delay_the_next_holder_unti
     assert lease_one(ring, C, 4).holder == C
 
 
-def test_a_process_that_comes_back_gets_fewer_credits_and_at_last_none() -> None:
+def test_a_process_that_reconnects_gets_fewer_credits_and_at_last_none() -> None:
     ring, _ = make(num_slots=6, max_holders=3)  # at most four slots for one
     granted = []
     for number in range(4):

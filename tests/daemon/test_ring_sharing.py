@@ -57,7 +57,7 @@ def test_a_holder_may_take_the_pool_but_not_the_slot_of_another() -> None:
     assert [(lease.holder, lease.seq) for lease in fill_all(ring)] == [(B, 1)]
 
 
-def test_joining_is_subject_to_the_cap_as_filling_is() -> None:
+def test_joining_counts_against_the_cap() -> None:
     ring, _ = make(num_slots=4, max_holders=2)
     ring.open(A, 3)
     ring.open(B, 3)
@@ -109,7 +109,7 @@ def test_a_blocked_head_does_not_block_other_holders() -> None:
     assert [lease.holder for lease in fill_all(ring)] == [B]
 
 
-def test_an_orphan_is_given_to_nobody_until_the_worker_reports_it() -> None:
+def test_an_orphan_is_not_reused_until_the_worker_reports_it() -> None:
     ring, _ = make(num_slots=1, max_holders=1)
     ring.open(A, 1)
     ring.submit(A, 0, content(0))
@@ -167,7 +167,7 @@ def test_adopting_an_orphan_needs_no_more_of_the_pool_than_it_has() -> None:
     assert [lease.slot for lease in ring.leases(B)] == [1, 0]
 
 
-def test_opening_anew_goes_behind_everyone() -> None:
+def test_reopening_goes_to_the_end_of_the_queue() -> None:
     ring, _ = make(num_slots=2, max_holders=2)
     ring.open(A, 1)
     ring.open(B, 1)

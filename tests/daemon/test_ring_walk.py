@@ -1,4 +1,4 @@
-"""A random walk of the ring beside a model that knows only requests and what the ring told the outside world."""
+"""A random walk of the ring against a model that knows only the requests and the ring's answers."""
 
 from __future__ import annotations
 
@@ -146,7 +146,7 @@ class RingWalk(RuleBasedStateMachine):
 
     @rule(target=tickets, holder=names, reader=st.integers(0, 3), batches=st.lists(contents, min_size=1, max_size=3))
     def vanish(self, holder: bytes, reader: int, batches: list[bytes]) -> list[tuple[bytes, int]]:
-        """A session begins, reads in place all it can get, and ends without a word."""
+        """A session begins, borrows all it can get, and ends without a release."""
         self.open(holder, len(batches), reader)
         for batch_id in batches:
             self.ask(holder, batch_id, repeat=False)
@@ -190,14 +190,14 @@ class RingWalk(RuleBasedStateMachine):
             assert lease.slot not in self.filling
             self.announce(lease)
         for fill in result.fills:
-            assert self.on((fill.slot, fill.generation)), "a fill that nobody asked for"
-        # No starvation: who had nothing and asked has something now, or only the worker's answer is missing.
+            assert self.on((fill.slot, fill.generation)), "a fill without a request"
+        # No starvation: a holder that had no lease and a request has one now, or waits only for the worker's report.
         served = [holder for holder in waiting if self.held(holder)]
         if orphans_before == 0:
             assert served == waiting
         elif len(served) < len(waiting):
             assert self.ring.counts()["free"] == 0
-        # Nothing is held back: whoever still waits is blocked by the guarantee or by a full ring.
+        # Nothing is held back: a request that still waits is blocked by the guarantee or by a full ring.
         resident = {self.contents_of[place] for place in self.places()}
         spare = self.pool_left()
         for holder, requests in self.requests.items():
@@ -246,7 +246,7 @@ class RingWalk(RuleBasedStateMachine):
 
     @rule(target=tickets)
     def work(self) -> list[tuple[bytes, int]]:
-        """The worker fills all it can be given."""
+        """The worker fills everything that is scheduled."""
         return self.fill_all()
 
     def fill_all(self) -> list[tuple[bytes, int]]:
@@ -368,7 +368,7 @@ class RingWalk(RuleBasedStateMachine):
         assert all(len(self.held(holder)) <= 1 + self.pool for holder in self.requests)
 
     def teardown(self) -> None:
-        """Whatever happened, the worker's answers and the end of all holders and processes give every slot back."""
+        """The worker's reports and the end of all holders and processes free every slot."""
         if not hasattr(self, "ring"):
             return
         for slot, generation in list(self.filling.items()):

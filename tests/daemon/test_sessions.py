@@ -1,4 +1,4 @@
-"""Sessions of a real control loop over ipc: who is watched, what a borrowed slot costs, what renews a lease."""
+"""Sessions of a real control loop over ipc: watched processes, borrowed slots in quarantine, renewed leases."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ with Peer(sys.argv[1]) as peer:
 
 
 class Peer:
-    """A trainer by hand."""
+    """A minimal trainer."""
 
     def __init__(self, endpoint: str) -> None:
         self._context = zmq.Context()
@@ -60,7 +60,7 @@ class Peer:
         self._socket.send(wire.encode(getattr(wire, kind)(epoch=self._epoch, **fields)))
 
     def hear(self, timeout_ms: int = 20_000) -> Any:
-        """The next message, None if none comes in time."""
+        """The next message, None on timeout."""
         return wire.decode(self._socket.recv()) if self._socket.poll(timeout_ms) else None
 
     def ask(self, kind: str, **fields: Any) -> Any:
@@ -184,7 +184,7 @@ def test_a_process_the_daemon_cannot_watch_cannot_borrow(tmp_path: Path, pid: in
         peer.hello(pid)
         ready = peer.probe()
         assert "cannot watch the trainer's process" in peer.ask("Borrow", lease=ready.lease).reason
-        assert "not one this session can borrow" in peer.ask("Borrow", lease=ready.lease + 1).reason
+        assert "expected a READY lease of this session" in peer.ask("Borrow", lease=ready.lease + 1).reason
         peer.tell("Bye")
         assert peer.slots_until(free=2)["quarantined"] == 0
 

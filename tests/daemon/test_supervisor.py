@@ -1,4 +1,4 @@
-"""Worker after worker: what a daemon makes of targets that fail, again and again, in an order a test chooses."""
+"""Restarts of the worker: a daemon over targets that fail in an order a test chooses."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ Lives = Callable[..., None]
 
 @pytest.fixture
 def lives(monkeypatch: pytest.MonkeyPatch) -> Lives:
-    """Says what the nth life of the worker loads: a function of its config; the last one serves all that follow."""
+    """Chooses what the nth worker loads: a function of its config; the last one serves all that follow."""
     monkeypatch.setattr(supervisor, "BACKOFF_S", (0.0, 0.01, 0.02, 0.04, 0.08))
 
     def choose(*loads: Callable[[TargetConfig], Any]) -> None:
@@ -81,13 +81,13 @@ def served(host: Embedded, **facts: Any) -> Iterator[int]:
             yield item.batch.index
 
 
-def test_a_worker_that_could_not_start_again_is_tried_again(lives: Lives) -> None:
+def test_a_failed_restart_is_retried(lives: Lives) -> None:
     lives(broken, refuses, load_target)
     with embedded(SETTINGS) as host:
         assert list(served(host)) == list(range(5))
 
 
-def test_the_pause_grows_while_every_forward_ends_the_worker(lives: Lives, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_back_off_grows_while_every_forward_ends_the_worker(lives: Lives, caplog: pytest.LogCaptureFixture) -> None:
     """A trainer proves its transport in each life: that is no forward."""
     lives(broken)
     with embedded(SETTINGS) as host, pytest.raises(BatchError):
@@ -101,7 +101,7 @@ def control_over(launch: Callable[[WorkerConfig], ThreadHandle], context: zmq.Co
     return Control(SETTINGS, (endpoint,), Supervisor(SETTINGS, launch, endpoint, ServerContext(), context), context)
 
 
-def test_a_launch_that_fails_is_tried_again_and_named_when_it_never_works(lives: Lives) -> None:
+def test_a_failed_launch_is_retried_and_named_when_it_never_works(lives: Lives) -> None:
     with zmq.Context() as context:
         attempts = []
 

@@ -1,4 +1,4 @@
-"""Plans are exact partitions within their budget, the same everywhere, and resume where they stopped."""
+"""Plans are exact partitions within their budget, the same on every machine, and resume where they stopped."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def test_splitmix_gives_its_published_first_number() -> None:
     assert int(_splitmix(np.zeros(1, np.uint64))[0]) == 0xE220A8397B1DCDAF
 
 
-def test_samples_of_alike_length_share_a_batch() -> None:
+def test_samples_of_similar_length_share_a_batch() -> None:
     sizes = [10, 90] * 50
     mixed = [batch for batch in BatchPlan(sizes, 180).epoch(0) if {sizes[i] for i in batch} == {10, 90}]
     assert len(mixed) <= 1

@@ -121,7 +121,7 @@ def test_a_cut_answer_that_its_template_marks_in_parts(tmp_path: Path) -> None:
     assert labels(chat, {"messages": talked}) == ["> ", "Hello, and", "> ", "Fine.<|im_end|>"]
 
 
-def test_no_template_sees_why_an_answer_ended(tmp_path: Path) -> None:
+def test_templates_do_not_see_finish_reason(tmp_path: Path) -> None:
     for number, shown in enumerate((CHATML, MARKED)):
         strict = "{% for message in messages %}{% if message.finish_reason is defined %}{{ 1 / 0 }}{% endif %}"
         chat = Chat(load_tokenizer(write_tokenizer(tmp_path / str(number), strict + "{% endfor %}" + shown)))
@@ -151,7 +151,7 @@ def test_encoder_gives_the_tokenizers_own_ids(chats: dict[str, Chat]) -> None:
     assert tokens.tolist() == chat.tokenizer(rendered.text, add_special_tokens=False)["input_ids"]
 
 
-def test_whitespace_belongs_to_whoever_wrote_it_though_the_core_trims_offsets(tmp_path: Path) -> None:
+def test_whitespace_of_an_answer_is_a_label_though_the_core_trims_offsets(tmp_path: Path) -> None:
     from tokenizers import processors
 
     tokenizer: Any = load_tokenizer(write_tokenizer(tmp_path))

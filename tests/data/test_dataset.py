@@ -13,7 +13,7 @@ from chats import THINKING, talk, write_rows, write_tokenizer
 from specd.config.settings import DataConfig
 from specd.data.batching import Loader
 from specd.data.chat import load_tokenizer
-from specd.data.dataset import Dataset, prepare, sample
+from specd.data.dataset import Dataset, prepare, sample, trainable
 from specd.errors import ConfigError, DataError
 
 
@@ -72,7 +72,7 @@ def test_rows_without_labels_are_counted_and_left_out(
         {"messages": talk("Hi", "Hello. " * 20)},
     )
     with caplog.at_level(logging.INFO):
-        dataset = prepare(DataConfig(path=path, max_length=48), tokenizer)
+        dataset = prepare(DataConfig(path=path, max_length=48), tokenizer, consecutive_labels=2)
     assert dataset.rows.tolist() == [1, 4]
     report = dataset.report
     assert (report.rows, report.samples, report.without_labels, report.cut) == (5, 2, 3, 1)
@@ -185,10 +185,18 @@ def test_an_asked_format_is_enforced(tmp_path: Path, tokenizer: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("mask", "run"), [([1, 0, 1], 1), ([1, 1, 0, 1], 2), ([0, 1, 1, 1, 0], 3), ([0, 0], 0), ([], 0), ([1] * 5, 5)]
+)
+def test_a_sample_needs_as_many_labels_in_a_row_as_its_draft(mask: list[int], run: int) -> None:
+    found = [trainable(np.array(mask, np.bool_), needed) for needed in range(1, 7)]
+    assert found == [needed <= run for needed in range(1, 7)]
+
+
+@pytest.mark.parametrize(
     "config", [DataConfig(), DataConfig(path="a", max_length=1), DataConfig(path="a", max_samples=-1)]
 )
 def test_impossible_settings(config: DataConfig, tokenizer: Path) -> None:
-    with pytest.raises(ConfigError, match=r"data\.(path|max_length|max_samples)"):
+    with pytest.raises((ConfigError, DataError), match=r"data\.(path|max_length|max_samples)"):
         prepare(config, tokenizer)
 
 

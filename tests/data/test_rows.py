@@ -1,4 +1,4 @@
-"""Every way to give rows reads the same, and every way to give none says what is wrong and where."""
+"""All formats give the same rows, and every failure names its location."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def test_an_unreachable_hub_and_a_missing_package(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=fail))
     with pytest.raises(
-        DataError, match=r"'owner/name' \(split 'train'\) cannot be had from the hub: no route to the hub;"
+        DataError, match=r"'owner/name' \(split 'train'\) cannot be loaded from the hub: no route to the hub;"
     ):
         rows("owner/name")
     monkeypatch.setitem(sys.modules, "datasets", None)

@@ -1,4 +1,4 @@
-"""The host arena: geometry, generations, what a trainer may open, and that no segment outlives its owner."""
+"""The host arena: geometry, generations, what a trainer may open, and how long memory lives."""
 
 from __future__ import annotations
 
@@ -7,25 +7,15 @@ import errno
 import mmap
 import os
 import secrets
-import subprocess
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
 from specd.errors import TransportError
-from specd.memory import segment
 from specd.memory.arena import LINE, PAGE, HostArena
-from specd.memory.segment import is_segment_path, remove, segment_path, sweep
-
-
-@pytest.fixture
-def epoch() -> Iterator[str]:
-    epoch = secrets.token_hex(16)
-    yield epoch
-    assert not os.path.exists(segment_path(epoch)), "the test left a segment"
+from specd.memory.segment import remove, segment_path
 
 
 @pytest.mark.parametrize("shared", [False, True])
@@ -38,12 +28,14 @@ def test_slots_are_aligned_disjoint_and_zero(shared: bool, num_slots: int, slot_
             slot_bytes,
             shared,
         )
-        assert arena.address % PAGE == 0
+        assert (arena.device, arena.ledger) == ("cpu", arena)
+        assert arena.mapping.address % PAGE == 0
         for slot in range(num_slots):
             view = arena.slot(slot)
             assert len(view) == slot_bytes
             assert not any(view)
-            assert arena.tensor(slot).data_ptr() % PAGE == 0
+            assert arena.tensor(slot).data_ptr() == arena.address(slot) == arena.address(0) + slot * arena.stride
+            assert arena.address(slot) % PAGE == 0
             assert arena.generation(slot) == 0
             view[:] = bytes([slot % 255 + 1]) * slot_bytes
             arena.seal(slot, slot + 1)
@@ -88,10 +80,10 @@ def test_a_slot_has_a_generation_here_and_one_on_a_device() -> None:
 
 def test_generations_alone(epoch: str) -> None:
     with HostArena.create(100, 0, epoch) as arena, HostArena.open(arena.path, 100, 0) as view:
-        assert arena.nbytes == os.stat(arena.path).st_size == 2 * PAGE
+        assert arena.mapping.nbytes == os.stat(arena.path).st_size == 2 * PAGE
         arena.seal(99, 7, device=True)
         assert view.generation(99, device=True) == 7
-        for call in (arena.slot, arena.tensor, view.slot):
+        for call in (arena.slot, arena.tensor, arena.address, view.slot):
             with pytest.raises(TransportError, match="generations alone"):
                 call(0)
 
@@ -101,7 +93,7 @@ def test_a_trainer_may_map_the_generations_alone(epoch: str) -> None:
         HostArena.create(3, 1 << 20, epoch) as arena,
         HostArena.open(arena.path, 3, 1 << 20, words_only=True) as view,
     ):
-        assert view.nbytes == PAGE
+        assert view.mapping.nbytes == PAGE
         arena.seal(2, 9, device=True)
         assert view.generation(2, device=True) == 9
         with pytest.raises(TransportError, match="generations alone"):
@@ -122,7 +114,10 @@ def test_a_mapping_that_can_be_page_locked_is_writable(epoch: str) -> None:
 @pytest.mark.parametrize("slot", [-1, 2, 1 << 40])
 def test_slots_out_of_range_are_refused(slot: int) -> None:
     with HostArena.create(2, 10, None) as arena:
-        for call in (arena.slot, arena.tensor, arena.begin, arena.generation, lambda slot: arena.seal(slot, 1)):
+        calls: list[Callable[[int], object]] = [
+            arena.slot, arena.tensor, arena.address, arena.begin, arena.generation, lambda slot: arena.seal(slot, 1)
+        ]  # fmt: skip
+        for call in calls:
             with pytest.raises(TransportError, match="2 slots"):
                 call(slot)
 
@@ -174,38 +169,6 @@ def test_closing_frees_the_memory(epoch: str) -> None:
     assert mapped() == 0
 
 
-def test_a_segment_is_private_to_the_user_and_named_once(epoch: str) -> None:
-    with HostArena.create(1, 4096, epoch) as arena:
-        assert arena.path == f"/dev/shm/specd-{os.getuid()}-{epoch}"
-        assert os.stat(arena.path).st_mode & 0o777 == 0o600
-        assert os.stat(arena.path).st_blocks * 512 >= arena.nbytes, "not backed by memory"
-        with pytest.raises(TransportError, match="cannot create"):
-            HostArena.create(1, 4096, epoch)
-
-
-@pytest.mark.parametrize("epoch", ["", "xyz", "../../etc/passwd", "abcdefg0", "ABCDEF00", "abc", "ab" * 40])
-def test_epochs_that_are_not_hex_are_refused(epoch: str) -> None:
-    with pytest.raises(TransportError, match="hex"):
-        HostArena.create(1, 4096, epoch)
-    assert not is_segment_path(f"/dev/shm/specd-{os.getuid()}-{epoch}") or epoch == "abc"
-
-
-def test_a_ring_that_does_not_fit_is_refused_with_the_remedy(epoch: str) -> None:
-    with pytest.raises(TransportError, match=r"has \d+ MiB free.*fewer or shorter slots.*enlarge"):
-        HostArena.create(1000, 1 << 40, epoch)
-
-
-def test_running_out_of_shared_memory_is_reported_and_leaves_nothing(
-    epoch: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full(fd: int, offset: int, length: int) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(os, "posix_fallocate", full)
-    with pytest.raises(TransportError, match="fewer or shorter slots"):
-        HostArena.create(1, 4096, epoch)
-
-
 @pytest.mark.parametrize(
     ("num_slots", "slot_bytes", "match"),
     [(2, 5000, "bytes, expected"), (1, 5001, "holds"), (3, 4096, "bytes, expected")],
@@ -241,45 +204,6 @@ def test_a_link_is_not_followed(epoch: str, tmp_path: Path) -> None:
         assert remove(epoch)
 
 
-def test_remove_takes_a_path_or_an_epoch_of_this_user_only(epoch: str) -> None:
-    for name in (epoch, segment_path(epoch)):
-        with HostArena.create(1, 4096, epoch):
-            assert remove(name)
-            assert not remove(name)
-    for name in ("/etc/passwd", "", f"/dev/shm/specd-{os.getuid() + 1}-{epoch}"):
-        with pytest.raises(TransportError):
-            remove(name)
-
-
-OWNER = """
-import sys
-from specd.memory.arena import HostArena
-arena = HostArena.create(1, 4096, sys.argv[1])
-print(arena.path, flush=True)
-sys.stdin.read()
-"""
-
-
-def test_sweep_takes_what_a_killed_owner_left_and_nothing_else(
-    epoch: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    command = [sys.executable, "-c", OWNER, epoch]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as owner:
-        assert owner.stdout is not None
-        path = owner.stdout.readline().strip()
-        assert path == segment_path(epoch)
-        assert path not in sweep()
-        owner.kill()
-    with HostArena.create(1, 4096, secrets.token_hex(16)) as living:
-        assert os.path.exists(path)
-        swept = sweep()
-        assert path in swept
-        assert living.path not in swept
-        assert os.path.exists(living.path)
-    monkeypatch.setattr(segment, "SHM_DIR", str(tmp_path / "missing"))
-    assert sweep() == []
-
-
 def test_the_header_has_one_line_per_slot(epoch: str) -> None:
     with HostArena.create(100, 10, epoch) as arena:
         arena.seal(99, 0x0102030405060708)
@@ -291,6 +215,11 @@ def test_the_header_has_one_line_per_slot(epoch: str) -> None:
             == (100).to_bytes(8, "little") + (10).to_bytes(8, "little") + bytes.fromhex(epoch) + b"\0" * 16
         )
         assert header[LINE * 100 : LINE * 100 + 8] == bytes(range(8, 0, -1))
+
+
+def test_host_memory_has_no_handle() -> None:
+    with HostArena.create(1, 16, None) as arena, pytest.raises(TransportError, match="opens it by its path"):
+        arena.handle()
 
 
 def test_tensors_share_memory_with_the_slot() -> None:

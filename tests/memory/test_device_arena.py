@@ -34,13 +34,6 @@ def device_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.fixture
-def epoch() -> Iterator[str]:
-    epoch = secrets.token_hex(16)
-    yield epoch
-    assert not os.path.exists(segment_path(epoch)), "the test left a segment"
-
-
-@pytest.fixture
 def arena(epoch: str) -> Iterator[DeviceArena]:
     """Three slots of a shared, mirrored arena."""
     with DeviceArena.create(3, SLOT_BYTES, "cuda:1", epoch, mirrored=True) as arena:
@@ -70,12 +63,13 @@ def test_slots_are_aligned_and_disjoint(shared: bool, with_mirror: bool) -> None
         assert arena.stride == 2 * PAGE
         assert arena.path == (segment_path(name) if name else "")
         assert (arena.mirrored, arena.ledger.slot_bytes) == (with_mirror, SLOT_BYTES * with_mirror)
-        assert fake_cuda.registered == {arena.ledger.address: arena.ledger.nbytes}
+        assert fake_cuda.registered == dict([arena.ledger.mapping])
         for slot in range(5):
             view = arena.tensor(slot)
             assert (view.dtype, tuple(view.shape)) == (torch.uint8, (SLOT_BYTES,))
             assert view.data_ptr() == arena.address(slot) == arena.address(0) + slot * arena.stride
             assert arena.address(slot) % PAGE == 0
+            assert arena.word_address(slot) == arena.ledger.word_address(slot, device=True)
             assert arena.tensor(slot) is view
             view.fill_(slot)
         for slot in range(5):

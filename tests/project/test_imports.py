@@ -12,24 +12,39 @@ import specd
 
 TORCH_FREE = (
     "specd",
-    "specd.memory.arena",
-    "specd.plan",
-    "specd.protocol.capture",
-    "specd.worker.messages",
     "specd.cli.main",
-    "specd.config.settings",
-    "specd.memory.cuda",
-    "specd.daemon.control",
-    "specd.memory.device_arena",
-    "specd.errors",
-    "specd.daemon.serve",
-    "specd.metrics",
-    "specd.protocol.batch",
-    "specd.protocol.messages",
-    "specd.daemon.ring",
+    "specd.client.ask",
     "specd.client.handshake",
+    "specd.client.window",
+    "specd.config.load",
+    "specd.config.presets",
+    "specd.config.settings",
+    "specd.daemon.control",
+    "specd.daemon.ring",
+    "specd.daemon.serve",
     "specd.daemon.supervisor",
+    "specd.drafts.registry",
+    "specd.endpoints",
+    "specd.errors",
+    "specd.memory.arena",
+    "specd.memory.cuda",
+    "specd.memory.device_arena",
+    "specd.memory.segment",
+    "specd.metrics",
+    "specd.paths",
+    "specd.plan",
+    "specd.plugins",
+    "specd.protocol.batch",
+    "specd.protocol.capture",
+    "specd.protocol.contract",
+    "specd.protocol.messages",
+    "specd.targets.registry",
     "specd.transports.base",
+    "specd.transports.checks",
+    "specd.transports.registry",
+    "specd.version",
+    "specd.worker.messages",
+    "specd.worker.ring_memory",
 )
 HEAVY = ("torch", "transformers", "cupy", "datasets", "tensorboard", "matplotlib", "sglang")
 
@@ -85,7 +100,7 @@ def test_import_specd_is_quick() -> None:
 
 
 def test_public_names() -> None:
-    assert len(specd.__all__) <= 15
+    assert len(specd.__all__) <= 20
     assert specd.__all__ == sorted(specd.__all__)
     assert dir(specd) == specd.__all__
     missing = [name for name in specd.__all__ if not hasattr(specd, name)]

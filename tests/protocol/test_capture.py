@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 import pytest
 
-from specd.drafts.taps import dflash_taps, eagle3_taps
+from specd.drafts.taps import eagle3_taps, spread_taps
 from specd.errors import ConfigError
 from specd.protocol.capture import CaptureSpec
 
@@ -24,16 +24,16 @@ from specd.protocol.capture import CaptureSpec
         (6, 3, (1, 2, 3)),
     ],
 )
-def test_dflash_taps(num_layers: int, num_taps: int, taps: tuple[int, ...]) -> None:
-    assert dflash_taps(num_layers, num_taps) == taps
+def test_spread_taps(num_layers: int, num_taps: int, taps: tuple[int, ...]) -> None:
+    assert spread_taps(num_layers, num_taps) == taps
 
 
-def test_dflash_taps_of_a_hybrid_target_take_the_first_and_last_eligible_layer() -> None:
+def test_spread_taps_of_a_hybrid_target_take_the_first_and_last_eligible_layer() -> None:
     eligible = tuple(range(3, 44, 4))  # 3, 7, …, 43
-    assert dflash_taps(48, 5, eligible) == (3, 11, 23, 35, 43)
-    assert dflash_taps(48, 2, eligible) == (3, 43)
-    assert dflash_taps(48, 1, eligible) == (23,)
-    assert dflash_taps(48, len(eligible), eligible) == eligible
+    assert spread_taps(48, 5, eligible) == (3, 11, 23, 35, 43)
+    assert spread_taps(48, 2, eligible) == (3, 43)
+    assert spread_taps(48, 1, eligible) == (23,)
+    assert spread_taps(48, len(eligible), eligible) == eligible
 
 
 @pytest.mark.parametrize(
@@ -52,14 +52,14 @@ def test_dflash_taps_of_a_hybrid_target_take_the_first_and_last_eligible_layer()
 )
 def test_taps_that_do_not_fit_are_refused(num_layers: int, num_taps: int, eligible: tuple[int, ...]) -> None:
     with pytest.raises(ConfigError, match=f"{num_taps} distinct taps do not fit a target of {num_layers} layers"):
-        dflash_taps(num_layers, num_taps, eligible)
+        spread_taps(num_layers, num_taps, eligible)
 
 
 @pytest.mark.parametrize("num_layers", [8, 30, 36, 48, 61, 94])
 def test_every_number_of_taps_is_legal_or_refused(num_layers: int) -> None:
     for num_taps in range(1, num_layers + 1):
         try:
-            taps = dflash_taps(num_layers, num_taps)
+            taps = spread_taps(num_layers, num_taps)
         except ConfigError:
             assert num_taps > num_layers - 3
             continue

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from specd.bench.transport.result import Auto, Result, Row, Slowdown
-from specd.bench.transport.run import LARGEST, SHAPES, SIZES
+from specd.bench.transport.result import Auto, Slowdown, TransportResult, TransportRow
+from specd.bench.transport.sizes import LARGEST, SHAPES, SWEEP
 
 LANES = (
     # placement, transport, mode, raw kind, ceiling in GB/s, fixed cost in µs, share of the ceiling reached
@@ -27,17 +27,17 @@ MACHINE: dict[str, Any] = {
 }  # fmt: skip
 
 
-def two_gpus() -> Result:
+def two_gpus() -> TransportResult:
     """A full run on two GPUs."""
     rows = tuple(
         row(*lane, size, shape)
         for lane in LANES
-        for size, shape in [(size, "") for size in (*SIZES, LARGEST)]
+        for size, shape in [(size, "") for size in (*SWEEP, LARGEST)]
         + [(size, shape) for shape, size in SHAPES.items()]
-        if lane[0] != "cpu" or size <= SIZES[-1]
+        if lane[0] != "cpu" or size <= SWEEP[-1]
     )
     after = "not tried: it comes after cuda_ipc"
-    return Result(
+    return TransportResult(
         machine=MACHINE,
         budget_s=150.0,
         wall_s=141.3,
@@ -66,13 +66,13 @@ def slowdown(transport: str, share: float) -> Slowdown:
 def row(
     placement: str, transport: str, mode: Any, raw_kind: str, ceiling: float, cost_us: float, share: float,
     size: int, shape: str = "",
-) -> Row:  # fmt: skip
+) -> TransportRow:  # fmt: skip
     """A row whose time is a fixed cost and a share of the ceiling's bandwidth."""
     copied = mode == "copy"
     raw_us = 7 + size / ceiling / 1e3 if copied else None
     p50_us = cost_us + (size / ceiling / share / 1e3 if copied else 0.0)
     staged = transport == "shm" and placement != "cpu"
-    return Row(
+    return TransportRow(
         placement=placement, transport=transport, mode=mode, size_bytes=size, shape=shape, iterations=50,
         p50_us=p50_us, p99_us=1.4 * p50_us, min_us=0.95 * p50_us, p25_us=0.98 * p50_us, p75_us=1.05 * p50_us,
         gb_per_s=size / p50_us / 1e3 if copied else None,

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
+
 CHATML = (
     "{% for message in messages %}{% if loop.first and message['role'] != 'system' %}"
     "{{ '<|im_start|>system\nBe brief.<|im_end|>\n' }}{% endif %}"
@@ -89,6 +91,22 @@ def write_tokenizer(directory: Path, template: str = CHATML) -> Path:
     )
     directory.mkdir(parents=True, exist_ok=True)
     tokenizer.save_pretrained(directory)
+    return directory
+
+
+def write_target(directory: Path, num_layers: int = 4) -> Path:
+    """A tiny Llama of random weights with that tokenizer, saved to `directory`."""
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    size = len(AutoTokenizer.from_pretrained(write_tokenizer(directory)))
+    config = LlamaConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=num_layers, num_attention_heads=4,
+        num_key_value_heads=2, vocab_size=size, max_position_embeddings=2048, initializer_range=0.25,
+        eos_token_id=None, bos_token_id=None,
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        LlamaForCausalLM(config).save_pretrained(directory)  # type: ignore[no-untyped-call]
     return directory
 
 

@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from specd.config.settings import DFlashConfig
+from specd.drafts.base import TargetParts, Tuning
 from specd.drafts.dflash.objective import DFlash
+from specd.drafts.dflash.settings import DFlashConfig
 from specd.protocol.batch import Batch, Delivery
 from specd.protocol.contract import TargetContract
 
@@ -28,7 +29,7 @@ TARGET: dict[str, Any] = {
 CONTRACT = TargetContract(
     model="tiny", model_type="llama", hidden_size=HIDDEN, num_layers=8, vocab_size=VOCAB, dtype="float32", weights="0"
 )
-CONFIG = DFlashConfig(num_layers=2, num_taps=3, block_size=4, num_anchors=5, loss_chunk=7)
+CONFIG = DFlashConfig(num_layers=2, num_taps=3, block_size=4, num_anchors=5, loss_chunk=7, mask_token_id=MASK)
 LENGTHS = (11, 1, 17, 6)
 
 
@@ -42,18 +43,20 @@ def make_batch(lengths: tuple[int, ...] = LENGTHS, density: float = 0.8, seed: i
     )
 
 
-def make_draft(config: DFlashConfig = CONFIG, seed: int = 0, **changes: Any) -> DFlash:
-    generator = torch.Generator().manual_seed(1)
-    head = torch.randn(VOCAB, HIDDEN, generator=generator)
-    return DFlash(config, CONTRACT, {**TARGET, **changes}, head, head, MASK, seed=seed)
+def parts(head: torch.Tensor | None = None, **changes: Any) -> TargetParts:
+    """The target of the tests, its embedding and head one tensor."""
+    if head is None:
+        head = torch.randn(VOCAB, HIDDEN, generator=torch.Generator().manual_seed(1))
+    return TargetParts(CONTRACT, {**TARGET, **changes}, head, head)
+
+
+def make_draft(config: DFlashConfig = CONFIG, seed: int = 0, tuning: Tuning | None = None, **changes: Any) -> DFlash:
+    return DFlash(config, parts(**changes), seed=seed, tuning=tuning)
 
 
 def deliver(batch: Batch, num_taps: int = 3, seed: int = 2) -> Delivery:
     taps = torch.randn(batch.num_tokens, num_taps, HIDDEN, generator=torch.Generator().manual_seed(seed))
     return Delivery(batch, taps)
-
-
-# Anchors
 
 
 def taps_of(delivery: Delivery) -> torch.Tensor:

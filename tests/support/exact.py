@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +15,10 @@ import torch
 import zmq
 
 from specd.client.subscriber import Subscriber
-from specd.config.settings import DaemonConfig, DFlashConfig, RingConfig, SubscriberConfig, TargetConfig, TrainConfig
-from specd.drafts.dflash.objective import DFlash, capture_spec
+from specd.config.settings import DaemonConfig, RingConfig, SubscriberConfig, TargetConfig, TrainConfig
+from specd.drafts.base import TargetParts
+from specd.drafts.dflash.method import DFlashMethod
+from specd.drafts.dflash.settings import DFlashConfig
 from specd.protocol.batch import Batch
 from specd.train.checkpoint import Checkpoints, Identity
 from specd.train.journal import read
@@ -23,7 +26,7 @@ from specd.train.loop import train
 
 STEPS = 20
 RING = RingConfig(slots=8, slot_tokens=256)
-DRAFT = DFlashConfig(num_layers=2, num_taps=3, block_size=4, num_anchors=6, attention="sdpa")
+DRAFT = DFlashConfig(num_layers=2, num_taps=3, block_size=4, num_anchors=6, attention="sdpa", mask_token_id=255)
 TARGET = {
     "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "hidden_size": 64, "intermediate_size": 128,
     "num_hidden_layers": 8, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 256,
@@ -95,16 +98,11 @@ def losses(
     """The losses of twenty steps of a new draft, its files in `path`; the states must have come over `transport`."""
     torch.set_num_threads(1)
     config = SubscriberConfig(endpoints=endpoints, transport=transport, depth=depth, timeout_s=60, borrow=borrow)
-    with Subscriber(config, lambda contract: capture_spec(DRAFT, contract), device=device, context=context) as source:
-        objective = DFlash(
-            DRAFT,
-            source.contract,
-            json.loads(source.artifact("config.json")),
-            source.tensor("embedding"),
-            source.tensor("lm_head"),
-            mask_token_id=255,
-            device=device,
-        )
+    spec = partial(DFlashMethod.capture, DRAFT)
+    with Subscriber(config, spec, device=device, context=context) as source:
+        published = json.loads(source.artifact("config.json"))
+        target = TargetParts(source.contract, published, source.tensor("embedding"), source.tensor("lm_head"))
+        objective = DFlashMethod.objective(DRAFT, target, device, torch.float32)
         settings = TrainConfig(epochs=1, lr=3e-3, save_every=0)
         checkpoints = Checkpoints(path / "checkpoints", Identity(target=source.contract.fingerprint, settings={}))
         train(settings, objective, Feed(), source, checkpoints, path / "metrics.jsonl")

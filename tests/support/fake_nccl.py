@@ -24,9 +24,9 @@ import torch
 from specd.errors import TransportError
 from specd.memory import cuda
 from specd.memory.arena import Arena
-from specd.memory.device_arena import DeviceArena
 from specd.transports.base import ServerContext, SlotRef
-from specd.transports.nccl.communicator import ROW_BYTES, UNIQUE_ID_BYTES, Library, Side
+from specd.transports.nccl.communicator import UNIQUE_ID_BYTES, Library
+from specd.transports.nccl.side import ROW_BYTES, Side
 from specd.transports.nccl.transport import Nccl, NcclClient, NcclServer
 from specd.transports.testing.hosts import LocalHost
 from specd.transports.testing.suite import Rig
@@ -326,7 +326,6 @@ class FakeTransport(Nccl):
 
     @staticmethod
     def server(arena: Arena, context: ServerContext) -> NcclServer:
-        assert isinstance(arena, DeviceArena)
         return NcclServer(arena, context, LIBRARY)
 
     @staticmethod
@@ -362,8 +361,8 @@ def until(condition: Callable[[], bool]) -> None:
         time.sleep(0.001)
 
 
-def lane_ends(rig: Rig, session: bytes = b"one") -> str:
-    """Wait until a session's lane has ended; returns what `publish` then says."""
+def sender_ends(rig: Rig, session: bytes = b"one") -> str:
+    """Wait until a session's sender has ended; returns what `publish` then says."""
     said = ""
 
     def ended() -> bool:

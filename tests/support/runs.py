@@ -35,10 +35,13 @@ class Tiny:
         self.poison = poison
         self.trained: list[tuple[int, int]] = []
 
-    def spec_for(self, contract: Any) -> Any:
+    def warm_up(self, dtype: torch.dtype) -> None:
         raise NotImplementedError
 
-    def export(self, path: Path) -> None:
+    def facts(self) -> dict[str, str]:
+        raise NotImplementedError
+
+    def export(self, path: Path, files: Any = None) -> None:
         raise NotImplementedError
 
     def loss(self, delivery: Any) -> Loss:

@@ -1,4 +1,4 @@
-"""A daemon that answers handshakes and leaves the rest to the test, and a transport that does as it is told."""
+"""A daemon that answers handshakes, a transport and a training stream: they do as they are told by the test."""
 
 from __future__ import annotations
 
@@ -12,9 +12,12 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Any, ClassVar, Self
 
+import pytest
 import torch
 import zmq
 
+from specd.client.handshake import Session, Terms, open_session
+from specd.client.pending import State
 from specd.client.subscriber import Subscriber
 from specd.config.settings import SubscriberConfig
 from specd.errors import TransportError
@@ -94,10 +97,28 @@ def make(fetching: Callable[[SlotRef], None] = lambda ref: None, **traits: Any) 
     return type("Made", (Scripted,), {"traits": found, "made": [], "fetching": staticmethod(fetching)})
 
 
+class Work:
+    """What the training stream has been told to do: a Point that is reached at `end`, or a failure then."""
+
+    def __init__(self, error: Exception | None = None) -> None:
+        self.awaited = threading.Event()
+        self._done = threading.Event()
+        self._error = error
+
+    def synchronize(self) -> None:
+        self.awaited.set()
+        assert self._done.wait(EXPECT_S)
+        if self._error is not None:
+            raise self._error
+
+    def end(self) -> None:
+        self._done.set()
+
+
 class Daemon:
     """One endpoint. Every session gets `credits`; handshakes and RENEWs are answered, all else is for `expect`.
 
-    refuses_to_lend: it answers BORROW with ERROR. deaf: it answers nothing any more.
+    refuses_to_lend: it answers BORROW with ERROR. deaf: it answers nothing any more, not even RENEW.
     """
 
     def __init__(
@@ -134,6 +155,13 @@ class Daemon:
         """A subscriber to it alone."""
         facts = {"transport": "scripted", "timeout_s": EXPECT_S, "connect_s": EXPECT_S, **settings}
         return Subscriber(SubscriberConfig(endpoints=(self.endpoint,), **facts), SPEC, context=self._context)
+
+    def session(self, monkeypatch: pytest.MonkeyPatch, transport: type[Scripted] | None = None) -> Session:
+        """A session with it, which no thread has."""
+        made = transport or make()
+        monkeypatch.setattr("specd.client.handshake.load", lambda name: made)
+        terms = Terms(name="test", spec=lambda contract: SPEC, credits=2, transport="scripted", device="cpu")
+        return open_session(self._context, self.endpoint, terms, lambda seconds: False)
 
     def expect(self, kind: type[Any]) -> tuple[bytes, Any]:
         """The next message that is not answered here, which must be of that kind, and the key of its session."""
@@ -216,10 +244,10 @@ class Daemon:
                         socket.send_multipart([key, wire.encode(answer)])
 
     def _hear(self, key: bytes, message: Any) -> list[Message]:
-        if isinstance(message, wire.Renew):
-            return [wire.Renewed(epoch=self.epoch)]
         if self.deaf:
             return []
+        if isinstance(message, wire.Renew):
+            return [wire.Renewed(epoch=self.epoch)]
         self.heard.append(message)
         ring = RingInfo(num_slots=8, slot_bytes=self._slot_bytes, slot_tokens=64)
         match message:
@@ -261,3 +289,8 @@ def wait_for(condition: Callable[[], bool]) -> None:
     while not condition():
         assert time.monotonic() < limit, "it never came to be"
         threading.Event().wait(0.005)
+
+
+def num_fetched(source: Subscriber) -> int:
+    """How many batches in flight are here, and not taken."""
+    return sum(pending.state is State.FETCHED for pending in source._in_flight._window._batches)

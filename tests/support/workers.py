@@ -18,8 +18,8 @@ from specd.protocol.batch import slot_layout
 from specd.protocol.capture import CaptureSpec
 from specd.targets.base import CaptureJob
 from specd.targets.registry import load_target
+from specd.transports import registry
 from specd.transports.base import ServerContext, SlotRef, Traits
-from specd.worker import ring_memory as serving
 from specd.worker.messages import Filled, FillSlot, decode, encode
 from specd.worker.worker import WorkerConfig
 
@@ -97,20 +97,25 @@ def expected(task: FillSlot) -> bytes:
 
 
 class Served:
-    """A transport's server that notes what it is told. memory: of its traits."""
+    """A transport, and its server, that notes what it is told. memory, scope, rank: of its traits."""
 
-    def __init__(self, memory: Sequence[str], scope: str = "host", problem: str = "") -> None:
+    def __init__(self, memory: Sequence[str], scope: str = "host", rank: int | None = None) -> None:
         self.traits = Traits(
             memory=frozenset(memory),  # type: ignore[arg-type]
             scope=scope,  # type: ignore[arg-type]
             one_sided=True,
             needs_recv_ready=False,
             abortable=True,
+            rank=rank,
         )
-        self.problem = problem
+        self.missing = ""
+        self.problem = ""
         self.arena: Any = None
         self.closed_before_its_arena = False
         self.dropped: list[bytes] = []
+
+    def available(self, _device: str) -> str | None:
+        return self.missing or None
 
     def server(self, arena: Any, _context: ServerContext) -> Served:
         if self.problem:
@@ -135,12 +140,12 @@ Known = dict[str, Served]
 
 
 def only_these(monkeypatch: pytest.MonkeyPatch) -> Known:
-    """The transports there are, by name; a name that is not among them cannot be imported."""
+    """The transports there are, by name, and more if a test adds them; one that it deletes cannot be imported."""
     found: Known = {
-        "cuda_ipc": Served(["device"]),
-        "nccl": Served(["device"], "anywhere"),
-        "shm": Served(["host"]),
-        "bytes": Served(["host"], "anywhere"),
+        "cuda_ipc": Served(["device"], rank=200),
+        "nccl": Served(["device"], "anywhere", rank=400),
+        "shm": Served(["host"], rank=500),
+        "bytes": Served(["host"], "anywhere", rank=600),
     }
 
     def load(name: str) -> Served:
@@ -148,7 +153,9 @@ def only_these(monkeypatch: pytest.MonkeyPatch) -> Known:
             raise TransportError(f"{name} cannot be imported")
         return found[name]
 
-    monkeypatch.setattr(serving, "load", load)
+    first = tuple(found)
+    monkeypatch.setattr(registry, "names", lambda: list(dict.fromkeys([*first, *found])))
+    monkeypatch.setattr(registry, "load", load)
     return found
 
 

@@ -1,4 +1,4 @@
-"""Twenty training steps give bit-identical losses whatever carries the states: transport, depth, number of daemons."""
+"""Twenty training steps give bit-identical losses over every transport, depth and number of daemons."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ def start() -> Iterator[Callable[[str], Daemon]]:
 
 @pytest.fixture(scope="module")
 def reference(data: Path, tmp_path_factory: pytest.TempPathFactory) -> list[float | None]:
-    """The losses of a run nobody disturbs."""
+    """The losses of a run without faults."""
     with daemons() as starter:
         return train(tmp_path_factory.mktemp("reference"), data, starter("r")).finish()
 

@@ -1,4 +1,4 @@
-"""Slots read in place on the target's own GPU: nothing is copied, and none is refilled while anybody may read it."""
+"""Slots read in place on the target's own GPU: nothing is copied, and none is refilled while it may be read."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def subscribe(daemon: Daemon, transport: str, device: str = DEVICE, *, borrow: b
 
 
 def states(daemon: Daemon, batches: list[Batch]) -> list[torch.Tensor]:
-    """The taps of batches that travel through the host, on the CPU: they are filled into every slot that is free."""
+    """The taps of batches over a host transport, on the CPU: they are filled into every free slot."""
     with subscribe(daemon, "shm", "cpu") as source:
         return [taps(delivery.taps) for delivery in source.stream(batches)]
 

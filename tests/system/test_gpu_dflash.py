@@ -7,18 +7,17 @@ import pytest
 import torch
 import torch._inductor.config
 
-from drafts import CONTRACT, HIDDEN, MASK, TARGET, VOCAB, deliver, make_batch, taps_of
-from specd.config.settings import AttentionKind, DFlashConfig, TrainConfig
-from specd.drafts.dflash.objective import DFlash, Tuning
+from drafts import MASK, deliver, make_batch, parts, taps_of
+from specd.config.settings import AttentionKind, TrainConfig
+from specd.drafts.base import Tuning
+from specd.drafts.dflash.objective import DFlash
+from specd.drafts.dflash.settings import DFlashConfig
 from specd.protocol.batch import Delivery
 from specd.train.optimizer import apply_gradients, make_optimizer
 
-CONFIG = DFlashConfig(num_layers=2, num_taps=3, block_size=16, num_anchors=40, loss_chunk=128, head_dim=64)
-
-
-def make_head() -> torch.Tensor:
-    """Embedding and lm_head of the target, float32 [V, H]."""
-    return torch.randn(VOCAB, HIDDEN, generator=torch.Generator().manual_seed(1))
+CONFIG = DFlashConfig(
+    num_layers=2, num_taps=3, block_size=16, num_anchors=40, loss_chunk=128, head_dim=64, mask_token_id=MASK
+)
 
 
 def on_gpu(lengths: tuple[int, ...], seed: int = 0) -> Delivery:
@@ -31,11 +30,9 @@ def on_gpu(lengths: tuple[int, ...], seed: int = 0) -> Delivery:
 @pytest.mark.usefixtures("own_compiler")
 @pytest.mark.filterwarnings("ignore")
 def test_loss_on_a_gpu_equals_the_cpu_and_never_waits_for_the_device() -> None:
-    config = DFlashConfig(num_layers=2, num_taps=3, block_size=8, num_anchors=20, loss_chunk=64, head_dim=64)
-    head = make_head()
+    config = msgspec.structs.replace(CONFIG, block_size=8, num_anchors=20, loss_chunk=64)
     delivery = deliver(make_batch((200, 31, 90)))
-    on_cpu = DFlash(config, CONTRACT, TARGET, head, head, MASK)
-    on_gpu = DFlash(config, CONTRACT, TARGET, head, head, MASK, device="cuda")
+    on_cpu, on_gpu = DFlash(config, parts()), DFlash(config, parts(), "cuda")
     here = on_cpu.loss(delivery)
     there = Delivery(delivery.batch, taps_of(delivery).cuda())
     on_gpu.loss(there).sum.backward()  # type: ignore[no-untyped-call]
@@ -53,11 +50,12 @@ def test_loss_on_a_gpu_equals_the_cpu_and_never_waits_for_the_device() -> None:
 @pytest.mark.filterwarnings("ignore")
 def test_optimizer_steps_on_a_gpu_never_wait_and_are_the_same_from_run_to_run() -> None:
     """bfloat16 with float32 masters, batches of changing size: bit by bit the same losses, near the plain path's."""
-    head, given = make_head(), [on_gpu(lengths, seed) for seed, lengths in enumerate(((300, 31, 90), (700,), (90,)))]
+    given = [on_gpu(lengths, seed) for seed, lengths in enumerate(((300, 31, 90), (700,), (90,)))]
 
     def losses(sync: str, tuning: Tuning, attention: AttentionKind) -> list[float]:
         settings = msgspec.structs.replace(CONFIG, attention=attention)
-        draft = DFlash(settings, CONTRACT, TARGET, head, head, MASK, "cuda", torch.bfloat16, tuning=tuning)
+        draft = DFlash(settings, parts(), "cuda", torch.bfloat16, tuning=tuning)
+        draft.warm_up(torch.bfloat16)  # it compiles, and may wait
         optimizer, halted, found = make_optimizer(draft.module, TrainConfig()), torch.zeros((), device="cuda"), []
         torch.cuda.set_sync_debug_mode(sync)
         try:
@@ -82,11 +80,11 @@ def test_optimizer_steps_on_a_gpu_never_wait_and_are_the_same_from_run_to_run() 
 @pytest.mark.filterwarnings("ignore")
 def test_the_batch_that_was_compiled_for_does_not_show_in_the_gradients() -> None:
     """A resumed run meets another batch first than the run it goes on with."""
-    head, small, large = make_head(), on_gpu((90,)), on_gpu((700, 300))
+    small, large = on_gpu((90,)), on_gpu((700, 300))
 
     def gradients(first: Delivery) -> torch.Tensor:
         torch._dynamo.reset()
-        draft = DFlash(CONFIG, CONTRACT, TARGET, head, head, MASK, "cuda", torch.bfloat16)
+        draft = DFlash(CONFIG, parts(), "cuda", torch.bfloat16)
         with torch._inductor.config.patch(force_disable_caches=True):
             draft.loss(first).sum.backward()  # type: ignore[no-untyped-call]
             draft.module.zero_grad()

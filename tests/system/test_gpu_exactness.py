@@ -1,4 +1,4 @@
-"""Twenty training steps on a GPU give bit-identical losses whatever carries the states there, and at any depth."""
+"""Twenty training steps on a GPU give bit-identical losses over every transport and at any depth."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def reference(train: Train) -> Losses:
 
 
 def test_the_draft_trains_alike_from_run_to_run(train: Train, reference: Losses) -> None:
-    """Without this, what the next tests compare would say nothing about transports."""
+    """Without this, the next tests would say nothing about transports."""
     assert train("inproc", 0, TARGET) == reference
 
 

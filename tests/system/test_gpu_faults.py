@@ -1,4 +1,4 @@
-"""Faults on GPUs: whatever is killed, nobody hangs, every sample is trained once, the losses stay the same, and device
+"""Faults on GPUs: whatever is killed, nothing hangs, every sample is trained once, the losses stay the same, and device
 memory returns to its level.
 
 Several trainers draw from one daemon at once, over different transports, so that each fault hits all of them. Each test
@@ -37,13 +37,13 @@ FIRST, SECOND = "cuda:0", "cuda:1"
 REPETITIONS = ASKED or 1
 LANES = min(2, REPETITIONS)
 SHARES = [REPETITIONS // LANES + (lane < REPETITIONS % LANES) for lane in range(LANES)]
-"""How the faults are dealt out to what runs at the same time."""
+"""Faults of each lane; lanes run at the same time."""
 EPOCHS = 3 + REPETITIONS // 4  # so that none of the trainers has ended when the last of them has begun
 LEASE_S = 10.0  # CUDA and NCCL hold up a starting trainer for longer than the second of the tests on CPUs
 ATTACH_S = 90.0
 """All trainers of a daemon have a session again within this after a fault."""
 NOTICED_S = 5.0
-"""A wait for one batch that is longer than this is one that a trainer notices."""
+"""A trainer notices a longer wait for one batch than this."""
 SLACK = 256 << 20
 """Bytes a device's level may differ by: less than one process's context."""
 SPEC = CaptureSpec(taps=(1, 4), dtype="float32")
@@ -74,7 +74,7 @@ class Bystander:
         self._outcome = self._thread.submit(self._train)
 
     def finish(self) -> Stats:
-        """End it; what it did, or the error that it ended with."""
+        """Stop it; returns its statistics, or raises its error."""
         self.close()
         return self._outcome.result()
 
@@ -130,7 +130,7 @@ def levels() -> Callable[[str], Levels]:
 def reference(
     levels: Callable[[str], Levels], data: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Callable[[], object]]:
-    """The losses of a run nobody disturbs, its target in its own process; it runs beside the first test."""
+    """The losses of a run without faults, its target in its own process; it runs beside the first test."""
     output = tmp_path_factory.mktemp("reference") / "run"
     trainer = Trainer(output, data, [], epochs=EPOCHS, device=FIRST)
     found: list[object] = []
@@ -244,7 +244,7 @@ def drawing(daemon: Daemon, trainers: list[Trainer], rng: random.Random) -> bool
         pytest.param(SECOND, NCCL, "cuda_ipc", id="nccl-cuda_ipc", marks=pytest.mark.gpu(2)),
     ],
 )
-def test_trainers_killed_beside_one_that_does_not_notice(
+def test_killed_trainers_do_not_disturb_another(
     device: str,
     killed: Carried,
     other: str,

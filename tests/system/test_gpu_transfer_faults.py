@@ -1,4 +1,4 @@
-"""Either side of a transfer between GPUs is killed in the midst of it: the other goes on, with all of its memory.
+"""Either side of a transfer between GPUs is killed in mid-transfer: the other goes on, with all of its memory.
 
 Each test does its faults twice, or as often as SPECD_FAULTS says; several processes start at the same time, and are
 killed one after the other.
@@ -25,8 +25,8 @@ from levels import Levels
 from specd.errors import TransportError
 from specd.transports.base import SlotRef
 from specd.transports.registry import load
-from specd.transports.testing.hosts import SpawnedHost
 from specd.transports.testing.rig import Rig, holds
+from specd.transports.testing.spawned import SpawnedHost
 
 FIRST, SECOND = "cuda:0", "cuda:1"
 PULLED = 128 << 20
@@ -34,12 +34,12 @@ PULLED = 128 << 20
 SLACK = 96 << 20
 """Bytes a device's level may differ by: less than one slot."""
 LIMIT_S = 20.0
-"""Whoever is left is served again within this."""
+"""The surviving side is served again within this."""
 AT_ONCE = 10
 REF = SlotRef(0, 1, PULLED)
 PULLER = """
 import sys, torch
-from specd.transports.base import SlotRef, load
+from specd.transports.base import SlotRef; from specd.transports.registry import load
 name, device, nbytes = sys.argv[1], sys.argv[2], int(sys.argv[3])
 client = load(name).client(device)
 print(client.hello().hex(), flush=True)
@@ -63,7 +63,7 @@ each_way = pytest.mark.parametrize(
 
 
 def rounds() -> list[int]:
-    """How many processes each round kills; the level is taken after the first, which loads what is loaded only once."""
+    """How many processes each round kills; the level is taken after the first, which loads everything lazy."""
     left = (ASKED or 2) - 1
     return [1, *(min(AT_ONCE, left - begin) for begin in range(0, left, AT_ONCE))]
 
@@ -90,7 +90,7 @@ def test_trainers_killed_in_mid_transfer_cost_the_worker_nothing(name: str, devi
 
 @contextlib.contextmanager
 def pullers(name: str, device: str, number: int) -> Iterator[list[subprocess.Popen[str]]]:
-    """So many trainers, started at the same time; each waits for its offer."""
+    """`number` trainers, started at the same time; each waits for its offer."""
     command = [sys.executable, "-c", PULLER, name, device, str(PULLED)]
     with contextlib.ExitStack() as running:
         started = []
@@ -103,7 +103,7 @@ def pullers(name: str, device: str, number: int) -> Iterator[list[subprocess.Pop
 
 
 def pull_and_be_killed(name: str, host: SpawnedHost, puller: subprocess.Popen[str], rng: random.Random) -> None:
-    """Let a trainer fetch one slot over and over, and kill it in the midst of that."""
+    """Let a trainer fetch one slot over and over, and kill it in mid-transfer."""
     assert puller.stdin is not None
     assert puller.stdout is not None
     offer = host.accept(b"pull", bytes.fromhex(puller.stdout.readline()))
@@ -134,7 +134,7 @@ def test_workers_killed_in_mid_transfer_leave_the_trainer_its_device(name: str, 
 
 @contextlib.contextmanager
 def hosts(name: str, number: int) -> Iterator[list[SpawnedHost]]:
-    """So many hosts with a full slot, started at the same time."""
+    """`number` hosts with a full slot, started at the same time."""
 
     def start(_: int) -> SpawnedHost:
         host = SpawnedHost(name, 1, PULLED, device=FIRST)
@@ -149,7 +149,7 @@ def hosts(name: str, number: int) -> Iterator[list[SpawnedHost]]:
 
 
 def pull_until_it_is_killed(name: str, host: SpawnedHost, device: str, rng: random.Random) -> None:
-    """Fetch one slot over and over, until its host was killed in the midst of that; then look at what is left."""
+    """Fetch one slot over and over, until its host is killed in mid-transfer; then check the trainer's side."""
     rig = Rig(load(name), device, host)
     killed = threading.Event()
 

@@ -1,4 +1,4 @@
-"""The synthetic target: its states are a pure function, it costs what it is told to, and it needs no torch."""
+"""The synthetic target: its states are a pure function, its cost is configured, and it needs no torch."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_synthetic_states_have_the_same_bits_on_a_gpu(dtype: StateDtype) -> None
 
 
 @pytest.mark.parametrize("device", ["cuda:2", "cuda:x", "mps", "gpu"])
-def test_synthetic_devices_that_are_not_here_are_refused(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_synthetic_devices_that_are_missing_are_refused(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     fake_cuda.install(monkeypatch)
     with pytest.raises(ConfigError, match=f"device '{device}' of a synthetic target.*use auto, cpu or cuda:N"):
         synthetic(device=device)

@@ -1,4 +1,4 @@
-"""Checkpoints: atomic, whole or ignored, and refused for anything they do not belong to."""
+"""Checkpoints: atomic, whole or ignored, and refused by a run that differs."""
 
 from __future__ import annotations
 

@@ -7,10 +7,13 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from specd.config.settings import DataConfig, DFlashConfig, RunConfig, TrainConfig
+from specd.config.settings import DataConfig, RunConfig, TrainConfig
+from specd.drafts.dflash.settings import DFlashConfig
 from specd.errors import CheckpointError, ConfigError, ProtocolError
 from specd.protocol.contract import ArtifactRef, TargetContract
-from specd.train.directory import RunDirectory, identity, target_files
+from specd.train import directory
+from specd.train.checkpoint import Identity
+from specd.train.directory import RunDirectory, target_files
 
 CONTRACT = TargetContract(
     model="tiny", model_type="llama", hidden_size=8, num_layers=6, vocab_size=64, dtype="float32", weights="abc",
@@ -19,10 +22,11 @@ CONTRACT = TargetContract(
         "embedding": ArtifactRef(nbytes=2048, shape=(64, 8), dtype="float32"),
     },
 )  # fmt: skip
+DRAFT = DFlashConfig()
 
 
 def journal(run: RunDirectory, steps: int) -> None:
-    """A journal of so many steps; only their number is looked at."""
+    """A journal of `steps` lines; only their number matters."""
     line = (
         b'{"step":%d,"epoch":0,"batches":[],"loss":1.0,"teacher_forced_accuracy":null,"teacher_forced_by_offset":[],'
         b'"lr":0.1,"grad_norm":1.0,"weight":1.0,"tokens":1,"step_s":1.0,"target_wait_s":0.0,"wire_wait_s":0.0,'
@@ -90,22 +94,34 @@ def test_a_daemon_cannot_write_elsewhere(tmp_path: Path, name: str) -> None:
 
 
 def test_identity_holds_what_changes_the_numbers_and_nothing_else() -> None:
-    settled = TrainConfig(dtype="bfloat16")
-    base = identity(RunConfig(train=settled), CONTRACT, "d1")
+    settled, free = TrainConfig(dtype="bfloat16"), frozenset({"loss_chunk"})
+
+    def identity(config: RunConfig, data: str, draft: DFlashConfig = DRAFT) -> Identity:
+        return directory.identity(config, draft, free, CONTRACT, data)
+
+    plain = RunConfig(method="dflash", train=settled)
+    base = identity(plain, "d1")
     assert base.target == CONTRACT.fingerprint
     elsewhere = RunConfig(
+        method="dflash",
         output="elsewhere",
         data=DataConfig(path="moved.jsonl", cache_dir="c"),
-        draft=DFlashConfig(loss_chunk=7),
         train=msgspec.structs.replace(settled, keep=9, save_every=1, threads=3, log_every=4, device="cpu"),
     )
-    assert identity(elsewhere, CONTRACT, "d1") == base
-    assert identity(RunConfig(train=settled), CONTRACT, "d2") != base
-    for config in (
-        RunConfig(train=msgspec.structs.replace(settled, seed=1)),
-        RunConfig(train=msgspec.structs.replace(settled, lr=1e-5)),
-        RunConfig(train=msgspec.structs.replace(settled, dtype="float32")),
-        RunConfig(train=settled, data=DataConfig(max_length=99)),
-        RunConfig(train=settled, draft=DFlashConfig(num_layers=1)),
+    assert identity(elsewhere, "d1", DFlashConfig(loss_chunk=7)) == base
+    assert identity(plain, "d2") != base
+    assert identity(plain, "d1", DFlashConfig(num_layers=1)) != base
+    for change in (
+        {"method": "other"},
+        {"train": msgspec.structs.replace(settled, seed=1)},
+        {"train": msgspec.structs.replace(settled, lr=1e-5)},
+        {"train": msgspec.structs.replace(settled, dtype="float32")},
+        {"data": DataConfig(max_length=99)},
     ):
-        assert identity(config, CONTRACT, "d1") != base
+        assert identity(msgspec.structs.replace(plain, **change), "d1") != base
+
+
+def test_machine_facts_name_no_host() -> None:
+    facts = directory.machine_facts()
+    assert {"processor", "memory", "GPU", "torch"} <= facts.keys()
+    assert "cores usable" in facts["processor"]

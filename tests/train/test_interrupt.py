@@ -1,4 +1,4 @@
-"""Signals of a training run: which are heard, and what they leave behind."""
+"""Signals of a training run: which are handled, and what checkpoint they leave."""
 
 from __future__ import annotations
 

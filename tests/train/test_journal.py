@@ -1,26 +1,40 @@
-"""A journal on a disk that is full."""
+"""A run's journal: exact, cut back to a checkpoint, and whole on a disk that is full."""
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
-import msgspec
 import pytest
 from msgspec import structs
 
 from runs import CONFIG, Source, curve, full_disk, records, run
 from specd.errors import CheckpointError
 from specd.protocol.batch import Batch
-from specd.train.journal import Journal, StepRecord, read
+from specd.train.journal import Journal, StepRecord, bound, read
+from step_records import record
 
 
-def record(step: int) -> StepRecord:
-    values = {
-        "step": step, "epoch": 0, "batches": (), "loss": 1.0, "teacher_forced_accuracy": None,
-        "teacher_forced_by_offset": (), "lr": 1e-3, "grad_norm": 0.1, "weight": 3.0, "tokens": 500, "step_s": 2.0,
-        "target_wait_s": 1.5, "wire_wait_s": 0.1, "train_s": 0.4, "forward_s": 1.6, "busy_slots": 3, "num_slots": 8,
-    }  # fmt: skip
-    return msgspec.convert(values, StepRecord)
+def test_journal_keeps_floats_exactly_and_cuts_back(tmp_path: Path) -> None:
+    path = tmp_path / "m.jsonl"
+    with Journal(path) as journal:
+        for step in range(1, 6):
+            journal.append(record(step, loss=math.pi / step))
+    assert [line.loss for line in read(path)] == [math.pi / step for step in range(1, 6)]
+    with path.open("ab") as file:
+        file.write(b'{"step": 6, "epo')
+    assert len(read(path)) == 5
+    with Journal(path, step=3) as journal:
+        journal.append(record(4, loss=0.5))
+    assert [(line.step, line.loss) for line in read(path)][3:] == [(4, 0.5)]
+    with pytest.raises(CheckpointError, match="ends at step 4, the checkpoint is at step 9"):
+        Journal(path, step=9)
+    assert len(read(path)) == 4, "a refusal changes nothing"
+
+
+def test_bound_names_the_largest_share() -> None:
+    assert (bound(3, 1, 2), bound(0, 2, 1), bound(1, 1, 1)) == ("target", "wire", "trainer")
+    assert record(1).bound == "target"
 
 
 def test_a_line_that_does_not_fit_leaves_nothing_behind_and_can_be_written_later(tmp_path: Path) -> None:
@@ -60,7 +74,7 @@ def test_a_journal_that_cannot_be_opened_says_so(tmp_path: Path) -> None:
 def test_a_run_on_a_full_disk_ends_with_one_error_and_can_go_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, log_every: int, freed: bool
 ) -> None:
-    """freed: whether there is space again by the time the run saves what it has."""
+    """freed: whether there is space again by the time the run saves its checkpoint."""
     run(tmp_path / "whole")
     cut, config = tmp_path / "cut", structs.replace(CONFIG, log_every=log_every, save_every=4)
 

@@ -184,7 +184,7 @@ def test_an_update_that_was_cut_short_is_never_saved(tmp_path: Path, monkeypatch
     assert same(weights(resumed), weights(whole))
 
 
-def test_what_shows_a_run_cannot_keep_it_from_being_saved(tmp_path: Path) -> None:
+def test_a_failing_sink_does_not_prevent_the_checkpoint(tmp_path: Path) -> None:
     class Gone:
         def step(self, record: object) -> None:
             raise OSError(5, "the terminal is gone")
@@ -254,7 +254,7 @@ def test_log_every_changes_the_log_but_no_number(tmp_path: Path) -> None:
     assert curve(tmp_path / "each") == curve(tmp_path / "some")
 
 
-def test_the_drafts_own_time_counts_all_batches_of_a_step_and_no_wait(tmp_path: Path) -> None:
+def test_draft_s_counts_all_batches_of_a_step_and_no_wait(tmp_path: Path) -> None:
     class Slow(Tiny):
         def loss(self, delivery: Any) -> Loss:
             time.sleep(0.02)

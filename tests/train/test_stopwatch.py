@@ -10,7 +10,7 @@ import torch
 from specd.train.stopwatch import Stopwatch
 
 
-def test_pieces_add_up_and_what_failed_or_lies_between_does_not_count() -> None:
+def test_pieces_add_up_without_gaps_and_failures() -> None:
     watch = Stopwatch("cpu")
     begin = time.perf_counter()
     for _ in range(2):
@@ -24,7 +24,7 @@ def test_pieces_add_up_and_what_failed_or_lies_between_does_not_count() -> None:
 
 
 @pytest.mark.gpu(1)
-def test_on_a_gpu_its_time_counts_and_not_that_of_the_launch() -> None:
+def test_on_a_gpu_device_time_counts_and_not_launch_time() -> None:
     watch = Stopwatch("cuda:0")
     torch.zeros(1, device="cuda:0")
     torch.cuda.synchronize(0)

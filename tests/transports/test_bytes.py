@@ -1,9 +1,8 @@
-"""The bytes transport beyond the conformance suite: its window, its frames, lost and lying peers."""
+"""The bytes transport: the suite over both kinds of arena, its window, its frames, lost and lying peers."""
 
 from __future__ import annotations
 
 import contextlib
-import os
 import re
 import socket as sockets
 import threading
@@ -22,11 +21,25 @@ from specd.memory.arena import HostArena
 from specd.transports.base import ServerContext, SlotRef
 from specd.transports.bytes.frames import CHUNK_BYTES, HEADER_BYTES, WINDOW, Header, Kind, unpack
 from specd.transports.bytes.server import Bytes, BytesServer
-from specd.transports.bytes.socket import BytesOffer, connect, new_token, sweep
+from specd.transports.bytes.socket import BytesOffer, connect, new_token
 from specd.transports.checks import unwrap, wrap
-from specd.transports.testing.hosts import SpawnedHost
+from specd.transports.testing.hosts import Host, LocalHost
+from specd.transports.testing.spawned import SpawnedHost
+from specd.transports.testing.suite import TransportConformance
 
 TEXT = Path(__file__).parents[2] / "docs" / "protocol.md"
+
+
+class TestBytes(TransportConformance):
+    transport = Bytes
+
+
+@pytest.mark.usefixtures("gpus")
+class TestFromADevice(TransportConformance):
+    transport = Bytes
+
+    def host(self) -> Host:
+        return LocalHost(self.transport, self.num_slots, self.slot_bytes, device="cuda:0")
 
 
 class BytesRig:
@@ -246,42 +259,6 @@ def test_bytes_socket_is_private_and_removed(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_bytes_sweeps_dead_sockets_only(tmp_path: Path) -> None:
-    live = sockets.socket(sockets.AF_UNIX)
-    live.bind(str(tmp_path / "bulk-live.sock"))
-    live.listen()
-    os.utime(tmp_path / "bulk-live.sock", (0, 0))
-    for name in ("bulk-dead.sock", "other.sock", "bulk-young.sock"):
-        with sockets.socket(sockets.AF_UNIX) as dead:
-            dead.bind(str(tmp_path / name))
-        if name != "bulk-young.sock":
-            os.utime(tmp_path / name, (0, 0))
-    with live:
-        assert sweep(str(tmp_path)) == [str(tmp_path / "bulk-dead.sock")]
-
-
-@pytest.mark.parametrize(
-    ("where", "match"),
-    [
-        (ServerContext(), "nowhere to bind"),
-        (ServerContext(host="0.0.0.0"), "all interfaces"),
-        (ServerContext(host="[::]"), "all interfaces"),
-        (ServerContext(host="203.0.113.7"), "cannot bind"),
-        (ServerContext(directory="/nonexistent"), "cannot bind"),
-        (ServerContext(directory="/tmp/" + "x" * 100), "at most 107"),
-    ],
-)
-def test_bytes_says_why_it_cannot_bind(where: ServerContext, match: str) -> None:
-    with HostArena.create(1, 4096, None) as arena, pytest.raises(TransportError, match=match):
-        Bytes.server(arena, where)
-
-
-@pytest.mark.parametrize("device", ["cuda:63", "mps"])
-def test_bytes_client_refuses_a_device_that_is_not_here(device: str) -> None:
-    with pytest.raises(TransportError, match=f"device {device} "):
-        Bytes.client(device)
-
-
 @pytest.mark.parametrize("change", [{"token": b"x" * 16}, {"token": b"s"}, {"endpoints": ()}, {"endpoints": ("tcp://*:1",)},
                                     {"endpoints": ("tcp://]]:1",)},
                                     {"endpoints": ("ipc://relative",)}, {"endpoints": ("ipc:///nowhere/x.sock",)},
@@ -378,3 +355,30 @@ def test_frames_have_golden_bytes() -> None:
         frame[position] = value
         assert unpack(bytes(frame)) is None
     assert unpack(b"") is None
+
+
+def test_bytes_hears_a_peer_that_is_let_in_while_others_are_heard(
+    bulk: BytesRig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The HELLO of a session that was accepted after the thread's last look at its notes, read right behind another."""
+    sent, first = threading.Event(), threading.Event()
+    send = BytesServer._send
+
+    def send_and_wait(server: BytesServer, *message: Any) -> bool:
+        done = send(server, *message)
+        if not first.is_set():
+            first.set()
+            assert sent.wait(10)
+            assert server._socket.poll(10_000), "the second HELLO does not come"
+        return done
+
+    monkeypatch.setattr(BytesServer, "_send", send_and_wait)
+    one = bulk.raw(bulk.offer(b"one").token)
+    one.send(Header(Kind.HELLO).pack())
+    assert _taken_chunks(one, 1)[0].kind is Kind.WELCOME
+    assert first.wait(10)
+    two = bulk.raw(bulk.offer(b"two").token)
+    two.send(Header(Kind.HELLO).pack())
+    sent.set()
+    assert _taken_chunks(two, 1)[0].kind is Kind.WELCOME
+    assert bulk.server.ignored == 0

@@ -1,9 +1,11 @@
-"""What cuda_ipc and shm promise a trainer on a GPU beyond the suite, over a stand-in for CUDA."""
+"""cuda_ipc over a stand-in for CUDA: the suite, a peer, a worker that is gone, offers and what is missing here."""
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import msgspec
 import pytest
@@ -17,74 +19,43 @@ from specd.memory.device_arena import DeviceArena
 from specd.transports.base import ServerContext, SlotRef
 from specd.transports.checks import unwrap, wrap
 from specd.transports.cuda_ipc import CudaIpc, CudaIpcClient, CudaIpcOffer
-from specd.transports.shm import Shm, ShmClient
+from specd.transports.registry import load
 from specd.transports.testing.hosts import Host, LocalHost
-from specd.transports.testing.suite import TransportConformance, holds
+from specd.transports.testing.spawned import SpawnedHost
+from specd.transports.testing.suite import BorrowConformance, Rig, TransportConformance, holds
 
 GPU = "cuda:1"
+PLUGIN = Path(__file__).parents[1] / "plugin"
+ENTRIES = {"fake_cuda_ipc": "fake_cuda_ipc:FakeCudaIpc", "fake_peer_ipc": "fake_cuda_ipc:FakePeerIpc"}
+_children: list[SpawnedHost] = []
+"""One process serves one test after the other: starting it takes longer than most."""
 
 
-@pytest.fixture
-def gpus(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Two devices that are not there, and nothing of them in use afterwards."""
-    fake_cuda.install(monkeypatch)
+@pytest.fixture(scope="module", autouse=True)
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Entry points of the plug-ins, on the path of this process and of its children."""
+    site = tmp_path_factory.mktemp("site")
+    info = site / "fake_cuda_ipc-0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: fake-cuda-ipc\nVersion: 0\n")
+    lines = [f"{name} = {target}\n" for name, target in ENTRIES.items()]
+    (info / "entry_points.txt").write_text("[specd.transports]\n" + "".join(lines))
+    sys.path[:0] = [str(site), str(PLUGIN)]
     yield
-    assert not fake_cuda.registered, "page-locked memory is left"
+    sys.path[:] = [path for path in sys.path if path not in (str(site), str(PLUGIN))]
+    sys.modules.pop("fake_cuda_ipc", None)
+    while _children:
+        _children.pop().end()
 
 
-class _ShmToGpu(Shm):
-    """What a trainer on a GPU uses, while the suite's destinations are the CPU's: those of the stand-in."""
-
-    @staticmethod
-    def client(device: str) -> ShmClient:
-        return ShmClient(GPU)
-
-
-@pytest.mark.usefixtures("gpus")
-class TestShmBetweenDevices(TransportConformance):
-    transport = _ShmToGpu
-
-    def host(self) -> Host:
-        return LocalHost(self.transport, self.num_slots, self.slot_bytes, device="cuda:0")
-
-
-@pytest.mark.usefixtures("gpus")
-def test_shm_page_locks_what_a_trainer_on_a_gpu_maps() -> None:
-    host = LocalHost(Shm, 2, 4096)
-    client = Shm.client(GPU)
-    offer = host.accept(b"one", client.hello())
-    for _ in range(2):  # attaching anew gives the first mapping back
-        client.attach(offer, 1.0)
-        assert list(fake_cuda.registered.values()) == [4096 + 2 * 4096]
-    client.close()
-    assert not fake_cuda.registered
-    on_cpu = Shm.client("cpu")
-    on_cpu.attach(offer, 1.0)
-    assert not fake_cuda.registered
-    on_cpu.close()
-    host.close()
-
-
-@pytest.mark.usefixtures("gpus")
-def test_shm_goes_on_with_pages_that_cannot_be_locked(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    def refuse(address: int, nbytes: int, device: str) -> None:
-        raise TransportError("no more page-locked memory")
-
-    monkeypatch.setattr(cuda, "register", refuse)
-    host = LocalHost(Shm, 2, 4096)
-    host.fill(0, 1, b"slow", 4096)
-    client = Shm.client(GPU)
-    client.attach(host.accept(b"one", client.hello()), 1.0)
-    into = torch.zeros(4096, dtype=torch.uint8)
-    client.fetch(SlotRef(0, 1, 4096), into, 1.0)
-    assert holds(into, b"slow")
-    assert [record.getMessage() for record in caplog.records] == [
-        f"shm copies to {GPU} are several times slower: no more page-locked memory"
-    ]
-    client.close()
-    host.close()
+def serve(name: str) -> Host:
+    """A host of this transport with an empty arena on a stand-in device."""
+    if _children:
+        _children[0].reopen(name)
+    else:
+        slots, nbytes = TransportConformance.num_slots, TransportConformance.slot_bytes
+        _children.append(SpawnedHost(name, slots, nbytes, device="cuda:0", lasting=True))
+    return _children[0]
 
 
 def _cuda_ipc(device: str = GPU) -> tuple[LocalHost, CudaIpcClient, CudaIpcOffer]:
@@ -195,3 +166,66 @@ def test_cuda_ipc_closes_only_between_two_copies(monkeypatch: pytest.MonkeyPatch
     closer.join()
     assert holds(into, b"whole")
     host.close()
+
+
+@pytest.mark.usefixtures("gpus")
+class TestCudaIpc(BorrowConformance):
+    @pytest.fixture(autouse=True)
+    def _transport(self) -> None:
+        type(self).transport = load("fake_cuda_ipc")
+
+    def host(self) -> Host:
+        return serve("fake_cuda_ipc")
+
+
+@pytest.mark.usefixtures("gpus")
+def test_a_peer_copies_but_does_not_borrow() -> None:
+    rig = Rig(load("fake_peer_ipc"), "cpu", serve("fake_peer_ipc"))
+    try:
+        client = rig.attach()
+        rig.host.fill(1, 3, b"peer", 100_000)
+        assert holds(rig.fetch(client, SlotRef(1, 3, 100_000)), b"peer")
+        with pytest.raises(TransportError, match="GPU that holds them"):
+            client.view(SlotRef(1, 3, 100_000))  # type: ignore[attr-defined]
+    finally:
+        rig.close()
+
+
+@pytest.mark.usefixtures("gpus")
+def test_a_trainer_reads_on_after_the_worker_is_gone_but_takes_nothing_new() -> None:
+    transport = load("fake_cuda_ipc")
+    host = SpawnedHost("fake_cuda_ipc", 2, 4096, device="cuda:0")
+    rig = Rig(transport, "cpu", host)
+    try:
+        client = rig.attach()
+        offer = host.accept(b"two", client.hello())
+        host.fill(0, 1, b"left", 4096)
+        host.kill()
+        assert holds(rig.fetch(client, SlotRef(0, 1, 4096)), b"left")
+        with pytest.raises(TransportError):
+            rig.fetch(client, SlotRef(0, 2, 4096))
+        with pytest.raises(TransportError, match="cannot open"):
+            transport.client("cuda:0").attach(offer, 1.0)
+    finally:
+        rig.close()
+
+
+@pytest.mark.usefixtures("gpus")
+def test_a_host_serves_anew_in_the_same_process() -> None:
+    host = SpawnedHost("fake_cuda_ipc", 1, 4096, device="cuda:0", lasting=True)
+    try:
+        epoch, pid = host.epoch, host.pid
+        host.fill(0, 7, b"", 10)
+        host.close()
+        with pytest.raises(TransportError):
+            host.fill(0, 8, b"", 10)
+        host.reopen("fake_cuda_ipc")
+        assert (host.epoch != epoch, host.pid == pid) == (True, True)
+        rig = Rig(load("fake_cuda_ipc"), "cpu", host)
+        with pytest.raises(TransportError, match="holds generation 0"):
+            rig.fetch(rig.attach(), SlotRef(0, 7, 10))
+        rig.close()
+    finally:
+        host.end()
+    with pytest.raises(TransportError):
+        host.reopen("fake_cuda_ipc")

@@ -1,4 +1,4 @@
-"""nccl: lanes, order, deadlines and faults over a stand-in for NCCL; the real one between two processes on two GPUs."""
+"""nccl: senders, order, deadlines and faults over a stand-in for NCCL, and the real one between two GPUs."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from fake_nccl import (
     REMOTE_ERROR,
     FakeError,
     FakeTransport,
-    lane_ends,
     reset,
     rigged,
+    sender_ends,
     stop_half_way,
     until,
 )
@@ -37,13 +37,16 @@ from specd.memory.device_arena import DeviceArena
 from specd.transports.base import ServerContext, SlotRef
 from specd.transports.checks import unwrap, wrap
 from specd.transports.nccl import communicator as nccl_comm
-from specd.transports.nccl import sender as nccl_lane
+from specd.transports.nccl import sender as nccl_sender
 from specd.transports.nccl import transport as nccl
-from specd.transports.nccl.communicator import Communicator, Library, Side, Watch
+from specd.transports.nccl.communicator import Communicator, Library
+from specd.transports.nccl.side import Side
 from specd.transports.nccl.transport import Nccl, NcclHello, NcclServer
+from specd.transports.nccl.watch import Watch
 from specd.transports.registry import load
-from specd.transports.testing.hosts import Host, LocalHost, SpawnedHost
+from specd.transports.testing.hosts import Host, LocalHost
 from specd.transports.testing.receiver_suite import ReceiverConformance
+from specd.transports.testing.spawned import SpawnedHost
 from specd.transports.testing.suite import Rig, holds
 
 
@@ -148,14 +151,14 @@ def test_a_failed_communicator_is_noticed_at_once(rig: Rig) -> None:
         client.fetch(SlotRef(0, 1, 64), rig.destination(64), 60.0)
     assert loss.value.lost
     assert time.monotonic() - begin < 10
-    rig.host.publish(b"one", SlotRef(0, 1, 64))  # the lane slept, and notices now
-    assert "state 6" in lane_ends(rig)
+    rig.host.publish(b"one", SlotRef(0, 1, 64))  # the sender slept, and notices now
+    assert "state 6" in sender_ends(rig)
 
 
-def test_a_trainer_that_takes_nothing_loses_its_lane_alone(
+def test_a_trainer_that_takes_nothing_loses_its_sender_alone(
     rig: Rig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(nccl_lane, "SEND_S", 0.3)
+    monkeypatch.setattr(nccl_sender, "SEND_S", 0.3)
     rig.attach(b"one")
     other = rig.attach(b"two")
     rig.host.fill(0, 1, b"both", 4096)
@@ -163,7 +166,7 @@ def test_a_trainer_that_takes_nothing_loses_its_lane_alone(
     rig.host.publish(b"one", ref)
     while "was not taken within 0.3 s" not in caplog.text:
         assert holds(rig.fetch(other, ref, b"two"), b"both")
-    assert "has ended: slot 0 was not taken" in lane_ends(rig)
+    assert "has ended: slot 0 was not taken" in sender_ends(rig)
     assert holds(rig.fetch(rig.attach(b"one"), ref, b"one"), b"both")
 
 
@@ -184,10 +187,10 @@ def test_what_is_announced_without_being_taken_is_bounded(rig: Rig) -> None:
 
 
 def test_a_trainer_that_never_attaches_costs_a_while(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(nccl_lane, "CONNECT_S", 0.1)
+    monkeypatch.setattr(nccl_sender, "CONNECT_S", 0.1)
     client = rig.transport.client("cpu")
     offer = rig.host.accept(b"one", client.hello())
-    assert "took longer than 0.1 s" in lane_ends(rig)
+    assert "took longer than 0.1 s" in sender_ends(rig)
     NCCL.pairs[unwrap(offer, nccl.NcclOffer, "offer").unique_id].ranks.clear()  # a rank that was aborted is not there
     with pytest.raises(TransportError, match="connecting to the peer over NCCL took longer"):
         client.attach(offer, 0.1)
@@ -245,7 +248,7 @@ def test_two_leases_on_one_slot_are_two_transfers(rig: Rig) -> None:
         assert holds(into[:4096], b"slot")
 
 
-def test_an_idle_lane_sleeps(rig: Rig) -> None:
+def test_an_idle_sender_sleeps(rig: Rig) -> None:
     client = rig.attach()
     rig.host.fill(0, 1, b"", 100)
     rig.fetch(client, SlotRef(0, 1, 100))
@@ -301,7 +304,7 @@ def fill(rig: Rig, nonce: bytes, nbytes: int = 4096) -> SlotRef:
 def test_no_two_communicators_share_a_stream(monkeypatch: pytest.MonkeyPatch) -> None:
     handles = itertools.cycle([1, 2, 3])
     monkeypatch.setattr(torch.cuda, "Stream", lambda *_, **__: SimpleNamespace(cuda_stream=next(handles)))
-    monkeypatch.setattr(nccl_comm, "_POOL", 3)
+    monkeypatch.setattr("specd.transports.nccl.side._POOL", 3)
     sides = [Side("cuda:0"), Side("cuda:0")]
     next(handles)
     sides.append(Side("cuda:0"))

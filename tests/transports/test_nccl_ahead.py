@@ -15,15 +15,15 @@ import pytest
 import torch
 
 import fake_cuda
-from fake_nccl import NCCL, REMOTE_ERROR, FakeTransport, lane_ends, reset, rigged, until
-from specd.bench.transport import lanes
-from specd.client.fetch import Fetcher
+from fake_nccl import NCCL, REMOTE_ERROR, FakeTransport, reset, rigged, sender_ends, until
+from specd.bench.transport import wires
+from specd.client.fetch import Fetcher, Item
+from specd.client.guard import Guard
 from specd.client.handshake import Session
-from specd.client.state import Entry
 from specd.errors import TransportError
 from specd.transports.base import Client, Receiver, SlotRef
 from specd.transports.nccl import communicator as nccl_comm
-from specd.transports.nccl import sender as nccl_lane
+from specd.transports.nccl import sender as nccl_sender
 from specd.transports.nccl.transfer import WINDOW
 from specd.transports.testing.suite import Rig, holds
 
@@ -123,10 +123,10 @@ def test_a_worker_that_dies_under_expected_transfers_loses_them_all_within_one_d
         client.fetch(refs[0], intos[0], 20.0)
 
 
-def test_a_trainer_that_dies_with_receives_posted_costs_its_lane(
+def test_a_trainer_that_dies_with_receives_posted_costs_its_sender(
     rig: Rig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(nccl_lane, "SEND_S", 0.3)
+    monkeypatch.setattr(nccl_sender, "SEND_S", 0.3)
     client, other = rig.attach(b"one"), rig.attach(b"two")
     rig.host.fill(0, 1, b"both", 4096)
     ref = SlotRef(0, 1, 4096)
@@ -135,7 +135,7 @@ def test_a_trainer_that_dies_with_receives_posted_costs_its_lane(
     for _ in range(3):
         rig.host.publish(b"one", ref)
     assert holds(rig.fetch(other, ref, b"two"), b"both")
-    assert "was not taken within 0.3 s" in lane_ends(rig)
+    assert "was not taken within 0.3 s" in sender_ends(rig)
     assert holds(rig.fetch(other, ref, b"two"), b"both")
 
 
@@ -170,7 +170,7 @@ def test_a_fetch_is_called_off_at_once_however_long_the_abort_takes(rig: Rig) ->
     outcome: list[bool] = []
 
     def wait() -> None:
-        with pytest.raises(TransportError, match="was called off") as loss:
+        with pytest.raises(TransportError, match="was cancelled") as loss:
             client.fetch(SlotRef(0, 1, 100), into, 60.0)
         outcome.append(loss.value.lost)
 
@@ -185,39 +185,37 @@ def test_a_fetch_is_called_off_at_once_however_long_the_abort_takes(rig: Rig) ->
     assert outcome == [True]
 
 
-def test_a_worker_that_is_gone_keeps_no_other_daemons_batches_waiting(rig: Rig) -> None:
-    """Nobody tells a receive that its peer is dead; who sees the session's end calls it off."""
+def test_a_worker_that_is_gone_does_not_block_other_daemons_batches(rig: Rig) -> None:
+    """A receive does not notice that its peer died; `retire`, at the session's end, cancels it."""
     lost, live = (cast(Session, SimpleNamespace(client=rig.attach(key), borrow=False)) for key in (b"one", b"two"))
     rig.host.fill(0, 1, b"live", 4096)
-    ended: queue.SimpleQueue[tuple[Session, torch.Tensor | None, TransportError | None]] = queue.SimpleQueue()
+    ended: queue.SimpleQueue[tuple[Item, torch.Tensor | TransportError]] = queue.SimpleQueue()
     waits = threading.Event()
 
-    def begin(entry: Entry, session: Session) -> SlotRef:
+    def begin(item: Item, session: Session) -> SlotRef:
         waits.set()
         return SlotRef(0, 1, 4096)
 
-    def end(entry: Entry, session: Session, buffer: torch.Tensor | None, error: TransportError | None) -> None:
-        ended.put((session, buffer, error))
+    def end(item: Item, outcome: torch.Tensor | TransportError, seconds: float) -> None:
+        ended.put((item, outcome))
 
-    def guard(run: Callable[..., None], *args: object) -> None:
-        run(*args)
-
-    fetcher = Fetcher("cpu", 3, begin, end, guard)
-    rig.host.drop(b"one")  # its communicator is aborted; as after SIGKILL, nobody tells the trainer's
+    fetcher = Fetcher("cpu", 3, begin, end, Guard(threading.Condition()))
+    rig.host.drop(b"one")  # aborts its end of the communicator; as after SIGKILL, the trainer's end does not notice
     rig.host.publish(b"two", SlotRef(0, 1, 4096))
-    for session in (lost, lost, live):
-        fetcher.fetch(cast(Entry, SimpleNamespace(layout=SimpleNamespace(nbytes=4096), began=0.0)), session)
+    items = [cast(Item, SimpleNamespace(layout=SimpleNamespace(nbytes=4096))) for _ in range(3)]
+    for item, session in zip(items, (lost, lost, live), strict=True):
+        fetcher.fetch(item, session)
     assert waits.wait(20)
     fetcher.retire(lost)
-    for _ in range(2):
-        session, buffer, error = ended.get(timeout=10)
-        assert (session, buffer) == (lost, None)
-        assert error is not None
-        assert error.lost
-    session, buffer, error = ended.get(timeout=10)
-    assert (session, error) == (live, None)
-    assert buffer is not None
-    assert holds(buffer[:4096], b"live")
+    for expected in items[:2]:
+        item, outcome = ended.get(timeout=10)
+        assert item is expected
+        assert isinstance(outcome, TransportError)
+        assert outcome.lost
+    item, outcome = ended.get(timeout=10)
+    assert item is items[2]
+    assert isinstance(outcome, torch.Tensor)
+    assert holds(outcome[:4096], b"live")
     fetcher.close()
 
 
@@ -234,7 +232,7 @@ def test_the_benchmark_streams_with_receives_posted_ahead(rig: Rig, monkeypatch:
     for slot in range(3):
         rig.host.fill(slot, 1, b"%d" % slot, 4096)
     served: Any = SimpleNamespace(transport=FakeTransport, host=rig.host, ref=lambda slot, size: SlotRef(slot, 1, size))
-    wire = lanes.Wire(served, client, b"one", [rig.destination(4096) for _ in range(3)])
+    wire = wires.Wire(served, client, b"one", [rig.destination(4096) for _ in range(3)])
     wire.stream(4096, 5)
     assert done == ["expect"] * 3 + ["fetch", "expect"] * 2 + ["fetch"] * 3
     assert all(holds(wire.fetched(slot, 4096), b"%d" % slot) for slot in range(3))

@@ -14,7 +14,7 @@ import time
 import weakref
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import msgspec
 import numpy as np
@@ -22,12 +22,13 @@ import pytest
 import torch
 
 from specd.errors import TransportError
-from specd.memory.arena import LINE, HostArena
+from specd.memory.arena import HostArena
 from specd.transports.base import ServerContext, SlotRef
 from specd.transports.checks import wrap
 from specd.transports.nixl.agent import Region
-from specd.transports.nixl.transport import Nixl, NixlOffer, NixlServer, checked
-from specd.transports.testing.hosts import LocalHost, SpawnedHost
+from specd.transports.nixl.transport import Nixl, NixlServer, checked
+from specd.transports.testing.hosts import LocalHost
+from specd.transports.testing.spawned import SpawnedHost
 from specd.transports.testing.suite import Rig, TransportConformance, holds
 
 installed = pytest.mark.skipif(
@@ -296,6 +297,9 @@ class DeviceRing:
     def address(self, slot: int) -> int:
         return int(self.slots.ctypes.data) + slot * 8192
 
+    def word_address(self, slot: int) -> int:
+        return self.ledger.word_address(slot, device=True)
+
 
 @pytest.mark.usefixtures("loopback")
 def test_slots_on_a_device_have_their_generations_in_the_ledger(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -321,62 +325,14 @@ def test_slots_on_a_device_have_their_generations_in_the_ledger(monkeypatch: pyt
                 assert bool((into == 7).all())
 
 
-def offer(**changes: Any) -> NixlOffer:
-    facts: dict[str, Any] = {
-        "agent": "specd-x",
-        "metadata": b"m",
-        "slots": Region(memory="VRAM", address=1 << 30, nbytes=3 * 8192, device=1),
-        "words": Region(memory="DRAM", address=4096 + 64 + 8, nbytes=2 * LINE + 8),
-        "num_slots": 3,
-        "slot_bytes": 8000,
-        "stride": 8192,
-    }
-    return NixlOffer(**{**facts, **changes})
-
-
-def test_an_offer_survives_its_journey() -> None:
-    assert checked(wrap(offer())) == offer()
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"num_slots": 0},
-        {"num_slots": 4},
-        {"num_slots": -3, "slots": Region(memory="DRAM", address=4096, nbytes=-3 * 8192)},
-        {"slot_bytes": 0},
-        {"slot_bytes": 8193},
-        {"stride": 4096},
-        {"slots": Region(memory="DRAM", address=0, nbytes=3 * 8192)},
-        {"slots": Region(memory="DRAM", address=-4096, nbytes=3 * 8192)},
-        {"slots": Region(memory="DRAM", address=(1 << 64) - 8192, nbytes=3 * 8192)},
-        {"slots": Region(memory="VRAM", address=4096, nbytes=3 * 8192, device=-1)},
-        {"slots": Region(memory="VRAM", address=4096, nbytes=3 * 8192, device=1 << 40)},
-        {"words": Region(memory="DRAM", address=4096, nbytes=2 * LINE)},
-        {"words": Region(memory="DRAM", address=4097, nbytes=2 * LINE + 8)},
-        {"words": Region(memory="VRAM", address=4096, nbytes=2 * LINE + 8)},
-        {"metadata": b""},
-        {"metadata": bytes((1 << 16) + 1)},
-    ],
-)
-def test_an_offer_of_no_ring_is_refused(changes: dict[str, Any]) -> None:
-    with pytest.raises(TransportError, match="no ring"):
-        checked(wrap(offer(**changes)))
-
-
-def test_a_mangled_offer_never_reaches_nixl() -> None:
-    whole = wrap(offer())
-    for length in range(len(whole)):
-        with pytest.raises(TransportError):
-            checked(whole[:length])
-    for at in range(len(whole)):
-        mangled = bytearray(whole)
-        mangled[at] ^= 1
-        with pytest.raises(TransportError, match="checksum"):
-            checked(bytes(mangled))
-    for facts in (None, {}, [1], {**msgspec.to_builtins(offer()), "more": 1}):
-        with pytest.raises(TransportError, match="not a nixl offer"):
-            checked(wrap(facts))
+def test_auto_serves_it_where_there_is_an_rdma_device(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for place in (tmp_path / "missing", tmp_path):
+        monkeypatch.setattr("specd.transports.nixl.transport.RDMA_DEVICES", str(place))
+        assert (
+            Nixl.available("cuda:0") == f"no RDMA device under {place}; without one it is served only where it is named"
+        )
+    (tmp_path / "mlx5_0").touch()
+    assert Nixl.available("cuda:0") is None
 
 
 @pytest.mark.usefixtures("loopback")

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from specd.errors import TransportError
 from specd.transports.base import SlotRef, Transport
-from specd.transports.registry import BUILTIN, choose, load, names
-from specd.transports.testing.hosts import Host, LocalHost, SpawnedHost
+from specd.transports.registry import BUILTIN, choose, known, load, names
+from specd.transports.testing.hosts import Host, LocalHost
+from specd.transports.testing.spawned import SpawnedHost
 from specd.transports.testing.suite import Rig, TransportConformance, holds
 
 PLUGIN = Path(__file__).parents[1] / "plugin"
+TEXT = Path(__file__).parents[2] / "docs" / "plugins.md"
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +84,24 @@ def test_it_serves_from_another_process() -> None:
 @pytest.mark.parametrize("device", ["cpu", "cuda:0"])
 def test_auto_takes_it_after_the_built_in_ones(device: str) -> None:
     offered = ("carrier", "bytes")
-    assert choose("auto", offered, False, device, lambda name: None).name == "bytes"
-    only = choose("auto", offered, False, device, lambda name: None if name == "carrier" else "broken")
+    traits = known(offered)
+    assert traits["carrier"].rank is None
+    assert choose("auto", offered, traits, False, device, lambda name: None).name == "bytes"
+    only = choose("auto", offered, traits, False, device, lambda name: None if name == "carrier" else "broken")
     assert only.name == "carrier"
-    assert choose("carrier", offered, False, device, lambda name: None).name == "carrier"
+    assert choose("carrier", offered, traits, False, device, lambda name: None).name == "carrier"
+
+
+@pytest.mark.usefixtures("installed")
+def test_the_text_shows_the_plugin_as_it_is() -> None:
+    section = TEXT.read_text().partition("\n## A transport\n")[2].partition("\n## ")[0]
+    source = (PLUGIN / "specd_carrier" / "__init__.py").read_text() + (PLUGIN / "pyproject.toml").read_text()
+    *shown, suite = re.findall(r"^```(?:python|toml)\n(.*?)^```$", section, re.MULTILINE | re.DOTALL)
+    assert len(shown) == 3
+    assert [block for block in shown if block not in source] == []
+    namespace: dict[str, Any] = {}
+    exec(suite, namespace)
+    assert issubclass(namespace["TestCarrier"], TransportConformance)
+    assert namespace["TestCarrier"].transport is load("carrier")
+    ranks = {name: traits.rank for name, traits in known(()).items()}
+    assert ", ".join(f"{name} {rank}" for name, rank in ranks.items()) in " ".join(section.split())

@@ -1,27 +1,45 @@
-"""Choosing a transport and finding it: pure functions."""
+"""Choosing a transport, a pure function of traits; and finding it by name."""
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable
 
-import numpy as np
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from specd.errors import TransportError
-from specd.memory.cuda import Copier
 from specd.transports import registry
-from specd.transports.base import SlotRef, Traits
-from specd.transports.checks import pattern, pull
-from specd.transports.registry import BUILTIN, DEVICE_ORDER, HOST_ORDER, choose, load, names
+from specd.transports.base import Traits
+from specd.transports.registry import BUILTIN, choose, known, load, names, preferred
 
-GOLDEN = "9eee6dbf13703835a829e187e6f5b032f3e0d6cb"
 NAMES = ("inproc", "cuda_ipc", "nixl", "nccl", "shm", "bytes", "rdma", "carrier")
 GPU = "cuda:1"
+
+
+def facts(memory: str, scope: str, rank: int | None) -> Traits:
+    """Traits, as far as the choice depends on them."""
+    return Traits(
+        memory=frozenset(memory.split()),  # type: ignore[arg-type]
+        scope=scope,  # type: ignore[arg-type]
+        one_sided=True,
+        needs_recv_ready=False,
+        abortable=True,
+        rank=rank,
+    )
+
+
+TRAITS = {
+    "inproc": facts("host device", "process", 100),
+    "cuda_ipc": facts("device", "host", 200),
+    "nixl": facts("host device", "anywhere", 300),
+    "nccl": facts("device", "anywhere", 400),
+    "shm": facts("host", "host", 500),
+    "bytes": facts("host", "anywhere", 600),
+    "rdma": facts("host device", "anywhere", 250),
+    "carrier": facts("host", "host", None),
+}
+"""The built-in transports, and two plug-ins: one that says where it stands, and one that leaves it to who names it."""
 
 
 def probe_of(works: set[str]) -> tuple[list[str], Callable[[str], str | None]]:
@@ -44,6 +62,12 @@ def probe_of(works: set[str]) -> tuple[list[str], Callable[[str], str | None]]:
         ("auto", ("inproc", "shm"), True, "cpu", {"inproc", "shm"}, "inproc"),
         ("auto", ("inproc", "shm"), False, "cpu", {"inproc", "shm"}, "shm"),
         ("auto", ("rdma", "bytes"), False, "cpu", {"rdma"}, "rdma"),
+        ("auto", ("carrier", "bytes"), False, "cpu", {"carrier", "bytes"}, "bytes"),
+        ("auto", ("carrier", "bytes"), False, GPU, {"carrier"}, "carrier"),
+        ("auto", ("nixl", "bytes"), False, "cpu", {"nixl", "bytes"}, "bytes"),
+        ("auto", ("nixl",), False, "cpu", {"nixl"}, "nixl"),
+        ("auto", ("stranger", "bytes"), False, "cpu", {"stranger", "bytes"}, "bytes"),
+        ("auto", ("stranger",), False, "cpu", {"stranger"}, "stranger"),
         ("bytes", ("shm", "bytes"), False, "cpu", {"shm", "bytes"}, "bytes"),
         ("inproc", ("inproc",), False, "cpu", {"inproc"}, "inproc"),
         ("auto", ("shm", "bytes"), False, "cpu", set(), None),
@@ -56,9 +80,11 @@ def probe_of(works: set[str]) -> tuple[list[str], Callable[[str], str | None]]:
         ("auto", NAMES, False, GPU, set(NAMES), "cuda_ipc"),
         ("auto", NAMES, True, GPU, set(NAMES), "inproc"),
         ("auto", NAMES, False, GPU, {"nixl", "nccl", "shm"}, "nixl"),
+        ("auto", NAMES, False, GPU, {"rdma", "nixl", "nccl"}, "rdma"),
         ("auto", ("bytes", "shm", "nccl"), False, GPU, {"nccl", "shm", "bytes"}, "nccl"),
         ("auto", ("nccl", "shm", "bytes"), False, GPU, {"shm", "bytes"}, "shm"),
-        ("auto", ("rdma", "nccl"), False, GPU, {"rdma", "nccl"}, "nccl"),
+        ("auto", ("rdma", "nccl"), False, GPU, {"rdma", "nccl"}, "rdma"),
+        ("auto", ("carrier", "nccl"), False, GPU, {"carrier", "nccl"}, "nccl"),
         ("cuda_ipc", ("nccl", "cuda_ipc"), False, GPU, {"nccl"}, None),
         ("nccl", NAMES, False, GPU, set(NAMES), "nccl"),
     ],
@@ -69,9 +95,9 @@ def test_choose_table(
     _, probe = probe_of(works)
     if taken is None:
         with pytest.raises(TransportError):
-            choose(asked, offered, same_process, device, probe)
+            choose(asked, offered, TRAITS, same_process, device, probe)
     else:
-        assert choose(asked, offered, same_process, device, probe).name == taken
+        assert choose(asked, offered, TRAITS, same_process, device, probe).name == taken
 
 
 @given(
@@ -87,13 +113,13 @@ def test_choose_never_takes_another_or_an_unverified_one(
     tried, probe = probe_of(works)
     usable = works & (set(offered) if asked == "auto" else {asked} & set(offered))
     if asked == "auto" and not same_process:
-        usable -= {"inproc"}
+        usable -= {name for name in usable if TRAITS[name].scope == "process"}
     if not usable:
         with pytest.raises(TransportError) as caught:
-            choose(asked, offered, same_process, device, probe)
+            choose(asked, offered, TRAITS, same_process, device, probe)
         assert all(name in str(caught.value) for name in tried)
     else:
-        choice = choose(asked, offered, same_process, device, probe)
+        choice = choose(asked, offered, TRAITS, same_process, device, probe)
         assert choice.name in offered
         assert choice.name in works
         assert choice.name == tried[-1]
@@ -101,8 +127,8 @@ def test_choose_never_takes_another_or_an_unverified_one(
         assert choice.name not in choice.reasons
         assert set(tried[:-1]) <= set(choice.reasons)
         assert all(choice.reasons[name] for name in choice.reasons)
-        if asked == "auto" and choice.name not in ("inproc", "rdma", "carrier"):
-            order = HOST_ORDER if device == "cpu" else DEVICE_ORDER
+        if asked == "auto":
+            order = preferred(TRAITS, device, same_process)
             better = order[: order.index(choice.name)] if choice.name in order else order
             assert not set(better) & usable, "a better one works"
     assert set(tried) <= set(offered)
@@ -110,8 +136,46 @@ def test_choose_never_takes_another_or_an_unverified_one(
 
 
 def test_host_memory_is_the_last_resort_of_a_gpu() -> None:
-    assert DEVICE_ORDER[-len(HOST_ORDER) :] == HOST_ORDER
-    assert {"inproc", *DEVICE_ORDER} == set(BUILTIN)
+    assert preferred(TRAITS, GPU) == ["cuda_ipc", "rdma", "nixl", "nccl", "shm", "bytes"]
+    assert preferred(TRAITS, "cpu") == ["shm", "bytes"]
+    assert preferred(TRAITS, GPU, same_process=True)[:2] == ["inproc", "cuda_ipc"]
+    assert preferred(TRAITS, "cpu", same_process=True) == ["inproc", "shm", "bytes"]
+    assert {name: TRAITS[name] for name in preferred(known(()), GPU)}.keys() == {*BUILTIN} - {"inproc"}
+
+
+@given(traits=st.dictionaries(st.text("abc", min_size=1, max_size=3), st.sampled_from([*TRAITS.values()])))
+def test_the_order_is_by_rank_and_holds_what_suits(traits: dict[str, Traits]) -> None:
+    for device in ("cpu", GPU):
+        order = preferred(traits, device)
+        ranks = [rank for name in order if (rank := traits[name].rank) is not None]
+        assert len(ranks) == len(order)
+        assert ranks == sorted(ranks)
+        for name in traits.keys() - {*order}:
+            left_out = traits[name]
+            assert (
+                left_out.rank is None
+                or left_out.scope == "process"
+                or (device == "cpu" and "device" in left_out.memory)
+            )
+
+
+def test_what_is_known_here_is_the_built_in_and_the_wanted_that_can_be_imported(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert [*known(("pigeon",))] == [*BUILTIN]
+    monkeypatch.setitem(registry.BUILTIN, "broken", "specd.nowhere:X")
+    assert [*known(())] == [name for name in BUILTIN if name != "broken"]
+    for name, traits in known(()).items():
+        assert (traits.memory, traits.scope, traits.rank) == (
+            TRAITS[name].memory,
+            TRAITS[name].scope,
+            TRAITS[name].rank,
+        )
+
+
+def test_one_transport_needs_no_second_process() -> None:
+    near = [name for name, traits in known(()).items() if traits.scope == "process"]
+    assert near == [registry.WITHIN_PROCESS]
 
 
 def test_a_probe_that_raises_is_a_reason() -> None:
@@ -120,15 +184,9 @@ def test_a_probe_that_raises_is_a_reason() -> None:
             raise TransportError("no such segment")
         return None
 
-    assert choose("auto", ("shm", "bytes"), False, "cpu", probe) == ("bytes", {"shm": "no such segment"})
+    assert choose("auto", ("shm", "bytes"), TRAITS, False, "cpu", probe) == ("bytes", {"shm": "no such segment"})
     with pytest.raises(TransportError, match="'shm' cannot be used: no such segment"):
-        choose("shm", ("shm", "bytes"), False, "cpu", probe)
-
-
-def test_an_error_says_whether_the_client_is_lost() -> None:
-    assert not TransportError("torn").lost
-    assert TransportError("aborted", lost=True).lost
-    assert str(TransportError("aborted", lost=True)) == "aborted"
+        choose("shm", ("shm", "bytes"), {}, False, "cpu", probe)
 
 
 def test_registry_loads_every_built_in_one() -> None:
@@ -154,54 +212,3 @@ def test_a_broken_entry_says_what_failed(target: str, match: str, monkeypatch: p
     monkeypatch.setitem(registry.BUILTIN, "broken", target)
     with pytest.raises(TransportError, match=match):
         load("broken")
-
-
-class _Refilled:
-    """An arena whose slot is refilled at the very moment it is read."""
-
-    memory = "host"
-    num_slots, slot_bytes = 1, 16
-
-    def __init__(self) -> None:
-        self.now = 1
-
-    def generation(self, slot: int) -> int:
-        return self.now
-
-    def tensor(self, slot: int) -> torch.Tensor:
-        self.now = 2
-        return torch.zeros(16, dtype=torch.uint8)
-
-
-def test_pull_looks_at_the_generation_again_after_the_copy() -> None:
-    into = torch.ones(16, dtype=torch.uint8)
-    with pytest.raises(TransportError, match="holds generation 2, the lease is for 1"):
-        pull(_Refilled(), SlotRef(0, 1, 16), into, Copier())  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize(
-    "into",
-    [
-        torch.zeros(15, dtype=torch.uint8),
-        torch.zeros(16),
-        torch.zeros(4, 4, dtype=torch.uint8),
-        torch.zeros(32, dtype=torch.uint8)[::2],
-    ],
-)
-def test_pull_refuses_a_destination_that_does_not_fit(into: torch.Tensor) -> None:
-    with pytest.raises(TransportError, match="contiguous uint8 vector"):
-        pull(_Refilled(), SlotRef(0, 1, 16), into, Copier())  # type: ignore[arg-type]
-
-
-def test_patterns_are_the_same_everywhere() -> None:
-    assert pattern(b"nonce", 20).tobytes().hex() == GOLDEN
-    assert pattern(b"nonce", 13).tobytes() == pattern(b"nonce", 20).tobytes()[:13]
-    assert pattern(b"nonc", 20).tobytes() != pattern(b"nonce", 20).tobytes()
-    assert pattern(b"", 0).dtype == np.uint8
-
-
-def test_it_imports_without_torch() -> None:
-    transports = ", ".join(f"specd.transports.{name}" for name in BUILTIN)
-    modules = f"specd.transports.base, specd.memory.arena, specd.memory.cuda, specd.memory.device_arena, {transports}"
-    code = f"import sys, {modules}; assert 'torch' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True)

@@ -64,17 +64,24 @@ def test_auto_leaves_out_what_does_not_work(known: Known, caplog: pytest.LogCapt
     assert "nccl is not served: nccl cannot be imported" in said
 
 
-def test_nixl_is_a_candidate_where_there_is_an_rdma_device(
-    known: Known, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    known["nixl"] = Served(["host", "device"], "anywhere")
-    monkeypatch.setattr(serving, "RDMA_DEVICES", str(tmp_path / "missing"))
-    assert "nixl" not in serving.candidates("cuda:0")
-    monkeypatch.setattr(serving, "RDMA_DEVICES", str(tmp_path))
-    assert "nixl" not in serving.candidates("cuda:0")
-    (tmp_path / "mlx5_0").touch()
+def test_auto_leaves_out_what_is_not_available_here(known: Known, caplog: pytest.LogCaptureFixture) -> None:
+    known["nixl"] = Served(["host", "device"], "anywhere", rank=300)
+    known["nixl"].missing = "no RDMA device"
+    with caplog.at_level("INFO", logger="specd.worker.ring_memory"):
+        assert served("cuda:0", "auto") == ("cuda_ipc", "nccl", "shm", "bytes")
+    assert "nixl is not served: no RDMA device" in caplog.messages
+    assert served("cuda:0", "nixl") == ("nixl",), "one that is named is not asked"
+    known["nixl"].missing = ""
     assert served("cuda:0", "auto") == ("cuda_ipc", "nixl", "nccl", "shm", "bytes")
     assert known["nixl"].arena.memory == "device", "what takes both is given the device's"
+    assert served("cpu", "auto") == ("shm", "bytes"), "and left to those who name it for a ring in host memory"
+
+
+def test_auto_serves_a_plugin_where_its_rank_says(known: Known) -> None:
+    known["rdma"] = Served(["host", "device"], "anywhere", rank=250)
+    known["carrier"] = Served(["host"])
+    assert served("cuda:0", "auto") == ("cuda_ipc", "rdma", "nccl", "shm", "bytes")
+    assert served("cpu", "auto", "carrier") == ("shm", "bytes", "carrier")
 
 
 @pytest.mark.parametrize(

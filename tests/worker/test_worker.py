@@ -1,4 +1,4 @@
-"""The worker with its ring on a device, over a stand-in for CUDA: what it serves, announces, and leaves behind."""
+"""The worker with its ring on a device, over a stand-in for CUDA: what it serves, announces, and cleans up."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def known(monkeypatch: pytest.MonkeyPatch) -> Known:
     return only_these(monkeypatch)
 
 
-def test_a_transport_that_was_tried_and_given_up_hears_of_it(known: Known, run: Run) -> None:
+def test_another_attach_drops_the_session_from_the_earlier_transport(known: Known, run: Run) -> None:
     control, _ = run("cpu", "shm", "bytes")
     control.hear()
     for name in ("shm", "bytes"):
@@ -95,7 +95,7 @@ def test_a_transport_that_was_tried_and_given_up_hears_of_it(known: Known, run: 
     assert known["bytes"].dropped == []
 
 
-def test_slots_are_filled_on_the_device_and_mirrored_for_those_who_read_on_the_host(known: Known, run: Run) -> None:
+def test_slots_are_filled_on_the_device_and_mirrored_for_host_readers(known: Known, run: Run) -> None:
     control, _ = run("cuda:1", "auto")
     started = control.hear()
     ring, near, far = started.ring, b"n" * 16, b"f" * 16
@@ -111,7 +111,7 @@ def test_slots_are_filled_on_the_device_and_mirrored_for_those_who_read_on_the_h
         assert (host.generation(0), host.generation(0, device=True)) == (0, 1)
         control.send(Accept(session=near, transport="cuda_ipc", hello=b""))
         assert isinstance(control.hear(), Accepted)
-        assert host.generation(0) == 0, "nobody reads it there"
+        assert host.generation(0) == 0, "no session reads there"
         control.send(Accept(session=far, transport="shm", hello=b""))
         assert isinstance(control.hear(), Accepted)
         assert host.generation(0) == 1, "it was in the ring when the session came"
@@ -155,7 +155,7 @@ def slow(monkeypatch: pytest.MonkeyPatch) -> SlowTarget:
     return target
 
 
-def test_a_slot_is_announced_when_its_bytes_are_there_and_the_next_forward_does_not_wait(
+def test_a_slot_is_announced_when_its_bytes_are_in_place_and_the_next_forward_does_not_wait(
     known: Known, slow: SlowTarget, run: Run
 ) -> None:
     control, _ = run("cuda:0", "cuda_ipc", "bytes")
@@ -180,7 +180,7 @@ def test_a_slot_is_announced_when_its_bytes_are_there_and_the_next_forward_does_
     assert (failed.slot, failed.reason, arena.generation(2)) == (2, "thirteen tokens", 0)
 
 
-def test_what_comes_while_two_forwards_are_under_way_shares_the_next(known: Known, slow: SlowTarget, run: Run) -> None:
+def test_batches_queued_behind_two_forwards_share_the_next(known: Known, slow: SlowTarget, run: Run) -> None:
     control, _ = run("cuda:0", "cuda_ipc", exact=False, slots=6)
     control.hear()
     for slot in range(2):
@@ -198,9 +198,7 @@ def test_what_comes_while_two_forwards_are_under_way_shares_the_next(known: Know
         control.filled(slot, 1)
 
 
-def test_a_forward_launched_behind_another_is_not_charged_with_its_wait(
-    known: Known, slow: SlowTarget, run: Run
-) -> None:
+def test_a_queued_forward_is_not_charged_for_its_wait(known: Known, slow: SlowTarget, run: Run) -> None:
     control, _ = run("cuda:0", "cuda_ipc")
     control.hear()
     begin = time.monotonic()
@@ -322,7 +320,7 @@ worker.main()
 
 
 @pytest.mark.parametrize("finder", ["announcer", "service"])
-def test_a_worker_whose_target_hangs_after_its_device_failed_ends_whoever_finds_out(finder: str) -> None:
+def test_a_worker_whose_target_hangs_exits_when_any_of_its_threads_fails(finder: str) -> None:
     with process(os.getpid(), "shm", code=STUCK) as (control, child):
         assert isinstance(control.hear(), Started)
         for slot in range(2):
@@ -333,7 +331,7 @@ def test_a_worker_whose_target_hangs_after_its_device_failed_ends_whoever_finds_
         assert not os.path.exists(segment_path(control.epoch.hex()))
 
 
-def test_a_worker_whose_parent_died_takes_its_segment_along() -> None:
+def test_a_worker_whose_parent_died_exits_and_removes_its_segment() -> None:
     with subprocess.Popen(["sleep", "600"]) as parent:
         try:
             with process(parent.pid, "shm") as (control, child):

@@ -1,4 +1,4 @@
-"""The trainer's side of the bytes transport: takes chunks off the bulk socket straight into their place."""
+"""The trainer's side of the bytes transport: receives chunks straight into the destination."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class BytesClient:
         self._staging: torch.Tensor | None = None
         self._copier = cuda.Copier()
         self.ignored = 0
-        """Messages that were not of this protocol, or of a transfer that is no longer wanted."""
+        """Messages dropped: not of this protocol, or of a cancelled transfer."""
 
     def hello(self) -> bytes:
         return wrap(BytesHello(host=boot_id()))
@@ -90,7 +90,7 @@ class BytesClient:
             try:
                 self._take(ref, host.numpy().data, deadline)
             except TransportError:
-                if self._transfer >= 0:  # what was announced since has another number
+                if self._transfer >= 0:  # a later announcement has another number
                     self._tell(Header(Kind.CANCEL, transfer=self._transfer))
                 raise
             if host.device != into.device:

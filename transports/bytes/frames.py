@@ -1,4 +1,4 @@
-"""Frames of the bytes transport: one fixed header, and in a chunk one part of a slot behind it.
+"""Frames of the bytes transport: a fixed header, followed by a part of a slot in a CHUNK.
 
 A message is the header, then for CHUNK one payload of `length` bytes. Header, 56 bytes little-endian:
 
@@ -26,7 +26,7 @@ import xxhash
 
 CHUNK_BYTES: Final = 4 << 20
 WINDOW: Final = 4
-"""Chunks a session may have under way: bounds what a slow trainer makes either side hold."""
+"""Up to this many chunks of a session are in flight: bounds what a slow trainer makes either side hold."""
 MAGIC: Final = b"spcB"
 VERSION: Final = 1
 _STRUCT: Final = struct.Struct("<4sBBHIIQQQQQ")

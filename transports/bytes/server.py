@@ -1,6 +1,6 @@
 """The bytes transport: slots as checksummed chunks over a ZeroMQ socket of their own; works between any two hosts.
 
-The daemon's thread sends chunks straight from the slot, a window of them at a time; the trainer says what it took.
+A thread sends chunks straight from the slot, up to a window ahead of what the trainer acknowledges.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ import zmq
 
 from specd.endpoints import address, boot_id
 from specd.errors import TransportError
-from specd.memory.arena import HostArena
 from specd.transports.base import ServerContext, SlotRef, Traits
 from specd.transports.bytes.client import BytesClient
 from specd.transports.bytes.frames import CHUNK_BYTES, WINDOW, Header, Kind, checksum, unpack
@@ -28,13 +27,13 @@ from specd.transports.bytes.socket import BytesHello, BytesOffer, bind, new_toke
 from specd.transports.checks import check_ref, unwrap, wrap
 
 if TYPE_CHECKING:
-    from specd.memory.arena import Arena
+    from specd.memory.arena import Arena, HostArena
 
 log = logging.getLogger(__name__)
 
 
-class _Transfer:
-    """One slot on its way to one peer."""
+class _Outgoing:
+    """One slot in flight to one peer."""
 
     __slots__ = ("number", "offset", "ref")
 
@@ -52,7 +51,7 @@ class _Peer:
     def __init__(self, session: bytes) -> None:
         self.session = session
         self.connected = False
-        self.transfers: deque[_Transfer] = deque()
+        self.transfers: deque[_Outgoing] = deque()
         self.sent = 0
         self.taken = 0
 
@@ -62,7 +61,7 @@ class _Peer:
 
 
 class BytesServer:
-    """Owns the bulk socket on a thread of its own; every method only leaves that thread a note."""
+    """Owns the bulk socket on a thread of its own; every method queues a note for that thread."""
 
     def __init__(self, arena: HostArena, context: ServerContext) -> None:
         self._arena = arena
@@ -143,9 +142,7 @@ class BytesServer:
                 ready = dict(poller.poll(None if idle else 0))
                 if self._wake in ready:
                     os.eventfd_read(self._wake)
-                # Notes first: a peer's first message can only follow the note that lets it in.
-                while not self._notes.empty():
-                    self._notes.get()()
+                self._heed_notes()
                 if self._socket in ready:
                     self._receive()
                 for token, peer in self._peers.items():
@@ -155,6 +152,10 @@ class BytesServer:
             log.exception("the bytes server failed: its sessions will time out")
         finally:
             self._socket.close(linger=0)
+
+    def _heed_notes(self) -> None:
+        while not self._notes.empty():
+            self._notes.get()()
 
     def _on_accept(self, session: bytes, token: bytes) -> None:
         self._on_drop(session)
@@ -166,17 +167,20 @@ class BytesServer:
         if peer is not None:
             peer.transfers = deque(t for t in peer.transfers if t.ref != ref)
             self._transfers += 1
-            peer.transfers.append(_Transfer(self._transfers, ref))
+            peer.transfers.append(_Outgoing(self._transfers, ref))
 
     def _on_drop(self, session: bytes) -> None:
         self._peers.pop(self._tokens.pop(session, b""), None)
 
     def _receive(self) -> None:
-        for _ in range(64):  # then somebody else's turn
+        for _ in range(64):  # then it is the senders' turn
             try:
                 token, *frames = self._socket.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
                 return
+            # After each message: the note that lets its sender in was left before it was sent, and perhaps since the
+            # last look. A HELLO that is taken for a stranger's is lost, and its trainer waits out its deadline.
+            self._heed_notes()
             peer = self._peers.get(token)
             header = unpack(frames[0]) if len(frames) == 1 else None
             if peer is None or header is None:
@@ -217,7 +221,7 @@ class BytesServer:
         try:
             self._socket.send_multipart([token, *frames], zmq.NOBLOCK, copy=False)
         except zmq.ZMQError as error:
-            # Unreachable: its connection ended. Would block: it says it took what it did not. It has to attach anew.
+            # Unreachable: its connection ended. Would block: it acknowledged more than it took. It has to attach anew.
             log.debug("bytes peer is lost: %s", error)
             peer.connected = False
             peer.transfers.clear()
@@ -232,14 +236,18 @@ class Bytes:
     """Registry entry of `bytes`."""
 
     traits: ClassVar[Traits] = Traits(
-        memory=frozenset({"host"}), scope="anywhere", one_sided=False, needs_recv_ready=True, abortable=True
+        memory=frozenset({"host"}), scope="anywhere", one_sided=False, needs_recv_ready=True, abortable=True, rank=600
     )
 
     @staticmethod
+    def available(device: str) -> None:
+        return None
+
+    @staticmethod
     def server(arena: Arena, context: ServerContext) -> BytesServer:
-        if not isinstance(arena, HostArena) or not arena.slot_bytes:
+        if arena.memory != "host" or not arena.slot_bytes:
             raise TransportError(f"bytes cannot serve {arena!r}: the ring must lie in host memory")
-        return BytesServer(arena, context)
+        return BytesServer(arena.ledger, context)  # slots in host memory are in theirs
 
     @staticmethod
     def client(device: str) -> BytesClient:

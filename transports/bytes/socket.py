@@ -1,4 +1,4 @@
-"""The bulk socket of the bytes transport: what its two sides tell each other first, how it is bound and reached."""
+"""The bulk socket of the bytes transport: hello and offer, where it is bound, how it is reached."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _MAX_SOCKET_PATH: Final = 107
 _ENDPOINT: Final = re.compile(r"ipc:///[^\0]{1,106}|tcp://[][0-9A-Za-z.:%_-]{1,250}:[0-9]{1,5}")
 _HEARTBEAT_MS: Final = 5000
 _SILENCE_MS: Final = 20000
-"""A peer that is busy may not answer a heartbeat for a while; ZeroMQ's own patience is one interval."""
+"""A busy peer may answer a heartbeat late; ZeroMQ's own timeout is one interval."""
 
 
 class BytesHello(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -35,7 +35,7 @@ class BytesHello(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
 
 class BytesOffer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """token: the routing id that this trainer, and nobody else, may use. endpoints: best first."""
+    """token: the routing id of this trainer alone. endpoints: best first."""
 
     token: bytes
     endpoints: tuple[str, ...]
@@ -44,7 +44,7 @@ class BytesOffer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
 
 def new_token() -> bytes:
-    """A routing id nobody can guess; libzmq keeps those that start with a zero byte for itself."""
+    """A routing id that cannot be guessed; libzmq keeps those that start with a zero byte for itself."""
     return b"s" + secrets.token_bytes(TOKEN_BYTES - 1)
 
 
@@ -54,7 +54,7 @@ def sweep(directory: str) -> list[str]:
     for path in Path(directory).glob("bulk-*.sock"):
         try:
             facts = path.lstat()
-            # One that is just being bound refuses too.
+            # A socket that is just being bound refuses a connection, too.
             if not stat.S_ISSOCK(facts.st_mode) or facts.st_uid != os.getuid() or time.time() - facts.st_mtime < 10:
                 continue
             with sockets.socket(sockets.AF_UNIX, sockets.SOCK_STREAM | sockets.SOCK_NONBLOCK) as probe:

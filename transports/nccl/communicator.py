@@ -1,9 +1,8 @@
-"""One end of an NCCL communicator of two ranks, whose every step has a deadline.
+"""One end of an NCCL communicator of two ranks, with a deadline on every step.
 
-Connecting is done non-blocking: a call only starts something, and until its state says that this is over, neither the
-communicator nor the stream may be used. Transfers are done blocking: a call is over when its kernel is on the stream.
-All of that stays in here, and so does the end: a communicator is always aborted, never destroyed, because destroying
-one waits for the peer.
+It connects non-blocking: a call only starts something, and until the communicator's state says that this is over,
+neither it nor the stream may be used. It sends and receives blocking: a call is over when its kernel is on the stream.
+It is always aborted, never destroyed, because destroying one waits for the peer.
 """
 
 from __future__ import annotations
@@ -11,143 +10,29 @@ from __future__ import annotations
 import contextlib
 import importlib
 import logging
-import select
 import threading
-import time
-import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple
 
 from specd.errors import TransportError
+from specd.transports.nccl.side import Side
+from specd.transports.nccl.watch import Watch
 
 if TYPE_CHECKING:
     import torch
 
 log = logging.getLogger(__name__)
 
-ROW_BYTES: Final = 64
 UNIQUE_ID_BYTES: Final = 128
 ABORT_S: Final = 10.0
 """Longest wait for an abort; 0.5 s is usual when the peer was killed."""
 START_S: Final = 5.0
 """How long an NCCL call may take to start; it does so at once, except under NCCL_COMM_BLOCKING=0."""
-EAGER_S: Final = 500e-6
-"""How long a wait does not sleep: NCCL wakes nobody, and the shortest sleep is as long as 16 MiB take."""
-BYTES_S: Final = 300e9
-"""A little less than NVLink gives: a wait for so many bytes is eager for as long as they may well take."""
-PAUSE_S: Final = (20e-6, 1e-3)
-"""The shortest and the longest sleep between two looks after that."""
 _SUCCESS: Final = 0
 _IN_PROGRESS: Final = 7
-_POOL: Final = 32
-"""How many high-priority streams torch has for a device; it hands them out in turn, whoever uses them."""
 _quarantine: list[object] = []
-"""What a communicator that could not be aborted may still touch: never freed, so that nobody else is given it."""
-
-
-def patience(waited_s: float) -> float:
-    """How long to sleep before the next look, having waited so long: a twentieth of it, within PAUSE_S."""
-    return min(max(waited_s / 20, PAUSE_S[0]), PAUSE_S[1])
-
-
-class Watch:
-    """How long a piece of work may take, and whether it was called off meanwhile."""
-
-    __slots__ = ("_called_off", "_deadline", "_seconds")
-
-    def __init__(self, seconds: float, called_off: threading.Event) -> None:
-        self._seconds = seconds
-        self._deadline = time.monotonic() + seconds
-        self._called_off = called_off
-
-    def until(self, done: Callable[[], bool], what: str, eager_s: float = EAGER_S) -> None:
-        """Look until `done`. Raises TransportError, beginning with `what`, when time is up or it is called off."""
-        begin = time.monotonic()
-        while not done():
-            now = time.monotonic()
-            if self._called_off.is_set():
-                raise TransportError(f"{what} was called off")
-            if now > self._deadline:
-                raise TransportError(f"{what} took longer than {self._seconds:g} s")
-            if now - begin < eager_s:
-                # Lets other threads have the GIL. time.sleep(0) does, too, for 60 µs: the kernel's timers are slack.
-                select.select((), (), (), 0)
-            else:
-                self._called_off.wait(patience(now - begin))
-
-
-class Side:
-    """A stream of its own on one device, which waits for no other, and copies and marks on it."""
-
-    def __init__(self, device: str) -> None:
-        import torch
-
-        stream: Any = torch.cuda.Stream  # untyped
-        self._device = device
-        with _choosing:
-            for _ in range(_POOL):
-                # Of high priority: a few blocks get their SMs as a model's retire, not when its whole queue is done.
-                self._stream = stream(device, priority=-1)
-                if (device, self.handle) not in _sides:
-                    break
-            else:
-                raise TransportError(f"{_POOL} NCCL communicators are open on {device}: it has no stream for another")
-            _sides[device, self.handle] = self
-
-    @property
-    def handle(self) -> int:
-        """The stream as a cudaStream_t."""
-        return int(self._stream.cuda_stream)
-
-    @staticmethod
-    def on(device: str) -> AbstractContextManager[Any]:
-        """Make a device the calling thread's; the one that a new thread starts with may be another trainer's."""
-        import torch
-
-        return torch.cuda.device(device)
-
-    @contextlib.contextmanager
-    def current(self) -> Iterator[None]:
-        """Make this stream and its device the calling thread's."""
-        import torch
-
-        # The device first: a change of streams would leave a context on the device that the thread had before.
-        with self.on(self._device), torch.cuda.stream(self._stream):
-            yield
-
-    def rows(self, count: int, *, on_host: bool) -> torch.Tensor:
-        """Zeros, uint8 [count, ROW_BYTES], on the device or page-locked on the host."""
-        import torch
-
-        if on_host:
-            return torch.zeros((count, ROW_BYTES), dtype=torch.uint8, pin_memory=True)
-        rows = torch.zeros((count, ROW_BYTES), dtype=torch.uint8, device=self._device)
-        torch.cuda.current_stream(self._device).synchronize()  # which may be another than this
-        return rows
-
-    def copy(self, into: torch.Tensor, source: torch.Tensor) -> None:
-        """Copy once the stream, which is `current`, gets there; page-locked host memory is read no earlier."""
-        into.copy_(source, non_blocking=True)
-
-    def mark(self) -> Callable[[], bool]:
-        """Whether all that is on the stream now is over, asked later."""
-        import torch
-
-        event_class: Any = torch.cuda.Event  # untyped
-        event = event_class()
-        event.record(self._stream)
-        query: Callable[[], bool] = event.query
-        return query
-
-    def idle(self) -> bool:
-        """Whether nothing is on the stream."""
-        return bool(self._stream.query())
-
-
-_choosing = threading.Lock()
-_sides: weakref.WeakValueDictionary[tuple[str, int], Side] = weakref.WeakValueDictionary()
-"""Who has which stream: a transfer that waits for one trainer must not hold up another's."""
+"""Memory and streams that a communicator may still touch because its abort hung: never freed, so never reused."""
 
 
 class Library(NamedTuple):
@@ -207,11 +92,11 @@ def version_text(version: int) -> str:
 class Communicator:
     """One of two ranks, connected on construction; one thread at a time.
 
-    It is a pair, because NCCL's two kinds have one fault each. A non-blocking communicator starts a thread for every
-    call, which takes 0.15 ms; but its connecting can be watched, and ended by an abort. A blocking one does no more
-    than a launch; but connecting it may wait for a dead peer in a thread that nothing ends. So a non-blocking one
-    connects, and a blocking one that has no connections to make, because it shares those (NCCL's splitShare), is split
-    from it and used. Both ranks do the same in the same order.
+    Connect non-blocking, send blocking: each mode lacks what the other has. Connecting a non-blocking communicator can
+    be watched, and ended by an abort; but each of its calls starts a thread, 0.15 ms. A call of a blocking one is a
+    plain launch; but connecting it may wait for a dead peer, in a thread that nothing ends. So a non-blocking one
+    connects, and a blocking one is split from it, shares its connections (NCCL's splitShare) and carries the messages.
+    Both ranks do the same in the same order.
 
     It shares nothing with any other communicator of the process, so a trainer may have process groups of its own, and a
     target as well. What they do share are the GPU's SMs and hardware queues: a transfer that waits for its peer may
@@ -266,7 +151,7 @@ class Communicator:
         return state == _SUCCESS
 
     def abort(self, held: object = None) -> bool:
-        """End it now, whatever is under way; False if that hangs, and then it is given up. Idempotent.
+        """End it now, whatever is in flight; False if that hangs, and then it is given up. Idempotent.
 
         held: memory that its kernels may use until they have ended.
         """
@@ -274,7 +159,7 @@ class Communicator:
             return True
         self._ended = True
         if self._hanging is None or not self._hanging.is_alive():
-            # Never on the caller's thread: an abort that hangs must not take anybody with it.
+            # Never on the caller's thread: an abort may hang.
             thread = threading.Thread(target=self._abort, name="specd-nccl-abort", daemon=True)
             thread.start()
             thread.join(ABORT_S)
@@ -310,8 +195,8 @@ class Communicator:
             except TransportError as error:
                 problem[:] = [str(error)]
 
-        # If nothing is shared (NCCL_COMM_SPLIT_SHARE_RESOURCES=0), this connects: on a thread that nobody needs, and
-        # as long as it is in there an abort would free what it uses.
+        # If nothing is shared (NCCL_COMM_SPLIT_SHARE_RESOURCES=0), this connects, and may hang: so on a thread of its
+        # own. While it is in there, an abort would free memory that it uses.
         thread = self._hanging = threading.Thread(target=greet, name="specd-nccl-greet", daemon=True)
         thread.start()
         watch.until(lambda: not thread.is_alive(), "connecting a split NCCL communicator")

@@ -1,4 +1,4 @@
-"""The worker's end of one session over nccl: a thread that sends what is published, in order."""
+"""The sending end of one session over nccl, in the worker: a thread that sends what is published, in order."""
 
 from __future__ import annotations
 
@@ -8,38 +8,25 @@ import queue
 import threading
 import time
 from collections import deque
-from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from specd.errors import TransportError
 from specd.transports.base import SlotRef
-from specd.transports.nccl.communicator import START_S, Communicator, Library, Watch, patience
+from specd.transports.nccl.communicator import START_S, Communicator, Library
 from specd.transports.nccl.transfer import NOTE, WINDOW, WORD_BYTES, Transfer, Transfers
+from specd.transports.nccl.watch import Watch, patience
 
 if TYPE_CHECKING:
     import torch
 
-    from specd.memory.arena import HostArena
+    from specd.memory.arena import Arena
 
 log = logging.getLogger(__name__)
 
 CONNECT_S: Final = 20.0
-"""How long a lane waits for its trainer to attach."""
+"""How long a sender waits for its trainer to attach."""
 SEND_S: Final = 30.0
-"""How long the first transfer of a lane may wait for its trainer to take it."""
-
-
-class Ring(Protocol):
-    """What is served: a `specd.memory.device_arena.DeviceArena`."""
-
-    @property
-    def ledger(self) -> HostArena: ...
-    @property
-    def device(self) -> str: ...
-    @property
-    def num_slots(self) -> int: ...
-    @property
-    def slot_bytes(self) -> int: ...
-    def tensor(self, slot: int) -> torch.Tensor: ...
+"""How long the oldest transfer in flight may wait for its trainer to take it."""
 
 
 class _Sent(NamedTuple):
@@ -48,16 +35,16 @@ class _Sent(NamedTuple):
     payload: torch.Tensor
 
 
-class Lane:
+class Sender:
     """One session's rank 0, on a thread of its own: connects, then sends what is published, in order.
 
     It sleeps while nothing is to be sent. A peer that fails it, or takes nothing for SEND_S, ends it.
 
-    max_ctas: see Communicator. name: of the session, for messages.
+    arena: in device memory. max_ctas: see Communicator. name: of the session, for messages.
     """
 
-    def __init__(self, ring: Ring, library: Library, unique_id: bytes, max_ctas: int, name: str) -> None:
-        self._ring = ring
+    def __init__(self, arena: Arena, library: Library, unique_id: bytes, max_ctas: int, name: str) -> None:
+        self._arena = arena
         self._library = library
         self._unique_id = unique_id
         self._max_ctas = max_ctas
@@ -71,8 +58,8 @@ class Lane:
 
     def publish(self, ref: SlotRef) -> None:
         if self._end:
-            raise TransportError(f"the nccl lane of {self._name} has ended: {self._end}")
-        if self._published.qsize() >= (most := 2 * self._ring.num_slots):
+            raise TransportError(f"the nccl sender of {self._name} has ended: {self._end}")
+        if self._published.qsize() >= (most := 2 * self._arena.num_slots):
             raise TransportError(f"{most} transfers wait for {self._name}, which does not take them")
         self._published.put(ref)
 
@@ -82,7 +69,7 @@ class Lane:
         self._published.put(None)
 
     def join(self, seconds: float) -> bool:
-        """Wait for the end of a stopped lane; False if it has not come."""
+        """Wait up to `seconds` for a stopped sender to end; whether it has."""
         self._thread.join(max(0.0, seconds))
         return not self._thread.is_alive()
 
@@ -95,18 +82,18 @@ class Lane:
         under_way: deque[_Sent] = deque()
         try:
             watch = Watch(CONNECT_S, self._stop)
-            device, unique_id = self._ring.device, self._unique_id
+            device, unique_id = self._arena.device, self._unique_id
             transfers = Transfers(Communicator(self._library, device, 0, unique_id, self._max_ctas, watch))
-            self._words = [_word(self._ring.ledger, slot) for slot in range(self._ring.num_slots)]
+            self._words = [_word(self._arena, slot) for slot in range(self._arena.num_slots)]
             with transfers.current():
                 self._serve(transfers, under_way)
         except TransportError as error:
             self._end = str(error)
             if not self._stop.is_set():
-                log.warning("the nccl lane of %s ends: %s", self._name, error)
+                log.warning("the nccl sender of %s ends: %s", self._name, error)
         except Exception as error:
             self._end = repr(error)
-            log.exception("the nccl lane of %s failed", self._name)
+            log.exception("the nccl sender of %s failed", self._name)
         finally:
             self._end = self._end or "it was dropped"
             if transfers is not None:
@@ -115,7 +102,7 @@ class Lane:
     def _serve(self, transfers: Transfers, under_way: deque[_Sent]) -> None:
         since = 0.0
         while not self._stop.is_set():
-            # What was sent last is on the wire: its note waits for no other payload than one that is here already.
+            # Only the last payload is in flight: its note goes with the next one if that is here already, else alone.
             last = transfers.owing and len(under_way) == 1
             pause = 0.0 if last else patience(time.monotonic() - since)
             if len(under_way) == WINDOW:
@@ -132,23 +119,23 @@ class Lane:
                 raise TransportError(f"slot {under_way[0].ref.slot} was not taken within {SEND_S:g} s")
 
     def _next(self, timeout: float | None) -> SlotRef | None:
-        """What was published next; None after the timeout, or when stopped."""
+        """The next published slot; None after the timeout, or when stopped."""
         try:
             return self._published.get(timeout=timeout)
         except queue.Empty:
             return None
 
     def _send(self, transfers: Transfers, ref: SlotRef, under_way: deque[_Sent]) -> None:
-        payload, transfer = self._ring.tensor(ref.slot)[: ref.nbytes], Transfer()
+        payload, transfer = self._arena.tensor(ref.slot)[: ref.nbytes], Transfer()
         under_way.append(_Sent(ref, transfer, payload))
         note = NOTE.pack(ref.slot, ref.generation, ref.nbytes, 0)
         # The word is 0 before a kernel of a refill is launched: read behind the payload, it tells of every one.
         transfers.send(transfer, payload, note, self._words[ref.slot], Watch(START_S, self._stop))
 
 
-def _word(ledger: HostArena, slot: int) -> torch.Tensor:
-    """A device slot's generation where it lies, uint8 [WORD_BYTES], page-locked with the ledger."""
+def _word(arena: Arena, slot: int) -> torch.Tensor:
+    """A slot's generation where it lies, uint8 [WORD_BYTES], page-locked host memory."""
     import torch
 
-    word = (ctypes.c_uint8 * WORD_BYTES).from_address(ledger.word_address(slot, device=True))
+    word = (ctypes.c_uint8 * WORD_BYTES).from_address(arena.word_address(slot))
     return torch.frombuffer(word, dtype=torch.uint8)

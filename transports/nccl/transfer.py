@@ -1,4 +1,7 @@
-"""Transfers over an NCCL communicator: the payload, then a note of what was sent and whether it was left alone."""
+"""Transfers over an NCCL communicator: the payload, then a note of which slot it was and its generation after the read.
+
+The generation in the note tells whether the slot was refilled while it was sent.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,9 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 import numpy as np
 
-from specd.transports.nccl.communicator import ROW_BYTES, Communicator, Watch
+from specd.transports.nccl.communicator import Communicator
+from specd.transports.nccl.side import ROW_BYTES
+from specd.transports.nccl.watch import Watch
 
 if TYPE_CHECKING:
     import torch
@@ -20,13 +25,13 @@ NOTE: Final = struct.Struct("<QQQ32xQ")
 assert NOTE.size == ROW_BYTES
 WORD_BYTES: Final = 8
 WINDOW: Final = 8
-"""Most transfers that may be on the stream at once."""
+"""Up to this many transfers are on the stream at once."""
 STATE_S: Final = 10e-3
-"""How often the state of the communicator is looked at while a transfer is awaited."""
+"""How often the communicator's state is read while a transfer is awaited."""
 
 
 class Transfer:
-    """A transfer on its way.
+    """A transfer in flight.
 
     over: whether the stream is past it. note: where the receiver finds the note then; None until it has begun.
     """
@@ -80,7 +85,7 @@ class Transfers:
         """Put a payload on the stream, with the note that the transfer before it is owed.
 
         payload: uint8 [n] on the device. note: a NOTE; its last WORD_BYTES are replaced by `word`, page-locked host
-        memory, as it is when the payload was read. At most WINDOW may be under way.
+        memory, as it is when the payload was read. Up to WINDOW may be in flight.
         """
         with self._communicator.translated():
             if self._owed is None:

@@ -1,6 +1,6 @@
 """The nccl transport: a communicator of two ranks for each session sends slots from the worker's GPU to the trainer's.
 
-The worker has a thread for each session, its lane; what a trainer does, or no longer does, ends that lane at most.
+The worker has a thread for each session, its sender; what a trainer does, or no longer does, ends that one at most.
 """
 
 from __future__ import annotations
@@ -22,18 +22,16 @@ from specd.memory import cuda
 from specd.transports.base import ServerContext, SlotRef, Traits
 from specd.transports.checks import check_into, check_ref, stale, unwrap, wrap
 from specd.transports.nccl.communicator import (
-    BYTES_S,
-    EAGER_S,
     START_S,
     UNIQUE_ID_BYTES,
     Communicator,
     Library,
-    Watch,
     library,
     version_text,
 )
-from specd.transports.nccl.sender import Lane, Ring
+from specd.transports.nccl.sender import Sender
 from specd.transports.nccl.transfer import NOTE, WINDOW, Transfer, Transfers
+from specd.transports.nccl.watch import BYTES_S, EAGER_S, Watch
 
 if TYPE_CHECKING:
     import torch
@@ -46,7 +44,7 @@ MAX_CTAS: Final = 16
 """Most SMs one transfer takes, of the 132 of an H200: the fewest that carry a large slot at full rate (268 MB at 355
 GB/s with 16, 347 with 32, 260 with 8). Below 128 MB, 32 would be faster by 0.06 ms a batch, at twice the SMs."""
 CLOSE_S: Final = 15.0
-"""How long `close` waits for all lanes together."""
+"""How long `close` waits for all senders together."""
 
 Name = Annotated[str, msgspec.Meta(min_length=1, max_length=64)]
 
@@ -69,17 +67,17 @@ class NcclOffer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
 
 class NcclServer:
-    """Has one lane for each session, and waits for none of them."""
+    """Has one sender for each session, and waits for none of them."""
 
-    def __init__(self, ring: Ring, context: ServerContext, library: Library) -> None:
-        self._ring = ring
+    def __init__(self, arena: Arena, context: ServerContext, library: Library) -> None:
+        self._arena = arena
         self._library = library
-        self._uuid = cuda.uuid(ring.device)
+        self._uuid = cuda.uuid(arena.device)
         self._local_only = not context.host
         self._lock = threading.Lock()
         self._closed = False
-        self._lanes: dict[bytes, Lane] = {}
-        self._ending: list[Lane] = []
+        self._senders: dict[bytes, Sender] = {}
+        self._ending: list[Sender] = []
 
     def accept(self, session: bytes, hello: bytes) -> bytes:
         trainer = unwrap(hello, NcclHello, "nccl hello")
@@ -96,44 +94,43 @@ class NcclServer:
         if self._local_only and trainer.host != boot_id():
             raise TransportError("the trainer is on another host and the daemon has no tcp endpoint: start it with one")
         self.drop(session)
-        unique_id = self._library.unique_id(self._ring.device)
+        unique_id = self._library.unique_id(self._arena.device)
         with self._lock:
             if self._closed:
                 raise TransportError("the nccl server is closed")
-            self._lanes[session] = Lane(self._ring, self._library, unique_id, MAX_CTAS, session.hex()[:8])
-        ring = self._ring
-        offer = NcclOffer(unique_id=unique_id, max_ctas=MAX_CTAS, num_slots=ring.num_slots, slot_bytes=ring.slot_bytes)
-        return wrap(offer)
+            self._senders[session] = Sender(self._arena, self._library, unique_id, MAX_CTAS, session.hex()[:8])
+        slots, nbytes = self._arena.num_slots, self._arena.slot_bytes
+        return wrap(NcclOffer(unique_id=unique_id, max_ctas=MAX_CTAS, num_slots=slots, slot_bytes=nbytes))
 
     def publish(self, session: bytes, ref: SlotRef) -> None:
-        check_ref(ref, self._ring.num_slots, self._ring.slot_bytes)
+        check_ref(ref, self._arena.num_slots, self._arena.slot_bytes)
         with self._lock:
-            lane = self._lanes.get(session)
-        if lane is None:
+            sender = self._senders.get(session)
+        if sender is None:
             raise TransportError(f"session {session.hex()[:8]} was not accepted over nccl, or was dropped")
-        lane.publish(ref)
+        sender.publish(ref)
 
     def drop(self, session: bytes) -> None:
         with self._lock:
-            self._ending = [lane for lane in self._ending if lane.alive]
-            lane = self._lanes.pop(session, None)
-            if lane is not None:
-                lane.stop()
-                self._ending.append(lane)
+            self._ending = [sender for sender in self._ending if sender.alive]
+            sender = self._senders.pop(session, None)
+            if sender is not None:
+                sender.stop()
+                self._ending.append(sender)
 
     def close(self) -> None:
         with self._lock:
             self._closed = True
-            lanes = [*self._lanes.values(), *self._ending]
-            self._lanes, self._ending = {}, []
+            senders = [*self._senders.values(), *self._ending]
+            self._senders, self._ending = {}, []
         deadline = time.monotonic() + CLOSE_S
-        for lane in lanes:
-            lane.stop()
-        if stuck := [lane for lane in lanes if not lane.join(deadline - time.monotonic())]:
-            log.error("%d nccl lanes have not ended within %g s", len(stuck), CLOSE_S)
+        for sender in senders:
+            sender.stop()
+        if stuck := [sender for sender in senders if not sender.join(deadline - time.monotonic())]:
+            log.error("%d nccl senders have not ended within %g s", len(stuck), CLOSE_S)
 
     def __repr__(self) -> str:
-        return f"NcclServer({self._ring.device}, {len(self._lanes)} sessions)"
+        return f"NcclServer({self._arena.device}, {len(self._senders)} sessions)"
 
 
 class _Coming(NamedTuple):
@@ -154,23 +151,23 @@ class NcclClient:
         self._uuid = cuda.uuid(device)
         self._lock = threading.Lock()
         """Held while the communicator is used: attach, fetch and close may come from different threads."""
-        self._called_off = threading.Event()
+        self._cancelled = threading.Event()
         self._transfers: Transfers | None = None
         self._offer: NcclOffer | None = None
         self._coming: deque[_Coming] = deque()
-        """What is to be fetched; receives of the first WINDOW are on the stream."""
+        """Transfers to be fetched; receives of the first WINDOW are on the stream."""
         self._lost = ""
 
     def hello(self) -> bytes:
         return wrap(NcclHello(host=boot_id(), uuid=self._uuid, version=self._library.version))
 
     def attach(self, offer: bytes, deadline_s: float) -> None:
-        watch = Watch(deadline_s, self._called_off)
+        watch = Watch(deadline_s, self._cancelled)
         found = unwrap(offer, NcclOffer, "nccl offer")
         if len(found.unique_id) != UNIQUE_ID_BYTES or not 1 <= found.max_ctas <= 32:
             raise TransportError("an nccl offer is not what the daemon sent, or from another version of it")
         with self._lock:
-            if self._called_off.is_set():
+            if self._cancelled.is_set():
                 raise TransportError("the nccl client is closed")
             self._abort()
             communicator = Communicator(self._library, self._device, 1, found.unique_id, found.max_ctas, watch)
@@ -178,7 +175,7 @@ class NcclClient:
             self._offer, self._lost = found, ""
 
     def expect(self, ref: SlotRef, into: torch.Tensor) -> None:
-        watch = Watch(START_S, self._called_off)
+        watch = Watch(START_S, self._cancelled)
         with self._lock, contextlib.suppress(TransportError):  # for `fetch` to report
             transfers = self._check(ref, into)
             self._coming.append(_Coming(ref, into[: ref.nbytes], Transfer()))
@@ -186,7 +183,7 @@ class NcclClient:
                 self._begin(transfers, watch)
 
     def fetch(self, ref: SlotRef, into: torch.Tensor, deadline_s: float) -> None:
-        watch = Watch(deadline_s, self._called_off)
+        watch = Watch(deadline_s, self._cancelled)
         with self._lock:
             transfers = self._check(ref, into)
             if not self._coming:
@@ -203,7 +200,7 @@ class NcclClient:
             raise stale(ref, found)
 
     def call_off(self) -> None:
-        self._called_off.set()
+        self._cancelled.set()
 
     def close(self) -> None:
         self.call_off()
@@ -250,14 +247,16 @@ class Nccl:
 
     traits: ClassVar[Traits] = Traits(
         memory=frozenset({"device"}), scope="anywhere", one_sided=False, needs_recv_ready=True, abortable=False,
-        floor_gb_s=2.0,
+        floor_gb_s=2.0, rank=400,
     )  # fmt: skip
 
     @staticmethod
-    def server(arena: Arena, context: ServerContext) -> NcclServer:
-        from specd.memory.device_arena import DeviceArena
+    def available(device: str) -> None:
+        return None
 
-        if not isinstance(arena, DeviceArena):
+    @staticmethod
+    def server(arena: Arena, context: ServerContext) -> NcclServer:
+        if arena.memory != "device":
             raise TransportError(f"nccl cannot serve {arena!r}: the ring must lie in device memory")
         return NcclServer(arena, context, library())
 

@@ -1,11 +1,11 @@
 """One NIXL agent on the UCX engine: memory it may touch, one peer, and READs with a deadline.
 
-What is known of NIXL 1.5 and relied on here:
+Facts about NIXL 1.5 that this module relies on:
 
 - Metadata of a peer is NIXL's own tag-length-value text, read in C++. No pickle takes part as long as
   `deserialize_descs` is never called; but the parser is not hardened, and UCX registers memory for writing too. Who has
   the metadata can read and write the ring: it goes only to trainers that control let in.
-- Releasing a transfer that is under way does not stop it: its bytes may still land. Nothing can land any more once
+- Releasing a transfer in flight does not stop it: its bytes may still land. Nothing can land any more once
   the agent is destroyed, its queue pairs and registrations with it. So a READ that is given up costs the agent.
 - An agent is used by one thread at a time; its callers see to that.
 """
@@ -45,7 +45,7 @@ opened on any interface; a peer that needs it is served better by the bytes tran
 (`ucp_ep_do_uct_ep_am_keepalive`) when a peer ended while it was connecting; deadlines and leases do their job.
 """
 PAUSE_S: Final = (20e-6, 1e-3)
-"""Shortest and longest pause between two looks at a transfer: NIXL has nothing to wait on."""
+"""Shortest and longest back-off between two polls of a transfer: NIXL has nothing to wait on."""
 _importing: Final = threading.Lock()
 
 
@@ -166,7 +166,7 @@ class NixlAgent:
         """Copy the peer's `source` to `into`, of equal size and registered here; on return the bytes are there.
 
         deadline: on the monotonic clock; `stop` ends the wait as well. Raises TransportError; if it says `lost`, the
-        agent is closed, and with it whatever was under way.
+        agent is closed, with every transfer in flight.
         """
         if time.monotonic() >= deadline:
             raise TransportError("nixl: no time is left to start a transfer")

@@ -6,8 +6,10 @@ payload, each READ complete before the next one starts, so that a refill under t
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import mmap
+import os
 import threading
 import time
 from typing import TYPE_CHECKING, ClassVar, Final
@@ -17,7 +19,7 @@ import numpy as np
 
 from specd.errors import TransportError
 from specd.memory import cuda
-from specd.memory.arena import LINE, MAX_SLOTS, PAGE, HostArena
+from specd.memory.arena import LINE, MAX_SLOTS, PAGE
 from specd.transports.base import ServerContext, SlotRef, Traits
 from specd.transports.checks import check_into, check_ref, stale, unwrap, wrap
 from specd.transports.nixl.agent import Destinations, NixlAgent, Region
@@ -26,17 +28,16 @@ if TYPE_CHECKING:
     import torch
 
     from specd.memory.arena import Arena
-    from specd.memory.device_arena import DeviceArena
 
 log = logging.getLogger(__name__)
 
+RDMA_DEVICES: Final = "/sys/class/infiniband"
 WORD: Final = 8
 """Bytes of a generation word."""
 MAX_METADATA: Final = 1 << 16
 POLL_S: Final = (1e-3, 20e-3)
-"""How often the worker looks for trainers that connect: soon after one was let in, and later."""
+"""Seconds between two polls for connecting trainers: within EAGER_S of an accept, and later."""
 EAGER_S: Final = 5.0
-"""How long after a trainer was let in the worker looks often."""
 
 
 class NixlHello(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -64,12 +65,12 @@ class NixlOffer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 class NixlServer:
     """Registers the arena, and answers trainers that connect on a thread of its own."""
 
-    def __init__(self, arena: HostArena | DeviceArena) -> None:
-        slots, words, registered, device = _layout(arena)
-        self._agent = NixlAgent(device)
+    def __init__(self, arena: Arena) -> None:
+        slots, lines, words = _layout(arena)
+        self._agent = NixlAgent(arena.device)
         try:
             with self._agent.current():
-                for region in registered:
+                for region in (slots, lines):
                     self._agent.register(region)
                 metadata = self._agent.metadata()
         except TransportError:
@@ -82,7 +83,7 @@ class NixlServer:
             words=words,
             num_slots=arena.num_slots,
             slot_bytes=arena.slot_bytes,
-            stride=slots.nbytes // arena.num_slots,
+            stride=arena.stride,
         )
         self._offer = wrap(offer)
         self._sessions: set[bytes] = set()
@@ -109,7 +110,7 @@ class NixlServer:
         raise TransportError("nixl is pulled by the trainer: it never publishes")
 
     def drop(self, session: bytes) -> None:
-        """Forget it: what a trainer still reads is harmless, its generation check tells it so."""
+        """Forget it: a late read is harmless, the trainer's generation check fails it."""
         with self._changed:
             self._sessions.discard(session)
 
@@ -224,11 +225,19 @@ class Nixl:
         needs_recv_ready=False,
         abortable=False,
         floor_gb_s=1.0,
+        rank=300,
     )
 
     @staticmethod
+    def available(device: str) -> str | None:
+        with contextlib.suppress(OSError):
+            if os.listdir(RDMA_DEVICES):
+                return None
+        return f"no RDMA device under {RDMA_DEVICES}; without one it is served only where it is named"
+
+    @staticmethod
     def server(arena: Arena, context: ServerContext) -> NixlServer:
-        return NixlServer(arena)  # type: ignore[arg-type]  # there are two kinds of arena, and it takes both
+        return NixlServer(arena)
 
     @staticmethod
     def client(device: str) -> NixlClient:
@@ -238,7 +247,7 @@ class Nixl:
 def checked(data: bytes) -> NixlOffer:
     """The offer that came from a worker. Raises TransportError unless it is whole and describes a ring.
 
-    What it says of addresses need not be true: NIXL refuses a READ outside of what the metadata gives keys for.
+    Its addresses need not be true: NIXL refuses a READ outside of the regions that the metadata holds keys for.
     """
     offer = unwrap(data, NixlOffer, "nixl offer")
     slots, words = offer.slots, offer.words
@@ -259,22 +268,14 @@ def checked(data: bytes) -> NixlOffer:
     return offer
 
 
-def _layout(arena: HostArena | DeviceArena) -> tuple[Region, Region, list[Region], str]:
-    """(slots, words, what to register, the device) of an arena."""
-    span = (arena.num_slots - 1) * LINE + WORD
-    if isinstance(arena, HostArena):
-        whole = Region(memory="DRAM", address=arena.address, nbytes=arena.nbytes)
-        first = int(np.frombuffer(arena.slot(0), np.uint8).__array_interface__["data"][0]) - arena.address
-        stride = -(-arena.slot_bytes // PAGE) * PAGE
-        words = whole.part(arena.word_address(0) - arena.address, span)
-        return whole.part(first, arena.num_slots * stride), words, [whole], "cpu"
-    ledger = arena.ledger
+def _layout(arena: Arena) -> tuple[Region, Region, Region]:
+    """(slots, lines, words) of an arena: all slots; the ledger up to the last line; from the first word to the last."""
+    on_host = arena.memory == "host"
     slots = Region(
-        memory="VRAM",
+        memory="DRAM" if on_host else "VRAM",
         address=arena.address(0),
         nbytes=arena.num_slots * arena.stride,
-        device=cuda.ordinal(arena.device),
+        device=0 if on_host else cuda.ordinal(arena.device),
     )
-    lines = Region(memory="DRAM", address=ledger.address, nbytes=(arena.num_slots + 1) * LINE)
-    words = lines.part(ledger.word_address(0, device=True) - ledger.address, span)
-    return slots, words, [slots, lines], arena.device
+    lines = Region(memory="DRAM", address=arena.ledger.mapping.address, nbytes=(arena.num_slots + 1) * LINE)
+    return slots, lines, lines.part(arena.word_address(0) - lines.address, (arena.num_slots - 1) * LINE + WORD)

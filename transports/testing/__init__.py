@@ -1,1 +1,1 @@
-"""What every transport must pass, and the processes to try it in: for plug-ins, `specd doctor` and the benchmarks."""
+"""Conformance suites for transports, and processes to run them in: for plug-ins, `specd doctor` and benchmarks."""

@@ -1,35 +1,21 @@
-"""A transport's serving side with an arena of its own, here or in a child process: what tests and benchmarks use."""
+"""A transport's serving side with an arena of its own: what tests, the doctor and benchmarks fetch from."""
 
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
-import os
 import secrets
-import shutil
 import tempfile
-import time
-from collections.abc import Mapping
-from multiprocessing.connection import Connection
-from typing import TYPE_CHECKING, Final, Literal, NamedTuple, Protocol
-
-import msgspec
+from typing import TYPE_CHECKING, Protocol
 
 from specd.errors import TransportError
 from specd.memory import cuda
 from specd.memory.arena import HostArena
-from specd.memory.segment import remove
 from specd.transports.base import ServerContext, SlotRef, Transport
 from specd.transports.checks import pattern
-from specd.transports.registry import load
-from specd.transports.testing.matmuls import MatmulLoad
 
 if TYPE_CHECKING:
     from specd.memory.arena import Arena
     from specd.memory.device_arena import DeviceArena
-
-ANSWER_S: Final = 120.0
-"""Longest wait for one answer of a host in another process; its first one covers the start of CUDA."""
 
 
 class Host(Protocol):
@@ -43,23 +29,11 @@ class Host(Protocol):
 
     def drop(self, session: bytes) -> None: ...
     def begin(self, slot: int) -> None:
-        """Start a refill of a slot: what it held is void."""
+        """Start a refill of a slot: its former content is void."""
         ...
 
     def fill(self, slot: int, generation: int, nonce: bytes, nbytes: int) -> None:
         """Refill a slot with `pattern(nonce, nbytes)`."""
-        ...
-
-    def cpu_s(self) -> float:
-        """CPU seconds of the process that serves, so far."""
-        ...
-
-    def start_load(self) -> None:
-        """Keep the arena's device busy with matmuls, as a target would. Raises TransportError for a host arena."""
-        ...
-
-    def stop_load(self) -> float:
-        """End that; returns what the device reached meanwhile, in TFLOP/s."""
         ...
 
     def close(self) -> None:
@@ -87,7 +61,6 @@ class LocalHost:
     ) -> None:
         self.epoch = epoch or secrets.token_hex(16)
         self._resources = contextlib.ExitStack()
-        self._load: MatmulLoad | None = None
         if not directory:
             directory = self._resources.enter_context(tempfile.TemporaryDirectory(prefix="specd-host-"))
         try:
@@ -136,252 +109,10 @@ class LocalHost:
         self._arena.write(slot, pattern(nonce, nbytes))
         self._arena.seal(slot, generation)
 
-    def cpu_s(self) -> float:
-        return time.process_time()
-
-    def start_load(self) -> None:
-        if isinstance(self._arena, HostArena):
-            raise TransportError("a load needs a host on a CUDA device, this one's arena lies in host memory")
-        if self._load is None:
-            self._load = MatmulLoad(self._arena.device)
-
-    def stop_load(self) -> float:
-        running, self._load = self._load, None
-        if running is None:
-            raise TransportError("no load is running: start it first")
-        return running.stop()
+    def ask(self, what: str) -> float:
+        """A question or an order of a subclass's own, by its name; a SpawnedHost passes it on."""
+        raise TransportError(f"this host does not know {what!r}")
 
     def close(self) -> None:
-        if self._load is not None:
-            with contextlib.suppress(TransportError):
-                self.stop_load()
         self._server.close()
         self._resources.close()
-
-
-class _Call(msgspec.Struct, frozen=True, kw_only=True):
-    """One call of a Host's method, or of its constructor."""
-
-    method: Literal["open", "accept", "publish", "drop", "begin", "fill", "cpu_s", "start_load", "stop_load", "close"]
-    transport: str = ""
-    epoch: str = ""
-    session: bytes = b""
-    data: bytes = b""
-    slot: int = 0
-    generation: int = 0
-    nbytes: int = 0
-
-
-class _Reply(msgspec.Struct, frozen=True, kw_only=True):
-    """What it returned, or the message of its TransportError."""
-
-    data: bytes = b""
-    number: float = 0.0
-    error: str = ""
-
-
-class _Setup(NamedTuple):
-    """What every host of a child has in common. env: the child's environment, beyond what it inherits."""
-
-    num_slots: int
-    slot_bytes: int
-    device: str
-    directory: str
-    tcp: str
-    env: dict[str, str]
-
-
-class SpawnedHost:
-    """A host in a child process of its own.
-
-    transport: its registered name. device, tcp: see LocalHost. env: what the child has in its environment beyond this
-    process's, before it imports a device library. lasting: the child outlives `close`, until `end`; `reopen` then
-    serves anew, from an arena that was never filled.
-    """
-
-    def __init__(
-        self,
-        transport: str,
-        num_slots: int,
-        slot_bytes: int,
-        *,
-        device: str = "cpu",
-        tcp: str = "",
-        env: Mapping[str, str] | None = None,
-        lasting: bool = False,
-    ) -> None:
-        context = multiprocessing.get_context("spawn")
-        self.epoch = secrets.token_hex(16)
-        self._owed = 0
-        self._lasting = lasting
-        self._open = True
-        self._directory = tempfile.mkdtemp(prefix="specd-host-")  # ours to remove, however the child ends
-        self._pipe, theirs = context.Pipe()
-        setup = _Setup(num_slots, slot_bytes, device, self._directory, tcp, dict(env or {}))
-        self._process = context.Process(target=_serve, args=(theirs, setup), daemon=True)
-        self._process.start()
-        theirs.close()
-        try:
-            self._call(_Call(method="open", transport=transport, epoch=self.epoch))
-        except BaseException:
-            self.end()
-            raise
-
-    @property
-    def pid(self) -> int:
-        """Of the child."""
-        return self._process.pid or 0
-
-    def accept(self, session: bytes, hello: bytes) -> bytes:
-        return self._call(_Call(method="accept", session=session, data=hello)).data
-
-    def publish(self, session: bytes, ref: SlotRef) -> None:
-        self.announce(session, ref)
-        self._settle()
-
-    def announce(self, session: bytes, ref: SlotRef) -> None:
-        self._settle()
-        self._send(
-            _Call(method="publish", session=session, slot=ref.slot, generation=ref.generation, nbytes=ref.nbytes)
-        )
-        self._owed += 1
-
-    def drop(self, session: bytes) -> None:
-        self._call(_Call(method="drop", session=session))
-
-    def begin(self, slot: int) -> None:
-        self._call(_Call(method="begin", slot=slot))
-
-    def fill(self, slot: int, generation: int, nonce: bytes, nbytes: int) -> None:
-        self._call(_Call(method="fill", slot=slot, generation=generation, data=nonce, nbytes=nbytes))
-
-    def cpu_s(self) -> float:
-        return self._call(_Call(method="cpu_s")).number
-
-    def start_load(self) -> None:
-        self._call(_Call(method="start_load"))
-
-    def stop_load(self) -> float:
-        return self._call(_Call(method="stop_load")).number
-
-    def kill(self) -> None:
-        """SIGKILL, as the worker may die; `close` is still to be called."""
-        self._process.kill()
-        self._process.join()
-
-    def reopen(self, transport: str) -> None:
-        """Serve anew, in the same child but from a new arena. Raises TransportError when that cannot be."""
-        self.close()
-        self.epoch = secrets.token_hex(16)
-        self._call(_Call(method="open", transport=transport, epoch=self.epoch))
-        self._open = True
-
-    def close(self) -> None:
-        if not self._lasting:
-            self.end()
-        elif self._open:
-            self._open = False
-            with contextlib.suppress(TransportError):
-                self._call(_Call(method="close"))
-            remove(self.epoch)
-
-    def end(self) -> None:
-        """End the child, too. Idempotent."""
-        if self._pipe.closed:
-            return
-        with contextlib.suppress(TransportError):
-            self._call(_Call(method="close"))
-        self._pipe.close()  # what the child ends by
-        self._process.join(10)
-        if self._process.is_alive():
-            self._process.kill()
-            self._process.join()
-        self._process.close()
-        remove(self.epoch)
-        shutil.rmtree(self._directory, ignore_errors=True)
-
-    def _call(self, call: _Call) -> _Reply:
-        self._settle()
-        self._send(call)
-        return self._answer()
-
-    def _settle(self) -> None:
-        """Take the answers to what was only announced."""
-        while self._owed:
-            self._owed -= 1
-            self._answer()
-
-    def _send(self, call: _Call) -> None:
-        try:
-            self._pipe.send_bytes(msgspec.msgpack.encode(call))
-        except OSError:
-            raise TransportError("the host process is gone") from None
-
-    def _answer(self) -> _Reply:
-        try:
-            if not self._pipe.poll(ANSWER_S):
-                self.kill()  # a late answer would be taken for that of the next call
-                raise TransportError(f"the host process did not answer within {ANSWER_S:g} s and was killed")
-            reply = msgspec.msgpack.decode(self._pipe.recv_bytes(), type=_Reply)
-        except (EOFError, OSError):
-            raise TransportError("the host process died; what it wrote to stderr says why") from None
-        if reply.error:
-            raise TransportError(reply.error)
-        return reply
-
-
-def _serve(pipe: Connection, setup: _Setup) -> None:
-    """The child: one call after the other, until the parent closes the pipe or is gone."""
-    os.environ.update(setup.env)
-    host: LocalHost | None = None
-    with contextlib.suppress(EOFError, OSError, KeyboardInterrupt):
-        while True:
-            call = msgspec.msgpack.decode(pipe.recv_bytes(), type=_Call)
-            try:
-                if call.method == "open":
-                    host = _open(setup, call)
-                    reply = _Reply()
-                elif host is None:
-                    reply = _Reply(error="nothing is served: the host could not be opened")
-                else:
-                    reply = _apply(host, call)
-            except TransportError as error:
-                reply = _Reply(error=str(error))
-            pipe.send_bytes(msgspec.msgpack.encode(reply))
-    if host is not None:
-        host.close()
-
-
-def _open(setup: _Setup, call: _Call) -> LocalHost:
-    return LocalHost(
-        load(call.transport),
-        setup.num_slots,
-        setup.slot_bytes,
-        device=setup.device,
-        epoch=call.epoch,
-        directory=setup.directory,
-        tcp=setup.tcp,
-    )
-
-
-def _apply(host: LocalHost, call: _Call) -> _Reply:
-    match call.method:
-        case "accept":
-            return _Reply(data=host.accept(call.session, call.data))
-        case "publish":
-            host.publish(call.session, SlotRef(call.slot, call.generation, call.nbytes))
-        case "drop":
-            host.drop(call.session)
-        case "begin":
-            host.begin(call.slot)
-        case "fill":
-            host.fill(call.slot, call.generation, call.data, call.nbytes)
-        case "cpu_s":
-            return _Reply(number=host.cpu_s())
-        case "start_load":
-            host.start_load()
-        case "stop_load":
-            return _Reply(number=host.stop_load())
-        case "close":
-            host.close()
-    return _Reply()

@@ -1,4 +1,4 @@
-"""What a transport must pass beyond `TransportConformance` if its client is a `specd.transports.base.Receiver`."""
+"""The conformance suite for a transport whose client is a `Receiver`: several transfers in flight."""
 
 from __future__ import annotations
 

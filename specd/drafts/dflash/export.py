@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
-import os
-import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,62 +10,29 @@ from typing import Any
 import msgspec
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from specd.drafts.dflash.model import DFlashDraft, DraftShape
+from specd.drafts.files import write_draft
 from specd.drafts.layers import rope_theta
 from specd.errors import CheckpointError, ConfigError
-
-logger = logging.getLogger(__name__)
 
 ARCHITECTURE = "DFlashDraftModel"
 
 
 def save_draft(
     draft: DFlashDraft,
-    path: str | Path,
+    path: Path,
     *,
     dtype: torch.dtype = torch.bfloat16,
     files: Mapping[str, bytes] | None = None,
 ) -> None:
     """Write `draft` to the directory `path`, its weights in `dtype`; `files` (tokenizer and the like) go beside them.
 
-    The directory appears whole or not at all; one that is there already is replaced. Raises CheckpointError when it
-    cannot be written.
+    Raises CheckpointError when it cannot be written.
     """
-    path = Path(path)
-    weights = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in draft.state_dict().items()}
-    config = draft_config(draft.shape, dtype)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
-        try:
-            new = scratch / "new"
-            new.mkdir()
-            for name, content in (files or {}).items():
-                (new / Path(name).name).write_bytes(content)
-            (new / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-            save_file(weights, new / "model.safetensors", metadata={"format": "pt"})
-            for file in new.iterdir():
-                _sync(file)
-            if path.exists():
-                path.rename(scratch / "old")
-            new.rename(path)
-            _sync(path.parent)
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"cannot write the draft to {str(path)!r}: {error}") from None
-    logger.info("draft of %d parameters written to %s", sum(w.numel() for w in weights.values()), path)
-
-
-def _sync(path: Path) -> None:
-    """Force a file or directory to the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    weights = {name: tensor.to(dtype) for name, tensor in draft.state_dict().items()}
+    write_draft(path, draft_config(draft.shape, dtype), weights, files or {})
 
 
 def draft_config(shape: DraftShape, dtype: torch.dtype) -> dict[str, Any]:

@@ -12,8 +12,8 @@ import msgspec
 import torch
 from torch import Tensor, nn
 
-from specd.config.settings import DFlashConfig
 from specd.drafts.compile import compiled
+from specd.drafts.dflash.settings import DFlashConfig
 from specd.drafts.layers import MLP, Attend, KeyValue, Linear, RMSNorm, Rope, rope_theta, rotate
 from specd.errors import ConfigError
 from specd.protocol.capture import CaptureSpec
@@ -68,9 +68,7 @@ class DraftShape(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         return CaptureSpec(taps=self.taps).problem(self.num_target_layers)
 
 
-def draft_shape(
-    config: DFlashConfig, target_config: dict[str, Any], taps: tuple[int, ...], mask_token_id: int
-) -> DraftShape:
+def draft_shape(config: DFlashConfig, target_config: dict[str, Any], taps: tuple[int, ...]) -> DraftShape:
     """The draft that `config` asks for beside the target of `target_config`, the content of its config.json.
 
     The draft rotates with the target's base frequency but without its scaling for long contexts: its positions are
@@ -92,7 +90,7 @@ def draft_shape(
             rope_theta=rope_theta(target),
             max_position_embeddings=int(target["max_position_embeddings"]),
             block_size=config.block_size,
-            mask_token_id=mask_token_id,
+            mask_token_id=config.mask_token_id,
             taps=taps,
             num_target_layers=int(target["num_hidden_layers"]),
             layer_types=("sliding_attention" if window else "full_attention",) * config.num_layers,

@@ -6,46 +6,33 @@ H hidden size, V vocabulary.
 
 from __future__ import annotations
 
+import itertools
 import logging
+import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
 
-import msgspec
 import numpy as np
 import torch
-from torch import Tensor
 from torch.nn import functional as F
 
-from specd.config.settings import AttentionKind, DFlashConfig
-from specd.drafts.base import Loss
+from specd.config.settings import AttentionKind
+from specd.drafts.base import Loss, TargetParts, Tuning
 from specd.drafts.block_attention import TILE, BlockLayout, block_attention, in_whole_tiles, to_device, uses_flex
-from specd.drafts.blocks import make_blocks, sample_anchors
+from specd.drafts.blocks import Blocks, make_blocks, sample_anchors
+from specd.drafts.compile import compiling_for
 from specd.drafts.dflash.export import save_draft
-from specd.drafts.dflash.model import DFlashDraft, draft_shape
+from specd.drafts.dflash.model import DFlashDraft, DraftShape, draft_shape
+from specd.drafts.dflash.settings import DFlashConfig
 from specd.drafts.head import head_loss
 from specd.drafts.layers import Attend
-from specd.drafts.taps import dflash_taps
+from specd.drafts.taps import spread_taps
 from specd.errors import ConfigError
 from specd.protocol.batch import Batch, Delivery
-from specd.protocol.capture import DTYPE_BYTES, CaptureSpec, StateDtype
-from specd.protocol.contract import TargetContract
 
 logger = logging.getLogger(__name__)
-COMPILED_TOKENS = 2048
-"""Context tokens of the batch that is compiled for."""
-
-
-class Tuning(msgspec.Struct, frozen=True, kw_only=True):
-    """How the same loss is computed. None is yes where flex_attention is used on CUDA, which needs a compiler anyway.
-
-    compiled: the layers run through torch.compile. fused_head: see `frozen_head.head_loss`. spread_heads: see
-    `block_attention.flex_attention`.
-    """
-
-    compiled: bool | None = None
-    fused_head: bool | None = None
-    spread_heads: bool = True
+COMPILED_CONTEXT, COMPILED_ROWS = 15, 60
+"""Tiles of the batch that is compiled for: of its context, and at most of its blocks' rows; or a few more."""
 
 
 def loss_decay(config: DFlashConfig) -> float:
@@ -60,33 +47,23 @@ def loss_decay(config: DFlashConfig) -> float:
     return size / 2 if size <= 10 else 7 + (size - 16) / 3
 
 
-def capture_spec(config: DFlashConfig, contract: TargetContract) -> CaptureSpec:
-    """What a DFlash draft needs captured: evenly spaced taps, in the target's dtype. Raises ConfigError if none fit."""
-    dtype = cast(StateDtype, contract.dtype if contract.dtype in DTYPE_BYTES else "bfloat16")
-    return CaptureSpec(taps=dflash_taps(contract.num_layers, config.num_taps, contract.tap_layers), dtype=dtype)
-
-
 class DFlash:
     """A DFlash draft and its loss: the objective that `specd.train.loop` trains.
 
-    target_config: the target's config.json. embedding, lm_head: the target's [V, H]; frozen, used here in `dtype`,
-    one tensor if they share memory. dtype: of the draft's forward; `module` keeps float32 masters.
-    seed: of the initial weights and the anchors. Raises ConfigError where draft and target do not fit.
+    target: its embedding and lm_head are used here in `dtype`, frozen. dtype: of the draft's forward; `module` keeps
+    float32 masters. seed: of the initial weights and the anchors. Raises ConfigError where draft and target do not fit.
     """
 
     def __init__(
         self,
         config: DFlashConfig,
-        contract: TargetContract,
-        target_config: dict[str, Any],
-        embedding: Tensor,
-        lm_head: Tensor,
-        mask_token_id: int,
+        target: TargetParts,
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
         seed: int = 0,
         tuning: Tuning | None = None,
     ) -> None:
+        contract, embedding, lm_head = target.contract, target.embedding, target.lm_head
         for name, tensor in (("embedding", embedding), ("lm_head", lm_head)):
             if tensor.shape != (expected := (contract.vocab_size, contract.hidden_size)):
                 raise ConfigError(
@@ -97,7 +74,8 @@ class DFlash:
             raise ConfigError(
                 f"draft.attention=flex on {device}: torch has its gradients on GPUs only; use auto or sdpa"
             )
-        shape = draft_shape(config, target_config, self.spec_for(contract).taps, mask_token_id)
+        taps = spread_taps(contract.num_layers, config.num_taps, contract.tap_layers)
+        shape = draft_shape(config, target.config, taps)
         if (shape.vocab_size, shape.hidden_size) != (contract.vocab_size, contract.hidden_size):
             raise ConfigError(
                 f"config.json of {contract.model} says vocabulary {shape.vocab_size} and hidden size "
@@ -110,44 +88,37 @@ class DFlash:
         self.draft = DFlashDraft(shape, seed).to(self.device)
         self._flex = self.device.type == "cuda" and uses_flex(self._attention, self.device)
         self.draft.compiled = self._flex if self.tuning.compiled is None else self.tuning.compiled
-        if self._flex:
-            logger.info(
-                "the draft's step is compiled for %s: the first one takes up to half a minute",
-                torch.cuda.get_device_name(self.device),
-            )
         self.module: torch.nn.Module = self.draft
-        self._compiles = self._flex or self.draft.compiled
+        self._cold = self._flex or self.draft.compiled
         shared = embedding.data_ptr() == lm_head.data_ptr()
         self.embedding = embedding.detach().to(self.device, dtype)
         self.lm_head = self.embedding if shared else lm_head.detach().to(self.device, dtype)
-
-    def spec_for(self, contract: TargetContract) -> CaptureSpec:
-        """`capture_spec` of this draft's configuration."""
-        return capture_spec(self.config, contract)
 
     def attention(self, layout: BlockLayout) -> Attend:
         """The attention of one batch's blocks, as this objective computes it."""
         return block_attention(self._attention, layout, self.device, self.tuning.spread_heads)
 
+    def draw(self, batch: Batch) -> Blocks:
+        """The blocks of a batch: drawn by seed, epoch and sample alone."""
+        anchors = sample_anchors(
+            batch.loss_mask, batch.lengths, batch.samples, batch.epoch, self.seed, self.config.num_anchors
+        )
+        return make_blocks(batch, anchors, self.draft.shape.block_size, self.draft.shape.mask_token_id, self.decay)
+
     def loss(self, delivery: Delivery) -> Loss:
         """The loss of one batch; its backward must run before the delivery's tensors are given up."""
         batch, taps = delivery.batch, delivery.taps
         assert taps is not None, "the capture spec of a DFlash draft always has taps"
-        if self._compiles:
-            self._compiles = False
-            self._compile(taps.dtype)
-        shape = self.draft.shape
-        anchors = sample_anchors(
-            batch.loss_mask, batch.lengths, batch.samples, batch.epoch, self.seed, self.config.num_anchors
-        )
-        blocks = make_blocks(batch, anchors, shape.block_size, shape.mask_token_id, self.decay)
+        self.warm_up(taps.dtype)
+        shape, blocks = self.draft.shape, self.draw(batch)
         tokens, positions, context, rows, labels, offsets, weights = (
             to_device(array, self.device)
             for array in (blocks.tokens, blocks.positions, blocks.context_positions, blocks.rows, blocks.labels,
                           blocks.offsets, blocks.weights)
         )  # fmt: skip
         noise = F.embedding(tokens, self.embedding)
-        states = self.module(taps.flatten(1), context, noise, positions, self.attention(blocks.layout))
+        features = taps.flatten(1).detach()  # or compilers would tell slots and staging buffers from other memory
+        states = self.module(features, context, noise, positions, self.attention(blocks.layout))
         fused = self._flex if self.tuning.fused_head is None else self.tuning.fused_head
         total, correct = head_loss(
             states.index_select(0, rows), self.lm_head, labels, weights, self.config.loss_chunk, fused
@@ -156,25 +127,66 @@ class DFlash:
         by_offset.index_add_(1, offsets - 1, torch.stack((correct.float(), torch.ones_like(weights))))
         return Loss(total, weights.sum(), {"correct": by_offset[0], "counted": by_offset[1]})
 
-    def _compile(self, dtype: torch.dtype) -> None:
+    def warm_up(self, dtype: torch.dtype) -> None:
         """Train on a batch of made-up tokens and forget it, because kernels are shaped by the sizes they meet first.
 
         A resumed run begins with another batch than the run it goes on with, and has to round alike. dtype: of taps.
         """
-        shape, size = self.draft.shape, COMPILED_TOKENS
-        if in_whole_tiles(size) == in_whole_tiles(self.config.num_anchors * shape.block_size):
-            size += TILE  # sizes that are equal at first are taken to be equal always
-        batch = Batch(
-            tokens=np.zeros(size, np.int32),
-            lengths=np.full(1, size, np.int32),
-            loss_mask=np.ones(size, np.bool_),
-            samples=(0,),
-        )
-        taps = torch.zeros(size, len(shape.taps), shape.hidden_size, dtype=dtype, device=self.device)
-        with torch.enable_grad():
+        if not self._cold:
+            return
+        self._cold = False
+        shape, (batch, sizes) = self.draft.shape, made_up(self.draft.shape, self.config.num_anchors)
+        taps = torch.zeros(batch.num_tokens, len(shape.taps), shape.hidden_size, dtype=dtype, device=self.device)
+        with torch.enable_grad(), compiling_for(*sizes):
             self.loss(Delivery(batch, taps)).sum.backward()  # type: ignore[no-untyped-call]
         self.module.zero_grad()
 
+    def facts(self) -> dict[str, str]:
+        """See Objective.facts."""
+        shape = self.draft.shape
+        return {
+            "layers": str(shape.num_layers),
+            "trained parameters": f"{sum(parameter.numel() for parameter in self.module.parameters()):,}",
+            "taps": ", ".join(map(str, shape.taps)),
+            "block size": str(shape.block_size),
+            "computes in": str(self.embedding.dtype).removeprefix("torch."),
+        }
+
     def export(self, path: Path, files: Mapping[str, bytes] | None = None) -> None:
-        """Write the draft in its published format, in the dtype it computes in; `files`: tokenizer files beside it."""
+        """See Objective.export; its weights are written in the dtype it computes in."""
         save_draft(self.draft, path, dtype=self.embedding.dtype, files=files or {})
+
+
+def made_up(shape: DraftShape, num_anchors: int) -> tuple[Batch, tuple[int, int]]:
+    """A batch that can be compiled for, and its N and T: whole tiles, and neither they nor their tiles a known size.
+
+    Sizes that are equal when a function is compiled are taken to be equal always: N that is the hidden size by chance,
+    or as many tiles as heads share keys, would be compiled for again at the first batch where it is not.
+    """
+    heads, kv, size = shape.num_heads, shape.num_kv_heads, shape.block_size
+    known = {TILE, size, shape.hidden_size, len(shape.taps) * shape.hidden_size, shape.intermediate_size}
+    known |= {heads, kv, heads // kv, *(shape.head_dim * count // 2 for count in (1, 2, 2 * heads, 2 * kv))}
+    step = TILE // math.gcd(TILE, size)  # so many blocks are whole tiles
+    least = max(2 * TILE, min(num_anchors * size, COMPILED_ROWS * TILE))
+    for more_rows, more_context in itertools.product(range(64), repeat=2):
+        blocks = step * (-(-least // (step * size)) + more_rows)
+        full, rest = divmod(blocks, num_anchors)
+        anchors = [num_anchors] * full + [rest] * bool(rest)
+        rows = blocks * size
+        context = in_whole_tiles(max(COMPILED_CONTEXT * TILE, blocks + len(anchors) + 1)) + more_context * TILE
+        sizes = {part // unit for part in (rows, context, rows + context) for unit in (1, TILE)}
+        if len(sizes - known) == 6:
+            return _labelled(anchors, context), (rows, context)
+    raise AssertionError("64² sizes and fewer than 20 that are known")
+
+
+def _labelled(anchors: list[int], num_tokens: int) -> Batch:
+    """A batch of `num_tokens`: a sequence for each count of anchors, and one without labels that fills it up."""
+    lengths = [count + 1 for count in anchors]
+    lengths.append(num_tokens - sum(lengths))
+    return Batch(
+        tokens=np.zeros(num_tokens, np.int32),
+        lengths=np.array(lengths, np.int32),
+        loss_mask=np.arange(num_tokens) < num_tokens - lengths[-1],
+        samples=tuple(range(len(lengths))),
+    )

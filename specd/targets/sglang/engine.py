@@ -1,8 +1,8 @@
 """The SGLang backend: prefill-only forwards of SGLang's model runner, each tap added by a hook straight into its slot.
 
-SGLang stays unmodified, and is touched here and nowhere else: what is used of it stands in TOUCH_POINTS, and is looked
-up at the start. Its scheduler, radix cache, sampler and lm_head are not used. A forward owns the whole KV cache: its
-tokens take slots 1…T (slot 0 is SGLang's padding), so nothing is allocated or freed between forwards.
+SGLang stays unmodified and is called here only: its internals in use are listed in TOUCH_POINTS and checked at start.
+Its scheduler, radix cache, sampler and lm_head are not used. A forward owns the whole KV cache: its tokens take slots
+1…T (slot 0 is SGLang's padding), so nothing is allocated or freed between forwards.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ SELF_CHECK: Final = 0.03
 """Largest difference between norm(last layer's tap) and `final`, relative to the largest of `final` (bfloat16)."""
 
 
-class _Done(Exception):
-    """Ends a forward once all that is asked for is captured; never leaves this module."""
+class _AllCaptured(Exception):
+    """Ends a forward once everything is captured; never leaves this module."""
 
 
 class Engine:
@@ -48,7 +48,7 @@ class Engine:
         self._device = torch.device("cuda", setup.gpu + setup.rank) if on_gpu else torch.device("cpu")
         if setup.tp > 1:
             os.environ.setdefault("NCCL_NVLS_ENABLE", "0")  # as SGLang's own launcher does
-            # The GPUs may be in use to a different degree, as by a trainer on one of them.
+            # Free memory may differ between the GPUs, as with a trainer on one of them.
             os.environ.setdefault("SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK", "0")
         sequences = min(setup.max_tokens, MAX_SEQUENCES)
         args = sg["ServerArgs"](
@@ -121,7 +121,7 @@ class Engine:
         handles = []
 
         def end(*_: Any) -> None:
-            raise _Done
+            raise _AllCaptured
 
         try:
             for tap, sink in capture.taps.items() if capture else ():
@@ -133,14 +133,14 @@ class Engine:
             with torch.inference_mode(), self._current():
                 self.runner.forward(self._batch(tokens, list(lengths)))
             raise TargetError("SGLang's forward ended without a call of the layer or the logits_processor it ends at")
-        except _Done:
+        except _AllCaptured:
             pass
         finally:
             for handle in handles:
                 handle.remove()
 
     def weights(self) -> dict[str, torch.Tensor]:
-        """`embedding` and `lm_head`, whole, [V, H]; every rank must call it. Of several ranks they lie on the host."""
+        """`embedding` and `lm_head`, unsharded, [V, H], on the host if tp > 1; a collective: every rank calls it."""
         vocabulary = int(self.runner.model_config.hf_text_config.vocab_size)
         modules = {"embedding": self.model.get_input_embeddings(), "lm_head": self.model.lm_head}
         found: dict[str, torch.Tensor] = {}
@@ -236,7 +236,7 @@ Sink = list[tuple[int, int, torch.Tensor]]
 
 
 class Capture(msgspec.Struct, frozen=True, kw_only=True):
-    """Where a forward's states go. taps: by layer. final: empty if it is not asked for."""
+    """Where a forward's states go. taps: by layer. final: empty if not captured."""
 
     taps: dict[int, Sink]
     final: Sink
@@ -264,14 +264,14 @@ def _head_hook(sink: Sink | None) -> Callable[..., None]:
             raise TargetError("SGLang's logits_processor got no (input_ids, hidden, …); use --backend transformers")
         for start, end, out in sink or ():
             out.copy_(args[1][start:end])
-        raise _Done
+        raise _AllCaptured
 
     return hook
 
 
 def _liven(model: torch.nn.Module, rank: int) -> None:
-    """Make dummy weights behave: SGLang's are uniform ±1e-3, its norms too, so that states vanish and all tokens take
-    the same experts."""
+    """Redraw dummy weights: SGLang's are uniform ±1e-3, its norms too, so that states vanish and all tokens take the
+    same experts."""
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if name.endswith("norm.weight"):

@@ -1,4 +1,4 @@
-"""One other rank of a tensor-parallel SGLang target: `python -m specd.targets.sglang.rank`."""
+"""A rank ≥ 1 of a tensor-parallel SGLang target: `python -m specd.targets.sglang.rank`."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def read_frame(stream: IO[bytes]) -> bytes | None:
 
 
 def die_with(parent_pid: int) -> None:
-    """End this process as soon as its parent is dead, whatever it is doing."""
+    """Exit this process as soon as its parent is dead."""
     parent = os.pidfd_open(parent_pid)
     if os.getppid() != parent_pid:
         os._exit(1)

@@ -1,7 +1,7 @@
-"""The other ranks of a tensor-parallel SGLang target: child processes that run every forward along with rank 0.
+"""Ranks ≥ 1 of a tensor-parallel SGLang target: child processes that run every forward along with rank 0.
 
 A rank gets its setup and then one Step per forward on standard input. It dies with its parent; the parent dies with
-any of its ranks, because a collective that lacks one never ends.
+any of its ranks, because a collective with a missing rank never ends.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from specd.targets.sglang.setup import RankSetup, Step
 
 log = logging.getLogger(__name__)
 STOP_S: Final = 10.0
-"""How long a rank may take to end by itself."""
+"""Timeout of a rank's orderly end."""
 
 
 class Ranks:
-    """Ranks 1…tp − 1 of a target, and the watch over them. None of them for tp 1."""
+    """Processes of ranks 1…tp − 1 of a target, and their watcher. None for tp 1."""
 
     __slots__ = ("_children", "_closing", "_wake", "_watcher")
 
@@ -47,7 +47,7 @@ class Ranks:
         self._watcher.start()
 
     def send(self, step: Step) -> None:
-        """Let every other rank run this forward. Raises RuntimeError when one is gone."""
+        """Send a forward to every other rank. Raises RuntimeError when one is gone."""
         frame = msgspec.msgpack.encode(step) if self._children else b""
         for child in self._children:
             self._write(child, frame)
@@ -65,7 +65,7 @@ class Ranks:
                 child.stdin.close()
 
     def close(self) -> None:
-        """End the ranks, by force those that do not. Idempotent."""
+        """End the ranks, killing them after STOP_S. Idempotent."""
         self.release()
         if self._wake < 0:
             return
@@ -96,12 +96,12 @@ class Ranks:
             os.close(fd)
         if dead and not self._closing:
             log.critical("tensor-parallel rank %s died: this process ends, too", ", ".join(map(str, dead)))
-            # Rank 0 may hang in a collective for ever, deep in a library: nothing less ends it.
+            # Rank 0 may hang in a collective for ever, deep in a library: nothing else ends it.
             os._exit(1)
 
 
 def free_port() -> int:
-    """A TCP port of the loopback that nobody listens on at the moment."""
+    """A TCP port of the loopback that is free at the moment."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

@@ -1,4 +1,4 @@
-"""What every rank of an SGLang target is told: how to load, and what to run."""
+"""Messages to the ranks of an SGLang target: how to load, and what to run."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ AT_HEAD: Final = -1
 class RankSetup(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What one rank needs to load. path: a directory with config.json. gpu: that of rank 0; rank r has gpu + r.
 
-    port: where the ranks of this host meet. max_tokens, context: the longest forward and sequence, in tokens.
+    port: rendezvous of the ranks of this host. max_tokens, context: the longest forward and sequence, in tokens.
     """
 
     path: str

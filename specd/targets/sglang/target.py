@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from itertools import accumulate, pairwise
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
 import numpy as np
 import torch
@@ -23,13 +23,13 @@ from specd.targets.sglang.engine import Capture, Engine
 from specd.targets.sglang.ranks import Ranks, free_port
 from specd.targets.sglang.setup import AT_HEAD, RankSetup, Step
 from specd.targets.sglang.touch_points import touch_points
-from specd.targets.source import dummy_config, pick_device, pick_dtype, resolve
+from specd.targets.source import dummy_config, pick_device, pick_dtype, resolve, with_tokenizer
 
 DEFAULT_FRACTION: Final = 0.9
-"""Of the GPU's free memory, for weights and KV cache; the cache itself is bounded by max_forward_tokens."""
+"""Share of the GPU's free memory for weights and KV cache; max_forward_tokens bounds the cache."""
 
 LEAST_TOKENS: Final = 64
-"""The smallest KV cache that is made: what the check at the start runs has to fit."""
+"""Smallest KV cache, in tokens: the self-check at start has to fit."""
 
 
 class SGLangTarget:
@@ -39,10 +39,12 @@ class SGLangTarget:
     Raises ConfigError or TargetError when SGLang or the model cannot be used.
     """
 
+    settings: ClassVar[frozenset[str]] = frozenset({"tp", "memory_fraction", "attention_backend"})
+
     def __init__(self, config: TargetConfig) -> None:
         touch_points()
         dummy = config.load_format == "dummy"
-        source = resolve(config.model, need="shape" if dummy else "weights")
+        source = with_tokenizer(resolve(config.model, need="shape" if dummy else "weights"), config.tokenizer)
         place = pick_device(config.device)
         gpu = _place(place, config.tp)
         if config.num_layers and not dummy:
@@ -155,7 +157,7 @@ class SGLangTarget:
 
 
 def _place(place: torch.device, tp: int) -> int:
-    """The first GPU, whose tensors rank 0 holds; 0 on the CPU."""
+    """Index of the first GPU, which is rank 0's; 0 on the CPU."""
     if place.type != "cuda":
         if os.environ.get("SGLANG_USE_CPU_ENGINE") != "1":
             raise ConfigError(
@@ -178,7 +180,7 @@ def _context(config: dict[str, Any]) -> int:
 
 @contextlib.contextmanager
 def _explained(name: str, device: str) -> Iterator[None]:
-    """Turn what SGLang raises while it loads into one TargetError."""
+    """Turn SGLang's errors while it loads into one TargetError."""
     try:
         yield
     except torch.OutOfMemoryError as error:

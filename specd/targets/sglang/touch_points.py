@@ -1,4 +1,4 @@
-"""What is used of SGLang that is no documented API, with the versions that have it; looked up at the start."""
+"""The undocumented SGLang APIs in use, with the versions that have them; checked at start."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ import msgspec
 from specd.errors import ConfigError, missing_extra
 
 VERSIONS: Final = ((0, 5, 14), (0, 5, 15))
-"""The first and the last SGLang whose touch points are these; 0.5.14 is what is tested."""
+"""The first and the last SGLang with these touch points; 0.5.14 is tested."""
 
 
 class Touch(msgspec.Struct, frozen=True):
-    """One thing of SGLang that is no documented API. names: its parameters, fields or members that are used."""
+    """One undocumented SGLang API. names: its parameters, fields or members that are used."""
 
     module: str
     symbol: str
@@ -72,7 +72,7 @@ TOUCH_POINTS: Final = (
 
 
 def touch_points() -> dict[str, Any]:
-    """Everything of TOUCH_POINTS, by symbol.
+    """Import all TOUCH_POINTS; returns them by symbol.
 
     Raises ConfigError when SGLang is not installed, has another version, or has changed.
     """

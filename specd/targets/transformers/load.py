@@ -1,4 +1,4 @@
-"""Models and tokenizers of transformers, from a checkpoint or made up."""
+"""Models and tokenizers of transformers, from a checkpoint or with dummy weights."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from specd.errors import ConfigError, TargetError, first_line
 from specd.targets.digest import DUMMY_SEED
 from specd.targets.quiet import no_bars
-from specd.targets.source import Source, dummy_config, pick_device, pick_dtype, resolve
+from specd.targets.source import TOKENIZERS, Source, dummy_config, pick_device, pick_dtype, resolve
 
 if TYPE_CHECKING:
     import torch
@@ -108,8 +108,7 @@ def _as_config(config: dict[str, Any]) -> PretrainedConfig:
 
 
 def _has_tokenizer(source: Source) -> bool:
-    files = ("tokenizer.json", "tokenizer.model", "vocab.json")
-    return source.path is not None and any((source.path / name).is_file() for name in files)
+    return source.path is not None and any((source.path / name).is_file() for name in TOKENIZERS)
 
 
 def _read_tokenizer(source: Source) -> PreTrainedTokenizerBase:

@@ -24,7 +24,7 @@ class Packed:
     """How the tokens of one forward divide into sequences; travels as a keyword argument to every attention layer.
 
     bounds: where each sequence begins, and the end. offsets: the same on the GPU, if its varlen kernel is to be used.
-    seen: whether any attention layer looked.
+    seen: whether any attention layer used it.
     """
 
     __slots__ = ("bounds", "longest", "masks", "offsets", "seen")
@@ -113,6 +113,6 @@ def _varlen_attention() -> Callable[..., Any] | None:
     except ImportError:
         return None
     knows = inspect.signature(varlen_attn).parameters
-    if "enable_gqa" in knows:  # before it came, keys were shared by several queries without asking
+    if "enable_gqa" in knows:  # without it, grouped queries need no flag
         return functools.partial(varlen_attn, enable_gqa=True)
     return varlen_attn if "window_size" in knows else None

@@ -20,7 +20,7 @@ from specd.protocol.capture import CaptureSpec
 from specd.targets.artifacts import Artifacts
 from specd.targets.base import CaptureJob, Launched, check, slot_tensors
 from specd.targets.digest import dummy_digest, weights_digest
-from specd.targets.source import dummy_config, resolve
+from specd.targets.source import dummy_config, resolve, with_tokenizer
 from specd.targets.transformers.load import load_network
 from specd.targets.transformers.packed_attention import ATTENTION, Packed, packed_attention
 
@@ -39,7 +39,7 @@ class TransformersTarget:
 
     def __init__(self, config: TargetConfig) -> None:
         dummy = config.load_format == "dummy"
-        source = resolve(config.model, need="shape" if dummy else "weights")
+        source = with_tokenizer(resolve(config.model, need="shape" if dummy else "weights"), config.tokenizer)
         try:
             network = load_network(
                 source,

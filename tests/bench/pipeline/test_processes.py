@@ -1,4 +1,4 @@
-"""The pipeline benchmark's processes: whoever is first is heard first, and nobody is waited for twice."""
+"""The pipeline benchmark's processes: answers in the order they come, one wait for silence, errors with reasons."""
 
 from __future__ import annotations
 
@@ -9,13 +9,19 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import pytest
 
 from specd.bench.pipeline import processes
+from specd.bench.pipeline.defaults import defaults
 from specd.errors import DaemonError
+
+TINY = "synthetic:hidden=32,layers=8,vocab=64"
+SETTINGS = defaults(True, 1, TINY, {})
 
 
 @contextmanager
@@ -67,3 +73,10 @@ def test_one_that_answers_no_more_but_lives_is_not_waited_for(monkeypatch: pytes
         os.close(writes.pop())
         with pytest.raises(DaemonError, match=r"answers no more, and has not ended in 0\.1 s"):
             children[0].line()
+
+
+def test_a_daemon_that_does_not_come_up_is_an_error_with_its_reason(tmp_path: Path) -> None:
+    tmp_path.chmod(0o700)
+    config = msgspec.structs.replace(SETTINGS, model="synthetic:hidden=0").daemon("cpu", 4)
+    with pytest.raises(DaemonError, match="expected hidden ≥ 1"), processes.daemon(config, tmp_path / "d.sock"):
+        pass

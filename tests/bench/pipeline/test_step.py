@@ -1,10 +1,8 @@
-"""The trainer's side of the pipeline benchmark: drafts that train or sleep, shared gradients, the clock."""
+"""The trainer's side of the pipeline benchmark: steps that train or sleep, and the clock around them."""
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,16 +10,13 @@ import msgspec
 import pytest
 import torch
 
-from specd.bench.pipeline import origin_protocol as seed
-from specd.bench.pipeline.colocated import Reduction
 from specd.bench.pipeline.defaults import defaults
 from specd.bench.pipeline.rows import row_of
 from specd.bench.pipeline.settings import SleepConfig, batches
-from specd.bench.pipeline.step import SleepingDraft, TrainedDraft, clock, given, make_draft
+from specd.bench.pipeline.step import OptimizerStep, SleepingStep, clock, given, make_step
 from specd.client.subscriber import Subscriber
 from specd.config.settings import DaemonConfig, RingConfig, SubscriberConfig, TargetConfig
 from specd.daemon.serve import embedded
-from specd.drafts.dflash.objective import capture_spec
 from specd.metrics import Stats
 from specd.protocol.batch import Delivery
 from specd.protocol.capture import CaptureSpec
@@ -31,44 +26,17 @@ TINY = "synthetic:hidden=32,layers=8,vocab=64"
 SETTINGS = defaults(True, 1, TINY, {})
 
 
-def test_data_parallel_gradients_are_the_mean_of_all(tmp_path: Path) -> None:
-    found: dict[int, list[torch.Tensor]] = {}
-
-    def one(rank: int) -> None:
-        layer = torch.nn.Linear(3, 2)
-        with torch.no_grad():
-            layer.weight.fill_(0.5)
-        with seed.joined("gloo", str(tmp_path / "store"), rank, 2) as group:
-            reduction = Reduction(group, 2)
-            reduction.attach(list(layer.parameters()))
-            reduction.meet("cpu")
-            reduction.on = True
-            layer(torch.full((1, 3), float(1 + 2 * rank))).sum().backward()
-            reduction()
-            reduction.meet("cpu")
-            found[rank] = [p.grad.clone() for p in layer.parameters() if p.grad is not None]
-
-    threads = [threading.Thread(target=one, args=(rank,)) for rank in (0, 1)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(30)
-    for rank in (0, 1):
-        assert torch.equal(found[rank][0], torch.full((2, 3), 2.0))
-        assert torch.equal(found[rank][1], torch.ones(2))
-
-
 def test_a_real_draft_learns_on_given_states() -> None:
     target = load_target(TargetConfig(model=TINY))
     settings = msgspec.structs.replace(SETTINGS, draft="dflash")
-    draft = make_draft(settings, target.contract, lambda name: bytes(target.artifact(name)), "cpu")
-    assert isinstance(draft, TrainedDraft)
-    before = [parameter.detach().clone() for parameter in draft.parameters]
-    spec = capture_spec(settings.dflash, target.contract)
+    step = make_step(settings, target.contract, lambda name: bytes(target.artifact(name)), "cpu")
+    assert isinstance(step, OptimizerStep)
+    before = [parameter.detach().clone() for parameter in step.parameters]
+    spec = settings.capture(target.contract)
     taps = torch.randn(256, len(spec.taps), 32)
-    clocked = clock(given(batches(settings, "fixed", 64, 4, 1), taps), draft, 1)
+    clocked = clock(given(batches(settings, "fixed", 64, 4, 1), taps), step, 1)
     assert (len(clocked.seconds), clocked.samples, clocked.tokens) == (3, 12, 3 * 256)
-    changed = [not torch.equal(old, new) for old, new in zip(before, draft.parameters, strict=True)]
+    changed = [not torch.equal(old, new) for old, new in zip(before, step.parameters, strict=True)]
     assert all(changed)
 
 
@@ -97,7 +65,7 @@ def test_figures_are_those_of_the_batches_that_were_timed() -> None:
         link = SubscriberConfig(endpoints=(host.endpoint,), transport="inproc", depth=4)
         with Subscriber(link, CaptureSpec(taps=(1,), dtype="float32"), context=host.context) as subscriber:
             drawn = batches(SETTINGS, "fixed", 64, 10, 1)
-            clocked = clock(subscriber.stream(drawn), SleepingDraft(SleepConfig(ms=15), lambda: None), 6, True,
+            clocked = clock(subscriber.stream(drawn), SleepingStep(SleepConfig(ms=15), lambda: None), 6, True,
                             subscriber.stats)  # fmt: skip
     stats = clocked.stats
     assert (stats.batches, stats.nbytes) == (4, 4 * 256 * 32 * 4)
@@ -113,7 +81,7 @@ def test_without_overlap_a_step_ends_when_it_is_done(
     """The device comes to a point after each step; whether the last one is waited for, too, depends on the depth."""
     target = load_target(TargetConfig(model=TINY))
     settings = msgspec.structs.replace(SETTINGS, draft="dflash")
-    draft = make_draft(settings, target.contract, lambda name: bytes(target.artifact(name)), "cpu")
+    step = make_step(settings, target.contract, lambda name: bytes(target.artifact(name)), "cpu")
     points = iter(range(4))
     found: list[int] = []
 
@@ -122,5 +90,5 @@ def test_without_overlap_a_step_ends_when_it_is_done(
         return SimpleNamespace(synchronize=lambda: found.append(number))
 
     monkeypatch.setattr("specd.bench.pipeline.step.reached", reached)
-    clock(given(batches(settings, "fixed", 64, 4, 1), torch.randn(256, 3, 32)), draft, 1, overlap)
+    clock(given(batches(settings, "fixed", 64, 4, 1), torch.randn(256, 3, 32)), step, 1, overlap)
     assert found == waited

@@ -1,4 +1,4 @@
-"""Carrier: the worker answers each announcement with a file, which the trainer reads and removes. Slow and complete."""
+"""Carrier: the worker answers each RECV_READY with a file, which the trainer reads and removes. Slow and complete."""
 
 from __future__ import annotations
 
@@ -40,24 +40,25 @@ class CarrierServer:
     def accept(self, session: bytes, hello: bytes) -> bytes:
         if hello != b"carrier":
             raise TransportError(f"not a carrier hello: {hello[:20]!r}")
+        self.drop(session)
         self._sessions[session] = directory = tempfile.mkdtemp(dir=self._root)
-        offer = Offer(directory=directory, num_slots=self._arena.num_slots, slot_bytes=self._arena.slot_bytes)
-        return wrap(offer)
+        num_slots, slot_bytes = self._arena.num_slots, self._arena.slot_bytes
+        return wrap(Offer(directory=directory, num_slots=num_slots, slot_bytes=slot_bytes))
 
     def publish(self, session: bytes, ref: SlotRef) -> None:
         check_ref(ref, self._arena.num_slots, self._arena.slot_bytes)
         directory = self._sessions.get(session)
         if directory is None:
-            return
+            raise TransportError(f"session {session.hex()[:8]} was not accepted over carrier, or was dropped")
         import torch
 
         copy = torch.empty(ref.nbytes, dtype=torch.uint8)
-        name = Path(directory, f"{ref.slot}-{ref.generation}")
         try:
-            pull(self._arena, ref, copy, self._copier)
+            pull(self._arena, ref, copy, self._copier)  # looks at the generation before and after the copy
         except TransportError:
             copy = copy[:0]  # an empty file says that the slot is gone
-        part = name.with_suffix(f".{time.monotonic_ns()}")
+        name = Path(directory, f"{ref.slot}-{ref.generation}")
+        part = name.with_suffix(".part")
         part.write_bytes(copy.numpy().data)
         part.replace(name)
 
@@ -107,11 +108,14 @@ class CarrierClient:
 
 
 class Carrier:
-    """Registry entry of `carrier`."""
-
     traits: ClassVar[Traits] = Traits(
         memory=frozenset({"host"}), scope="host", one_sided=False, needs_recv_ready=True, abortable=True
     )
+
+    @staticmethod
+    def available(device: str) -> str | None:
+        root = tempfile.gettempdir()
+        return None if os.access(root, os.W_OK) else f"{root} cannot be written to"
 
     @staticmethod
     def server(arena: Arena, context: ServerContext) -> CarrierServer:

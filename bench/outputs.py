@@ -1,0 +1,33 @@
+"""Files that a benchmark writes: checked before minutes are spent on measuring, and replaced only when whole."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from specd.errors import ConfigError
+
+
+def check(option: str, path: Path) -> None:
+    """Raise ConfigError unless a file can be written at `path`. option: where the path comes from, as in `--save`."""
+    if not path.absolute().parent.is_dir():
+        raise ConfigError(f"{option} {str(path)!r}: its directory does not exist")
+    if path.is_dir():
+        raise ConfigError(f"{option} {str(path)!r}: it is a directory; name a file in it")
+    try:
+        _part(path).touch()
+        _part(path).unlink()
+    except OSError as error:
+        raise ConfigError(
+            f"{option} {str(path)!r}: it cannot be written ({error.strerror}); name another file"
+        ) from None
+
+
+def write(path: Path, content: bytes) -> None:
+    """Replace the file at `path` at once. Raises OSError."""
+    _part(path).write_bytes(content)
+    _part(path).replace(path)
+
+
+def _part(path: Path) -> Path:
+    """Where the content lies until it is whole."""
+    return path.with_name(f"{path.name}.part")

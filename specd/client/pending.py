@@ -1,0 +1,77 @@
+"""One batch in flight: where it is, whose credit it takes, and its lease."""
+
+from __future__ import annotations
+
+import enum
+from typing import Generic, TypeVar
+
+from specd.errors import SpecdError
+from specd.protocol.batch import Batch, Layout
+from specd.protocol.messages import Ready, Submit
+from specd.transports.base import SlotRef
+
+S = TypeVar("S")
+"""A session."""
+B = TypeVar("B")
+"""The bytes of a batch: a staging buffer, or the view of a borrowed slot."""
+
+
+class State(enum.Enum):
+    """Where a batch is."""
+
+    PENDING = "waits for a daemon"
+    SUBMITTED = "is being captured"
+    READY = "waits to be fetched"
+    FETCHING = "is being fetched"
+    FETCHED = "is here"
+    USED = "is being trained"
+    OVER = "is over"
+
+
+class Pending(Generic[S, B]):
+    """One batch in flight.
+
+    seq: its number, once it is added. daemon: whose credit it takes, by its place among the endpoints. session, ready:
+    its lease, and whose it is. announced: RECV_READY was sent for it. borrowed: its slot is read in place. dropped: it
+    is no longer wanted. buffer: its bytes while FETCHED or USED. error: why it never comes. fetch_s, forward_s: seconds
+    of its last transfer, and of its share of the target's forward.
+    """
+
+    __slots__ = (
+        "announced", "attempts", "batch", "borrowed", "buffer", "daemon", "dropped", "error", "fetch_s", "forward_s",
+        "identity", "layout", "ready", "seq", "session", "state",
+    )  # fmt: skip
+
+    def __init__(self, batch: Batch, identity: bytes, layout: Layout) -> None:
+        self.seq = 0
+        self.batch = batch
+        self.identity = identity
+        self.layout = layout
+        self.state = State.PENDING
+        self.attempts = 0
+        self.announced = self.borrowed = self.dropped = False
+        self.fetch_s = self.forward_s = 0.0
+        self.daemon: int | None = None
+        self.session: S | None = None
+        self.ready: Ready | None = None
+        self.buffer: B | None = None
+        self.error: SpecdError | None = None
+
+    def request(self, epoch: bytes) -> Submit:
+        """What asks a daemon for it."""
+        return Submit(
+            epoch=epoch,
+            seq=self.seq,
+            batch_id=self.identity,
+            tokens=self.batch.tokens.astype("<i4", copy=False).tobytes(),
+            lengths=self.batch.lengths.astype("<i4", copy=False).tobytes(),
+        )
+
+    @property
+    def ref(self) -> SlotRef:
+        """The leased slot it lies in."""
+        assert self.ready is not None
+        return SlotRef(self.ready.slot, self.ready.generation, self.layout.nbytes)
+
+    def __str__(self) -> str:
+        return f"batch {self.batch.index} of epoch {self.batch.epoch} (id {self.identity.hex()})"

@@ -1,0 +1,90 @@
+"""DFlash as the registry knows it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import ClassVar, cast
+
+import torch
+from torch import Tensor
+
+from specd.config.settings import CaptureConfig, Config
+from specd.drafts.base import TargetParts, Tuning, Workload
+from specd.drafts.dflash.drafter import DFlashDrafter
+from specd.drafts.dflash.export import ARCHITECTURE, load_draft
+from specd.drafts.dflash.model import DFlashDraft
+from specd.drafts.dflash.objective import DFlash
+from specd.drafts.dflash.settings import DFlashConfig
+from specd.drafts.dflash.workload import workload
+from specd.drafts.taps import spread_taps
+from specd.errors import ConfigError
+from specd.protocol.batch import Batch
+from specd.protocol.capture import DTYPE_BYTES, CaptureSpec, StateDtype
+from specd.protocol.contract import TargetContract
+
+
+class DFlashMethod:
+    """See `specd.drafts.base.Method`. An anchor is a label with another one right behind it."""
+
+    title: ClassVar[str] = "DFlash (arXiv 2602.06036)"
+    settings: ClassVar[type[Config]] = DFlashConfig
+    free: ClassVar[frozenset[str]] = frozenset({"attention", "loss_chunk"})
+    consecutive_labels: ClassVar[int] = 2
+    architectures: ClassVar[tuple[str, ...]] = (ARCHITECTURE,)
+
+    @staticmethod
+    def check(settings: DFlashConfig, target: str) -> None:
+        """Raise ConfigError where no mask token is known."""
+        if settings.mask_token_id < 0:
+            raise ConfigError(
+                f"no mask token is known for target {target!r}: give --set draft.mask_token_id=ID, the id of a token "
+                f"that it never writes, or --preset NAME for the recipe of a target with the same tokenizer"
+            )
+
+    @staticmethod
+    def capture_config(settings: DFlashConfig) -> CaptureConfig:
+        """Taps alone."""
+        return CaptureConfig(num_taps=settings.num_taps)
+
+    @staticmethod
+    def capture(settings: DFlashConfig, contract: TargetContract) -> CaptureSpec:
+        """Evenly spaced taps, in the target's dtype."""
+        dtype = cast(StateDtype, contract.dtype if contract.dtype in DTYPE_BYTES else "bfloat16")
+        return CaptureSpec(taps=spread_taps(contract.num_layers, settings.num_taps, contract.tap_layers), dtype=dtype)
+
+    @staticmethod
+    def objective(
+        settings: DFlashConfig,
+        target: TargetParts,
+        device: str | torch.device,
+        dtype: torch.dtype,
+        seed: int = 0,
+        tuning: Tuning | None = None,
+    ) -> DFlash:
+        """The draft that is trained."""
+        return DFlash(settings, target, device, dtype, seed, tuning)
+
+    @staticmethod
+    def load(path: Path) -> TrainedDFlash:
+        """Read a draft's directory."""
+        return TrainedDFlash(load_draft(path))
+
+    @staticmethod
+    def workload(objective: DFlash, batch: Batch) -> Workload:
+        """What a training step of `batch` costs."""
+        return workload(objective, batch)
+
+
+class TrainedDFlash:
+    """A DFlash draft that was read from its directory."""
+
+    def __init__(self, network: DFlashDraft) -> None:
+        self.network = network
+
+    def drafter(self, embedding: Tensor, lm_head: Tensor) -> DFlashDrafter:
+        """See Draft.drafter."""
+        return DFlashDrafter(self.network, embedding, lm_head)
+
+    def untrained(self, seed: int) -> TrainedDFlash:
+        """See Draft.untrained."""
+        return TrainedDFlash(DFlashDraft(self.network.shape, seed))

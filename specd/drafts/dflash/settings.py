@@ -1,0 +1,35 @@
+"""Settings of a DFlash draft."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from msgspec import Meta
+
+from specd.config.settings import AttentionKind, Config, NotNegative, Positive
+
+
+class DFlashConfig(Config, kw_only=True, frozen=True):
+    """The DFlash draft (arXiv 2602.06036).
+
+    loss_decay: γ of the position weights, 0 for none, −1 for the paper's choice.
+    block_size: tokens a block, its anchor included. num_anchors: blocks drawn from a sequence, at most.
+    loss_chunk: predictions whose logits exist at a time. attention: `flex` needs a GPU.
+    num_heads, num_kv_heads, head_dim, intermediate_size: 0 takes the target's.
+    mask_token_id: a token that the target never writes; −1 where no recipe names one, and then it has to be given.
+    sliding_window: 0 for full attention in every layer.
+    """
+
+    num_layers: Positive = 5
+    num_taps: Positive = 5
+    block_size: Annotated[int, Meta(ge=2)] = 16
+    num_anchors: Positive = 512
+    loss_decay: float = -1.0
+    mask_token_id: Annotated[int, Meta(ge=-1)] = -1
+    intermediate_size: NotNegative = 0
+    num_heads: NotNegative = 0
+    num_kv_heads: NotNegative = 0
+    head_dim: NotNegative = 0
+    sliding_window: NotNegative = 0
+    attention: AttentionKind = "auto"
+    loss_chunk: Positive = 1024

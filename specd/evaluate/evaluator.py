@@ -1,0 +1,91 @@
+"""Evaluation of an exported draft with its target, on held-out prompts."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Collection, Iterator
+from pathlib import Path
+from typing import Any
+
+from specd.data.chat import Chat, end_tokens, questions, turns
+from specd.data.rows import HELDOUT, read_rows
+from specd.drafts import registry
+from specd.evaluate.decode import evaluate, greedy
+from specd.evaluate.results import EvalFacts
+
+Progress = Callable[[str, int], contextlib.AbstractContextManager[Callable[[], None]]]
+"""From a title and the number of texts, a context that yields a callback for each finished text."""
+
+
+@contextlib.contextmanager
+def unseen(title: str, total: int) -> Iterator[Callable[[], None]]:
+    """A Progress that shows nothing."""
+    yield lambda: None
+
+
+def evaluate_draft(
+    draft: Path | str,
+    model: Any,
+    tokenizer: Any,
+    prompts: str = HELDOUT,
+    *,
+    name: str = "",
+    template: dict[str, Any] | None = None,
+    limit: int = 0,
+    max_new_tokens: int = 64,
+    untrained: int | None = None,
+    progress: Progress = unseen,
+) -> dict[str, EvalFacts]:
+    """Decode prompts with a draft and without it: acceptance length, and whether every output is identical.
+
+    draft: its directory. model, tokenizer: its target, a causal LM of transformers. prompts: conversations, as a file
+    or hub name; each first question is asked, the first `limit` of them, 0 for all. name: of the target, for the
+    record. template: variables of the chat template. untrained: the seed of its training, to decode with its initial
+    weights, too. Returns the results by name: `untrained` if asked for, `trained`.
+    Raises ConfigError for a draft that is not this target's, CheckpointError for a directory that holds none.
+    """
+    trained = registry.read(Path(draft))
+    drafts = {"untrained": trained.untrained(untrained)} if untrained is not None else {}
+    weights = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    drafters = {which: one.drafter(*weights) for which, one in (drafts | {"trained": trained}).items()}
+    asked = encode_prompts(prompts, Chat(tokenizer, template or {}), limit)
+    eos: Collection[int] = end_tokens(model, tokenizer)
+    # The same target texts prove both drafts.
+    with progress("target alone", len(asked)) as advance:
+        references = []
+        for prompt in asked:
+            references.append(greedy(model, prompt, max_new_tokens=max_new_tokens, eos=eos))
+            advance()
+    results: dict[str, EvalFacts] = {}
+    for which, drafter in drafters.items():
+        with progress(f"with the {which} draft", len(asked)) as advance:
+            result = evaluate(
+                model,
+                drafter,
+                asked,
+                max_new_tokens=max_new_tokens,
+                eos=eos,
+                references=references,
+                progress=lambda index, row, advance=advance: advance(),  # type: ignore[misc]
+            )
+        results[which] = EvalFacts(
+            model=name or str(getattr(model, "name_or_path", "")),
+            draft=str(draft),
+            untrained=which == "untrained",
+            block_size=drafter.block_size,
+            max_new_tokens=max_new_tokens,
+            source=prompts,
+            dtype=str(model.dtype).removeprefix("torch."),
+            result=result,
+        )
+    return results
+
+
+def encode_prompts(source: str, chat: Chat, limit: int) -> list[list[int]]:
+    """Token ids of the first question of each conversation in `source`, up to where the target begins its answer."""
+    tokenizer: Any = chat.tokenizer
+    texts = [
+        chat.render(questions(turns(row, where), where)[0], open_answer=True, tools=row.get("tools") or None)
+        for where, row in read_rows(source, limit=limit)
+    ]
+    return [list(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]

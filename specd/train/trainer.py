@@ -1,0 +1,261 @@
+"""The recipe: from settings and daemons to a trained, exported draft.
+
+    connect → what the target is → settings that follow from it → data → draft → loop → export
+
+Settings are checked as early as they can be: before a target is loaded or a transport attached.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Protocol
+
+import msgspec
+import torch
+import zmq
+from msgspec.structs import replace
+
+from specd.client.subscriber import Subscriber
+from specd.config.presets import run_config
+from specd.config.settings import Config, RunConfig
+from specd.data import dataset as datasets
+from specd.data.batching import Loader
+from specd.data.dataset import Dataset, prepare
+from specd.data.rows import DEMO
+from specd.drafts import registry
+from specd.drafts.base import Objective, TargetParts
+from specd.errors import ConfigError, TransportError
+from specd.memory import cuda
+from specd.paths import cache_dir
+from specd.protocol.capture import CaptureSpec
+from specd.protocol.contract import TargetContract
+from specd.train.checkpoint import Checkpoints
+from specd.train.directory import RunDirectory, RunFacts, identity, machine_facts, target_files, write_facts
+from specd.train.display import Display
+from specd.train.interrupt import Interrupt
+from specd.train.journal import read
+from specd.train.loop import train
+from specd.train.optimizer import total_steps
+from specd.train.tensorboard import Scalars
+from specd.transports.registry import WITHIN_PROCESS
+
+logger = logging.getLogger(__name__)
+
+Settle = Callable[[str], RunConfig]
+"""A run's settings, given the name of its target: recipes go by that name."""
+
+
+class LocalDaemon(Protocol):
+    """A daemon inside this process, as `specd.embedded` yields it."""
+
+    @property
+    def endpoint(self) -> str: ...
+
+    @property
+    def context(self) -> zmq.Context[zmq.Socket[bytes]]: ...
+
+
+class TrainedRun(NamedTuple):
+    """What a run left behind. steps: optimizer steps of its whole life."""
+
+    directory: Path
+    draft: Path
+    steps: int
+
+
+def train_draft(
+    config: RunConfig | Mapping[str, Any] | Settle,
+    *,
+    host: LocalDaemon | None = None,
+    resume: bool = False,
+    interrupt: Interrupt | None = None,
+    show: bool = False,
+) -> TrainedRun:
+    """Train a draft on the hidden states of `host` or of `config.subscriber`'s daemons, and export it to OUTPUT/draft.
+
+    config: the settings; as a mapping, on top of the recipe of the target's preset; or a function that gives them for
+    the target's name (then also called with an empty one, before a target is known: output, device and daemons must
+    not depend on it). resume: go on from the newest checkpoint. show: progress on the terminal.
+    Raises ConfigError for settings that cannot work; what `Subscriber`, `prepare` and `loop.train` raise.
+    """
+    settle = _settle(config)
+    first = settle("")
+    device = check(first, resume)
+    directory = output_of(first)
+    interrupt = interrupt or Interrupt()
+
+    def spec(contract: TargetContract) -> CaptureSpec:
+        known = settle(contract.model)
+        return registry.load(known.method).capture(check_recipe(known, contract.model), contract)
+
+    with contextlib.ExitStack() as stack:
+        link, context = first.subscriber, None
+        if host is not None:
+            link, context = replace(link, endpoints=(host.endpoint,), transport=WITHIN_PROCESS), host.context
+        name = directory.path.name
+        subscriber = stack.enter_context(Subscriber(link, spec, device=device, name=name, context=context))
+        contract = subscriber.contract
+        settled = _with_data(_with_dtype(settle(contract.model), device), contract.model)
+        draft = check_recipe(settled, contract.model)
+        method = registry.load(settled.method)
+        resume = resume and directory.has_checkpoint(settled.train.save_every)
+        if settled.train.threads:
+            torch.set_num_threads(settled.train.threads)
+        with tempfile.TemporaryDirectory(prefix="specd-target-") as scratch:
+            files = target_files(contract, subscriber.artifact, Path(scratch))
+            dataset = prepare(settled.data, Path(scratch), consecutive_labels=method.consecutive_labels)
+        loader = Loader(dataset, dataset.plan(settled.data, settled.train.seed), epochs=settled.train.epochs)
+        dtype: torch.dtype = getattr(torch, settled.train.dtype)
+        parts = _target_parts(subscriber, json.loads(files["config.json"]))
+        objective = method.objective(draft, parts, device, dtype, settled.train.seed)
+        own = identity(settled, draft, method.free, contract, dataset.digest)
+        checkpoints = Checkpoints(directory.checkpoints, own, settled.train.keep)
+        steps, done = total_steps(settled.train, loader.num_batches), checkpoints.step() if resume else 0
+        if not resume:
+            facts = _facts(settled, method.title, contract, dataset, objective, subscriber.stats().transports)
+            write_facts(directory.path, facts)
+        _warm_up(objective, getattr(torch, subscriber.spec.dtype), device)
+        sinks: list[Display | Scalars] = []
+        if show:
+            title = f"{settled.method} draft for {contract.model} → {directory.path}"
+            sinks.append(stack.enter_context(Display(title, done, steps, lambda: subscriber.stats().transports)))
+        sinks.append(stack.enter_context(Scalars(directory.tensorboard, done)))
+        train(
+            settled.train,
+            objective,
+            loader,
+            subscriber,
+            checkpoints,
+            directory.journal,
+            sinks=sinks,
+            interrupt=interrupt,
+            resume=resume,
+        )
+        with interrupt.shield():
+            objective.export(directory.draft, {name: data for name, data in files.items() if name != "config.json"})
+    return TrainedRun(directory.path, directory.draft, len(read(directory.journal)))
+
+
+def output_of(config: RunConfig) -> RunDirectory:
+    """The run's directory."""
+    return RunDirectory(Path(config.output or f"runs/{config.method}"))
+
+
+def check(config: RunConfig, resume: bool) -> str:
+    """See that a run can begin, whatever its target; returns its device.
+
+    Makes the output directory. Raises ConfigError or CheckpointError, DataError for data that is not there.
+    """
+    registry.settings(config.method, config.draft, "settings")
+    if config.data.path:
+        datasets.check(config.data)
+    device = _device(config.train.device)
+    output_of(config).open(resume)
+    return device
+
+
+def check_recipe(config: RunConfig, target: str) -> Config:
+    """The draft's own settings for a target. Raises ConfigError for what cannot work, before anything is loaded."""
+    draft = registry.settings(config.method, config.draft, "settings")
+    registry.load(config.method).check(draft, target)
+    datasets.check(config.data if config.data.path else replace(config.data, path=DEMO))
+    return draft
+
+
+def _settle(config: RunConfig | Mapping[str, Any] | Settle) -> Settle:
+    if isinstance(config, RunConfig):
+        return lambda target: config
+    return config if callable(config) else partial(run_config, config)
+
+
+def _device(asked: str) -> str:
+    """`auto` as a GPU where there is one, else cpu. Raises ConfigError for a device that this process lacks."""
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if asked == "auto" else asked
+    if device != "cpu":
+        try:
+            cuda.ordinal(device)
+        except TransportError as error:
+            raise ConfigError(f"train.device: {error}; use auto, cpu or cuda:N") from None
+    return device
+
+
+def _with_dtype(config: RunConfig, device: str) -> RunConfig:
+    """`config` with a dtype for `auto`: bfloat16 on a GPU and float32 on a CPU, where bfloat16 is emulated."""
+    if config.train.dtype != "auto":
+        return config
+    dtype: Literal["float32", "bfloat16"] = "float32" if device == "cpu" else "bfloat16"
+    return replace(config, train=replace(config.train, dtype=dtype))
+
+
+def _with_data(config: RunConfig, target: str) -> RunConfig:
+    """`config` with specd's own conversations where it names no data, and one line that says so."""
+    if config.data.path:
+        return config
+    logger.warning(
+        "no data given: training on the conversations that come with specd (%s), whose answers are not %s's own, so "
+        "this only shows the path; for a draft worth serving give --data FILE with answers of %s, as `specd data "
+        "regenerate --model %s --prompts FILE --output FILE` writes them",
+        DEMO, target, target, target,
+    )  # fmt: skip
+    return replace(config, data=replace(config.data, path=DEMO))
+
+
+def _target_parts(subscriber: Subscriber, config: dict[str, object]) -> TargetParts:
+    contract = subscriber.contract
+    embedding = subscriber.tensor("embedding")
+    tied = contract.artifacts["lm_head"].same_as == "embedding"
+    return TargetParts(contract, config, embedding, embedding if tied else subscriber.tensor("lm_head"))
+
+
+def _warm_up(objective: Objective, dtype: torch.dtype, device: str) -> None:
+    """Have the draft compile now, and say so where that takes a while; a second run finds the kernels in the cache."""
+    if device != "cpu":
+        kernels = os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_dir() / "kernels"))
+        logger.info("compiling the draft's step for %s: up to a minute, seconds once it is in %s", device, kernels)
+    began = time.perf_counter()
+    objective.warm_up(dtype)
+    if (took := time.perf_counter() - began) > 1.0:
+        logger.info("compiled in %.0f s", took)
+
+
+def _facts(
+    config: RunConfig,
+    title: str,
+    contract: TargetContract,
+    dataset: Dataset,
+    objective: Objective,
+    transports: dict[str, str],
+) -> RunFacts:
+    report = dataset.report
+    return RunFacts(
+        started=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
+        target={
+            "model": contract.model,
+            "layers": contract.num_layers,
+            "hidden size": contract.hidden_size,
+            "vocabulary": contract.vocab_size,
+            "dtype": contract.dtype,
+            "fingerprint": contract.fingerprint,
+        },
+        draft={"method": title, **objective.facts()},
+        data={
+            "path": config.data.path,
+            "samples": f"{report.samples:,}",
+            "tokens": f"{report.tokens:,}",
+            "trainable tokens": f"{report.trainable_tokens:,}",
+            "cut to max_length": report.cut,
+            "left out, without labels": report.without_labels,
+            "digest": dataset.digest,
+        },
+        transports=transports,
+        machine=machine_facts(),
+        config=msgspec.to_builtins(config),
+    )

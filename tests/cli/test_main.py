@@ -1,0 +1,87 @@
+"""The command line as a whole: help of every verb, one-line errors and exit codes, logging."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+import specd
+from specd.cli import doctor, main
+from specd.cli.main import app, run
+from specd.errors import ConfigError, DaemonError
+
+VERBS = (
+    ["start"],
+    ["status"],
+    ["stop"],
+    ["train", "dflash"],
+    ["eval"],
+    ["report"],
+    ["data", "regenerate"],
+    ["data", "show"],
+    ["data", "stats"],
+    ["doctor"],
+    ["bench", "transport"],
+    ["bench", "daemon"],
+    ["bench", "draft"],
+    ["bench", "pipeline"],
+    ["plan"],
+    ["demo"],
+)
+
+
+@pytest.mark.parametrize("verb", VERBS, ids=" ".join)
+def test_help_is_complete_and_has_an_example(verb: list[str]) -> None:
+    result = CliRunner().invoke(app, [*verb, "--help"], env={"COLUMNS": "300"})
+    assert result.exit_code == 0
+    assert f"specd {' '.join(verb)}" in result.output
+    assert re.search(r"[Ee]xamples?:", result.output)
+    command = typer.main.get_command(app)
+    for part in verb:  # the last word of `train dflash` is an argument
+        command = getattr(command, "commands", {part: command})[part]
+    undocumented = [option.name for option in command.params if not getattr(option, "help", "") and not option.hidden]  # type: ignore[attr-defined]
+    assert undocumented == []
+
+
+def test_help_groups_the_verbs() -> None:
+    text = CliRunner().invoke(app, ["--help"]).output
+    assert [text.index(panel) for panel in ("Serve", "Train", "Data", "Look")] == sorted(
+        text.index(panel) for panel in ("Serve", "Train", "Data", "Look")
+    )
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["--version"]) == 0
+    assert capsys.readouterr().out == f"specd {specd.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "code"), [(DaemonError("no daemon"), 1), (ConfigError("no such key"), 2), (KeyboardInterrupt(), 130)]
+)
+def test_errors_leave_as_one_line_and_a_code(
+    error: BaseException, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(doctor, "machine", fail)
+    assert run(["doctor"]) == code
+    expected = "" if isinstance(error, KeyboardInterrupt) else f"specd: error: {error}\n"
+    assert capsys.readouterr().err == expected
+
+
+def test_wrong_option_is_a_usage_error(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["status", "--endpiont", "x"]) == 2
+    assert "--endpiont" in capsys.readouterr().err
+
+
+def test_logging_is_set_up_once() -> None:
+    for _ in range(3):
+        main.log_to_stderr(logging.DEBUG)
+    logger = logging.getLogger("specd")
+    assert (len(logger.handlers), logger.level, os.environ["SPECD_LOG"]) == (1, logging.DEBUG, "DEBUG")

@@ -1,0 +1,50 @@
+"""Settings from the command line: which of a recipe, a file, flags and `--set` wins."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from specd.cli import settings
+from specd.config.settings import RunConfig, TargetConfig, TrainConfig
+from specd.errors import ConfigError
+
+
+def test_flags_win_over_the_file_and_settings_over_flags() -> None:
+    file = {"target": {"model": "smollm2-135m", "dtype": "float16"}, "ring": {"slots": 3, "slot_tokens": 77}}
+    flags = settings.given({"target": {"dtype": "bfloat16", "device": ""}, "ring": {"slots": 5}, "transports": []})
+    config = settings.daemon_config(file, flags, ["ring.slots=6", "target.threads=2"])
+    assert config.target.model == "smollm2-135m"
+    assert (config.target.dtype, config.target.threads, config.target.device) == ("bfloat16", 2, "auto")
+    assert (config.ring.slots, config.ring.slot_tokens) == (6, 77)
+    assert config.transports == ("auto",)
+
+
+def test_given_keeps_false_and_zero() -> None:
+    assert settings.given({"a": False, "b": 0, "c": None, "d": "", "e": {"f": []}}) == {"a": False, "b": 0}
+
+
+def test_a_recipe_goes_by_the_models_name_alone_or_is_asked_for(tmp_path: Path) -> None:
+    """A directory is never a preset, whatever it is called."""
+    named = {"target": {"model": "Qwen3-8B"}}
+    elsewhere = {"target": {"model": str(tmp_path / "Qwen3-8B")}}
+    recipe = settings.daemon_config({}, {"target": {"model": "smollm2-135m"}}, [])
+    assert (recipe.target.threads, recipe.ring.slot_tokens) == (1, 1024)
+    for asked in (named, elsewhere):
+        assert settings.daemon_config({}, asked, []).ring.slot_tokens == 4096
+    taken = settings.daemon_config({}, elsewhere, ["ring.slots=3"], preset="SmolLM2-135M")
+    assert (taken.target, taken.ring.slots, taken.ring.slot_tokens) == (
+        TargetConfig(model=elsewhere["target"]["model"], threads=1), 3, 1024,
+    )  # fmt: skip
+    with pytest.raises(ConfigError, match=r"preset 'gpt2': expected one of Qwen3-30B-A3B-FP8, Qwen3-4B"):
+        settings.daemon_config({}, named, [], preset="gpt2")
+
+
+def test_what_is_hosted_here_is_sized_for_the_draft() -> None:
+    run = RunConfig(method="dflash", draft={"num_taps": 3}, train=TrainConfig(device="cpu"))
+    daemon = settings.hosting_config(run, "smollm2-135m")
+    assert (daemon.capture.num_taps, daemon.capture.final, daemon.ring.slots) == (3, False, 4)
+    assert daemon.ring.slot_tokens == run.data.batch_tokens
+    with pytest.raises(ConfigError, match=r"settings: .*num_tabs"):
+        settings.hosting_config(RunConfig(method="dflash", draft={"num_tabs": 3}), "smollm2-135m")

@@ -1,0 +1,65 @@
+"""`specd start`: what it refuses, what it says when it is ready, and how it is detached."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+
+import pytest
+
+from daemons import REPORT, specd_command, synthetic
+from specd.cli import start
+from specd.cli.main import run
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "no target given"),
+        (["--model", "smollm2-135m", "--set", "ring.slot=4"], "unknown field `slot`"),
+        (["--model", "smollm2-135m", "--backend", "gguf"], "gguf"),
+        (["--model", "smollm2-135m", "--config", "/nowhere.yaml"], "/nowhere.yaml"),
+    ],
+)
+def test_start_refuses_wrong_settings(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["start", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_ready_line_says_where_what_and_how_much() -> None:
+    line = start.ready_line(REPORT)
+    assert "\n" not in line
+    for part in ("ipc:///tmp/x/daemon.sock", "tiny", "8 slots", "41,943,040 bytes", "40 MiB"):
+        assert part in line
+
+
+def test_resident_bytes_ignores_the_dead() -> None:
+    own = start.resident_bytes({os.getpid()})
+    assert own > 1 << 20
+    assert start.resident_bytes({1 << 30}) == 0
+
+
+def test_a_daemon_is_started_asked_and_stopped(endpoint: str) -> None:
+    begun = specd_command(*synthetic(endpoint))
+    assert begun.returncode == 0, begun.stderr
+    assert begun.stdout.count("\n") == 1
+    assert f"specd ready at {endpoint}" in begun.stdout
+    report = json.loads(specd_command("status", "--endpoint", endpoint, "--json").stdout)
+    assert report["state"] == "serving"
+    assert report["ring"]["num_slots"] == 4
+    refused = specd_command(*synthetic(endpoint))
+    assert refused.returncode == 1
+    assert re.fullmatch(r"specd: error: a daemon already owns .*\n", refused.stderr.splitlines(keepends=True)[-1])
+    ended = specd_command("stop", "--endpoint", endpoint)
+    assert ended.returncode == 0, ended.stderr
+    assert specd_command("status", "--endpoint", endpoint, "--timeout", "0.2").returncode == 1
+
+
+def test_detached_failure_reaches_the_terminal(endpoint: str) -> None:
+    result = specd_command(*synthetic(endpoint), "--set", "target.model=/no/such/directory")
+    assert result.returncode != 0
+    assert "/no/such/directory" in result.stderr
+    assert "Traceback" not in result.stderr

@@ -1,0 +1,37 @@
+"""DFlash as the registry knows it: the suite for drafts, and what it captures."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import msgspec
+import pytest
+
+from drafts import (
+    CONFIG,
+    CONTRACT,
+)
+from specd.config.settings import Config
+from specd.drafts.base import Method
+from specd.drafts.dflash.method import DFlashMethod
+from specd.drafts.dflash.settings import DFlashConfig
+from specd.drafts.suite import DraftConformance
+from specd.errors import ConfigError
+from specd.protocol.capture import CaptureSpec
+
+
+class TestDFlash(DraftConformance):
+    method: ClassVar[type[Method]] = DFlashMethod
+    settings: ClassVar[Config] = DFlashConfig(
+        num_layers=2, num_taps=3, block_size=4, num_anchors=5, loss_chunk=7, mask_token_id=3
+    )
+
+
+def test_capture_spec_follows_the_target() -> None:
+    assert DFlashMethod.capture(CONFIG, CONTRACT) == CaptureSpec(taps=(1, 3, 5), dtype="float32")
+    hybrid = msgspec.structs.replace(CONTRACT, tap_layers=(0, 2, 4, 5))
+    assert DFlashMethod.capture(CONFIG, hybrid).taps == (0, 4, 5)
+    quantised = msgspec.structs.replace(CONTRACT, dtype="float8_e4m3fn")
+    assert DFlashMethod.capture(CONFIG, quantised).dtype == "bfloat16"
+    with pytest.raises(ConfigError, match="ask for fewer"):
+        DFlashMethod.capture(msgspec.structs.replace(CONFIG, num_taps=9), CONTRACT)

@@ -1,0 +1,87 @@
+"""Evaluation of a draft's directory beside a target that is loaded already."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from chats import talk, write_rows, write_target
+from specd.drafts.dflash.export import save_draft
+from specd.drafts.dflash.model import DFlashDraft, draft_shape
+from specd.drafts.dflash.settings import DFlashConfig
+from specd.errors import CheckpointError, ConfigError
+from specd.evaluate.evaluator import evaluate_draft
+from specd.targets.transformers.load import load_causal_lm
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_target(tmp_path_factory.mktemp("target") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def target(directory: Path) -> tuple[Any, Any]:
+    return load_causal_lm(str(directory), dtype="float32", device="cpu")
+
+
+@pytest.fixture
+def draft(directory: Path, tmp_path: Path) -> Path:
+    """One that was trained from seed 3 without a step."""
+    config = DFlashConfig(num_layers=1, block_size=4, mask_token_id=2)
+    shape = draft_shape(config, json.loads((directory / "config.json").read_text()), (1, 2))
+    save_draft(DFlashDraft(shape, 3), tmp_path / "draft", dtype=torch.float32)
+    return tmp_path / "draft"
+
+
+def test_both_drafts_are_decoded_beside_the_same_texts(
+    target: tuple[Any, Any], draft: Path, directory: Path, tmp_path: Path
+) -> None:
+    prompts = write_rows(tmp_path / "asked.jsonl", *({"messages": talk(f"What is {i}?")} for i in range(3)))
+    done: dict[str, int] = {}
+
+    @contextlib.contextmanager
+    def count(title: str, total: int) -> Iterator[Callable[[], None]]:
+        assert total == 2
+        done[title] = 0
+
+        def advance() -> None:
+            done[title] += 1
+
+        yield advance
+
+    found = evaluate_draft(draft, *target, prompts, limit=2, max_new_tokens=8, untrained=3, progress=count)
+    assert done == {"target alone": 2, "with the untrained draft": 2, "with the trained draft": 2}
+    untrained, trained = found["untrained"], found["trained"]
+    assert (untrained.untrained, trained.untrained, trained.identical, trained.prompts) == (True, False, 2, 2)
+    assert (trained.model, trained.source, trained.dtype) == (str(directory), prompts, "float32")
+    times = {"tokens_per_s": 0, "greedy_tokens_per_s": 0, "prompts": ()}
+    same = [{**vars_of(facts.result), **times} for facts in (untrained, trained)]
+    assert same[0] == same[1], "no step was trained"
+    assert [*evaluate_draft(draft, *target, prompts, limit=1, max_new_tokens=4, name="mine")] == ["trained"]
+
+
+def vars_of(struct: Any) -> dict[str, Any]:
+    return {name: getattr(struct, name) for name in struct.__struct_fields__}
+
+
+def test_what_is_no_draft_of_this_target_is_refused(
+    target: tuple[Any, Any], draft: Path, directory: Path, tmp_path: Path
+) -> None:
+    prompts = write_rows(tmp_path / "asked.jsonl", {"messages": talk("Hi")})
+    with pytest.raises(CheckpointError, match="is no draft directory"):
+        evaluate_draft(tmp_path, *target, prompts)
+    config = json.loads((draft / "config.json").read_text())
+    (draft / "config.json").write_text(json.dumps(config | {"architectures": ["Eagle9"]}))
+    with pytest.raises(ConfigError, match=r"architectures is \['Eagle9'\], expected one of DFlashDraftModel"):
+        evaluate_draft(draft, *target, prompts)
+    other = json.loads((directory / "config.json").read_text()) | {"vocab_size": 50}
+    shape = draft_shape(DFlashConfig(num_layers=1, block_size=4, mask_token_id=2), other, (1, 2))
+    save_draft(DFlashDraft(shape, 3), draft, dtype=torch.float32)
+    with pytest.raises(ConfigError, match=r"vocabulary 50 .*evaluate it with its own target"):
+        evaluate_draft(draft, *target, prompts)

@@ -1,0 +1,52 @@
+"""Windows without threads, for tests: sessions and buffers that are mere tokens, and what daemons say of batches."""
+
+from __future__ import annotations
+
+from functools import cache
+
+from samples import batch
+from specd.client.effects import Effect
+from specd.client.pending import Pending
+from specd.client.window import Window
+from specd.protocol.batch import Batch, Layout, batch_id, slot_layout
+from specd.protocol.capture import CaptureSpec
+from specd.protocol.messages import Ready
+
+SPEC = CaptureSpec(taps=(1,), dtype="float32")
+
+
+class Token:
+    """A session or a buffer: nothing but its identity. name: for whoever reads a failure."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __repr__(self) -> str:
+        return self.name
+
+
+Item = Pending[Token, Token]
+Effects = list[Effect[Token, Token]]
+
+
+def make(num_daemons: int = 1, max_attempts: int = 3) -> Window[Token, Token]:
+    return Window([f"daemon-{place}" for place in range(num_daemons)], max_attempts)
+
+
+@cache
+def content(index: int) -> tuple[Batch, bytes, Layout]:
+    made = batch(index)
+    return made, batch_id("", SPEC, made.tokens, made.lengths), slot_layout(SPEC, 4, made.num_tokens)
+
+
+def item(index: int) -> Item:
+    """A batch that no window knows yet."""
+    return Pending(*content(index))
+
+
+def ready(pending: Item, lease: int, target_us: int = 0) -> Ready:
+    """What a daemon announces for a batch that it has been asked for: under a lease of its slot's number."""
+    return Ready(
+        epoch=b"e" * 16, seq=pending.seq, batch_id=pending.identity, lease=lease, slot=lease, generation=1,
+        layout=pending.layout, busy_slots=1, target_us=target_us,
+    )  # fmt: skip

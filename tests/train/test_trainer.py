@@ -1,0 +1,126 @@
+"""The recipe as a call: what it needs no settings for, what it refuses, and how early."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from chats import talk, write_rows, write_target
+from specd.cli.main import run
+from specd.config.settings import DaemonConfig, RingConfig, RunConfig, TargetConfig
+from specd.daemon.serve import Embedded, embedded
+from specd.data.rows import DEMO
+from specd.errors import CheckpointError, ConfigError, DataError
+from specd.train.trainer import train_draft
+
+DRAFT = {"mask_token_id": 2, "num_layers": 1, "num_taps": 2, "block_size": 4, "num_anchors": 4}
+TRAIN = {"max_steps": 2, "device": "cpu", "save_every": 0}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A target whose directory is called as a preset is."""
+    return write_target(tmp_path_factory.mktemp("targets") / "Qwen3-8B", num_layers=6)
+
+
+@pytest.fixture(scope="module")
+def host(model: Path) -> Iterator[Embedded]:
+    target = TargetConfig(model=str(model), device="cpu", threads=1)
+    with embedded(DaemonConfig(target=target, ring=RingConfig(slots=6, slot_tokens=3072))) as host:
+        yield host
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> dict[str, Any]:
+    """What a run needs beside its data."""
+    return {
+        "method": "dflash", "output": str(tmp_path / "run"), "draft": DRAFT, "train": TRAIN,
+        "data": {"cache_dir": str(tmp_path / "cache"), "max_samples": 40, "max_length": 512},
+    }  # fmt: skip
+
+
+def test_without_data_it_trains_on_the_conversations_that_come_along_and_says_so(
+    host: Embedded, model: Path, settings: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.WARNING, "specd.train.trainer")
+    done = train_draft(settings, host=host)
+    assert done.steps == 2
+    (said,) = [record.message for record in caplog.records if record.name == "specd.train.trainer"]
+    for part in (DEMO, f"not {model}'s own", "--data FILE", f"specd data regenerate --model {model}"):
+        assert part in said
+    assert "\n" not in said
+    facts = json.loads((done.directory / "run.json").read_bytes())
+    assert (facts["data"]["path"], facts["config"]["data"]["path"]) == (DEMO, DEMO)
+    assert facts["draft"]["method"].startswith("DFlash")
+
+
+def test_with_data_it_says_nothing_of_it(
+    host: Embedded, tmp_path: Path, settings: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    path = write_rows(tmp_path / "a.jsonl", *({"messages": talk("Hi", "Hello. " * 9)} for _ in range(9)))
+    settings["data"]["path"] = path
+    train_draft(settings, host=host)
+    assert not [record for record in caplog.records if record.name == "specd.train.trainer" and record.levelno > 20]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"draft": {**DRAFT, "mask_token_id": -1}}, r"no mask token is known.*draft\.mask_token_id=ID.*--preset NAME"),
+        ({"draft": {**DRAFT, "block_sise": 4}}, r"unknown field `block_sise` - at `\$\.draft`"),
+        ({"data": {"path": "no/such/file.jsonl"}}, "no data file at 'no/such/file.jsonl'"),
+        ({"data": {"max_length": 1}}, r"data\.max_length=1"),
+        ({"train": {**TRAIN, "device": "cuda:99"}}, r"train\.device"),
+        ({"method": "eagle9"}, "unknown draft method 'eagle9'"),
+    ],
+)
+def test_what_can_be_checked_is_before_a_transport_is_attached(
+    host: Embedded,
+    settings: dict[str, Any],
+    change: dict[str, Any],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("specd.client.handshake.load", lambda name: pytest.fail(f"{name} was attached"))
+    with pytest.raises((ConfigError, DataError), match=message):
+        train_draft(settings | change, host=host)
+    assert not any(Path(settings["output"]).parent.glob("run/*")), "nothing is begun"
+
+
+def test_and_before_a_target_is_loaded(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The directory's name picks no recipe, with whose mask token this would begin to load."""
+    monkeypatch.setattr("specd.daemon.serve.embedded", lambda settings: pytest.fail("it was loaded"))
+    command = ["train", "dflash", "--model", str(model), "--output", str(tmp_path / "run"), "--device", "cpu"]
+    assert run(command) == 2
+    assert f"no mask token is known for target '{model}'" in capsys.readouterr().err
+    assert run([*command, "--preset", "smollm2-135m", "--data", "missing.jsonl"]) == 1
+    assert "no data file at 'missing.jsonl'" in capsys.readouterr().err
+    assert run([*command, "--preset", "smollm3"]) == 2
+    assert "preset 'smollm3': expected one of Qwen3-30B-A3B-FP8" in capsys.readouterr().err
+
+
+def test_a_recipe_of_another_preset_is_taken_by_name(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = [
+        "--quiet", "train", "dflash", "--model", str(model), "--output", str(tmp_path / "run"), "--device", "cpu",
+        "--preset", "smollm2-135m", "--max-steps", "1", "--set", "data.max_samples=20", "--set", "draft.num_taps=2",
+    ]  # fmt: skip
+    assert run(command) == 0, capsys.readouterr().err
+    config = json.loads((tmp_path / "run" / "run.json").read_bytes())["config"]
+    assert (config["draft"]["mask_token_id"], config["draft"]["block_size"], config["data"]["path"]) == (9, 8, DEMO)
+
+
+def test_a_run_config_is_taken_as_it_is(host: Embedded, tmp_path: Path) -> None:
+    config = RunConfig(method="dflash", output=str(tmp_path / "run"))
+    with pytest.raises(ConfigError, match="no mask token is known"):
+        train_draft(config, host=host)
+    with pytest.raises(CheckpointError, match="holds no run to resume"):
+        train_draft(config, host=host, resume=True)

@@ -1,0 +1,125 @@
+"""The bulk socket of bytes: where it is bound, whom it is offered to, and the suite over TCP."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket as sockets
+from pathlib import Path
+
+import msgspec
+import pytest
+import torch
+
+from specd.errors import TransportError
+from specd.memory.arena import HostArena
+from specd.transports.base import ServerContext, SlotRef
+from specd.transports.bytes.client import BytesClient
+from specd.transports.bytes.server import Bytes
+from specd.transports.bytes.socket import BytesOffer, sweep
+from specd.transports.checks import unwrap, wrap
+from specd.transports.testing.hosts import Host, LocalHost
+from specd.transports.testing.suite import TransportConformance, holds
+
+
+class _OverTcp(BytesClient):
+    """A trainer that does not see the daemon's directory, as in a container that shares the network only."""
+
+    def attach(self, offer: bytes, deadline_s: float) -> None:
+        found = unwrap(offer, BytesOffer, "offer")
+        tcp = tuple(endpoint for endpoint in found.endpoints if endpoint.startswith("tcp://"))
+        super().attach(wrap(msgspec.structs.replace(found, endpoints=tcp)), deadline_s)
+
+
+class _BytesTcp(Bytes):
+    @staticmethod
+    def client(device: str) -> BytesClient:
+        return _OverTcp(device)
+
+
+class TestBytesTcp(TransportConformance):
+    transport = _BytesTcp
+
+    def host(self) -> Host:
+        return LocalHost(self.transport, self.num_slots, self.slot_bytes, tcp="127.0.0.1")
+
+
+def test_bytes_sweeps_dead_sockets_only(tmp_path: Path) -> None:
+    live = sockets.socket(sockets.AF_UNIX)
+    live.bind(str(tmp_path / "bulk-live.sock"))
+    live.listen()
+    os.utime(tmp_path / "bulk-live.sock", (0, 0))
+    for name in ("bulk-dead.sock", "other.sock", "bulk-young.sock"):
+        with sockets.socket(sockets.AF_UNIX) as dead:
+            dead.bind(str(tmp_path / name))
+        if name != "bulk-young.sock":
+            os.utime(tmp_path / name, (0, 0))
+    with live:
+        assert sweep(str(tmp_path)) == [str(tmp_path / "bulk-dead.sock")]
+
+
+@pytest.mark.parametrize(
+    ("where", "match"),
+    [
+        (ServerContext(), "nowhere to bind"),
+        (ServerContext(host="0.0.0.0"), "all interfaces"),
+        (ServerContext(host="[::]"), "all interfaces"),
+        (ServerContext(host="203.0.113.7"), "cannot bind"),
+        (ServerContext(directory="/nonexistent"), "cannot bind"),
+        (ServerContext(directory="/tmp/" + "x" * 100), "at most 107"),
+    ],
+)
+def test_bytes_says_why_it_cannot_bind(where: ServerContext, match: str) -> None:
+    with HostArena.create(1, 4096, None) as arena, pytest.raises(TransportError, match=match):
+        Bytes.server(arena, where)
+
+
+@pytest.mark.parametrize("device", ["cuda:63", "mps"])
+def test_bytes_client_refuses_a_device_that_is_not_here(device: str) -> None:
+    with pytest.raises(TransportError, match=f"device {device} "):
+        Bytes.client(device)
+
+
+@pytest.mark.usefixtures("ipv6")
+def test_bytes_over_ipv6() -> None:
+    with contextlib.closing(LocalHost(_BytesTcp, 1, 4096, tcp="::1")) as host:
+        client = _OverTcp("cpu")
+        offer = host.accept(b"one", client.hello())
+        assert "tcp://[::1]:" in unwrap(offer, BytesOffer, "offer").endpoints[-1]
+        client.attach(offer, 10.0)
+        host.fill(0, 1, b"six", 4096)
+        host.publish(b"one", SlotRef(0, 1, 4096))
+        into = torch.zeros(4096, dtype=torch.uint8)
+        client.fetch(SlotRef(0, 1, 4096), into, 10.0)
+        assert holds(into, b"six")
+        client.close()
+
+
+FAR = wrap({"host": "elsewhere"})
+"""The hello of a trainer on another host."""
+
+
+@pytest.mark.parametrize("tcp", ["", "127.0.0.1", "127.0.0.2", "localhost"])
+def test_bytes_sends_no_trainer_elsewhere_to_its_own_loopback(tcp: str) -> None:
+    with contextlib.closing(LocalHost(Bytes, 1, 4096, tcp=tcp)) as host:
+        with pytest.raises(TransportError, match=r"another host .* --endpoint tcp://ADDRESS:PORT"):
+            host.accept(b"far", FAR)
+        near = unwrap(host.accept(b"near", Bytes.client("cpu").hello()), BytesOffer, "offer")
+        assert [endpoint[:3] for endpoint in near.endpoints] == (["ipc", "tcp"] if tcp else ["ipc"])
+
+
+def test_bytes_offers_a_trainer_elsewhere_the_address_alone() -> None:
+    with sockets.socket(sockets.AF_INET, sockets.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("192.0.2.1", 9))  # sends nothing, and finds the interface that would
+        except OSError:
+            pytest.skip("needs a network interface beside loopback")
+        own = probe.getsockname()[0]
+    with contextlib.closing(LocalHost(Bytes, 1, 4096, tcp=own)) as host:
+        (endpoint,) = unwrap(host.accept(b"far", FAR), BytesOffer, "offer").endpoints
+        assert endpoint.startswith(f"tcp://{own}:")
+
+
+def test_bytes_serves_no_ledger_without_slots(tmp_path: Path) -> None:
+    with HostArena.create(1, 0, None) as ledger, pytest.raises(TransportError, match="host memory"):
+        Bytes.server(ledger, ServerContext(directory=str(tmp_path)))

@@ -1,0 +1,97 @@
+"""The conformance suite finds what it should: each fault of a transport fails the test that is for it."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+
+import pytest
+import torch
+
+from specd.transports.base import SlotRef
+from specd.transports.inproc import Inproc, InprocClient
+from specd.transports.testing.hosts import Host, LocalHost
+from specd.transports.testing.rig import Rig
+from specd.transports.testing.suite import TransportConformance
+
+
+class Flips(InprocClient):
+    """Delivers one wrong bit."""
+
+    def fetch(self, ref: SlotRef, into: torch.Tensor, deadline_s: float) -> None:
+        super().fetch(ref, into, deadline_s)
+        into[ref.nbytes - 1] ^= 1
+
+
+class Spills(InprocClient):
+    """Writes behind the bytes that were asked for."""
+
+    def fetch(self, ref: SlotRef, into: torch.Tensor, deadline_s: float) -> None:
+        super().fetch(ref, into, deadline_s)
+        into[ref.nbytes] = 0
+
+
+class Blind(InprocClient):
+    """Delivers whatever the slot holds."""
+
+    def fetch(self, ref: SlotRef, into: torch.Tensor, deadline_s: float) -> None:
+        super().fetch(ref._replace(generation=7), into, deadline_s)
+
+
+class Stays(InprocClient):
+    """Goes on after its close."""
+
+    def close(self) -> None:
+        pass
+
+
+class Litters(InprocClient):
+    """Leaves a thread behind."""
+
+    end = threading.Event()
+
+    def __init__(self) -> None:
+        super().__init__()
+        threading.Thread(target=self.end.wait, daemon=True).start()
+
+
+class Suite(TransportConformance):
+    __test__ = False
+
+    def __init__(self, client: type[InprocClient]) -> None:
+        class Faulty(Inproc):
+            @staticmethod
+            def client(device: str) -> InprocClient:
+                return client()
+
+        self.transport = Faulty  # type: ignore[misc]
+
+    def host(self) -> Host:
+        return LocalHost(self.transport, self.num_slots, self.slot_bytes)
+
+
+@pytest.mark.parametrize(
+    ("client", "test", "finding"),
+    [
+        (Flips, "test_bytes_are_exact_at_every_size", "1 bytes arrived wrong"),
+        (Spills, "test_part_of_a_slot_is_its_beginning", "wrote behind the destination"),
+        (Blind, "test_another_generation_is_refused", "DID NOT RAISE"),
+        (Stays, "test_close_is_idempotent_and_final", "DID NOT RAISE"),
+    ],
+)
+def test_a_fault_fails_the_test_that_is_for_it(client: type[InprocClient], test: str, finding: str) -> None:
+    sound, faulty = Suite(InprocClient), Suite(client)
+    with contextlib.closing(Rig(sound.transport, "cpu", sound.host())) as rig:
+        getattr(sound, test)(rig)
+    found = pytest.raises((AssertionError, pytest.fail.Exception), match=finding)
+    with contextlib.closing(Rig(faulty.transport, "cpu", faulty.host())) as rig, found:
+        getattr(faulty, test)(rig)
+
+
+def test_a_thread_that_is_left_behind_is_found() -> None:
+    Suite(InprocClient).test_nothing_is_left_behind()
+    try:
+        with pytest.raises(AssertionError, match="threads are left"):
+            Suite(Litters).test_nothing_is_left_behind()
+    finally:
+        Litters.end.set()
