@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import itertools
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import numpy as np
 
+from specd.bench.pipeline import processes
 from specd.config.settings import DaemonConfig, RingConfig, SubscriberConfig, TargetConfig
-from specd.errors import DaemonError
 from specd.protocol.batch import Batch
 from specd.protocol.capture import CaptureSpec
 
@@ -107,24 +107,14 @@ def _daemon(
     """A daemon on threads of this process for `inproc`, on processes of its own for every other transport."""
     from specd.daemon.serve import embedded
 
-    with ExitStack() as stack:
-        if transport == "inproc":
-            target = TargetConfig(model=model, exact=exact)
-            host = stack.enter_context(embedded(DaemonConfig(target=target, ring=RING)))
+    config = DaemonConfig(target=TargetConfig(model=model, exact=exact), ring=RING)
+    if transport == "inproc":
+        with embedded(config) as host:
             yield host.endpoint, host.context
-            return
-        directory = stack.enter_context(tempfile.TemporaryDirectory(prefix="specd-"))
-        endpoint = f"ipc://{directory}/d.sock"
-        command = [sys.executable, "-m", "specd", "--quiet", "start", "--model", model, "--endpoint", endpoint]
-        command += ["--slots", str(RING.slots), "--slot-tokens", str(RING.slot_tokens), "--transports", transport]
-        process = subprocess.Popen([*command, *(["--exact"] if exact else [])], stdout=subprocess.PIPE)
-        try:
-            assert process.stdout is not None
-            if not process.stdout.readline():
-                raise DaemonError(f"the daemon under test ended with exit code {process.wait()}")
-            yield endpoint, None
-        finally:
-            process.terminate()
-            process.wait()
-            assert process.stdout is not None
-            process.stdout.close()
+        return
+    config = msgspec.structs.replace(config, transports=(transport,))
+    with (
+        tempfile.TemporaryDirectory(prefix="specd-") as directory,
+        processes.daemon(config, Path(directory, "d.sock")) as endpoint,
+    ):
+        yield endpoint, None

@@ -28,6 +28,8 @@ from specd.protocol.contract import TargetContract
 from specd.train.optimizer import apply_gradients, make_optimizer
 
 CONTEXTS: Final = (1024, 3072, 10240)
+DEFAULTS: Final = {"loss_chunk": 2048}
+"""Settings of the one variant where none is given, as far as the method has them."""
 WARM_UP: Final = 3
 QWEN3_30B: Final[dict[str, Any]] = {
     "model_type": "qwen3_moe", "hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 48,
@@ -110,7 +112,8 @@ def run(
         least = method.consecutive_labels
         raise ConfigError(f"context of {short[0]} tokens: expected at least {least}, which {name} needs to predict one")
     known = dict(target or (QWEN3_30B if where.type == "cuda" else TINY))
-    ways = variants or {"default": Variant({"loss_chunk": 2048})}
+    own = method.settings.__struct_fields__
+    ways = variants or {"default": Variant({key: value for key, value in DEFAULTS.items() if key in own})}
     size, dtype = (8192, torch.bfloat16) if where.type == "cuda" else (256, torch.float32)
     ceilings = [matmul_tflop_per_s(size, where, dtype)]
     rows = []
@@ -212,9 +215,10 @@ class _Trained(NamedTuple):
     def states(self, tokens: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Random taps [T, n, H] and final states [T, H], as far as the draft wants them."""
         generator = torch.Generator(self.device).manual_seed(1)
+        dtype: torch.dtype = getattr(torch, self.spec.dtype)
 
         def random(*shape: int) -> torch.Tensor:
-            return torch.randn(shape, device=self.device, dtype=self.dtype, generator=generator)
+            return torch.randn(shape, device=self.device, dtype=dtype, generator=generator)
 
         taps = random(tokens, len(self.spec.taps), self.hidden) if self.spec.taps else None
         return taps, random(tokens, self.hidden) if self.spec.final else None

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from specd.memory import cuda
+from specd.train.directory import cpu_model
 
 CUPY = ("cupy-cuda13x", "cupy-cuda12x")
 
@@ -79,16 +80,6 @@ def driver() -> str:
         return subprocess.run(command, check=True, capture_output=True, text=True, timeout=10).stdout.split()[0]
     except (OSError, subprocess.SubprocessError, IndexError):
         return ""
-
-
-def cpu_model() -> str:
-    """The processor's name in /proc/cpuinfo, else its architecture."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return models[0] if models else platform.machine()
 
 
 def commit() -> str:

@@ -170,6 +170,9 @@ def pipeline(
 
 @app.command(epilog="Examples: `specd bench draft` · `specd bench draft --context 1024,10240 --json`")
 def draft(
+    method: Annotated[
+        str, typer.Option("--method", help=f"Which draft: {', '.join(registry.BUILTIN)}, or a plug-in's.")
+    ] = registry.DEFAULT,
     steps: Annotated[int | None, typer.Option(min=1, help="Optimizer steps timed.")] = None,
     context: Annotated[str, typer.Option(help="Context tokens of a batch, comma-separated.")] = "",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
@@ -179,7 +182,7 @@ def draft(
 
     from specd.bench.draft import render, run
 
-    asked: dict[str, Any] = {} if steps is None else {"steps": steps}
+    asked: dict[str, Any] = {"name": method} | ({} if steps is None else {"steps": steps})
     if contexts := [_whole(tokens, "--context") for tokens in _names(context)]:
         asked["context"] = contexts
     result = run(**asked)

@@ -25,7 +25,12 @@ BARS = 12
 BAR_WIDTH = 40
 
 Model = Annotated[str, typer.Option("--model", "-m", help="The target: preset, local directory or hub name.")]
-Source = Annotated[str, typer.Argument(help="JSONL, JSON, Parquet or hub name; else the preset's.", show_default=False)]
+Source = Annotated[
+    str,
+    typer.Argument(
+        help="JSONL, JSON, Parquet or hub name; else the recipe's, or what comes with specd.", show_default=False
+    ),
+]
 Preset = Annotated[str, typer.Option("--preset", help="Take this preset's recipe; else the target's own.")]
 Method = Annotated[str, typer.Option("--method", help="The draft whose training the samples are for.")]
 Settings = Annotated[
@@ -43,7 +48,10 @@ def regenerate(
     output: Annotated[Path, typer.Option("--output", "--out", "-o", help="The JSONL file to write.")],
     model: Model = "smollm2-135m",
     prompts: Annotated[
-        str, typer.Option("--prompts", "-p", help="Conversations: JSONL, JSON, Parquet or hub name; else the preset's.")
+        str,
+        typer.Option(
+            "--prompts", "-p", help="JSONL, JSON, Parquet or hub name; else the recipe's, or what comes with specd."
+        ),
     ] = "",
     split: Annotated[str, typer.Option(help="Split of a hub data set.")] = "train",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 64,
@@ -123,7 +131,7 @@ def show(
     from specd.data.chat import load_tokenizer
     from specd.data.dataset import sample, trainable
 
-    config = data_config(source, model, settings, preset=preset)
+    config = data_config(source, model, settings, method=method, preset=preset)
     needed = registry.load(method).consecutive_labels
     directory = _tokenizer_dir(model)
     tokens, mask = sample(config, directory, row)
@@ -163,7 +171,7 @@ def stats(
 
     from specd.data.dataset import prepare
 
-    config = data_config(source, model, settings, preset=preset)
+    config = data_config(source, model, settings, method=method, preset=preset)
     needed = registry.load(method).consecutive_labels
     dataset = prepare(config, _tokenizer_dir(model), consecutive_labels=needed)
     if as_json:

@@ -180,9 +180,15 @@ def _worked(found: type[transport.Transport], where: str) -> str:
 
 
 def check_backend(name: str) -> Finding:
-    """Whether a backend's package is installed; `synthetic` needs none."""
+    """Whether a backend's package is installed, or another package's backend can be imported."""
     if name == "synthetic":
         return Finding(name=name, kind="backend", works=True, note="made-up states, for tests and benchmarks")
+    if name not in targets.BUILTIN:
+        try:
+            targets.FAMILY.load(name)
+        except SpecdError as error:
+            return Finding(name=name, kind="backend", works=False, note=str(error))
+        return Finding(name=name, kind="backend", works=True, note="from another package, which was imported")
     version = _version(name)
     note = f"{name} {version}" if version else f"not installed; install it with: pip install 'specd[{name}]'"
     return Finding(name=name, kind="backend", works=bool(version), note=note)

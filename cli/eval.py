@@ -57,12 +57,12 @@ def evaluate(
     import msgspec
     from rich.console import Console
 
-    from specd.evaluate.evaluator import evaluate_draft
+    from specd.evaluate.evaluator import draft_directory, evaluate_draft
     from specd.evaluate.results import EVALS
     from specd.targets.transformers.load import load_causal_lm
     from specd.train.directory import FACTS, read_facts
 
-    directory = draft / "draft" if (draft / "draft" / "config.json").is_file() else draft
+    directory = draft_directory(draft)
     run = directory.parent if (directory.parent / FACTS).is_file() else None
     facts = read_facts(run) if run else None
     model = model or str(facts.target.get("model", "") if facts else "")
@@ -74,8 +74,6 @@ def evaluate(
     template = data_config(prompts, model, settings, run=used).template
     registry.read(directory)  # fail before the target is loaded
     target, tokenizer = load_causal_lm(model, dtype=dtype, device=device)
-    if tokenizer is None:
-        raise ConfigError(f"target {model!r} has no tokenizer: evaluation needs its chat template")
     console = Console(quiet=as_json)
     seed = int(facts.config["train"]["seed"]) if facts else 0
     results = evaluate_draft(

@@ -27,6 +27,13 @@ class Verbs(TyperGroup):
     def list_commands(self, ctx: Any) -> list[str]:
         return sorted(super().list_commands(ctx), key=self.ORDER.index)
 
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:  # of a verb that says nothing of its own
+            typer.echo("specd: interrupted", err=True)
+            raise typer.Exit(130) from None
+
 
 app = typer.Typer(
     name="specd",

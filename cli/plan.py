@@ -198,7 +198,7 @@ def _draft_rate(path: Path, steps: Sequence[StepRecord]) -> float:
 
 
 def render(found: Balance) -> list[RenderableType]:
-    """The balance for people: times, the layouts side by side, the verdict."""
+    """The balance for people: times, the placements side by side, the verdict."""
     from rich.table import Table
 
     work = found.work
@@ -213,9 +213,9 @@ def render(found: Balance) -> list[RenderableType]:
     placed = Table(box=None, padding=(0, 2, 0, 0))
     for head in ("daemons : trainers", "GPUs", "ms/batch", "samples/s", "GPU·s/sample", "hours", "GPU-hours"):
         placed.add_column(head, justify="left" if head == "daemons : trainers" else "right", no_wrap=True)
-    layouts = {layout.name: layout for layout in (found.one_to_one, found.balanced)}
-    for layout in (*layouts.values(), found.colocated, found.data_parallel):
-        placed.add_row(*_cells(layout))
+    placements = {placement.name: placement for placement in (found.one_to_one, found.balanced)}
+    for placement in (*placements.values(), found.colocated, found.data_parallel):
+        placed.add_row(*_cells(placement))
     needed = found.daemons_per_trainer
     per = f"{needed:.2f} daemons a trainer" if needed >= 1 else f"{1 / needed:.2f} trainers a daemon"
     ring = found.ring
@@ -229,14 +229,14 @@ def render(found: Balance) -> list[RenderableType]:
     return [times, "", placed, "", *facts]
 
 
-def _cells(layout: Placement) -> tuple[str, ...]:
-    sized = layout.hours > 0
+def _cells(placement: Placement) -> tuple[str, ...]:
+    sized = placement.hours > 0
     return (
-        layout.name,
-        str(layout.gpus),
-        f"{layout.batch_s * 1e3:,.2f}",
-        f"{layout.samples_per_s:,.2f}",
-        f"{layout.gpu_s_per_sample:,.4g}",
-        f"{layout.hours:,.2f}" if sized else "–",
-        f"{layout.gpu_hours:,.2f}" if sized else "–",
+        placement.name,
+        str(placement.gpus),
+        f"{placement.batch_s * 1e3:,.2f}",
+        f"{placement.samples_per_s:,.2f}",
+        f"{placement.gpu_s_per_sample:,.4g}",
+        f"{placement.hours:,.2f}" if sized else "–",
+        f"{placement.gpu_hours:,.2f}" if sized else "–",
     )

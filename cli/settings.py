@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
+
 from specd.config.load import convert, merge, overrides
 from specd.config.presets import recipe_of
 from specd.config.settings import DaemonConfig, DataConfig, RunConfig
+from specd.data.rows import DEMO
 from specd.drafts import registry
 from specd.errors import ConfigError
 from specd.targets import registry as targets
@@ -51,24 +54,29 @@ def hosting_config(run: RunConfig, model: str, *, preset: str = "") -> DaemonCon
     capture = registry.load(run.method).capture_config(draft)
     settings = {
         "target": {"device": run.train.device} | run.target | {"model": model},
-        "capture": {"num_taps": capture.num_taps, "final": capture.final},
+        "capture": {"num_taps": capture.num_taps, "final": capture.final, "dtype": capture.dtype},
         "ring": {"slots": run.subscriber.depth + 2, "slot_tokens": run.data.batch_tokens, "max_sessions": 1},
     }
     return daemon_config({}, settings, [], preset=preset, where="settings")
 
 
 def data_config(
-    source: str, model: str, settings: list[str] | None, *, preset: str = "", run: dict[str, Any] | None = None
+    source: str,
+    model: str,
+    settings: list[str] | None,
+    *,
+    method: str = registry.DEFAULT,
+    preset: str = "",
+    run: dict[str, Any] | None = None,
 ) -> DataConfig:
-    """The data section: that of a run or else the recipe's, then the source, then `--set`.
+    """The data section: that of a run or else the recipe's for `method`, then the source, then `--set`.
 
-    Raises ConfigError that names the key at fault, or when nothing names data.
+    Where nothing names data, as in training, it is the conversations that come with specd.
+    Raises ConfigError that names the key at fault.
     """
     recipe = recipe_of(preset, model)
     asked = overrides([text if text.startswith("data.") else f"data.{text}" for text in settings or []])
-    own = recipe.run.get(registry.DEFAULT, {}).get("data", {}) if recipe else {}
+    own = recipe.run.get(method, {}).get("data", {}) if recipe else {}
     base = merge(own if run is None else run, {"path": source} if source else {})
     config = convert(merge(base, asked.get("data", {})), DataConfig, "data")
-    if not config.path:
-        raise ConfigError(f"no recipe of model {model!r} names data: give a file or a hub name")
-    return config
+    return config if config.path else msgspec.structs.replace(config, path=DEMO)

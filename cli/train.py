@@ -11,9 +11,10 @@ import typer
 from specd.cli.settings import given, hosting_config
 from specd.config.load import load_yaml, merge, overrides
 from specd.config.presets import run_config
-from specd.config.settings import RunConfig
+from specd.config.settings import RunConfig, SubscriberConfig
 from specd.drafts import registry
 from specd.errors import ConfigError
+from specd.transports.registry import WITHIN_PROCESS
 
 if TYPE_CHECKING:
     from specd.train.trainer import LocalDaemon
@@ -55,7 +56,12 @@ def train(
         str, typer.Option("--preset", help="Take this preset's recipe; else the target's own.", rich_help_panel=RUN)
     ] = "",
     data: Annotated[
-        str, typer.Option("--data", help="JSONL, Parquet or hub name; else the recipe's.", rich_help_panel=RUN)
+        str,
+        typer.Option(
+            "--data",
+            help="JSONL, JSON, Parquet or hub name; else the recipe's, or what comes with specd.",
+            rich_help_panel=RUN,
+        ),
     ] = "",
     output: Annotated[
         str, typer.Option("--output", "-o", help="Run directory; else runs/METHOD.", rich_help_panel=RUN)
@@ -94,13 +100,13 @@ def train(
         raise ConfigError(f"settings: method={other!r}: expected {method!r}, as the command says; leave it out")
     if method not in registry.names():
         raise ConfigError(f"unknown draft method {method!r}; known here: {', '.join(registry.names())}")
-    if model and endpoint:
-        raise ConfigError(f"--model {model} hosts the target here, --endpoint {endpoint[0]} uses a daemon: give one")
 
     def settle(target: str) -> RunConfig:
         return run_config(asked, target or model, preset=preset)
 
     first = settle("")
+    if model:
+        _check_link(first.subscriber, model)
     if first.target and not model:
         raise ConfigError(
             f"settings: target={first.target}: expected none, as a daemon's target is configured by `specd start`; "
@@ -126,12 +132,25 @@ def train(
     typer.echo(f"next: specd eval --draft {done.draft} --untrained, then specd report {done.directory}")
 
 
+def _check_link(link: SubscriberConfig, model: str) -> None:
+    """Raise ConfigError for settings of a connection to a daemon, which hosting `model` here would ignore."""
+    if link.endpoints != SubscriberConfig().endpoints:
+        raise ConfigError(
+            f"--model {model} hosts the target here, --endpoint {link.endpoints[0]} uses a daemon: give one"
+        )
+    if link.transport not in ("auto", WITHIN_PROCESS):
+        raise ConfigError(
+            f"transport {link.transport!r}: expected auto or {WITHIN_PROCESS}, as --model {model} hosts the target "
+            f"here; leave it out, or give --endpoint of a daemon in place of --model"
+        )
+
+
 def _host(run: RunConfig, model: str, preset: str, resume: bool, stack: contextlib.ExitStack) -> LocalDaemon:
     """Check all settings, then host `model` in this process until `stack` closes."""
     from specd.daemon.serve import embedded
     from specd.train.trainer import check, check_recipe
 
     daemon = hosting_config(run, model, preset=preset)
-    check(run, resume)
     check_recipe(run, model)
+    check(run, resume)
     return stack.enter_context(embedded(daemon))

@@ -16,7 +16,7 @@ from specd.errors import ConfigError
 
 Side = Literal["target", "draft", "wire", "none"]
 MOST_PROCESSES = 8
-"""Layouts of up to 8 daemons and trainers together are compared."""
+"""Placements of up to 8 daemons and trainers together are compared."""
 EVEN = 0.02
 """Costs within 2 % of each other count as equal: below run-to-run noise."""
 
@@ -49,7 +49,7 @@ class Work(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 class Placement(msgspec.Struct, frozen=True, kw_only=True):
     """One way to place the work.
 
-    batch_s: seconds between two batches of the whole layout. gpu_s_per_sample: what a sample occupies, idle GPUs
+    batch_s: seconds between two batches of the whole placement. gpu_s_per_sample: what a sample occupies, idle GPUs
     included. hours, gpu_hours: of the whole training, 0 if its size is not known.
     """
 
@@ -65,7 +65,7 @@ class Placement(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class RingSize(msgspec.Struct, frozen=True, kw_only=True):
-    """The ring of one daemon in the balanced layout: `slots` batches of `slot_bytes` each."""
+    """The ring of one daemon in the balanced placement: `slots` batches of `slot_bytes` each."""
 
     slots: int
     slot_bytes: int
@@ -80,7 +80,7 @@ class Balance(msgspec.Struct, frozen=True, kw_only=True):
 
     target_s, draft_s, wire_s: of one batch, on one daemon, one trainer, one wire. starves: who waits when one daemon
     feeds one trainer: `draft` if the target is slower, `none` within 2 %; `wire` if both wait for the wire.
-    daemons_per_trainer: what balances the two. one_to_one: one daemon and one trainer. balanced: the smallest layout
+    daemons_per_trainer: what balances the two. one_to_one: one daemon and one trainer. balanced: the smallest placement
     within 2 % of the least GPU time a sample. colocated: on the GPUs of one daemon or trainer. data_parallel:
     co-located on as many GPUs as `balanced`. better: the one to take. why: in words.
     """
@@ -110,21 +110,21 @@ def balance(work: Work) -> Balance:
     wire_s = work.batch_tokens * work.bytes_per_token / (work.wire_gb_per_s * 1e9) if work.wire_gb_per_s else 0.0
     alone_s = work.batch_tokens / (work.colocated_target_tokens_per_s or work.target_tokens_per_s)
 
-    def layout(daemons: int, trainers: int) -> Placement:
+    def placement(daemons: int, trainers: int) -> Placement:
         batch_s = max(target_s / daemons, draft_s / trainers, wire_s / trainers)
         gpus = daemons * work.gpus_per_daemon + trainers * work.gpus_per_trainer
-        return _layout(work, f"{daemons} : {trainers}", daemons, trainers, gpus, batch_s)
+        return _placement(work, f"{daemons} : {trainers}", daemons, trainers, gpus, batch_s)
 
-    choices = [layout(d, t) for d in range(1, MOST_PROCESSES) for t in range(1, MOST_PROCESSES + 1 - d)]
+    choices = [placement(d, t) for d in range(1, MOST_PROCESSES) for t in range(1, MOST_PROCESSES + 1 - d)]
     least = min(choice.gpu_s_per_sample for choice in choices)
     # The smallest within noise of the best: a few per cent are not worth eight more GPUs.
     balanced = min((c for c in choices if c.gpu_s_per_sample <= least * (1 + EVEN)), key=lambda c: c.gpus)
     # Co-location at its best: no GPU idles, also where target and draft take different numbers of GPUs.
     needed_s = work.gpus_per_daemon * alone_s + work.gpus_per_trainer * draft_s
     group = max(work.gpus_per_daemon, work.gpus_per_trainer)
-    colocated = _layout(work, "co-located", 0, 1, group, needed_s / group)
+    colocated = _placement(work, "co-located", 0, 1, group, needed_s / group)
     replicas = balanced.gpus // group
-    parallel = _layout(work, f"co-located × {replicas}", 0, replicas, balanced.gpus, needed_s / balanced.gpus)
+    parallel = _placement(work, f"co-located × {replicas}", 0, replicas, balanced.gpus, needed_s / balanced.gpus)
     slower = max(target_s, draft_s)
     starves: Side = "none"
     if wire_s > slower * (1 + EVEN):
@@ -136,7 +136,7 @@ def balance(work: Work) -> Balance:
     if abs(gain) > EVEN:
         better = "disaggregated" if gain > 0 else "co-located"
     slot_bytes = math.ceil(work.batch_tokens * work.bytes_per_token / 4096) * 4096
-    under_way = math.ceil(balanced.trainers * (work.depth + 1) / balanced.daemons)
+    in_flight = math.ceil(balanced.trainers * (work.depth + 1) / balanced.daemons)
     return Balance(
         work=work,
         target_s=target_s,
@@ -146,8 +146,8 @@ def balance(work: Work) -> Balance:
         starves=starves,
         daemons_per_trainer=target_s / max(draft_s, wire_s),
         bytes_per_sample=round(work.bytes_per_token * (work.tokens_per_sample or work.batch_tokens)),
-        ring=RingSize(slots=max(under_way, balanced.trainers), slot_bytes=slot_bytes),
-        one_to_one=layout(1, 1),
+        ring=RingSize(slots=max(in_flight, balanced.trainers), slot_bytes=slot_bytes),
+        one_to_one=placement(1, 1),
         balanced=balanced,
         colocated=colocated,
         data_parallel=parallel,
@@ -156,7 +156,7 @@ def balance(work: Work) -> Balance:
     )
 
 
-def _layout(work: Work, name: str, daemons: int, trainers: int, gpus: int, batch_s: float) -> Placement:
+def _placement(work: Work, name: str, daemons: int, trainers: int, gpus: int, batch_s: float) -> Placement:
     samples_per_batch = work.batch_tokens / (work.tokens_per_sample or work.batch_tokens)
     samples_per_s = samples_per_batch / batch_s
     hours = work.samples * work.epochs / samples_per_s / 3600

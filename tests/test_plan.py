@@ -99,7 +99,7 @@ RATES = st.floats(10.0, 1e6)
 
 
 @given(target=RATES, draft=RATES, wire=st.sampled_from([0.0, 0.01, 1.0, 300.0]), gpus=st.integers(1, 4))
-def test_no_layout_beats_co_location_without_merging(target: float, draft: float, wire: float, gpus: int) -> None:
+def test_no_placement_beats_co_location_without_merging(target: float, draft: float, wire: float, gpus: int) -> None:
     found = balance(
         with_(target_tokens_per_s=target, draft_tokens_per_s=draft, wire_gb_per_s=wire, gpus_per_daemon=gpus)
     )

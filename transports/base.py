@@ -99,7 +99,8 @@ class Server(Protocol):
 class Client(Protocol):
     """The trainer's side. Built by `Transport.client(device)`, which raises TransportError when it cannot run here.
 
-    `hello` and `attach` run on the subscriber's I/O thread, `fetch` on its fetch thread.
+    A connecting thread opens and probes it (`hello`, `attach`, a few `fetch` or `view`); from then on the fetch thread
+    alone calls it, except for `Receiver.cancel`. `close` may come from either, or at the end from the trainer's.
     """
 
     def hello(self) -> bytes:
@@ -134,7 +135,7 @@ class Receiver(Client, Protocol):
         expected can be fetched once no expected one is left. A fetch that fails as `lost` loses all that are expected.
         """
 
-    def call_off(self) -> None:
+    def cancel(self) -> None:
         """Cancel all transfers, in flight or still to come: they fail, as `lost`. Returns at once.
 
         Called on any thread when the session is lost, because a transfer in flight need not notice that its peer died.

@@ -6,7 +6,7 @@ Both sides of `auto` ask `preferred`: the daemon for what it serves, the trainer
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from specd.errors import SpecdError, TransportError
@@ -34,6 +34,17 @@ def load(name: str) -> type[Transport]:
     if not isinstance(getattr(found, "traits", None), Traits) or not all(hasattr(found, part) for part in _PARTS):
         raise TransportError(f"transport {name!r} is {found!r}: expected a class with traits, {', '.join(_PARTS)}")
     return found  # type: ignore[no-any-return]
+
+
+@contextlib.contextmanager
+def failing_as_transport() -> Iterator[None]:
+    """Whatever a transport's own code raises in this block is a TransportError: a plug-in may raise anything."""
+    try:
+        yield
+    except SpecdError:
+        raise
+    except Exception as error:
+        raise TransportError(f"{type(error).__name__}: {error}") from error
 
 
 def known(wanted: Iterable[str]) -> dict[str, Traits]:

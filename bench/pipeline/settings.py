@@ -132,7 +132,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         target = {"model": self.model, "device": device, "max_forward_tokens": self.forward_tokens} | self.target
         asked = {
             "target": merge(recipe.target if recipe else {}, target),
-            "capture": {"num_taps": capture.num_taps, "final": capture.final},
+            "capture": {"num_taps": capture.num_taps, "final": capture.final, "dtype": capture.dtype},
             "ring": {"slots": slots, "slot_tokens": self.slot_tokens, "max_sessions": 1},
             "transports": list(self.transports),
         }

@@ -5,13 +5,12 @@ from __future__ import annotations
 import secrets
 from collections.abc import Mapping
 
-from specd import units
 from specd.bench.transport import wires
 from specd.bench.transport.hosts import Hosts
 from specd.bench.transport.lanes import DevicePair, Lane
 from specd.bench.transport.result import Auto
 from specd.bench.transport.served import Patterns
-from specd.client.handshake import LEAST_TIMED_BYTES, PROBE_BYTES, TIMED_BYTES, TIMED_TRIES
+from specd.client.handshake import LEAST_TIMED_BYTES, PROBE_BYTES, TIMED_BYTES, too_slow
 from specd.errors import TransportError
 from specd.transports.base import Traits
 from specd.transports.registry import choose, preferred
@@ -57,8 +56,4 @@ def probe(name: str, placement: DevicePair, hosts: Hosts, patterns: Patterns) ->
             return "the bytes that arrived are not the ones that were sent"
         if not floor or large < LEAST_TIMED_BYTES:
             return None
-        wire.one(large)  # the first one sets things up
-        best = max(large / wire.one(large) / 1e9 for _ in range(TIMED_TRIES))
-        if best >= floor:
-            return None
-        return f"it moves {units.size(large)} at {best:.2f} GB/s, and auto takes it from {floor:g} GB/s on"
+        return too_slow(wire.one, large, floor)

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import Final, NamedTuple
 
 from specd.errors import ConfigError, TransportError
 from specd.transports.base import Traits
 from specd.transports.registry import load
-
-if TYPE_CHECKING:
-    pass
 
 MIB: Final = 1 << 20
 WINDOW: Final = 4

@@ -31,7 +31,7 @@ class Patterns:
 
     @staticmethod
     def filled(slot: int, slot_bytes: int) -> int:
-        """How many bytes of a slot are."""
+        """How many bytes of a slot are filled."""
         return slot_bytes if slot == 0 else min(slot_bytes, FILL_BYTES)
 
     def prepare(self, num_slots: int, slot_bytes: int) -> None:

@@ -70,7 +70,7 @@ class ArtifactReader:
                 if (left := limit - time.monotonic()) < 0:
                     raise DaemonError(f"artifact {name!r} did not come within {self._timeout_s:g} s")
                 asked = self._ask(fetches, asked)
-                self._lock.wait_for(lambda: len(self._chunks) == len(lengths), min(0.5, left))
+                self._lock.wait(min(0.5, left))
             found = dict(self._chunks)
             self._chunks.clear()
             return found

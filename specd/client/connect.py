@@ -10,7 +10,7 @@ import zmq
 
 from specd.client.guard import Guard
 from specd.client.handshake import Later, Session, Terms, open_session
-from specd.client.state import Link
+from specd.client.links import Link
 from specd.errors import TransportError
 from specd.memory.streams import on_device
 

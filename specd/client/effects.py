@@ -10,42 +10,42 @@ from specd.client.pending import B, Pending, S
 from specd.transports.base import SlotRef
 
 
-class Submit(msgspec.Struct, Generic[S, B], frozen=True):
+class SendSubmit(msgspec.Struct, Generic[S, B], frozen=True):
     """Send SUBMIT."""
 
     session: S
     pending: Pending[S, B]
 
 
-class Announce(msgspec.Struct, Generic[S], frozen=True):
+class SendRecvReady(msgspec.Struct, Generic[S], frozen=True):
     """Send RECV_READY."""
 
     session: S
     lease: int
 
 
-class Borrow(msgspec.Struct, Generic[S], frozen=True):
+class SendBorrow(msgspec.Struct, Generic[S], frozen=True):
     """Send BORROW, before there is a view."""
 
     session: S
     lease: int
 
 
-class Release(msgspec.Struct, Generic[S], frozen=True):
+class SendRelease(msgspec.Struct, Generic[S], frozen=True):
     """Send RELEASE."""
 
     session: S
     lease: int
 
 
-class HangUp(msgspec.Struct, Generic[S], frozen=True):
+class Abandon(msgspec.Struct, Generic[S], frozen=True):
     """End a session whose transport is lost, and open it anew."""
 
     session: S
     reason: str
 
 
-class Fetch(msgspec.Struct, Generic[S, B], frozen=True):
+class FetchSlot(msgspec.Struct, Generic[S, B], frozen=True):
     """Transfer a READY batch, or view its slot, behind those of earlier effects."""
 
     session: S
@@ -61,7 +61,7 @@ class Missed(msgspec.Struct, Generic[S, B], frozen=True):
 
 
 class Unborrow(msgspec.Struct, Generic[S], frozen=True):
-    """Drop the view of a borrowed slot that nobody has looked at."""
+    """Drop the view of a borrowed slot that was not taken."""
 
     session: S
 
@@ -81,12 +81,12 @@ class Return(msgspec.Struct, Generic[S, B], frozen=True):
 
 
 Effect = (
-    Submit[S, B]
-    | Announce[S]
-    | Borrow[S]
-    | Release[S]
-    | HangUp[S]
-    | Fetch[S, B]
+    SendSubmit[S, B]
+    | SendRecvReady[S]
+    | SendBorrow[S]
+    | SendRelease[S]
+    | Abandon[S]
+    | FetchSlot[S, B]
     | Missed[S, B]
     | Unborrow[S]
     | Recycle[B]

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import torch
 
 FETCH_S = 30.0
-"""Longest a single transfer may take before it is tried again."""
+"""Longest a single transfer may take before it is retried."""
 
 Item = Pending[Session, "torch.Tensor"]
 """A batch in flight, with the sessions and buffers of a running subscriber."""
@@ -84,7 +84,7 @@ class Fetcher:
         self._afterwards.do(after, work)
 
     def unborrow(self, session: Session) -> None:
-        """Drop a view that nobody has looked at."""
+        """Drop a view that was not taken."""
         self._work.put(partial(self._settle, session.client))
 
     def retire(self, session: Session) -> None:
@@ -93,7 +93,7 @@ class Fetcher:
         Cancel a Receiver's transfers: the fetch thread is serial, one dead daemon would block all.
         """
         if isinstance(session.client, Receiver):
-            session.client.call_off()
+            session.client.cancel()
         self._work.put(partial(self._retire, session.client))
 
     def stop(self) -> None:

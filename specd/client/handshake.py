@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, TypeVar, cast, overload
 
 import zmq
 
-from specd import endpoints
+from specd import endpoints, units
 from specd.client.ask import Context, dial
 from specd.errors import ProtocolError, RejectedError, TransportError
 from specd.memory import cuda
@@ -25,7 +25,7 @@ from specd.protocol.contract import TargetContract
 from specd.protocol.messages import Message
 from specd.transports.base import Borrower, Client, SlotRef, Traits
 from specd.transports.checks import pattern
-from specd.transports.registry import Choice, choose, known, load
+from specd.transports.registry import Choice, choose, failing_as_transport, known, load
 
 log = logging.getLogger(__name__)
 
@@ -97,6 +97,17 @@ def open_session(context: Context, endpoint: str, terms: Terms, pause: Callable[
     except BaseException:
         handshake.give_up()
         raise
+
+
+def too_slow(transfer: Callable[[int], float], nbytes: int, floor_gb_s: float) -> str | None:
+    """Why a transport is too slow for `auto`, or None. transfer: moves so many bytes, and returns the seconds."""
+    transfer(nbytes)  # the first one sets things up
+    best = 0.0
+    for _ in range(TIMED_TRIES):
+        best = max(best, nbytes / transfer(nbytes) / 1e9)
+        if best >= floor_gb_s:
+            return None
+    return f"it moves {units.size(nbytes)} at {best:.2f} GB/s, and auto takes it from {floor_gb_s:g} GB/s on"
 
 
 def _hang_up(socket: zmq.Socket[bytes], epoch: bytes) -> None:
@@ -198,32 +209,25 @@ class _Handshake:
             transport = load(name)
             self._traits = traits = transport.traits
             if self._terms.borrow and not traits.borrow:
-                return "it cannot lend slots in place (subscriber.borrow): use cuda_ipc on the target's own GPU"
-            self._client = client = transport.client(self._terms.device)
-            attach = wire.Attach(epoch=self._welcome.epoch, transport=name, hello=client.hello())
+                return "it cannot lend slots in place (subscriber.borrow)"
+            with failing_as_transport():
+                self._client = client = transport.client(self._terms.device)
+                hello = client.hello()
+            attach = wire.Attach(epoch=self._welcome.epoch, transport=name, hello=hello)
             answer = self._ask(attach, wire.Offer, wire.Refuse)
             if isinstance(answer, wire.Refuse):
                 return answer.reason
-            client.attach(answer.offer, STEP_S)
+            with failing_as_transport():
+                client.attach(answer.offer, STEP_S)
             slot_bytes = self._welcome.ring.slot_bytes
             self._transfer(min(PROBE_BYTES, slot_bytes))
             timed = self._terms.transport == "auto" and not self._terms.borrow and slot_bytes >= LEAST_TIMED_BYTES
-            return self._time(min(TIMED_BYTES, slot_bytes), traits.floor_gb_s) if timed and traits.floor_gb_s else None
+            large = min(TIMED_BYTES, slot_bytes)
+            return too_slow(self._transfer, large, traits.floor_gb_s) if timed and traits.floor_gb_s else None
         except TransportError as error:
             # What failed because the session is over says nothing about the transport: then this raises Later.
             self._ask(wire.Renew(epoch=self._welcome.epoch), wire.Renewed)
             return str(error)
-
-    def _time(self, nbytes: int, floor_gb_s: float) -> str | None:
-        """Why the transport is too slow, or None."""
-        self._transfer(nbytes)  # the first one sets things up
-        best = 0.0
-        for _ in range(TIMED_TRIES):
-            best = max(best, nbytes / self._transfer(nbytes) / 1e9)
-            if best >= floor_gb_s:
-                return None
-        size = nbytes / 2**20
-        return f"it moves {size:.0f} MiB at {best:.2f} GB/s, and `auto` takes it from {floor_gb_s:g} GB/s on"
 
     def _transfer(self, nbytes: int) -> float:
         """Bring a slot of pseudo-random bytes here, the way batches will come; returns the seconds it took.

@@ -6,7 +6,8 @@
     specd-fetch: begin, end, returned ────────────┘
 
 Each thread tells the window what happened, and carries out the effects that it returns before another thread may tell
-it something. Apart from that the training loop only waits.
+it something; `give_back` alone frees the lock in between, and no other effect depends on its own. Apart from that the
+training loop only waits.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ from specd.client.fetch import Fetcher, Item
 from specd.client.guard import Guard
 from specd.client.handshake import Session, Terms
 from specd.client.io import GONE, Closed, Lost, SocketLoop
+from specd.client.links import Link, Links
 from specd.client.pending import State
-from specd.client.state import Link, Links
 from specd.client.window import Window
 from specd.config.settings import SubscriberConfig
 from specd.endpoints import resolve_endpoint
@@ -186,17 +187,17 @@ class InFlight:
         """Do what the window wants done. after: when the training stream has read what is given back. With the lock."""
         for effect in todo:
             match effect:
-                case effects.Submit(session, pending):
+                case effects.SendSubmit(session, pending):
                     self._io.post(session, pending.request(session.epoch))
-                case effects.Release(session, lease):
+                case effects.SendRelease(session, lease):
                     self._io.post(session, wire.Release(epoch=session.epoch, lease=lease))
-                case effects.Announce(session, lease):
+                case effects.SendRecvReady(session, lease):
                     self._say(session, wire.RecvReady(epoch=session.epoch, lease=lease))
-                case effects.Borrow(session, lease):
+                case effects.SendBorrow(session, lease):
                     self._say(session, wire.Borrow(epoch=session.epoch, lease=lease))
-                case effects.HangUp(session, reason):
+                case effects.Abandon(session, reason):
                     self._io.abandon(session, reason)
-                case effects.Fetch(session, pending):
+                case effects.FetchSlot(session, pending):
                     self._fetcher.fetch(pending, session)
                 case effects.Missed(session, pending, reason):
                     log.warning("%s: %s did not arrive: %s", session.endpoint, pending, reason)
@@ -217,7 +218,7 @@ class InFlight:
 
     def _opened(self, link: Link, session: Session) -> bool:
         with self._lock:
-            if self._closing.is_set() or self._guard.error is not None:  # then the I/O loop may have ended
+            if self._closing.is_set() or self._io.ended:
                 return False
             if (first := self._links.session) is not None:  # two may have been met at the same moment
                 one, other = (each.welcome.contract.fingerprint for each in (first, session))

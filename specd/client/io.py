@@ -15,7 +15,7 @@ from zmq.utils.monitor import recv_monitor_message
 
 from specd.client.guard import Guard
 from specd.client.handshake import Session
-from specd.client.state import Link, Links
+from specd.client.links import Link, Links
 from specd.errors import SpecdError
 from specd.protocol import messages as wire
 from specd.protocol.messages import Message
@@ -43,7 +43,8 @@ class SocketLoop:
     """Sends what is posted, renews leases, and hands on what comes.
 
     lock: held for all that is said of links. act: called with each message that came over a link or what became of its
-    session, on the loop's thread, with the lock held; it hangs up sessions that are over.
+    session, on the loop's thread, with the lock held; it hangs up sessions that are over. ended: whether it has hung up
+    all that were up, and would not hear of another.
     """
 
     def __init__(self, links: Links, lock: threading.Condition, act: Act, guard: Guard) -> None:
@@ -53,6 +54,7 @@ class SocketLoop:
         self._outbox: deque[tuple[Session, Message]] = deque()
         self._wake = os.eventfd(0, os.EFD_NONBLOCK)
         self._closing = threading.Event()
+        self.ended = False
         self._thread = guard.start("specd-io", self._run)
 
     def post(self, session: Session, message: Message) -> None:
@@ -101,6 +103,7 @@ class SocketLoop:
                 self._turn()
         finally:
             with self._lock:
+                self.ended = True
                 with contextlib.suppress(SpecdError):
                     self.flush()
                 for link in self._links:

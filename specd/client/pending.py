@@ -32,9 +32,10 @@ class Pending(Generic[S, B]):
     """One batch in flight.
 
     seq: its number, once it is added. daemon: whose credit it takes, by its place among the endpoints. session, ready:
-    its lease, and whose it is. announced: RECV_READY was sent for it. borrowed: its slot is read in place. dropped: it
-    is no longer wanted. buffer: its bytes while FETCHED or USED. error: why it never comes. fetch_s, forward_s: seconds
-    of its last transfer, and of its share of the target's forward.
+    whose lease it has, and the lease; a borrowed batch in use keeps both if the session is lost. announced: RECV_READY
+    was sent for it. borrowed: its slot is read in place. dropped: it is no longer wanted. buffer: its bytes while
+    FETCHED or USED. error: why it never comes. fetch_s, forward_s: seconds of its last transfer, and of its share of
+    the target's forward.
     """
 
     __slots__ = (

@@ -9,8 +9,8 @@ Batches leave it by `take` in the order they were added in, each exactly once, o
 A batch takes one credit of its daemon from SUBMITTED until its lease ends: when it is fetched or, if it is borrowed
 (its slot is read in place), when the training stream has read it. After every change, pending batches are submitted in
 order, each to the daemon with most room: credits minus the batches that take them. If none has room for the first
-batch, the last borrowed one that nobody has looked at is released and pending again, at no attempt's cost: batches
-that wait behind the first one must not hold the credit that it needs.
+batch, the last borrowed one that was not taken yet is released and retried, without counting an attempt: batches that
+wait behind the first one must not hold the credit that it needs.
 
 A lost session takes its leases along; its batches are retried, up to `max_attempts` submissions each. Two kinds stay: a
 transfer in flight verifies itself and decides, and a borrowed batch in use keeps its bytes.
@@ -180,11 +180,11 @@ class Window(Generic[S, B]):
         pending.forward_s = message.target_us / 1e6
         if daemon.borrow:
             pending.borrowed = True
-            self._todo.append(effects.Borrow(session, message.lease))
+            self._todo.append(effects.SendBorrow(session, message.lease))
         elif daemon.announce:
             pending.announced = True
-            self._todo.append(effects.Announce(session, message.lease))
-        self._todo.append(effects.Fetch(session, pending))
+            self._todo.append(effects.SendRecvReady(session, message.lease))
+        self._todo.append(effects.FetchSlot(session, pending))
         return self._settle()
 
     def failed(self, session: S, seq: int, reason: str) -> list[Effect[S, B]]:
@@ -199,7 +199,7 @@ class Window(Generic[S, B]):
     # Transfers
 
     def begin(self, pending: Pending[S, B], session: S) -> SlotRef | None:
-        """The transfer of a `Fetch` begins: from which slot; None if the batch is no longer READY in that session."""
+        """A `FetchSlot` begins: from which slot; None if the batch is no longer READY in that session."""
         if pending.state is not State.READY or pending.session is not session:
             return None
         pending.state = State.FETCHING
@@ -228,7 +228,7 @@ class Window(Generic[S, B]):
         assert pending.session is not None
         pending.fetch_s = took_s
         if lost and self._leased(pending):
-            self._todo.append(effects.HangUp(pending.session, reason))
+            self._todo.append(effects.Abandon(pending.session, reason))
             self._lose(pending.session, reason)
         self._miss(pending, reason)
         return self._settle()
@@ -249,7 +249,7 @@ class Window(Generic[S, B]):
             pending.daemon, pending.state = place, State.SUBMITTED
             pending.attempts += 1
             daemon.held[pending.seq] = pending
-            self._todo.append(effects.Submit(daemon.session, pending))
+            self._todo.append(effects.SendSubmit(daemon.session, pending))
         todo, self._todo = self._todo, []
         return todo
 
@@ -257,7 +257,7 @@ class Window(Generic[S, B]):
         return max(range(len(self._daemons)), key=lambda place: self._daemons[place].room)
 
     def _make_room(self) -> bool:
-        """Give the last borrowed batch back that nobody has looked at; False if there is none."""
+        """Give back the last borrowed batch that was not taken yet; False if there is none."""
         for pending in reversed(self._batches):
             if pending.state is State.FETCHED and pending.borrowed:
                 self._let_go(pending, State.PENDING)
@@ -271,7 +271,7 @@ class Window(Generic[S, B]):
             return
         daemon.session = None
         for pending in list(daemon.held.values()):
-            if pending.state is State.USED:  # there is nobody left to give it back to
+            if pending.state is State.USED:  # its lease ended with the session; its bytes stay mapped
                 del daemon.held[pending.seq]
                 pending.daemon = None
             elif pending.state is not State.FETCHING:
@@ -302,7 +302,7 @@ class Window(Generic[S, B]):
                 pending.buffer = None
                 self._todo.append(effects.Unborrow(session))
             if self._leased(pending):
-                self._todo.append(effects.Release(session, ready.lease))
+                self._todo.append(effects.SendRelease(session, ready.lease))
         if pending.daemon is not None:
             del self._daemons[pending.daemon].held[pending.seq]
         pending.daemon = pending.session = pending.ready = None

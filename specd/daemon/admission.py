@@ -94,13 +94,13 @@ def admit_probe(message: wire.Probe, session: bytes, ring: RingInfo) -> Request:
     return Request(message, identity, Layout(tensors=(), nbytes=message.nbytes))
 
 
-def check_fetch(message: wire.Fetch, contract: TargetContract, under_way: int) -> None:
+def check_fetch(message: wire.Fetch, contract: TargetContract, in_flight: int) -> None:
     """Raise ProtocolError unless the artifact exists and has those bytes.
 
-    under_way: unanswered reads of the same session, at most MAX_FETCHES.
+    in_flight: unanswered reads of the same session, at most MAX_FETCHES.
     """
-    if under_way >= limits.MAX_FETCHES:
-        raise ProtocolError(f"{under_way} artifact reads are in flight already: wait for their answers")
+    if in_flight >= limits.MAX_FETCHES:
+        raise ProtocolError(f"{in_flight} artifact reads are in flight already: wait for their answers")
     artifact = contract.artifacts.get(message.name)
     if artifact is None:
         raise ProtocolError(f"the target has no artifact {message.name!r}")

@@ -23,6 +23,15 @@ class Samples(Protocol):
     def loss_mask(self, i: int) -> NDArray[np.bool_]: ...
 
 
+def check_budget(batch_tokens: int, max_batch_sequences: int) -> None:
+    """Raise ConfigError for a budget of batches that nothing can meet."""
+    if batch_tokens < 1 or max_batch_sequences < 0:
+        raise ConfigError(
+            f"data.batch_tokens={batch_tokens}, data.max_batch_sequences={max_batch_sequences}: expected a budget "
+            f"of at least one token, and a limit of sequences or 0 for none"
+        )
+
+
 class BatchPlan:
     """Every epoch as batches of sample numbers: each sample exactly once an epoch, each batch within its budget.
 
@@ -43,11 +52,7 @@ class BatchPlan:
         self.batch_tokens, self.max_batch_sequences, self.seed = batch_tokens, max_batch_sequences, seed
         self._epochs: dict[int, list[tuple[int, ...]]] = {}
         self._counts: dict[int, int] = {}
-        if batch_tokens < 1 or max_batch_sequences < 0:
-            raise ConfigError(
-                f"data.batch_tokens={batch_tokens}, data.max_batch_sequences={max_batch_sequences}: expected a budget "
-                f"of at least one token, and a limit of sequences or 0 for none"
-            )
+        check_budget(batch_tokens, max_batch_sequences)
         if not self._lengths.size:
             raise ConfigError("no samples to make batches of; give data with at least one trainable sample")
         longest = int(self._lengths.argmax())

@@ -12,7 +12,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from specd.errors import DataError
+from specd.errors import DataError, first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -263,8 +263,10 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(directory, local_files_only=True)
     except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise DataError(f"no usable tokenizer in {str(directory)!r}: {reason}") from None
+        raise DataError(
+            f"no usable tokenizer in {str(directory)!r} ({first_line(error)}): conversations need the target's; "
+            f"put its tokenizer.json there, or start the target with --tokenizer DIR"
+        ) from None
     if not tokenizer.is_fast:
         raise DataError(
             f"the tokenizer in {str(directory)!r} gives no character offsets; convert it to a tokenizer.json"

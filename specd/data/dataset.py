@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from specd.config.settings import DataConfig
-from specd.data.batching import BatchPlan
+from specd.data.batching import BatchPlan, check_budget
 from specd.data.chat import Chat, Encoder, Rendered, load_tokenizer
 from specd.data.rows import Row, fingerprint, locate, read_rows
 from specd.errors import ConfigError, DataError
@@ -96,6 +96,7 @@ def check(config: DataConfig) -> None:
             f"data.max_length={config.max_length}, data.max_samples={config.max_samples}: expected a length of at "
             f"least 2 tokens, and a number of samples or 0 for all"
         )
+    check_budget(config.batch_tokens, config.max_batch_sequences)
     locate(config.path)
 
 

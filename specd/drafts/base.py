@@ -168,7 +168,7 @@ class Method(Protocol):
 
     @staticmethod
     def capture(settings: Any, contract: TargetContract) -> CaptureSpec:
-        """What has to be captured of that target. Raises ConfigError when it has too few layers."""
+        """What has to be captured of that target. Raises ConfigError for one that does not suit: too few layers."""
         ...
 
     @staticmethod

@@ -25,6 +25,8 @@ from specd.drafts.layers import Attend, KeyValue
 
 TILE = 128
 """Rows and columns of a tile of flex_attention's block mask."""
+INSTEAD = "draft.attention=sdpa trains without them, but slower"
+"""What a machine without a compiler is told."""
 
 Ints = NDArray[np.int64]
 
@@ -133,7 +135,7 @@ def flex_attention(layout: BlockLayout, device: torch.device, spread: bool = Tru
     sequences do not end in a few programs that are still busy.
     """
     masks = functools.cache(lambda window, copies: block_mask(layout, window, device, copies))
-    kernel = compiled(_flex) if device.type == "cuda" else _flex
+    kernel = compiled(_flex, INSTEAD) if device.type == "cuda" else _flex
     rows, context_rows = in_whole_tiles(len(layout.anchors) * layout.block_size), in_whole_tiles(layout.num_context)
 
     def attend(query: Tensor, block: KeyValue, context: KeyValue, window: int) -> Tensor:

@@ -15,11 +15,12 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 @functools.cache
-def compiled(function: Function) -> Function:
+def compiled(function: Function, instead: str) -> Function:
     """torch.compile of a function, once for all numbers of tokens and all layers of a shape.
 
     Kernels are chosen without timing them: another choice could round differently from one run to the next.
-    What it returns raises ConfigError where the function cannot be compiled on this machine.
+    What it returns raises ConfigError where the function cannot be compiled on this machine. instead: says there what
+    works without.
     """
     from torch._dynamo.exc import TorchDynamoException
     from torch._inductor import config
@@ -41,8 +42,8 @@ def compiled(function: Function) -> Function:
         except TorchDynamoException as error:
             reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
             raise ConfigError(
-                f"torch.compile cannot build the draft's kernels here ({reason}): it needs Triton and a C compiler; "
-                f"draft.attention=sdpa trains without them, but slower"
+                f"torch.compile cannot build the draft's kernels here ({reason}): it needs Triton and a C "
+                f"compiler; {instead}"
             ) from error
 
     return cast(Function, call)

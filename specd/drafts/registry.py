@@ -34,6 +34,12 @@ def load(name: str) -> type[Method]:
         raise ConfigError(
             f"draft method {name!r} is {found!r}, without {', '.join(lost)}; see specd.drafts.base.Method"
         )
+    kind, written = found.settings, found.architectures
+    if not (isinstance(kind, type) and issubclass(kind, Config) and _are_names(written, tuple)):
+        raise ConfigError(
+            f"draft method {name!r} has settings={kind!r} and architectures={written!r}: expected a subclass of "
+            f"specd.config.settings.Config and a tuple of names; see specd.drafts.base.Method"
+        )
     return found  # type: ignore[no-any-return]
 
 
@@ -57,6 +63,8 @@ def read(path: Path) -> Draft:
     if not isinstance(config, dict):
         raise CheckpointError(f"config.json in {str(path)!r} holds a {type(config).__name__}, expected an object")
     asked = config.get("architectures")
+    if isinstance(asked, list) and not _are_names(asked, list):
+        raise CheckpointError(f"config.json in {str(path)!r}: architectures is {asked!r}, expected a list of names")
     known: list[str] = []
     broken: list[str] = []
     for name in names():
@@ -72,6 +80,10 @@ def read(path: Path) -> Draft:
         f"draft {str(path)!r}: architectures is {asked!r}, expected one of {', '.join(known)}; no method here can run "
         f"this draft{''.join(broken)}"
     )
+
+
+def _are_names(found: object, kind: type[list[str]] | type[tuple[str, ...]]) -> bool:
+    return isinstance(found, kind) and all(isinstance(name, str) for name in found)
 
 
 @functools.cache

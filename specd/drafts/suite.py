@@ -88,7 +88,11 @@ class DraftConformance:
         spec = self.method.capture(self.settings, CONTRACT)
         assert spec.problem(LAYERS) is None
         sized = self.method.capture_config(self.settings)
-        assert (sized.num_taps, sized.final) == (len(spec.taps), spec.final), "slots would have another size"
+        for dtype in ("float32", "bfloat16"):
+            spec = self.method.capture(self.settings, msgspec.structs.replace(CONTRACT, dtype=dtype))
+            states = len(spec.taps), spec.final, spec.dtype
+            expected = sized.num_taps, sized.final, dtype if sized.dtype == "auto" else sized.dtype
+            assert expected == states, f"slots would have another size for a target in {dtype}"
 
     def test_its_settings_survive_a_file_and_name_what_may_change(self) -> None:
         assert msgspec.convert(msgspec.to_builtins(self.settings), self.method.settings) == self.settings

@@ -10,6 +10,7 @@ from typing import Any
 from specd.data.chat import Chat, end_tokens, questions, turns
 from specd.data.rows import HELDOUT, read_rows
 from specd.drafts import registry
+from specd.errors import ConfigError
 from specd.evaluate.decode import evaluate, greedy
 from specd.evaluate.results import EvalFacts
 
@@ -27,7 +28,7 @@ def evaluate_draft(
     draft: Path | str,
     model: Any,
     tokenizer: Any,
-    prompts: str = HELDOUT,
+    prompts: Path | str = HELDOUT,
     *,
     name: str = "",
     template: dict[str, Any] | None = None,
@@ -38,17 +39,26 @@ def evaluate_draft(
 ) -> dict[str, EvalFacts]:
     """Decode prompts with a draft and without it: acceptance length, and whether every output is identical.
 
-    draft: its directory. model, tokenizer: its target, a causal LM of transformers. prompts: conversations, as a file
-    or hub name; each first question is asked, the first `limit` of them, 0 for all. name: of the target, for the
-    record. template: variables of the chat template. untrained: the seed of its training, to decode with its initial
-    weights, too. Returns the results by name: `untrained` if asked for, `trained`.
-    Raises ConfigError for a draft that is not this target's, CheckpointError for a directory that holds none.
+    draft: its directory, or that of the run that exported it. model, tokenizer: its target, a causal LM of
+    transformers. prompts: conversations, as a file or hub name; each first question is asked, the first `limit` of
+    them, 0 for all. name: of the target, for the record. template: variables of the chat template. untrained: the seed
+    of its training, to decode with its initial weights, too. Returns the results by name: `untrained` if asked for,
+    `trained`.
+    Raises ConfigError for a draft that is not this target's, a target without a tokenizer or a limit below 0,
+    CheckpointError for a directory that holds no draft.
     """
-    trained = registry.read(Path(draft))
+    name, source, directory = name or str(getattr(model, "name_or_path", "")), str(prompts), draft_directory(draft)
+    if tokenizer is None:
+        raise ConfigError(
+            f"target {name!r} has no tokenizer: evaluation needs its chat template; add its tokenizer files"
+        )
+    if limit < 0:
+        raise ConfigError(f"limit={limit}: expected a number of prompts, or 0 for all")
+    trained = registry.read(directory)
     drafts = {"untrained": trained.untrained(untrained)} if untrained is not None else {}
     weights = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     drafters = {which: one.drafter(*weights) for which, one in (drafts | {"trained": trained}).items()}
-    asked = encode_prompts(prompts, Chat(tokenizer, template or {}), limit)
+    asked = encode_prompts(source, Chat(tokenizer, template or {}), limit)
     eos: Collection[int] = end_tokens(model, tokenizer)
     # The same target texts prove both drafts.
     with progress("target alone", len(asked)) as advance:
@@ -69,16 +79,22 @@ def evaluate_draft(
                 progress=lambda index, row, advance=advance: advance(),  # type: ignore[misc]
             )
         results[which] = EvalFacts(
-            model=name or str(getattr(model, "name_or_path", "")),
-            draft=str(draft),
+            model=name,
+            draft=str(directory),
             untrained=which == "untrained",
             block_size=drafter.block_size,
             max_new_tokens=max_new_tokens,
-            source=prompts,
+            source=source,
             dtype=str(model.dtype).removeprefix("torch."),
             result=result,
         )
     return results
+
+
+def draft_directory(path: Path | str) -> Path:
+    """The directory of the draft that `path` means: `path` itself, or the one in it if it is a run's."""
+    inside = Path(path, "draft")
+    return inside if (inside / "config.json").is_file() else Path(path)
 
 
 def encode_prompts(source: str, chat: Chat, limit: int) -> list[list[int]]:

@@ -128,6 +128,7 @@ class EvalFacts(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def load_facts(path: Path, kind: type[T]) -> T:
+    """A JSON file of a run, as `kind`. Raises CheckpointError when it is not there or damaged."""
     try:
         return msgspec.json.decode(path.read_bytes(), type=kind)
     except OSError as error:

@@ -174,7 +174,7 @@ class HostArena:
         except OSError as error:
             raise TransportError(
                 f"cannot open {path}: {error.strerror}; daemon and trainer must share {SHM_DIR} (same host, and the "
-                f"same IPC namespace in containers), else use --transport bytes"
+                f"same IPC namespace in containers)"
             ) from None
         try:
             facts = os.fstat(fd)

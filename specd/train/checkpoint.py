@@ -38,10 +38,6 @@ class Position(msgspec.Struct, frozen=True, kw_only=True):
     index: int = 0
 
 
-UNSETTLED = {("method", None), ("draft.mask_token_id", -1)}
-"""Old values that are not compared: 0.1.0 stored no method, and an unresolved mask token."""
-
-
 class Identity(msgspec.Struct, frozen=True, kw_only=True):
     """What must be equal on resume. target: the fingerprint. settings: flat `a.b` names and plain values."""
 
@@ -166,16 +162,21 @@ class Checkpoints:
         """The step of the newest complete checkpoint, 0 if there is none."""
         return max((step for step, _ in self._complete()), default=0)
 
+    def compare(self, path: Path) -> _Manifest:
+        """The state of a checkpoint. Raises CheckpointError when another target, draft or data plan made it."""
+        state = _state(path)
+        if state is None:
+            raise CheckpointError(f"{path} is no complete checkpoint: delete it and --resume from the one before")
+        _compare(path, state.identity, self.identity)
+        return state
+
     def restore(self, path: Path, module: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Position:
         """Load a checkpoint into `module`, `optimizer` and the global random generators; return its position.
 
         Raises CheckpointError, before anything is changed, when it is corrupt or belongs to another target, draft or
         data plan; the message names what differs.
         """
-        state = _state(path)
-        if state is None:
-            raise CheckpointError(f"{path} is no complete checkpoint: delete it and --resume from the one before")
-        _compare(path, state.identity, self.identity)
+        state = self.compare(path)
         for name, file in state.files.items():
             if _crc32(path / name) != file.crc32:
                 raise CheckpointError(
@@ -229,10 +230,15 @@ def _compare(path: Path, old: Identity, new: Identity) -> None:
         )
     # Through JSON, so that tuples and lists of the same values are equal.
     now = msgspec.json.decode(msgspec.json.encode(new.settings))
+    keys = old.settings.keys() | now.keys()
+    if "method" not in old.settings:
+        # Made by specd 0.1.0: DFlash was its only method, and the -1 of a mask token that its recipe chose is all that
+        # it stored of it, so that one cannot be compared.
+        keys -= {"method", "draft.mask_token_id"} if old.settings.get("draft.mask_token_id") == -1 else {"method"}
     changed = [
         f"{key} was {old.settings.get(key)!r}, is {now.get(key)!r}"
-        for key in sorted(old.settings.keys() | now.keys())
-        if old.settings.get(key) != now.get(key) and (key, old.settings.get(key)) not in UNSETTLED
+        for key in sorted(keys)
+        if old.settings.get(key) != now.get(key)
     ]
     if changed:
         raise CheckpointError(

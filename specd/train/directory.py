@@ -71,10 +71,11 @@ class RunDirectory:
         """Whether it holds a run."""
         return (self.path / FACTS).is_file()
 
-    def open(self, resume: bool) -> None:
-        """Make an empty directory for a new run, or check that there is a run to resume.
+    def check(self, resume: bool) -> None:
+        """See that a new run can begin here, or that there is a run to resume.
 
-        Raises ConfigError when a new run would overwrite something, CheckpointError when there is nothing to resume.
+        Raises ConfigError when a new run would overwrite something or may not write, CheckpointError when there is
+        nothing to resume.
         """
         if resume:
             if not self.begun:
@@ -85,6 +86,14 @@ class RunDirectory:
             raise ConfigError(
                 f"output {str(self.path)!r} exists and is not empty: {remedy}choose another --output, or remove it"
             )
+        above = next(path for path in (self.path, *self.path.absolute().parents) if path.exists())
+        if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+            why = "may not be written to" if above.is_dir() else "is a file"
+            raise ConfigError(f"cannot make output {str(self.path)!r}: {str(above)!r} {why}; choose another --output")
+
+    def open(self, resume: bool) -> None:
+        """Make the directory of a new run, after `check`, which see."""
+        self.check(resume)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -156,7 +165,7 @@ def machine_facts() -> dict[str, str]:
     import torch
 
     facts = {
-        "processor": f"{_processor()}, {len(os.sched_getaffinity(0))} cores usable",
+        "processor": f"{cpu_model()}, {len(os.sched_getaffinity(0))} cores usable",
         "memory": f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.1f} GiB",
         "GPU": ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())) or "none",
         "system": f"{platform.system()} {platform.release()}, Python {platform.python_version()}",
@@ -165,13 +174,14 @@ def machine_facts() -> dict[str, str]:
     return facts | {name: importlib.metadata.version(name) for name in ("torch", "transformers", "pyzmq")}
 
 
-def _processor() -> str:
+def cpu_model() -> str:
+    """The processor's name in /proc/cpuinfo, else its architecture."""
     try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
-        names = []
-    return names[0] if names else platform.machine()
+        lines = []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return models[0] if models else platform.machine()
 
 
 def write_facts(run: Path, facts: RunFacts) -> None:

@@ -291,7 +291,8 @@ def train(
                             run.step(window)
                         window = _StepBatches(run.device)
                 except torch.OutOfMemoryError as error:
-                    raise _out_of_memory(run.position.step + 1, delivery.batch, error) from None
+                    what = _no_memory(run.position.step + 1, delivery.batch)
+                    raise out_of_memory(what, error, "continue with --resume where more is free") from None
             if left > 0:
                 raise BatchError(
                     f"the stream ended {left} batches early, after step {run.position.step}: plan and source disagree"
@@ -311,10 +312,16 @@ def _not_finite(step: int, what: str, batches: Sequence[TrainedBatch]) -> SpecdE
     )
 
 
-def _out_of_memory(step: int, batch: Batch, error: torch.OutOfMemoryError) -> SpecdError:
+def out_of_memory(what: str, error: torch.OutOfMemoryError, remedy: str) -> SpecdError:
+    """The error of a run that needs more memory than there is. what: it is missing for. remedy: for the same run."""
     return SpecdError(
+        f"{what}: {error}; {remedy}, or start a new run with a limit in data.max_batch_sequences, a smaller "
+        f"data.batch_tokens or a smaller draft"
+    )
+
+
+def _no_memory(step: int, batch: Batch) -> str:
+    return (
         f"step {step}: no memory left for batch {batch.index} of epoch {batch.epoch} ({batch.lengths.size} sequences, "
-        f"{batch.num_tokens} tokens, {int(batch.loss_mask.sum())} of them labels): {error}; continue with --resume "
-        f"where more is free or with a smaller draft.loss_chunk, or start a new run with a limit in "
-        f"data.max_batch_sequences, a smaller data.batch_tokens or a smaller draft.num_anchors"
+        f"{batch.num_tokens} tokens, {int(batch.loss_mask.sum())} of them labels)"
     )

@@ -24,6 +24,7 @@ import zmq
 from msgspec.structs import replace
 
 from specd.client.subscriber import Subscriber
+from specd.config.load import convert
 from specd.config.presets import run_config
 from specd.config.settings import Config, RunConfig
 from specd.data import dataset as datasets
@@ -34,7 +35,6 @@ from specd.drafts import registry
 from specd.drafts.base import Objective, TargetParts
 from specd.errors import ConfigError, TransportError
 from specd.memory import cuda
-from specd.paths import cache_dir
 from specd.protocol.capture import CaptureSpec
 from specd.protocol.contract import TargetContract
 from specd.train.checkpoint import Checkpoints
@@ -42,10 +42,10 @@ from specd.train.directory import RunDirectory, RunFacts, identity, machine_fact
 from specd.train.display import Display
 from specd.train.interrupt import Interrupt
 from specd.train.journal import read
-from specd.train.loop import train
+from specd.train.loop import out_of_memory, train
 from specd.train.optimizer import total_steps
 from specd.train.tensorboard import Scalars
-from specd.transports.registry import WITHIN_PROCESS
+from specd.transports import registry as transports
 
 logger = logging.getLogger(__name__)
 
@@ -83,46 +83,62 @@ def train_draft(
 
     config: the settings; as a mapping, on top of the recipe of the target's preset; or a function that gives them for
     the target's name (then also called with an empty one, before a target is known: output, device and daemons must
-    not depend on it). resume: go on from the newest checkpoint. show: progress on the terminal.
+    not depend on it). Only whoever hosts a target reads the section `target`, so settings that are no function may not
+    have it. resume: go on from the newest checkpoint. show: progress on the terminal.
     Raises ConfigError for settings that cannot work; what `Subscriber`, `prepare` and `loop.train` raise.
     """
     settle = _settle(config)
     first = settle("")
     device = check(first, resume)
     directory = output_of(first)
+    method = registry.load(first.method)
     interrupt = interrupt or Interrupt()
+    recipes: dict[str, tuple[RunConfig, Config]] = {}
+
+    def recipe(contract: TargetContract) -> tuple[RunConfig, Config]:
+        """Settings for a target, checked when it is first met: later sessions find the data file gone, perhaps."""
+        if contract.fingerprint not in recipes:
+            known = settle(contract.model)
+            recipes[contract.fingerprint] = known, check_recipe(known, contract.model)
+        return recipes[contract.fingerprint]
 
     def spec(contract: TargetContract) -> CaptureSpec:
-        known = settle(contract.model)
-        return registry.load(known.method).capture(check_recipe(known, contract.model), contract)
+        return method.capture(recipe(contract)[1], contract)
 
     with contextlib.ExitStack() as stack:
         link, context = first.subscriber, None
         if host is not None:
-            link, context = replace(link, endpoints=(host.endpoint,), transport=WITHIN_PROCESS), host.context
+            link, context = replace(link, endpoints=(host.endpoint,), transport=transports.WITHIN_PROCESS), host.context
         name = directory.path.name
         subscriber = stack.enter_context(Subscriber(link, spec, device=device, name=name, context=context))
         contract = subscriber.contract
-        settled = _with_data(_with_dtype(settle(contract.model), device), contract.model)
-        draft = check_recipe(settled, contract.model)
-        method = registry.load(settled.method)
-        resume = resume and directory.has_checkpoint(settled.train.save_every)
+        known, draft = recipe(contract)
+        settled = _with_data(_with_dtype(known, device), contract.model)
+        settled = replace(settled, draft=msgspec.to_builtins(draft), output=str(directory.path))
+        again = resume and directory.has_checkpoint(settled.train.save_every)
         if settled.train.threads:
             torch.set_num_threads(settled.train.threads)
         with tempfile.TemporaryDirectory(prefix="specd-target-") as scratch:
             files = target_files(contract, subscriber.artifact, Path(scratch))
             dataset = prepare(settled.data, Path(scratch), consecutive_labels=method.consecutive_labels)
         loader = Loader(dataset, dataset.plan(settled.data, settled.train.seed), epochs=settled.train.epochs)
-        dtype: torch.dtype = getattr(torch, settled.train.dtype)
-        parts = _target_parts(subscriber, json.loads(files["config.json"]))
-        objective = method.objective(draft, parts, device, dtype, settled.train.seed)
         own = identity(settled, draft, method.free, contract, dataset.digest)
         checkpoints = Checkpoints(directory.checkpoints, own, settled.train.keep)
-        steps, done = total_steps(settled.train, loader.num_batches), checkpoints.step() if resume else 0
-        if not resume:
+        if again:
+            checkpoints.compare(checkpoints.latest())
+        steps, done = total_steps(settled.train, loader.num_batches), checkpoints.step() if again else 0
+        dtype: torch.dtype = getattr(torch, settled.train.dtype)
+        try:
+            parts = _target_parts(subscriber, json.loads(files["config.json"]))
+            objective = method.objective(draft, parts, device, dtype, settled.train.seed)
+            objective.warm_up(getattr(torch, subscriber.spec.dtype))
+        except torch.OutOfMemoryError as error:
+            what = f"no memory left on {device} for the draft and what it needs of {contract.model}"
+            raise out_of_memory(what, error, "free some there or name another GPU in train.device") from None
+        directory.open(resume)
+        if not again:
             facts = _facts(settled, method.title, contract, dataset, objective, subscriber.stats().transports)
             write_facts(directory.path, facts)
-        _warm_up(objective, getattr(torch, subscriber.spec.dtype), device)
         sinks: list[Display | Scalars] = []
         if show:
             title = f"{settled.method} draft for {contract.model} → {directory.path}"
@@ -137,7 +153,7 @@ def train_draft(
             directory.journal,
             sinks=sinks,
             interrupt=interrupt,
-            resume=resume,
+            resume=again,
         )
         with interrupt.shield():
             objective.export(directory.draft, {name: data for name, data in files.items() if name != "config.json"})
@@ -150,15 +166,17 @@ def output_of(config: RunConfig) -> RunDirectory:
 
 
 def check(config: RunConfig, resume: bool) -> str:
-    """See that a run can begin, whatever its target; returns its device.
+    """See that a run can begin, whatever its target; returns its device. Nothing is made yet.
 
-    Makes the output directory. Raises ConfigError or CheckpointError, DataError for data that is not there.
+    Raises ConfigError or CheckpointError, DataError for data that is not there.
     """
     registry.settings(config.method, config.draft, "settings")
     if config.data.path:
         datasets.check(config.data)
+    if (asked := config.subscriber.transport) not in (known := ["auto", *transports.names()]):
+        raise ConfigError(f"subscriber.transport={asked!r}: expected one of {', '.join(known)}; leave it out for auto")
     device = _device(config.train.device)
-    output_of(config).open(resume)
+    output_of(config).check(resume)
     return device
 
 
@@ -171,9 +189,22 @@ def check_recipe(config: RunConfig, target: str) -> Config:
 
 
 def _settle(config: RunConfig | Mapping[str, Any] | Settle) -> Settle:
-    if isinstance(config, RunConfig):
-        return lambda target: config
-    return config if callable(config) else partial(run_config, config)
+    """`config` as a function of the target's name. Raises ConfigError for what is no settings of a run."""
+    if callable(config):
+        return config
+    if not isinstance(config, RunConfig | Mapping):
+        raise ConfigError(f"config is {config!r}: expected a RunConfig, a mapping of its settings, or a function")
+    try:
+        data = msgspec.to_builtins(config if isinstance(config, RunConfig) else dict(config), enc_hook=os.fspath)
+    except TypeError as error:
+        raise ConfigError(f"settings: {error}; expected numbers, strings, paths, lists and mappings") from None
+    checked = convert(data, RunConfig, "settings")
+    if checked.target:
+        raise ConfigError(
+            f"settings: target={checked.target}: expected none, as the target is hosted already; give them to whoever "
+            f"hosts it: `specd start`, or the DaemonConfig of `specd.embedded`"
+        )
+    return (lambda target: checked) if isinstance(config, RunConfig) else partial(run_config, data)
 
 
 def _device(asked: str) -> str:
@@ -213,17 +244,6 @@ def _target_parts(subscriber: Subscriber, config: dict[str, object]) -> TargetPa
     embedding = subscriber.tensor("embedding")
     tied = contract.artifacts["lm_head"].same_as == "embedding"
     return TargetParts(contract, config, embedding, embedding if tied else subscriber.tensor("lm_head"))
-
-
-def _warm_up(objective: Objective, dtype: torch.dtype, device: str) -> None:
-    """Have the draft compile now, and say so where that takes a while; a second run finds the kernels in the cache."""
-    if device != "cpu":
-        kernels = os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_dir() / "kernels"))
-        logger.info("compiling the draft's step for %s: up to a minute, seconds once it is in %s", device, kernels)
-    began = time.perf_counter()
-    objective.warm_up(dtype)
-    if (took := time.perf_counter() - began) > 1.0:
-        logger.info("compiled in %.0f s", took)
 
 
 def _facts(

@@ -45,7 +45,8 @@ def open_ring(config: DaemonConfig, slot_bytes: int, device: str, epoch: bytes, 
         for name, transport in found.items():
             here = arena.ledger if name in on_host else arena
             try:
-                servers[name] = transport.server(here, serving)
+                with registry.failing_as_transport():
+                    servers[name] = transport.server(here, serving)
             except TransportError as error:
                 _leave_out(config, name, error)
             else:
@@ -66,7 +67,12 @@ def candidates(device: str) -> list[str]:
             log.info("%s is not served: %s", name, error)
     found: list[str] = []
     for name in registry.preferred({name: one.traits for name, one in here.items()}, device):
-        if reason := here[name].available(device):
+        try:
+            with registry.failing_as_transport():
+                reason = here[name].available(device)
+        except TransportError as error:
+            reason = str(error)
+        if reason:
             log.info("%s is not served: %s", name, reason)
         else:
             found.append(name)

@@ -25,5 +25,7 @@ def test_depth_overlaps_target_and_trainer() -> None:
 
 
 def test_a_daemon_that_does_not_come_up_is_an_error() -> None:
-    with pytest.raises(SpecdError, match="the daemon under test ended with exit code 1"):
+    with pytest.raises(
+        SpecdError, match="start ended with exit code 1; its last words: specd: error: transport 'pigeon'"
+    ):
         latency("pigeon", num_batches=1)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from specd.bench import machine as module
-from specd.bench.machine import commit, cpu_model, cupy_version, driver, gpu_names, machine, nccl_version, version
+from specd.bench.machine import commit, cupy_version, driver, gpu_names, machine, nccl_version, version
 
 
 @pytest.fixture
@@ -55,11 +55,12 @@ def files(monkeypatch: pytest.MonkeyPatch, text: str | None) -> None:
     monkeypatch.setattr(Path, "read_text", read_text)
 
 
+@pytest.mark.usefixtures("no_gpu")
 def test_a_processor_is_named_by_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     files(monkeypatch, "processor\t: 0\nmodel name\t: Example CPU 9000\n")
-    assert cpu_model() == "Example CPU 9000"
+    assert machine()["cpu"] == "Example CPU 9000"
     files(monkeypatch, None)
-    assert cpu_model() == platform.machine()
+    assert machine()["cpu"] == platform.machine()
 
 
 def test_the_driver_says_its_version_in_one_of_two_ways(monkeypatch: pytest.MonkeyPatch) -> None:

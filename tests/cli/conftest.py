@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,10 +13,33 @@ import pytest
 
 from daemons import REPORT, answering, specd_command
 
+PLUGIN = Path(__file__).parents[1] / "plugin"
+
 
 @pytest.fixture(autouse=True)
 def wide_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "200")
+
+
+@pytest.fixture
+def example(tmp_path: Path) -> Iterator[None]:
+    """What `pip install tests/plugin` leaves: metadata with its entry points, and its packages on the path."""
+    project = tomllib.loads((PLUGIN / "pyproject.toml").read_text())["project"]
+    info = tmp_path / "site" / "specd_example-0.1.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: {project['version']}\n")
+    lines = [
+        line
+        for group, entries in project["entry-points"].items()
+        for line in (f"[{group}]", *(f"{name} = {target}" for name, target in entries.items()))
+    ]
+    (info / "entry_points.txt").write_text("\n".join(lines))
+    added = [str(info.parent), str(PLUGIN)]
+    sys.path[:0] = added
+    yield
+    sys.path[:] = [path for path in sys.path if path not in added]
+    for package in ("specd_toy", "specd_carrier"):
+        sys.modules.pop(package, None)
 
 
 @pytest.fixture

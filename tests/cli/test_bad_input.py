@@ -94,8 +94,8 @@ def test_unreadable_data_and_the_corrected_command(endpoint: str, data: Path, tm
     assert "/nowhere/chats.jsonl" in said
     code, said = train(output, *command, "--data", str(data), draft__mask_token_id=256)
     assert code == 2
-    assert "mask_token_id 256" in said
-    assert list(output.iterdir()) == []
+    assert "draft.mask_token_id=256" in said
+    assert not output.exists()
     code, said = train(output, *command, "--data", str(data), "--resume")
     assert code == 1
     assert "start it without --resume" in said
@@ -129,7 +129,7 @@ def test_a_gpu_that_is_not_here(key: str, data: Path, tmp_path: Path) -> None:
 
 def test_unknown_transport(endpoint: str, data: Path, tmp_path: Path) -> None:
     code, said = train(tmp_path / "run", "--endpoint", endpoint, "--data", str(data), "--transport", "pigeon")
-    assert code == 1
+    assert code == 2
     assert "'pigeon'" in said
     assert "shm, bytes" in said
 

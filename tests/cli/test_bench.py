@@ -133,3 +133,15 @@ def test_daemon_shows_a_table_for_each_question(
     assert "depth" in text
     assert run(["bench", "daemon", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == found
+
+
+@pytest.mark.usefixtures("example")
+@pytest.mark.parametrize("method", ["dflash", "toy"])
+def test_draft_measures_a_plugin_as_it_does_its_own(method: str, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--method", method, "--steps", "1", "--context", "32"]
+    assert run(["bench", "draft", *options, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["draft"].get("loss_chunk") == (2048 if method == "dflash" else None)
+    assert [row["context_tokens"] for row in found["rows"]] == [32]
+    assert run(["bench", "draft", *options]) == 0
+    assert found["method"] in capsys.readouterr().out

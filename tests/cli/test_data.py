@@ -95,9 +95,11 @@ def test_regenerate_writes_answers_once(tmp_path: Path, model: Path, monkeypatch
     assert "old" not in {row["messages"][1]["content"] for row in rows}
 
 
-def test_settings_and_missing_data_are_refused_by_name(tmp_path: Path, model: Path) -> None:
-    with pytest.raises(ConfigError, match=r"no recipe of model .* names data"):
-        run("stats", "--model", model)
+def test_what_comes_with_specd_is_counted_where_nothing_names_data(model: Path) -> None:
+    assert "specd:demo/train.jsonl" in run("stats", "--model", model).output
+
+
+def test_wrong_settings_are_refused_by_name(tmp_path: Path, model: Path) -> None:
     path = write_rows(tmp_path / "a.jsonl", {"messages": talk("Hi", "Hello.")})
     with pytest.raises(ConfigError, match="max_lenght"):
         run("stats", path, "--model", model, "--set", "data.max_lenght=3")

@@ -112,6 +112,17 @@ def test_versions_of_what_gpus_need_are_listed() -> None:
     assert {"cupy", "nccl4py", "nixl-cu13", "torch"} <= set(doctor.machine()["packages"])
 
 
+def test_a_backend_of_another_package_is_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    info = tmp_path / "specd_owl-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: specd-owl\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[specd.targets]\nowl = json:JSONDecoder\nlost = specd_owl:Lost\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    owl, lost = map(doctor.check_backend, ("owl", "lost"))
+    assert (owl.works, lost.works) == (True, False)
+    assert "target backend 'lost' cannot be imported: ModuleNotFoundError" in lost.note
+
+
 @pytest.mark.gpu(1)
 def test_cuda_ipc_is_tried_on_a_gpu() -> None:
     finding = doctor.check_transport("cuda_ipc")

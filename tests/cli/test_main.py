@@ -71,7 +71,7 @@ def test_errors_leave_as_one_line_and_a_code(
 
     monkeypatch.setattr(doctor, "machine", fail)
     assert run(["doctor"]) == code
-    expected = "" if isinstance(error, KeyboardInterrupt) else f"specd: error: {error}\n"
+    expected = "specd: interrupted\n" if isinstance(error, KeyboardInterrupt) else f"specd: error: {error}\n"
     assert capsys.readouterr().err == expected
 
 

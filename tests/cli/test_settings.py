@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 from specd.cli import settings
+from specd.config.presets import Preset
 from specd.config.settings import RunConfig, TargetConfig, TrainConfig
+from specd.data.rows import DEMO
 from specd.errors import ConfigError
 
 
@@ -46,5 +48,20 @@ def test_what_is_hosted_here_is_sized_for_the_draft() -> None:
     daemon = settings.hosting_config(run, "smollm2-135m")
     assert (daemon.capture.num_taps, daemon.capture.final, daemon.ring.slots) == (3, False, 4)
     assert daemon.ring.slot_tokens == run.data.batch_tokens
+    assert daemon.capture.dtype == "auto"
     with pytest.raises(ConfigError, match=r"settings: .*num_tabs"):
         settings.hosting_config(RunConfig(method="dflash", draft={"num_tabs": 3}), "smollm2-135m")
+
+
+@pytest.mark.usefixtures("example")
+def test_slots_hold_the_dtype_that_the_draft_asks_for() -> None:
+    assert settings.hosting_config(RunConfig(method="toy"), "smollm2-135m").capture.dtype == "float32"
+
+
+def test_data_is_the_methods_or_what_comes_with_specd(monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = Preset(name="owl", run={"toy": {"data": {"path": "owl.jsonl", "max_length": 7}}})
+    monkeypatch.setattr(settings, "recipe_of", lambda preset, model: recipe)
+    found = settings.data_config("", "owl", [], method="toy")
+    assert (found.path, found.max_length) == ("owl.jsonl", 7)
+    assert settings.data_config("", "owl", []).path == DEMO
+    assert settings.data_config("mine.jsonl", "owl", []).path == "mine.jsonl"

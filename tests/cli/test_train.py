@@ -97,6 +97,31 @@ def test_the_model_is_named_once(
     assert asked(tmp_path, hosted, "--model", TARGET, "--set", f"target.model='{TARGET}'").model == TARGET
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--endpoint", "ipc:///a"], "--endpoint ipc:///a uses a daemon: give one"),
+        (["--set", "subscriber.endpoints=['ipc:///a']"], "--endpoint ipc:///a uses a daemon: give one"),
+        (["--transport", "shm"], "transport 'shm': expected auto or inproc, as --model"),
+        (["--set", "draft.mask_token_id=-1"], "no mask token is known for target"),
+    ],
+)
+def test_what_cannot_go_with_a_hosted_target_is_refused(
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train(tmp_path / "run", "--model", TARGET, *arguments) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists(), "nothing is begun"
+
+
+@pytest.mark.usefixtures("example")
+def test_a_draft_of_another_dtype_than_its_targets_fits_the_slots(
+    tmp_path: Path, command: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [*command[:6], "--set", "target.dtype=bfloat16", "--set", "data.batch_tokens=58", "--max-steps", "2"]
+    assert run(["--quiet", "train", "toy", "--output", str(tmp_path / "run"), *arguments]) == 0, capsys.readouterr().err
+
+
 @pytest.mark.parametrize("arguments", [["--set", "target.dtype=bfloat16"], ["--exact"], ["--merged"]])
 def test_a_daemons_target_is_not_configured_by_its_trainer(
     arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]

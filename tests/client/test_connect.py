@@ -14,7 +14,7 @@ from scripted import SPEC, Daemon, make, wait_for
 from specd.client.connect import Connector
 from specd.client.guard import Guard
 from specd.client.handshake import Later, Session, Terms
-from specd.client.state import Link
+from specd.client.links import Link
 from specd.errors import RejectedError, TransportError
 from specd.transports.base import SlotRef
 

@@ -57,7 +57,7 @@ class Client:
         if self.lost:
             raise TransportError("the communicator is gone", lost=True)
 
-    def call_off(self) -> None:
+    def cancel(self) -> None:
         self._called_off.set()
 
     def close(self) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 import zmq
 
-from scripted import MEMORY, SPEC, Daemon, Scripted, make
+from scripted import MEMORY, SPEC, Daemon, Scripted, Wire, make
 from specd.client.handshake import TIMED_TRIES
 from specd.client.subscriber import Subscriber
 from specd.config.settings import SubscriberConfig
@@ -100,6 +100,23 @@ def test_a_probe_that_is_not_what_was_sent_is_a_reason(
         pytest.raises(TransportError, match="'scripted' cannot be used: a probe arrived with other bytes"),
     ):
         daemon.subscriber()
+
+
+def test_a_plugin_that_fails_in_its_own_way_is_a_reason(
+    context: zmq.Context[zmq.Socket[bytes]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_wire: Wire, offer: bytes, deadline_s: float) -> None:
+        raise OSError("no such device")
+
+    broken = make()
+    monkeypatch.setattr(Wire, "attach", fail)
+    install(monkeypatch, scripted=broken)
+    with (
+        Daemon(context) as daemon,
+        pytest.raises(TransportError, match="'scripted' cannot be used: OSError: no such device"),
+    ):
+        daemon.subscriber()
+    assert broken.made[0].closed
 
 
 def test_a_session_that_cannot_be_used_is_ended_and_its_client_closed(

@@ -15,10 +15,11 @@ import zmq
 
 from samples import batch
 from scripted import CONTRACT, EXPECT_S, MEMORY, SPEC, Daemon, Scripted, Wire, Work, make, states, wait_for
+from specd.client.guard import Guard
 from specd.client.handshake import Session, open_session
 from specd.client.subscriber import Subscriber
 from specd.config.settings import SubscriberConfig
-from specd.errors import BatchError, ProtocolError, TransportError
+from specd.errors import BatchError, ProtocolError, SpecdError, TransportError
 from specd.protocol import messages as wire
 from specd.protocol.batch import Batch, Delivery, batch_id
 from specd.transports.base import SlotRef
@@ -27,7 +28,7 @@ Install = Callable[[type[Scripted]], type[Scripted]]
 
 
 class Receiving(Wire):
-    """A client that is a Receiver, and fails once it is lost as one does. Called off, what a gate holds of it fails."""
+    """A client that is a Receiver, and fails once it is lost as one does. Cancelled, what a gate holds of it fails."""
 
     def __init__(self, fetching: Callable[[SlotRef], None]) -> None:
         super().__init__(fetching)
@@ -38,9 +39,9 @@ class Receiving(Wire):
         assert not self.closed
         self.expected.append((ref, into.data_ptr()))
 
-    def call_off(self) -> None:
+    def cancel(self) -> None:
         if isinstance(self._fetching, Gate):
-            self._fetching.open(TransportError("it was called off", lost=True))
+            self._fetching.open(TransportError("it was cancelled", lost=True))
 
     def fetch(self, ref: SlotRef, into: torch.Tensor, deadline_s: float) -> None:
         if self.expected:
@@ -182,7 +183,7 @@ def test_a_lost_transport_is_attached_anew_and_only_what_was_in_flight_pays(
     assert transport.made[1].closed
 
 
-def test_a_lost_daemons_transfer_is_called_off_and_its_batches_come_from_another(
+def test_a_lost_daemons_transfer_is_cancelled_and_its_batches_come_from_another(
     context: zmq.Context[zmq.Socket[bytes]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gate = Gate()
@@ -331,6 +332,14 @@ def test_a_session_that_is_up_only_after_the_run_has_ended_is_not_kept(
     """Nobody would read its socket any more, or close it."""
     monkeypatch.setattr("specd.client.handshake.load", lambda name: make())
     ended = threading.Event()
+    fail = Guard.fail
+
+    def fail_late(guard: Guard, error: SpecdError) -> None:
+        ended.set()
+        two.expect(wire.Bye)  # the loop has ended, and its error is not known yet
+        fail(guard, error)
+
+    monkeypatch.setattr(Guard, "fail", fail_late)
 
     def late(context: Any, endpoint: str, terms: Any, pause: Any) -> Session:
         if endpoint == two.endpoint:
@@ -348,5 +357,3 @@ def test_a_session_that_is_up_only_after_the_run_has_ended_is_not_kept(
             one.say(key, wire.Error(epoch=one.epoch, reason="what?"))
             with pytest.raises(ProtocolError, match="refused a message: what"):
                 found.result(EXPECT_S)
-            ended.set()
-            two.expect(wire.Bye)

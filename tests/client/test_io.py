@@ -14,7 +14,7 @@ from scripted import EXPECT_S, Daemon
 from specd.client.guard import Guard
 from specd.client.handshake import Session
 from specd.client.io import GONE, Closed, Lost, SocketLoop
-from specd.client.state import Link, Links
+from specd.client.links import Link, Links
 from specd.errors import ProtocolError
 from specd.protocol import messages as wire
 

@@ -6,15 +6,15 @@ import msgspec
 import pytest
 
 from specd.client.effects import (
-    Announce,
-    Borrow,
-    Fetch,
-    HangUp,
+    Abandon,
+    FetchSlot,
     Missed,
     Recycle,
-    Release,
     Return,
-    Submit,
+    SendBorrow,
+    SendRecvReady,
+    SendRelease,
+    SendSubmit,
     Unborrow,
 )
 from specd.client.pending import State
@@ -57,14 +57,14 @@ def test_one_batch_from_add_to_give_back() -> None:
     window = make()
     assert window.opened(0, ONE, 2) == []
     pending = item(7)
-    assert window.add([pending]) == [Submit(ONE, pending)]
+    assert window.add([pending]) == [SendSubmit(ONE, pending)]
     assert (pending.seq, pending.attempts, pending.state, window.here()) == (1, 1, State.SUBMITTED, False)
     assert pending.request(b"e" * 16).seq == 1
-    assert window.ready(ONE, ready(pending, 5, target_us=2_000_000)) == [Fetch(ONE, pending)]
+    assert window.ready(ONE, ready(pending, 5, target_us=2_000_000)) == [FetchSlot(ONE, pending)]
     assert (pending.state, pending.forward_s) == (State.READY, 2.0)
     assert window.begin(pending, ONE) == SlotRef(5, 1, pending.layout.nbytes)
     assert pending.state is State.FETCHING
-    assert window.fetched(pending, BUFFER, 0.25) == [Release(ONE, 5)]
+    assert window.fetched(pending, BUFFER, 0.25) == [SendRelease(ONE, 5)]
     assert (window.here(), pending.fetch_s, repr(window)) == (True, 0.25, "Window(1 is here; 0 in use)")
     assert window.take() == []
     assert (pending.state, pending.buffer, len(window), window.in_use) == (State.USED, BUFFER, 0, [pending])
@@ -77,7 +77,7 @@ def test_one_batch_from_add_to_give_back() -> None:
 def test_a_borrowed_batch_keeps_its_lease_until_the_training_stream_has_read_it() -> None:
     window = lending(credits=1)
     one, two = added(window, 2)
-    assert window.ready(ONE, ready(one, 5)) == [Borrow(ONE, 5), Fetch(ONE, one)], "what lends announces nothing"
+    assert window.ready(ONE, ready(one, 5)) == [SendBorrow(ONE, 5), FetchSlot(ONE, one)], "what lends announces nothing"
     ref = window.begin(one, ONE)
     assert window.fetched(one, VIEW, 0.0) == []
     assert window.take() == []
@@ -85,14 +85,14 @@ def test_a_borrowed_batch_keeps_its_lease_until_the_training_stream_has_read_it(
     assert window.give_back(one) == [Return(ONE, SlotRef(5, 1, one.layout.nbytes), one)]
     assert ref == SlotRef(5, 1, one.layout.nbytes)
     assert two.state is State.PENDING
-    assert window.returned(one) == [Release(ONE, 5), Submit(ONE, two)], "and its credit"
+    assert window.returned(one) == [SendRelease(ONE, 5), SendSubmit(ONE, two)], "and its credit"
 
 
 def test_who_needs_recv_ready_is_told_before_the_transfer() -> None:
     window = make()
     window.opened(0, ONE, 1, announce=True)
     (pending,) = added(window, 1)
-    assert window.ready(ONE, ready(pending, 5)) == [Announce(ONE, 5), Fetch(ONE, pending)]
+    assert window.ready(ONE, ready(pending, 5)) == [SendRecvReady(ONE, 5), FetchSlot(ONE, pending)]
 
 
 def test_batches_go_in_order_to_the_daemon_with_most_room() -> None:
@@ -101,11 +101,11 @@ def test_batches_go_in_order_to_the_daemon_with_most_room() -> None:
     window.opened(2, TWO, 3)
     batches = [item(index) for index in range(7)]
     order = [TWO, ONE, TWO, ONE, TWO]  # with as much room, the first of the endpoints
-    assert window.add(batches) == [Submit(session, batches[i]) for i, session in enumerate(order)]
+    assert window.add(batches) == [SendSubmit(session, batches[i]) for i, session in enumerate(order)]
     assert [pending.state for pending in batches[5:]] == [State.PENDING] * 2
     fetched(window, batches[1], 9)
     assert batches[5].state is State.SUBMITTED
-    assert window.opened(1, AGAIN, 8) == [Submit(AGAIN, batches[6])]
+    assert window.opened(1, AGAIN, 8) == [SendSubmit(AGAIN, batches[6])]
 
 
 def test_nothing_is_taken_out_of_order() -> None:
@@ -130,15 +130,15 @@ def test_a_lost_session_takes_its_leases_along_and_its_batches_are_submitted_els
     fetched(window, here, 1)
     window.ready(ONE, ready(on_the_way, 2))
     window.opened(1, TWO, 1)
-    assert window.lost(ONE, "it died") == [Submit(TWO, on_the_way)]
+    assert window.lost(ONE, "it died") == [SendSubmit(TWO, on_the_way)]
     assert window.lost(ONE, "it died") == []
     assert [pending.state for pending in (here, on_the_way, asked)] == [State.FETCHED, State.SUBMITTED, State.PENDING]
     assert (window.resubmitted, on_the_way.attempts, asked.attempts) == (2, 2, 1)
     assert window.begin(on_the_way, ONE) is None, "its transfer was asked for, but it is another's now"
     assert window.ready(ONE, ready(asked, 3)) == [], "late"
     assert window.failed(ONE, asked.seq, "late") == []
-    assert window.opened(0, AGAIN, 1) == [Submit(AGAIN, asked)]
-    assert window.ready(TWO, ready(on_the_way, 4)) == [Fetch(TWO, on_the_way)]
+    assert window.opened(0, AGAIN, 1) == [SendSubmit(AGAIN, asked)]
+    assert window.ready(TWO, ready(on_the_way, 4)) == [FetchSlot(TWO, on_the_way)]
     assert window.begin(on_the_way, ONE) is None
     assert window.begin(on_the_way, TWO) is not None
     assert window.begin(on_the_way, TWO) is None, "it has begun"
@@ -156,7 +156,7 @@ def test_a_transfer_in_flight_decides_for_itself_when_its_session_is_lost() -> N
     assert window.opened(0, AGAIN, 3) == []
     assert window.fetched(one, BUFFER, 0.0) == [], "there is no lease to release"
     assert one.state is State.FETCHED
-    assert window.missed(two, "stale", 0.0, lost=True) == [Missed(ONE, two, "stale"), Submit(AGAIN, two)]
+    assert window.missed(two, "stale", 0.0, lost=True) == [Missed(ONE, two, "stale"), SendSubmit(AGAIN, two)]
     assert window.resubmitted == 1
 
 
@@ -168,18 +168,18 @@ def test_a_lost_sessions_transfer_takes_a_credit_of_the_next_one_until_it_ends()
     window.begin(one, ONE)
     window.lost(ONE, "it died")
     assert window.opened(0, AGAIN, 1) == []
-    assert window.fetched(one, BUFFER, 0.0) == [Submit(AGAIN, two)]
+    assert window.fetched(one, BUFFER, 0.0) == [SendSubmit(AGAIN, two)]
 
 
 def test_a_transfer_that_fails_is_tried_again_up_to_max_attempts() -> None:
     window = make(max_attempts=2)
     window.opened(0, ONE, 1)
     (pending,) = added(window, 1)
-    for lease, then in ((1, [Submit(ONE, pending)]), (2, [])):
+    for lease, then in ((1, [SendSubmit(ONE, pending)]), (2, [])):
         window.ready(ONE, ready(pending, lease))
         window.begin(pending, ONE)
         found = window.missed(pending, "another generation", 0.0, lost=False)
-        assert found == [Missed(ONE, pending, "another generation"), Release(ONE, lease), *then]
+        assert found == [Missed(ONE, pending, "another generation"), SendRelease(ONE, lease), *then]
     assert (pending.attempts, window.resubmitted) == (2, 1)
     with pytest.raises(BatchError, match=r"batch 0 .*failed 2 times \(subscriber.max_attempts\): another generation"):
         window.here()
@@ -192,11 +192,11 @@ def test_a_lost_transport_is_hung_up_and_what_was_in_flight_over_it_is_retried()
     for lease, pending in enumerate((one, two)):
         window.ready(ONE, ready(pending, lease))
     window.begin(one, ONE)
-    assert window.missed(one, "aborted", 0.0, lost=True) == [HangUp(ONE, "aborted"), Missed(ONE, one, "aborted")]
+    assert window.missed(one, "aborted", 0.0, lost=True) == [Abandon(ONE, "aborted"), Missed(ONE, one, "aborted")]
     assert window.begin(two, ONE) is None
     assert window.lost(ONE, "aborted") == [], "it is already"
     assert {pending.state for pending in batches} == {State.PENDING}
-    assert window.opened(0, AGAIN, 3) == [Submit(AGAIN, pending) for pending in batches]
+    assert window.opened(0, AGAIN, 3) == [SendSubmit(AGAIN, pending) for pending in batches]
     assert window.resubmitted == 3
     assert three.attempts == 2
 
@@ -205,7 +205,7 @@ def test_what_cannot_be_captured_is_named_when_its_turn_comes() -> None:
     window = make()
     window.opened(0, ONE, 2)
     one, two, three = added(window, 3)
-    assert window.failed(ONE, two.seq, "too long") == [Submit(ONE, three)]
+    assert window.failed(ONE, two.seq, "too long") == [SendSubmit(ONE, three)]
     assert window.failed(ONE, 99, "what?") == []
     fetched(window, one, 1)
     assert window.failed(ONE, one.seq, "too late") == []
@@ -230,7 +230,7 @@ def test_an_announcement_of_something_else_than_was_asked_for_is_refused() -> No
     ):
         with pytest.raises(ProtocolError, match=match):
             window.ready(session, wrong)
-    assert window.ready(ONE, message) == [Fetch(ONE, one)]
+    assert window.ready(ONE, message) == [FetchSlot(ONE, one)]
     with pytest.raises(ProtocolError, match="daemon-0 announced seq 1, which was not asked for"):
         window.ready(ONE, message)
 
@@ -244,16 +244,16 @@ def test_dropped_batches_are_given_up_as_soon_as_they_can_be(announce: bool) -> 
     for lease, each in ((2, moving), (3, waiting)):
         window.ready(ONE, ready(each, lease))
     window.begin(moving, ONE)
-    done = [] if announce else [Release(ONE, 3)]
+    done = [] if announce else [SendRelease(ONE, 3)]
     assert window.drop() == [Recycle(BUFFER), *done]
     assert len(window) == 0
-    assert window.fetched(moving, VIEW, 0.0) == [Release(ONE, 2), Recycle(VIEW)]
+    assert window.fetched(moving, VIEW, 0.0) == [SendRelease(ONE, 2), Recycle(VIEW)]
     if announce:  # it is sent, so it must be received
         assert window.begin(waiting, ONE) is not None
-        assert window.missed(waiting, "stale", 0.0, lost=False) == [Missed(ONE, waiting, "stale"), Release(ONE, 3)]
+        assert window.missed(waiting, "stale", 0.0, lost=False) == [Missed(ONE, waiting, "stale"), SendRelease(ONE, 3)]
     else:
         assert window.begin(waiting, ONE) is None
-    assert window.ready(ONE, ready(asked, 4)) == [Release(ONE, 4)], "it is not even announced"
+    assert window.ready(ONE, ready(asked, 4)) == [SendRelease(ONE, 4)], "it is not even announced"
     assert pending.state is State.SUBMITTED, "it had room"
     assert window.lost(ONE, "it died") == []
     assert window.opened(0, AGAIN, 9) == []
@@ -269,9 +269,9 @@ def test_dropped_borrowed_batches_are_given_back_unseen() -> None:
         if pending is not waiting:
             window.begin(pending, ONE)
     window.fetched(here, VIEW, 0.0)
-    assert window.drop() == [Unborrow(ONE), Release(ONE, 1), Release(ONE, 3)]
+    assert window.drop() == [Unborrow(ONE), SendRelease(ONE, 1), SendRelease(ONE, 3)]
     assert window.begin(waiting, ONE) is None, "so no view is made of it"
-    assert window.fetched(moving, VIEW, 0.0) == [Unborrow(ONE), Release(ONE, 2)]
+    assert window.fetched(moving, VIEW, 0.0) == [Unborrow(ONE), SendRelease(ONE, 2)]
     assert window.failed(ONE, used.seq, "it died") == []
 
 
@@ -286,7 +286,7 @@ def test_a_session_lost_under_borrowed_batches_leaves_the_one_in_use() -> None:
     assert window.lost(ONE, "it died") == [Unborrow(ONE)]
     assert (used.state, used.buffer, here.buffer, asked.state) == (State.USED, VIEW, None, State.PENDING)
     assert window.fetched(moving, VIEW, 0.0) == [Missed(ONE, moving, "its session was lost"), Unborrow(ONE)]
-    assert window.opened(0, AGAIN, 4, borrow=True) == [Submit(AGAIN, pending) for pending in batches[1:]]
+    assert window.opened(0, AGAIN, 4, borrow=True) == [SendSubmit(AGAIN, pending) for pending in batches[1:]]
     assert window.give_back(used) == [Return(ONE, SlotRef(1, 1, used.layout.nbytes), used)], "its view is still used"
     assert window.returned(used) == []
 
@@ -310,13 +310,13 @@ def test_the_last_borrowed_batch_makes_room_for_the_first_and_nothing_counts_as_
     assert [pending.daemon for pending in batches] == [0, 0, 1, 0, 1]
     for lease, pending in enumerate((one, three, five), 1):
         fetched(window, pending, lease, VIEW)
-    assert window.lost(ONE, "it died") == [Unborrow(ONE), Unborrow(TWO), Release(TWO, 3), Submit(TWO, one)]
+    assert window.lost(ONE, "it died") == [Unborrow(ONE), Unborrow(TWO), SendRelease(TWO, 3), SendSubmit(TWO, one)]
     assert [pending.state for pending in batches] == [
         State.SUBMITTED, State.PENDING, State.FETCHED, State.PENDING, State.PENDING,
     ]  # fmt: skip
     assert (five.attempts, one.attempts, window.resubmitted) == (0, 2, 3)
     fetched(window, one, 4, VIEW)
-    assert window.take() == [Unborrow(TWO), Release(TWO, 2), Submit(TWO, lost)], "it is the first now"
+    assert window.take() == [Unborrow(TWO), SendRelease(TWO, 2), SendSubmit(TWO, lost)], "it is the first now"
     assert three.attempts == 0
     assert four.state is State.PENDING
 

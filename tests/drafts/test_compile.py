@@ -16,6 +16,6 @@ def test_a_machine_without_a_compiler_is_told_what_is_missing_and_what_works_wit
     without = {"cpp.cxx": ("/no/such/compiler",), "force_disable_caches": True}
     with (
         torch._inductor.config.patch(without),
-        pytest.raises(ConfigError, match=r"/no/such/compiler.*draft\.attention=sdpa"),
+        pytest.raises(ConfigError, match=r"/no/such/compiler.*C compiler; walk instead"),
     ):
-        compiled(lambda x: 2 * x + 1)(torch.ones(7))
+        compiled(lambda x: 2 * x + 1, "walk instead")(torch.ones(7))

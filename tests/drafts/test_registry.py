@@ -14,7 +14,7 @@ from chats import talk, write_rows, write_target
 from specd.cli.main import run
 from specd.drafts.registry import BUILTIN, load, names, read
 from specd.drafts.suite import DraftConformance
-from specd.errors import ConfigError
+from specd.errors import CheckpointError, ConfigError
 from specd.train.journal import read as records_of
 
 PLUGIN = Path(__file__).parents[1] / "plugin"
@@ -51,6 +51,24 @@ def test_it_is_found_by_its_entry_point() -> None:
         load("lost")
     with pytest.raises(ConfigError, match=r"'odd' is .*without title, settings"):
         load("odd")
+
+
+@pytest.mark.parametrize(("fact", "value"), [("settings", dict), ("settings", None), ("architectures", "Toy")])
+@pytest.mark.usefixtures("installed")
+def test_a_method_with_facts_of_other_types_is_refused(
+    fact: str, value: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(load("toy"), fact, value)
+    with pytest.raises(
+        ConfigError, match=rf"'toy' has .*{fact}=.*expected a subclass of .*Config and a tuple of names"
+    ):
+        load("toy")
+
+
+def test_architectures_that_are_no_names_are_a_damaged_draft(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"architectures": [["x"]]}')
+    with pytest.raises(CheckpointError, match=r"architectures is \[\['x'\]\], expected a list of names"):
+        read(tmp_path)
 
 
 def test_an_unknown_method_is_refused_with_the_known_ones(capsys: pytest.CaptureFixture[str]) -> None:

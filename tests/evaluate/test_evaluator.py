@@ -66,6 +66,23 @@ def test_both_drafts_are_decoded_beside_the_same_texts(
     assert [*evaluate_draft(draft, *target, prompts, limit=1, max_new_tokens=4, name="mine")] == ["trained"]
 
 
+def test_a_run_and_a_path_are_taken_as_they_are(target: tuple[Any, Any], draft: Path, tmp_path: Path) -> None:
+    prompts = write_rows(tmp_path / "asked.jsonl", {"messages": talk("Hi")})
+    found = evaluate_draft(draft.parent, *target, Path(prompts), max_new_tokens=4)["trained"]
+    assert (found.draft, found.source) == (str(draft), prompts)
+
+
+@pytest.mark.parametrize(
+    ("limit", "lacking", "message"),
+    [(-1, False, "limit=-1: expected a number of prompts"), (0, True, "target 'mine' has no tokenizer")],
+)
+def test_what_cannot_be_decoded_is_refused(
+    target: tuple[Any, Any], draft: Path, limit: int, lacking: bool, message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        evaluate_draft(draft, target[0], None if lacking else target[1], name="mine", limit=limit)
+
+
 def vars_of(struct: Any) -> dict[str, Any]:
     return {name: getattr(struct, name) for name in struct.__struct_fields__}
 
@@ -75,7 +92,7 @@ def test_what_is_no_draft_of_this_target_is_refused(
 ) -> None:
     prompts = write_rows(tmp_path / "asked.jsonl", {"messages": talk("Hi")})
     with pytest.raises(CheckpointError, match="is no draft directory"):
-        evaluate_draft(tmp_path, *target, prompts)
+        evaluate_draft(directory.parent, *target, prompts)
     config = json.loads((draft / "config.json").read_text())
     (draft / "config.json").write_text(json.dumps(config | {"architectures": ["Eagle9"]}))
     with pytest.raises(ConfigError, match=r"architectures is \['Eagle9'\], expected one of DFlashDraftModel"):

@@ -96,14 +96,14 @@ class Model:
     def carry_out(self, todo: Effects) -> None:
         for effect in todo:
             match effect:
-                case effects.Submit(session, pending):
+                case effects.SendSubmit(session, pending):
                     self._submit(self.lives[session], self.works[pending])
                     self.owed[effect] += 1
-                case effects.Release(session, lease):
+                case effects.SendRelease(session, lease):
                     self._released(self.lives[session], lease, effect)
-                case effects.Announce(session, lease) | effects.Borrow(session, lease):
+                case effects.SendRecvReady(session, lease) | effects.SendBorrow(session, lease):
                     self.lives[session].told.add(lease)
-                case effects.Fetch(session, pending):
+                case effects.FetchSlot(session, pending):
                     life, work = self.lives[session], self.works[pending]
                     assert work.lease in life.told or not (life.lends or life.announces), "its daemon was not told"
                     self.queue.append((work, life))
@@ -114,7 +114,7 @@ class Model:
                     self.recycled.add(buffer)
                 case effects.Missed(session, pending, reason):
                     assert reason in ("it failed", "its session was lost")
-                case effects.HangUp() | effects.Return():
+                case effects.Abandon() | effects.Return():
                     pass
             self.owed[effect] -= 1
         assert self._giving_up is None
@@ -174,7 +174,7 @@ class Model:
         if work.place is State.FETCHED:
             self.owe(effects.Unborrow(life.token))
         if life.up:
-            self.owe(effects.Release(life.token, work.lease))
+            self.owe(effects.SendRelease(life.token, work.lease))
         work.life, work.place = None, place
 
     def recycle(self, work: Work) -> None:
@@ -220,11 +220,11 @@ class Model:
         if work.dropped:
             self.release(work, State.OVER)
         else:
-            self.owe(effects.Fetch(life.token, work.pending))
+            self.owe(effects.FetchSlot(life.token, work.pending))
             if life.lends:
-                self.owe(effects.Borrow(life.token, work.lease))
+                self.owe(effects.SendBorrow(life.token, work.lease))
             elif life.announces:
-                self.owe(effects.Announce(life.token, work.lease))
+                self.owe(effects.SendRecvReady(life.token, work.lease))
         self.carry_out(self.window.ready(life.token, ready(work.pending, work.lease)))
 
     def begin(self) -> None:
@@ -258,7 +258,7 @@ class Model:
         self.transfers.remove((work, life))
         self.owe(effects.Missed(life.token, work.pending, "it failed"))
         if lost and life.up:
-            self.owe(effects.HangUp(life.token, "it failed"))
+            self.owe(effects.Abandon(life.token, "it failed"))
             self.end(life)
         self.release(work, State.PENDING)
         self.retry(work)

@@ -97,7 +97,10 @@ def expected(task: FillSlot) -> bytes:
 
 
 class Served:
-    """A transport, and its server, that notes what it is told. memory, scope, rank: of its traits."""
+    """A transport, and its server, that notes what it is told. memory, scope, rank: of its traits.
+
+    missing: why it is not available. problem, fault: why it cannot be served.
+    """
 
     def __init__(self, memory: Sequence[str], scope: str = "host", rank: int | None = None) -> None:
         self.traits = Traits(
@@ -110,6 +113,7 @@ class Served:
         )
         self.missing = ""
         self.problem = ""
+        self.fault: Exception | None = None
         self.arena: Any = None
         self.closed_before_its_arena = False
         self.dropped: list[bytes] = []
@@ -118,6 +122,8 @@ class Served:
         return self.missing or None
 
     def server(self, arena: Any, _context: ServerContext) -> Served:
+        if self.fault is not None:
+            raise self.fault
         if self.problem:
             raise TransportError(self.problem)
         self.arena = arena

@@ -59,6 +59,8 @@ def test_a_setting_that_a_backend_would_ignore_is_refused() -> None:
         load_target(TargetConfig(model="synthetic:hidden=16", backend="echo", memory_fraction=0.5))
     with pytest.raises(ConfigError, match=r"target\.tp=2 is no setting of the backend synthetic"):
         load_target(TargetConfig(model="synthetic:hidden=16", tp=2))
+    with pytest.raises(ConfigError, match=r"target\.tokenizer=/its is no setting of the backend synthetic"):
+        load_target(TargetConfig(model="synthetic:hidden=16", tokenizer="/its"))
 
 
 @pytest.mark.parametrize(

@@ -169,6 +169,25 @@ def test_another_plan_is_refused_with_old_and_new_values(tmp_path: Path) -> None
         other.restore(other.latest(), *trained(1))
 
 
+def test_a_run_of_0_1_0_resumes_whatever_its_recipes_mask_token_was(tmp_path: Path) -> None:
+    now = Checkpoints(tmp_path, Identity(target="", settings={"method": "dflash", "draft.mask_token_id": 9}))
+
+    def resume(settings: dict[str, Any]) -> None:
+        old = Checkpoints(tmp_path, Identity(target="", settings=settings))
+        path = old.save(Position(step=1), *trained(), RngStates.capture())
+        try:
+            now.compare(path)
+        finally:
+            shutil.rmtree(path)
+
+    resume({"draft.mask_token_id": -1})
+    resume({"draft.mask_token_id": 9})
+    with pytest.raises(CheckpointError, match=r"draft\.mask_token_id was 8, is 9"):
+        resume({"draft.mask_token_id": 8})
+    with pytest.raises(CheckpointError, match=r"draft\.mask_token_id was -1, is 9; method was 'mine', is 'dflash'"):
+        resume({"method": "mine", "draft.mask_token_id": -1})
+
+
 def test_another_shape_is_refused_by_name(tmp_path: Path) -> None:
     checkpoints, _, _ = saved(tmp_path)
     with pytest.raises(CheckpointError, match=r"layer\.bias has shape \(4,\) there and \(5,\) in this draft"):

@@ -37,6 +37,8 @@ def journal(run: RunDirectory, steps: int) -> None:
 
 def test_a_new_run_takes_an_empty_place_only(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path / "a" / "b")
+    run.check(resume=False)
+    assert not (tmp_path / "a").exists()
     run.open(resume=False)
     assert run.path.is_dir()
     run.open(resume=False)
@@ -49,8 +51,14 @@ def test_a_new_run_takes_an_empty_place_only(tmp_path: Path) -> None:
         run.open(resume=False)
     with pytest.raises(ConfigError, match="not empty"):
         RunDirectory(run.journal).open(resume=False)
-    with pytest.raises(ConfigError, match="cannot make output"):
-        RunDirectory(run.journal / "c").open(resume=False)
+    with pytest.raises(ConfigError, match=r"cannot make output '.*c': '.*jsonl' is a file; choose another --output"):
+        RunDirectory(run.journal / "c").check(resume=False)
+
+
+def test_a_place_that_may_not_be_written_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    with pytest.raises(ConfigError, match=rf"'{tmp_path}' may not be written to; choose another --output"):
+        RunDirectory(tmp_path / "a" / "b").check(resume=False)
 
 
 def test_resume_needs_a_run(tmp_path: Path) -> None:

@@ -153,8 +153,9 @@ def test_out_of_memory_names_the_batch_and_loses_no_step(tmp_path: Path, at: tup
         rf"step {done + 1}: no memory left for batch {at[1]} of epoch {at[0]} \(1 sequences, (\d) tokens, \1 of them "
         r"labels\): CUDA out of memory\. .* 2\.00 GiB\.; .*--resume.*data\.max_batch_sequences.*data\.batch_tokens"
     )
-    with pytest.raises(SpecdError, match=said):
+    with pytest.raises(SpecdError, match=said) as refused:
         run(tmp_path / "cut", config, Big())
+    assert "draft." not in str(refused.value), "settings of one draft are no remedy for another"
     assert [record.step for record in records(tmp_path / "cut")] == list(range(1, done + 1))
     saved = [path.name for path in (tmp_path / "cut").glob("checkpoints/*")]
     assert saved == ([f"step-{done:08d}"] if done else [])

@@ -8,14 +8,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
+import torch
 
 from chats import talk, write_rows, write_target
 from specd.cli.main import run
-from specd.config.settings import DaemonConfig, RingConfig, RunConfig, TargetConfig
+from specd.client.subscriber import Subscriber
+from specd.config.settings import DaemonConfig, RingConfig, RunConfig, TargetConfig, TrainConfig
 from specd.daemon.serve import Embedded, embedded
 from specd.data.rows import DEMO
-from specd.errors import CheckpointError, ConfigError, DataError
+from specd.drafts.dflash.settings import DFlashConfig
+from specd.errors import CheckpointError, ConfigError, DataError, SpecdError
 from specd.train.trainer import train_draft
 
 DRAFT = {"mask_token_id": 2, "num_layers": 1, "num_taps": 2, "block_size": 4, "num_anchors": 4}
@@ -57,6 +61,61 @@ def test_without_data_it_trains_on_the_conversations_that_come_along_and_says_so
     facts = json.loads((done.directory / "run.json").read_bytes())
     assert (facts["data"]["path"], facts["config"]["data"]["path"]) == (DEMO, DEMO)
     assert facts["draft"]["method"].startswith("DFlash")
+    assert facts["config"]["draft"] == msgspec.to_builtins(msgspec.convert(DRAFT, DFlashConfig)), (
+        "those that were not given, too"
+    )
+
+
+def test_run_json_names_the_directory_that_was_taken(
+    host: Embedded, settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    del settings["output"]
+    train_draft(settings, host=host)
+    assert json.loads(Path("runs/dflash/run.json").read_bytes())["config"]["output"] == "runs/dflash"
+
+
+def test_a_session_after_the_first_does_not_look_for_the_data(
+    host: Embedded, tmp_path: Path, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = Path(write_rows(tmp_path / "a.jsonl", *({"messages": talk("Hi", "Hello. " * 9)} for _ in range(9))))
+    seen: list[bool] = []
+
+    class Reconnecting(Subscriber):
+        def __init__(self, link: Any, spec: Any, **rest: Any) -> None:
+            super().__init__(link, spec, **rest)
+            path.rename(tmp_path / "b.jsonl")
+            seen.append(spec(self.contract) == self.spec)
+            (tmp_path / "b.jsonl").rename(path)
+
+    monkeypatch.setattr("specd.train.trainer.Subscriber", Reconnecting)
+    settings["data"]["path"] = path
+    assert train_draft(settings | {"output": tmp_path / "run"}, host=host).directory == tmp_path / "run"
+    assert seen == [True]
+
+
+def test_no_memory_for_the_draft_is_one_clear_error_before_anything_is_begun(
+    host: Embedded, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr("specd.drafts.dflash.objective.DFlash.warm_up", full)
+    with pytest.raises(
+        SpecdError, match=r"no memory left on cpu for the draft.*2\.00 GiB.*train\.device.*batch_tokens"
+    ):
+        train_draft(settings, host=host)
+    assert not Path(settings["output"]).exists()
+
+
+def test_a_resumed_run_with_other_settings_is_refused_before_its_draft_is_made(
+    host: Embedded, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train_draft(settings, host=host)
+    assert train_draft(settings, host=host, resume=True).steps == 2
+    monkeypatch.setattr("specd.drafts.dflash.objective.DFlash.__init__", lambda *_: pytest.fail("it was made"))
+    with pytest.raises(CheckpointError, match=r"draft\.block_size was 4, is 5: give the old values back"):
+        train_draft(settings | {"draft": {**DRAFT, "block_size": 5}}, host=host, resume=True)
 
 
 def test_with_data_it_says_nothing_of_it(
@@ -75,6 +134,14 @@ def test_with_data_it_says_nothing_of_it(
         ({"draft": {**DRAFT, "block_sise": 4}}, r"unknown field `block_sise` - at `\$\.draft`"),
         ({"data": {"path": "no/such/file.jsonl"}}, "no data file at 'no/such/file.jsonl'"),
         ({"data": {"max_length": 1}}, r"data\.max_length=1"),
+        ({"data": {"max_batch_sequences": -1}}, r"data\.max_batch_sequences=-1: expected"),
+        ({"draft": {**DRAFT, "mask_token_id": 10**6}}, r"draft\.mask_token_id=1000000: expected a token of .*Qwen3-8B"),
+        ({"draft": {**DRAFT, "loss_decay": -3}}, r"draft\.loss_decay -3"),
+        ({"draft": {**DRAFT, "num_heads": 6, "num_kv_heads": 4}}, "num_heads 6 is not a multiple of num_kv_heads 4"),
+        ({"draft": {**DRAFT, "sliding_window": 3}}, "sliding_window 3 is shorter than a block of 4"),
+        ({"subscriber": {"transport": "pigeon"}}, r"subscriber\.transport='pigeon': expected one of auto, inproc, "),
+        ({"target": {"dtype": "float16"}}, r"target=\{'dtype': 'float16'\}: expected none.*specd\.embedded"),
+        ({"draft": {"block_size": object()}}, "expected numbers, strings, paths"),
         ({"train": {**TRAIN, "device": "cuda:99"}}, r"train\.device"),
         ({"method": "eagle9"}, "unknown draft method 'eagle9'"),
     ],
@@ -89,7 +156,7 @@ def test_what_can_be_checked_is_before_a_transport_is_attached(
     monkeypatch.setattr("specd.client.handshake.load", lambda name: pytest.fail(f"{name} was attached"))
     with pytest.raises((ConfigError, DataError), match=message):
         train_draft(settings | change, host=host)
-    assert not any(Path(settings["output"]).parent.glob("run/*")), "nothing is begun"
+    assert not Path(settings["output"]).exists(), "nothing is begun"
 
 
 def test_and_before_a_target_is_loaded(
@@ -124,3 +191,19 @@ def test_a_run_config_is_taken_as_it_is(host: Embedded, tmp_path: Path) -> None:
         train_draft(config, host=host)
     with pytest.raises(CheckpointError, match="holds no run to resume"):
         train_draft(config, host=host, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (None, "config is None: expected a RunConfig, a mapping of its settings, or a function"),
+        ("dflash", "config is 'dflash': expected a RunConfig"),
+        ({}, "missing required field `method`"),
+        (RunConfig(method="dflash", train=TrainConfig(lr=-1)), r"> 0\.0, got -1.* - at `\$\.train\.lr`"),
+        (RunConfig(method="dflash", train=TrainConfig(accumulation=0)), r">= 1, got 0 - at `\$\.train\.accumulation`"),
+        (RunConfig(method="dflash", target={"dtype": "float16"}), "expected none, as the target is hosted already"),
+    ],
+)
+def test_what_is_no_settings_is_refused(host: Embedded, config: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        train_draft(config, host=host)

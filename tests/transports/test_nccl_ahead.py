@@ -178,7 +178,7 @@ def test_a_fetch_is_called_off_at_once_however_long_the_abort_takes(rig: Rig) ->
     waiter = threading.Thread(target=wait)
     waiter.start()
     assert isinstance(client, Receiver)
-    client.call_off()
+    client.cancel()
     assert waiter.is_alive(), "it waits for the abort, and nobody else does"
     NCCL.hang.clear()
     waiter.join(20)

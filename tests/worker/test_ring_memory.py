@@ -77,6 +77,23 @@ def test_auto_leaves_out_what_is_not_available_here(known: Known, caplog: pytest
     assert served("cpu", "auto") == ("shm", "bytes"), "and left to those who name it for a ring in host memory"
 
 
+def test_auto_leaves_out_a_plugin_that_fails_in_its_own_way(
+    known: Known, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_device: str) -> None:
+        raise RuntimeError("no such library")
+
+    known["rdma"], known["fabric"] = Served(["host"], rank=100), Served(["host"], rank=110)
+    monkeypatch.setattr(known["rdma"], "available", fail)
+    known["fabric"].fault = OSError("no such device")
+    with caplog.at_level("INFO", logger="specd.worker.ring_memory"):
+        assert served("cpu", "auto") == ("shm", "bytes")
+    assert "rdma is not served: RuntimeError: no such library" in caplog.messages
+    assert "fabric is not served: OSError: no such device" in caplog.messages
+    with pytest.raises(TransportError, match="'fabric' cannot be served: OSError: no such device"):
+        served("cpu", "fabric")
+
+
 def test_auto_serves_a_plugin_where_its_rank_says(known: Known) -> None:
     known["rdma"] = Served(["host", "device"], "anywhere", rank=250)
     known["carrier"] = Served(["host"])

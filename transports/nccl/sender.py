@@ -79,14 +79,14 @@ class Sender:
 
     def _run(self) -> None:
         transfers: Transfers | None = None
-        under_way: deque[_Sent] = deque()
+        in_flight: deque[_Sent] = deque()
         try:
             watch = Watch(CONNECT_S, self._stop)
             device, unique_id = self._arena.device, self._unique_id
             transfers = Transfers(Communicator(self._library, device, 0, unique_id, self._max_ctas, watch))
             self._words = [_word(self._arena, slot) for slot in range(self._arena.num_slots)]
             with transfers.current():
-                self._serve(transfers, under_way)
+                self._serve(transfers, in_flight)
         except TransportError as error:
             self._end = str(error)
             if not self._stop.is_set():
@@ -97,26 +97,26 @@ class Sender:
         finally:
             self._end = self._end or "it was dropped"
             if transfers is not None:
-                transfers.abort(list(under_way))
+                transfers.abort(list(in_flight))
 
-    def _serve(self, transfers: Transfers, under_way: deque[_Sent]) -> None:
+    def _serve(self, transfers: Transfers, in_flight: deque[_Sent]) -> None:
         since = 0.0
         while not self._stop.is_set():
             # Only the last payload is in flight: its note goes with the next one if that is here already, else alone.
-            last = transfers.owing and len(under_way) == 1
+            last = transfers.owing and len(in_flight) == 1
             pause = 0.0 if last else patience(time.monotonic() - since)
-            if len(under_way) == WINDOW:
+            if len(in_flight) == WINDOW:
                 self._stop.wait(pause)
-            elif published := self._next(pause if under_way else None):
-                since = since if under_way else time.monotonic()
-                self._send(transfers, published, under_way)
+            elif published := self._next(pause if in_flight else None):
+                since = since if in_flight else time.monotonic()
+                self._send(transfers, published, in_flight)
             elif last:
                 transfers.finish(Watch(START_S, self._stop))
-            while under_way and transfers.over(under_way[0].transfer):
-                under_way.popleft()
+            while in_flight and transfers.over(in_flight[0].transfer):
+                in_flight.popleft()
                 since = time.monotonic()
-            if under_way and time.monotonic() - since > SEND_S:
-                raise TransportError(f"slot {under_way[0].ref.slot} was not taken within {SEND_S:g} s")
+            if in_flight and time.monotonic() - since > SEND_S:
+                raise TransportError(f"slot {in_flight[0].ref.slot} was not taken within {SEND_S:g} s")
 
     def _next(self, timeout: float | None) -> SlotRef | None:
         """The next published slot; None after the timeout, or when stopped."""
@@ -125,9 +125,9 @@ class Sender:
         except queue.Empty:
             return None
 
-    def _send(self, transfers: Transfers, ref: SlotRef, under_way: deque[_Sent]) -> None:
+    def _send(self, transfers: Transfers, ref: SlotRef, in_flight: deque[_Sent]) -> None:
         payload, transfer = self._arena.tensor(ref.slot)[: ref.nbytes], Transfer()
-        under_way.append(_Sent(ref, transfer, payload))
+        in_flight.append(_Sent(ref, transfer, payload))
         note = NOTE.pack(ref.slot, ref.generation, ref.nbytes, 0)
         # The word is 0 before a kernel of a refill is launched: read behind the payload, it tells of every one.
         transfers.send(transfer, payload, note, self._words[ref.slot], Watch(START_S, self._stop))

@@ -199,11 +199,11 @@ class NcclClient:
         if found != ref.generation:
             raise stale(ref, found)
 
-    def call_off(self) -> None:
+    def cancel(self) -> None:
         self._cancelled.set()
 
     def close(self) -> None:
-        self.call_off()
+        self.cancel()
         with self._lock:
             self._abort()
 

@@ -140,8 +140,8 @@ class ReceiverConformance(TransportConformance):
 
         waiter = threading.Thread(target=wait)
         waiter.start()
-        client.call_off()
-        client.call_off()
+        client.cancel()
+        client.cancel()
         waiter.join(20)
         assert outcome == [True] * 3
         client.expect(ref, intos[0])

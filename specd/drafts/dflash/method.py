@@ -12,8 +12,8 @@ from specd.config.settings import CaptureConfig, Config
 from specd.drafts.base import TargetParts, Tuning, Workload
 from specd.drafts.dflash.drafter import DFlashDrafter
 from specd.drafts.dflash.export import ARCHITECTURE, load_draft
-from specd.drafts.dflash.model import DFlashDraft
-from specd.drafts.dflash.objective import DFlash
+from specd.drafts.dflash.model import DFlashDraft, conflict
+from specd.drafts.dflash.objective import DFlash, loss_decay
 from specd.drafts.dflash.settings import DFlashConfig
 from specd.drafts.dflash.workload import workload
 from specd.drafts.taps import spread_taps
@@ -34,12 +34,17 @@ class DFlashMethod:
 
     @staticmethod
     def check(settings: DFlashConfig, target: str) -> None:
-        """Raise ConfigError where no mask token is known."""
+        """Raise ConfigError where no mask token is known, or settings contradict each other; 0 is the target's."""
         if settings.mask_token_id < 0:
             raise ConfigError(
                 f"no mask token is known for target {target!r}: give --set draft.mask_token_id=ID, the id of a token "
                 f"that it never writes, or --preset NAME for the recipe of a target with the same tokenizer"
             )
+        loss_decay(settings)
+        kv = settings.num_kv_heads if settings.num_heads else 0
+        window = settings.sliding_window or None
+        if reason := conflict(settings.num_heads, kv or 1, settings.head_dim or 2, settings.block_size, window):
+            raise ConfigError(f"draft: {reason}")
 
     @staticmethod
     def capture_config(settings: DFlashConfig) -> CaptureConfig:
@@ -48,7 +53,12 @@ class DFlashMethod:
 
     @staticmethod
     def capture(settings: DFlashConfig, contract: TargetContract) -> CaptureSpec:
-        """Evenly spaced taps, in the target's dtype."""
+        """Evenly spaced taps, in the target's dtype. Raises ConfigError for a mask token that the target lacks, too."""
+        if settings.mask_token_id >= contract.vocab_size:
+            raise ConfigError(
+                f"draft.mask_token_id={settings.mask_token_id}: expected a token of {contract.model}, whose "
+                f"vocabulary has {contract.vocab_size}; give one that it never writes"
+            )
         dtype = cast(StateDtype, contract.dtype if contract.dtype in DTYPE_BYTES else "bfloat16")
         return CaptureSpec(taps=spread_taps(contract.num_layers, settings.num_taps, contract.tap_layers), dtype=dtype)
 

@@ -12,6 +12,7 @@ import msgspec
 import torch
 from torch import Tensor, nn
 
+from specd.drafts.block_attention import INSTEAD
 from specd.drafts.compile import compiled
 from specd.drafts.dflash.settings import DFlashConfig
 from specd.drafts.layers import MLP, Attend, KeyValue, Linear, RMSNorm, Rope, rope_theta, rotate
@@ -50,12 +51,9 @@ class DraftShape(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         """Why no draft of this shape can exist, or None if it can."""
         if min(self.hidden_size, self.num_layers, self.num_kv_heads, self.intermediate_size, self.vocab_size) < 1:
             return "sizes and numbers of layers and heads must be positive"
-        if self.num_heads % self.num_kv_heads:
-            return f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}"
-        if self.head_dim < 2 or self.head_dim % 2:
-            return f"head_dim {self.head_dim} is not a positive even number"
-        if self.block_size < 2:
-            return f"block_size {self.block_size} leaves nothing to predict: it counts the anchor, so give at least 2"
+        window = self.sliding_window if "sliding_attention" in self.layer_types else None
+        if reason := conflict(self.num_heads, self.num_kv_heads, self.head_dim, self.block_size, window):
+            return reason
         if not 0 <= self.mask_token_id < self.vocab_size:
             return (
                 f"mask_token_id {self.mask_token_id} is no token of a vocabulary of {self.vocab_size}: "
@@ -63,9 +61,20 @@ class DraftShape(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
             )
         if len(self.layer_types) != self.num_layers:
             return f"{len(self.layer_types)} layer_types for {self.num_layers} layers"
-        if "sliding_attention" in self.layer_types and self.sliding_window < self.block_size:
-            return f"sliding_window {self.sliding_window} is shorter than a block of {self.block_size} tokens"
         return CaptureSpec(taps=self.taps).problem(self.num_target_layers)
+
+
+def conflict(num_heads: int, num_kv_heads: int, head_dim: int, block_size: int, window: int | None) -> str | None:
+    """Why no draft can have these sizes, or None if one can. window: of its sliding layers, None where none slides."""
+    if num_heads % num_kv_heads:
+        return f"num_heads {num_heads} is not a multiple of num_kv_heads {num_kv_heads}"
+    if head_dim < 2 or head_dim % 2:
+        return f"head_dim {head_dim} is not a positive even number"
+    if block_size < 2:
+        return f"block_size {block_size} leaves nothing to predict: it counts the anchor, so give at least 2"
+    if window is not None and window < block_size:
+        return f"sliding_window {window} is shorter than a block of {block_size} tokens"
+    return None
 
 
 def draft_shape(config: DFlashConfig, target_config: dict[str, Any], taps: tuple[int, ...]) -> DraftShape:
@@ -176,14 +185,14 @@ class DFlashDraft(nn.Module):
 
     def context(self, taps: Tensor, positions: Tensor) -> list[KeyValue]:
         """What every layer attends to of the context: taps [T, n·H] and positions [T] -> keys and values a layer."""
-        project = compiled(DFlashDraft._project) if self.compiled else DFlashDraft._project
+        project = compiled(DFlashDraft._project, INSTEAD) if self.compiled else DFlashDraft._project
         return project(self, taps, self._rope(positions, taps.dtype))
 
     def block(self, noise: Tensor, positions: Tensor, context: list[KeyValue], attend: Attend) -> Tensor:
         """Block embeddings [N, H] and positions [N] -> states [N, H] that lm_head reads."""
         enter, leave = Layer.enter, Layer.leave
         if self.compiled:
-            enter, leave = compiled(enter), compiled(leave)
+            enter, leave = compiled(enter, INSTEAD), compiled(leave, INSTEAD)
         rope = self._rope(positions, noise.dtype)
         for index, keys_values in enumerate(context):
             layer = self._layer(index)

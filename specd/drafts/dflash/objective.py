@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import logging
 import math
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -135,11 +136,14 @@ class DFlash:
         if not self._cold:
             return
         self._cold = False
+        logger.info("compiling the draft's step for %s: up to a minute, seconds from the next run on", self.device)
+        began = time.perf_counter()
         shape, (batch, sizes) = self.draft.shape, made_up(self.draft.shape, self.config.num_anchors)
         taps = torch.zeros(batch.num_tokens, len(shape.taps), shape.hidden_size, dtype=dtype, device=self.device)
         with torch.enable_grad(), compiling_for(*sizes):
             self.loss(Delivery(batch, taps)).sum.backward()  # type: ignore[no-untyped-call]
         self.module.zero_grad()
+        logger.info("compiled in %.0f s", time.perf_counter() - began)
 
     def facts(self) -> dict[str, str]:
         """See Objective.facts."""

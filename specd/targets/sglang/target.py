@@ -39,7 +39,7 @@ class SGLangTarget:
     Raises ConfigError or TargetError when SGLang or the model cannot be used.
     """
 
-    settings: ClassVar[frozenset[str]] = frozenset({"tp", "memory_fraction", "attention_backend"})
+    settings: ClassVar[frozenset[str]] = frozenset({"tokenizer", "tp", "memory_fraction", "attention_backend"})
 
     def __init__(self, config: TargetConfig) -> None:
         touch_points()

@@ -7,7 +7,7 @@ import logging
 import threading
 from collections.abc import Callable, Sequence
 from itertools import accumulate, pairwise
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -36,6 +36,8 @@ class TransformersTarget:
 
     Raises ConfigError or TargetError when the model cannot be loaded, or cannot run packed sequences.
     """
+
+    settings: ClassVar[frozenset[str]] = frozenset({"tokenizer"})
 
     def __init__(self, config: TargetConfig) -> None:
         dummy = config.load_format == "dummy"

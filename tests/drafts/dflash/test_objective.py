@@ -203,7 +203,7 @@ def test_compiled_layers_give_the_same_loss_and_are_traced_once_for_all_sizes(mo
     counter = CompileCounterWithBackend("aot_eager")
     monkeypatch.setattr(
         "specd.drafts.dflash.model.compiled",
-        functools.cache(lambda function: torch.compile(function, dynamic=True, backend=counter)),
+        functools.cache(lambda function, instead: torch.compile(function, dynamic=True, backend=counter)),
     )
     torch._dynamo.reset()
     config = msgspec.structs.replace(CONFIG, num_layers=3)
@@ -225,7 +225,7 @@ def test_compiled_layers_give_the_same_loss_and_are_traced_once_for_all_sizes(mo
 def test_what_is_compiled_meets_the_same_sizes_first_whatever_the_first_batch_is(
     monkeypatch: pytest.MonkeyPatch, num_anchors: int
 ) -> None:
-    monkeypatch.setattr("specd.drafts.dflash.model.compiled", lambda function: function)
+    monkeypatch.setattr("specd.drafts.dflash.model.compiled", lambda function, instead: function)
     config = msgspec.structs.replace(CONFIG, num_anchors=num_anchors)
     met: list[list[tuple[int, int]]] = []
     for lengths in (LENGTHS, (64, 64)):

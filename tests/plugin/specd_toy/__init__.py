@@ -38,7 +38,7 @@ class Toy:
     """The objective. module: the matrix, float32 [H, H]."""
 
     def __init__(self, settings: ToyConfig, target: TargetParts, device: str | torch.device, seed: int) -> None:
-        self._device, self._tap = torch.device(device), target.contract.num_layers - 2
+        self._device, self._tap, self._scale = torch.device(device), target.contract.num_layers - 2, settings.scale
         self._head = target.lm_head.to(self._device, torch.float32)
         self.module = _matrix(target.contract.hidden_size, settings.scale, seed).to(self._device)
 
@@ -63,7 +63,8 @@ class Toy:
 
     def export(self, path: Path, files: Mapping[str, bytes] | None = None) -> None:
         """Write config.json and the matrix."""
-        config = {"architectures": [ARCHITECTURE], "tap": self._tap, "hidden_size": self.module.in_features}
+        config = {"architectures": [ARCHITECTURE], "tap": self._tap, "scale": self._scale}
+        config |= {"hidden_size": self.module.in_features}
         write_draft(path, config, self.module.state_dict(), files or {})
 
 
@@ -72,8 +73,8 @@ class ToyDraft:
 
     block_size = 2
 
-    def __init__(self, module: torch.nn.Linear, tap: int) -> None:
-        self._module, self.taps = module, (tap,)
+    def __init__(self, module: torch.nn.Linear, tap: int, scale: float) -> None:
+        self._module, self.taps, self._scale = module, (tap,), scale
         self._head = self._last = torch.empty(0)
 
     def drafter(self, embedding: Tensor, lm_head: Tensor) -> ToyDraft:
@@ -82,12 +83,13 @@ class ToyDraft:
             raise ConfigError(
                 f"the draft is for hidden size {self._module.in_features}, this target's is {lm_head.shape[1]}"
             )
+        self._module.to(lm_head.device)
         self._head = lm_head.float()
         return self
 
     def untrained(self, seed: int) -> ToyDraft:
         """One with the matrix that training began with."""
-        return ToyDraft(_matrix(self._module.in_features, ToyConfig().scale, seed), self.taps[0])
+        return ToyDraft(_matrix(self._module.in_features, self._scale, seed), self.taps[0], self._scale)
 
     def reset(self) -> None:
         """Another text begins."""
@@ -116,8 +118,8 @@ class ToyMethod:
 
     @staticmethod
     def capture_config(settings: ToyConfig) -> CaptureConfig:
-        """One tap."""
-        return CaptureConfig(num_taps=1)
+        """One tap, in float32 whatever the target computes in."""
+        return CaptureConfig(num_taps=1, dtype="float32")
 
     @staticmethod
     def capture(settings: ToyConfig, contract: TargetContract) -> CaptureSpec:
@@ -142,7 +144,7 @@ class ToyMethod:
         config: dict[str, Any] = json.loads((path / "config.json").read_text())
         module = _matrix(config["hidden_size"], 0.0, 0)
         module.load_state_dict(load_file(path / "model.safetensors"))
-        return ToyDraft(module, config["tap"])
+        return ToyDraft(module, config["tap"], config["scale"])
 
     @staticmethod
     def workload(objective: Toy, batch: Batch) -> Workload:

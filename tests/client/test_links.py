@@ -6,7 +6,7 @@ import pytest
 import zmq
 
 from scripted import Daemon
-from specd.client.state import Links
+from specd.client.links import Links
 from specd.protocol import messages as wire
 
 
