@@ -37,7 +37,7 @@ def load(name: str) -> type[Transport]:
 
 
 @contextlib.contextmanager
-def failing_as_transport() -> Iterator[None]:
+def as_transport_error() -> Iterator[None]:
     """Whatever a transport's own code raises in this block is a TransportError: a plug-in may raise anything."""
     try:
         yield

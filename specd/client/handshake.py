@@ -25,7 +25,7 @@ from specd.protocol.contract import TargetContract
 from specd.protocol.messages import Message
 from specd.transports.base import Borrower, Client, SlotRef, Traits
 from specd.transports.checks import pattern
-from specd.transports.registry import Choice, choose, failing_as_transport, known, load
+from specd.transports.registry import Choice, as_transport_error, choose, known, load
 
 log = logging.getLogger(__name__)
 
@@ -210,14 +210,14 @@ class _Handshake:
             self._traits = traits = transport.traits
             if self._terms.borrow and not traits.borrow:
                 return "it cannot lend slots in place (subscriber.borrow)"
-            with failing_as_transport():
+            with as_transport_error():
                 self._client = client = transport.client(self._terms.device)
                 hello = client.hello()
             attach = wire.Attach(epoch=self._welcome.epoch, transport=name, hello=hello)
             answer = self._ask(attach, wire.Offer, wire.Refuse)
             if isinstance(answer, wire.Refuse):
                 return answer.reason
-            with failing_as_transport():
+            with as_transport_error():
                 client.attach(answer.offer, STEP_S)
             slot_bytes = self._welcome.ring.slot_bytes
             self._transfer(min(PROBE_BYTES, slot_bytes))

@@ -37,11 +37,11 @@ def write_draft(path: Path, config: dict[str, Any], weights: Mapping[str, Tensor
             (new / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
             save_file(tensors, new / "model.safetensors", metadata={"format": "pt"})
             for file in new.iterdir():
-                _sync(file)
+                sync(file)
             if path.exists():
                 path.rename(scratch / "old")
             new.rename(path)
-            _sync(path.parent)
+            sync(path.parent)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
     except (OSError, SafetensorError) as error:
@@ -49,7 +49,7 @@ def write_draft(path: Path, config: dict[str, Any], weights: Mapping[str, Tensor
     logger.info("draft of %d parameters written to %s", sum(tensor.numel() for tensor in tensors.values()), path)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Force a file or directory to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:

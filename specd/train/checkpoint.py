@@ -22,6 +22,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from specd.drafts.files import sync
 from specd.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
@@ -134,9 +135,9 @@ class Checkpoints:
             )
             (partial / "state.json").write_bytes(msgspec.json.encode(state))
             _seal(partial / "state.json")
-            _sync_directory(partial)
+            sync(partial)
             partial.rename(final)
-            _sync_directory(self.directory)
+            sync(self.directory)
         except (OSError, SafetensorError) as error:
             shutil.rmtree(partial, ignore_errors=True)
             raise CheckpointError(
@@ -306,14 +307,5 @@ def _crc32(path: Path) -> int:
 
 def _seal(path: Path) -> _File:
     """fsync a written file; returns its size and crc32."""
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
+    sync(path)
     return _File(nbytes=path.stat().st_size, crc32=_crc32(path))
-
-
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -45,7 +45,7 @@ def open_ring(config: DaemonConfig, slot_bytes: int, device: str, epoch: bytes, 
         for name, transport in found.items():
             here = arena.ledger if name in on_host else arena
             try:
-                with registry.failing_as_transport():
+                with registry.as_transport_error():
                     servers[name] = transport.server(here, serving)
             except TransportError as error:
                 _leave_out(config, name, error)
@@ -68,7 +68,7 @@ def candidates(device: str) -> list[str]:
     found: list[str] = []
     for name in registry.preferred({name: one.traits for name, one in here.items()}, device):
         try:
-            with registry.failing_as_transport():
+            with registry.as_transport_error():
                 reason = here[name].available(device)
         except TransportError as error:
             reason = str(error)
