@@ -39,11 +39,20 @@ def address(host: str) -> IPv4Address | IPv6Address | None:
     return None
 
 
-def interface(endpoint: str, insecure: bool) -> str:
+def is_loopback(host: str) -> bool:
+    """Whether the host of a tcp endpoint, a name or an address, is reached from this machine alone."""
+    found = address(host)
+    return host == "localhost" or (found is not None and found.is_loopback)
+
+
+def interface(endpoint: str, insecure: bool, keyed: bool = False) -> str:
     """The host a tcp endpoint listens on: an address, without brackets, or a name; empty for other endpoints.
 
-    Raises ConfigError for a wildcard address, and for one beyond loopback unless `insecure`.
+    keyed: whether the daemon asks for keys. Raises ConfigError for a wildcard address, for one beyond loopback that is
+    neither keyed nor `insecure`, and for both at once.
     """
+    if keyed and insecure:
+        raise ConfigError("--insecure serves without keys, and the daemon's auth names one (--key): give one of the two")
     if not endpoint.startswith("tcp://"):
         return ""
     host, _, port = endpoint.removeprefix("tcp://").rpartition(":")
@@ -52,14 +61,13 @@ def interface(endpoint: str, insecure: bool) -> str:
     if found is not None and found.is_unspecified:
         raise ConfigError(
             f"endpoint {endpoint} listens on every interface, and a trainer must be told one address to take batches "
-            f"from: name the one it can reach, as in tcp://192.0.2.7:{port}, with --insecure on a network you trust"
+            f"from: name the one it can reach, as in tcp://192.0.2.7:{port}, with --key NAME"
         )
-    loopback = host == "localhost" or (found is not None and found.is_loopback)
-    if not loopback and not insecure:
+    if not (is_loopback(host) or keyed or insecure):
         raise ConfigError(
-            f"endpoint {endpoint} can be reached from other machines, and the protocol has no encryption or "
-            f"authentication: pass --insecure if you trust that network, or use this machine's address in a VPN "
-            f"(WireGuard) with --insecure; trainers on this machine need no tcp endpoint"
+            f"endpoint {endpoint} can be reached from other machines: expected a key, with --key NAME (`specd keys new "
+            f"NAME` makes one), or --insecure for a network in which you trust everybody, which then reads all states "
+            f"unencrypted; trainers on this machine need no tcp endpoint"
         )
     return host
 

@@ -68,10 +68,22 @@ class CaptureConfig(Config, kw_only=True, frozen=True):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
 
 
+class DaemonAuth(Config, kw_only=True, frozen=True):
+    """Whom a daemon lets in over TCP. key: its own, by name or path; no key itself stands in settings.
+
+    authorized: the file of those it lets in; empty for the one among this user's keys.
+    """
+
+    key: Annotated[str, Meta(min_length=1)]
+    authorized: str = ""
+
+
 class DaemonConfig(Config, kw_only=True, frozen=True):
     """One daemon. endpoint: `auto` is the default ipc endpoint of this user.
 
-    transports: what it serves; `auto` is everything that can be served from where its ring lies.
+    transports: what it serves; `auto` is everything that can be served from where its ring lies. auth: keys, for a TCP
+    endpoint. insecure: TCP beyond loopback without keys. insecure_data: with keys, also serve transports beyond this
+    host that do not encrypt states (nccl, nixl).
     """
 
     target: TargetConfig
@@ -79,7 +91,19 @@ class DaemonConfig(Config, kw_only=True, frozen=True):
     transports: tuple[str, ...] = ("auto",)
     ring: RingConfig = RingConfig()
     capture: CaptureConfig = CaptureConfig()
+    auth: DaemonAuth | None = None
     insecure: bool = False
+    insecure_data: bool = False
+
+
+class TrainerAuth(Config, kw_only=True, frozen=True):
+    """Who a trainer is over TCP, and whom it trusts. key: its own, by name or path; no key itself stands in settings.
+
+    servers: the public key of the daemon at each TCP endpoint. With `auth` none is talked to without one.
+    """
+
+    key: Annotated[str, Meta(min_length=1)]
+    servers: dict[str, str] = {}
 
 
 class SubscriberConfig(Config, kw_only=True, frozen=True):
@@ -88,7 +112,8 @@ class SubscriberConfig(Config, kw_only=True, frozen=True):
     timeout_s: longest wait for one batch. connect_s: longest time without any usable daemon.
     max_attempts: how often one batch may be submitted before the run ends with an error that names it.
     borrow: read the daemon's slots in place, without a copy, where trainer and target share one GPU; a slot then stays
-    taken until its batch was trained.
+    taken until its batch was trained. auth: keys, for TCP endpoints. insecure_data: with keys, also take transports
+    from another host that do not encrypt states (nccl, nixl).
     """
 
     endpoints: tuple[str, ...] = ("auto",)
@@ -98,6 +123,8 @@ class SubscriberConfig(Config, kw_only=True, frozen=True):
     connect_s: Annotated[float, Meta(ge=0)] = 120.0
     max_attempts: Positive = 5
     borrow: bool = False
+    auth: TrainerAuth | None = None
+    insecure_data: bool = False
 
 
 class DataConfig(Config, kw_only=True, frozen=True):
