@@ -56,7 +56,7 @@ def ask_status(endpoint: str, timeout_s: float) -> wire.StatusReport:
                 f"no daemon answers at {endpoints.resolve_endpoint(endpoint)} within {timeout_s:g} s: start one with "
                 f"`specd start --model MODEL`, or name its --endpoint"
             )
-        reply = wire.decode(socket.recv())
+        reply = wire.decode_reply(socket.recv())
         if not isinstance(reply, wire.StatusReport):
             raise ProtocolError(f"the daemon answered with {type(reply).__name__}, expected StatusReport")
         return reply

@@ -158,7 +158,7 @@ class Control:
             try:
                 if len(frames) != 1:
                     raise ProtocolError(f"a message has {len(frames)} frames, expected 1")
-                self._handle(sender.bytes, wire.decode(frames[0].buffer), frames[0])
+                self._handle(sender.bytes, wire.decode_request(frames[0].buffer), frames[0])
             except ProtocolError as error:
                 self.counters.add("refused_messages")
                 self._send(sender.bytes, wire.Error(epoch=self._epoch, reason=str(error)[: limits.MAX_REASON_CHARS]))

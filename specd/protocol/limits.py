@@ -18,6 +18,9 @@ MAX_NAME_CHARS = 200
 MAX_HELLO_BYTES = 4096
 MAX_OFFER_BYTES = 64 << 10
 MAX_TAPS = 1024
+MAX_TENSORS = 16
+MAX_DIMENSIONS = 8
+"""Of one tensor; a Layout has up to MAX_TENSORS."""
 MAX_TRANSPORTS = 32
 MAX_INT31 = (1 << 31) - 1
 """Largest credit count, process id, slot index and number of milliseconds."""

@@ -21,7 +21,7 @@ from specd.config.settings import DaemonConfig, RingConfig, SubscriberConfig, Ta
 from specd.daemon.serve import embedded
 from specd.errors import ConfigError
 from specd.protocol.capture import CaptureSpec
-from specd.protocol.messages import Status, StatusReport, decode, encode
+from specd.protocol.messages import Status, StatusReport, decode_reply, encode
 
 HOSTILE = "x[/y] [bold]:smile:\x1b]0;owned\x07\x9b2J\u202e\r\n"
 SHOWN = "x[/y] [bold]:smile:�]0;owned��2J���"
@@ -42,7 +42,7 @@ def report() -> StatusReport:
             next(subscriber.stream([batch(0)]))
             socket.send(encode(Status()))
             assert socket.poll(10_000)
-            answer = decode(socket.recv())
+            answer = decode_reply(socket.recv())
     assert isinstance(answer, StatusReport)
     return answer
 

@@ -61,7 +61,7 @@ class Peer:
 
     def hear(self, timeout_ms: int = 20_000) -> Any:
         """The next message, None on timeout."""
-        return wire.decode(self._socket.recv()) if self._socket.poll(timeout_ms) else None
+        return wire.decode_reply(self._socket.recv()) if self._socket.poll(timeout_ms) else None
 
     def ask(self, kind: str, **fields: Any) -> Any:
         self.tell(kind, **fields)
