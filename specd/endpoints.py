@@ -45,6 +45,11 @@ def is_loopback(host: str) -> bool:
     return host == "localhost" or (found is not None and found.is_loopback)
 
 
+def is_far(endpoint: str) -> bool:
+    """Whether the daemon at an endpoint may be on another host."""
+    return endpoint.startswith("tcp://") and not is_loopback(endpoint.removeprefix("tcp://").rpartition(":")[0])
+
+
 def interface(endpoint: str, insecure: bool, keyed: bool = False) -> str:
     """The host a tcp endpoint listens on: an address, without brackets, or a name; empty for other endpoints.
 
@@ -52,7 +57,7 @@ def interface(endpoint: str, insecure: bool, keyed: bool = False) -> str:
     neither keyed nor `insecure`, and for both at once.
     """
     if keyed and insecure:
-        raise ConfigError("--insecure serves without keys, and the daemon's auth names one (--key): give one of the two")
+        raise ConfigError("--insecure serves without keys, and auth names one (--key): give one of the two")
     if not endpoint.startswith("tcp://"):
         return ""
     host, _, port = endpoint.removeprefix("tcp://").rpartition(":")

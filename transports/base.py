@@ -31,7 +31,10 @@ class Traits(msgspec.Struct, frozen=True, kw_only=True):
     one_sided: the trainer pulls without the worker taking part.
     needs_recv_ready: the trainer announces RECV_READY and only then `Server.publish` is called.
     abortable: a transfer in flight can be given up and the next one made over the same client; if not, giving one up
-    loses the client. borrow: its client is a `Borrower`. floor_gb_s: slower than this, `auto` does not take it.
+    loses the client. borrow: its client is a `Borrower`. sealed: what it moves to another host is encrypted, and comes
+    from the daemon, where `ServerContext.curve` asks for that; one that reaches further than a host and is not sealed
+    is refused there, unless its users accept that (`insecure_data`). floor_gb_s: slower than this, `auto` does not take
+    it.
     rank: where `auto` tries it, lowest first: inproc 100, cuda_ipc 200, nixl 300, nccl 400, shm 500, bytes 600, so that
     a plug-in may stand between any two. None: only for those who name it; `auto` tries it last, where a daemon does.
     """
@@ -42,6 +45,7 @@ class Traits(msgspec.Struct, frozen=True, kw_only=True):
     needs_recv_ready: bool
     abortable: bool
     borrow: bool = False
+    sealed: bool = False
     floor_gb_s: float = 0.0
     rank: int | None = None
 
@@ -58,11 +62,13 @@ class ServerContext(msgspec.Struct, frozen=True, kw_only=True):
     """Where a server that needs sockets may bind them.
 
     directory: this user's 0700 directory for ipc sockets; empty for none. host: the one interface (an address, no
-    wildcard) to be reached at from other hosts; empty when the daemon is not to be reached from any.
+    wildcard) to be reached at from other hosts; empty when the daemon is not to be reached from any. curve: the daemon
+    asks for keys there: a server makes its own, for its life alone, and lets in whom it has accepted.
     """
 
     directory: str = ""
     host: str = ""
+    curve: bool = False
 
 
 class Server(Protocol):

@@ -3,39 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-import secrets
 
 import zmq
 
 from specd import endpoints
+from specd.client.line import Context, Identity, Line
 from specd.errors import ConfigError, DaemonError, ProtocolError
-from specd.protocol import limits
 from specd.protocol import messages as wire
 
-Context = zmq.Context[zmq.Socket[bytes]]
 LONGEST_S = 86_400.0
 """Longest wait that a person may ask for."""
 
 
-def dial(context: Context, endpoint: str) -> zmq.Socket[bytes]:
-    """A socket to a daemon, under a fresh random routing id. Raises ConfigError for an endpoint that is none."""
-    where = endpoints.resolve_endpoint(endpoint)
-    socket = context.socket(zmq.DEALER)
-    socket.set(zmq.ROUTING_ID, b"\1" + secrets.token_bytes(15))
-    socket.set(zmq.MAXMSGSIZE, limits.MAX_MESSAGE_BYTES)
-    socket.set(zmq.LINGER, 0)
-    socket.set(zmq.RECONNECT_IVL, 50)
-    socket.set(zmq.RECONNECT_IVL_MAX, 1000)
-    socket.set(zmq.HEARTBEAT_IVL, 5000)
-    socket.set(zmq.HEARTBEAT_TIMEOUT, 20000)
-    # Not for names: libzmq would then take a name's IPv6 addresses alone.
-    socket.set(zmq.IPV6, int(where.startswith("tcp://[")))
-    try:
-        socket.connect(where)
-    except zmq.ZMQError as error:
-        socket.close()
-        raise ConfigError(f"endpoint {where}: {error.strerror}; expected ipc://PATH or tcp://HOST:PORT") from None
-    return socket
+def dial(context: Context, endpoint: str, identity: Identity | None = None) -> zmq.Socket[bytes]:
+    """A socket to a daemon, not watched. Raises ConfigError as `Line` does."""
+    return Line(context, endpoint, identity).release()
 
 
 def waitable(timeout_s: float) -> float:
@@ -45,18 +27,21 @@ def waitable(timeout_s: float) -> float:
     return timeout_s
 
 
-def ask_status(endpoint: str, timeout_s: float) -> wire.StatusReport:
-    """Ask a daemon what it is doing. Raises DaemonError when none answers, ConfigError as `waitable` does."""
+def ask_status(endpoint: str, timeout_s: float, identity: Identity | None = None) -> wire.StatusReport:
+    """Ask a daemon what it is doing.
+
+    Raises DaemonError when none answers, RejectedError when it refuses this key, ConfigError as `waitable` does.
+    """
     waitable(timeout_s)
-    with zmq.Context() as context, dial(context, endpoint) as socket:
+    with zmq.Context() as context, Line(context, endpoint, identity) as line:
         with contextlib.suppress(zmq.Again):  # it hung up for good; nothing will come
-            socket.send(wire.encode(wire.Status()), zmq.NOBLOCK)
-        if not socket.poll(int(timeout_s * 1000)):
+            line.socket.send(wire.encode(wire.Status()), zmq.NOBLOCK)
+        if not line.wait(timeout_s):
+            remedy = line.problem() or ": start one with `specd start --model MODEL`, or name its --endpoint"
             raise DaemonError(
-                f"no daemon answers at {endpoints.resolve_endpoint(endpoint)} within {timeout_s:g} s: start one with "
-                f"`specd start --model MODEL`, or name its --endpoint"
+                f"no daemon answers at {endpoints.resolve_endpoint(endpoint)} within {timeout_s:g} s{remedy}"
             )
-        reply = wire.decode_reply(socket.recv())
+        reply = wire.decode_reply(line.socket.recv())
         if not isinstance(reply, wire.StatusReport):
             raise ProtocolError(f"the daemon answered with {type(reply).__name__}, expected StatusReport")
         return reply

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, TypeVar, cast, overload
 import zmq
 
 from specd import endpoints, units
-from specd.client.ask import Context, dial
+from specd.client.line import Context, Identity, Line
 from specd.errors import ProtocolError, RejectedError, TransportError
 from specd.memory import cuda
 from specd.protocol import messages as wire
@@ -48,7 +48,8 @@ class Terms(NamedTuple):
     """What a trainer asks of a daemon.
 
     spec: of the capture, given the target. device: `cpu` or one with its index. borrow: read slots in place.
-    fingerprint: empty for any target.
+    fingerprint: empty for any target. identity: who the trainer is over TCP, None without keys. insecure_data: whether
+    states may come from another host in the clear although there are keys.
     """
 
     name: str
@@ -58,6 +59,8 @@ class Terms(NamedTuple):
     device: str
     borrow: bool = False
     fingerprint: str = ""
+    identity: Identity | None = None
+    insecure_data: bool = False
 
 
 class Session(NamedTuple):
@@ -91,7 +94,7 @@ def open_session(context: Context, endpoint: str, terms: Terms, pause: Callable[
     pause: waits so many seconds before a Later that the daemon itself asked for. Raises Later when it may work another
     time; RejectedError when the daemon refuses for good; TransportError when the transport asked for cannot be used.
     """
-    handshake = _Handshake(dial(context, endpoint), endpoint, terms, pause)
+    handshake = _Handshake(Line(context, endpoint, terms.identity), endpoint, terms, pause)
     try:
         return handshake.run()
     except BaseException:
@@ -119,14 +122,17 @@ def _hang_up(socket: zmq.Socket[bytes], epoch: bytes) -> None:
 class _Handshake:
     """The questions and answers that open one session."""
 
-    def __init__(self, socket: zmq.Socket[bytes], endpoint: str, terms: Terms, pause: Callable[[float], bool]) -> None:
-        self._socket = socket
+    def __init__(self, line: Line, endpoint: str, terms: Terms, pause: Callable[[float], bool]) -> None:
+        self._line = line
+        self._socket = line.socket
         self._endpoint = endpoint
         self._terms = terms
         self._pause = pause
         self._welcome: wire.Welcome | None = None
         self._client: Client | None = None
         self._traits: Traits | None = None
+        self._sealed = terms.identity is not None and not terms.insecure_data and endpoints.is_far(endpoint)
+        """Whether what comes from the daemon has to be encrypted."""
 
     def run(self) -> Session:
         status = self._ask(wire.Status(), wire.StatusReport, timeout_s=FIRST_S)
@@ -159,11 +165,13 @@ class _Handshake:
         log.info("%s: transport %s%s", self._endpoint, choice.name, losers)
         assert self._client is not None
         assert self._traits is not None
+        self._line.release()
         needs_recv_ready = self._traits.needs_recv_ready
         return Session(self._endpoint, self._socket, answer, spec, choice, self._client, needs_recv_ready, terms.borrow)
 
     def give_up(self) -> None:
         """Leave nothing behind, here or at the daemon."""
+        self._line.release()
         if self._client is not None:
             self._client.close()
         if self._welcome is None:
@@ -195,8 +203,8 @@ class _Handshake:
             raise Later(f"the connection to {self._endpoint} is gone") from None
 
     def _hear(self, timeout_s: float = STEP_S) -> Any:
-        if not self._socket.poll(int(timeout_s * 1000)):
-            raise Later(f"no answer from {self._endpoint} within {timeout_s:g} s")
+        if not self._line.wait(timeout_s):
+            raise Later(f"no answer from {self._endpoint} within {timeout_s:g} s{self._line.problem()}")
         return wire.decode_reply(self._socket.recv())
 
     def _probe(self, name: str) -> str | None:
@@ -210,6 +218,8 @@ class _Handshake:
             self._traits = traits = transport.traits
             if self._terms.borrow and not traits.borrow:
                 return "it cannot lend slots in place (subscriber.borrow)"
+            if self._sealed and traits.scope == "anywhere" and not traits.sealed:
+                return "it does not encrypt states, and keys are used (subscriber.insecure_data takes it nevertheless)"
             with as_transport_error():
                 self._client = client = transport.client(self._terms.device)
                 hello = client.hello()

@@ -13,6 +13,7 @@ import zmq
 from specd.client.fetch import Item
 from specd.client.handshake import Terms
 from specd.client.inflight import InFlight
+from specd.client.line import identity
 from specd.client.pending import Pending
 from specd.config.settings import SubscriberConfig
 from specd.errors import ConfigError, DaemonError
@@ -62,6 +63,8 @@ class Subscriber:
             device=cuda.resolve(device),
             borrow=config.borrow,
             fingerprint=fingerprint,
+            identity=identity(config.auth, config.endpoints),
+            insecure_data=config.insecure_data,
         )
         self._in_flight = InFlight(config, terms, self._context)
         try:

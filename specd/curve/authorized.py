@@ -15,6 +15,9 @@ from specd.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
+_GONE = (FileNotFoundError, NotADirectoryError, PermissionError)
+"""What says that there is no such file for this user, and not that it cannot be read just now."""
+
 
 def authorized_path(path: str = "") -> Path:
     """`path`, or the file `authorized` among this user's keys."""
@@ -84,6 +87,7 @@ class Authorized:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._seen: tuple[int, ...] | None = None
         self._seen = self._stamp()
         self._names: dict[str, str] = {}
         if self._seen is None:
@@ -108,11 +112,14 @@ class Authorized:
         stamp = self._stamp()
         if stamp == self._seen:
             return False
-        self._seen = stamp
         try:
             self._names, problems = read(self.path)
         except ConfigError as error:
+            if isinstance(error.__cause__, OSError) and not isinstance(error.__cause__, _GONE):
+                log.warning("whom it lets in stays as it was: %s", error)  # such as no descriptor left: try again
+                return False
             self._names, problems = {}, [f"nobody is let in: {error}"]
+        self._seen = stamp
         for problem in problems:
             log.error("%s", problem)
         log.info("%s lets in %d keys", self.path, len(self._names))
@@ -121,8 +128,10 @@ class Authorized:
     def _stamp(self) -> tuple[int, ...] | None:
         try:
             facts = self.path.stat()
-        except OSError:
+        except _GONE:
             return None
+        except OSError:
+            return self._seen
         return facts.st_mtime_ns, facts.st_ino, facts.st_size, facts.st_mode, facts.st_uid
 
 

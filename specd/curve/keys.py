@@ -47,7 +47,7 @@ def config_dir() -> Path:
 
 
 def check_name(name: str) -> str:
-    """`name` itself. Raises ConfigError for one that cannot be a key's; what is long may be a secret, and is not shown."""
+    """`name` itself. Raises ConfigError for one that is no name; what may be a secret is not shown."""
     if not _NAME.fullmatch(name):
         said = "" if len(name) >= KEY_CHARS else f" {name!r}"
         raise ConfigError(f"the name{said} of a key: expected 1 to 64 letters, digits and . _ -, the first no sign")
@@ -122,13 +122,13 @@ def read_lines(path: Path, what: str, forbidden: int, remedy: str) -> list[str]:
             facts = os.fstat(file.fileno())
             data = file.read(MAX_FILE_BYTES) if stat.S_ISREG(facts.st_mode) else None
     except OSError as error:
-        raise ConfigError(f"cannot read {what} {path}: {error.strerror}; {remedy}") from None
+        raise ConfigError(f"cannot read {what} {path}: {error.strerror}; {remedy}") from error
     if data is None or len(data) == MAX_FILE_BYTES:
         raise ConfigError(f"{what} {path}: expected a regular file of less than {MAX_FILE_BYTES} bytes; {remedy}")
     if facts.st_uid not in (os.getuid(), 0) or facts.st_mode & forbidden:
         raise ConfigError(
-            f"{what} {path} has mode {facts.st_mode & 0o777:o} and owner {facts.st_uid}: expected one that is yours and "
-            f"that nobody else can {'read' if forbidden & 0o044 else 'write'}; chmod 600 it"
+            f"{what} {path} has mode {facts.st_mode & 0o777:o} and owner {facts.st_uid}: expected one that is "
+            f"yours and that nobody else can {'read' if forbidden & 0o044 else 'write'}; chmod 600 it"
         )
     try:
         return [line.strip() for line in data.decode("ascii").splitlines() if line.strip()]
@@ -137,7 +137,7 @@ def read_lines(path: Path, what: str, forbidden: int, remedy: str) -> list[str]:
 
 
 def make_directory(path: Path) -> None:
-    """Make this user's directory of keys, mode 0700. Raises ConfigError if it is open to others, OSError if it cannot."""
+    """Make this user's directory of keys, mode 0700. Raises ConfigError if it is open to others, else OSError."""
     path.mkdir(mode=0o700, parents=True, exist_ok=True)
     facts = path.stat()
     if facts.st_uid != os.getuid() or facts.st_mode & 0o077:

@@ -7,6 +7,7 @@ import logging
 from typing import NamedTuple
 
 from specd.config.settings import DaemonConfig
+from specd.endpoints import is_loopback
 from specd.errors import SpecdError, TransportError
 from specd.memory.arena import HostArena
 from specd.memory.device_arena import DeviceArena
@@ -32,10 +33,11 @@ def open_ring(config: DaemonConfig, slot_bytes: int, device: str, epoch: bytes, 
     servers, then the arena. Raises TransportError when the memory cannot be had or nothing can serve it.
     """
     found: dict[str, type[Transport]] = {}
+    sealed = serving.curve and not is_loopback(serving.host) and not config.insecure_data
     automatic = candidates(device) if "auto" in config.transports else ()
     for name in dict.fromkeys([*automatic, *(name for name in config.transports if name != "auto")]):
         try:
-            found[name] = _usable(name, device)
+            found[name] = _usable(name, device, sealed)
         except TransportError as error:
             _leave_out(config, name, error)
     arena, on_host = _make(config, slot_bytes, device, epoch.hex(), found)
@@ -105,11 +107,19 @@ def _make(
                 del found[name]
 
 
-def _usable(name: str, device: str) -> type[Transport]:
-    """The transport called `name`, if it can take a ring on `device`. Raises TransportError."""
+def _usable(name: str, device: str, sealed: bool) -> type[Transport]:
+    """The transport called `name`, if it can take a ring on `device`. Raises TransportError.
+
+    sealed: whether what leaves this host has to be encrypted.
+    """
     transport = registry.load(name)
     if device == "cpu" and "host" not in transport.traits.memory:
         raise TransportError("it moves device memory, and the ring lies where the target computes, on the CPU")
+    if sealed and transport.traits.scope == "anywhere" and not transport.traits.sealed:
+        raise TransportError(
+            "it does not encrypt states, and this daemon asks for keys: --insecure-data serves it nevertheless, on a "
+            "network in which you trust everybody"
+        )
     return transport
 
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 import contextlib
 import os
 import socket as sockets
+from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
 import pytest
 import torch
 
+from specd.curve import keys
+from specd.endpoints import boot_id
 from specd.errors import TransportError
 from specd.memory.arena import HostArena
 from specd.transports.base import ServerContext, SlotRef
@@ -42,6 +45,103 @@ class TestBytesTcp(TransportConformance):
 
     def host(self) -> Host:
         return LocalHost(self.transport, self.num_slots, self.slot_bytes, tcp="127.0.0.1")
+
+
+class TestBytesKeyed(TransportConformance):
+    """Over TCP with keys of either side."""
+
+    transport = _BytesTcp
+
+    def host(self) -> Host:
+        return LocalHost(self.transport, self.num_slots, self.slot_bytes, tcp="127.0.0.1", curve=True)
+
+
+class _Thief(_OverTcp):
+    """A trainer that presents another's offer, and so its token."""
+
+    def __init__(self, stolen: bytes, key: keys.Pair | None = None) -> None:
+        super().__init__("cpu")
+        self._stolen = stolen
+        if key is not None:
+            self._pair = key
+
+    def attach(self, offer: bytes, deadline_s: float) -> None:
+        super().attach(self._stolen, deadline_s)
+
+
+def _tcp_offer(offer: bytes) -> BytesOffer:
+    found = unwrap(offer, BytesOffer, "offer")
+    return msgspec.structs.replace(found, endpoints=found.endpoints[-1:])
+
+
+@pytest.fixture
+def keyed() -> Iterator[LocalHost]:
+    with contextlib.closing(LocalHost(_BytesTcp, 2, 4096, tcp="127.0.0.1", curve=True)) as host:
+        yield host
+
+
+def test_a_token_is_of_no_use_to_who_was_not_let_in(keyed: LocalHost) -> None:
+    with contextlib.closing(_OverTcp("cpu")) as victim:
+        offer = keyed.accept(b"victim", victim.hello())
+        with contextlib.closing(_Thief(offer)) as stranger, pytest.raises(TransportError, match="lost"):
+            stranger.attach(b"", 10.0)
+        clear = wrap(msgspec.structs.replace(_tcp_offer(offer), key=""))
+        with contextlib.closing(_Thief(clear)) as keyless, pytest.raises(TransportError, match="lost"):
+            keyless.attach(b"", 10.0)
+        victim.attach(offer, 10.0)  # none of them has used it up
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_a_token_is_of_no_use_to_another_session(keyed: LocalHost, first: bool) -> None:
+    """Not even to one that is let in, whether it comes before its owner or after: the owner alone gets the states."""
+    into, other = torch.zeros(4096, dtype=torch.uint8), torch.zeros(4096, dtype=torch.uint8)
+    with contextlib.closing(_OverTcp("cpu")) as victim, contextlib.closing(_OverTcp("cpu")) as mine:
+        offer = keyed.accept(b"victim", victim.hello())
+        own = keyed.accept(b"thief", mine.hello())
+        if not first:
+            victim.attach(offer, 10.0)
+        with contextlib.closing(_Thief(offer, mine._pair)) as thief:
+            with pytest.raises(TransportError, match=r"bytes: .* had not answered"):
+                thief.attach(b"", 0.3)
+            if first:
+                victim.attach(offer, 10.0)
+            mine.attach(own, 10.0)
+            keyed.fill(0, 1, b"secret", 4096)
+            keyed.publish(b"victim", SlotRef(0, 1, 4096))
+            victim.fetch(SlotRef(0, 1, 4096), into, 10.0)
+            with pytest.raises(TransportError):
+                mine.fetch(SlotRef(0, 1, 4096), other, 0.1)
+    assert holds(into, b"secret")
+    assert not other.any()
+
+
+def test_a_worker_that_is_not_the_daemons_is_not_talked_to(keyed: LocalHost) -> None:
+    """Whoever listens at the daemon's port, or stands between, has not the key that the offer names."""
+    with contextlib.closing(_OverTcp("cpu")) as trainer:
+        offer = _tcp_offer(keyed.accept(b"one", trainer.hello()))
+        forged = msgspec.structs.replace(offer, key=keys.draw().public)
+        with pytest.raises(TransportError, match="lost"):
+            trainer.attach(wrap(forged), 10.0)
+
+
+def test_a_trainer_without_a_key_is_told_so(keyed: LocalHost) -> None:
+    with pytest.raises(TransportError, match="the trainer uses no keys over bytes, and the daemon asks for them"):
+        keyed.accept(b"one", wrap({"host": boot_id()}))
+
+
+def test_an_offer_with_a_key_that_is_none_is_refused(keyed: LocalHost) -> None:
+    with contextlib.closing(_OverTcp("cpu")) as trainer:
+        offer = _tcp_offer(keyed.accept(b"one", trainer.hello()))
+        with pytest.raises(TransportError, match="bytes offer: public key 'no key' of 6 characters"):
+            trainer.attach(wrap(msgspec.structs.replace(offer, key="no key")), 10.0)
+
+
+def test_a_session_that_is_dropped_is_not_let_in_again(keyed: LocalHost) -> None:
+    with contextlib.closing(_OverTcp("cpu")) as trainer:
+        offer = keyed.accept(b"one", trainer.hello())
+        keyed.drop(b"one")
+        with pytest.raises(TransportError, match="lost"):
+            trainer.attach(offer, 10.0)
 
 
 def test_bytes_sweeps_dead_sockets_only(tmp_path: Path) -> None:

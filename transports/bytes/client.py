@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import zmq
 
+from specd.curve import keys
 from specd.endpoints import boot_id
 from specd.errors import TransportError
 from specd.memory import cuda
@@ -42,6 +43,8 @@ class BytesClient:
         """Where libzmq reports that the connection is lost, so that a dead daemon does not cost a deadline."""
         self._poller = zmq.Poller()
         self._offer: BytesOffer | None = None
+        self._pair = keys.draw()
+        """Of the next attach: the worker lets in its holder."""
         self._taken = 0
         self._transfer = -1
         self._staging: torch.Tensor | None = None
@@ -50,7 +53,8 @@ class BytesClient:
         """Messages dropped: not of this protocol, or of a cancelled transfer."""
 
     def hello(self) -> bytes:
-        return wrap(BytesHello(host=boot_id()))
+        self._pair = keys.draw()
+        return wrap(BytesHello(host=boot_id(), key=self._pair.public))
 
     def attach(self, offer: bytes, deadline_s: float) -> None:
         deadline = time.monotonic() + deadline_s
@@ -61,7 +65,7 @@ class BytesClient:
                 raise TransportError("the bytes client is closed")
             self._disconnect()
             self._zmq = zmq.Context()
-            self._socket, self._monitor = connect(self._zmq, endpoint, found.token)
+            self._socket, self._monitor = connect(self._zmq, endpoint, found.token, self._pair, found.key)
             self._poller = zmq.Poller()
             self._poller.register(self._monitor, zmq.POLLIN)
             self._poller.register(self._socket, zmq.POLLIN)

@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, ClassVar
 
 import zmq
 
+from specd.curve import keys
+from specd.curve.zap import Zap, user_of
 from specd.endpoints import address, boot_id
 from specd.errors import TransportError
 from specd.transports.base import ServerContext, SlotRef, Traits
@@ -44,12 +46,16 @@ class _Outgoing:
 
 
 class _Peer:
-    """One accepted session: its transfers in order, and how many messages it was sent and has taken."""
+    """One accepted session: its transfers in order, and how many messages it was sent and has taken.
 
-    __slots__ = ("connected", "sent", "session", "taken", "transfers")
+    key: who alone may connect as it over tcp, if keys are asked for.
+    """
 
-    def __init__(self, session: bytes) -> None:
+    __slots__ = ("connected", "key", "sent", "session", "taken", "transfers")
+
+    def __init__(self, session: bytes, key: str) -> None:
         self.session = session
+        self.key = key
         self.connected = False
         self.transfers: deque[_Outgoing] = deque()
         self.sent = 0
@@ -66,8 +72,10 @@ class BytesServer:
     def __init__(self, arena: HostArena, context: ServerContext) -> None:
         self._arena = arena
         self._zmq = zmq.Context()
+        self._pair = keys.draw() if context.curve else None
+        self._zap = Zap(self._zmq, self._lets_in)
         try:
-            self._socket, self._ipc, self._tcp = bind(self._zmq, context)
+            self._socket, self._ipc, self._tcp = bind(self._zmq, context, self._pair)
         except TransportError:
             self._zmq.destroy(linger=0)
             raise
@@ -96,10 +104,16 @@ class BytesServer:
                 "--endpoint tcp://ADDRESS:PORT, an address that the trainer's host can reach; a tunnel to that port is "
                 "not enough, batches come over another one"
             )
+        if self._pair is not None and not trainer.key:
+            raise TransportError("the trainer uses no keys over bytes, and the daemon asks for them")
         token = new_token()
-        self._tell(partial(self._on_accept, session, token))
+        self._tell(partial(self._on_accept, session, token, trainer.key))
         offer = BytesOffer(
-            token=token, endpoints=endpoints, num_slots=self._arena.num_slots, slot_bytes=self._arena.slot_bytes
+            token=token,
+            endpoints=endpoints,
+            num_slots=self._arena.num_slots,
+            slot_bytes=self._arena.slot_bytes,
+            key=self._pair.public if self._pair else "",
         )
         return wrap(offer)
 
@@ -136,6 +150,7 @@ class BytesServer:
         poller = zmq.Poller()
         poller.register(self._socket, zmq.POLLIN)
         poller.register(self._wake, zmq.POLLIN)
+        poller.register(self._zap.socket, zmq.POLLIN)
         try:
             while not self._closed:
                 idle = not any(peer.sendable for peer in self._peers.values())
@@ -143,6 +158,8 @@ class BytesServer:
                 if self._wake in ready:
                     os.eventfd_read(self._wake)
                 self._heed_notes()
+                if self._zap.socket in ready:
+                    self._zap.handle()
                 if self._socket in ready:
                     self._receive()
                 for token, peer in self._peers.items():
@@ -151,16 +168,22 @@ class BytesServer:
         except Exception:
             log.exception("the bytes server failed: its sessions will time out")
         finally:
+            self._zap.close()
             self._socket.close(linger=0)
 
     def _heed_notes(self) -> None:
         while not self._notes.empty():
             self._notes.get()()
 
-    def _on_accept(self, session: bytes, token: bytes) -> None:
+    def _lets_in(self, public: str) -> bool:
+        """Whether a key is that of a session that was accepted; its note was left before its offer was sent."""
+        self._heed_notes()
+        return any(peer.key == public for peer in self._peers.values())
+
+    def _on_accept(self, session: bytes, token: bytes, key: str) -> None:
         self._on_drop(session)
         self._tokens[session] = token
-        self._peers[token] = _Peer(session)
+        self._peers[token] = _Peer(session, key)
 
     def _on_publish(self, session: bytes, ref: SlotRef) -> None:
         peer = self._peers.get(self._tokens.get(session, b""))
@@ -175,15 +198,16 @@ class BytesServer:
     def _receive(self) -> None:
         for _ in range(64):  # then it is the senders' turn
             try:
-                token, *frames = self._socket.recv_multipart(zmq.NOBLOCK)
+                sender, *rest = self._socket.recv_multipart(zmq.NOBLOCK, copy=False)
             except zmq.Again:
                 return
+            token, frames = sender.bytes, [frame.bytes for frame in rest]
             # After each message: the note that lets its sender in was left before it was sent, and perhaps since the
             # last look. A HELLO that is taken for a stranger's is lost, and its trainer waits out its deadline.
             self._heed_notes()
             peer = self._peers.get(token)
             header = unpack(frames[0]) if len(frames) == 1 else None
-            if peer is None or header is None:
+            if peer is None or header is None or user_of(sender) not in ("", peer.key):
                 self.ignored += 1
             elif header.kind is Kind.HELLO:
                 peer.connected = True
@@ -236,7 +260,13 @@ class Bytes:
     """Registry entry of `bytes`."""
 
     traits: ClassVar[Traits] = Traits(
-        memory=frozenset({"host"}), scope="anywhere", one_sided=False, needs_recv_ready=True, abortable=True, rank=600
+        memory=frozenset({"host"}),
+        scope="anywhere",
+        one_sided=False,
+        needs_recv_ready=True,
+        abortable=True,
+        sealed=True,
+        rank=600,
     )
 
     @staticmethod

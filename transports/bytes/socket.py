@@ -14,8 +14,10 @@ from typing import Final
 import msgspec
 import zmq
 
+from specd.curve import zap
+from specd.curve.keys import Pair, check_public
 from specd.endpoints import address
-from specd.errors import TransportError
+from specd.errors import ConfigError, TransportError
 from specd.memory.arena import MAX_SLOTS
 from specd.transports.base import ServerContext
 from specd.transports.bytes.frames import CHUNK_BYTES, HEADER_BYTES, WINDOW
@@ -29,18 +31,23 @@ _SILENCE_MS: Final = 20000
 
 
 class BytesHello(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """host: the trainer's boot id."""
+    """host: the trainer's boot id. key: the public half of a pair for this attach alone; empty: it uses none."""
 
     host: str
+    key: str = ""
 
 
 class BytesOffer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """token: the routing id of this trainer alone. endpoints: best first."""
+    """token: the routing id of this trainer alone. endpoints: best first.
+
+    key: the worker's public key, for its tcp endpoint; empty: it is in the clear.
+    """
 
     token: bytes
     endpoints: tuple[str, ...]
     num_slots: int
     slot_bytes: int
+    key: str = ""
 
 
 def new_token() -> bytes:
@@ -67,8 +74,14 @@ def sweep(directory: str) -> list[str]:
     return removed
 
 
-def bind(context: zmq.Context[zmq.Socket[bytes]], where: ServerContext) -> tuple[zmq.Socket[bytes], str, str]:
-    """The bulk socket and its ipc and tcp endpoints; an endpoint that was not asked for is empty."""
+def bind(
+    context: zmq.Context[zmq.Socket[bytes]], where: ServerContext, pair: Pair | None = None
+) -> tuple[zmq.Socket[bytes], str, str]:
+    """The bulk socket and its ipc and tcp endpoints; an endpoint that was not asked for is empty.
+
+    pair: the worker's keys for the tcp endpoint, where the context's `Zap` says who comes in. The ipc one, in this
+    user's own directory, is in the clear.
+    """
     found = address(where.host)
     if found is not None and found.is_unspecified:
         raise TransportError(f"bytes cannot bind to all interfaces ({where.host}): give the address of one")
@@ -77,9 +90,11 @@ def bind(context: zmq.Context[zmq.Socket[bytes]], where: ServerContext) -> tuple
     socket = context.socket(zmq.ROUTER)
     socket.set(zmq.LINGER, 0)
     socket.set(zmq.ROUTER_MANDATORY, 1)
-    socket.set(zmq.ROUTER_HANDOVER, 1)  # only the holder of a token can know it
+    # Only the holder of a token can know it. With keys a token is its key's alone, and nobody takes it over.
+    socket.set(zmq.ROUTER_HANDOVER, int(pair is None))
     socket.set(zmq.SNDHWM, 2 * WINDOW + 8)
-    socket.set(zmq.MAXMSGSIZE, 4 * HEADER_BYTES)  # the handshake of ZMTP counts too
+    # The handshake counts, too.
+    socket.set(zmq.MAXMSGSIZE, 4 * HEADER_BYTES if pair is None else zap.HANDSHAKE_BYTES)
     socket.set(zmq.HEARTBEAT_IVL, _HEARTBEAT_MS)
     socket.set(zmq.HEARTBEAT_TIMEOUT, _SILENCE_MS)
     ipc = tcp = ""
@@ -98,6 +113,8 @@ def bind(context: zmq.Context[zmq.Socket[bytes]], where: ServerContext) -> tuple
         if where.host:
             host = where.host.strip("[]")
             socket.set(zmq.IPV6, int(":" in host))
+            if pair is not None:
+                zap.guard(socket, pair)
             socket.bind(f"tcp://[{host}]:*" if ":" in host else f"tcp://{host}:*")
             tcp = socket.getsockopt_string(zmq.LAST_ENDPOINT).rstrip("\0")
     except TransportError:
@@ -120,6 +137,11 @@ def usable(offer: BytesOffer) -> str:
         )
     if not (1 <= offer.num_slots <= MAX_SLOTS and 1 <= offer.slot_bytes < 1 << 48):
         raise TransportError(f"bytes offer of {offer.num_slots} slots of {offer.slot_bytes} bytes: out of range")
+    if offer.key:
+        try:
+            check_public(offer.key)
+        except ConfigError as error:
+            raise TransportError(f"bytes offer: {error}") from None
     for endpoint in offer.endpoints:
         if not _ENDPOINT.fullmatch(endpoint):
             raise TransportError(f"bytes offer of endpoint {endpoint!r}: expected ipc:///PATH or tcp://ADDRESS:PORT")
@@ -133,21 +155,24 @@ def usable(offer: BytesOffer) -> str:
 
 
 def connect(
-    context: zmq.Context[zmq.Socket[bytes]], endpoint: str, token: bytes
+    context: zmq.Context[zmq.Socket[bytes]], endpoint: str, token: bytes, pair: Pair, server: str
 ) -> tuple[zmq.Socket[bytes], zmq.Socket[bytes]]:
     """The trainer's end, and a socket that turns readable when the connection is refused or lost.
 
-    Raises TransportError for an endpoint that makes no sense.
+    pair: the trainer's keys for this attach; server: the worker's public key, empty where none is used. Raises
+    TransportError for an endpoint that makes no sense.
     """
     socket = context.socket(zmq.DEALER)
     socket.set(zmq.LINGER, 0)
     socket.set(zmq.ROUTING_ID, token)
     socket.set(zmq.RCVHWM, 2 * WINDOW + 8)
-    socket.set(zmq.MAXMSGSIZE, CHUNK_BYTES)
+    socket.set(zmq.MAXMSGSIZE, CHUNK_BYTES + zap.OVERHEAD_BYTES)
     socket.set(zmq.HEARTBEAT_IVL, _HEARTBEAT_MS)
     socket.set(zmq.HEARTBEAT_TIMEOUT, _SILENCE_MS)
     socket.set(zmq.RECONNECT_IVL, -1)  # a lost connection loses chunks: the session has to attach anew
     socket.set(zmq.IPV6, int("[" in endpoint))
+    if server and endpoint.startswith("tcp://"):
+        zap.prove(socket, pair, server)
     monitor = socket.get_monitor_socket(zmq.EVENT_CLOSED | zmq.EVENT_DISCONNECTED)
     try:
         socket.connect(endpoint)

@@ -45,7 +45,7 @@ class LocalHost:
     """A host in this process.
 
     device: where its arena lies. epoch, directory: the arena's name and a place for its sockets, made up when empty.
-    tcp: an address of this machine to serve at as well, empty for none.
+    tcp: an address of this machine to serve at as well, empty for none. curve: ask for keys there.
     """
 
     def __init__(
@@ -58,6 +58,7 @@ class LocalHost:
         epoch: str = "",
         directory: str = "",
         tcp: str = "",
+        curve: bool = False,
     ) -> None:
         self.epoch = epoch or secrets.token_hex(16)
         self._resources = contextlib.ExitStack()
@@ -78,7 +79,7 @@ class LocalHost:
                 self._arena, self._mirror = arena, arena if mirrored else None
                 served = arena.ledger if mirrored else arena
             self._resources.callback(self._arena.close)
-            self._server = transport.server(served, ServerContext(directory=directory, host=tcp))
+            self._server = transport.server(served, ServerContext(directory=directory, host=tcp, curve=curve))
             self._resources.callback(self._server.close)
         except BaseException:
             self._resources.close()
