@@ -81,9 +81,10 @@ class DaemonAuth(Config, kw_only=True, frozen=True):
 class DaemonConfig(Config, kw_only=True, frozen=True):
     """One daemon. endpoint: `auto` is the default ipc endpoint of this user.
 
-    transports: what it serves; `auto` is everything that can be served from where its ring lies. auth: keys, for a TCP
-    endpoint. insecure: TCP beyond loopback without keys. insecure_data: with keys, also serve transports beyond this
-    host that do not encrypt states (nccl, nixl).
+    transports: what it serves; `auto` is everything that can be served from where its ring lies. hang_s: a worker that
+    has work and finishes none for so long, and for 20 times the usual, is replaced; ten times as long for its first.
+    auth: keys, for a TCP endpoint. insecure: without keys, trainers need not be of this user, nor on this host.
+    insecure_data: with keys, also serve transports beyond this host that do not encrypt states (nccl, nixl).
     """
 
     target: TargetConfig
@@ -91,6 +92,7 @@ class DaemonConfig(Config, kw_only=True, frozen=True):
     transports: tuple[str, ...] = ("auto",)
     ring: RingConfig = RingConfig()
     capture: CaptureConfig = CaptureConfig()
+    hang_s: Annotated[float, Meta(gt=0, le=86_400)] = 60.0
     auth: DaemonAuth | None = None
     insecure: bool = False
     insecure_data: bool = False

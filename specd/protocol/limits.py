@@ -10,7 +10,9 @@ EPOCH_BYTES = 16
 BATCH_ID_BYTES = 16
 MAX_MESSAGE_BYTES = 8 << 20
 """Largest control frame either side accepts; a peer that sends more is disconnected by libzmq."""
-ARTIFACT_CHUNK_BYTES = 1 << 20
+MAX_REQUEST_BYTES = 128 << 10
+"""Largest frame of a trainer's, apart from the tokens and lengths of a SUBMIT."""
+ARTIFACT_CHUNK_BYTES = 256 << 10
 MAX_FETCHES = 16
 """Artifact reads of one session that may be in flight at once."""
 MAX_REASON_CHARS = 2000

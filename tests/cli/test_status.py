@@ -60,7 +60,7 @@ def test_a_trainers_name_is_shown_and_not_obeyed(
     report: StatusReport, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (trainer,) = report.sessions
-    assert trainer.name == HOSTILE
+    assert trainer.name == SHOWN, "the daemon's log has it too"
     assert f"{SHOWN} {trainer.session[:8]}" in show(report, monkeypatch, capsys)
 
 
@@ -68,7 +68,7 @@ def test_nothing_a_daemon_says_is_obeyed(
     report: StatusReport, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert report.contract is not None
-    trainer = msgspec.structs.replace(report.sessions[0], transport=HOSTILE, gpus=(HOSTILE,))
+    trainer = msgspec.structs.replace(report.sessions[0], name=HOSTILE, transport=HOSTILE, gpus=(HOSTILE,))
     told = msgspec.structs.replace(
         report,
         version=HOSTILE,

@@ -231,12 +231,12 @@ def test_draining_serves_what_is_outstanding_and_refuses_the_rest(monkeypatch: p
     with Subscriber(config, SPEC, context=context) as source:
         stream = source.stream(batch(i) for i in range(5))
         assert next(stream).batch.index == 0
-        control.drain()
+        control.ending.drain()
         with pytest.raises(DaemonError, match="no daemon"):
             next(stream)
     thread.join(20)
     assert not thread.is_alive()
-    control.close()
+    control.ending.close()
     context.destroy(linger=0)
 
 

@@ -169,9 +169,9 @@ def test_an_oversized_message_ends_only_its_own_connection(tmp_path: Path) -> No
                 assert honest.poll(20_000)
                 assert wire.decode_reply(honest.recv()).counters["refused_messages"] == 0
         finally:
-            control.stop()
+            control.ending.stop()
             loop.join()
-            control.close()
+            control.ending.close()
 
 
 def test_artifact_reads_beyond_the_limit_are_refused_and_probes_are_no_batches() -> None:

@@ -118,9 +118,9 @@ def daemon(directory: Path, slots: int, max_sessions: int, ttl_s: float = 30.0) 
             assert up.wait(60)
             yield endpoint, control
         finally:
-            control.stop()
+            control.ending.stop()
             loop.join()
-            control.close()
+            control.ending.close()
 
 
 @contextlib.contextmanager
@@ -171,7 +171,7 @@ def test_a_quarantined_slot_does_not_keep_a_daemon_from_draining(tmp_path: Path)
         assert peer.slots_until(quarantined=1)["quarantined"] == 1
         peer.hello()
         ready = peer.probe()
-        control.drain()
+        control.ending.drain()
         assert peer.slots_until(ready=1)["ready"] == 1
         peer.tell("Release", lease=ready.lease)
         assert isinstance(peer.hear(), wire.Revoke)

@@ -144,7 +144,7 @@ FIELDS: dict[type[wire.Message], dict[str, st.SearchStrategy[Any]]] = {
     wire.Borrow: {"lease": u64},
     wire.Release: {"lease": u64},
     wire.Renew: {},
-    wire.Fetch: {"name": name, "offset": u64, "length": st.integers(1, 1 << 20)},
+    wire.Fetch: {"name": name, "offset": u64, "length": st.integers(1, limits.ARTIFACT_CHUNK_BYTES)},
     wire.Status: {},
     wire.Bye: {},
     wire.Welcome: {
@@ -203,8 +203,8 @@ def test_the_text_has_the_limits_of_the_code() -> None:
     text = TEXT.read_text()
     assert f"version {wire.VERSION}\n" in text.splitlines(keepends=True)[0]
     for limit in (
-        limits.MAX_MESSAGE_BYTES, limits.ARTIFACT_CHUNK_BYTES, limits.MAX_OFFER_BYTES, limits.MAX_HELLO_BYTES,
-        limits.MAX_TAPS, limits.MAX_REASON_CHARS,
+        limits.MAX_MESSAGE_BYTES, limits.MAX_REQUEST_BYTES, limits.ARTIFACT_CHUNK_BYTES, limits.MAX_OFFER_BYTES,
+        limits.MAX_HELLO_BYTES, limits.MAX_TAPS, limits.MAX_REASON_CHARS,
     ):  # fmt: skip
         assert f"{limit:,}" in text
 

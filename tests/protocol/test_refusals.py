@@ -112,7 +112,7 @@ BOUNDS: list[tuple[str, str, Any]] = [
     *((tag, "lease", value) for tag in ("recv_ready", "borrow", "release", "ready") for value in (-1, -(2**63))),
     *(("fetch", "name", value) for value in ("", LONG)),
     ("fetch", "offset", -1),
-    *(("fetch", "length", value) for value in (-1, 0, (1 << 20) + 1, 2**64 - 1)),
+    *(("fetch", "length", value) for value in (-1, 0, limits.ARTIFACT_CHUNK_BYTES + 1, 2**64 - 1)),
     *(("welcome", field, value) for field in ("credits", "slots", "lease_ttl_ms") for value in (-1, 0, 2**31)),
     *(("reject", field, value) for field in ("retry_ms", "loading_ms") for value in (-1, 2**31)),
     ("ready", "layout", {"tensors": [TENSOR] * 17, "nbytes": 1}),
@@ -121,7 +121,7 @@ BOUNDS: list[tuple[str, str, Any]] = [
     ("offer", "offer", bytes((64 << 10) + 1)),
     *(("ready", "slot", value) for value in (-1, 2**31)),
     *(("ready", "generation", value) for value in (-1, 0)),
-    ("artifact", "data", bytes((1 << 20) + 1)),
+    ("artifact", "data", bytes(limits.ARTIFACT_CHUNK_BYTES + 1)),
 ]
 
 

@@ -45,7 +45,7 @@ SAMPLES: tuple[wire.Message, ...] = (
     wire.Borrow(epoch=EPOCH, lease=8),
     wire.Release(epoch=EPOCH, lease=1 << 40),
     wire.Renew(epoch=EPOCH),
-    wire.Fetch(epoch=EPOCH, name="embedding", offset=1048576, length=1048576),
+    wire.Fetch(epoch=EPOCH, name="embedding", offset=1048576, length=262144),
     wire.Status(),
     wire.Bye(epoch=EPOCH),
     wire.Welcome(
