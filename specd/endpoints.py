@@ -54,11 +54,13 @@ def interface(endpoint: str, insecure: bool, keyed: bool = False) -> str:
     """The host a tcp endpoint listens on: an address, without brackets, or a name; empty for other endpoints.
 
     keyed: whether the daemon asks for keys. Raises ConfigError for a wildcard address, for one beyond loopback that is
-    neither keyed nor `insecure`, and for both at once.
+    neither keyed nor `insecure`, for both at once, and for keys at another endpoint than a tcp one.
     """
     if keyed and insecure:
         raise ConfigError("--insecure serves without keys, and auth names one (--key): give one of the two")
     if not endpoint.startswith("tcp://"):
+        if keyed:
+            raise ConfigError(f"endpoint {endpoint} is this user's alone and asks for no key: leave auth (--key) out")
         return ""
     host, _, port = endpoint.removeprefix("tcp://").rpartition(":")
     host = host.strip("[]")

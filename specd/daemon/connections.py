@@ -26,16 +26,18 @@ _CREDENTIALS = struct.Struct("3i")
 class Connection:
     """One accepted connection. pid, uid: of the process at the other end over ipc; 0 and None over tcp.
 
-    heard: when it last said something, in the clock's seconds.
+    heard: when it last said something, in the clock's seconds. user: the public key that it proved, and name: whose it
+    is, both empty without keys, or before it said something.
     """
 
-    __slots__ = ("_cookie", "fd", "heard", "pid", "uid")
+    __slots__ = ("_cookie", "fd", "heard", "name", "pid", "uid", "user")
 
     def __init__(self, fd: int, now: float) -> None:
         self.fd = fd
         self.heard = now
         self.pid = 0
         self.uid: int | None = None
+        self.user = self.name = ""
         self._cookie = b""
         with contextlib.suppress(OSError), _borrowed(fd) as socket:  # it may be closed already
             self._cookie = socket.getsockopt(sockets.SOL_SOCKET, SO_COOKIE, 8)
@@ -93,6 +95,9 @@ class Connections:
 
     def __len__(self) -> int:
         return len(self._by_fd)
+
+    def __iter__(self) -> Iterator[Connection]:
+        return iter(list(self._by_fd.values()))
 
     def of(self, frame: zmq.Frame) -> Connection | None:
         """The connection that a frame came over, which has said something now; None over inproc."""

@@ -90,6 +90,9 @@ class Control:
                 for connection in self._front.lost():
                     for key in self._sessions.over(connection):
                         self._end(key, "its connection is gone")
+                for connection in self._front.refused():
+                    for key in self._sessions.over(connection):
+                        self._end(key, "its key is not let in any more")
                 for key in self._sessions.dead(events):
                     self._end(key, "the trainer's process ended")
                 self._sessions.release_dead(events)
@@ -183,10 +186,10 @@ class Control:
             loading_ms = 0 if self.ending.draining else round(self._supervisor.loading_s() * 1000)
             reason = f"the daemon is {state}"
             return wire.Reject(epoch=self._epoch, reason=reason, retry_ms=RETRY_MS, loading_ms=loading_ms)
-        stranger = None if connection is None or self._settings.insecure else connection.stranger()
-        if problem := stranger or check_hello(hello, started.contract):
+        if problem := self._front.stranger(connection) or check_hello(hello, started.contract):
             return wire.Reject(epoch=self._epoch, reason=problem)
-        session = self._sessions.open(key, hello, connection, self._clock())
+        session = self._front.over_quota(connection, self._sessions.connections())
+        session = session or self._sessions.open(key, hello, connection, self._clock())
         if isinstance(session, str):
             return wire.Reject(epoch=self._epoch, reason=session, retry_ms=RETRY_MS)
         return wire.Welcome(

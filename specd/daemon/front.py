@@ -8,7 +8,9 @@ from collections.abc import Callable, Collection, Iterator
 import zmq
 
 from specd.config.settings import DaemonConfig
+from specd.curve.zap import OVERHEAD_BYTES, user_of
 from specd.daemon.connections import IDLE_S, Connection, Connections
+from specd.daemon.gate import Gate
 from specd.errors import ConfigError, DaemonError
 from specd.protocol import limits
 from specd.protocol import messages as wire
@@ -25,7 +27,8 @@ FEW_CONNECTIONS = 64
 class Front:
     """A ROUTER on all endpoints of a daemon. Not thread-safe: the control loop owns it.
 
-    endpoints: as they are bound, ports included. Raises DaemonError where it cannot listen.
+    endpoints: as they are bound, ports included. gate: who comes in over TCP, None if it asks for no keys. Raises
+    DaemonError where it cannot listen, ConfigError for keys that cannot be used.
     """
 
     def __init__(
@@ -35,14 +38,17 @@ class Front:
         context: zmq.Context[zmq.Socket[bytes]],
         clock: Callable[[], float],
     ) -> None:
+        self._settings = settings
         self._clock = clock
         self._most_idle = max(FEW_CONNECTIONS, _file_limit() // 2 - _needed(settings.ring.max_sessions))
+        keyed = settings.auth if any(endpoint.startswith("tcp://") for endpoint in endpoints) else None
+        self.gate = Gate(keyed, context, clock) if keyed else None
         self._socket = context.socket(zmq.ROUTER)
         self._socket.set(zmq.ROUTER_MANDATORY, 1)
         # What one connection may keep here, sent to it and not read, and said by it and not heard.
         self._socket.set(zmq.SNDHWM, 32)
         self._socket.set(zmq.RCVHWM, 16)
-        self._socket.set(zmq.MAXMSGSIZE, largest_request(settings))
+        self._socket.set(zmq.MAXMSGSIZE, largest_request(settings) + (OVERHEAD_BYTES if self.gate else 0))
         self._socket.set(zmq.LINGER, 500)  # before bind, as the supervisor's pipes
         self._socket.set(zmq.HANDSHAKE_IVL, 5000)
         self._socket.set(zmq.HEARTBEAT_IVL, 5000)
@@ -53,6 +59,8 @@ class Front:
 
     def _bind(self, endpoint: str) -> str:
         self._socket.set(zmq.IPV6, int(endpoint.startswith("tcp://[")))
+        if self.gate is not None and endpoint.startswith("tcp://"):
+            self.gate.guard(self._socket)
         try:
             self._socket.bind(endpoint)
         except zmq.ZMQError as error:
@@ -68,10 +76,37 @@ class Front:
         """Have a poller wake for messages, and for connections that come and go."""
         poller.register(self._socket, zmq.POLLIN)
         poller.register(self._connections.monitor, zmq.POLLIN)
+        if self.gate is not None:
+            poller.register(self.gate.socket, zmq.POLLIN)
 
     def lost(self) -> list[Connection]:
         """Connections that ended since the last call."""
         return self._connections.lost()
+
+    def refused(self) -> list[Connection]:
+        """Close the connections whose key is not let in any more, and return them; lets others in, too."""
+        if self.gate is None:
+            return []
+        self.gate.answer()
+        # One that has said nothing yet may be of any key: it can come again.
+        refused = [each for each in self._connections if self.gate.stranger(each)] if self.gate.changed() else []
+        for connection in refused:
+            connection.close()
+        return refused
+
+    def stranger(self, connection: Connection | None) -> str | None:
+        """Why whoever is at the other end is not let in, or None: with keys these decide, else the user does."""
+        if connection is None:
+            return None
+        if self.gate is not None:
+            return self.gate.stranger(connection)
+        return None if self._settings.insecure else connection.stranger()
+
+    def over_quota(self, connection: Connection | None, taken: Collection[Connection]) -> str | None:
+        """Why a key may not have one more session, or None. taken: connections that have one."""
+        if connection is None or self.gate is None:
+            return None
+        return self.gate.over_quota(connection, taken, self._settings.ring.max_sessions)
 
     def messages(self) -> Iterator[tuple[bytes, Connection | None, list[zmq.Frame]]]:
         """What came in: routing id, connection (None over inproc) and frames, for up to LISTEN_S."""
@@ -81,7 +116,13 @@ class Front:
                 sender, *frames = self._socket.recv_multipart(zmq.NOBLOCK, copy=False)
             except zmq.Again:
                 return
-            yield sender.bytes, self._connections.of(sender), frames
+            connection = self._connections.of(sender)
+            if self.gate is not None:
+                if connection is None:  # it is over, and whoever it was would be taken for this process
+                    continue
+                connection.user = user_of(sender)
+                connection.name = self.gate.name(connection.user)
+            yield sender.bytes, connection, frames
 
     def send(self, key: bytes, message: Message) -> str:
         """Send to one peer, never blocking; returns why it cannot be reached, empty if it was sent."""
@@ -96,8 +137,8 @@ class Front:
         return ""
 
     def next_deadline(self) -> float:
-        """When `tidy` is due."""
-        return self._tidy_at
+        """When `tidy` or `refused` is due."""
+        return self._tidy_at if self.gate is None else min(self._tidy_at, self.gate.next_deadline())
 
     def tidy(self, busy: Collection[Connection]) -> int:
         """Close connections that have no session and say nothing, if it is time to; returns how many.
@@ -114,6 +155,8 @@ class Front:
         """Close the socket, and all connections. linger_ms: how long what was sent may still leave, None for long."""
         self._connections.close()
         self._socket.close(linger=linger_ms)
+        if self.gate is not None:
+            self.gate.close()
 
 
 def largest_request(settings: DaemonConfig) -> int:

@@ -47,12 +47,12 @@ def serve(settings: DaemonConfig, on_ready: Callable[[StatusReport], None]) -> N
     no worker can be started; ConfigError for an endpoint that may not be opened.
     """
     endpoint = resolve_endpoint(settings.endpoint)
-    host = interface(endpoint, settings.insecure)
+    host = interface(endpoint, settings.insecure, keyed=settings.auth is not None)
     raise_file_limit(settings.ring.max_sessions)
     with owned(endpoint) as pipes, zmq.Context() as context:
         segment.sweep()
         # Transports bind beside the daemon's own sockets, and on the interface it listens on itself.
-        serving = ServerContext(directory=str(pipes.parent), host=host)
+        serving = ServerContext(directory=str(pipes.parent), host=host, curve=settings.auth is not None)
         supervisor = Supervisor(settings, ProcessHandle, f"ipc://{pipes}", serving, context)
         control = Control(settings, (endpoint,), supervisor, context, on_ready)
         # A signal that lands while libzmq is about to sleep must still end that sleep.

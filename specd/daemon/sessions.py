@@ -24,7 +24,8 @@ class TrainerSession:
     """A trainer's session.
 
     key: routing id. connection: the one that it was opened over and belongs to, None within the process. label: names
-    it without telling its key. requests: by seq. pidfd: readable once its process ended, −1 if unknown.
+    it without telling its key. name: for people, after whose key it is, if there are keys. requests: by seq. pidfd:
+    readable once its process ended, −1 if unknown.
     """
 
     __slots__ = (
@@ -38,7 +39,8 @@ class TrainerSession:
         self.key = key
         self.connection = connection
         self.label = hashlib.blake2b(key, digest_size=8).hexdigest()
-        self.name = units.printable(hello.name)
+        owner = f"{connection.name}/" if connection is not None and connection.name else ""
+        self.name = owner + units.printable(hello.name)
         self.gpus = hello.gpus
         self.spec = hello.spec
         self.credits = credits
