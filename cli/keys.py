@@ -16,7 +16,7 @@ app = typer.Typer(
     no_args_is_help=True,
 )
 File = Annotated[str, typer.Option("--authorized", help="Another file than this user's own.", metavar="PATH")]
-Name = Annotated[str, typer.Argument(metavar="NAME")]
+Name = Annotated[str, typer.Argument(metavar="NAME", help="1 to 64 letters, digits and . _ -")]
 
 
 @app.command("new", epilog="Example: `specd keys new trainer1`")

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from specd.cli import bench, data, demo, doctor, eval, plan, report, start, status, stop, train
+from specd.cli import bench, data, demo, doctor, eval, keys, plan, report, start, status, stop, train
 from specd.drafts import registry
 from specd.errors import ConfigError, SpecdError
 from specd.version import __version__
@@ -22,7 +22,7 @@ SERVE, TRAIN, DATA, LOOK = "Serve", "Train", "Data", "Look"
 class Verbs(TyperGroup):
     """The verbs in the order in which a newcomer meets them: typer would list groups after all commands."""
 
-    ORDER = ("start", "status", "stop", "train", "eval", "report", "data", "doctor", "plan", "bench", "demo")
+    ORDER = ("start", "status", "stop", "keys", "train", "eval", "report", "data", "doctor", "plan", "bench", "demo")
 
     def list_commands(self, ctx: Any) -> list[str]:
         return sorted(super().list_commands(ctx), key=self.ORDER.index)
@@ -50,6 +50,7 @@ app = typer.Typer(
 app.command("start", rich_help_panel=SERVE, epilog=start.EXAMPLES)(start.start)
 app.command("status", rich_help_panel=SERVE, epilog=status.EXAMPLES)(status.status)
 app.command("stop", rich_help_panel=SERVE, epilog=stop.EXAMPLES)(stop.stop)
+app.add_typer(keys.app, name="keys", rich_help_panel=SERVE)
 app.command("train", rich_help_panel=TRAIN, epilog=train.EXAMPLES, no_args_is_help=True)(train.train)
 app.command("eval", rich_help_panel=TRAIN, epilog=eval.EXAMPLES)(eval.evaluate)
 app.command("report", rich_help_panel=TRAIN, epilog=report.EXAMPLES)(report.report)

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Any
 
 import msgspec
+import typer
 
 from specd.config.load import convert, merge, overrides
 from specd.config.presets import recipe_of
-from specd.config.settings import DaemonConfig, DataConfig, RunConfig
+from specd.config.settings import DaemonConfig, DataConfig, RunConfig, TrainerAuth
 from specd.data.rows import DEMO
 from specd.drafts import registry
 from specd.errors import ConfigError
 from specd.targets import registry as targets
+
+if TYPE_CHECKING:
+    from specd.client.line import Identity
+
+Key = Annotated[str, typer.Option("--key", help="Over TCP: the key to be known by, by name or path.")]
+ServerKey = Annotated[str, typer.Option("--server-key", help="Over TCP: the daemon's public key.", metavar="PUBLIC")]
 
 
 def given(flags: dict[str, Any]) -> dict[str, Any]:
@@ -41,6 +49,29 @@ def daemon_config(
         known = ", ".join(targets.names())
         raise ConfigError(f"{where}: target.backend={found.target.backend!r}: expected auto or one of {known}")
     return found
+
+
+def servers_of(endpoints: Sequence[str], public: Sequence[str]) -> dict[str, str]:
+    """The key of the daemon at each endpoint: one a TCP endpoint, in order, or one for all. Raises ConfigError."""
+    far = [endpoint for endpoint in endpoints if endpoint.startswith("tcp://")]
+    if public and not (far and len(public) in (1, len(far))):
+        raise ConfigError(
+            f"{len(public)} × --server-key for {len(far)} TCP endpoints: expected one for each --endpoint tcp://…, in "
+            f"their order, or one that all have"
+        )
+    return dict(zip(far, [*public] * (len(far) if len(public) == 1 else 1), strict=True)) if public else {}
+
+
+def asker(endpoint: str, key: str, server_key: str) -> Identity | None:
+    """Who asks a daemon, as the flags say, None without keys. Raises ConfigError for keys that cannot be used."""
+    from specd.client.line import identity
+
+    if not key:
+        if server_key:
+            raise ConfigError("--server-key is given without --key: expected both, or neither")
+        return None
+    servers = servers_of([endpoint], [server_key] if server_key else [])
+    return identity(TrainerAuth(key=key, servers=servers), [endpoint])
 
 
 def hosting_config(run: RunConfig, model: str, *, preset: str = "") -> DaemonConfig:

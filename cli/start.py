@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 
 EXAMPLES = (
     "Examples: `specd start --model smollm2-135m` · "
-    "`specd start --model Qwen3-8B --load-format dummy --num-layers 4 --detach`"
+    "`specd start --model Qwen3-8B --load-format dummy --num-layers 4 --detach` · "
+    "`specd start --model Qwen3-8B --endpoint tcp://192.0.2.7:7070 --key gpu1`"
 )
 TARGET, SHAPE, PLACE = "Target", "Ring", "Endpoint"
 
@@ -74,7 +75,15 @@ def start(
         str, typer.Option("--endpoint", "-e", help="ipc://… or tcp://ADDRESS:PORT.", rich_help_panel=PLACE)
     ] = "",
     insecure: Annotated[
-        bool | None, typer.Option("--insecure", help="Allow TCP beyond loopback: unencrypted.", rich_help_panel=PLACE)
+        bool | None,
+        typer.Option("--insecure", help="TCP without keys, unencrypted, for everybody.", rich_help_panel=PLACE),
+    ] = None,
+    key: Annotated[
+        str, typer.Option("--key", help="Over TCP: this daemon's key, by name or path.", rich_help_panel=PLACE)
+    ] = "",
+    insecure_data: Annotated[
+        bool | None,
+        typer.Option("--insecure-data", help="With a key: also nccl and nixl, unencrypted.", rich_help_panel=PLACE),
     ] = None,
     detach: Annotated[
         bool, typer.Option("--detach/--foreground", help="Return once it is ready; it logs to a file.")
@@ -106,6 +115,8 @@ def start(
         "transports": [name.strip() for name in transports.split(",") if name.strip()],
         "endpoint": endpoint,
         "insecure": insecure,
+        "auth": {"key": key},
+        "insecure_data": insecure_data,
     }
     daemon = daemon_config(load_yaml(config) if config else {}, given(flags), settings or [], preset=preset)
     if detach:

@@ -10,6 +10,7 @@ import msgspec
 import typer
 
 from specd import units
+from specd.cli.settings import Key, ServerKey, asker
 
 if TYPE_CHECKING:
     from specd.protocol.messages import StatusReport
@@ -21,11 +22,13 @@ def status(
     endpoint: Annotated[str, typer.Option("--endpoint", "-e", help="The daemon's endpoint.")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     timeout: Annotated[float, typer.Option(min=0, help="Seconds to wait for an answer.")] = 5.0,
+    key: Key = "",
+    server_key: ServerKey = "",
 ) -> None:
     """Show a daemon's target, ring, sessions and counters."""
     from specd.client.ask import ask_status
 
-    report = ask_status(endpoint, timeout)
+    report = ask_status(endpoint, timeout, asker(endpoint, key, server_key))
     if as_json:
         typer.echo(json.dumps(as_data(report), indent=2))
     else:

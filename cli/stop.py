@@ -6,12 +6,16 @@ import contextlib
 import os
 import select
 import signal
+import socket
+import struct
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from specd.cli.settings import Key, ServerKey, asker
 from specd.endpoints import resolve_endpoint
 from specd.errors import DaemonError
 
@@ -24,18 +28,21 @@ def stop(
     endpoint: Annotated[str, typer.Option("--endpoint", "-e", help="The daemon's endpoint.")] = "auto",
     timeout: Annotated[float, typer.Option(min=0, help="Seconds to wait for it to drain.")] = 30.0,
     force: Annotated[bool, typer.Option("--force", help="End it at once if it has not drained by then.")] = False,
+    key: Key = "",
+    server_key: ServerKey = "",
 ) -> None:
     """Drain a daemon of this host and wait until it has ended."""
     from specd.client.ask import ask_status, waitable
 
     deadline = time.monotonic() + waitable(timeout)
     where = resolve_endpoint(endpoint)
-    report = ask_status(endpoint, min(5.0, timeout))
+    report = ask_status(endpoint, min(5.0, timeout), asker(endpoint, key, server_key))
     if not where.startswith("ipc://"):
         raise DaemonError(
             f"the daemon at {where} may be on another host, where process ids mean something else: expected an ipc "
             f"endpoint; send SIGTERM to process {report.pid} on its own host to drain it"
         )
+    _check_listener(Path(where.removeprefix("ipc://")), report.pid)
     with _watched({pid for pid in (report.pid, report.worker_pid) if pid > 0}) as pidfds:
         _tell(pidfds, report.pid, signal.SIGTERM)
         gone = _ended(pidfds, deadline)
@@ -50,6 +57,23 @@ def stop(
         remedy = "send it SIGKILL" if force else "--force ends it, and its trainers submit again to the next one"
         raise DaemonError(f"the daemon at {where} (pid {report.pid}) still runs after {timeout:g} s: {remedy}")
     typer.echo(f"the daemon at {where} has ended")
+
+
+def _check_listener(path: Path, pid: int) -> None:
+    """Raise DaemonError unless the process that listens at a socket, as the kernel has it, is this one."""
+    credentials = struct.Struct("3i")
+    try:
+        with socket.socket(socket.AF_UNIX) as probe:
+            probe.connect(str(path))
+            told, _, _ = credentials.unpack(probe.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, credentials.size))
+    except OSError as error:
+        raise DaemonError(f"the daemon at ipc://{path} is gone: {error.strerror}") from None
+    if told != pid:
+        who = f"process {told}" if told else "a process of another pid namespace"
+        raise DaemonError(
+            f"the daemon at ipc://{path} calls itself process {pid}, and {who} listens there: nothing was stopped; "
+            f"where it runs in a container, stop it there"
+        )
 
 
 @contextlib.contextmanager

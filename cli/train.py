@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from specd.cli.settings import given, hosting_config
+from specd.cli.settings import given, hosting_config, servers_of
 from specd.config.load import load_yaml, merge, overrides
 from specd.config.presets import run_config
 from specd.config.settings import RunConfig, SubscriberConfig
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 EXAMPLES = (
     f"Examples: `specd train {registry.DEFAULT} --data chats.jsonl --output runs/first` · "
     f"`specd train {registry.DEFAULT} --endpoint tcp://gpu1:7070 --endpoint tcp://gpu2:7070 --set train.lr=3e-4` · "
+    f"`specd train {registry.DEFAULT} --endpoint tcp://gpu1:7070 --key me --server-key PUBLIC` · "
     f"`specd train {registry.DEFAULT} --model smollm2-135m --exact --set target.dtype=bfloat16 --max-steps 50`"
 )
 STATES, RUN = "Hidden states", "Run"
@@ -48,6 +49,22 @@ def train(
             help="With --model: one batch a forward: bit-identical results.",
             rich_help_panel=STATES,
         ),
+    ] = None,
+    key: Annotated[
+        str, typer.Option("--key", help="Over TCP: this trainer's key, by name or path.", rich_help_panel=STATES)
+    ] = "",
+    server_key: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--server-key",
+            help="Over TCP: a daemon's public key; one for all, or one each.",
+            metavar="PUBLIC",
+            rich_help_panel=STATES,
+        ),
+    ] = None,
+    insecure_data: Annotated[
+        bool | None,
+        typer.Option("--insecure-data", help="With a key: also nccl and nixl, unencrypted.", rich_help_panel=STATES),
     ] = None,
     depth: Annotated[
         int | None, typer.Option(help="Batches in flight beyond the one in use.", rich_help_panel=STATES)
@@ -91,7 +108,13 @@ def train(
     flags = {
         "output": output,
         "target": {"exact": exact},
-        "subscriber": {"endpoints": endpoint, "transport": transport, "depth": depth},
+        "subscriber": {
+            "endpoints": endpoint,
+            "transport": transport,
+            "depth": depth,
+            "auth": {"key": key, "servers": servers_of(endpoint or [], server_key or [])},
+            "insecure_data": insecure_data,
+        },
         "data": {"path": data},
         "train": {"max_steps": max_steps, "device": device},
     }

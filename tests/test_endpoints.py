@@ -9,7 +9,7 @@ import pytest
 
 from specd.config.settings import DaemonConfig, TargetConfig
 from specd.daemon.serve import serve
-from specd.endpoints import host_id, interface, resolve_endpoint
+from specd.endpoints import host_id, interface, is_far, resolve_endpoint
 from specd.errors import ConfigError
 from specd.paths import runtime_dir
 
@@ -68,8 +68,7 @@ def refusal(endpoint: str, insecure: bool) -> str:
 def test_every_interface_is_none_that_a_trainer_can_be_told(host: str, insecure: bool) -> None:
     said = refusal(f"tcp://{host}:7070", insecure)
     assert f"tcp://{host}:7070 listens on every interface" in said
-    assert "tcp://192.0.2.7:7070" in said
-    assert "--insecure" in said
+    assert "tcp://192.0.2.7:7070, with --key NAME" in said
 
 
 @pytest.mark.parametrize(
@@ -77,15 +76,24 @@ def test_every_interface_is_none_that_a_trainer_can_be_told(host: str, insecure:
 )
 def test_strangers_are_let_in_only_when_that_was_asked_for(host: str) -> None:
     said = refusal(f"tcp://{host}:7070", insecure=False)
-    assert "pass --insecure" in said
-    assert "WireGuard" in said
+    assert "expected a key, with --key NAME (`specd keys new NAME` makes one), or --insecure" in said
     assert interface(f"tcp://{host}:7070", insecure=True) == host.strip("[]")
+    assert interface(f"tcp://{host}:7070", insecure=False, keyed=True) == host.strip("[]")
+    assert is_far(f"tcp://{host}:7070")
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.3.2.1", "localhost", "[::1]"])
 def test_loopback_needs_no_leave(host: str) -> None:
     assert interface(f"tcp://{host}:7070", insecure=False) == host.strip("[]")
     assert interface(f"tcp://{host}:*", insecure=False) == host.strip("[]")
+    assert not is_far(f"tcp://{host}:7070")
+
+
+def test_keys_are_for_tcp_and_not_beside_insecure(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"--insecure serves without keys, and auth names one \(--key\)"):
+        interface("tcp://192.0.2.7:7070", insecure=True, keyed=True)
+    with pytest.raises(ConfigError, match=r"this user's alone and asks for no key: leave auth \(--key\) out"):
+        interface(f"ipc://{tmp_path}/d.sock", insecure=False, keyed=True)
 
 
 def test_other_endpoints_have_no_interface(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import errno
 import secrets
 import time
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import NamedTuple, Self
 
 import zmq
@@ -17,6 +18,7 @@ from specd.curve import keys, zap
 from specd.curve.keys import Pair
 from specd.endpoints import resolve_endpoint
 from specd.errors import ConfigError, RejectedError
+from specd.paths import check_socket
 from specd.protocol import limits
 
 EVENTS = (
@@ -66,6 +68,12 @@ def identity(auth: TrainerAuth | None, endpoints: Iterable[str]) -> Identity | N
     return found
 
 
+def check_owner(endpoint: str) -> None:
+    """Raise ConfigError when an ipc endpoint is another user's. Call it again when it answers: it may be new."""
+    if endpoint.startswith("ipc://"):
+        check_socket(Path(endpoint.removeprefix("ipc://")))
+
+
 class Line:
     """A socket to a daemon, under a fresh random routing id, watched until it is known whether it takes this trainer.
 
@@ -78,6 +86,8 @@ class Line:
         self._endpoint = where = resolve_endpoint(endpoint)
         self._identity = identity
         self._silent = 0
+        self._checked = False
+        check_owner(where)
         server = identity.server(where) if identity else ""
         self.socket = context.socket(zmq.DEALER)
         self.socket.set(zmq.ROUTING_ID, b"\1" + secrets.token_bytes(15))
@@ -114,6 +124,9 @@ class Line:
         while True:
             events = dict(self._poller.poll(max(0, round((limit - time.monotonic()) * 1000))))
             if self.socket in events:
+                if not self._checked:  # the socket may have been made after the first look
+                    check_owner(self._endpoint)
+                    self._checked = True
                 return True
             if not events:
                 return False

@@ -188,8 +188,8 @@ class Control:
             return wire.Reject(epoch=self._epoch, reason=reason, retry_ms=RETRY_MS, loading_ms=loading_ms)
         if problem := self._front.stranger(connection) or check_hello(hello, started.contract):
             return wire.Reject(epoch=self._epoch, reason=problem)
-        session = self._front.over_quota(connection, self._sessions.connections())
-        session = session or self._sessions.open(key, hello, connection, self._clock())
+        over = self._front.over_quota(connection, self._sessions.connections())
+        session = over or self._sessions.open(key, hello, connection, self._clock())
         if isinstance(session, str):
             return wire.Reject(epoch=self._epoch, reason=session, retry_ms=RETRY_MS)
         return wire.Welcome(

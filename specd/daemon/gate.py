@@ -24,9 +24,7 @@ class Gate:
     socket: to be polled; `answer` when it is readable. Raises ConfigError for keys that cannot be used.
     """
 
-    def __init__(
-        self, auth: DaemonAuth, context: zmq.Context[zmq.Socket[bytes]], clock: Callable[[], float]
-    ) -> None:
+    def __init__(self, auth: DaemonAuth, context: zmq.Context[zmq.Socket[bytes]], clock: Callable[[], float]) -> None:
         self._clock = clock
         self._pair = keys.load(auth.key)
         self._authorized = Authorized(authorized_path(auth.authorized))

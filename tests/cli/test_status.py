@@ -51,7 +51,7 @@ def show(
     report: StatusReport, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *options: str
 ) -> str:
     monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.setattr(ask, "ask_status", lambda endpoint, timeout_s: report)
+    monkeypatch.setattr(ask, "ask_status", lambda endpoint, timeout_s, identity: report)
     assert run(["status", *options]) == 0
     return capsys.readouterr().out
 

@@ -82,7 +82,9 @@ def test_a_trainer_with_a_key_does_not_talk_to_a_daemon_without(daemon: Keyed) -
 
 def test_a_daemon_whose_key_is_not_known_is_not_dialled(daemon: Keyed) -> None:
     identity = daemon.identity()._replace(servers={})
-    with pytest.raises(ConfigError, match=r"no key of the daemon at .* --server-key PUBLIC .* none is trusted on first"):
+    with pytest.raises(
+        ConfigError, match=r"no key of the daemon at .* --server-key PUBLIC .* none is trusted on first"
+    ):
         ask_status(daemon.endpoint, 20, identity)
 
 
@@ -139,9 +141,7 @@ def test_one_key_does_not_take_every_session(daemon: Keyed) -> None:
 @pytest.fixture
 def auth(tmp_path: Path) -> DaemonAuth:
     (tmp_path / "authorized").write_text(f"alice {keys.draw().public}\n")
-    return DaemonAuth(
-        key=str(write_key(tmp_path / "d.key", keys.draw())), authorized=str(tmp_path / "authorized")
-    )
+    return DaemonAuth(key=str(write_key(tmp_path / "d.key", keys.draw())), authorized=str(tmp_path / "authorized"))
 
 
 def test_the_file_is_looked_at_once_a_second(auth: DaemonAuth, caplog: pytest.LogCaptureFixture) -> None:

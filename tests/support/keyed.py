@@ -86,7 +86,7 @@ class Keyed:
         pair = pair or self.alice
         path = self.directory / f"trainer-{pair.public.encode().hex()[:16]}.key"
         auth = TrainerAuth(key=str(write_key(path, pair)), servers={self.endpoint: server or self.server})
-        given = {"timeout_s": 20, "connect_s": 20, "auth": auth} | settings
+        given: dict[str, Any] = {"timeout_s": 20, "connect_s": 20, "auth": auth} | settings
         return SubscriberConfig(endpoints=(self.endpoint,), **given)
 
     def subscriber(self, pair: keys.Pair | None = None, server: str = "", **settings: Any) -> Subscriber:
