@@ -161,9 +161,10 @@ class Line:
         with contextlib.suppress(zmq.Again):
             while True:
                 event = recv_monitor_message(self._monitor, zmq.NOBLOCK)
-                self._note(event["event"], event["value"])
+                self.note(event["event"], event["value"])
 
-    def _note(self, event: int, value: int) -> None:
+    def note(self, event: int, value: int) -> None:
+        """Take note of what libzmq reported, of EVENTS. Raises RejectedError as `wait` does."""
         match event:
             case zmq.EVENT_HANDSHAKE_SUCCEEDED:
                 self.connected, self._silent = True, 0
