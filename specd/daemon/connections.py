@@ -68,7 +68,8 @@ class Connection:
         """End the connection; libzmq then cleans up after it."""
         with self._open() as socket:
             if socket is not None:
-                socket.shutdown(sockets.SHUT_RDWR)
+                with contextlib.suppress(OSError):  # the other end was faster
+                    socket.shutdown(sockets.SHUT_RDWR)
 
     @contextlib.contextmanager
     def _open(self) -> Iterator[sockets.socket | None]:

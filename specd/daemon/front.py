@@ -88,19 +88,19 @@ class Front:
         if self.gate is None:
             return []
         self.gate.answer()
-        # One that has said nothing yet may be of any key: it can come again.
-        refused = [each for each in self._connections if self.gate.stranger(each)] if self.gate.changed() else []
+        if not self.gate.changed():
+            return []
+        # Of one that has said nothing yet the key is not known: `messages` looks at it.
+        refused = [each for each in self._connections if each.user and not self.gate.lets_in(each.user)]
         for connection in refused:
             connection.close()
         return refused
 
     def stranger(self, connection: Connection | None) -> str | None:
-        """Why whoever is at the other end is not let in, or None: with keys these decide, else the user does."""
-        if connection is None:
+        """Why whoever is at the other end gets no session, or None. With keys, nobody else is heard at all."""
+        if connection is None or self.gate is not None or self._settings.insecure:
             return None
-        if self.gate is not None:
-            return self.gate.stranger(connection)
-        return None if self._settings.insecure else connection.stranger()
+        return connection.stranger()
 
     def over_quota(self, connection: Connection | None, taken: Collection[Connection]) -> str | None:
         """Why a key may not have one more session, or None. taken: connections that have one."""
@@ -122,6 +122,9 @@ class Front:
                     continue
                 connection.user = user_of(sender)
                 connection.name = self.gate.name(connection.user)
+                if not self.gate.lets_in(connection.user):
+                    connection.close()
+                    continue
             yield sender.bytes, connection, frames
 
     def send(self, key: bytes, message: Message) -> str:

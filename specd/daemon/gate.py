@@ -42,9 +42,9 @@ class Gate:
         """Let connections in, or not."""
         self._zap.handle()
 
-    def stranger(self, connection: Connection) -> str | None:
-        """Why a connection is not let in, or None; by the file as it was last read."""
-        return None if connection.user in self._authorized else "this key is not let in any more"
+    def lets_in(self, public: str) -> bool:
+        """Whether a key is let in, by the file as it was last read."""
+        return public in self._authorized
 
     def over_quota(self, connection: Connection, taken: Collection[Connection], max_sessions: int) -> str | None:
         """Why a key may not have one more of `max_sessions`, or None. taken: connections that have one.

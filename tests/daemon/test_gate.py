@@ -8,8 +8,10 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 import zmq
+from zmq.utils.monitor import recv_monitor_message
 
 from keyed import SPEC, Keyed, keyed_daemon, until, write_key
 from samples import batch
@@ -17,10 +19,10 @@ from specd.client.ask import ask_status, dial
 from specd.client.subscriber import Subscriber
 from specd.config.settings import DaemonAuth, SubscriberConfig
 from specd.curve import keys
-from specd.daemon.connections import Connection
 from specd.daemon.gate import Gate
-from specd.errors import ConfigError, DaemonError, RejectedError
+from specd.errors import ConfigError, DaemonError, RejectedError, TransportError
 from specd.protocol import messages as wire
+from specd.transports.bytes.server import Bytes
 
 
 @pytest.fixture(scope="module")
@@ -110,17 +112,31 @@ def test_a_key_counts_as_soon_as_it_is_in_the_file_and_no_longer(daemon: Keyed) 
         assert alices.stats().reconnects == 0
 
 
-def test_a_connection_that_is_silent_is_closed_when_its_key_is_revoked(daemon: Keyed) -> None:
+@pytest.mark.parametrize("spoke", [True, False])
+def test_a_connection_without_a_session_is_closed_when_its_key_is_revoked(daemon: Keyed, spoke: bool) -> None:
+    """At once, or, if it has said nothing yet and so is not known, when it does."""
     carol = keys.draw()
     daemon.allow("carol", carol)
-    with zmq.Context() as context, dial(context, daemon.endpoint, daemon.identity(carol)) as socket:
-        monitor = socket.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED)
-        socket.send(wire.encode(wire.Status()))
-        assert socket.poll(10_000)
+    question = wire.encode(wire.Status())
+    with (
+        zmq.Context() as context,
+        dial(context, daemon.endpoint, daemon.identity(carol)) as socket,
+        socket.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED) as monitor,
+    ):
+        assert monitor.poll(10_000)
+        assert recv_monitor_message(monitor)["event"] == zmq.EVENT_HANDSHAKE_SUCCEEDED
+        if spoke:
+            socket.send(question)
+            assert socket.poll(10_000)
+            assert socket.recv()
         daemon.revoke("carol")
-        until(lambda: monitor.poll(0) != 0)
+        if not spoke:
+            until(lambda: not daemon.lets_in(carol))
+            socket.send(question)
+        assert monitor.poll(10_000)
+        assert recv_monitor_message(monitor)["event"] == zmq.EVENT_DISCONNECTED
+        assert not socket.poll(0)
         socket.disable_monitor()
-        monitor.close()
 
 
 def test_one_key_does_not_take_every_session(daemon: Keyed) -> None:
@@ -138,6 +154,22 @@ def test_one_key_does_not_take_every_session(daemon: Keyed) -> None:
         assert sessions(daemon) == ["alice/trainer", "alice/trainer"]
 
 
+def test_a_trainer_with_a_key_takes_nothing_from_afar_in_the_clear(
+    daemon: Keyed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Plain(Bytes):
+        traits = msgspec.structs.replace(Bytes.traits, sealed=False)
+
+    monkeypatch.setattr("specd.client.handshake.load", lambda name: Plain)
+    daemon.subscriber(transport="bytes").close()  # within one host
+    monkeypatch.setattr("specd.endpoints.is_far", lambda endpoint: True)
+    with pytest.raises(
+        TransportError, match=r"it does not encrypt states, and keys are used \(subscriber.insecure_data"
+    ):
+        daemon.subscriber(transport="bytes")
+    daemon.subscriber(transport="bytes", insecure_data=True).close()
+
+
 @pytest.fixture
 def auth(tmp_path: Path) -> DaemonAuth:
     (tmp_path / "authorized").write_text(f"alice {keys.draw().public}\n")
@@ -149,9 +181,7 @@ def test_the_file_is_looked_at_once_a_second(auth: DaemonAuth, caplog: pytest.Lo
     user = Path(auth.authorized).read_text().split()[1]
     with zmq.Context() as context:
         gate = Gate(auth, context, lambda: now[0])
-        connection = Connection(-1, 0.0)
-        connection.user = user
-        assert gate.stranger(connection) is None
+        assert gate.lets_in(user)
         Path(auth.authorized).unlink()
         assert gate.next_deadline() == 101.0
         assert not gate.changed()
@@ -160,7 +190,7 @@ def test_the_file_is_looked_at_once_a_second(auth: DaemonAuth, caplog: pytest.Lo
             assert gate.changed()
         assert "nobody is let in" in caplog.text
         assert not gate.changed()
-        assert gate.stranger(connection) == "this key is not let in any more"
+        assert not gate.lets_in(user)
         gate.close()
 
 

@@ -77,6 +77,12 @@ class Keyed:
     def revoke(self, name: str) -> None:
         authorized.revoke(self.authorized, name)
 
+    def lets_in(self, pair: keys.Pair) -> bool:
+        """Whether the daemon knows a key, as it has read its file by now."""
+        gate = self.control._front.gate
+        assert gate is not None
+        return gate.lets_in(pair.public)
+
     def identity(self, pair: keys.Pair | None = None, server: str = "") -> Identity:
         """Who a trainer with a key of its own is, and whom it trusts at the endpoint; alice, and the daemon."""
         return Identity(pair or self.alice, {self.endpoint: server or self.server})

@@ -97,12 +97,14 @@ def expected(task: FillSlot) -> bytes:
 
 
 class Served:
-    """A transport, and its server, that notes what it is told. memory, scope, rank: of its traits.
+    """A transport, and its server, that notes what it is told. memory, scope, rank, sealed: of its traits.
 
     missing: why it is not available. problem, fault: why it cannot be served.
     """
 
-    def __init__(self, memory: Sequence[str], scope: str = "host", rank: int | None = None) -> None:
+    def __init__(
+        self, memory: Sequence[str], scope: str = "host", rank: int | None = None, sealed: bool = False
+    ) -> None:
         self.traits = Traits(
             memory=frozenset(memory),  # type: ignore[arg-type]
             scope=scope,  # type: ignore[arg-type]
@@ -110,6 +112,7 @@ class Served:
             needs_recv_ready=False,
             abortable=True,
             rank=rank,
+            sealed=sealed,
         )
         self.missing = ""
         self.problem = ""

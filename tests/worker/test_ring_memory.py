@@ -6,6 +6,7 @@ import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 
 import fake_cuda
@@ -35,10 +36,13 @@ def known(monkeypatch: pytest.MonkeyPatch) -> Known:
     return only_these(monkeypatch)
 
 
-def served(device: str, *transports: str) -> tuple[str, ...]:
+def served(
+    device: str, *transports: str, where: ServerContext | None = None, insecure_data: bool = False
+) -> tuple[str, ...]:
     """What serves a ring on `device` that was asked for with `transports`."""
-    config = DaemonConfig(target=TargetConfig(model="any"), transports=transports, ring=RingConfig(slots=3))
-    ring = serving.open_ring(config, SLOT_BYTES, device, EPOCH, ServerContext())
+    target, ring_config = TargetConfig(model="any"), RingConfig(slots=3)
+    config = DaemonConfig(target=target, transports=transports, ring=ring_config, insecure_data=insecure_data)
+    ring = serving.open_ring(config, SLOT_BYTES, device, EPOCH, where or ServerContext())
     with ring.arena:
         assert ring.arena.path in ("", segment_path(EPOCH.hex()))
     return tuple(ring.servers)
@@ -92,6 +96,23 @@ def test_auto_leaves_out_a_plugin_that_fails_in_its_own_way(
     assert "fabric is not served: OSError: no such device" in caplog.messages
     with pytest.raises(TransportError, match="'fabric' cannot be served: OSError: no such device"):
         served("cpu", "fabric")
+
+
+def test_with_keys_nothing_leaves_the_host_in_the_clear_unless_that_was_asked_for(
+    known: Known, caplog: pytest.LogCaptureFixture
+) -> None:
+    known["sealed"] = Served(["device"], "anywhere", rank=350, sealed=True)
+    far = ServerContext(host="192.0.2.7", curve=True)
+    everything = ("cuda_ipc", "sealed", "nccl", "shm", "bytes")
+    known["bytes"].traits = msgspec.structs.replace(known["bytes"].traits, sealed=True)
+    with caplog.at_level("INFO", logger="specd.worker.ring_memory"):
+        assert served("cuda:0", "auto", where=far) == ("cuda_ipc", "sealed", "shm", "bytes")
+    assert any("nccl is not served: it does not encrypt states" in message for message in caplog.messages)
+    with pytest.raises(TransportError, match=r"'nccl' cannot be served: it does not encrypt .* --insecure-data"):
+        served("cuda:0", "nccl", where=far)
+    assert served("cuda:0", "auto", where=far, insecure_data=True) == everything
+    assert served("cuda:0", "auto", where=ServerContext(host="192.0.2.7")) == everything, "without keys"
+    assert served("cuda:0", "auto", where=ServerContext(host="::1", curve=True)) == everything, "within one host"
 
 
 def test_auto_serves_a_plugin_where_its_rank_says(known: Known) -> None:
