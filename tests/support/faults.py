@@ -126,7 +126,7 @@ class Trainer:
             "draft.num_layers": 1, "draft.num_taps": 2, "draft.block_size": 4, "draft.num_anchors": 4,
             "draft.mask_token_id": 255, "draft.attention": "sdpa", "data.batch_tokens": 80, "data.max_length": 40,
             "train.epochs": epochs, "train.save_every": 5, "train.dtype": "float32", "train.threads": 1,
-            "subscriber.depth": 3, "subscriber.max_attempts": 100, "subscriber.borrow": str(borrow).lower(),
+            "subscriber.depth": 3, "subscriber.borrow": str(borrow).lower(),
         }  # fmt: skip
         for key, value in settings.items():
             self.command += ["--set", f"{key}={value}"]

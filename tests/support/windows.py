@@ -13,6 +13,8 @@ from specd.protocol.capture import CaptureSpec
 from specd.protocol.messages import Ready
 
 SPEC = CaptureSpec(taps=(1,), dtype="float32")
+SLOT = 1 << 20
+"""The size of a slot that any batch of the tests fits."""
 
 
 class Token:
@@ -25,12 +27,32 @@ class Token:
         return self.name
 
 
+class Clock:
+    """A clock that goes on when it is told to."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
 Item = Pending[Token, Token]
 Effects = list[Effect[Token, Token]]
 
 
-def make(num_daemons: int = 1, max_attempts: int = 3) -> Window[Token, Token]:
-    return Window([f"daemon-{place}" for place in range(num_daemons)], max_attempts)
+def make(num_daemons: int = 1, clock: Clock | None = None) -> Window[Token, Token]:
+    return Window([f"daemon-{place}" for place in range(num_daemons)], clock or Clock())
+
+
+def show_pace(window: Window[Token, Token], clock: Clock, place: int, seconds: float) -> None:
+    """Let a daemon show that a batch takes it so long."""
+    pace = window._peers[place].pace
+    for _ in range(2):
+        pace.ask(0, item(0).tokens, clock.now)
+        clock.now += seconds
+        pace.answer(0, 0.0, clock.now)
+        pace.forget(0, clock.now)
 
 
 @cache
