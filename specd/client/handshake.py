@@ -197,7 +197,7 @@ class _Handshake:
     def _hear(self, timeout_s: float = STEP_S) -> Any:
         if not self._socket.poll(int(timeout_s * 1000)):
             raise Later(f"no answer from {self._endpoint} within {timeout_s:g} s")
-        return wire.decode(self._socket.recv())
+        return wire.decode_reply(self._socket.recv())
 
     def _probe(self, name: str) -> str | None:
         """Move verified bytes over one transport; the reason why it is not to be used, or None."""

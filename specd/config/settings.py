@@ -71,7 +71,9 @@ class CaptureConfig(Config, kw_only=True, frozen=True):
 class DaemonConfig(Config, kw_only=True, frozen=True):
     """One daemon. endpoint: `auto` is the default ipc endpoint of this user.
 
-    transports: what it serves; `auto` is everything that can be served from where its ring lies.
+    transports: what it serves; `auto` is everything that can be served from where its ring lies. hang_s: a worker that
+    has work and finishes none for so long, and for 20 times the usual, is replaced; ten times as long for its first.
+    insecure: trainers need not be of this user, nor on this host.
     """
 
     target: TargetConfig
@@ -79,6 +81,7 @@ class DaemonConfig(Config, kw_only=True, frozen=True):
     transports: tuple[str, ...] = ("auto",)
     ring: RingConfig = RingConfig()
     capture: CaptureConfig = CaptureConfig()
+    hang_s: Annotated[float, Meta(gt=0, le=86_400)] = 60.0
     insecure: bool = False
 
 

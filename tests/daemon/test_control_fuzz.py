@@ -109,7 +109,7 @@ def test_hostile_messages_neither_crash_nor_wedge_the_daemon() -> None:
                 peer.connect(host.endpoint)
                 peer.send(wire.encode(wire.Status()))
                 assert peer.poll(20_000), f"the daemon is wedged after {total} messages"
-                epoch = wire.decode(peer.recv()).epoch
+                epoch = wire.decode_reply(peer.recv()).epoch
                 forms = templates(rng.choice([epoch, epoch, epoch, b"e" * 16, b""]))
                 if rng.random() < 0.7:
                     forms.extend([forms[0], forms[3]])
@@ -130,7 +130,7 @@ def test_hostile_messages_neither_crash_nor_wedge_the_daemon() -> None:
             peer.connect(host.endpoint)
             peer.send(wire.encode(wire.Status()))
             assert peer.poll(20_000)
-            status = wire.decode(peer.recv())
+            status = wire.decode_reply(peer.recv())
     assert total >= NUM_MESSAGES
     assert delivered == list(range(len(delivered)))
     assert len(delivered) > 100
@@ -167,11 +167,11 @@ def test_an_oversized_message_ends_only_its_own_connection(tmp_path: Path) -> No
                 monitor.close()
                 honest.send(wire.encode(wire.Status()))
                 assert honest.poll(20_000)
-                assert wire.decode(honest.recv()).counters["refused_messages"] == 0
+                assert wire.decode_reply(honest.recv()).counters["refused_messages"] == 0
         finally:
-            control.stop()
+            control.ending.stop()
             loop.join()
-            control.close()
+            control.ending.close()
 
 
 def test_artifact_reads_beyond_the_limit_are_refused_and_probes_are_no_batches() -> None:
@@ -185,20 +185,20 @@ def test_artifact_reads_beyond_the_limit_are_refused_and_probes_are_no_batches()
         greedy.connect(host.endpoint)
         hello = wire.Hello(name="greedy", host="elsewhere", pid=0, transports=("inproc",), spec=SPEC, credits=2)
         greedy.send(wire.encode(hello))
-        welcome = wire.decode(greedy.recv())
+        welcome = wire.decode_reply(greedy.recv())
         name, length = min((name, ref.nbytes) for name, ref in welcome.contract.artifacts.items())
         fetch = wire.encode(wire.Fetch(epoch=welcome.epoch, name=name, offset=0, length=length))
 
         def ask(times: int) -> list[type]:
             for _ in range(times):
                 greedy.send(fetch)
-            return [type(wire.decode(greedy.recv())) for _ in range(times)]
+            return [type(wire.decode_reply(greedy.recv())) for _ in range(times)]
 
         answers = next(answers for _ in range(100) if wire.Error in (answers := ask(3 * limits.MAX_FETCHES)))
         assert answers.count(wire.Artifact) >= limits.MAX_FETCHES
         assert ask(limits.MAX_FETCHES) == [wire.Artifact] * limits.MAX_FETCHES
         greedy.send(wire.encode(wire.Probe(epoch=welcome.epoch, seq=0, nonce=b"n" * 16, nbytes=1000)))
-        assert isinstance(wire.decode(greedy.recv()), wire.Ready)
+        assert isinstance(wire.decode_reply(greedy.recv()), wire.Ready)
         greedy.send(wire.encode(wire.Status()))
-        status = wire.decode(greedy.recv())
+        status = wire.decode_reply(greedy.recv())
         assert (status.counters["batches"], status.counters["bytes"], status.sessions[0].batches) == (0, 0, 0)

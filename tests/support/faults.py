@@ -59,17 +59,20 @@ def private_directory() -> Iterator[Path]:
 class Daemon:
     """One `specd start` in a process of its own; `restart` after a kill keeps the endpoint. device: of its target."""
 
-    def __init__(self, directory: Path, name: str, device: str = "cpu", lease_s: float = LEASE_S) -> None:
+    def __init__(
+        self, directory: Path, name: str, device: str = "cpu", lease_s: float = LEASE_S, hang_s: float = 60.0
+    ) -> None:
         self.endpoint = f"ipc://{directory}/{name}.sock"
         self.log = (directory / f"{name}.log").open("ab")
         self._device = device
-        self._lease_s = lease_s
+        self._settings = {"ring.lease_ttl_s": lease_s, "hang_s": hang_s}
         self.process = self._start()
 
     def _start(self) -> subprocess.Popen[bytes]:
         command = [sys.executable, "-m", "specd", "start", "--model", TARGET, "--endpoint", self.endpoint, "--exact"]
         command += ["--device", self._device, "--slots", str(NUM_SLOTS), "--slot-tokens", "128"]
-        command += ["--set", f"ring.lease_ttl_s={self._lease_s}"]
+        for key, value in self._settings.items():
+            command += ["--set", f"{key}={value}"]
         return subprocess.Popen(command, stdout=self.log, stderr=self.log)
 
     def status(self) -> StatusReport:
@@ -86,12 +89,12 @@ class Daemon:
 
 
 @contextlib.contextmanager
-def daemons(device: str = "cpu", lease_s: float = LEASE_S) -> Iterator[Callable[[str], Daemon]]:
-    """A function that starts one by name, with its socket in a directory of its own."""
+def daemons(device: str = "cpu", **settings: float) -> Iterator[Callable[[str], Daemon]]:
+    """A function that starts one by name, with its socket in a directory of its own. settings: as Daemon takes."""
     with private_directory() as place, contextlib.ExitStack() as running:
 
         def start(name: str) -> Daemon:
-            daemon = Daemon(place, name, device, lease_s)
+            daemon = Daemon(place, name, device, **settings)
             running.callback(daemon.close)
             return daemon
 

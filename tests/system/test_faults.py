@@ -65,6 +65,22 @@ def test_worker_killed(
     settled(daemon)
 
 
+def test_a_worker_that_hangs_is_replaced(data: Path, tmp_path: Path, reference: list[float | None]) -> None:
+    """SIGSTOP looks like a device or driver that never answers: control hears nothing, and nobody died."""
+    with daemons(hang_s=1.0) as start:
+        daemon = start("a")
+        trainer = train(tmp_path, data, daemon)
+
+        def fault(rng: random.Random) -> None:
+            pid = daemon.status().worker_pid
+            if pid:
+                os.kill(pid, signal.SIGSTOP)
+
+        finish(trainer, disturb([trainer], REPETITIONS, fault), reference)
+        assert daemon.status().counters["worker_restarts"] >= min(REPETITIONS, 1)
+        settled(daemon)
+
+
 def test_control_killed_and_restarted(
     data: Path, tmp_path: Path, start: Callable[[str], Daemon], reference: list[float | None]
 ) -> None:

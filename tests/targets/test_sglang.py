@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import select
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from fills import draw_tokens, make_fill, read
 from specd.cli import start as start_verb
 from specd.config.load import convert
 from specd.config.settings import DaemonConfig, TargetConfig
-from specd.errors import ConfigError, TargetError
+from specd.errors import ConfigError, TargetError, pip_install
 from specd.protocol.capture import CaptureSpec
 from specd.targets.registry import load_target
 from specd.targets.sglang.rank import read_frame
@@ -197,7 +198,7 @@ def test_a_changed_touch_point_is_named(config: TargetConfig, monkeypatch: pytes
 
 def test_sglang_that_is_not_installed_is_named(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "sglang", None)
-    with pytest.raises(ConfigError, match=r"'sglang' is not installed; .*pip install 'specd\[sglang\]'"):
+    with pytest.raises(ConfigError, match=rf"'sglang' is not installed; .*{re.escape(pip_install('sglang'))}"):
         load_target(TargetConfig(model=f"{checkpoint}/", backend="sglang", device="cpu"))
 
 
