@@ -96,6 +96,6 @@ class Links:
         now = time.monotonic()
         return "; ".join(
             f"{link.endpoint}: {'up' if link.session else link.problem}"
-            + " (for longer than loading may take)" * (0 < link.loading_until <= now)
+            + " (longer than it may load)" * (0 < link.loading_until <= now)
             for link in self._links
         )

@@ -3,7 +3,8 @@
 A batch goes to the daemon that would bring it first: everything that it owes and this one, at its measured pace. That
 is earliest finish time, over an estimate that corrects itself: a slow daemon gets a batch only if it brings it before
 the others would have come to it, so that nothing waits behind it. Daemons whose pace is not known are asked only while
-no other is, evenly and for two batches each; those that are late with an answer, or failed to transfer that very batch, only if all are.
+no other is, evenly and for two batches each; those that are late with an answer, or failed to transfer that very batch,
+only if all are.
 """
 
 from __future__ import annotations

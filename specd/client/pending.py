@@ -10,6 +10,10 @@ from specd.protocol.batch import Batch, Layout
 from specd.protocol.messages import Ready, Submit
 from specd.transports.base import SlotRef
 
+REST_S = 0.1
+"""How long a batch rests after its second transfer failed; twice as long after each further one, up to MOST_REST_S."""
+MOST_REST_S = 5.0
+
 S = TypeVar("S")
 """A session."""
 B = TypeVar("B")
@@ -74,6 +78,13 @@ class Pending(Generic[S, B]):
             tokens=self.batch.tokens.astype("<i4", copy=False).tobytes(),
             lengths=self.batch.lengths.astype("<i4", copy=False).tobytes(),
         )
+
+    def miss(self, now: float) -> None:
+        """Its transfer has failed: it rests, unless that was the first time, and had better go elsewhere."""
+        self.misses += 1
+        self.missed_at = self.daemon
+        if self.misses > 1:
+            self.rests_until = now + min(REST_S * 2 ** (self.misses - 2), MOST_REST_S)
 
     @property
     def tokens(self) -> int:

@@ -43,10 +43,6 @@ from specd.errors import BatchError, ProtocolError
 from specd.protocol.messages import Ready
 from specd.transports.base import SlotRef
 
-REST_S = 0.1
-"""How long a batch rests after its second transfer failed; twice as long after each further one, up to MOST_REST_S."""
-MOST_REST_S = 5.0
-
 
 class Window(Generic[S, B]):
     """The batches in flight over any number of daemons. Not thread-safe.
@@ -241,9 +237,7 @@ class Window(Generic[S, B]):
         assert pending.session is not None
         pending.fetch_s = took_s
         self._moved = self._clock()
-        pending.misses, pending.missed_at = pending.misses + 1, pending.daemon
-        if pending.misses > 1:
-            pending.rests_until = self._moved + min(REST_S * 2 ** (pending.misses - 2), MOST_REST_S)
+        pending.miss(self._moved)
         if lost and self._leased(pending):
             self._todo.append(effects.Abandon(pending.session, reason))
             self._lose(pending.session, reason)

@@ -37,9 +37,12 @@ def test_an_answer_costs_the_time_since_the_one_before_it() -> None:
 
 
 def test_a_pace_is_known_after_two_answers() -> None:
-    assert (shown(9.0).known, shown(9.0).per_token) == (False, 1.0)
+    pace = shown(9.0)
+    assert not pace.known
+    assert pace.per_token == 1.0
     pace = shown(9.0, 1.0)
-    assert (pace.known, pace.per_token) == (True, pytest.approx(0.1))
+    assert pace.known
+    assert pace.per_token == pytest.approx(0.1)
     assert shown(1.0, 1.0, 20.0, 1.0).per_token == pytest.approx(0.1), "a pause explains one"
     assert shown(1.0, 20.0, 20.0, 1.0).per_token == pytest.approx(2.2 / 3)
     assert shown(*[3.0] * RECENT, *[1.0] * RECENT).per_token == pytest.approx(0.1), "only recent answers count"

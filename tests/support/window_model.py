@@ -10,8 +10,7 @@ from __future__ import annotations
 from collections import Counter, deque
 
 from specd.client import effects
-from specd.client.pending import State
-from specd.client.window import MOST_REST_S, REST_S
+from specd.client.pending import MOST_REST_S, REST_S, State
 from specd.transports.base import SlotRef
 from windows import Clock, Effects, Item, Token, item, make, ready
 

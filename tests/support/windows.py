@@ -6,11 +6,12 @@ from functools import cache
 
 from samples import batch
 from specd.client.effects import Effect
-from specd.client.pending import Pending
+from specd.client.pending import Pending, State
 from specd.client.window import Window
 from specd.protocol.batch import Batch, Layout, batch_id, slot_layout
 from specd.protocol.capture import CaptureSpec
 from specd.protocol.messages import Ready
+from specd.transports.base import SlotRef
 
 SPEC = CaptureSpec(taps=(1,), dtype="float32")
 SLOT = 1 << 20
@@ -38,6 +39,7 @@ class Clock:
 
 
 Item = Pending[Token, Token]
+BUFFER = Token("buffer")
 Effects = list[Effect[Token, Token]]
 
 
@@ -72,3 +74,21 @@ def ready(pending: Item, lease: int, target_us: int = 0) -> Ready:
         epoch=b"e" * 16, seq=pending.seq, batch_id=pending.identity, lease=lease, slot=lease, generation=1,
         layout=pending.layout, busy_slots=1, target_us=target_us,
     )  # fmt: skip
+
+
+def added(window: Window[Token, Token], count: int) -> list[Item]:
+    """Batches that were submitted, as far as there is room."""
+    batches = [item(index) for index in range(count)]
+    window.add(batches)
+    return batches
+
+
+def fetched(window: Window[Token, Token], pending: Item, lease: int, buffer: Token = BUFFER) -> None:
+    """A batch that was submitted is captured and transferred."""
+    assert pending.daemon is not None
+    session = window._peers[pending.daemon].session
+    assert session is not None
+    window.ready(session, ready(pending, lease))
+    assert window.begin(pending, session) == SlotRef(lease, 1, pending.layout.nbytes)
+    window.fetched(pending, buffer, 0.5)
+    assert pending.state is State.FETCHED
