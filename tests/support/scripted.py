@@ -46,10 +46,11 @@ def states(batch: Batch) -> torch.Tensor:
 
 
 class Wire:
-    """The client of `make`'s transport. closed: whether it was."""
+    """The client of `make`'s transport. cancelled, closed: whether it was."""
 
     def __init__(self, fetching: Callable[[SlotRef], None]) -> None:
         self._fetching = fetching
+        self.cancelled = threading.Event()
         self.closed = False
 
     def hello(self) -> bytes:
@@ -68,6 +69,9 @@ class Wire:
         if generation != ref.generation:
             raise stale(ref, generation)
         return memory[: ref.nbytes]
+
+    def cancel(self) -> None:
+        self.cancelled.set()
 
     def close(self) -> None:
         self.closed = True

@@ -106,6 +106,31 @@ class TransportConformance:
         rig.host.fill(1, 1, b"next", 100)
         assert holds(rig.fetch_after(client, SlotRef(1, 1, 100)), b"next")
 
+    def test_equal_batches_of_one_session_are_all_sent(self, rig: Rig) -> None:
+        """Batches of equal content share a slot: each is announced, and each is fetched."""
+        client = rig.attach()
+        other, equal = SlotRef(1, 1, self.slot_bytes), SlotRef(0, 1, self.slot_bytes)
+        for ref in (other, equal):  # behind the other, so that none is through before the next is announced
+            rig.host.fill(ref.slot, 1, b"%d" % ref.slot, self.slot_bytes)
+        order = (other, equal, equal, equal)
+        for ref in order:
+            rig.publish(b"one", ref)
+        for ref in order:
+            into = rig.destination(ref.nbytes)
+            client.fetch(ref, into, 5.0)
+            assert holds(into[: ref.nbytes], b"%d" % ref.slot)
+
+    def test_equal_batches_of_two_sessions_are_all_sent(self, rig: Rig) -> None:
+        clients = {session: rig.attach(session) for session in (b"one", b"two")}
+        rig.host.fill(0, 1, b"equal", self.slot_bytes)
+        ref = SlotRef(0, 1, self.slot_bytes)
+        for session in (b"one", b"two", b"two", b"one"):
+            rig.publish(session, ref)
+        for client in (*clients.values(), *clients.values()):
+            into = rig.destination(ref.nbytes)
+            client.fetch(ref, into, 5.0)
+            assert holds(into[: ref.nbytes], b"equal")
+
     def test_another_generation_is_refused(self, rig: Rig) -> None:
         client = rig.attach()
         rig.host.fill(0, 7, b"seven", 4096)
@@ -267,6 +292,34 @@ class TransportConformance:
         client.attach(rig.host.accept(b"one", client.hello()), 20.0)
         rig.host.fill(0, 1, b"fine", 4096)
         assert holds(rig.fetch(client, SlotRef(0, 1, 4096)), b"fine")
+
+    def test_what_is_called_off_fails_as_lost(self, rig: Rig) -> None:
+        client = rig.attach()
+        rig.host.fill(1, 1, b"", 100)
+        outcome: list[bool] = []
+
+        def wait() -> None:
+            with pytest.raises(TransportError) as loss:
+                client.fetch(SlotRef(0, 1, 100), rig.destination(100), 60.0)
+            outcome.append(loss.value.lost)
+
+        waiter = threading.Thread(target=wait)
+        waiter.start()
+        client.cancel()
+        client.cancel()
+        waiter.join(5)
+        # Where there is nothing to wait for, it may have failed before, as it was never filled.
+        assert outcome == [True] or (outcome and not self.transport.traits.needs_recv_ready)
+        rig.publish(b"one", SlotRef(1, 1, 100))
+        with pytest.raises(TransportError) as late:
+            client.fetch(SlotRef(1, 1, 100), rig.destination(100), 60.0)
+        assert late.value.lost
+        with pytest.raises(TransportError):
+            client.attach(rig.host.accept(b"two", client.hello()), 60.0)
+        client.close()
+        client.cancel()
+        again = rig.attach(b"three")
+        assert holds(rig.fetch(again, SlotRef(1, 1, 100), b"three"), b"")
 
     def test_close_is_idempotent_and_final(self, rig: Rig) -> None:
         never = self.transport.client(self.device)
