@@ -45,8 +45,11 @@ def test_demo_makes_room_where_an_earlier_run_lies(tmp_path: Path) -> None:
     demo.remove_run(earlier)  # it was cut short before it began: nothing is in the way
     for name in ("run.json", "draft.json"):
         (earlier / name).write_text("{}")
+    (earlier / "checkpoints" / "step-00000005").mkdir(parents=True)
     demo.remove_run(earlier)
-    assert not earlier.exists()
+    assert [*earlier.iterdir()] == []
+    demo.remove_run(tmp_path / "none")
+    assert not (tmp_path / "none").exists()
 
 
 def test_demo_ends_with_the_code_of_a_failed_command(capfd: pytest.CaptureFixture[str]) -> None:
