@@ -15,10 +15,11 @@ class Link:
 
     monitor: tells of the end of the session's connection. problem: why there is no session. broken: why the session
     has to be opened anew, as a thread found that may not touch its socket; else empty. heard: when the daemon last
-    answered, renew_at: when its leases are renewed next, in monotonic seconds.
+    answered, renew_at: when its leases are renewed next, loading_until: until when its worker may be loading, 0.0 if it
+    is not, all in monotonic seconds.
     """
 
-    __slots__ = ("broken", "endpoint", "heard", "monitor", "problem", "renew_at", "session")
+    __slots__ = ("broken", "endpoint", "heard", "loading_until", "monitor", "problem", "renew_at", "session")
 
     def __init__(self, endpoint: str) -> None:
         self.endpoint = endpoint
@@ -26,7 +27,7 @@ class Link:
         self.monitor: zmq.Socket[bytes] | None = None
         self.problem = "not reached yet"
         self.broken = ""
-        self.renew_at = self.heard = 0.0
+        self.renew_at = self.heard = self.loading_until = 0.0
 
     def open(self, session: Session) -> None:
         """The session is up."""
