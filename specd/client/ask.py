@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import secrets
+from collections.abc import Callable
 from pathlib import Path
 
 import zmq
@@ -19,8 +20,13 @@ LONGEST_S = 86_400.0
 """Longest wait that a person may ask for."""
 
 
-def dial(context: Context, endpoint: str) -> zmq.Socket[bytes]:
-    """A socket to a daemon, under a fresh random routing id. Raises ConfigError for an endpoint that is none."""
+def dial(
+    context: Context, endpoint: str, watch: Callable[[zmq.Socket[bytes]], object] = lambda socket: None
+) -> zmq.Socket[bytes]:
+    """A socket to a daemon, under a fresh random routing id. Raises ConfigError for an endpoint that is none.
+
+    watch: called with the socket before it connects, so that a monitor misses nothing.
+    """
     where = endpoints.resolve_endpoint(endpoint)
     check_owner(where)
     socket = context.socket(zmq.DEALER)
@@ -33,6 +39,7 @@ def dial(context: Context, endpoint: str) -> zmq.Socket[bytes]:
     socket.set(zmq.HEARTBEAT_TIMEOUT, 20000)
     # Not for names: libzmq would then take a name's IPv6 addresses alone.
     socket.set(zmq.IPV6, int(where.startswith("tcp://[")))
+    watch(socket)
     try:
         socket.connect(where)
     except zmq.ZMQError as error:

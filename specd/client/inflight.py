@@ -29,6 +29,7 @@ from specd.client.effects import Effect
 from specd.client.fetch import Fetcher, Item
 from specd.client.guard import Guard
 from specd.client.handshake import Session, Terms
+from specd.client.interrupt import Interrupt
 from specd.client.io import GONE, Closed, Lost, SocketLoop
 from specd.client.links import Link, Links
 from specd.client.pending import State
@@ -67,7 +68,7 @@ class InFlight:
         self._fetching: dict[Item, Session] = {}
         """The transfers in flight."""
         self.artifacts = ArtifactReader(self._lock, config.timeout_s, self._ask)
-        self._closing = threading.Event()
+        self._closing = Interrupt()
         self._connector = Connector(context, terms, self._opened, self._closing, self._guard)
         self._fetcher = Fetcher(terms.device, config.depth + 2, self._begin, self._end, self._guard)
         self._io = SocketLoop(self._links, self._lock, self._act, self._guard)
