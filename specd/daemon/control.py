@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +19,7 @@ from specd.daemon.connections import Connection
 from specd.daemon.dispatch import Dispatch, Fill
 from specd.daemon.ending import Ending
 from specd.daemon.front import Front
+from specd.daemon.reads import Reads
 from specd.daemon.ring import Ring
 from specd.daemon.sessions import Sessions, TrainerSession
 from specd.daemon.slots import Lease
@@ -68,7 +68,7 @@ class Control:
         self._ring = Ring(ring.slots, ring.max_sessions, ring.lease_ttl_s, self._clock)
         self._dispatch: Dispatch[channel.FillSlot] = Dispatch(settings.hang_s, self._clock)
         self._started: channel.Started | None = None
-        self._fetches: Counter[bytes] = Counter()  # artifact reads in flight, by routing id: they outlive sessions
+        self._reads = Reads()
         self._served = False
         self.counters = Counters(COUNTERS)
         self._poller = zmq.Poller()
@@ -204,6 +204,7 @@ class Control:
         session = self._sessions.pop(key)
         if session is None:
             return
+        self._reads.drop(key)
         self._supervisor.send(channel.Drop(session=key))
         if reason:
             log.info("session %s is over: %s", session, reason)
@@ -239,7 +240,7 @@ class Control:
         session.requests[message.seq] = request
 
     def _schedule(self) -> None:
-        """Give free slots to waiting requests and tell the worker what to fill."""
+        """Give free slots to waiting requests, and tell the worker what to fill and to read."""
         plan = self._ring.schedule()
         for grant in plan.fills:
             session = self._sessions.get(grant.holder)
@@ -251,6 +252,8 @@ class Control:
                 self._supervisor.send(task)
         for fill in self._dispatch.next():
             self._supervisor.send(fill.task)
+        for read in self._reads.next():
+            self._supervisor.send(read)
         for lease in plan.ready:
             self._announce(lease, 0)
 
@@ -303,9 +306,8 @@ class Control:
 
     def _fetch(self, session: TrainerSession, message: wire.Fetch) -> None:
         assert self._started is not None
-        check_fetch(message, self._started.contract, self._fetches[session.key])
-        self._fetches[session.key] += 1
-        self._supervisor.send(
+        check_fetch(message, self._started.contract, self._reads.of(session.key))
+        self._reads.add(
             channel.ReadArtifact(session=session.key, name=message.name, offset=message.offset, length=message.length)
         )
 
@@ -346,7 +348,7 @@ class Control:
                 reason = note.reason[: limits.MAX_REASON_CHARS]
                 self._send(note.session, wire.Refuse(epoch=self._epoch, transport=note.transport, reason=reason))
             case channel.ArtifactBytes():
-                self._fetches -= Counter([note.session])  # and forget those at 0
+                self._reads.done(note.session)
                 data = wire.Artifact(epoch=self._epoch, name=note.name, offset=note.offset, data=note.data)
                 self._send(note.session, data)
 
@@ -358,7 +360,7 @@ class Control:
         """Drop all state of the dead worker, REVOKE every session, and schedule a restart."""
         self._started = None
         self._dispatch.died()
-        self._fetches.clear()
+        self._reads.died()
         self.counters.add("worker_restarts")
         for session in self._sessions:
             self._end(session.key, f"the worker died ({reason})", tell=True)
