@@ -89,9 +89,11 @@ class Server(Protocol):
         """Start sending one slot to one session; returns at once. Only called for `needs_recv_ready` transports.
 
         The caller has checked that the session holds a lease on it. Transfers of one session are made in the order they
-        were published in, and fetched in that order. Publishing it again starts it over where a transfer is abortable;
-        elsewhere every publication is one transfer, which the client has to fetch. Raises TransportError for a slot or
-        session that does not exist; a slot that no longer holds the generation is the client's `fetch` to report.
+        were published in, and fetched in that order. Every publication is one transfer, also of a slot and generation
+        that were published before: batches of equal content share a slot, and each is fetched. Where a transfer is
+        abortable, the client skips those that belong to fetches that were given up; elsewhere it has to fetch each.
+        Raises TransportError for a slot or session that does not exist; a slot that no longer holds the generation is
+        the client's `fetch` to report.
         """
         ...
 
@@ -106,7 +108,7 @@ class Client(Protocol):
     """The trainer's side. Built by `Transport.client(device)`, which raises TransportError when it cannot run here.
 
     A connecting thread opens and probes it (`hello`, `attach`, a few `fetch` or `view`); from then on the fetch thread
-    alone calls it, except for `Receiver.cancel`. `close` may come from either, or at the end from the trainer's.
+    alone calls it, except for `cancel`. `close` may come from either, or at the end from the trainer's.
     """
 
     def hello(self) -> bytes:
@@ -121,8 +123,21 @@ class Client(Protocol):
 
         Nothing may still be reading or writing `into`: a transfer waits for no stream but its own.
         On return the bytes are usable on any stream and were verified to be of `ref.generation`.
-        Raises TransportError when they are not, or after `deadline_s`; `into` then holds garbage. If the error says
-        `lost`, nothing can be fetched any more.
+        Raises TransportError when they are not, or when the transfer has made no progress for `deadline_s` seconds;
+        `into` then holds garbage. If the error says `lost`, nothing can be fetched any more.
+
+        Progress is whatever part of this very transfer arrived and was accepted, as finely as the transport can see it:
+        a chunk over bytes, one READ over nixl, the whole transfer over nccl. Anything else that a peer sends is none,
+        so a transfer is over in a bounded time. A copy that this process makes by itself (inproc, shm, cuda_ipc) waits
+        for nobody and has no deadline.
+        """
+
+    def cancel(self) -> None:
+        """Call off every `attach` and `fetch`, under way or still to come: they fail, as `lost`. Returns at once.
+
+        Called on any thread, at any time, also more than once and after `close`: when the session is over, because a
+        transfer under way need not notice that its peer died, or its link. One that waits for a peer fails within a
+        second; a copy that this process makes by itself may still end well. Only `close` may follow, and `view`.
         """
 
     def close(self) -> None:
@@ -139,13 +154,6 @@ class Receiver(Client, Protocol):
         Called on the thread that fetches, for any number of slots, in the order of their RECV_READYs. Each is then
         fetched, in this order and to the same `into`, which belongs to the transfer until then; a slot that was not
         expected can be fetched once no expected one is left. A fetch that fails as `lost` loses all that are expected.
-        """
-
-    def cancel(self) -> None:
-        """Cancel all transfers, in flight or still to come: they fail, as `lost`. Returns at once.
-
-        Called on any thread when the session is lost, because a transfer in flight need not notice that its peer died.
-        Only `close` may follow.
         """
 
 

@@ -71,6 +71,11 @@ def pull(arena: Arena, ref: SlotRef, into: torch.Tensor, copier: Copier) -> None
         raise stale(ref, found)
 
 
+def called_off(name: str) -> TransportError:
+    """The error of a client that was cancelled."""
+    return TransportError(f"{name}: called off, as the session is over", lost=True)
+
+
 def stale(ref: SlotRef, found: int) -> TransportError:
     """The error for a slot that does not hold the leased generation (any more)."""
     return TransportError(

@@ -18,7 +18,7 @@ from specd.errors import TransportError
 from specd.memory import cuda
 from specd.memory.arena import MAX_SLOTS, HostArena
 from specd.transports.base import ServerContext, SlotRef, Traits
-from specd.transports.checks import check_into, check_ref, stale, unwrap, wrap
+from specd.transports.checks import called_off, check_into, check_ref, stale, unwrap, wrap
 
 if TYPE_CHECKING:
     import torch
@@ -131,11 +131,14 @@ class CudaIpcClient:
         self._lock = threading.Lock()
         """Held while memory is used: attach, fetch and close may come from different threads."""
         self._ring: _MappedRing | None = None
+        self._cancelled = False
 
     def hello(self) -> bytes:
         return wrap(CudaIpcHello(host=boot_id(), gpu=self._gpu))
 
     def attach(self, offer: bytes, deadline_s: float) -> None:
+        if self._cancelled:
+            raise called_off("cuda_ipc")
         found = unwrap(offer, CudaIpcOffer, "cuda_ipc offer")
         if not (1 <= found.num_slots <= MAX_SLOTS and 1 <= found.slot_bytes <= found.stride < 1 << 48):
             raise TransportError(
@@ -149,6 +152,8 @@ class CudaIpcClient:
     def fetch(self, ref: SlotRef, into: torch.Tensor, deadline_s: float) -> None:
         # No deadline is looked at: it takes milliseconds, and a copy that a GPU has begun cannot be called back.
         with self._lock:
+            if self._cancelled:
+                raise called_off("cuda_ipc")
             ring = self._opened()
             offer = ring.offer
             check_ref(ref, offer.num_slots, offer.slot_bytes)
@@ -169,6 +174,9 @@ class CudaIpcClient:
                 )
             ring.check(ref)
             return ring.view(ref)
+
+    def cancel(self) -> None:
+        self._cancelled = True
 
     def close(self) -> None:
         with self._lock:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar, Final
 from specd.errors import TransportError
 from specd.memory.cuda import Copier
 from specd.transports.base import ServerContext, SlotRef, Traits
-from specd.transports.checks import pull
+from specd.transports.checks import called_off, pull
 
 if TYPE_CHECKING:
     import torch
@@ -65,21 +65,29 @@ class InprocClient:
 
     def __init__(self) -> None:
         self._token = b""
+        self._cancelled = False
         self._copier = Copier()
 
     def hello(self) -> bytes:
         return b""
 
     def attach(self, offer: bytes, deadline_s: float) -> None:
+        if self._cancelled:
+            raise called_off("inproc")
         if len(offer) != _TOKEN_BYTES or bytes(offer) not in _arenas:
             raise TransportError("the inproc offer names no arena of this process: inproc is for co-located runs only")
         self._token = bytes(offer)
 
     def fetch(self, ref: SlotRef, into: torch.Tensor, deadline_s: float) -> None:
+        if self._cancelled:
+            raise called_off("inproc")
         arena = _arenas.get(self._token)
         if arena is None:
             raise TransportError("inproc: not attached, or the daemon ended the session")
         pull(arena, ref, into, self._copier)
+
+    def cancel(self) -> None:
+        self._cancelled = True
 
     def close(self) -> None:
         self._token = b""

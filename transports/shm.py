@@ -16,7 +16,7 @@ from specd.errors import TransportError
 from specd.memory import cuda
 from specd.memory.arena import MAX_SLOTS, HostArena
 from specd.transports.base import ServerContext, SlotRef, Traits
-from specd.transports.checks import pull, unwrap, wrap
+from specd.transports.checks import called_off, pull, unwrap, wrap
 
 if TYPE_CHECKING:
     import torch
@@ -75,11 +75,14 @@ class ShmClient:
         """Held while memory is used: attach, fetch and close may come from different threads."""
         self._arena: HostArena | None = None
         self._locked_pages = False
+        self._cancelled = False
 
     def hello(self) -> bytes:
         return wrap(ShmHello(host=boot_id()))
 
     def attach(self, offer: bytes, deadline_s: float) -> None:
+        if self._cancelled:
+            raise called_off("shm")
         found = unwrap(offer, ShmOffer, "shm offer")
         if not (1 <= found.num_slots <= MAX_SLOTS and found.slot_bytes >= 1):
             raise TransportError(
@@ -96,9 +99,14 @@ class ShmClient:
 
     def fetch(self, ref: SlotRef, into: torch.Tensor, deadline_s: float) -> None:
         with self._lock:
+            if self._cancelled:
+                raise called_off("shm")
             if self._arena is None:
                 raise TransportError("shm: not attached, or closed")
             pull(self._arena, ref, into, self._copier)
+
+    def cancel(self) -> None:
+        self._cancelled = True
 
     def close(self) -> None:
         with self._lock:

@@ -37,10 +37,11 @@ def ask_status(endpoint: str, timeout_s: float, identity: Identity | None = None
         with contextlib.suppress(zmq.Again):  # it hung up for good; nothing will come
             line.socket.send(wire.encode(wire.Status()), zmq.NOBLOCK)
         if not line.wait(timeout_s):
-            remedy = line.problem() or ": start one with `specd start --model MODEL`, or name its --endpoint"
+            remedy = line.problem() or "start one with `specd start --model MODEL`, or name its --endpoint"
             raise DaemonError(
-                f"no daemon answers at {endpoints.resolve_endpoint(endpoint)} within {timeout_s:g} s{remedy}"
+                f"no daemon answers at {endpoints.resolve_endpoint(endpoint)} within {timeout_s:g} s: {remedy}"
             )
+        line.check_owner()
         reply = wire.decode_reply(line.socket.recv())
         if not isinstance(reply, wire.StatusReport):
             raise ProtocolError(f"the daemon answered with {type(reply).__name__}, expected StatusReport")

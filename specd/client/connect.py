@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable
 
 import zmq
 
+from specd.client.conversation import RETRY_S, Later, Waiting
 from specd.client.guard import Guard
-from specd.client.handshake import Later, Session, Terms, open_session
+from specd.client.handshake import Session, Terms, open_session
+from specd.client.interrupt import Interrupt
 from specd.client.links import Link
 from specd.errors import TransportError
 from specd.memory.streams import on_device
 
 log = logging.getLogger(__name__)
-
-RETRY_S = 0.3
-"""Back-off before a transport that worked is tried again."""
 
 
 class Connector:
@@ -25,7 +25,8 @@ class Connector:
 
     A transport that does not work is an error, unless it did before: then its daemon may be busy or restarting.
 
-    opened: called with each session that is up; False if it is not wanted any more. closing: set when none is.
+    opened: called with each session that is up; False if it is not wanted any more. closing: set when none is, which
+    ends whatever the threads wait for.
     """
 
     def __init__(
@@ -33,7 +34,7 @@ class Connector:
         context: zmq.Context[zmq.Socket[bytes]],
         terms: Terms,
         opened: Callable[[Link, Session], bool],
-        closing: threading.Event,
+        closing: Interrupt,
         guard: Guard,
     ) -> None:
         self._context = context
@@ -50,26 +51,39 @@ class Connector:
         self._threads = {other for other in self._threads if other.is_alive()} | {thread}
 
     def join(self) -> None:
-        """Wait for all threads; once closing, each ends within the step it is at."""
+        """Wait for all threads; once closing, each ends soon."""
         for thread in self._threads:
             thread.join()
 
     def _run(self, link: Link) -> None:
         on_device(self._terms.device)
         said = False
+
+        def tell(reason: Later | TransportError) -> None:
+            nonlocal said
+            if self._closing.is_set():
+                return
+            loading_s = reason.loading_s if isinstance(reason, Later) else 0.0
+            link.problem = str(reason)
+            link.loading_until = time.monotonic() + loading_s if loading_s else 0.0
+            if not said:
+                log.warning("waiting for %s: %s", link.endpoint, reason)
+                said = True
+
         while not self._closing.is_set():
             try:
-                session = open_session(self._context, link.endpoint, self._terms, self._closing.wait)
-            except (Later, TransportError) as reason:
-                if isinstance(reason, TransportError):
-                    if link.endpoint not in self._proven:
-                        raise
-                    self._closing.wait(RETRY_S)
-                link.problem = str(reason)
-                if not said:
-                    log.warning("waiting for %s: %s", link.endpoint, reason)
-                    said = True
+                session = open_session(self._context, link.endpoint, self._terms, Waiting(self._closing, tell))
+            except Later as later:
+                tell(later)
+                self._closing.wait(later.pause_s)
                 continue
+            except TransportError as error:
+                if link.endpoint not in self._proven:
+                    raise
+                tell(error)
+                self._closing.wait(RETRY_S)
+                continue
+            link.loading_until = 0.0
             self._proven.add(link.endpoint)
             # The first target met is the one every other daemon, and every later life of it, must serve.
             self._terms = self._terms._replace(fingerprint=session.welcome.contract.fingerprint)

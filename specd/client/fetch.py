@@ -21,7 +21,9 @@ if TYPE_CHECKING:
     import torch
 
 FETCH_S = 30.0
-"""Longest a single transfer may take before it is retried."""
+"""Longest a single transfer may stand still before it is retried; see `Client.fetch`."""
+GRACE_S = 0.5
+"""How long a transfer that is under way may go on when the fetcher is stopped."""
 
 Item = Pending[Session, "torch.Tensor"]
 """A batch in flight, with the sessions and buffers of a running subscriber."""
@@ -63,10 +65,14 @@ class Fetcher:
         self._lent: Counter[Client] = Counter()
         """Views of each client that are in use: unmapped under a kernel they would end the process."""
         self._retired: set[Client] = set()
+        self._asked: set[Client] = set()
+        """Those that may have a transfer under way, or still to come."""
+        self._called_off = False
         self._thread = guard.start("specd-fetch", self._run)
 
     def fetch(self, pending: Item, session: Session) -> None:
         """Transfer a READY batch, or view its slot, behind those asked for before."""
+        self._asked.add(session.client)
         self._work.put(partial(self._borrow, pending, session) if session.borrow else _Pull(pending, session))
 
     def recycle(self, buffer: torch.Tensor, after: Point | None = None) -> None:
@@ -90,17 +96,21 @@ class Fetcher:
     def retire(self, session: Session) -> None:
         """Close a lost session's transport, behind the transfers asked for so far, once no view of it is in use.
 
-        Cancel a Receiver's transfers: the fetch thread is serial, one dead daemon would block all.
+        Its transfers are called off: the fetch thread is serial, one dead daemon would block all.
         """
-        if isinstance(session.client, Receiver):
-            session.client.cancel()
+        session.client.cancel()
         self._work.put(partial(self._retire, session.client))
 
     def stop(self) -> None:
-        """Do all that was asked for, then end the threads."""
+        """Do all that was asked for, then end the threads; transfers that do not end soon are called off."""
         self._afterwards.close()
         self._work.put(None)
-        self._thread.join()
+        self._thread.join(GRACE_S)
+        if self._thread.is_alive():
+            self._called_off = True
+            for client in tuple(self._asked):
+                client.cancel()
+            self._thread.join()
 
     def close(self) -> None:
         """Stop, and do on this thread what was asked for since."""
@@ -138,7 +148,8 @@ class Fetcher:
                 self._staging.forget()
             else:
                 self._staging.give(buffer)
-            self._end(pull.pending, error, time.monotonic() - began)
+            if not self._called_off:  # nobody waits for it any more, and no session is to be opened anew
+                self._end(pull.pending, error, time.monotonic() - began)
         else:
             self._end(pull.pending, buffer, time.monotonic() - began)
 
@@ -206,5 +217,6 @@ class Fetcher:
 
     def _close(self, client: Client) -> None:
         del self._lent[client]
+        self._asked.discard(client)
         self._retired.discard(client)
         client.close()

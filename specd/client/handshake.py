@@ -11,26 +11,24 @@ import os
 import secrets
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar, cast, overload
+from typing import NamedTuple, cast
 
 import zmq
 
 from specd import endpoints, units
-from specd.client.line import Context, Identity, Line
-from specd.errors import ProtocolError, RejectedError, TransportError
+from specd.client.conversation import RETRY_S, STEP_S, Conversation, Later, Waiting
+from specd.client.line import Context, Identity
+from specd.errors import RejectedError, TransportError
 from specd.memory import cuda
 from specd.protocol import messages as wire
 from specd.protocol.capture import CaptureSpec
 from specd.protocol.contract import TargetContract
-from specd.protocol.messages import Message
 from specd.transports.base import Borrower, Client, SlotRef, Traits
 from specd.transports.checks import pattern
 from specd.transports.registry import Choice, as_transport_error, choose, known, load
 
 log = logging.getLogger(__name__)
 
-M = TypeVar("M", bound=Message)
-N = TypeVar("N", bound=Message)
 PROBE_BYTES = 256 << 10
 TIMED_BYTES = 16 << 20
 """Most that is moved to time a transport."""
@@ -38,10 +36,8 @@ LEAST_TIMED_BYTES = 8 << 20
 """A smaller transfer is all latency, and says nothing about bandwidth."""
 TIMED_TRIES = 3
 """The process may be busy with other things at one time; a transport is as fast as its fastest try."""
-FIRST_S = 1.0
-"""Longest wait for the first answer of a daemon that may not exist."""
-STEP_S = 10.0
-"""Longest wait for one answer of a daemon that has answered before."""
+ATTACH_S = 20.0
+"""Longest wait for a transport to be opened, which may be a connection with a handshake of its own."""
 
 
 class Terms(NamedTuple):
@@ -84,22 +80,20 @@ class Session(NamedTuple):
         _hang_up(self.socket, self.epoch)
 
 
-class Later(Exception):
-    """The daemon cannot take the session now; asking again may help."""
-
-
-def open_session(context: Context, endpoint: str, terms: Terms, pause: Callable[[float], bool]) -> Session:
+def open_session(context: Context, endpoint: str, terms: Terms, waiting: Waiting) -> Session:
     """Open a session and prove its transport.
 
-    pause: waits so many seconds before a Later that the daemon itself asked for. Raises Later when it may work another
-    time; RejectedError when the daemon refuses for good; TransportError when the transport asked for cannot be used.
+    Raises Later when it may work another time, or the subscriber closes; RejectedError when the daemon refuses for
+    good; TransportError when the transport asked for cannot be used.
     """
-    handshake = _Handshake(Line(context, endpoint, terms.identity), endpoint, terms, pause)
+    handshake = _Handshake(Conversation(context, endpoint, waiting, terms.identity), endpoint, terms, waiting)
     try:
-        return handshake.run()
+        with waiting.closing.calling(handshake.call_off):
+            found = handshake.run()
     except BaseException:
         handshake.give_up()
         raise
+    return handshake.session(*found)
 
 
 def too_slow(transfer: Callable[[int], float], nbytes: int, floor_gb_s: float) -> str | None:
@@ -122,24 +116,25 @@ def _hang_up(socket: zmq.Socket[bytes], epoch: bytes) -> None:
 class _Handshake:
     """The questions and answers that open one session."""
 
-    def __init__(self, line: Line, endpoint: str, terms: Terms, pause: Callable[[float], bool]) -> None:
-        self._line = line
-        self._socket = line.socket
+    def __init__(self, daemon: Conversation, endpoint: str, terms: Terms, waiting: Waiting) -> None:
+        self._daemon = daemon
         self._endpoint = endpoint
         self._terms = terms
-        self._pause = pause
+        self._waiting = waiting
         self._welcome: wire.Welcome | None = None
         self._client: Client | None = None
         self._traits: Traits | None = None
         self._sealed = terms.identity is not None and not terms.insecure_data and endpoints.is_far(endpoint)
         """Whether what comes from the daemon has to be encrypted."""
 
-    def run(self) -> Session:
-        status = self._ask(wire.Status(), wire.StatusReport, timeout_s=FIRST_S)
-        if status.contract is None:
-            self._pause(0.3)  # a worker takes seconds to load; there is nothing to wait on but the next answer
-            raise Later(f"the daemon at {self._endpoint} is starting its worker")
-        spec = self._terms.spec(status.contract)
+    def run(self) -> tuple[CaptureSpec, Choice]:
+        """Agree on what is captured, and choose the transport."""
+        self._daemon.reach()
+        while (contract := (status := self._daemon.ask(wire.Status(), wire.StatusReport)).contract) is None:
+            reason = f"the daemon at {self._endpoint} is starting its worker"
+            self._waiting.tell(Later(reason, loading_s=status.loading_ms / 1000))
+            self._waiting.closing.wait(RETRY_S)  # a worker takes seconds to load; only the next answer tells
+        spec = self._terms.spec(contract)
         terms = self._terms
         hello = wire.Hello(
             name=terms.name,
@@ -151,11 +146,10 @@ class _Handshake:
             credits=terms.credits,
             fingerprint=terms.fingerprint,
         )
-        answer = self._ask(hello, wire.Welcome, wire.Reject)
+        answer = self._daemon.ask(hello, wire.Welcome, wire.Reject)
         if isinstance(answer, wire.Reject):
             if answer.retry_ms:
-                self._pause(answer.retry_ms / 1000)
-                raise Later(answer.reason)
+                raise Later(answer.reason, pause_s=answer.retry_ms / 1000, loading_s=answer.loading_ms / 1000)
             raise RejectedError(f"{self._endpoint}: {answer.reason}")
         self._welcome = answer
         same_process = self._endpoint.startswith("inproc://")
@@ -163,49 +157,38 @@ class _Handshake:
         choice = choose(terms.transport, offered, known(offered), same_process, terms.device, self._probe)
         losers = "".join(f"; not {name}: {reason}" for name, reason in choice.reasons.items())
         log.info("%s: transport %s%s", self._endpoint, choice.name, losers)
+        return spec, choice
+
+    def session(self, spec: CaptureSpec, choice: Choice) -> Session:
+        """What was opened; its socket and client are the caller's."""
+        assert self._welcome is not None
         assert self._client is not None
         assert self._traits is not None
-        self._line.release()
-        needs_recv_ready = self._traits.needs_recv_ready
-        return Session(self._endpoint, self._socket, answer, spec, choice, self._client, needs_recv_ready, terms.borrow)
+        return Session(
+            endpoint=self._endpoint,
+            socket=self._daemon.release(),
+            welcome=self._welcome,
+            spec=spec,
+            choice=choice,
+            client=self._client,
+            needs_recv_ready=self._traits.needs_recv_ready,
+            borrow=self._terms.borrow,
+        )
+
+    def call_off(self) -> None:
+        """End what it waits for; on any thread."""
+        self._daemon.call_off()
+        if (client := self._client) is not None:
+            client.cancel()
 
     def give_up(self) -> None:
         """Leave nothing behind, here or at the daemon."""
-        self._line.release()
         if self._client is not None:
             self._client.close()
         if self._welcome is None:
-            self._socket.close(linger=0)
+            self._daemon.release().close(linger=0)
         else:
-            _hang_up(self._socket, self._welcome.epoch)
-
-    @overload
-    def _ask(self, message: Message, kind: type[M], *, timeout_s: float = ...) -> M: ...
-    @overload
-    def _ask(self, message: Message, kind: type[M], other: type[N]) -> M | N: ...
-    def _ask(
-        self, message: Message, kind: type[Message], other: type[Message] | None = None, timeout_s: float = STEP_S
-    ) -> Message:
-        """Send one message and wait for one of the answers it may have."""
-        self._say(message)
-        reply = self._hear(timeout_s)
-        if isinstance(reply, kind) or (other is not None and isinstance(reply, other)):
-            return reply
-        if isinstance(reply, wire.Revoke):
-            raise Later(reply.reason)
-        detail = f": {reply.reason}" if isinstance(reply, wire.Error) else ""
-        raise ProtocolError(f"{self._endpoint} answered {type(message).__name__} with {type(reply).__name__}{detail}")
-
-    def _say(self, message: Message) -> None:
-        try:
-            self._socket.send(wire.encode(message), zmq.NOBLOCK)
-        except zmq.Again:  # libzmq gave the connection up; waiting for it would be for ever
-            raise Later(f"the connection to {self._endpoint} is gone") from None
-
-    def _hear(self, timeout_s: float = STEP_S) -> Any:
-        if not self._line.wait(timeout_s):
-            raise Later(f"no answer from {self._endpoint} within {timeout_s:g} s{self._line.problem()}")
-        return wire.decode_reply(self._socket.recv())
+            _hang_up(self._daemon.release(), self._welcome.epoch)
 
     def _probe(self, name: str) -> str | None:
         """Move verified bytes over one transport; the reason why it is not to be used, or None."""
@@ -222,13 +205,15 @@ class _Handshake:
                 return "it does not encrypt states, and keys are used (subscriber.insecure_data takes it nevertheless)"
             with as_transport_error():
                 self._client = client = transport.client(self._terms.device)
+                if self._waiting.closing.is_set():  # before there was one to call off
+                    client.cancel()
                 hello = client.hello()
             attach = wire.Attach(epoch=self._welcome.epoch, transport=name, hello=hello)
-            answer = self._ask(attach, wire.Offer, wire.Refuse)
+            answer = self._daemon.ask(attach, wire.Offer, wire.Refuse)
             if isinstance(answer, wire.Refuse):
                 return answer.reason
             with as_transport_error():
-                client.attach(answer.offer, STEP_S)
+                client.attach(answer.offer, ATTACH_S)
             slot_bytes = self._welcome.ring.slot_bytes
             self._transfer(min(PROBE_BYTES, slot_bytes))
             timed = self._terms.transport == "auto" and not self._terms.borrow and slot_bytes >= LEAST_TIMED_BYTES
@@ -236,7 +221,7 @@ class _Handshake:
             return too_slow(self._transfer, large, traits.floor_gb_s) if timed and traits.floor_gb_s else None
         except TransportError as error:
             # What failed because the session is over says nothing about the transport: then this raises Later.
-            self._ask(wire.Renew(epoch=self._welcome.epoch), wire.Renewed)
+            self._daemon.ask(wire.Renew(epoch=self._welcome.epoch), wire.Renewed)
             return str(error)
 
     def _transfer(self, nbytes: int) -> float:
@@ -253,7 +238,7 @@ class _Handshake:
         assert self._traits is not None
         epoch, nonce = self._welcome.epoch, secrets.token_bytes(16)
         into = allocate(nbytes, self._terms.device)[:nbytes]
-        ready = self._ask(wire.Probe(epoch=epoch, seq=0, nonce=nonce, nbytes=nbytes), wire.Ready, wire.Failed)
+        ready = self._daemon.ask(wire.Probe(epoch=epoch, seq=0, nonce=nonce, nbytes=nbytes), wire.Ready, wire.Failed)
         if isinstance(ready, wire.Failed):
             raise Later(ready.reason)
         ref = SlotRef(ready.slot, ready.generation, nbytes)
@@ -264,20 +249,20 @@ class _Handshake:
                 into = cast(Borrower, self._client).view(ref)
             else:
                 if self._traits.needs_recv_ready:
-                    self._say(wire.RecvReady(epoch=epoch, lease=ready.lease))
+                    self._daemon.say(wire.RecvReady(epoch=epoch, lease=ready.lease))
                 self._client.fetch(ref, into, STEP_S)
             took = time.monotonic() - begin
             if not torch.equal(into.cpu(), torch.from_numpy(pattern(nonce, nbytes))):
                 raise TransportError("a probe arrived with other bytes than were sent")
             return took
         finally:
-            self._say(wire.Release(epoch=epoch, lease=ready.lease))
+            self._daemon.say(wire.Release(epoch=epoch, lease=ready.lease))
 
     def _borrow(self, ready: wire.Ready) -> None:
         """Announce that a slot is read in place. Raises TransportError when the daemon does not allow it."""
-        self._say(wire.Borrow(epoch=ready.epoch, lease=ready.lease))
+        self._daemon.say(wire.Borrow(epoch=ready.epoch, lease=ready.lease))
         # BORROW is answered only when it is refused, and messages are acted on in order.
-        answer = self._ask(wire.Renew(epoch=ready.epoch), wire.Renewed, wire.Error)
+        answer = self._daemon.ask(wire.Renew(epoch=ready.epoch), wire.Renewed, wire.Error)
         if isinstance(answer, wire.Error):
-            self._hear()
+            self._daemon.hear()
             raise TransportError(f"the daemon does not lend its slots: {answer.reason}")

@@ -23,14 +23,16 @@ from specd.protocol import limits
 
 EVENTS = (
     zmq.EVENT_CONNECTED
+    | zmq.EVENT_CONNECT_RETRIED
     | zmq.EVENT_CLOSED
+    | zmq.EVENT_DISCONNECTED
     | zmq.EVENT_HANDSHAKE_SUCCEEDED
     | zmq.EVENT_HANDSHAKE_FAILED_AUTH
     | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
     | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
 )
 SUSPICIOUS = 2
-"""Handshakes that end without a word, one after another, before that is reported: one daemon may just have ended."""
+"""Handshakes that end without a word, one after another, before that is a problem: one daemon may just have ended."""
 
 
 Context = zmq.Context[zmq.Socket[bytes]]
@@ -68,26 +70,20 @@ def identity(auth: TrainerAuth | None, endpoints: Iterable[str]) -> Identity | N
     return found
 
 
-def check_owner(endpoint: str) -> None:
-    """Raise ConfigError when an ipc endpoint is another user's. Call it again when it answers: it may be new."""
-    if endpoint.startswith("ipc://"):
-        check_socket(Path(endpoint.removeprefix("ipc://")))
-
-
 class Line:
     """A socket to a daemon, under a fresh random routing id, watched until it is known whether it takes this trainer.
 
-    connected: whether it took the connection. Raises ConfigError for an endpoint that is none, or without a key of the
-    daemon there.
+    monitor: readable when something became of the connection, which `events` looks at. connected: whether the daemon
+    took it. hung_up: how many handshakes, one after another, it ended without a word. Raises ConfigError for an
+    endpoint that is none, or another user's, or without a key of the daemon there.
     """
 
     def __init__(self, context: Context, endpoint: str, identity: Identity | None = None) -> None:
         self.connected = False
         self._endpoint = where = resolve_endpoint(endpoint)
         self._identity = identity
-        self._silent = 0
-        self._checked = False
-        check_owner(where)
+        self.hung_up = 0
+        self.check_owner()
         server = identity.server(where) if identity else ""
         self.socket = context.socket(zmq.DEALER)
         self.socket.set(zmq.ROUTING_ID, b"\1" + secrets.token_bytes(15))
@@ -104,8 +100,8 @@ class Line:
         # Not `get_monitor_socket`: the keeper of a session calls it, for the same address, perhaps too soon.
         events = f"inproc://specd-line-{secrets.token_hex(8)}"
         self.socket.monitor(events, EVENTS)
-        self._monitor: zmq.Socket[bytes] | None = context.socket(zmq.PAIR)
-        self._monitor.connect(events)
+        self.monitor = context.socket(zmq.PAIR)
+        self.monitor.connect(events)
         try:
             self.socket.connect(where)
         except zmq.ZMQError as error:
@@ -113,7 +109,7 @@ class Line:
             raise ConfigError(f"endpoint {where}: {error.strerror}; expected ipc://PATH or tcp://HOST:PORT") from None
         self._poller = zmq.Poller()
         self._poller.register(self.socket, zmq.POLLIN)
-        self._poller.register(self._monitor, zmq.POLLIN)
+        self._poller.register(self.monitor, zmq.POLLIN)
 
     def wait(self, deadline_s: float) -> bool:
         """Wait for a message; False when none came within `deadline_s`.
@@ -124,30 +120,31 @@ class Line:
         while True:
             events = dict(self._poller.poll(max(0, round((limit - time.monotonic()) * 1000))))
             if self.socket in events:
-                if not self._checked:  # the socket may have been made after the first look
-                    check_owner(self._endpoint)
-                    self._checked = True
                 return True
             if not events:
                 return False
-            self._look()
+            self.events()
 
     def problem(self) -> str:
-        """What is known of why no answer comes, to follow a statement that none does; empty if nothing."""
-        if self._silent < SUSPICIOUS:
+        """What is known of why no answer comes, empty if nothing."""
+        if self.hung_up < SUSPICIOUS:
             return ""
         if self._identity is None:
-            return ": it ends every connection in the handshake; if it asks for keys, give --key and --server-key"
+            return "it ends every connection in the handshake; if it asks for keys, give --key and --server-key"
         server = self._identity.server(self._endpoint)
-        return f": it ends every connection in the handshake, as a daemon does whose key is not {server} (--server-key)"
+        return f"it ends every connection in the handshake, as a daemon does whose key is not {server} (--server-key)"
 
     def release(self) -> zmq.Socket[bytes]:
         """The socket, not watched any more."""
-        if self._monitor is not None:
+        if not self.monitor.closed:
             self.socket.disable_monitor()
-            self._monitor.close(linger=0)
-            self._monitor = None
+            self.monitor.close(linger=0)
         return self.socket
+
+    def check_owner(self) -> None:
+        """Raise ConfigError when an ipc endpoint is another user's. Call it when it answers: it may be new."""
+        if self._endpoint.startswith("ipc://"):
+            check_socket(Path(self._endpoint.removeprefix("ipc://")))
 
     def __enter__(self) -> Self:
         return self
@@ -155,23 +152,25 @@ class Line:
     def __exit__(self, *exception: object) -> None:
         self.release().close()
 
-    def _look(self) -> None:
-        """Take note of what became of the connection."""
-        assert self._monitor is not None
+    def events(self) -> list[int]:
+        """What has become of the connection since the last look, of EVENTS. Raises RejectedError as `wait` does."""
+        found: list[int] = []
         with contextlib.suppress(zmq.Again):
             while True:
-                event = recv_monitor_message(self._monitor, zmq.NOBLOCK)
+                event = recv_monitor_message(self.monitor, zmq.NOBLOCK)
                 self.note(event["event"], event["value"])
+                found.append(event["event"])
+        return found
 
     def note(self, event: int, value: int) -> None:
         """Take note of what libzmq reported, of EVENTS. Raises RejectedError as `wait` does."""
         match event:
             case zmq.EVENT_HANDSHAKE_SUCCEEDED:
-                self.connected, self._silent = True, 0
+                self.connected, self.hung_up = True, 0
             case zmq.EVENT_CLOSED:
-                self._silent = 0  # nobody listens there
+                self.hung_up = 0  # nobody listens there
             case zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL if value != errno.ETIMEDOUT:
-                self._silent += 1
+                self.hung_up += 1
             case zmq.EVENT_HANDSHAKE_FAILED_AUTH:
                 own = self._identity.own.public if self._identity else "PUBLIC"
                 raise RejectedError(

@@ -31,7 +31,8 @@ class Subscriber:
 
     spec: what to capture, or a function that gives it for the target. device: where deliveries go. fingerprint: the
     target it must be, empty for any. context: of embedded daemons. Raises DaemonError when no daemon is reached within
-    `connect_s`, RejectedError when one refuses, TransportError when the transport asked for cannot be used.
+    `connect_s`, RejectedError when one refuses, TransportError when the transport asked for cannot be used, ConfigError
+    for keys that cannot be.
 
     contract: of the target all its daemons serve. spec: what is captured. ring: of the first daemon met.
     """
@@ -50,6 +51,7 @@ class Subscriber:
             raise ConfigError(f"depth {config.depth} and endpoints {config.endpoints}: need depth ≥ 0 and an endpoint")
         self._depth = config.depth
         self._closed = False
+        trainer = identity(config.auth, config.endpoints)
         self._own_context = context is None
         self._context = zmq.Context() if context is None else context
         spec_for = spec if callable(spec) else lambda contract: spec
@@ -63,7 +65,7 @@ class Subscriber:
             device=cuda.resolve(device),
             borrow=config.borrow,
             fingerprint=fingerprint,
-            identity=identity(config.auth, config.endpoints),
+            identity=trainer,
             insecure_data=config.insecure_data,
         )
         self._in_flight = InFlight(config, terms, self._context)
@@ -88,7 +90,7 @@ class Subscriber:
         """Yield every batch with its states, in order, each exactly once.
 
         While one delivery is in use, the next `depth` are in flight. Raises BatchError for a batch that cannot be
-        captured or failed `max_attempts` times; DaemonError when one does not come within `timeout_s`, no daemon is
+        captured, or fits no daemon's slots; DaemonError when one does not come within `timeout_s`, no daemon is
         left for `connect_s`, or the subscriber is closed before the end; RejectedError, ProtocolError or TransportError
         when a daemon refuses the trainer, breaks the protocol, or overwrote a borrowed slot.
         """

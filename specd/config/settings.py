@@ -112,7 +112,6 @@ class SubscriberConfig(Config, kw_only=True, frozen=True):
     """The trainer's client. depth: batches in flight beyond the one in use; 0 requests on demand only.
 
     timeout_s: longest wait for one batch. connect_s: longest time without any usable daemon.
-    max_attempts: how often one batch may be submitted before the run ends with an error that names it.
     borrow: read the daemon's slots in place, without a copy, where trainer and target share one GPU; a slot then stays
     taken until its batch was trained. auth: keys, for TCP endpoints. insecure_data: with keys, also take transports
     from another host that do not encrypt states (nccl, nixl).
@@ -123,7 +122,6 @@ class SubscriberConfig(Config, kw_only=True, frozen=True):
     depth: NotNegative = 2
     timeout_s: Annotated[float, Meta(gt=0)] = 300.0
     connect_s: Annotated[float, Meta(ge=0)] = 120.0
-    max_attempts: Positive = 5
     borrow: bool = False
     auth: TrainerAuth | None = None
     insecure_data: bool = False

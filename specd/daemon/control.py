@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +19,7 @@ from specd.daemon.connections import Connection
 from specd.daemon.dispatch import Dispatch, Fill
 from specd.daemon.ending import Ending
 from specd.daemon.front import Front
+from specd.daemon.reads import Reads
 from specd.daemon.ring import Ring
 from specd.daemon.sessions import Sessions, TrainerSession
 from specd.daemon.slots import Lease
@@ -68,7 +68,7 @@ class Control:
         self._ring = Ring(ring.slots, ring.max_sessions, ring.lease_ttl_s, self._clock)
         self._dispatch: Dispatch[channel.FillSlot] = Dispatch(settings.hang_s, self._clock)
         self._started: channel.Started | None = None
-        self._fetches: Counter[bytes] = Counter()  # artifact reads in flight, by routing id: they outlive sessions
+        self._reads = Reads()
         self._served = False
         self.counters = Counters(COUNTERS)
         self._poller = zmq.Poller()
@@ -183,9 +183,8 @@ class Control:
         started = self._started
         if started is None or self.ending.draining:
             state = "draining" if self.ending.draining else "starting its worker"
-            loading_ms = 0 if self.ending.draining else round(self._supervisor.loading_s() * 1000)
             reason = f"the daemon is {state}"
-            return wire.Reject(epoch=self._epoch, reason=reason, retry_ms=RETRY_MS, loading_ms=loading_ms)
+            return wire.Reject(epoch=self._epoch, reason=reason, retry_ms=RETRY_MS, loading_ms=self._loading_ms())
         if problem := self._front.stranger(connection) or check_hello(hello, started.contract):
             return wire.Reject(epoch=self._epoch, reason=problem)
         over = self._front.over_quota(connection, self._sessions.connections())
@@ -202,11 +201,15 @@ class Control:
             transports=started.transports,
         )
 
+    def _loading_ms(self) -> int:
+        return 0 if self.ending.draining else round(self._supervisor.loading_s() * 1000)
+
     def _end(self, key: bytes, reason: str, *, expired: bool = False, tell: bool = False) -> None:
         """Close a session and free all it holds. reason: for the log, empty for an orderly end."""
         session = self._sessions.pop(key)
         if session is None:
             return
+        self._reads.drop(key)
         self._supervisor.send(channel.Drop(session=key))
         if reason:
             log.info("session %s is over: %s", session, reason)
@@ -242,7 +245,7 @@ class Control:
         session.requests[message.seq] = request
 
     def _schedule(self) -> None:
-        """Give free slots to waiting requests and tell the worker what to fill."""
+        """Give free slots to waiting requests, and tell the worker what to fill and to read."""
         plan = self._ring.schedule()
         for grant in plan.fills:
             session = self._sessions.get(grant.holder)
@@ -254,6 +257,8 @@ class Control:
                 self._supervisor.send(task)
         for fill in self._dispatch.next():
             self._supervisor.send(fill.task)
+        for read in self._reads.next():
+            self._supervisor.send(read)
         for lease in plan.ready:
             self._announce(lease, 0)
 
@@ -306,9 +311,8 @@ class Control:
 
     def _fetch(self, session: TrainerSession, message: wire.Fetch) -> None:
         assert self._started is not None
-        check_fetch(message, self._started.contract, self._fetches[session.key])
-        self._fetches[session.key] += 1
-        self._supervisor.send(
+        check_fetch(message, self._started.contract, self._reads.of(session.key))
+        self._reads.add(
             channel.ReadArtifact(session=session.key, name=message.name, offset=message.offset, length=message.length)
         )
 
@@ -349,7 +353,7 @@ class Control:
                 reason = note.reason[: limits.MAX_REASON_CHARS]
                 self._send(note.session, wire.Refuse(epoch=self._epoch, transport=note.transport, reason=reason))
             case channel.ArtifactBytes():
-                self._fetches -= Counter([note.session])  # and forget those at 0
+                self._reads.done(note.session)
                 data = wire.Artifact(epoch=self._epoch, name=note.name, offset=note.offset, data=note.data)
                 self._send(note.session, data)
 
@@ -361,7 +365,7 @@ class Control:
         """Drop all state of the dead worker, REVOKE every session, and schedule a restart."""
         self._started = None
         self._dispatch.died()
-        self._fetches.clear()
+        self._reads.died()
         self.counters.add("worker_restarts")
         for session in self._sessions:
             self._end(session.key, f"the worker died ({reason})", tell=True)
@@ -387,4 +391,5 @@ class Control:
             counters={**self.counters.values(), **self._ring.counters},
             endpoints=self.endpoints,
             transports=self._started.transports if self._started else (),
+            loading_ms=self._loading_ms(),
         )

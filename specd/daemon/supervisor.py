@@ -241,7 +241,7 @@ class ProcessHandle:
     def __init__(self, worker: WorkerConfig) -> None:
         worker = msgspec.structs.replace(worker, parent_pid=os.getpid())
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "specd.worker.worker"], stdin=subprocess.PIPE, start_new_session=True
+            [sys.executable, "-P", "-m", "specd.worker.worker"], stdin=subprocess.PIPE, start_new_session=True
         )
         self.pid = self._process.pid
         self.fd = os.pidfd_open(self.pid)

@@ -26,7 +26,7 @@ from specd.config.settings import DaemonConfig
 from specd.errors import SpecdError, TransportError
 from specd.memory.arena import HostArena
 from specd.memory.device_arena import DeviceArena
-from specd.protocol.batch import slot_bytes
+from specd.protocol.batch import Layout, slot_bytes
 from specd.protocol.capture import CaptureSpec
 from specd.protocol.contract import RingInfo, TargetContract
 from specd.targets.base import CaptureJob, Completion, Target
@@ -248,6 +248,11 @@ class Worker:
         for task in group:
             arena.begin(task.slot)
             slot = arena.tensor(task.slot) if isinstance(arena, DeviceArena) else arena.slot(task.slot)
+            for gap in gaps(task.layout):
+                if isinstance(slot, memoryview):
+                    slot[gap] = bytes(gap.stop - gap.start)
+                else:
+                    slot[gap] = 0
             tokens, lengths = np.frombuffer(task.tokens, "<i4"), np.frombuffer(task.lengths, "<i4")
             fills.append(CaptureJob(tokens=tokens, lengths=lengths, spec=task.spec, layout=task.layout, slot=slot))
         begin = time.monotonic()
@@ -323,6 +328,13 @@ class Worker:
                 ends.callback(self._arena.close)
             for server in self._servers.values():
                 ends.callback(server.close)
+
+
+def gaps(layout: Layout) -> list[slice]:
+    """The bytes between a slot's tensors. They are sent and no target writes them: another trainer's may lie there."""
+    ends = [0, *(ref.offset + ref.nbytes for ref in layout.tensors)]
+    begins = [*(ref.offset for ref in layout.tensors), layout.nbytes]
+    return [slice(end, begin) for end, begin in zip(ends, begins, strict=True) if end < begin]
 
 
 def capture_of(config: DaemonConfig, contract: TargetContract) -> CaptureSpec:

@@ -226,7 +226,7 @@ def test_two_daemons_of_which_one_is_lost_do_not_wait_for_each_other(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """All credits of one daemon are held by batches behind the one that the other daemon lost."""
-    monkeypatch.setattr("specd.client.handshake.FIRST_S", 0.05)  # the lost one is not waited for long
+    monkeypatch.setattr("specd.client.conversation.FIRST_S", 0.05)  # the lost one is not waited for long
     with Daemon(context, credits=1) as gone, Daemon(context, credits=1) as left:
         config = SubscriberConfig(
             endpoints=(gone.endpoint, left.endpoint), transport="scripted", depth=1, borrow=True, timeout_s=EXPECT_S

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,8 +13,10 @@ import zmq
 
 from scripted import SPEC, Daemon, make, wait_for
 from specd.client.connect import Connector
+from specd.client.conversation import Later, Waiting
 from specd.client.guard import Guard
-from specd.client.handshake import Later, Session, Terms
+from specd.client.handshake import Session, Terms
+from specd.client.interrupt import Interrupt
 from specd.client.links import Link
 from specd.errors import RejectedError, TransportError
 from specd.transports.base import SlotRef
@@ -31,14 +34,14 @@ class Opening:
         self.outcomes: list[Exception | str] = []
         self.terms: list[Terms] = []
         self.ended: list[str] = []
-        self.closing = threading.Event()
+        self.closing = Interrupt()
         self.up: list[tuple[Link, Session]] = []
         self.wanted = True
         self.guard = Guard(threading.Condition())
         context: Any = None
         self.connector = Connector(context, TERMS, self.opened, self.closing, self.guard)
 
-    def __call__(self, context: object, endpoint: str, terms: Terms, pause: Callable[[float], bool]) -> Any:
+    def __call__(self, context: object, endpoint: str, terms: Terms, waiting: Waiting) -> Any:
         self.terms.append(terms)
         if not self.outcomes:
             self.closing.set()
@@ -83,6 +86,26 @@ def test_a_daemon_that_says_later_is_asked_again_and_mentioned_once(
     assert link.problem == "it is full"
     assert [record.getMessage() for record in caplog.records] == ["waiting for ipc://here: it is loading"]
     opening.guard.check()
+
+
+def test_how_long_a_daemon_may_be_loading_is_kept_until_it_is_not(opening: Opening) -> None:
+    begin = time.monotonic()
+    link = opening.connect(Later("it is loading", loading_s=1000.0))
+    assert begin + 1000 <= link.loading_until <= time.monotonic() + 1000
+    opening.closing.clear()
+    assert opening.connect(Later("it is loading", loading_s=1000.0), Later("it is full")).loading_until == 0.0
+    opening.closing.clear()
+    assert opening.connect(Later("it is loading", loading_s=1000.0), "target").loading_until == 0.0
+
+
+def test_a_daemon_is_left_alone_as_long_as_it_asked_for_unless_the_subscriber_closes(opening: Opening) -> None:
+    begin = time.monotonic()
+    opening.connect(Later("it is full", pause_s=0.2), "target")
+    assert time.monotonic() - begin >= 0.2
+    threading.Timer(0.1, opening.closing.set).start()
+    opening.connect(Later("it is full", pause_s=60.0))
+    assert time.monotonic() - begin < 30
+    assert len(opening.up) == 1
 
 
 @pytest.mark.parametrize("error", [TransportError("no way"), RejectedError("not these taps")])

@@ -30,7 +30,7 @@ class Client:
         self.log = log
         self.gone = gone
         self.waits = threading.Event()
-        self._called_off = threading.Event()
+        self.called_off = threading.Event()
         self.expected: deque[tuple[int, torch.Tensor]] = deque()
         self.intos: list[torch.Tensor] = []
         self.lost = False
@@ -53,12 +53,12 @@ class Client:
         self.log.append(f"f{slot}")
         if self.gone:
             self.waits.set()
-            self.lost = self._called_off.wait(deadline_s)
+            self.lost = self.called_off.wait(deadline_s)
         if self.lost:
             raise TransportError("the communicator is gone", lost=True)
 
     def cancel(self) -> None:
-        self._called_off.set()
+        self.called_off.set()
 
     def close(self) -> None:
         self.log.append("close")
@@ -204,6 +204,20 @@ def test_a_session_that_is_lost_is_not_waited_for(bench: Bench) -> None:
     assert told == [(0, True), (1, True), (2, False)]
     assert gone.log == ["e0", "e1", "f0", "f1", "close"]
     assert bench.log == ["e2", "f2"], "its own session goes on"
+
+
+def test_what_is_under_way_may_end_when_it_stops_but_not_for_long(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("specd.client.fetch.GRACE_S", 0.05)
+    gone = Client([], gone=True)
+    bench.ask(1)
+    bench.ask(1, session=SimpleNamespace(client=gone, borrow=False))
+    bench.start()
+    assert gone.waits.wait(WAIT_S)
+    bench.fetcher.stop()
+    assert gone.called_off.is_set()
+    assert [index for index, _ in bench.ended] == [0], "the session is not lost, it is closed"
 
 
 def test_what_was_asked_for_while_it_stops_is_done_by_close(bench: Bench) -> None:

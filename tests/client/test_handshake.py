@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import logging
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 import zmq
 
 from scripted import MEMORY, SPEC, Daemon, Scripted, Wire, make
-from specd.client.handshake import TIMED_TRIES
+from specd.client.conversation import Later, Waiting
+from specd.client.handshake import TIMED_TRIES, Terms, open_session
+from specd.client.interrupt import Interrupt
 from specd.client.subscriber import Subscriber
 from specd.config.settings import SubscriberConfig
 from specd.errors import TransportError
@@ -149,6 +152,51 @@ def test_a_transport_is_not_blamed_for_a_worker_that_dies_under_its_probe(
     with Daemon(context) as daemon, daemon.subscriber() as source:
         assert list(source.stats().transports.values()) == ["scripted"]
         assert len(daemon.hellos) == len(fetches) == 2
+
+
+def test_a_transport_that_is_being_opened_is_called_off_when_the_subscriber_closes(
+    context: zmq.Context[zmq.Socket[bytes]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attaching = threading.Event()
+
+    def hang(wire: Wire, offer: bytes, deadline_s: float) -> None:
+        attaching.set()
+        assert wire.cancelled.wait(20)
+        raise TransportError("called off", lost=True)
+
+    transport = make()
+    monkeypatch.setattr(Wire, "attach", hang)
+    install(monkeypatch, scripted=transport)
+    closing, terms = Interrupt(), Terms("test", lambda contract: SPEC, 1, "scripted", "cpu")
+    with Daemon(context) as daemon, ThreadPoolExecutor() as pool:
+        waiting = Waiting(closing, lambda reason: None)
+        opening = pool.submit(open_session, context, daemon.endpoint, terms, waiting)
+        assert attaching.wait(20)
+        closing.set()
+        with pytest.raises(Later, match="the subscriber is closed"):
+            opening.result(20)
+        daemon.expect(wire.Bye)
+    assert transport.made[0].closed
+
+
+def test_a_daemon_that_loads_its_first_target_says_so_until_it_has(
+    context: zmq.Context[zmq.Socket[bytes]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install(monkeypatch, scripted=make())
+    told: list[Later] = []
+
+    def tell(reason: Later) -> None:
+        told.append(reason)
+        daemon.loading_s = 0.0
+
+    with Daemon(context) as daemon:
+        daemon.loading_s = 100.0
+        terms = Terms("test", lambda contract: SPEC, 1, "scripted", "cpu")
+        session = open_session(context, daemon.endpoint, terms, Waiting(Interrupt(), tell))
+        session.hang_up()
+    assert [(str(reason), reason.loading_s) for reason in told] == [
+        (f"the daemon at {daemon.endpoint} is starting its worker", 100.0)
+    ]
 
 
 def test_cuda_is_the_device_that_is_current_where_the_subscriber_is_made(

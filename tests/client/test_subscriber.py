@@ -163,7 +163,7 @@ def test_artifacts_come_over_the_wire(host: Embedded) -> None:
 
 
 def test_no_daemon_is_an_error_with_the_endpoint(tmp_path: object, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("specd.client.handshake.FIRST_S", 0.05)
+    monkeypatch.setattr("specd.client.conversation.FIRST_S", 0.05)
     config = SubscriberConfig(endpoints=(f"ipc://{tmp_path}/none.sock",), connect_s=0.2)
     with pytest.raises(DaemonError, match=r"none\.sock"):
         Subscriber(config, SPEC)
@@ -216,8 +216,8 @@ def test_a_trainer_that_holds_all_it_may_does_not_block_another(host: Embedded) 
 
 
 def test_draining_serves_what_is_outstanding_and_refuses_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("specd.client.handshake.FIRST_S", 0.2)  # a daemon that has ended is not waited for long
-    monkeypatch.setattr("specd.client.handshake.STEP_S", 2.0)
+    monkeypatch.setattr("specd.client.conversation.FIRST_S", 0.2)  # a daemon that has ended is not waited for long
+    monkeypatch.setattr("specd.client.conversation.STEP_S", 2.0)
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     endpoint = "inproc://drain-test"
     settings = msgspec.structs.replace(

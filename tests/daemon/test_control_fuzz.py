@@ -1,4 +1,7 @@
-"""A hostile peer: at least 100,000 broken, forged and replayed messages, while another trainer keeps being served."""
+"""A hostile peer: 100,000 broken, forged, replayed and deep messages, while another trainer keeps being served.
+
+SPECD_FAULTS makes it 800,000.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ from typing import Any
 import msgspec
 import zmq
 
+from faults import ASKED
 from samples import batch
 from specd.client.subscriber import Subscriber
 from specd.config.settings import DaemonConfig, RingConfig, SubscriberConfig, TargetConfig
@@ -23,8 +27,10 @@ from specd.protocol.capture import CaptureSpec
 from specd.transports.base import ServerContext
 
 SEED = 20261123
-NUM_MESSAGES = 100_000
+NUM_MESSAGES = 800_000 if ASKED else 100_000
 SPEC = CaptureSpec(taps=(1, 3), dtype="float32")
+DEEP = (b"\x91", b"\x81\xa1a", b"\xdd\x00\x00\x00\x01", b"\x82\xa4type\xa5renew\xa5epoch")
+"""Each opens a level of nesting."""
 ODD: tuple[Any, ...] = (
     -1, 0, 1, 7, 2**31, 2**63, 2**64 - 1, 1.5, float("nan"), None, True, "", "x" * 300, b"", b"\0" * 16, b"\xff" * 17,
     [], [1, 2], [-1], {}, {"a": 1}, "shm", "../../etc/passwd", "embedding", "lm_head",
@@ -75,7 +81,9 @@ def mutate(rng: random.Random, forms: list[dict[str, Any]], sent: list[bytes]) -
         frame = frame[: rng.randrange(len(frame))]
     elif 0.9 <= kind < 0.95:
         frame += rng.randbytes(rng.randrange(1, 64))
-    elif kind >= 0.95:
+    elif 0.95 <= kind < 0.97:
+        frame = frame[:1] + rng.choice(DEEP) * rng.choice((50, 2000, 30_000))
+    elif kind >= 0.97:
         frame = bytearray(rng.randbytes(rng.randrange(0, 256)))
     return [bytes(frame)] if rng.random() > 0.02 else [bytes(frame), b"", b"more"]
 

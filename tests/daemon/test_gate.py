@@ -62,14 +62,16 @@ def test_a_trainer_without_a_key_is_told_that_it_needs_one(daemon: Keyed) -> Non
         Subscriber(SubscriberConfig(endpoints=(daemon.endpoint,), connect_s=20), SPEC)
 
 
-def test_a_trainer_does_not_talk_to_a_daemon_with_another_key(daemon: Keyed) -> None:
+def test_a_trainer_does_not_talk_to_a_daemon_with_another_key(daemon: Keyed, caplog: pytest.LogCaptureFixture) -> None:
     """Not even where its own key would be let in; it cannot know whether it is a wrong key or a wrong daemon."""
     other = keys.draw().public
     with pytest.raises(DaemonError, match=r"ends every connection in the handshake, as a daemon does whose key is not"):
-        ask_status(daemon.endpoint, 2, daemon.identity(server=other))
+        ask_status(daemon.endpoint, 1, daemon.identity(server=other))
     with pytest.raises(DaemonError, match=r"no daemon for .* whose key is not") as error:
-        daemon.subscriber(server=other, connect_s=3)
+        daemon.subscriber(server=other, connect_s=1)
     assert other in str(error.value)
+    (said,) = [record.getMessage() for record in caplog.records if record.name == "specd.client.connect"]
+    assert f"no session with {daemon.endpoint}: it ends every connection in the handshake" in said
 
 
 def test_a_trainer_with_a_key_does_not_talk_to_a_daemon_without(daemon: Keyed) -> None:

@@ -16,7 +16,9 @@ import pytest
 import torch
 import zmq
 
+from specd.client.conversation import Waiting
 from specd.client.handshake import Session, Terms, open_session
+from specd.client.interrupt import Interrupt
 from specd.client.pending import State
 from specd.client.subscriber import Subscriber
 from specd.config.settings import SubscriberConfig
@@ -46,10 +48,11 @@ def states(batch: Batch) -> torch.Tensor:
 
 
 class Wire:
-    """The client of `make`'s transport. closed: whether it was."""
+    """The client of `make`'s transport. cancelled, closed: whether it was."""
 
     def __init__(self, fetching: Callable[[SlotRef], None]) -> None:
         self._fetching = fetching
+        self.cancelled = threading.Event()
         self.closed = False
 
     def hello(self) -> bytes:
@@ -68,6 +71,9 @@ class Wire:
         if generation != ref.generation:
             raise stale(ref, generation)
         return memory[: ref.nbytes]
+
+    def cancel(self) -> None:
+        self.cancelled.set()
 
     def close(self) -> None:
         self.closed = True
@@ -118,7 +124,8 @@ class Work:
 class Daemon:
     """One endpoint. Every session gets `credits`; handshakes and RENEWs are answered, all else is for `expect`.
 
-    refuses_to_lend: it answers BORROW with ERROR. deaf: it answers nothing any more, not even RENEW.
+    refuses_to_lend: it answers BORROW with ERROR. deaf: it answers nothing any more, not even RENEW. loading_s: for how
+    long it says that its worker may still load, 0 if one serves.
     """
 
     def __init__(
@@ -132,6 +139,7 @@ class Daemon:
         self.endpoint = f"inproc://scripted-{secrets.token_hex(4)}"
         self.epoch = secrets.token_bytes(limits.EPOCH_BYTES)
         self.refuses_to_lend = self.deaf = False
+        self.loading_s = 0.0
         self.hellos: list[wire.Hello] = []
         self.heard: list[Message] = []
         """All that was not RENEW, in order; also of handshakes."""
@@ -161,7 +169,7 @@ class Daemon:
         made = transport or make()
         monkeypatch.setattr("specd.client.handshake.load", lambda name: made)
         terms = Terms(name="test", spec=lambda contract: SPEC, credits=2, transport="scripted", device="cpu")
-        return open_session(self._context, self.endpoint, terms, lambda seconds: False)
+        return open_session(self._context, self.endpoint, terms, Waiting(Interrupt(), lambda reason: None))
 
     def expect(self, kind: type[Any]) -> tuple[bytes, Any]:
         """The next message that is not answered here, which must be of that kind, and the key of its session."""
@@ -254,9 +262,10 @@ class Daemon:
             case wire.Status():
                 return [
                     wire.StatusReport(
-                        epoch=self.epoch, state="serving", version="0", pid=1, worker_pid=1, uptime_s=0.0,
-                        contract=CONTRACT, ring=ring, slots={}, queued=0, sessions=(), counters={}, endpoints=(),
-                        transports=self._transports,
+                        epoch=self.epoch, state="serving", version="0", pid=1, worker_pid=1, uptime_s=1.0,
+                        loading_ms=round(self.loading_s * 1000),
+                        contract=None if self.loading_s else CONTRACT, ring=ring, slots={}, queued=0, sessions=(),
+                        counters={}, endpoints=(), transports=self._transports,
                     )
                 ]  # fmt: skip
             case wire.Hello():

@@ -175,6 +175,20 @@ def test_layers_of_another_form_are_refused(config: TargetConfig, monkeypatch: p
         load_target(config)
 
 
+@pytest.mark.parametrize(
+    "hybrid", [{"layer_types": ["linear_attention"] * 3 + ["full_attention"]}, {"mamba_d_state": 8}]
+)
+def test_recurrent_layers_are_refused_before_anything_is_loaded(
+    config: TargetConfig, checkpoint: Path, hybrid: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All sequences of a forward would share one state."""
+    published = json.loads((checkpoint / "config.json").read_text())
+    (checkpoint / "config.json").write_text(json.dumps(published | {"text_config": hybrid}))
+    monkeypatch.setattr("specd.targets.sglang.target.touch_points", lambda: pytest.fail("SGLang was imported"))
+    with pytest.raises(TargetError, match=r"has recurrent layers \(.*\).*use --backend transformers"):
+        load_target(config)
+
+
 def test_all_touch_points_are_found(config: TargetConfig) -> None:
     assert set(touch_points()) == {touch.symbol for touch in TOUCH_POINTS}
 

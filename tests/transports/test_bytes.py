@@ -88,8 +88,11 @@ def bulk(tmp_path: Path) -> Iterator[BytesRig]:
 def _taken_chunks(peer: zmq.Socket[bytes], count: int) -> list[Header]:
     headers = []
     for _ in range(count):
-        header = unpack(peer.recv_multipart()[0])
+        first, *payload = peer.recv_multipart()
+        header = unpack(first)
         assert header is not None
+        assert [len(part) for part in payload] == ([header.length] if header.kind is Kind.CHUNK else [])
+        assert header.offset + header.length <= header.total, "more of the slot is sent than the batch fills"
         headers.append(header)
     return headers
 

@@ -19,7 +19,7 @@ from specd.memory.arena import HostArena
 from specd.transports.base import ServerContext, SlotRef
 from specd.transports.bytes.client import BytesClient
 from specd.transports.bytes.server import Bytes
-from specd.transports.bytes.socket import BytesOffer, sweep
+from specd.transports.bytes.socket import BytesOffer, new_token, sweep, usable
 from specd.transports.checks import unwrap, wrap
 from specd.transports.testing.hosts import Host, LocalHost
 from specd.transports.testing.suite import TransportConformance, holds
@@ -218,6 +218,36 @@ def test_bytes_offers_a_trainer_elsewhere_the_address_alone() -> None:
     with contextlib.closing(LocalHost(Bytes, 1, 4096, tcp=own)) as host:
         (endpoint,) = unwrap(host.accept(b"far", FAR), BytesOffer, "offer").endpoints
         assert endpoint.startswith(f"tcp://{own}:")
+
+
+def test_another_user_takes_the_tcp_endpoint(tmp_path: Path) -> None:
+    hidden = tmp_path / "run"
+    hidden.mkdir(mode=0o700)
+    with sockets.socket(sockets.AF_UNIX) as bulk:
+        bulk.bind(str(hidden / "bulk-1.sock"))
+        offer = BytesOffer(
+            token=new_token(), endpoints=(f"ipc://{hidden}/bulk-1.sock", "tcp://127.0.0.1:7"), num_slots=1, slot_bytes=1
+        )
+        assert usable(offer) == offer.endpoints[0]
+        with somebody_else(hidden):
+            assert usable(offer) == offer.endpoints[1]
+            with pytest.raises(TransportError, match="as another user"):
+                usable(msgspec.structs.replace(offer, endpoints=offer.endpoints[:1]))
+
+
+@contextlib.contextmanager
+def somebody_else(directory: Path) -> Iterator[None]:
+    """A user who may not look into `directory`."""
+    if os.geteuid() == 0:
+        os.seteuid(65534)
+    else:
+        directory.chmod(0)
+    try:
+        yield
+    finally:
+        if os.getuid() == 0:
+            os.seteuid(0)
+        directory.chmod(0o700)
 
 
 def test_bytes_serves_no_ledger_without_slots(tmp_path: Path) -> None:

@@ -8,7 +8,11 @@ import threading
 import pytest
 import torch
 
-from specd.transports.base import SlotRef
+from specd.errors import TransportError
+from specd.memory.arena import Arena
+from specd.transports.base import ServerContext, SlotRef
+from specd.transports.bytes.client import BytesClient
+from specd.transports.bytes.server import Bytes, BytesServer
 from specd.transports.inproc import Inproc, InprocClient
 from specd.transports.testing.hosts import Host, LocalHost
 from specd.transports.testing.rig import Rig
@@ -45,6 +49,29 @@ class Stays(InprocClient):
         pass
 
 
+class Stubborn(InprocClient):
+    """Cannot be called off."""
+
+    def cancel(self) -> None:
+        pass
+
+
+class Joining(BytesServer):
+    """Makes one transfer of two that are of the same slot and generation."""
+
+    def _on_publish(self, session: bytes, ref: SlotRef) -> None:
+        for transfer in [old for peer in self._peers.values() for old in peer.transfers if old.ref == ref]:
+            for peer in self._peers.values():
+                peer.cancel(transfer.number)
+        super()._on_publish(session, ref)
+
+
+class JoiningBytes(Bytes):
+    @staticmethod
+    def server(arena: Arena, context: ServerContext) -> BytesServer:
+        return Joining(arena.ledger, context)
+
+
 class Litters(InprocClient):
     """Leaves a thread behind."""
 
@@ -77,6 +104,7 @@ class Suite(TransportConformance):
         (Spills, "test_part_of_a_slot_is_its_beginning", "wrote behind the destination"),
         (Blind, "test_another_generation_is_refused", "DID NOT RAISE"),
         (Stays, "test_close_is_idempotent_and_final", "DID NOT RAISE"),
+        (Stubborn, "test_what_is_called_off_fails_as_lost", "DID NOT RAISE"),
     ],
 )
 def test_a_fault_fails_the_test_that_is_for_it(client: type[InprocClient], test: str, finding: str) -> None:
@@ -86,6 +114,17 @@ def test_a_fault_fails_the_test_that_is_for_it(client: type[InprocClient], test:
     found = pytest.raises((AssertionError, pytest.fail.Exception), match=finding)
     with contextlib.closing(Rig(faulty.transport, "cpu", faulty.host())) as rig, found:
         getattr(faulty, test)(rig)
+
+
+@pytest.mark.parametrize("sessions", ["one_session", "two_sessions"])
+def test_a_transport_that_joins_equal_batches_is_found(sessions: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    test, fetch = f"test_equal_batches_of_{sessions}_are_all_sent", BytesClient.fetch
+    monkeypatch.setattr(BytesClient, "fetch", lambda client, ref, into, deadline_s: fetch(client, ref, into, 0.5))
+    for transport, finding in ((Bytes, contextlib.nullcontext()), (JoiningBytes, pytest.raises(TransportError))):
+        suite = Suite(InprocClient)
+        suite.transport = transport  # type: ignore[misc]
+        with contextlib.closing(Rig(transport, "cpu", suite.host())) as rig, finding:
+            getattr(suite, test)(rig)
 
 
 def test_a_thread_that_is_left_behind_is_found() -> None:

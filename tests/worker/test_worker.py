@@ -135,6 +135,22 @@ def test_slots_are_filled_on_the_device_and_mirrored_for_host_readers(known: Kno
         assert host.generation(0) == 0, "a session that was refused reads nothing"
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda:1"])
+def test_what_another_batch_left_between_two_tensors_is_gone(device: str, known: Known, run: Run) -> None:
+    control, _ = run(device, "shm")
+    ring = control.hear().ring
+    arena = known["shm"].arena
+    control.send(FillNoise(slot=0, generation=1, nonce=b"n" * 16, nbytes=ring.slot_bytes))
+    control.filled(0, 1)
+    control.send(Accept(session=b"s" * 16, transport="shm", hello=b""))
+    assert isinstance(control.hear(), Accepted)
+    task = control.fill(0, 2, 41)
+    taps, final = task.layout.tensors
+    assert taps.nbytes < final.offset
+    control.filled(0, 2)
+    assert arena.tensor(0)[: task.layout.nbytes].numpy().tobytes() == expected(task)
+
+
 def test_two_workers_share_a_process(run: Run) -> None:
     ones = [run("cuda:0", "inproc")[0], run("cuda:1", "inproc")[0]]
     for one in ones:

@@ -15,9 +15,9 @@ from specd.endpoints import boot_id
 from specd.errors import TransportError
 from specd.memory import cuda
 from specd.transports.base import SlotRef
-from specd.transports.bytes.frames import Header, Kind, checksum, unpack
+from specd.transports.bytes.frames import WINDOW, Header, Kind, checksum, unpack
 from specd.transports.bytes.socket import BytesHello, BytesOffer, connect, usable
-from specd.transports.checks import check_into, check_ref, stale, unwrap, wrap
+from specd.transports.checks import called_off, check_into, check_ref, stale, unwrap, wrap
 
 if TYPE_CHECKING:
     import torch
@@ -37,6 +37,7 @@ class BytesClient:
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._closing = threading.Lock()
         self._closed = False
+        self._cancelled = False
         self._zmq: zmq.Context[zmq.Socket[bytes]] | None = None
         self._socket: zmq.Socket[bytes] | None = None
         self._monitor: zmq.Socket[bytes] | None = None
@@ -47,6 +48,11 @@ class BytesClient:
         """Of the next attach: the worker lets in its holder."""
         self._taken = 0
         self._transfer = -1
+        """The transfer that is being taken, as the worker counts them; −1 until its first chunk is here."""
+        self._unwanted = -1
+        """The last one that the worker was told not to go on with."""
+        self._remains = 0
+        """How many chunks of fetches that were given up may still come, at most."""
         self._staging: torch.Tensor | None = None
         self._copier = cuda.Copier()
         self.ignored = 0
@@ -61,8 +67,7 @@ class BytesClient:
         found = unwrap(offer, BytesOffer, "bytes offer")
         endpoint = usable(found)
         with self._lock:
-            if self._closed:
-                raise TransportError("the bytes client is closed")
+            self._check_open()
             self._disconnect()
             self._zmq = zmq.Context()
             self._socket, self._monitor = connect(self._zmq, endpoint, found.token, self._pair, found.key)
@@ -70,7 +75,8 @@ class BytesClient:
             self._poller.register(self._monitor, zmq.POLLIN)
             self._poller.register(self._socket, zmq.POLLIN)
             self._poller.register(self._wake, zmq.POLLIN)
-            self._taken = 0
+            self._taken = self._remains = 0
+            self._unwanted = -1
             try:
                 try:
                     self._socket.send(Header(Kind.HELLO).pack(), zmq.NOBLOCK)
@@ -84,21 +90,28 @@ class BytesClient:
             self._offer = found
 
     def fetch(self, ref: SlotRef, into: torch.Tensor, deadline_s: float) -> None:
-        deadline = time.monotonic() + deadline_s
         with self._lock:
+            self._check_open()
             if self._offer is None:
                 raise TransportError("bytes: not attached, or closed")
             check_ref(ref, self._offer.num_slots, self._offer.slot_bytes)
             check_into(ref, into)
             host = into[: ref.nbytes] if into.device.type == "cpu" else self._stage(ref.nbytes)
             try:
-                self._take(ref, host.numpy().data, deadline)
+                self._take(ref, host.numpy().data, deadline_s)
             except TransportError:
+                self._remains += WINDOW
                 if self._transfer >= 0:  # a later announcement has another number
-                    self._tell(Header(Kind.CANCEL, transfer=self._transfer))
+                    self._refuse(self._transfer)
                 raise
             if host.device != into.device:
                 self._copier.copy(into[: ref.nbytes], host)
+
+    def cancel(self) -> None:
+        with self._closing:
+            if not self._closed:
+                self._cancelled = True
+                os.eventfd_write(self._wake, 1)
 
     def close(self) -> None:
         with self._closing:
@@ -132,11 +145,16 @@ class BytesClient:
             self._staging = torch.empty(nbytes, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
         return self._staging[:nbytes]
 
-    def _take(self, ref: SlotRef, into: memoryview, deadline: float) -> None:
-        """Fill `into` with one whole transfer of `ref`, chunk after chunk without gap or overlap."""
+    def _take(self, ref: SlotRef, into: memoryview, deadline_s: float) -> None:
+        """Fill `into` with one whole transfer of `ref`, chunk after chunk without gap or overlap.
+
+        Its progress is a chunk that brings it further than it ever was. So are the last chunks of fetches that were
+        given up, as they come first: on a slow link they take longer than `deadline_s`, and every fetch would fail.
+        """
         socket = self._socket
         assert socket is not None
-        self._transfer, end = -1, 0
+        self._transfer, end, furthest = -1, 0, 0
+        deadline = time.monotonic() + deadline_s
         while end < ref.nbytes:
             header = self._next(deadline, f"slot {ref.slot} came to {end} of {ref.nbytes} bytes")
             if header.kind is Kind.GONE and (header.slot, header.generation) == (ref.slot, ref.generation):
@@ -158,6 +176,11 @@ class BytesClient:
                 self.ignored += 1
                 self._skip()
                 self._acknowledge()
+                if header.transfer not in (self._transfer, self._unwanted):
+                    self._refuse(header.transfer)
+                if self._remains:
+                    self._remains -= 1
+                    deadline = time.monotonic() + deadline_s
                 continue
             place = into[end : end + header.length]
             received = socket.recv_into(place)
@@ -169,12 +192,15 @@ class BytesClient:
                     f"refilled under the transfer, or the connection is faulty; submit again"
                 )
             end += header.length
+            if end > furthest:
+                furthest, deadline = end, time.monotonic() + deadline_s
 
     def _next(self, deadline: float, state: str) -> Header:
         """The header of the next message that has one; its payload, if any, is still to be received."""
         socket = self._socket
         assert socket is not None
         while True:
+            self._check_open()
             try:
                 header = unpack(socket.recv(zmq.NOBLOCK))
                 if header is not None:
@@ -184,8 +210,7 @@ class BytesClient:
             except zmq.Again:
                 left_ms = (deadline - time.monotonic()) * 1000
                 ready = dict(self._poller.poll(max(0, round(left_ms + 0.5)))) if left_ms > 0 else {}
-                if self._closed:
-                    raise TransportError("the bytes client was closed meanwhile") from None
+                self._check_open()
                 if self._socket not in ready and self._monitor in ready:
                     raise _lost(state) from None
                 if not ready:
@@ -201,6 +226,17 @@ class BytesClient:
     def _acknowledge(self) -> None:
         self._taken += 1
         self._tell(Header(Kind.TAKEN, total=self._taken))
+
+    def _refuse(self, transfer: int) -> None:
+        """Have no more sent of a transfer: it belongs to a fetch that was given up."""
+        self._unwanted = transfer
+        self._tell(Header(Kind.CANCEL, transfer=transfer))
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise TransportError("the bytes client is closed")
+        if self._cancelled:
+            raise called_off("bytes")
 
     def _tell(self, header: Header) -> None:
         if self._socket is not None:

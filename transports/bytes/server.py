@@ -53,17 +53,25 @@ class _Peer:
 
     __slots__ = ("connected", "key", "sent", "session", "taken", "transfers")
 
-    def __init__(self, session: bytes, key: str) -> None:
+    def __init__(self, session: bytes, key: str, num_slots: int) -> None:
         self.session = session
         self.key = key
         self.connected = False
-        self.transfers: deque[_Outgoing] = deque()
+        # An honest trainer fetches at most as many as there are slots; of one that gives up more, the oldest go.
+        self.transfers: deque[_Outgoing] = deque(maxlen=2 * num_slots)
         self.sent = 0
         self.taken = 0
 
     @property
     def sendable(self) -> bool:
         return self.connected and bool(self.transfers) and self.sent - self.taken < WINDOW
+
+    def cancel(self, number: int) -> None:
+        """Send no more of a transfer."""
+        for transfer in self.transfers:
+            if transfer.number == number:
+                self.transfers.remove(transfer)
+                return
 
 
 class BytesServer:
@@ -183,12 +191,12 @@ class BytesServer:
     def _on_accept(self, session: bytes, token: bytes, key: str) -> None:
         self._on_drop(session)
         self._tokens[session] = token
-        self._peers[token] = _Peer(session, key)
+        self._peers[token] = _Peer(session, key, self._arena.num_slots)
 
     def _on_publish(self, session: bytes, ref: SlotRef) -> None:
         peer = self._peers.get(self._tokens.get(session, b""))
         if peer is not None:
-            peer.transfers = deque(t for t in peer.transfers if t.ref != ref)
+            # Also of what is under way already: batches of equal content lie in one slot, and each is fetched.
             self._transfers += 1
             peer.transfers.append(_Outgoing(self._transfers, ref))
 
@@ -215,7 +223,7 @@ class BytesServer:
             elif header.kind is Kind.TAKEN and peer.taken <= header.total <= peer.sent:
                 peer.taken = header.total
             elif header.kind is Kind.CANCEL:
-                peer.transfers = deque(t for t in peer.transfers if t.number != header.transfer)
+                peer.cancel(header.transfer)
             else:
                 self.ignored += 1
 

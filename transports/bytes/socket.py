@@ -146,12 +146,20 @@ def usable(offer: BytesOffer) -> str:
         if not _ENDPOINT.fullmatch(endpoint):
             raise TransportError(f"bytes offer of endpoint {endpoint!r}: expected ipc:///PATH or tcp://ADDRESS:PORT")
     for endpoint in offer.endpoints:
-        if endpoint.startswith("tcp://") or Path(endpoint.removeprefix("ipc://")).is_socket():
+        if endpoint.startswith("tcp://") or _can_connect(endpoint.removeprefix("ipc://")):
             return endpoint
     raise TransportError(
         f"none of the daemon's endpoints ({', '.join(offer.endpoints) or 'none'}) can be reached from here: in "
-        f"containers, share the daemon's runtime directory or give the daemon a tcp endpoint"
+        f"containers, or as another user, share the daemon's runtime directory or give the daemon a tcp endpoint"
     )
+
+
+def _can_connect(path: str) -> bool:
+    """Whether a socket is there and this user may connect to it; the directory of another user hides what it holds."""
+    try:
+        return stat.S_ISSOCK(os.stat(path).st_mode) and os.access(path, os.W_OK, effective_ids=True)
+    except OSError:
+        return False
 
 
 def connect(

@@ -21,7 +21,7 @@ from specd.errors import TransportError
 from specd.memory import cuda
 from specd.memory.arena import LINE, MAX_SLOTS, PAGE
 from specd.transports.base import ServerContext, SlotRef, Traits
-from specd.transports.checks import check_into, check_ref, stale, unwrap, wrap
+from specd.transports.checks import called_off, check_into, check_ref, stale, unwrap, wrap
 from specd.transports.nixl.agent import Destinations, NixlAgent, Region
 
 if TYPE_CHECKING:
@@ -155,6 +155,7 @@ class NixlClient:
         self._scratch = Region(memory="DRAM", address=address, nbytes=WORD)
         self._lock = threading.Lock()  # the agent's: one thread at a time
         self._stop = threading.Event()
+        self._cancelled = False
         try:
             with self._agent.current():
                 self._agent.register(Region(memory="DRAM", address=address, nbytes=PAGE))
@@ -166,18 +167,16 @@ class NixlClient:
         return wrap(NixlHello(agent=self._agent.name))
 
     def attach(self, offer: bytes, deadline_s: float) -> None:
-        deadline = time.monotonic() + deadline_s
         found = checked(offer)
         with self._lock, self._agent.current():
             self._usable()
             self._offer = None
             self._agent.connect(found.agent, found.metadata)
             # The first READ makes the connection, and shows whether there is a way at all.
-            self._generation(found, 0, deadline)
+            self._generation(found, 0, deadline_s)
             self._offer = found
 
     def fetch(self, ref: SlotRef, into: torch.Tensor, deadline_s: float) -> None:
-        deadline = time.monotonic() + deadline_s
         with self._lock, self._agent.current():
             self._usable()
             offer = self._offer
@@ -186,12 +185,16 @@ class NixlClient:
             check_ref(ref, offer.num_slots, offer.slot_bytes)
             check_into(ref, into)
             local = self._destinations.region(into).part(0, ref.nbytes)
-            if (found := self._generation(offer, ref.slot, deadline)) != ref.generation:
+            if (found := self._generation(offer, ref.slot, deadline_s)) != ref.generation:
                 raise stale(ref, found)
             remote = offer.slots.part(ref.slot * offer.stride, ref.nbytes)
-            self._agent.read(local, remote, deadline, self._stop)
-            if (found := self._generation(offer, ref.slot, deadline)) != ref.generation:
+            self._agent.read(local, remote, time.monotonic() + deadline_s, self._stop)
+            if (found := self._generation(offer, ref.slot, deadline_s)) != ref.generation:
                 raise stale(ref, found)
+
+    def cancel(self) -> None:
+        self._cancelled = True
+        self._stop.set()
 
     def close(self) -> None:
         self._stop.set()  # ends a fetch that waits
@@ -200,15 +203,18 @@ class NixlClient:
             self._agent.close()
 
     def _usable(self) -> None:
+        if self._cancelled:
+            raise called_off("nixl")
         if self._stop.is_set():
             raise TransportError("nixl: not attached, or closed")
         if self._agent.closed:
             raise TransportError("nixl: an earlier transfer failed and took the connection with it", lost=True)
 
-    def _generation(self, offer: NixlOffer, slot: int, deadline: float) -> int:
+    def _generation(self, offer: NixlOffer, slot: int, deadline_s: float) -> int:
         """What the slot's generation word says now."""
         self._word[0] = 0
-        self._agent.read(self._scratch, offer.words.part(slot * LINE, WORD), deadline, self._stop)
+        word = offer.words.part(slot * LINE, WORD)
+        self._agent.read(self._scratch, word, time.monotonic() + deadline_s, self._stop)
         return int(self._word[0])
 
     def __repr__(self) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import tempfile
@@ -16,7 +17,7 @@ from specd.errors import TransportError
 from specd.memory.arena import Arena
 from specd.memory.cuda import Copier
 from specd.transports.base import ServerContext, SlotRef, Traits
-from specd.transports.checks import check_into, check_ref, pull, stale, unwrap, wrap
+from specd.transports.checks import called_off, check_into, check_ref, pull, stale, unwrap, wrap
 
 if TYPE_CHECKING:
     import torch
@@ -36,6 +37,7 @@ class CarrierServer:
         self._root = tempfile.mkdtemp(prefix="specd-carrier-")
         self._copier = Copier()
         self._sessions: dict[bytes, str] = {}
+        self._numbers = itertools.count()
 
     def accept(self, session: bytes, hello: bytes) -> bytes:
         if hello != b"carrier":
@@ -57,7 +59,8 @@ class CarrierServer:
             pull(self._arena, ref, copy, self._copier)  # looks at the generation before and after the copy
         except TransportError:
             copy = copy[:0]  # an empty file says that the slot is gone
-        name = Path(directory, f"{ref.slot}-{ref.generation}")
+        # Numbered: batches of equal content share a slot, and each is fetched.
+        name = Path(directory, f"{next(self._numbers):09}-{ref.slot}-{ref.generation}")
         part = name.with_suffix(".part")
         part.write_bytes(copy.numpy().data)
         part.replace(name)
@@ -72,12 +75,15 @@ class CarrierServer:
 class CarrierClient:
     def __init__(self) -> None:
         self._offer: Offer | None = None
-        self._closed = threading.Event()
+        self._over = threading.Event()
+        self._cancelled = False
 
     def hello(self) -> bytes:
         return b"carrier"
 
     def attach(self, offer: bytes, deadline_s: float) -> None:
+        if self._cancelled:
+            raise called_off("carrier")
         found = unwrap(offer, Offer, "carrier offer")
         if "\0" in found.directory or not os.path.isdir(found.directory):
             raise TransportError(
@@ -88,23 +94,30 @@ class CarrierClient:
     def fetch(self, ref: SlotRef, into: torch.Tensor, deadline_s: float) -> None:
         import torch
 
-        if self._offer is None or self._closed.is_set():
+        if self._cancelled:
+            raise called_off("carrier")
+        if self._offer is None or self._over.is_set():
             raise TransportError("carrier: not attached, or closed")
         check_ref(ref, self._offer.num_slots, self._offer.slot_bytes)
         check_into(ref, into)
-        name = Path(self._offer.directory, f"{ref.slot}-{ref.generation}")
+        pattern = f"*-{ref.slot}-{ref.generation}"
         deadline = time.monotonic() + deadline_s
-        while not name.exists():
-            if time.monotonic() > deadline or self._closed.wait(0.002):
-                raise TransportError(f"carrier: {name} did not appear in time")
+        while not (found := sorted(Path(self._offer.directory).glob(pattern))):
+            if time.monotonic() > deadline or self._over.wait(0.002):
+                raise TransportError(f"carrier: {pattern} did not appear in time", lost=self._cancelled)
+        name = found[0]
         data = bytearray(name.read_bytes())
         name.unlink()
         if len(data) < ref.nbytes:
             raise stale(ref, 0)
         into[: ref.nbytes].copy_(torch.frombuffer(data, dtype=torch.uint8)[: ref.nbytes])
 
+    def cancel(self) -> None:
+        self._cancelled = True
+        self._over.set()
+
     def close(self) -> None:
-        self._closed.set()
+        self._over.set()
 
 
 class Carrier:
