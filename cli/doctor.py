@@ -20,6 +20,7 @@ import typer
 
 from specd import units
 from specd.config.presets import Preset, preset, presets
+from specd.curve.keys import config_dir, own_keys
 from specd.errors import SpecdError, TransportError, pip_install
 from specd.paths import cache_dir, runtime_dir
 from specd.targets import registry as targets
@@ -101,6 +102,8 @@ def machine() -> dict[str, Any]:
         "shm_free_bytes": shm.free if shm else 0,
         "shm_removed_at_logout": removed_at_logout(),
         "runtime_dir": str(runtime_dir()),
+        "keys_dir": str(config_dir()),
+        "keys": [path.stem for path in own_keys()],
         "cache_dir": str(cache_dir()),
     }
 
@@ -196,6 +199,8 @@ def _move_between_gpus(name: str, found: type[transport.Transport]) -> str:
 
 def _worked(found: type[transport.Transport], where: str) -> str:
     scope = {"process": "inside one process", "host": "inside one host", "anywhere": "anywhere"}[found.traits.scope]
+    if found.traits.scope == "anywhere":
+        scope += ", encrypted where keys are used" if found.traits.sealed else ", always unencrypted (--insecure-data)"
     return f"moved {units.size(PROBE_BYTES)}{where}, verified; reaches {scope}"
 
 
@@ -277,6 +282,8 @@ def _show(facts: dict[str, Any], findings: list[Finding]) -> None:
         )
         table.add_row("", Text(warning, "yellow"))
     table.add_row("sockets", facts["runtime_dir"])
+    names = ", ".join(facts["keys"]) or "none; `specd keys new NAME` makes one, for training over TCP"
+    table.add_row("keys", f"{facts['keys_dir']}: {names}")
     table.add_row("cache", facts["cache_dir"])
     console.print(table)
     results = Table("", "what", "name", "why")

@@ -19,6 +19,7 @@ from daemons import specd_command
 from specd.cli import doctor
 from specd.cli.main import run
 from specd.errors import pip_install
+from specd.transports import registry
 
 
 @pytest.mark.parametrize("name", ["cuda_ipc", "nccl"])
@@ -31,6 +32,14 @@ def test_without_a_gpu_it_says_why(monkeypatch: pytest.MonkeyPatch, name: str, b
     finding = doctor.check_transport(name)
     assert (finding.works, finding.kind, finding.name) == (False, "transport", name)
     assert reason in finding.note
+
+
+def test_what_leaves_a_host_in_the_clear_is_said() -> None:
+    assert doctor.check_transport("bytes").note.endswith("reaches anywhere, encrypted where keys are used")
+    assert doctor.check_transport("shm").note.endswith("reaches inside one host")
+    for name in ("nccl", "nixl"):
+        said = doctor._worked(registry.load(name), "")
+        assert said.endswith("reaches anywhere, always unencrypted (--insecure-data)")
 
 
 def test_a_remedy_in_brackets_is_printed_as_it_is(

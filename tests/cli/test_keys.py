@@ -12,13 +12,21 @@ from pathlib import Path
 
 import pytest
 
-from daemons import specd_command, synthetic
+from daemons import specd_command
+from faults import TARGET, write_data
 from specd.cli.main import run
 from specd.cli.settings import servers_of
 from specd.curve import keys
 from specd.errors import ConfigError
 
 MISSING = keys.draw().public
+TINY = (
+    "draft.num_layers=1", "draft.num_taps=2", "draft.block_size=4", "draft.num_anchors=4", "draft.mask_token_id=255",
+    "draft.attention=sdpa", "data.batch_tokens=60", "data.max_length=40", "train.dtype=float32", "train.threads=1",
+)  # fmt: skip
+"""Settings of a draft that takes no time."""
+DAEMON = ["start", "--model", TARGET, "--slots", "4", "--slot-tokens", "64", "--transports", "bytes", "--detach"]
+DAEMON += ["--endpoint", "tcp://127.0.0.1:*"]
 
 
 @pytest.fixture(autouse=True)
@@ -120,11 +128,13 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     place.rmdir()
 
 
-def test_a_daemon_and_those_who_ask_it_over_tcp(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_daemon_and_those_who_train_and_ask_over_tcp(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """As docs/security.md goes through it, on one host; no secret is in a command line or in a log."""
     (_, server), (_, mine) = keys.create("gpu1"), keys.create("trainer1")
     assert run(["keys", "allow", "trainer1", mine.public]) == 0
-    started = specd_command(*synthetic("tcp://127.0.0.1:*"), "--key", "gpu1", "--transports", "bytes")
+    started = specd_command(*DAEMON, "--key", "gpu1")
     assert started.returncode == 0, started.stderr
     endpoint = started.stdout.split("specd ready at ")[1].split(" ")[0]
     pid = int(started.stdout.split("pid ")[1].split(" ")[0])
@@ -139,6 +149,13 @@ def test_a_daemon_and_those_who_ask_it_over_tcp(place: Path, capsys: pytest.Capt
         capsys.readouterr()
         assert run([*ask, "--key", "trainer1", "--server-key", server.public]) == 0
         assert json.loads(capsys.readouterr().out)["pid"] == pid
+        settings = [f"--set={key}" for key in TINY]
+        train = ["train", "dflash", "--endpoint", endpoint, "--output", str(tmp_path / "run"), "--max-steps", "2"]
+        train += ["--data", str(write_data(tmp_path / "data.jsonl")), *settings]
+        assert run([*train, "--key", "trainer1", "--server-key", server.public]) == 0
+        facts = json.loads((tmp_path / "run" / "run.json").read_bytes())
+        assert facts["config"]["subscriber"]["auth"] == {"key": "trainer1", "servers": {endpoint: server.public}}
+        capsys.readouterr()
         assert run(ask) == 1
         assert capsys.readouterr().err.startswith(f"specd: error: the daemon at {endpoint} asks for keys")
         assert run(["keys", "revoke", "trainer1"]) == 0
