@@ -82,6 +82,10 @@ def test_an_endpoint_with_a_path_that_is_too_long(tmp_path: Path) -> None:
 def test_a_tcp_endpoint_that_strangers_can_reach() -> None:
     code, said = specd("start", "--model", TARGET, "--endpoint", "tcp://0.0.0.0:7070")
     assert code == 2
+    assert "--key NAME" in said
+    code, said = specd("start", "--model", TARGET, "--endpoint", "tcp://192.0.2.7:7070")
+    assert code == 2
+    assert "expected a key" in said
     assert "--insecure" in said
 
 

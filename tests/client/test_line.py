@@ -29,6 +29,7 @@ def test_settings_without_keys_ask_for_no_identity() -> None:
 
 def test_an_identity_is_a_key_and_those_who_are_trusted(key: str) -> None:
     found = identity(TrainerAuth(key=key, servers={ENDPOINT: SERVER}), [ENDPOINT, "auto", "inproc://x"])
+    assert found is not None
     assert found == Identity(keys.load(key), {ENDPOINT: SERVER})
     assert [found.server(each) for each in (ENDPOINT, "ipc:///x")] == [SERVER, ""]
 
