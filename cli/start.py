@@ -136,7 +136,7 @@ def _detach(daemon: DaemonConfig) -> int:
     reader, writer = os.pipe()
     with open(log_path, "ab", opener=_private) as log, open(reader, "rb") as ready:
         begin = log.tell()
-        command = [sys.executable, "-m", "specd", *_verbosity(), "start", "--ready-fd", str(writer)]
+        command = [sys.executable, "-P", "-m", "specd", *_verbosity(), "start", "--ready-fd", str(writer)]
         for key, value in msgspec.to_builtins(daemon).items():
             command += ["--set", f"{key}={json.dumps(value)}"]
         log.write(f"$ {shlex.join(command)}\n".encode())

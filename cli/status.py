@@ -47,7 +47,7 @@ def _show(report: StatusReport) -> None:
     facts.add_column(style="bold")
     facts.add_column(overflow="fold")
     for name, value in _facts(report):
-        facts.add_row(name, _printable(value))
+        facts.add_row(name, units.printable(value))
     console.print(facts)
     if not report.sessions:
         console.print("no trainers")
@@ -67,7 +67,7 @@ def _show(report: StatusReport) -> None:
             units.size(session.nbytes),
             f"{session.age_s:.0f} s",
         )
-        sessions.add_row(*map(_printable, row))
+        sessions.add_row(*map(units.printable, row))
     console.print(sessions)
 
 
@@ -87,8 +87,3 @@ def _facts(report: StatusReport) -> Iterator[tuple[str, str]]:
     yield "slots", ", ".join(f"{count} {state}" for state, count in report.slots.items()) or "–"
     yield "queued", str(report.queued)
     yield "counters", ", ".join(f"{name} {count:,}" for name, count in report.counters.items()) or "–"
-
-
-def _printable(text: str) -> str:
-    """A peer's text, safe for a terminal: control and format characters and line ends are replaced."""
-    return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text)

@@ -6,8 +6,11 @@ import contextlib
 import os
 import select
 import signal
+import socket
+import struct
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -36,6 +39,7 @@ def stop(
             f"the daemon at {where} may be on another host, where process ids mean something else: expected an ipc "
             f"endpoint; send SIGTERM to process {report.pid} on its own host to drain it"
         )
+    _check_listener(Path(where.removeprefix("ipc://")), report.pid)
     with _watched({pid for pid in (report.pid, report.worker_pid) if pid > 0}) as pidfds:
         _tell(pidfds, report.pid, signal.SIGTERM)
         gone = _ended(pidfds, deadline)
@@ -50,6 +54,23 @@ def stop(
         remedy = "send it SIGKILL" if force else "--force ends it, and its trainers submit again to the next one"
         raise DaemonError(f"the daemon at {where} (pid {report.pid}) still runs after {timeout:g} s: {remedy}")
     typer.echo(f"the daemon at {where} has ended")
+
+
+def _check_listener(path: Path, pid: int) -> None:
+    """Raise DaemonError unless the process that listens at a socket, as the kernel has it, is this one."""
+    credentials = struct.Struct("3i")
+    try:
+        with socket.socket(socket.AF_UNIX) as probe:
+            probe.connect(str(path))
+            told, _, _ = credentials.unpack(probe.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, credentials.size))
+    except OSError as error:
+        raise DaemonError(f"the daemon at ipc://{path} is gone: {error.strerror}") from None
+    if told != pid:
+        who = f"process {told}" if told else "a process of another pid namespace"
+        raise DaemonError(
+            f"the daemon at ipc://{path} calls itself process {pid}, and {who} listens there: nothing was stopped; "
+            f"where it runs in a container, stop it there"
+        )
 
 
 @contextlib.contextmanager

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from msgspec.structs import replace
 
 from specd.cli.settings import given, hosting_config
 from specd.config.load import load_yaml, merge, overrides
@@ -68,7 +69,11 @@ def train(
     ] = "",
     resume: Annotated[
         bool,
-        typer.Option("--resume", help="Continue the run in --output from its last checkpoint.", rich_help_panel=RUN),
+        typer.Option(
+            "--resume",
+            help="Continue the run in --output from its last checkpoint; begin it if there is none.",
+            rich_help_panel=RUN,
+        ),
     ] = False,
     max_steps: Annotated[
         int | None, typer.Option(min=0, help="Optimizer steps, 0 for all epochs.", rich_help_panel=RUN)
@@ -102,7 +107,8 @@ def train(
         raise ConfigError(f"unknown draft method {method!r}; known here: {', '.join(registry.names())}")
 
     def settle(target: str) -> RunConfig:
-        return run_config(asked, target or model, preset=preset)
+        run = run_config(asked, target or model, preset=preset)
+        return replace(run, target={"model": model} | run.target) if model else run
 
     first = settle("")
     if model:
@@ -116,8 +122,8 @@ def train(
     from specd.train.trainer import output_of, train_draft
 
     try:
-        with Interrupt() as interrupt, contextlib.ExitStack() as stack:
-            host = _host(first, model, preset, resume, stack) if model else None
+        with Interrupt() as interrupt:
+            host = _host(first, model, preset) if model else None
             done = train_draft(settle, host=host, resume=resume, interrupt=interrupt, show=True)
     except KeyboardInterrupt:
         run = output_of(first)
@@ -128,6 +134,9 @@ def train(
         )
         typer.echo(f"specd: interrupted; {remedy}", err=True)
         raise typer.Exit(130) from None
+    if done.was_finished:
+        typer.echo(f"{done.directory} is finished: {done.steps} steps trained; draft in {done.draft}")
+        return
     typer.echo(f"{done.steps} steps trained; draft in {done.draft}")
     typer.echo(f"next: specd eval --draft {done.draft} --untrained, then specd report {done.directory}")
 
@@ -145,12 +154,11 @@ def _check_link(link: SubscriberConfig, model: str) -> None:
         )
 
 
-def _host(run: RunConfig, model: str, preset: str, resume: bool, stack: contextlib.ExitStack) -> LocalDaemon:
-    """Check all settings, then host `model` in this process until `stack` closes."""
+def _host(run: RunConfig, model: str, preset: str) -> AbstractContextManager[LocalDaemon]:
+    """Check all settings; the context then hosts `model` in this process."""
     from specd.daemon.serve import embedded
-    from specd.train.trainer import check, check_recipe
+    from specd.train.trainer import check_recipe
 
     daemon = hosting_config(run, model, preset=preset)
     check_recipe(run, model)
-    check(run, resume)
-    return stack.enter_context(embedded(daemon))
+    return embedded(daemon)

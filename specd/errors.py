@@ -14,9 +14,13 @@ SpecdError
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+DISTRIBUTION = "specd-daemon"
+"""What pip knows specd as: `specd` on the public package index is another project."""
 
 
 class SpecdError(Exception):
@@ -68,7 +72,43 @@ class CheckpointError(SpecdError):
 
 def missing_extra(package: str, extra: str) -> ConfigError:
     """The error for an optional package that is not installed; raise it from the ImportError."""
-    return ConfigError(f"package {package!r} is not installed; install it with: pip install 'specd[{extra}]'")
+    return ConfigError(f"package {package!r} is not installed; install it with: {pip_install(extra)}")
+
+
+def pip_install(extra: str) -> str:
+    """The command, quoted for a shell, that adds an extra to this very copy of specd.
+
+    A copy that runs in its source tree, installed or not, is (re)installed from there in editable mode. An installed
+    one is asked for as it came: from the directory that it was built from, if that is still there, else by its name;
+    the name of what is installed makes pip fetch only what the extra lacks.
+    """
+    package = Path(__file__).resolve().parent
+    if _is_source_tree(package.parent):
+        return f"pip install -e {shlex.quote(f'{package.parent}[{extra}]')}"
+    return f"pip install {shlex.quote(f'{_built_from(package) or DISTRIBUTION}[{extra}]')}"
+
+
+def _built_from(package: Path) -> Path | None:
+    """The source tree that an installed package says it was built from (PEP 610), if it is there."""
+    import json
+    from importlib import metadata
+    from urllib.parse import unquote, urlsplit
+
+    for found in metadata.distributions(name=DISTRIBUTION):
+        if Path(str(found.locate_file("specd"))).resolve() != package:
+            continue  # of another copy, whose path is searched later
+        origin = json.loads(found.read_text("direct_url.json") or "{}")
+        place = Path(unquote(urlsplit(origin["url"]).path)) if "dir_info" in origin else None
+        return place if place and _is_source_tree(place) else None
+    return None
+
+
+def _is_source_tree(place: Path) -> bool:
+    try:
+        lines = (place / "pyproject.toml").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return False
+    return f'name = "{DISTRIBUTION}"' in lines
 
 
 @contextmanager

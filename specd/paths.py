@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import stat
 from pathlib import Path
 
 from specd.errors import ConfigError
+
+_MINE = "expected one of this user's, mode 700; set XDG_RUNTIME_DIR, or name the --endpoint of your own daemon"
 
 
 def runtime_dir() -> Path:
@@ -30,12 +33,43 @@ def make_runtime_dir() -> Path:
 
 def check_private(directory: Path) -> None:
     """Raise ConfigError unless a directory is private to this user: it holds a daemon's sockets."""
+    _check_link(directory)
     facts = directory.stat()
     if facts.st_uid != os.getuid() or facts.st_mode & 0o077:
         raise ConfigError(
             f"directory {directory} has mode {facts.st_mode & 0o777:o} and owner {facts.st_uid}: the daemon's "
             f"sockets need one of mode 700 that is yours"
         )
+
+
+def check_socket(path: Path) -> None:
+    """Raise ConfigError unless a daemon's socket, where there is one, is this user's or root's, as is its directory.
+
+    Whoever owns it is sent a trainer's tokens, and believed.
+    """
+    try:
+        _check_link(path.parent)
+        directory, socket = path.parent.stat(), path.lstat()
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise ConfigError(f"endpoint ipc://{path}: {error.strerror}") from None
+    if not stat.S_ISSOCK(socket.st_mode):
+        raise ConfigError(f"endpoint ipc://{path}: it is no socket; name the --endpoint of a daemon")
+    for what, facts in ((f"directory {path.parent}", directory), (f"socket {path}", socket)):
+        if facts.st_uid not in (os.getuid(), 0):
+            raise ConfigError(f"{what} belongs to user {facts.st_uid}: {_MINE}")
+    if directory.st_mode & 0o022 and not directory.st_mode & stat.S_ISVTX:
+        raise ConfigError(
+            f"directory {path.parent} has mode {directory.st_mode & 0o777:o}, so others can put a socket there: {_MINE}"
+        )
+
+
+def _check_link(directory: Path) -> None:
+    """Raise ConfigError for a symbolic link that another user can point elsewhere."""
+    facts = directory.lstat()
+    if stat.S_ISLNK(facts.st_mode) and facts.st_uid not in (os.getuid(), 0):
+        raise ConfigError(f"directory {directory} is a symbolic link of user {facts.st_uid}: {_MINE}")
 
 
 def cache_dir() -> Path:

@@ -1,4 +1,4 @@
-"""Human-readable sizes and times."""
+"""Human-readable sizes and times, and texts of others made safe to show."""
 
 from __future__ import annotations
 
@@ -22,3 +22,8 @@ def duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s" if minutes else f"{seconds:.1f} s"
+
+
+def printable(text: str) -> str:
+    """A peer's text, safe for a terminal and a log: control and format characters and line ends are replaced."""
+    return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text)

@@ -15,12 +15,17 @@ from pathlib import Path
 
 import pytest
 
+import specd
+
 MARK = "SPECD_TEST_SESSION"
 SHM = Path("/dev/shm")
 
 # Read by torch when it is first imported, here and in every child.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Children do not look in the working directory, where pytest found the specd of a tree that is not installed.
+if (source := Path(specd.__file__).parents[1]) == Path(__file__).parents[1]:
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(source), os.environ.get("PYTHONPATH"))))
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

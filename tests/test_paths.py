@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import re
+import socket
 from pathlib import Path
 
 import pytest
 
-from specd.paths import cache_dir
+from specd.client.ask import ask_status
+from specd.errors import ConfigError
+from specd.paths import cache_dir, check_private, check_socket
+
+needs_root = pytest.mark.skipif(os.getuid() != 0, reason="needs root, to make what belongs to another user")
+NOBODY = 65534
 
 
 def test_the_cache_is_where_the_user_wants_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -18,3 +26,59 @@ def test_the_cache_is_where_the_user_wants_it(monkeypatch: pytest.MonkeyPatch, t
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert cache_dir() == tmp_path / ".cache" / "specd"
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    """A socket in a private directory."""
+    directory = tmp_path / "run"
+    directory.mkdir(mode=0o700)
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(directory / "d.sock"))
+    return directory / "d.sock"
+
+
+def refused(path: Path) -> str:
+    with pytest.raises(ConfigError) as caught:
+        check_socket(path)
+    with pytest.raises(ConfigError, match=re.escape(str(caught.value))):  # before anything is sent
+        ask_status(f"ipc://{path}", 0.01)
+    return str(caught.value)
+
+
+def test_a_socket_of_ones_own_is_taken_and_one_to_come_is_awaited(path: Path) -> None:
+    check_socket(path)
+    check_socket(path.with_name("later"))
+    check_socket(path.parent / "no" / "such")
+
+
+def test_what_is_no_socket_is_refused(path: Path) -> None:
+    path.unlink()
+    path.touch()
+    assert "is no socket" in refused(path)
+
+
+def test_a_directory_that_others_can_write_to_is_refused(path: Path) -> None:
+    path.parent.chmod(0o770)
+    assert f"directory {path.parent} has mode 770" in refused(path)
+    path.parent.chmod(0o1777)  # as /tmp: they cannot replace what is there
+    check_socket(path)
+
+
+@needs_root
+@pytest.mark.parametrize("what", ["socket", "directory"])
+def test_what_belongs_to_another_user_is_not_believed(path: Path, what: str) -> None:
+    os.chown(path if what == "socket" else path.parent, NOBODY, -1)
+    assert f"belongs to user {NOBODY}: expected one of this user's" in refused(path)
+
+
+@needs_root
+def test_a_link_that_another_user_can_point_elsewhere_is_refused(path: Path, tmp_path: Path) -> None:
+    link = tmp_path / "link"
+    link.symlink_to(path.parent)
+    check_socket(link / path.name)
+    check_private(link)
+    os.chown(link, NOBODY, -1, follow_symlinks=False)
+    assert f"is a symbolic link of user {NOBODY}" in refused(link / path.name)
+    with pytest.raises(ConfigError, match=f"symbolic link of user {NOBODY}"):
+        check_private(link)

@@ -55,7 +55,7 @@ class Child(NamedTuple):
 
     @property
     def _name(self) -> str:
-        return " ".join(str(part) for part in list(self.process.args)[1:4])  # type: ignore[arg-type]
+        return " ".join(str(part) for part in list(self.process.args)[2:5])  # type: ignore[arg-type]
 
     def _last(self) -> str:
         self.log.seek(0)
@@ -105,7 +105,7 @@ def child(module: str, job: msgspec.Struct) -> Iterator[Child]:
     """Run a module that takes `job` as a line of JSON; it has to `end_with_input`."""
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", module],
+            [sys.executable, "-P", "-m", module],
             bufsize=0,  # `select` does not see what a buffer holds
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -135,7 +135,7 @@ def daemon(config: DaemonConfig, path: Path) -> Iterator[str]:
     settings.write_bytes(msgspec.json.encode(config))
     endpoint = f"ipc://{path}"
     reader, writer = os.pipe()
-    command = [sys.executable, "-m", "specd", "start", "--config", str(settings), "--endpoint", endpoint]
+    command = [sys.executable, "-P", "-m", "specd", "start", "--config", str(settings), "--endpoint", endpoint]
     command += ["--ready-fd", str(writer)]
     with tempfile.TemporaryFile() as log, open(reader, "rb", buffering=0) as ready:
         try:

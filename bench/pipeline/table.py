@@ -39,7 +39,7 @@ def render(result: PipelineResult) -> list[RenderableType]:
     if result.rates:
         parts.append("a daemon's tokens/s to a null trainer; a forward: most batches that share one")
         parts.append(_table(RATES, [_rate(rate) for rate in result.rates]))
-    # Text, because a reason may hold what looks like markup: pip install 'specd[nixl]'.
+    # Text, because a reason may hold what looks like markup: pip install 'specd-daemon[nixl]'.
     parts += [Text(f"not measured: {what}: {why}") for what, why in result.skipped.items()]
     daemons = max((row.daemon_memory_bytes or 0 for row in result.rows), default=0)
     apart = max((row.trainer_memory_bytes or 0 for row in result.rows if row.mode == "disaggregated"), default=0)

@@ -16,6 +16,7 @@ from specd.errors import TransportError
 from specd.transports.nccl.communicator import Communicator, Library, library
 from specd.transports.nccl.transport import MAX_CTAS
 from specd.transports.nccl.watch import BYTES_S, EAGER_S, Watch
+from specd.transports.testing.spawned import no_working_directory
 
 CONNECT_S: Final = 60.0
 """Covers the other process's start."""
@@ -114,7 +115,8 @@ class NcclLoop:
         self._process = context.Process(
             target=_sender, args=(theirs, daemon, unique_id, nbytes, count), name="specd-raw-nccl", daemon=True
         )
-        self._process.start()
+        with no_working_directory():
+            self._process.start()
         theirs.close()
         self._rank: RawRank | None = None
         try:

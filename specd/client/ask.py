@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import secrets
 from collections.abc import Callable
+from pathlib import Path
 
 import zmq
 
 from specd import endpoints
 from specd.errors import ConfigError, DaemonError, ProtocolError
+from specd.paths import check_socket
 from specd.protocol import limits
 from specd.protocol import messages as wire
 
@@ -26,6 +28,7 @@ def dial(
     watch: called with the socket before it connects, so that a monitor misses nothing.
     """
     where = endpoints.resolve_endpoint(endpoint)
+    check_owner(where)
     socket = context.socket(zmq.DEALER)
     socket.set(zmq.ROUTING_ID, b"\1" + secrets.token_bytes(15))
     socket.set(zmq.MAXMSGSIZE, limits.MAX_MESSAGE_BYTES)
@@ -43,6 +46,12 @@ def dial(
         socket.close()
         raise ConfigError(f"endpoint {where}: {error.strerror}; expected ipc://PATH or tcp://HOST:PORT") from None
     return socket
+
+
+def check_owner(endpoint: str) -> None:
+    """Raise ConfigError when an ipc endpoint is another user's. Call it again when it answers: it may be new."""
+    if endpoint.startswith("ipc://"):
+        check_socket(Path(endpoint.removeprefix("ipc://")))
 
 
 def waitable(timeout_s: float) -> float:
@@ -63,7 +72,8 @@ def ask_status(endpoint: str, timeout_s: float) -> wire.StatusReport:
                 f"no daemon answers at {endpoints.resolve_endpoint(endpoint)} within {timeout_s:g} s: start one with "
                 f"`specd start --model MODEL`, or name its --endpoint"
             )
-        reply = wire.decode(socket.recv())
+        check_owner(endpoints.resolve_endpoint(endpoint))
+        reply = wire.decode_reply(socket.recv())
         if not isinstance(reply, wire.StatusReport):
             raise ProtocolError(f"the daemon answered with {type(reply).__name__}, expected StatusReport")
         return reply

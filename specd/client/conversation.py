@@ -107,7 +107,7 @@ class Conversation:
 
     def hear(self) -> Any:
         """The daemon's next message."""
-        return wire.decode(self._until(self._received))
+        return wire.decode_reply(self._until(self._received))
 
     def call_off(self) -> None:
         """End a wait, as the subscriber closes; on any thread, until the socket is released."""

@@ -11,10 +11,11 @@ from specd.transports.base import SlotRef
 
 
 class SendSubmit(msgspec.Struct, Generic[S, B], frozen=True):
-    """Send SUBMIT."""
+    """Send SUBMIT. late: log that another daemon owes the batch for so many seconds, if it is not 0."""
 
     session: S
     pending: Pending[S, B]
+    late: float = 0.0
 
 
 class SendRecvReady(msgspec.Struct, Generic[S], frozen=True):
@@ -40,6 +41,13 @@ class SendRelease(msgspec.Struct, Generic[S], frozen=True):
 
 class Abandon(msgspec.Struct, Generic[S], frozen=True):
     """End a session whose transport is lost, and open it anew."""
+
+    session: S
+    reason: str
+
+
+class Cancel(msgspec.Struct, Generic[S], frozen=True):
+    """Cancel the transfer in flight of a session, which fails then, and with it the session's transport."""
 
     session: S
     reason: str
@@ -86,6 +94,7 @@ Effect = (
     | SendBorrow[S]
     | SendRelease[S]
     | Abandon[S]
+    | Cancel[S]
     | FetchSlot[S, B]
     | Missed[S, B]
     | Unborrow[S]

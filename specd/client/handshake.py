@@ -146,8 +146,7 @@ class _Handshake:
         answer = self._daemon.ask(hello, wire.Welcome, wire.Reject)
         if isinstance(answer, wire.Reject):
             if answer.retry_ms:
-                loading_ms = getattr(answer, "loading_ms", 0)
-                raise Later(answer.reason, pause_s=answer.retry_ms / 1000, loading_s=loading_ms / 1000)
+                raise Later(answer.reason, pause_s=answer.retry_ms / 1000, loading_s=answer.loading_ms / 1000)
             raise RejectedError(f"{self._endpoint}: {answer.reason}")
         self._welcome = answer
         same_process = self._endpoint.startswith("inproc://")

@@ -45,6 +45,11 @@ from specd.transports.base import SlotRef
 
 log = logging.getLogger(__name__)
 
+TICK_S = 0.25
+"""Longest the training loop waits before it looks for what is late."""
+CLOSE_S = 1.0
+"""How long transfers in flight may go on at the end, before they are cancelled."""
+
 
 class InFlight:
     """Brings submitted batches home over any number of daemons, whatever dies on the way.
@@ -59,9 +64,9 @@ class InFlight:
         self._lock = threading.Condition()
         self._guard = Guard(self._lock)
         self._links = Links(resolve_endpoint(endpoint) for endpoint in config.endpoints)
-        self._window: Window[Session, torch.Tensor] = Window(
-            [link.endpoint for link in self._links], config.max_attempts
-        )
+        self._window: Window[Session, torch.Tensor] = Window([link.endpoint for link in self._links], time.monotonic)
+        self._fetching: dict[Item, Session] = {}
+        """The transfers in flight."""
         self.artifacts = ArtifactReader(self._lock, config.timeout_s, self._ask)
         self._closing = Interrupt()
         self._connector = Connector(context, terms, self._opened, self._closing, self._guard)
@@ -98,6 +103,9 @@ class InFlight:
         with self._lock:
             while not self._window.here():
                 self._check()
+                if self._links.session is None and self._links.loading:  # the batch is not late before it is asked for
+                    limit = time.monotonic() + self._config.timeout_s
+                self._carry_out(self._window.tick())
                 self._wait_for(self._window.first, limit)
             self._guard.check()
             pending = self._window.first
@@ -133,18 +141,28 @@ class InFlight:
             return msgspec.structs.replace(self._stats, resubmitted=self._window.resubmitted, transports=transports)
 
     def close(self) -> None:
-        """End every session and thread. Idempotent."""
+        """End every session and thread; transfers in flight are given a moment. Idempotent."""
         if self._closing.is_set():
             return
         for pending in self._window.in_use:
             self._guard(self.give_back, pending)
         self.drop()
         self._closing.set()
+        impatience = threading.Timer(CLOSE_S, self._cancel)
+        impatience.start()
         self._fetcher.stop()  # while there are sessions that a borrowed slot can be released in
+        impatience.cancel()
         self._io.stop()
         self._fetcher.close()
         self._connector.join()
         self._io.close()
+
+    def _cancel(self) -> None:
+        """End the transfers in flight, on a thread of its own."""
+        with self._lock:
+            clients = {session.client for session in self._fetching.values()}
+        for client in clients:
+            client.cancel()
 
     # Waiting, on the training loop's thread
 
@@ -152,20 +170,21 @@ class InFlight:
         begin = time.monotonic()
         if begin > limit:
             raise DaemonError(
-                f"{pending} did not come within {self._config.timeout_s:g} s (subscriber.timeout_s): it "
-                f"{pending.state.value}, attempt {pending.attempts}; {self._links.problems()}"
+                f"{pending} of {pending.layout.nbytes} bytes did not come within {self._config.timeout_s:g} s "
+                f"(subscriber.timeout_s): it {pending.state.value} and was submitted {pending.submissions} times"
+                f"{f', last {pending.problem}' if pending.problem else ''}; {self._links.problems()}"
             )
         on_wire = pending.state in (State.READY, State.FETCHING)
-        self._lock.wait(min(1.0, limit - begin))
+        self._lock.wait(min(TICK_S, limit - begin))
         waited = time.monotonic() - begin
         self._stats.wire_wait_s += waited * on_wire
         self._stats.target_wait_s += waited * (not on_wire)
 
     def _check(self) -> None:
-        """Raise what ends the run: an error of a thread, or no daemon for too long."""
+        """Raise what ends the run: an error of a thread, or no daemon for too long that is not loading its worker."""
         self._guard.check()
         down = time.monotonic() - self._links.down_since
-        if down > self._config.connect_s and self._links.session is None:
+        if down > self._config.connect_s and self._links.session is None and not self._links.loading:
             raise DaemonError(
                 f"no daemon for {down:.0f} s (subscriber.connect_s): {self._links.problems()}. Start one with "
                 f"`specd start --model MODEL`, or name its --endpoint"
@@ -188,7 +207,9 @@ class InFlight:
         """Do what the window wants done. after: when the training stream has read what is given back. With the lock."""
         for effect in todo:
             match effect:
-                case effects.SendSubmit(session, pending):
+                case effects.SendSubmit(session, pending, late):
+                    if late:
+                        log.warning("%s is asked for %s too: no answer for %.1f s", session.endpoint, pending, late)
                     self._io.post(session, pending.request(session.epoch))
                 case effects.SendRelease(session, lease):
                     self._io.post(session, wire.Release(epoch=session.epoch, lease=lease))
@@ -198,6 +219,9 @@ class InFlight:
                     self._say(session, wire.Borrow(epoch=session.epoch, lease=lease))
                 case effects.Abandon(session, reason):
                     self._io.abandon(session, reason)
+                case effects.Cancel(session, reason):
+                    log.warning("%s: %s", session.endpoint, reason)
+                    session.client.cancel()
                 case effects.FetchSlot(session, pending):
                     self._fetcher.fetch(pending, session)
                 case effects.Missed(session, pending, reason):
@@ -235,6 +259,7 @@ class InFlight:
                     self._links.index(link),
                     session,
                     session.welcome.credits,
+                    session.welcome.ring.slot_bytes,
                     borrow=session.borrow,
                     announce=session.needs_recv_ready,
                 )
@@ -276,10 +301,14 @@ class InFlight:
 
     def _begin(self, pending: Item, session: Session) -> SlotRef | None:
         with self._lock:
-            return None if self._closing.is_set() else self._window.begin(pending, session)
+            ref = None if self._closing.is_set() else self._window.begin(pending, session)
+            if ref is not None:
+                self._fetching[pending] = session
+            return ref
 
     def _end(self, pending: Item, got: torch.Tensor | TransportError, took_s: float) -> None:
         with self._lock:
+            self._fetching.pop(pending, None)
             if isinstance(got, TransportError):
                 todo = self._window.missed(pending, str(got), took_s, lost=got.lost)
             else:

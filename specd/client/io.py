@@ -142,7 +142,7 @@ class SocketLoop:
         """Hand on all that a daemon has sent."""
         while link.session is session and not link.broken:
             try:
-                message = wire.decode(session.socket.recv(zmq.NOBLOCK))
+                message = wire.decode_reply(session.socket.recv(zmq.NOBLOCK))
             except zmq.Again:
                 return
             with self._lock:

@@ -15,8 +15,8 @@ class Link:
 
     monitor: tells of the end of the session's connection. problem: why there is no session. broken: why the session
     has to be opened anew, as a thread found that may not touch its socket; else empty. heard: when the daemon last
-    answered, renew_at: when its leases are renewed next, loading_until: until when its worker may be loading, 0.0 if it
-    is not, all in monotonic seconds.
+    answered, renew_at: when its leases are renewed next, loading_until: until when a daemon without a worker may take
+    to load one, 0 if it does not, in monotonic seconds.
     """
 
     __slots__ = ("broken", "endpoint", "heard", "loading_until", "monitor", "problem", "renew_at", "session")
@@ -34,6 +34,7 @@ class Link:
         self.monitor = session.socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
         self.heard = self.renew_at = time.monotonic()
         self.broken = ""
+        self.loading_until = 0.0
         self.session = session
 
     def hang_up(self, reason: str) -> Session:
@@ -74,6 +75,11 @@ class Links:
         """How many sessions are up."""
         return sum(link.session is not None for link in self._links)
 
+    @property
+    def loading(self) -> bool:
+        """Whether a daemon is loading its worker, and may: it is no daemon that is gone."""
+        return any(link.loading_until > time.monotonic() for link in self._links)
+
     def of(self, session: Session) -> Link | None:
         """The link of a session that is up."""
         return next((link for link in self._links if link.session is session), None)
@@ -87,4 +93,9 @@ class Links:
 
     def problems(self) -> str:
         """Each endpoint, and why it has no session."""
-        return "; ".join(f"{link.endpoint}: {'up' if link.session else link.problem}" for link in self._links)
+        now = time.monotonic()
+        return "; ".join(
+            f"{link.endpoint}: {'up' if link.session else link.problem}"
+            + " (longer than it may load)" * (0 < link.loading_until <= now)
+            for link in self._links
+        )

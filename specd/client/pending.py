@@ -10,6 +10,10 @@ from specd.protocol.batch import Batch, Layout
 from specd.protocol.messages import Ready, Submit
 from specd.transports.base import SlotRef
 
+REST_S = 0.1
+"""How long a batch rests after its second transfer failed; twice as long after each further one, up to MOST_REST_S."""
+MOST_REST_S = 5.0
+
 S = TypeVar("S")
 """A session."""
 B = TypeVar("B")
@@ -31,16 +35,20 @@ class State(enum.Enum):
 class Pending(Generic[S, B]):
     """One batch in flight.
 
-    seq: its number, once it is added. daemon: whose credit it takes, by its place among the endpoints. session, ready:
-    whose lease it has, and the lease; a borrowed batch in use keeps both if the session is lost. announced: RECV_READY
-    was sent for it. borrowed: its slot is read in place. dropped: it is no longer wanted. buffer: its bytes while
-    FETCHED or USED. error: why it never comes. fetch_s, forward_s: seconds of its last transfer, and of its share of
-    the target's forward.
+    seq: its number, once it is added. daemon: who is to bring it and whose credit it takes, by its place among the
+    endpoints; others may have been asked for copies. session, ready: whose lease it has, and the lease; a borrowed
+    batch in use keeps both if the session is lost. announced: RECV_READY was sent for it. borrowed: its slot is read in
+    place. dropped: it is no longer wanted. buffer: its bytes while FETCHED or USED. error: why it never comes.
+    submissions, misses: how often it was asked for, and how often its transfer failed. missed_at: whose did last, by
+    place. problem: why it was retried last, empty if it was not. rests_until: when it may be submitted again, begun:
+    when its transfer began, in the window's seconds. fetch_s, forward_s: seconds of its last transfer, and of its share
+    of the target's forward.
     """
 
     __slots__ = (
-        "announced", "attempts", "batch", "borrowed", "buffer", "daemon", "dropped", "error", "fetch_s", "forward_s",
-        "identity", "layout", "ready", "seq", "session", "state",
+        "announced", "batch", "begun", "borrowed", "buffer", "daemon", "dropped", "error", "fetch_s", "forward_s",
+        "identity", "layout", "missed_at", "misses", "problem", "ready", "rests_until", "seq", "session", "state",
+        "submissions",
     )  # fmt: skip
 
     def __init__(self, batch: Batch, identity: bytes, layout: Layout) -> None:
@@ -49,7 +57,10 @@ class Pending(Generic[S, B]):
         self.identity = identity
         self.layout = layout
         self.state = State.PENDING
-        self.attempts = 0
+        self.submissions = self.misses = 0
+        self.missed_at: int | None = None
+        self.problem = ""
+        self.rests_until = self.begun = 0.0
         self.announced = self.borrowed = self.dropped = False
         self.fetch_s = self.forward_s = 0.0
         self.daemon: int | None = None
@@ -67,6 +78,18 @@ class Pending(Generic[S, B]):
             tokens=self.batch.tokens.astype("<i4", copy=False).tobytes(),
             lengths=self.batch.lengths.astype("<i4", copy=False).tobytes(),
         )
+
+    def miss(self, now: float) -> None:
+        """Its transfer has failed: it rests, unless that was the first time, and had better go elsewhere."""
+        self.misses += 1
+        self.missed_at = self.daemon
+        if self.misses > 1:
+            self.rests_until = now + min(REST_S * 2 ** (self.misses - 2), MOST_REST_S)
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens it has."""
+        return self.batch.num_tokens
 
     @property
     def ref(self) -> SlotRef:

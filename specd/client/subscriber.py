@@ -85,7 +85,7 @@ class Subscriber:
         """Yield every batch with its states, in order, each exactly once.
 
         While one delivery is in use, the next `depth` are in flight. Raises BatchError for a batch that cannot be
-        captured or failed `max_attempts` times; DaemonError when one does not come within `timeout_s`, no daemon is
+        captured, or fits no daemon's slots; DaemonError when one does not come within `timeout_s`, no daemon is
         left for `connect_s`, or the subscriber is closed before the end; RejectedError, ProtocolError or TransportError
         when a daemon refuses the trainer, breaks the protocol, or overwrote a borrowed slot.
         """

@@ -1,4 +1,4 @@
-"""The window: the batches a subscriber has in flight, as a pure state machine without thread, lock, socket or clock.
+"""The window: the batches a subscriber has in flight, as a pure state machine without thread, lock or socket.
 
 Batches leave it by `take` in the order they were added in, each exactly once, or with an error that names it:
 
@@ -6,14 +6,22 @@ Batches leave it by `take` in the order they were added in, each exactly once, o
        ▲            │                  │                 │                     │
        └────────────┴───── retry ──────┴─────────────────┴─────────────────────┘
 
-A batch takes one credit of its daemon from SUBMITTED until its lease ends: when it is fetched or, if it is borrowed
-(its slot is read in place), when the training stream has read it. After every change, pending batches are submitted in
-order, each to the daemon with most room: credits minus the batches that take them. If none has room for the first
-batch, the last borrowed one that was not taken yet is released and retried, without counting an attempt: batches that
-wait behind the first one must not hold the credit that it needs.
+**Who gets a batch.** After every change, pending batches are dealt out in order, each to the daemon that would bring it
+first (`peers.py`) at its measured pace (`pace.py`), among those whose slots it fits. If that daemon has no room, the
+batch waits for it, and the next ones are looked at. The first batch is what training waits for: it goes to one that has
+room, and if none has, the last borrowed batch that was not taken yet is released and retried.
 
-A lost session takes its leases along; its batches are retried, up to `max_attempts` submissions each. Two kinds stay: a
-transfer in flight verifies itself and decides, and a borrowed batch in use keeps its bytes.
+**Copies.** Requests are idempotent, so a batch may be asked of several daemons: whoever announces it first brings it,
+and what others announce is released. If the first batch is late, another daemon is asked for it too (`tick`), unless
+that one would need longer than the first was silent for. And a daemon that owes nothing, and is not known or has not
+been asked for some time, is measured by a copy of the last batch that others were asked for: nothing ever waits for it.
+
+**Credits.** Each request takes one credit of its daemon until it is over: its lease ended, because the batch is fetched
+or, if it is borrowed (its slot is read in place), because the training stream has read it; or it was refused.
+
+A lost session takes its requests and leases along; its batches are retried. Two kinds stay: a transfer in flight
+verifies itself and decides, and a borrowed batch in use keeps its bytes. Nothing counts against a batch but a daemon's
+word that it cannot be captured; one whose transfers fail again and again rests in between.
 
 Every method returns what is to be done now (`effects.py`), in order. Messages and transfers are only for sessions that
 are up; views are dropped in lost ones too, whose transport is closed when none is left. Sessions and buffers are opaque
@@ -22,48 +30,34 @@ tokens, told apart by identity.
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterable, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Sequence
 from typing import Generic
 
 from specd.client import effects
 from specd.client.effects import Effect
+from specd.client.pace import Pace
+from specd.client.peers import Peer, Peers, first_to_finish
 from specd.client.pending import B, Pending, S, State
 from specd.errors import BatchError, ProtocolError
 from specd.protocol.messages import Ready
 from specd.transports.base import SlotRef
 
 
-class _Daemon(Generic[S, B]):
-    """One endpoint. session: None while it is down. held: the batches that take its credits, by seq."""
-
-    __slots__ = ("announce", "borrow", "credits", "endpoint", "held", "session")
-
-    def __init__(self, endpoint: str) -> None:
-        self.endpoint = endpoint
-        self.session: S | None = None
-        self.credits = 0
-        self.borrow = self.announce = False
-        self.held: dict[int, Pending[S, B]] = {}
-
-    @property
-    def room(self) -> int:
-        """How many more batches it would take now."""
-        return self.credits - len(self.held) if self.session is not None else 0
-
-
 class Window(Generic[S, B]):
     """The batches in flight over any number of daemons. Not thread-safe.
 
-    resubmitted: how often a batch was pending again because its session or its transfer failed.
+    clock: monotonic seconds. resubmitted: how often a batch was pending again because its session or transfer failed.
     """
 
-    def __init__(self, endpoints: Sequence[str], max_attempts: int) -> None:
-        self._daemons: list[_Daemon[S, B]] = [_Daemon(endpoint) for endpoint in endpoints]
-        self._max_attempts = max_attempts
+    def __init__(self, endpoints: Sequence[str], clock: Callable[[], float]) -> None:
+        self._peers: Peers[S, B] = Peers(endpoints)
+        self._clock = clock
         self._batches: deque[Pending[S, B]] = deque()
         self._in_use: set[Pending[S, B]] = set()
         self._last_seq = 0
+        self._moved = 0.0
+        """When a transfer ended last: they are made one after the other."""
         self._todo: list[Effect[S, B]] = []
         self.resubmitted = 0
 
@@ -100,6 +94,14 @@ class Window(Generic[S, B]):
         if self.first.error is not None:
             raise self.first.error
         return self.first.state is State.FETCHED
+
+    def tick(self) -> list[Effect[S, B]]:
+        """Time has passed while the first batch was waited for: look for what is late, or has rested."""
+        if self._batches:
+            now = self._clock()
+            self._hedge(now)
+            self._cut_off(now)
+        return self._settle()
 
     def take(self) -> list[Effect[S, B]]:
         """The first batch, which is here, is in use until it is given back."""
@@ -143,15 +145,14 @@ class Window(Generic[S, B]):
     # Sessions
 
     def opened(
-        self, daemon: int, session: S, credits: int, *, borrow: bool = False, announce: bool = False
+        self, daemon: int, session: S, credits: int, slot_bytes: int, *, borrow: bool = False, announce: bool = False
     ) -> list[Effect[S, B]]:
         """A session with a daemon, given by its place among the endpoints, is up.
 
-        borrow: its slots are read in place. announce: its transport sends only after RECV_READY.
+        slot_bytes: most that a batch may have. borrow: its slots are read in place. announce: its transport sends only
+        after RECV_READY.
         """
-        opened = self._daemons[daemon]
-        assert opened.session is None, f"two sessions with {opened.endpoint}"
-        opened.session, opened.credits, opened.borrow, opened.announce = session, credits, borrow, announce
+        self._peers[daemon].open(session, credits, slot_bytes, borrow=borrow, announce=announce)
         return self._settle()
 
     def lost(self, session: S, reason: str) -> list[Effect[S, B]]:
@@ -164,36 +165,41 @@ class Window(Generic[S, B]):
 
         Raises ProtocolError for a batch that is not being captured in it, or is another than was asked for.
         """
-        daemon = self._up(session)
-        if daemon is None:
+        peer = self._peers.up(session)
+        if peer is None:
             return []
-        pending = daemon.held.get(message.seq)
-        if pending is None or pending.state is not State.SUBMITTED:
-            raise ProtocolError(f"{daemon.endpoint} announced seq {message.seq}, which was not asked for")
+        if not peer.pace.asks(message.seq):
+            raise ProtocolError(f"{peer.endpoint} announced seq {message.seq}, which was not asked for")
+        pending = peer.held[message.seq]
         if message.batch_id != pending.identity or message.layout != pending.layout:
             identity = message.batch_id.hex()
-            raise ProtocolError(f"{daemon.endpoint} announced {pending} as id {identity}, {message.layout}")
-        pending.session, pending.ready, pending.state = session, message, State.READY
-        if pending.dropped:
-            self._let_go(pending, State.OVER)
+            raise ProtocolError(f"{peer.endpoint} announced {pending} as id {identity}, {message.layout}")
+        peer.pace.answer(message.seq, message.target_us / 1e6, self._clock())
+        if pending.state is not State.SUBMITTED or pending.dropped:  # another was first, or nobody wants it any more
+            self._todo.append(effects.SendRelease(session, message.lease))
+            self._refused(peer, pending)
             return self._settle()
+        pending.daemon, pending.session, pending.ready, pending.state = peer.place, session, message, State.READY
         pending.forward_s = message.target_us / 1e6
-        if daemon.borrow:
+        if peer.borrow:
             pending.borrowed = True
             self._todo.append(effects.SendBorrow(session, message.lease))
-        elif daemon.announce:
+        elif peer.announce:
             pending.announced = True
             self._todo.append(effects.SendRecvReady(session, message.lease))
         self._todo.append(effects.FetchSlot(session, pending))
         return self._settle()
 
     def failed(self, session: S, seq: int, reason: str) -> list[Effect[S, B]]:
-        """A batch cannot be captured. Ignored for one that is not being captured in this session."""
-        daemon = self._up(session)
-        pending = daemon.held.get(seq) if daemon is not None else None
-        if pending is not None and pending.state is State.SUBMITTED:
-            self._let_go(pending, State.OVER)
-            pending.error = BatchError(f"{pending} cannot be captured: {reason}")
+        """A batch cannot be captured. Ignored for one that is not being captured in this session.
+
+        It fails unless another daemon was asked for it too.
+        """
+        peer = self._peers.up(session)
+        if peer is not None and peer.pace.asks(seq):
+            pending = peer.held[seq]
+            if self._refused(peer, pending) and not pending.dropped:
+                pending.error = BatchError(f"{pending} cannot be captured: {reason}")
         return self._settle()
 
     # Transfers
@@ -202,13 +208,16 @@ class Window(Generic[S, B]):
         """A `FetchSlot` begins: from which slot; None if the batch is no longer READY in that session."""
         if pending.state is not State.READY or pending.session is not session:
             return None
-        pending.state = State.FETCHING
+        pending.state, pending.begun = State.FETCHING, self._clock()
         return pending.ref
 
     def fetched(self, pending: Pending[S, B], buffer: B, took_s: float) -> list[Effect[S, B]]:
         """A transfer brought a batch, or the view of its borrowed slot."""
         assert pending.state is State.FETCHING, f"{pending} {pending.state.value}"
         pending.fetch_s = took_s
+        self._moved = self._clock()
+        if self._leased(pending) and pending.daemon is not None:
+            self._peers[pending.daemon].pace.fetch(pending.seq, took_s)
         if not pending.borrowed:
             self._let_go(pending, State.FETCHED)
             pending.buffer = buffer
@@ -227,6 +236,8 @@ class Window(Generic[S, B]):
         assert pending.state is State.FETCHING, f"{pending} {pending.state.value}"
         assert pending.session is not None
         pending.fetch_s = took_s
+        self._moved = self._clock()
+        pending.miss(self._moved)
         if lost and self._leased(pending):
             self._todo.append(effects.Abandon(pending.session, reason))
             self._lose(pending.session, reason)
@@ -237,42 +248,87 @@ class Window(Generic[S, B]):
 
     def _settle(self) -> list[Effect[S, B]]:
         """Submit what is pending as far as there is room, and return all that is to be done."""
+        now, ahead = self._clock(), Counter[int]()
         for pending in self._batches:
-            if pending.state is not State.PENDING:
-                continue
-            place = self._roomiest()
-            while self._daemons[place].room <= 0 and pending is self.first and self._make_room():
-                place = self._roomiest()
-            daemon = self._daemons[place]
-            if daemon.session is None or daemon.room <= 0:
-                break
-            pending.daemon, pending.state = place, State.SUBMITTED
-            pending.attempts += 1
-            daemon.held[pending.seq] = pending
-            self._todo.append(effects.SendSubmit(daemon.session, pending))
+            if pending.state is State.PENDING and pending.rests_until <= now:
+                self._deal(pending, ahead, now)
+        for peer in self._peers.idle(now):
+            self._measure(peer)
         todo, self._todo = self._todo, []
         return todo
 
-    def _roomiest(self) -> int:
-        return max(range(len(self._daemons)), key=lambda place: self._daemons[place].room)
+    def _deal(self, pending: Pending[S, B], ahead: Counter[int], now: float) -> None:
+        """Submit a pending batch, or let it wait for its daemon. ahead: tokens that wait for each already, by place."""
+        able = self._peers.able(pending)
+        if pending is self.first:
+            able = self._with_room(able)
+        if able:
+            peer = first_to_finish(able, pending, ahead, now)
+            if peer.room > 0 and (peer.trusted > 0 or len(able) == 1 or pending is self.first):
+                pending.daemon, pending.state = peer.place, State.SUBMITTED
+                self._ask(peer, pending)
+            else:
+                ahead[peer.place] += pending.tokens
+        elif (error := self._peers.unfit(pending)) is not None:
+            pending.state, pending.error = State.OVER, error
 
-    def _make_room(self) -> bool:
-        """Give back the last borrowed batch that was not taken yet; False if there is none."""
+    def _ask(self, peer: Peer[S, B], pending: Pending[S, B], late: float = 0.0) -> None:
+        assert peer.session is not None
+        peer.held[pending.seq] = pending
+        peer.pace.ask(pending.seq, pending.tokens, self._clock())
+        pending.submissions += 1
+        self._todo.append(effects.SendSubmit(peer.session, pending, late))
+
+    def _measure(self, peer: Peer[S, B]) -> None:
+        """Ask for a copy of the last batch that others are asked for, if there is one."""
         for pending in reversed(self._batches):
-            if pending.state is State.FETCHED and pending.borrowed:
-                self._let_go(pending, State.PENDING)
-                pending.attempts -= 1
-                return True
-        return False
+            if pending.state is State.SUBMITTED and peer.takes(pending):
+                self._ask(peer, pending)
+                return
+
+    def _hedge(self, now: float) -> None:
+        """Ask another daemon for the first batch, too, if all that were asked for it are late."""
+        first, asked = self.first, self._peers.asked(self.first)
+        if first.state is State.SUBMITTED and all(peer.pace.late(now) for peer in asked):
+            late = min(peer.pace.silence(now) for peer in asked)
+            able = [peer for peer in self._peers.helpers(first, now) if peer.pace.finish(first.tokens, now) < late]
+            if able := self._with_room(able):
+                self._ask(first_to_finish(able, first, Counter(), now), first, late)
+
+    def _cut_off(self, now: float) -> None:
+        """Cancel a transfer that is late, because all others wait for it, if another daemon could bring its batch."""
+        for pending in self._batches:
+            if pending.state is State.FETCHING and self._leased(pending) and self._peers.helpers(pending, now):
+                assert pending.daemon is not None
+                assert pending.session is not None
+                took_s = now - max(pending.begun, self._moved)
+                if self._peers[pending.daemon].pace.stalls(took_s, pending.tokens):
+                    pending.begun = float("inf")  # once
+                    self._todo.append(effects.Cancel(pending.session, f"a transfer has not ended for {took_s:.1f} s"))
+
+    def _with_room(self, able: list[Peer[S, B]]) -> list[Peer[S, B]]:
+        """Those that have room. If none has, release the last batches of theirs that are borrowed and not taken."""
+        while not (found := [peer for peer in able if peer.room > 0]):
+            places = [peer.place for peer in able]
+            for pending in reversed(self._batches):
+                if pending.state is State.FETCHED and pending.borrowed and pending.daemon in places:
+                    self._let_go(pending, State.PENDING)
+                    self._fall_back(pending)
+                    break
+            else:
+                break
+        return found
 
     def _lose(self, session: S, reason: str) -> None:
-        daemon = self._up(session)
-        if daemon is None:
+        peer = self._peers.up(session)
+        if peer is None:
             return
-        daemon.session = None
-        for pending in list(daemon.held.values()):
-            if pending.state is State.USED:  # its lease ended with the session; its bytes stay mapped
-                del daemon.held[pending.seq]
+        peer.session, peer.pace = None, Pace()
+        for pending in list(peer.held.values()):
+            if pending.daemon != peer.place:  # a copy
+                del peer.held[pending.seq]
+            elif pending.state is State.USED:  # its lease ended with the session; its bytes stay mapped
+                del peer.held[pending.seq]
                 pending.daemon = None
             elif pending.state is not State.FETCHING:
                 self._retry(pending, reason)
@@ -283,16 +339,27 @@ class Window(Generic[S, B]):
         self._retry(pending, reason)
 
     def _retry(self, pending: Pending[S, B], reason: str) -> None:
-        """Make a batch pending again, or give it up after too many attempts."""
+        """Have a batch captured again."""
+        self._let_go(pending, State.OVER if pending.dropped else State.PENDING)
+        if not pending.dropped:
+            pending.problem = reason
+            self.resubmitted += not self._fall_back(pending)
+
+    def _fall_back(self, pending: Pending[S, B]) -> bool:
+        """Leave a batch that nobody brings to a daemon that was asked for a copy; False if there is none."""
+        for peer in self._peers.asked(pending):
+            pending.daemon, pending.state = peer.place, State.SUBMITTED
+            return True
+        return False
+
+    def _refused(self, peer: Peer[S, B], pending: Pending[S, B]) -> bool:
+        """End a request that brings nothing; whether its batch is over, because nobody else was asked."""
+        peer.pace.forget(pending.seq, self._clock())
+        if pending.daemon != peer.place:  # a copy
+            del peer.held[pending.seq]
+            return False
         self._let_go(pending, State.OVER)
-        if pending.dropped:
-            return
-        if pending.attempts < self._max_attempts:
-            pending.state = State.PENDING
-            self.resubmitted += 1
-        else:
-            why = f"failed {pending.attempts} times (subscriber.max_attempts): {reason}"
-            pending.error = BatchError(f"{pending} {why}")
+        return pending.dropped or not self._fall_back(pending)
 
     def _let_go(self, pending: Pending[S, B], state: State) -> None:
         """End a batch's lease and give the credit back; it is in `state` then."""
@@ -304,7 +371,9 @@ class Window(Generic[S, B]):
             if self._leased(pending):
                 self._todo.append(effects.SendRelease(session, ready.lease))
         if pending.daemon is not None:
-            del self._daemons[pending.daemon].held[pending.seq]
+            peer = self._peers[pending.daemon]
+            del peer.held[pending.seq]
+            peer.pace.forget(pending.seq, self._clock())
         pending.daemon = pending.session = pending.ready = None
         pending.announced = pending.borrowed = False
         pending.state = state
@@ -316,9 +385,6 @@ class Window(Generic[S, B]):
         pending.state = State.OVER
         self._todo.append(effects.Recycle(buffer))
 
-    def _up(self, session: S) -> _Daemon[S, B] | None:
-        return next((daemon for daemon in self._daemons if daemon.session is session), None)
-
     def _leased(self, pending: Pending[S, B]) -> bool:
         """Whether the session that a batch was READY in is still up."""
-        return pending.daemon is not None and self._daemons[pending.daemon].session is pending.session
+        return pending.daemon is not None and self._peers[pending.daemon].session is pending.session

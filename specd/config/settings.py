@@ -71,7 +71,9 @@ class CaptureConfig(Config, kw_only=True, frozen=True):
 class DaemonConfig(Config, kw_only=True, frozen=True):
     """One daemon. endpoint: `auto` is the default ipc endpoint of this user.
 
-    transports: what it serves; `auto` is everything that can be served from where its ring lies.
+    transports: what it serves; `auto` is everything that can be served from where its ring lies. hang_s: a worker that
+    has work and finishes none for so long, and for 20 times the usual, is replaced; ten times as long for its first.
+    insecure: trainers need not be of this user, nor on this host.
     """
 
     target: TargetConfig
@@ -79,6 +81,7 @@ class DaemonConfig(Config, kw_only=True, frozen=True):
     transports: tuple[str, ...] = ("auto",)
     ring: RingConfig = RingConfig()
     capture: CaptureConfig = CaptureConfig()
+    hang_s: Annotated[float, Meta(gt=0, le=86_400)] = 60.0
     insecure: bool = False
 
 
@@ -86,7 +89,6 @@ class SubscriberConfig(Config, kw_only=True, frozen=True):
     """The trainer's client. depth: batches in flight beyond the one in use; 0 requests on demand only.
 
     timeout_s: longest wait for one batch. connect_s: longest time without any usable daemon.
-    max_attempts: how often one batch may be submitted before the run ends with an error that names it.
     borrow: read the daemon's slots in place, without a copy, where trainer and target share one GPU; a slot then stays
     taken until its batch was trained.
     """
@@ -96,7 +98,6 @@ class SubscriberConfig(Config, kw_only=True, frozen=True):
     depth: NotNegative = 2
     timeout_s: Annotated[float, Meta(gt=0)] = 300.0
     connect_s: Annotated[float, Meta(ge=0)] = 120.0
-    max_attempts: Positive = 5
     borrow: bool = False
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from specd.daemon.ring import Grant
+from specd.daemon.slots import Grant
 from specd.errors import ProtocolError
 from specd.protocol import limits
 from specd.protocol import messages as wire

@@ -5,11 +5,9 @@ One thread, one poll loop, no torch. It never waits for a forward, a transfer or
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import time
-from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -17,10 +15,16 @@ import zmq
 
 from specd.config.settings import DaemonConfig
 from specd.daemon.admission import Unfit, admit_batch, admit_probe, check_fetch, check_hello
-from specd.daemon.ring import Lease, Ring
-from specd.daemon.sessions import Sessions, TrainerSession, peer_pid
+from specd.daemon.connections import Connection
+from specd.daemon.dispatch import Dispatch, Fill
+from specd.daemon.ending import Ending
+from specd.daemon.front import Front
+from specd.daemon.reads import Reads
+from specd.daemon.ring import Ring
+from specd.daemon.sessions import Sessions, TrainerSession
+from specd.daemon.slots import Lease
 from specd.daemon.supervisor import Supervisor
-from specd.errors import DaemonError, ProtocolError
+from specd.errors import ProtocolError
 from specd.metrics import Counters
 from specd.protocol import limits
 from specd.protocol import messages as wire
@@ -33,15 +37,17 @@ log = logging.getLogger(__name__)
 
 RETRY_MS = 300
 """Retry delay sent with a REJECT that may succeed later."""
-COUNTERS = ("batches", "bytes", "failed", "refused_messages", "revoked_sessions", "worker_restarts")
+COUNTERS = (
+    "batches", "bytes", "failed", "refused_messages", "revoked_sessions", "idle_connections", "worker_restarts",
+)  # fmt: skip
 
 
 class Control:
     """The control loop of one daemon.
 
     endpoints: what to bind, ipc, tcp or inproc. supervisor: starts workers. on_ready: called once with the status when
-    the first worker serves. wake_fd: a byte written to it wakes the loop, as signals must.
-    Raises DaemonError from `run` when no worker can be started.
+    the first worker serves. ending: asks it to end; close that last. Raises DaemonError from `run` when no worker can
+    be started.
     """
 
     def __init__(
@@ -57,87 +63,60 @@ class Control:
         self._on_ready = on_ready
         self._clock = time.monotonic
         self._began = self._clock()
-        self._wake, self.wake_fd = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        self.ending = Ending()
         ring = settings.ring
         self._ring = Ring(ring.slots, ring.max_sessions, ring.lease_ttl_s, self._clock)
+        self._dispatch: Dispatch[channel.FillSlot] = Dispatch(settings.hang_s, self._clock)
         self._started: channel.Started | None = None
-        self._fetches: Counter[bytes] = Counter()  # artifact reads in flight, by routing id: they outlive sessions
-        self._draining = self._stopping = self._served = False
+        self._reads = Reads()
+        self._served = False
         self.counters = Counters(COUNTERS)
-        self._front = context.socket(zmq.ROUTER)
-        self._front.set(zmq.ROUTER_MANDATORY, 1)
-        self._front.set(zmq.SNDHWM, 256)  # of up to 1 MiB each, for a trainer that does not read
-        self._front.set(zmq.RCVHWM, 1000)
-        self._front.set(zmq.MAXMSGSIZE, limits.MAX_MESSAGE_BYTES)
-        self._front.set(zmq.LINGER, 500)  # before bind, as the supervisor's pipes
-        self._front.set(zmq.HEARTBEAT_IVL, 5000)
-        self._front.set(zmq.HEARTBEAT_TIMEOUT, 20000)
         self._poller = zmq.Poller()
         self._sessions = Sessions(self._poller, self._ring)
-        self._poller.register(self._wake, zmq.POLLIN)
-        self.endpoints = tuple(self._bind(endpoint) for endpoint in endpoints)
-        self._poller.register(self._front, zmq.POLLIN)
-
-    def _bind(self, endpoint: str) -> str:
-        self._front.set(zmq.IPV6, int(endpoint.startswith("tcp://[")))
-        try:
-            self._front.bind(endpoint)
-        except zmq.ZMQError as error:
-            self._front.close(linger=0)
-            raise DaemonError(f"cannot listen on {endpoint}: {error.strerror or error}") from None
-        return self._front.get_string(zmq.LAST_ENDPOINT)
+        self._front = Front(settings, endpoints, context, self._clock)
+        self.endpoints = self._front.endpoints
+        self._poller.register(self.ending.fd, zmq.POLLIN)
+        self._front.register(self._poller)
 
     # The loop
 
     def run(self) -> None:
         """Serve until stopped or drained."""
         try:
-            while not self._stopping:
+            while not self.ending.stopping:
                 self._supervisor.tend(self._poller)
                 events = dict(self._poller.poll(self._patience_ms()))
-                if self._wake in events:
-                    os.read(self._wake, 4096)
+                self.ending.seen()
+                for connection in self._front.lost():
+                    for key in self._sessions.over(connection):
+                        self._end(key, "its connection is gone")
                 for key in self._sessions.dead(events):
                     self._end(key, "the trainer's process ended")
                 self._sessions.release_dead(events)
                 for note in self._supervisor.notes(events):
                     self._hear(note)
+                if (hung_at := self._hung_at()) is not None and hung_at <= self._clock():
+                    self._supervisor.kill(f"it hung: no batch within {self._dispatch.limit_s:.0f} s")
                 if (death := self._supervisor.death(events)) is not None:
                     self._lose_worker(death)
-                if self._front in events:
-                    self._listen()
+                self._listen()
                 for key in self._ring.expire():
                     self._end(key, "its lease expired", expired=True)
+                self.counters.add("idle_connections", self._front.tidy(self._sessions.connections()))
                 self._schedule()
-                if self._draining and not any(self._ring.outstanding(session.key) for session in self._sessions):
+                if self.ending.draining and not any(self._ring.outstanding(session.key) for session in self._sessions):
                     break
         finally:
             self._close()
 
-    def close(self) -> None:
-        """Close `wake_fd`. Neither `stop` nor `drain` may be called after it."""
-        os.close(self._wake)
-        os.close(self.wake_fd)
-
-    def stop(self) -> None:
-        """End the loop soon; safe from any thread and from a signal handler."""
-        self._stopping = True
-        self._kick()
-
-    def drain(self) -> None:
-        """Finish outstanding requests, refuse new ones, then end; a second call ends at once. As safe as `stop`."""
-        if self._draining:
-            self.stop()
-        self._draining = True
-        self._kick()
-
-    def _kick(self) -> None:
-        with contextlib.suppress(BlockingIOError):  # a full pipe: the loop wakes anyway
-            os.write(self.wake_fd, b"\0")
-
-    def _patience_ms(self) -> int | None:
-        deadlines = [d for d in (self._ring.next_deadline(), self._supervisor.next_start()) if d is not None]
-        return max(0, int((min(deadlines) - self._clock()) * 1000) + 1) if deadlines else None
+    def _patience_ms(self) -> int:
+        times = (
+            self._front.next_deadline(),
+            self._ring.next_deadline(),
+            self._supervisor.next_start(),
+            self._hung_at(),
+        )
+        return max(0, int((min(at for at in times if at is not None) - self._clock()) * 1000) + 1)
 
     def _close(self) -> None:
         for session in self._sessions:
@@ -148,32 +127,28 @@ class Control:
 
     # Trainers
 
-    def _listen(self, limit: int = 100) -> None:
-        """Handle up to `limit` messages, so that a flood does not delay the worker's messages."""
-        for _ in range(limit):
-            try:
-                sender, *frames = self._front.recv_multipart(zmq.NOBLOCK, copy=False)
-            except zmq.Again:
-                return
+    def _listen(self) -> None:
+        """Handle what trainers sent."""
+        for key, connection, frames in self._front.messages():
             try:
                 if len(frames) != 1:
                     raise ProtocolError(f"a message has {len(frames)} frames, expected 1")
-                self._handle(sender.bytes, wire.decode(frames[0].buffer), frames[0])
+                self._handle(key, connection, wire.decode_request(frames[0].buffer))
             except ProtocolError as error:
                 self.counters.add("refused_messages")
-                self._send(sender.bytes, wire.Error(epoch=self._epoch, reason=str(error)[: limits.MAX_REASON_CHARS]))
+                self._send(key, wire.Error(epoch=self._epoch, reason=str(error)[: limits.MAX_REASON_CHARS]))
 
-    def _handle(self, key: bytes, message: Any, frame: zmq.Frame) -> None:
+    def _handle(self, key: bytes, connection: Connection | None, message: Any) -> None:
         """Handle one message; a ProtocolError is answered with ERROR and changes nothing."""
         match message:
             case wire.Status():
                 self._send(key, self.status())
                 return
             case wire.Hello():
-                self._send(key, self._greet(key, message, peer_pid(frame)))
+                self._send(key, self._greet(key, connection, message))
                 return
         session = self._sessions.get(key)
-        if session is None or message.epoch != self._epoch:
+        if session is None or session.connection is not connection or message.epoch != self._epoch:
             if not isinstance(message, wire.Bye):
                 self._send(key, wire.Revoke(epoch=self._epoch, reason="no session in this epoch: say HELLO"))
             return
@@ -197,20 +172,21 @@ class Control:
                 self._fetch(session, message)
             case wire.Bye():
                 self._end(key, "")
-            case _:
-                raise ProtocolError(f"a daemon does not take {type(message).__name__}: it only sends it")
 
-    def _greet(self, key: bytes, hello: wire.Hello, peer: int) -> wire.Welcome | wire.Reject:
-        """Open a session, or REJECT with a reason. peer: the sender's pid, 0 if unknown."""
+    def _greet(self, key: bytes, connection: Connection | None, hello: wire.Hello) -> wire.Welcome | wire.Reject:
+        """Open a session, or REJECT with a reason."""
         if key in self._sessions:
             self._end(key, "")
         started = self._started
-        if started is None or self._draining:
-            state = "draining" if self._draining else "starting its worker"
-            return wire.Reject(epoch=self._epoch, reason=f"the daemon is {state}", retry_ms=RETRY_MS)
-        if (reason := check_hello(hello, started.contract)) is not None:
-            return wire.Reject(epoch=self._epoch, reason=reason)
-        session = self._sessions.open(key, hello, peer, self._clock())
+        if started is None or self.ending.draining:
+            state = "draining" if self.ending.draining else "starting its worker"
+            loading_ms = 0 if self.ending.draining else round(self._supervisor.loading_s() * 1000)
+            reason = f"the daemon is {state}"
+            return wire.Reject(epoch=self._epoch, reason=reason, retry_ms=RETRY_MS, loading_ms=loading_ms)
+        stranger = None if connection is None or self._settings.insecure else connection.stranger()
+        if problem := stranger or check_hello(hello, started.contract):
+            return wire.Reject(epoch=self._epoch, reason=problem)
+        session = self._sessions.open(key, hello, connection, self._clock())
         if isinstance(session, str):
             return wire.Reject(epoch=self._epoch, reason=session, retry_ms=RETRY_MS)
         return wire.Welcome(
@@ -228,50 +204,56 @@ class Control:
         session = self._sessions.pop(key)
         if session is None:
             return
+        self._reads.drop(key)
         self._supervisor.send(channel.Drop(session=key))
         if reason:
-            log.info("session %s of %s is over: %s", key.hex()[:8], session.name, reason)
+            log.info("session %s is over: %s", session, reason)
         if expired or tell:
             self.counters.add("revoked_sessions")
             self._send(key, wire.Revoke(epoch=self._epoch, reason=reason))
 
     def _send(self, key: bytes, message: Message) -> None:
         """Send to one trainer, never blocking; if it is gone or does not read, its session ends."""
-        try:
-            self._front.send_multipart([key, wire.encode(message)], zmq.NOBLOCK)
-        except zmq.Again:
-            self._end(key, "it does not read its messages")
-        except zmq.ZMQError as error:
-            if error.errno != zmq.EHOSTUNREACH:
-                raise
-            self._end(key, "its connection is gone")
+        if problem := self._front.send(key, message):
+            self._end(key, problem)
 
     # Batches
 
     def _submit(self, session: TrainerSession, message: wire.Submit | wire.Probe) -> None:
         assert self._started is not None
         contract, ring = self._started.contract, self._started.ring
+        self._ring.check(session.key, message.seq)  # before the content is looked at, which takes a while
         try:
-            if self._draining:
+            if self.ending.draining:
                 raise Unfit("the daemon is draining")
             if isinstance(message, wire.Probe):
                 request = admit_probe(message, session.key, ring)
             else:
                 request = admit_batch(message, session.spec, contract, ring)
+            if (poison := self._dispatch.poison(request.batch_id)) is not None:
+                raise Unfit(poison)
         except Unfit as error:
             identity = message.batch_id if isinstance(message, wire.Submit) else bytes(limits.BATCH_ID_BYTES)
-            self._fail(session.key, message.seq, identity, str(error), retry=self._draining)
+            self._fail(session.key, message.seq, identity, str(error), retry=self.ending.draining)
             return
         self._ring.submit(session.key, message.seq, request.batch_id)
         session.requests[message.seq] = request
 
     def _schedule(self) -> None:
-        """Give free slots to waiting requests and tell the worker what to fill."""
+        """Give free slots to waiting requests, and tell the worker what to fill and to read."""
         plan = self._ring.schedule()
-        for fill in plan.fills:
-            session = self._sessions.get(fill.holder)
+        for grant in plan.fills:
+            session = self._sessions.get(grant.holder)
             assert session is not None, "nothing was sent since it was scheduled"
-            self._supervisor.send(session.requests[fill.seq].task(fill, session.spec))
+            task = session.requests[grant.seq].task(grant, session.spec)
+            if isinstance(task, channel.FillSlot):
+                self._dispatch.add(Fill(grant.slot, grant.generation, grant.batch_id, task))
+            else:
+                self._supervisor.send(task)
+        for fill in self._dispatch.next():
+            self._supervisor.send(fill.task)
+        for read in self._reads.next():
+            self._supervisor.send(read)
         for lease in plan.ready:
             self._announce(lease, 0)
 
@@ -324,9 +306,8 @@ class Control:
 
     def _fetch(self, session: TrainerSession, message: wire.Fetch) -> None:
         assert self._started is not None
-        check_fetch(message, self._started.contract, self._fetches[session.key])
-        self._fetches[session.key] += 1
-        self._supervisor.send(
+        check_fetch(message, self._started.contract, self._reads.of(session.key))
+        self._reads.add(
             channel.ReadArtifact(session=session.key, name=message.name, offset=message.offset, length=message.length)
         )
 
@@ -341,7 +322,8 @@ class Control:
         match note:
             case channel.Started():
                 self._started = note
-                self._supervisor.serving()
+                self._supervisor.serving(note.load_s)
+                self._dispatch.started(note.load_s)
                 log.info("worker serves %s after %.1f s", note.contract.model, note.load_s)
                 if not self._served:
                     self._served = True
@@ -349,9 +331,11 @@ class Control:
             case channel.StartFailed():
                 self._supervisor.failed(note.reason)
             case channel.Filled():
+                self._dispatch.done(note.slot, note.generation)
                 for lease in self._ring.filled(note.slot, note.generation):
                     self._announce(lease, note.target_us)
             case channel.FillFailed():
+                self._dispatch.done(note.slot, note.generation)
                 for lease in self._ring.failed(note.slot, note.generation):
                     if (session := self._sessions.get(lease.holder)) is not None:
                         session.requests.pop(lease.seq, None)
@@ -364,14 +348,19 @@ class Control:
                 reason = note.reason[: limits.MAX_REASON_CHARS]
                 self._send(note.session, wire.Refuse(epoch=self._epoch, transport=note.transport, reason=reason))
             case channel.ArtifactBytes():
-                self._fetches -= Counter([note.session])  # and forget those at 0
+                self._reads.done(note.session)
                 data = wire.Artifact(epoch=self._epoch, name=note.name, offset=note.offset, data=note.data)
                 self._send(note.session, data)
+
+    def _hung_at(self) -> float | None:
+        """When the worker is to be killed unless it reports before."""
+        return None if self._supervisor.killed else self._dispatch.hung_at()
 
     def _lose_worker(self, reason: str) -> None:
         """Drop all state of the dead worker, REVOKE every session, and schedule a restart."""
         self._started = None
-        self._fetches.clear()
+        self._dispatch.died()
+        self._reads.died()
         self.counters.add("worker_restarts")
         for session in self._sessions:
             self._end(session.key, f"the worker died ({reason})", tell=True)
@@ -381,7 +370,7 @@ class Control:
     def status(self) -> wire.StatusReport:
         """What `specd status` shows."""
         now = self._clock()
-        state = "draining" if self._draining else "starting" if self._started is None else "serving"
+        state = "draining" if self.ending.draining else "starting" if self._started is None else "serving"
         return wire.StatusReport(
             epoch=self._epoch,
             state=state,

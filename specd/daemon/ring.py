@@ -31,77 +31,13 @@ fewer fit. A reader's quarantined slots count against its credits when it opens 
 
 from __future__ import annotations
 
-import enum
 from collections import deque
 from collections.abc import Callable
-from typing import NamedTuple
 
+from specd.daemon.slots import Grant, Holder, Lease, Schedule, Slot, SlotState
 from specd.errors import ConfigError, ProtocolError
 
 COUNTERS = ("submitted", "fills", "joins", "released", "stale_release", "stale_fill", "expired", "resets")
-
-
-class Grant(NamedTuple):
-    """A slot the worker must fill with a batch. holder, seq: the request that caused it, and has the content."""
-
-    slot: int
-    generation: int
-    batch_id: bytes
-    holder: bytes
-    seq: int
-
-
-class Lease(NamedTuple):
-    """The right of one holder to read one generation of a slot. seq: the request it answers."""
-
-    id: int
-    holder: bytes
-    seq: int
-    slot: int
-    generation: int
-    batch_id: bytes
-
-
-class Schedule(NamedTuple):
-    """What `schedule` decided: slots to fill, and leases that joined a slot whose content is in place."""
-
-    fills: list[Grant]
-    ready: list[Lease]
-
-
-class _SlotState(enum.Enum):
-    FREE = "free"
-    FILLING = "filling"
-    READY = "ready"
-    QUARANTINED = "quarantined"
-
-
-class _Slot:
-    """leases: ids of all leases on it. readers: why it is QUARANTINED. batch_id: its content, empty when FREE."""
-
-    __slots__ = ("batch_id", "generation", "leases", "readers", "state")
-
-    def __init__(self) -> None:
-        self.state = _SlotState.FREE
-        self.generation = 0
-        self.batch_id = b""
-        self.leases: set[int] = set()
-        self.readers: set[int] = set()
-
-
-class _Holder:
-    """queue: (seq, batch id) of requests without a lease. seqs: of all outstanding requests. borrowed: lease ids."""
-
-    __slots__ = ("borrowed", "credits", "deadline", "leases", "queue", "reader", "seqs")
-
-    def __init__(self, credits: int, reader: int) -> None:
-        self.credits = credits
-        self.reader = reader
-        self.borrowed: set[int] = set()
-        self.deadline = 0.0
-        self.queue: deque[tuple[int, bytes]] = deque()
-        self.leases: dict[int, Lease] = {}
-        self.seqs: set[int] = set()
 
 
 class Ring:
@@ -121,10 +57,10 @@ class Ring:
         self.pool = num_slots - max_holders
         self._ttl_s = ttl_s
         self._clock = clock
-        self._slots = [_Slot() for _ in range(num_slots)]
+        self._slots = [Slot() for _ in range(num_slots)]
         self._free = deque(range(num_slots))  # longest free first: a late reader of old bytes sees them longest
         self._resident: dict[bytes, int] = {}  # content of every slot that is not FREE
-        self._holders: dict[bytes, _Holder] = {}
+        self._holders: dict[bytes, Holder] = {}
         self._turns: deque[bytes] = deque()  # whose turn it is to be served, next one first
         self._leases: dict[int, Lease] = {}
         self._last_lease = 0
@@ -148,7 +84,7 @@ class Ring:
         taken = len(self._holders) + self._extras() + self.counts()["quarantined"]
         if len(self._holders) >= self.max_holders or taken >= self.num_slots or most < 1:
             return None
-        state = self._holders[holder] = _Holder(max(1, min(credits, most)), reader)
+        state = self._holders[holder] = Holder(max(1, min(credits, most)), reader)
         self._turns.append(holder)  # at the end: reopening never jumps the queue
         self.renew(holder)
         return state.credits
@@ -160,7 +96,7 @@ class Ring:
             return
         for borrowed in state.borrowed:
             slot = self._slots[state.leases[borrowed].slot]
-            slot.state = _SlotState.QUARANTINED
+            slot.state = SlotState.QUARANTINED
             slot.readers.add(state.reader)
         for lease in list(state.leases.values()):
             self._end(lease)
@@ -171,8 +107,8 @@ class Ring:
         """End a dead reader's quarantine: a slot held for it alone becomes READY, or FREE without a lease."""
         for index, slot in enumerate(self._slots):
             slot.readers.discard(reader)
-            if slot.state is _SlotState.QUARANTINED and not slot.readers:
-                slot.state = _SlotState.READY
+            if slot.state is SlotState.QUARANTINED and not slot.readers:
+                slot.state = SlotState.READY
                 self._settle(index)
 
     def renew(self, holder: bytes) -> bool:
@@ -202,7 +138,7 @@ class Ring:
             self.close(holder)
         for index, slot in enumerate(self._slots):
             slot.readers.clear()
-            if slot.state is not _SlotState.FREE:
+            if slot.state is not SlotState.FREE:
                 self._vacate(index)
         self.counters["resets"] += 1
 
@@ -213,6 +149,14 @@ class Ring:
 
         Raises ProtocolError for an unknown holder, for one without a credit left, and for a seq that is outstanding.
         """
+        state = self.check(holder, seq)
+        state.seqs.add(seq)
+        state.queue.append((seq, batch_id))
+        self.counters["submitted"] += 1
+        self.renew(holder)
+
+    def check(self, holder: bytes, seq: int) -> Holder:
+        """Raise as `submit` of this seq would, and change nothing."""
         state = self._holders.get(holder)
         if state is None:
             raise ProtocolError("submit without an open session: say HELLO first")
@@ -223,10 +167,7 @@ class Ring:
                 f"submit of seq {seq} with {len(state.seqs)} requests outstanding and {state.credits} credits: "
                 f"release a lease first"
             )
-        state.seqs.add(seq)
-        state.queue.append((seq, batch_id))
-        self.counters["submitted"] += 1
-        self.renew(holder)
+        return state
 
     def schedule(self) -> Schedule:
         """Give leases to queued requests: round-robin over holders, in order inside one, until nothing more fits."""
@@ -243,7 +184,7 @@ class Ring:
         found = self._filling(slot, generation)
         if found is None:
             return []
-        found.state = _SlotState.READY
+        found.state = SlotState.READY
         self._settle(slot)
         return [self._leases[lease] for lease in sorted(found.leases)]
 
@@ -263,7 +204,7 @@ class Ring:
     def lease(self, holder: bytes, lease: int) -> Lease | None:
         """The holder's own lease of a slot whose content is in place, or None for anything else."""
         found = self._leases.get(lease)
-        if found is None or found.holder != holder or self._slots[found.slot].state is _SlotState.FILLING:
+        if found is None or found.holder != holder or self._slots[found.slot].state is SlotState.FILLING:
             return None
         return found
 
@@ -322,7 +263,7 @@ class Ring:
     def counts(self) -> dict[str, int]:
         """How many slots are in each state: free, filling, ready, quarantined."""
         states = [slot.state for slot in self._slots]
-        return {state.value: states.count(state) for state in _SlotState}
+        return {state.value: states.count(state) for state in SlotState}
 
     # Transitions
 
@@ -341,7 +282,7 @@ class Ring:
         if index is None:
             index = self._free.popleft()
             slot = self._slots[index]
-            slot.state, slot.batch_id, slot.generation = _SlotState.FILLING, batch_id, slot.generation + 1
+            slot.state, slot.batch_id, slot.generation = SlotState.FILLING, batch_id, slot.generation + 1
             self._resident[batch_id] = index
             schedule.fills.append(Grant(index, slot.generation, batch_id, name, seq))
             self.counters["fills"] += 1
@@ -352,7 +293,7 @@ class Ring:
         lease = Lease(self._last_lease, name, seq, index, slot.generation, batch_id)
         self._leases[lease.id] = holder.leases[lease.id] = lease
         slot.leases.add(lease.id)
-        if slot.state is not _SlotState.FILLING:
+        if slot.state is not SlotState.FILLING:
             schedule.ready.append(lease)
         return True
 
@@ -366,12 +307,12 @@ class Ring:
 
     def _orphaned(self, index: int) -> bool:
         slot = self._slots[index]
-        return slot.state is _SlotState.FILLING and not slot.leases
+        return slot.state is SlotState.FILLING and not slot.leases
 
-    def _filling(self, index: int, generation: int) -> _Slot | None:
+    def _filling(self, index: int, generation: int) -> Slot | None:
         """The slot the worker reports on, or None, counted, when the report is stale."""
         slot = self._slots[index] if 0 <= index < self.num_slots else None
-        if slot is None or slot.state is not _SlotState.FILLING or slot.generation != generation:
+        if slot is None or slot.state is not SlotState.FILLING or slot.generation != generation:
             self.counters["stale_fill"] += 1
             return None
         return slot
@@ -387,7 +328,7 @@ class Ring:
 
     def _settle(self, index: int) -> None:
         """Free a READY slot that has no lease."""
-        if self._slots[index].state is _SlotState.READY and not self._slots[index].leases:
+        if self._slots[index].state is SlotState.READY and not self._slots[index].leases:
             self._vacate(index)
 
     def _vacate(self, index: int) -> None:
@@ -396,5 +337,5 @@ class Ring:
             f"slot {index} is freed while leased by {slot.leases}, read by {slot.readers}"
         )
         del self._resident[slot.batch_id]
-        slot.state, slot.batch_id = _SlotState.FREE, b""
+        slot.state, slot.batch_id = SlotState.FREE, b""
         self._free.append(index)

@@ -15,6 +15,7 @@ import zmq
 
 from specd.config.settings import DaemonConfig, SubscriberConfig
 from specd.daemon.control import Control
+from specd.daemon.front import raise_file_limit
 from specd.daemon.lock import owned
 from specd.daemon.supervisor import ProcessHandle, Supervisor, ThreadHandle
 from specd.endpoints import interface, resolve_endpoint
@@ -47,6 +48,7 @@ def serve(settings: DaemonConfig, on_ready: Callable[[StatusReport], None]) -> N
     """
     endpoint = resolve_endpoint(settings.endpoint)
     host = interface(endpoint, settings.insecure)
+    raise_file_limit(settings.ring.max_sessions)
     with owned(endpoint) as pipes, zmq.Context() as context:
         segment.sweep()
         # Transports bind beside the daemon's own sockets, and on the interface it listens on itself.
@@ -54,17 +56,17 @@ def serve(settings: DaemonConfig, on_ready: Callable[[StatusReport], None]) -> N
         supervisor = Supervisor(settings, ProcessHandle, f"ipc://{pipes}", serving, context)
         control = Control(settings, (endpoint,), supervisor, context, on_ready)
         # A signal that lands while libzmq is about to sleep must still end that sleep.
-        wakeup = signal.set_wakeup_fd(control.wake_fd, warn_on_full_buffer=False)
+        wakeup = signal.set_wakeup_fd(control.ending.wake_fd, warn_on_full_buffer=False)
         previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
-            signal.signal(signal.SIGINT, lambda *_: control.stop())
-            signal.signal(signal.SIGTERM, lambda *_: control.drain())
+            signal.signal(signal.SIGINT, lambda *_: control.ending.stop())
+            signal.signal(signal.SIGTERM, lambda *_: control.ending.drain())
             control.run()
         finally:
             signal.set_wakeup_fd(wakeup)
             for number, handler in previous.items():
                 signal.signal(number, handler)
-            control.close()
+            control.ending.close()
 
 
 @contextlib.contextmanager
@@ -105,6 +107,6 @@ def embedded(settings: DaemonConfig, context: Context | None = None) -> Iterator
             yield Embedded(endpoint, context)
         finally:
             if thread.is_alive():
-                control.stop()
+                control.ending.stop()
             thread.join()
-            control.close()
+            control.ending.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import select
@@ -9,7 +10,9 @@ from collections.abc import Container, Iterator
 
 import zmq
 
+from specd import units
 from specd.daemon.admission import Request
+from specd.daemon.connections import Connection
 from specd.daemon.ring import Ring
 from specd.endpoints import host_id
 from specd.protocol import messages as wire
@@ -18,15 +21,24 @@ log = logging.getLogger(__name__)
 
 
 class TrainerSession:
-    """A trainer's session. key: routing id. requests: by seq. pidfd: readable once its process ended, −1 if unknown."""
+    """A trainer's session.
+
+    key: routing id. connection: the one that it was opened over and belongs to, None within the process. label: names
+    it without telling its key. requests: by seq. pidfd: readable once its process ended, −1 if unknown.
+    """
 
     __slots__ = (
-        "batches", "credits", "gpus", "key", "name", "nbytes", "opened", "pidfd", "requests", "spec", "transport",
+        "batches", "connection", "credits", "gpus", "key", "label", "name", "nbytes", "opened", "pidfd", "requests",
+        "spec", "transport",
     )  # fmt: skip
 
-    def __init__(self, key: bytes, hello: wire.Hello, credits: int, opened: float, pidfd: int) -> None:
+    def __init__(
+        self, key: bytes, connection: Connection | None, hello: wire.Hello, credits: int, opened: float, pidfd: int
+    ) -> None:
         self.key = key
-        self.name = hello.name
+        self.connection = connection
+        self.label = hashlib.blake2b(key, digest_size=8).hexdigest()
+        self.name = units.printable(hello.name)
         self.gpus = hello.gpus
         self.spec = hello.spec
         self.credits = credits
@@ -37,10 +49,13 @@ class TrainerSession:
         self.batches = 0
         self.nbytes = 0
 
+    def __str__(self) -> str:
+        return f"{self.label[:8]} of {self.name}"
+
     def status(self, ring: Ring, now: float) -> wire.SessionStatus:
         """This session as STATUS shows it."""
         return wire.SessionStatus(
-            session=self.key.hex(),
+            session=self.label,
             name=self.name,
             transport=self.transport,
             gpus=self.gpus,
@@ -77,20 +92,25 @@ class Sessions:
         """The session of a key, if it is open."""
         return self._by_key.get(key)
 
-    def open(self, key: bytes, hello: wire.Hello, peer: int, now: float) -> TrainerSession | str:
-        """Open a session, or return why there is no room; watches the trainer's process if it is local.
+    def connections(self) -> set[Connection]:
+        """Those that have a session."""
+        return {each.connection for each in self if each.connection is not None}
 
-        peer: the process at the other end of the connection, 0 if the kernel does not tell.
-        """
-        pidfd = self._watch(hello, peer)
+    def over(self, connection: Connection) -> list[bytes]:
+        """Keys of the sessions of a connection."""
+        return [session.key for session in self if session.connection is connection]
+
+    def open(self, key: bytes, hello: wire.Hello, connection: Connection | None, now: float) -> TrainerSession | str:
+        """Open a session, or return why there is no room; watches the trainer's process if it is local."""
+        pidfd = self._watch(hello, connection.pid if connection is not None else 0)
         credits = self._ring.open(key, hello.credits, pidfd)
         if credits is None:
             self._unwatch(pidfd)
             return self._why_full()
         if pidfd >= 0:
             self._keys[pidfd].add(key)
-        session = self._by_key[key] = TrainerSession(key, hello, credits, now, pidfd)
-        log.info("session %s of %s: %d credits", key.hex()[:8], hello.name, credits)
+        session = self._by_key[key] = TrainerSession(key, connection, hello, credits, now, pidfd)
+        log.info("session %s: %d credits", session, credits)
         return session
 
     def pop(self, key: bytes) -> TrainerSession | None:
@@ -123,7 +143,7 @@ class Sessions:
             self._unwatch(pidfd)
 
     def _watch(self, hello: wire.Hello, peer: int) -> int:
-        """A pidfd of a local trainer; −1 when its pid is unknown or differs from the kernel's."""
+        """A pidfd of a local trainer; −1 if its pid is unknown, or not `peer`, which the kernel named (0: none)."""
         if hello.host != self._host or hello.pid <= 0 or peer not in (0, hello.pid):
             return -1
         for pidfd, pid in self._pids.items():
@@ -153,16 +173,6 @@ class Sessions:
             f"over, but processes {', '.join(map(str, pids))} may still read them in place; there is room once such a "
             f"process ends, or with a larger ring.slots"
         )
-
-
-def peer_pid(frame: zmq.Frame) -> int:
-    """The process that sent a frame, as the kernel told libzmq when it connected over ipc; 0 over anything else."""
-    try:
-        address = str(frame.get("Peer-Address"))  # "localhost:UID:GID:PID" where the socket has credentials
-    except zmq.ZMQError:  # inproc: there is no peer
-        return 0
-    _, *credentials = address.split(":")
-    return int(credentials[2]) if len(credentials) == 3 and all(part.isdigit() for part in credentials) else 0
 
 
 def _is_dead(pidfd: int) -> bool:

@@ -32,6 +32,9 @@ log = logging.getLogger(__name__)
 
 BACKOFF_S = (0.0, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
 """Back-off before the nth consecutive restart; a worker that fills a batch resets it."""
+LOADS = 10
+"""A daemon without a worker is no loss for its trainers until it took this many times its last load time, or longer."""
+LEAST_LOAD_S = 600.0
 MAX_EARLY_DEATHS = 3
 """The daemon gives up after this many worker deaths if none ever served."""
 STOP_S = 10.0
@@ -62,7 +65,7 @@ Launch = Callable[[WorkerConfig], Handle]
 
 
 class Supervisor:
-    """Keeps one worker alive. epoch: of the current life, or of the last one while none runs.
+    """Keeps one worker alive. epoch: of the current life, or of the last one while none runs. killed: by `kill`.
 
     pipes: prefix of the endpoints of the two pipes, such as `ipc:///run/…/default` or `inproc://…`.
     """
@@ -85,6 +88,10 @@ class Supervisor:
         self._to: zmq.Socket[bytes] | None = None
         self._from: zmq.Socket[bytes] | None = None
         self._deaths = 0
+        self._load_s = 0.0
+        self._down_since = time.monotonic()
+        self._why = ""
+        self.killed = False
         self._due: float | None = time.monotonic()
         self._up = False
         self._ever_served = False
@@ -145,9 +152,16 @@ class Supervisor:
             with contextlib.suppress(zmq.Again):  # it is dead, but not yet reaped
                 self._to.send(channel.encode(note), zmq.NOBLOCK)
 
-    def serving(self) -> None:
-        """Note that the worker is up."""
+    def serving(self, load_s: float) -> None:
+        """Note that the worker is up, after so many seconds."""
         self._up = self._ever_served = True
+        self._load_s = load_s
+
+    def loading_s(self) -> float:
+        """The longest that the next worker may take from now, in seconds; 0 while one serves, or it is overdue."""
+        if self._up:
+            return 0.0
+        return max(0.0, self._down_since + max(LEAST_LOAD_S, LOADS * self._load_s) - time.monotonic())
 
     def productive(self) -> None:
         """Reset the back-off: the worker filled a batch."""
@@ -157,15 +171,21 @@ class Supervisor:
         """Kill a worker that reported that it cannot start. Raises DaemonError if none ever did."""
         if not self._ever_served:
             raise DaemonError(reason)
-        log.error("the worker cannot start again: %s", reason)
-        assert self._handle is not None
-        self._handle.kill()
+        self.kill(f"it cannot start again: {reason}")
+
+    def kill(self, reason: str) -> None:
+        """Kill the worker, if it can be. reason: told when it is dead."""
+        self.killed, self._why = True, reason
+        if self._handle is not None:
+            log.error("the worker is killed: %s", reason)
+            self._handle.kill()
 
     def death(self, events: dict[Any, int]) -> str | None:
         """How the worker died, if it did."""
         if self._handle is None or self._handle.fd not in events:
             return None
-        return self._handle.reap()
+        how = self._handle.reap()
+        return self._why or how
 
     def restart(self, reason: str) -> None:
         """Clean up after a dead worker and set the time of the next start.
@@ -173,6 +193,8 @@ class Supervisor:
         Raises DaemonError after MAX_EARLY_DEATHS deaths before any worker served.
         """
         self._deaths += 1
+        if self._up:
+            self._down_since = time.monotonic()
         self._clear()
         if not self._ever_served and self._deaths >= MAX_EARLY_DEATHS:
             raise DaemonError(f"the worker died {self._deaths} times before it served: {reason}; see its log above")
@@ -208,7 +230,8 @@ class Supervisor:
                     self._poller.unregister(socket)
                 socket.close()
         self._handle = self._to = self._from = None
-        self._up = False
+        self._up = self.killed = False
+        self._why = ""
         segment.remove(self.epoch.hex())
 
 
@@ -218,7 +241,7 @@ class ProcessHandle:
     def __init__(self, worker: WorkerConfig) -> None:
         worker = msgspec.structs.replace(worker, parent_pid=os.getpid())
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "specd.worker.worker"], stdin=subprocess.PIPE, start_new_session=True
+            [sys.executable, "-P", "-m", "specd.worker.worker"], stdin=subprocess.PIPE, start_new_session=True
         )
         self.pid = self._process.pid
         self.fd = os.pidfd_open(self.pid)

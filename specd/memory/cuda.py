@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from specd.errors import ConfigError, TransportError
+from specd.errors import ConfigError, TransportError, pip_install
 
 if TYPE_CHECKING:
     import torch
@@ -87,8 +87,8 @@ def runtime() -> Any:
         lines = [line.strip(" =") for line in str(error).splitlines()]  # cupy adds a page of advice, the reason is last
         why = next((line for line in reversed(lines) if line), type(error).__name__)
         raise TransportError(
-            f"device memory is shared through cupy, which cannot be imported ({why}): install it with pip install "
-            f"'specd[cuda13]', or specd[cuda12] for a CUDA 12 torch"
+            f"device memory is shared through cupy, which cannot be imported ({why}): install it with: "
+            f"{pip_install('cuda13')}, or with cuda12 for a CUDA 12 torch"
         ) from None
     return found
 

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import hashlib
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import msgspec
 import numpy as np
+from msgspec import Meta
 from numpy.typing import NDArray
 
 from specd.protocol.capture import DTYPE_BYTES, CaptureSpec
+from specd.protocol.limits import MAX_DIMENSIONS, MAX_TENSORS
 
 if TYPE_CHECKING:
     import torch
@@ -46,7 +48,7 @@ class TensorRef(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
     name: str
     offset: int
-    shape: tuple[int, ...]
+    shape: Annotated[tuple[int, ...], Meta(max_length=MAX_DIMENSIONS)]
     dtype: str
 
     @property
@@ -57,7 +59,7 @@ class TensorRef(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 class Layout(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """All tensors of one batch inside its slot, and the bytes they span."""
 
-    tensors: tuple[TensorRef, ...]
+    tensors: Annotated[tuple[TensorRef, ...], Meta(max_length=MAX_TENSORS)]
     nbytes: int
 
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import itertools
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
+from msgspec import Meta
+
+from specd.protocol.limits import MAX_TAPS
 
 StateDtype = Literal["float32", "bfloat16", "float16"]
 DTYPE_BYTES: dict[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -20,7 +23,7 @@ class CaptureSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     dtype: element type of the delivered states.
     """
 
-    taps: tuple[int, ...]
+    taps: Annotated[tuple[int, ...], Meta(max_length=MAX_TAPS)]
     final: bool = False
     dtype: StateDtype = "bfloat16"
 

@@ -8,6 +8,7 @@ import msgspec
 from msgspec import Meta
 
 from specd.protocol.limits import (
+    MAX_DIMENSIONS,
     MAX_NAME_CHARS,
     MAX_TAPS,
     U64,
@@ -24,7 +25,7 @@ class ArtifactRef(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """
 
     nbytes: U64
-    shape: Annotated[tuple[U64, ...], Meta(max_length=8)] = ()
+    shape: Annotated[tuple[U64, ...], Meta(max_length=MAX_DIMENSIONS)] = ()
     dtype: Annotated[str, Meta(max_length=MAX_NAME_CHARS)] = ""
     same_as: Annotated[str, Meta(max_length=MAX_NAME_CHARS)] = ""
 

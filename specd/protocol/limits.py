@@ -10,7 +10,9 @@ EPOCH_BYTES = 16
 BATCH_ID_BYTES = 16
 MAX_MESSAGE_BYTES = 8 << 20
 """Largest control frame either side accepts; a peer that sends more is disconnected by libzmq."""
-ARTIFACT_CHUNK_BYTES = 1 << 20
+MAX_REQUEST_BYTES = 128 << 10
+"""Largest frame of a trainer's, apart from the tokens and lengths of a SUBMIT."""
+ARTIFACT_CHUNK_BYTES = 256 << 10
 MAX_FETCHES = 16
 """Artifact reads of one session that may be in flight at once."""
 MAX_REASON_CHARS = 2000
@@ -18,6 +20,9 @@ MAX_NAME_CHARS = 200
 MAX_HELLO_BYTES = 4096
 MAX_OFFER_BYTES = 64 << 10
 MAX_TAPS = 1024
+MAX_TENSORS = 16
+MAX_DIMENSIONS = 8
+"""Of one tensor; a Layout has up to MAX_TENSORS."""
 MAX_TRANSPORTS = 32
 MAX_INT31 = (1 << 31) - 1
 """Largest credit count, process id, slot index and number of milliseconds."""

@@ -23,7 +23,6 @@ from specd.protocol.limits import (
     MAX_MESSAGE_BYTES,
     MAX_NAME_CHARS,
     MAX_OFFER_BYTES,
-    MAX_TAPS,
     U64,
     BatchId,
     Int31,
@@ -34,7 +33,7 @@ from specd.protocol.limits import (
     Reason,
 )
 
-VERSION = 2
+VERSION = 3
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="type"):
@@ -48,7 +47,9 @@ class Message(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
 
 class SessionStatus(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One trainer as STATUS shows it. session: hex id. gpus: as in its HELLO. counts are since then."""
+    """One trainer as STATUS shows it. session: a name of it that opens nothing. gpus: as in its HELLO. counts are since
+    then.
+    """
 
     session: str
     name: str
@@ -79,11 +80,6 @@ class Hello(Message, kw_only=True, frozen=True, tag="hello"):
     spec: CaptureSpec
     credits: Positive
     fingerprint: Annotated[str, Meta(max_length=1000)] = ""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if len(self.spec.taps) > MAX_TAPS:
-            raise ValueError(f"{len(self.spec.taps)} taps: expected at most {MAX_TAPS}")
 
 
 class Attach(Message, kw_only=True, frozen=True, tag="attach"):
@@ -165,10 +161,14 @@ class Welcome(Message, kw_only=True, frozen=True, tag="welcome"):
 
 
 class Reject(Message, kw_only=True, frozen=True, tag="reject"):
-    """HELLO refused. retry_ms: 0 when a retry is useless, else the delay before it."""
+    """HELLO refused. retry_ms: 0 when a retry is useless, else the delay before it.
+
+    loading_ms: while the worker starts, the longest that it may take from now; else 0.
+    """
 
     reason: Reason
     retry_ms: Int31 = 0
+    loading_ms: Int31 = 0
 
 
 class Offer(Message, kw_only=True, frozen=True, tag="offer"):
@@ -256,7 +256,8 @@ ToDaemon = Hello | Attach | Probe | Submit | RecvReady | Borrow | Release | Rene
 ToTrainer = Welcome | Reject | Offer | Refuse | Ready | Failed | Revoke | Renewed | Artifact | StatusReport | Error
 
 _encoder = msgspec.msgpack.Encoder()
-_decoder: msgspec.msgpack.Decoder[ToDaemon | ToTrainer] = msgspec.msgpack.Decoder(ToDaemon | ToTrainer)
+_requests: msgspec.msgpack.Decoder[ToDaemon] = msgspec.msgpack.Decoder(ToDaemon)
+_replies: msgspec.msgpack.Decoder[ToTrainer] = msgspec.msgpack.Decoder(ToTrainer)
 
 
 def encode(message: Message) -> bytes:
@@ -269,14 +270,23 @@ def encode(message: Message) -> bytes:
     return frame
 
 
-def decode(frame: bytes | memoryview) -> Any:
-    """The message in one frame. Raises ProtocolError that says what is wrong with it."""
+def decode_request(frame: bytes | memoryview) -> Any:
+    """The trainer's message in one frame. Raises ProtocolError that says what is wrong with it."""
+    return _decode(frame, _requests)
+
+
+def decode_reply(frame: bytes | memoryview) -> Any:
+    """The daemon's message in one frame. Raises ProtocolError that says what is wrong with it."""
+    return _decode(frame, _replies)
+
+
+def _decode(frame: bytes | memoryview, decoder: msgspec.msgpack.Decoder[Any]) -> Any:
     view = memoryview(frame)
     if len(view) == 0:
         raise ProtocolError("empty frame: expected a version byte and a message")
     if view[0] != VERSION:
         raise ProtocolError(f"protocol version {view[0]} is not {VERSION}: run the same specd version on both sides")
     try:
-        return _decoder.decode(view[1:])
+        return decoder.decode(view[1:])
     except (msgspec.DecodeError, msgspec.ValidationError, UnicodeDecodeError, RecursionError) as error:
         raise ProtocolError(f"not a message of this protocol: {str(error)[:500]}") from None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import msgspec
@@ -98,6 +98,31 @@ def tap_layers(kinds: Sequence[str]) -> tuple[int, ...]:
             f"the target's layers are {', '.join(kinds)}: expected one with full attention before the last, to tap"
         )
     return layers
+
+
+_KINDS = ("layer_types", "layers_block_type", "block_types")
+"""Keys of a config.json that list the kind of each layer."""
+_RECURRENT = (
+    "mamba_", "ssm_", "lru_", "rwkv", "conv_L_cache", "linear_attn", "linear_num_", "full_attention_interval",
+    "hybrid_override_pattern", "attn_type_list",
+)  # fmt: skip
+"""How keys begin that only configs of targets with recurrent layers have; they count where no kinds are listed."""
+
+
+def recurrent(config: Mapping[str, Any]) -> str:
+    """What says that a target has recurrent layers; empty if nothing does. config: its config.json.
+
+    Linear attention, Mamba, gated convolutions and their like carry a state from token to token, which sequences of one
+    forward must not share.
+    """
+    for part in (config, config.get("text_config") or {}):
+        listed = {str(kind) for key in _KINDS for kind in part.get(key) or ()}
+        kinds = {kind for kind in listed if not kind.endswith("attention") or kind.startswith(("linear", "lightning"))}
+        if found := sorted(kinds - {"mlp", "moe", "dense", "sparse"}):
+            return f"layers of kind {', '.join(found)}"
+        if not listed and (keys := sorted(key for key in part if key.startswith(_RECURRENT) and part[key])):
+            return f"{keys[0]} in its config.json"
+    return ""
 
 
 def check(contract: TargetContract, fills: Sequence[CaptureJob]) -> CaptureSpec:

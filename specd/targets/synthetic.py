@@ -58,6 +58,7 @@ class SyntheticTarget:
         dtype: StateDtype = "float32" if config.dtype == "auto" else config.dtype
         layers = config.num_layers or options.layers
         self._config_json = json.dumps(_published(options, layers, dtype), indent=2).encode()
+        self._artifacts: dict[str, memoryview] = {}  # computed when they are first asked for
         shape = (options.vocab, options.hidden)
         weights = ArtifactRef(nbytes=options.vocab * options.hidden * DTYPE_BYTES[dtype], shape=shape, dtype=dtype)
         self.contract = TargetContract(
@@ -107,12 +108,14 @@ class SyntheticTarget:
             return memoryview(self._config_json)
         layer = {"embedding": _EMBEDDING, "lm_head": _LM_HEAD}[name]
         ref = self.contract.artifacts[name]
+        if name in self._artifacts:
+            return self._artifacts[name]
         data = bytearray(ref.nbytes)
         ids = np.arange(self._options.vocab, dtype=np.uint32)
         place = TensorRef(name=name, offset=0, shape=ref.shape, dtype=ref.dtype)
         row, column = self._rows(ids, np.zeros_like(ids)), self._columns((layer,))
         _write(memoryview(data), place, row, column, _ARTIFACT_SCALE)
-        return memoryview(data).toreadonly()
+        return self._artifacts.setdefault(name, memoryview(data).toreadonly())
 
     def close(self) -> None:
         """See Target.close."""

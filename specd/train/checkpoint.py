@@ -208,7 +208,7 @@ class Checkpoints:
         return sorted(found)
 
     def _clear_partial(self) -> None:
-        """Remove partial checkpoints of a killed run. A directory has one run, so no other writes there."""
+        """Remove partial checkpoints of a killed run: the directory has one owner, so no other process writes there."""
         for path in self.directory.glob(".partial-*"):
             shutil.rmtree(path, ignore_errors=True)
 

@@ -6,6 +6,7 @@ import importlib.metadata
 import logging
 import os
 import platform
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,13 @@ from specd.evaluate.results import load_facts
 from specd.protocol.contract import TargetContract
 from specd.train.checkpoint import Identity
 from specd.train.journal import read
+from specd.train.owner import LOCK
 from specd.version import __version__
 
 logger = logging.getLogger(__name__)
 
 FACTS, JOURNAL = "run.json", "metrics.jsonl"
+_NEW_FACTS = f".{FACTS}.new"
 
 FREE = {
     "data": {"path", "cache_dir"},
@@ -39,7 +42,8 @@ Those of `target` are free, wherever it is hosted: what affects its states, as i
 class RunDirectory:
     """run.json, metrics.jsonl, checkpoints/, tb/, draft/ and report.html of one run.
 
-    run.json is written first, once all settings are checked: before it there is nothing.
+    run.json is written first, once all settings are checked: before it there is nothing but the lock of its owner
+    (`owned` of `train/owner.py`), who alone calls what writes.
     """
 
     __slots__ = ("path",)
@@ -71,33 +75,38 @@ class RunDirectory:
         """Whether it holds a run."""
         return (self.path / FACTS).is_file()
 
-    def check(self, resume: bool) -> None:
-        """See that a new run can begin here, or that there is a run to resume.
+    def check(self, resume: bool) -> bool:
+        """Whether there is a run to go on with. resume: whether one may be; without one a new run begins.
 
-        Raises ConfigError when a new run would overwrite something or may not write, CheckpointError when there is
-        nothing to resume.
+        Raises ConfigError when a new run would overwrite something, CheckpointError for a journal that is no run's.
         """
-        if resume:
-            if not self.begun:
-                raise CheckpointError(f"{self.path} holds no run to resume: start it without --resume")
-            return
-        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
-            remedy = "continue that run with --resume, " if self.begun else ""
+        if resume and self.begun:
+            if self.journal.exists():
+                read(self.journal)
+            return True
+        if any(path.name not in (LOCK, _NEW_FACTS) for path in self.path.iterdir()):
+            remedy = "continue that run with --resume, " if self.begun else "it holds no run to resume: " * resume
             raise ConfigError(
                 f"output {str(self.path)!r} exists and is not empty: {remedy}choose another --output, or remove it"
             )
-        above = next(path for path in (self.path, *self.path.absolute().parents) if path.exists())
-        if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
-            why = "may not be written to" if above.is_dir() else "is a file"
-            raise ConfigError(f"cannot make output {str(self.path)!r}: {str(above)!r} {why}; choose another --output")
+        return False
 
-    def open(self, resume: bool) -> None:
-        """Make the directory of a new run, after `check`, which see."""
-        self.check(resume)
+    def finished(self) -> RunFacts | None:
+        """The facts of a run that was trained and exported to its end; None for any other."""
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ConfigError(f"cannot make output {str(self.path)!r}: {error.strerror}") from None
+            facts = read_facts(self.path)
+        except CheckpointError:
+            return None
+        return facts if facts.finished and self.draft.is_dir() else None
+
+    def finish(self) -> None:
+        """Note in run.json that the run is finished."""
+        try:
+            facts = read_facts(self.path)
+        except CheckpointError as error:  # nothing else of the run needs it
+            logger.warning("the run is not marked as finished: %s", error)
+            return
+        write_facts(self.path, msgspec.structs.replace(facts, finished=utc()))
 
     def has_checkpoint(self, save_every: int) -> bool:
         """Whether there is a checkpoint to resume from.
@@ -136,22 +145,34 @@ def target_files(contract: TargetContract, fetch: Callable[[str], bytes], direct
 def identity(config: RunConfig, draft: Config, free: frozenset[str], contract: TargetContract, data: str) -> Identity:
     """The Identity of this run's checkpoints. data: digest of the samples, whatever path they come from.
 
+    The rest as `fixed`, which see.
+    """
+    return Identity(target=contract.fingerprint, settings={"data.digest": data} | fixed(config, draft, free))
+
+
+def fixed(config: RunConfig, draft: Config, free: frozenset[str]) -> dict[str, Any]:
+    """The settings that a resumed run must share with the first, by flat `a.b` names.
+
     config: with train.dtype resolved, not `auto`, as the device may change. draft: the settings of the draft, free:
     those of them that may change.
     """
     assert config.train.dtype != "auto", "resolve the dtype for the device first"
-    settings: dict[str, Any] = {"method": config.method, "data.digest": data}
+    settings: dict[str, Any] = {"method": config.method}
     sections = {name: (getattr(config, name), names) for name, names in FREE.items()} | {"draft": (draft, free)}
     for section, (struct, names) in sections.items():
         values: Mapping[str, Any] = msgspec.to_builtins(struct)
         settings |= {f"{section}.{key}": value for key, value in values.items() if key not in names}
-    return Identity(target=contract.fingerprint, settings=settings)
+    return settings
 
 
 class RunFacts(msgspec.Struct, frozen=True, kw_only=True):
-    """The constant facts of a run. All values are for people to read; `config` is the full RunConfig."""
+    """The facts of a run. All values are for people to read; `config` is the full RunConfig.
+
+    finished: when its draft was exported, empty before that.
+    """
 
     started: str
+    finished: str = ""
     target: dict[str, Any]
     draft: dict[str, Any]
     data: dict[str, Any]
@@ -184,10 +205,16 @@ def cpu_model() -> str:
     return models[0] if models else platform.machine()
 
 
+def utc() -> str:
+    """The time of day, for people."""
+    return time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
+
+
 def write_facts(run: Path, facts: RunFacts) -> None:
-    """Write run.json, which the report reads beside the journal."""
+    """Write run.json, which the report reads beside the journal; it is there whole or not at all."""
     with writing(run / FACTS):
-        (run / FACTS).write_bytes(msgspec.json.format(msgspec.json.encode(facts), indent=1) + b"\n")
+        (run / _NEW_FACTS).write_bytes(msgspec.json.format(msgspec.json.encode(facts), indent=1) + b"\n")
+        (run / _NEW_FACTS).replace(run / FACTS)
 
 
 def read_facts(run: Path) -> RunFacts:

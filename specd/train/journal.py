@@ -100,10 +100,14 @@ class Journal:
             path.parent.mkdir(parents=True, exist_ok=True)
             # Unbuffered: a failed write must not be retried when the file is closed.
             self._file = FileIO(path, "a")
-        for record, end in _records(path):
-            if record.step > step:
-                break
-            self._last, self._end = record.step, end
+        try:
+            for record, end in _records(path):
+                if record.step > step:
+                    break
+                self._last, self._end = record.step, end
+        except CheckpointError:
+            self._file.close()
+            raise
         if self._last < step:
             self._file.close()
             raise CheckpointError(
@@ -149,25 +153,38 @@ class Journal:
 
 
 def read(path: Path) -> list[StepRecord]:
-    """All complete records, in order; a torn last line is left out. Raises CheckpointError for an unreadable file."""
+    """All complete records, in order; a torn end is left out, as a crash leaves it.
+
+    Raises CheckpointError for a file that cannot be read, and for one that is no run's: a step is missing, is there
+    twice, or cannot be read though a later one can.
+    """
     return [record for record, _ in _records(path)]
 
 
 def _records(path: Path) -> Iterator[tuple[StepRecord, int]]:
-    """Each complete record with the file offset where its line ends, up to the first line that is not one."""
+    """Each complete record with the file offset where its line ends, up to a torn end. Raises as `read`."""
     decoder = msgspec.json.Decoder(StepRecord)
-    end = 0
+    last = end = 0
+    torn: Exception | None = None
     try:
         with open(path, "rb") as file:
-            for line in file:
+            for number, line in enumerate(file, 1):
                 if not line.endswith(b"\n"):
-                    return
+                    break
                 try:
                     record = decoder.decode(line)
                 except (msgspec.DecodeError, msgspec.ValidationError, UnicodeDecodeError) as error:
-                    logger.warning("%s: ignoring everything from byte %d on: %s", path, end, error)
-                    return
-                end += len(line)
+                    torn = torn or error
+                    continue
+                if torn is not None or record.step != last + 1:
+                    why = f"expected step {last + 1}" if torn is None else f"behind lines that cannot be read: {torn}"
+                    raise CheckpointError(
+                        f"{path}: line {number} is step {record.step}, {why}; it is damaged, or two processes wrote "
+                        f"it: restore it, or start a new run in another --output"
+                    )
+                last, end = record.step, end + len(line)
                 yield record, end
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror}; give the directory of a run") from None
+    if torn is not None:
+        logger.warning("%s: ignoring everything from byte %d on: %s", path, end, torn)

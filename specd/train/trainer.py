@@ -1,6 +1,6 @@
 """The recipe: from settings and daemons to a trained, exported draft.
 
-    connect → what the target is → settings that follow from it → data → draft → loop → export
+    own the directory → connect → what the target is → settings that follow from it → data → draft → loop → export
 
 Settings are checked as early as they can be: before a target is loaded or a transport attached.
 """
@@ -12,8 +12,8 @@ import json
 import logging
 import os
 import tempfile
-import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
@@ -33,17 +33,18 @@ from specd.data.dataset import Dataset, prepare
 from specd.data.rows import DEMO
 from specd.drafts import registry
 from specd.drafts.base import Objective, TargetParts
-from specd.errors import ConfigError, TransportError
+from specd.errors import ConfigError, SpecdError, TransportError
 from specd.memory import cuda
 from specd.protocol.capture import CaptureSpec
 from specd.protocol.contract import TargetContract
 from specd.train.checkpoint import Checkpoints
-from specd.train.directory import RunDirectory, RunFacts, identity, machine_facts, target_files, write_facts
+from specd.train.directory import RunDirectory, RunFacts, fixed, identity, machine_facts, target_files, utc, write_facts
 from specd.train.display import Display
 from specd.train.interrupt import Interrupt
 from specd.train.journal import read
 from specd.train.loop import out_of_memory, train
 from specd.train.optimizer import total_steps
+from specd.train.owner import owned
 from specd.train.tensorboard import Scalars
 from specd.transports import registry as transports
 
@@ -64,17 +65,18 @@ class LocalDaemon(Protocol):
 
 
 class TrainedRun(NamedTuple):
-    """What a run left behind. steps: optimizer steps of its whole life."""
+    """What a run left behind. steps: optimizer steps of its whole life. was_finished: this call found it so."""
 
     directory: Path
     draft: Path
     steps: int
+    was_finished: bool = False
 
 
 def train_draft(
     config: RunConfig | Mapping[str, Any] | Settle,
     *,
-    host: LocalDaemon | None = None,
+    host: LocalDaemon | AbstractContextManager[LocalDaemon] | None = None,
     resume: bool = False,
     interrupt: Interrupt | None = None,
     show: bool = False,
@@ -84,15 +86,35 @@ def train_draft(
     config: the settings; as a mapping, on top of the recipe of the target's preset; or a function that gives them for
     the target's name (then also called with an empty one, before a target is known: output, device and daemons must
     not depend on it). Only whoever hosts a target reads the section `target`, so settings that are no function may not
-    have it. resume: go on from the newest checkpoint. show: progress on the terminal.
-    Raises ConfigError for settings that cannot work; what `Subscriber`, `prepare` and `loop.train` raise.
+    have it. host: a daemon of this process, or a context that makes one, which is entered once the run may begin.
+    resume: go on from the newest checkpoint; begin where there is no run yet, and do nothing where it is finished under
+    the same settings. show: progress on the terminal.
+    Raises ConfigError for settings that cannot work, and when another process trains in the same output; what
+    `Subscriber`, `prepare` and `loop.train` raise.
     """
     settle = _settle(config)
     first = settle("")
-    device = check(first, resume)
+    device = check(first)
     directory = output_of(first)
+    with owned(directory.path):
+        if (resume := directory.check(resume)) and _is_finished(directory, settle, device):
+            return TrainedRun(directory.path, directory.draft, len(read(directory.journal)), was_finished=True)
+        with host if isinstance(host, AbstractContextManager) else contextlib.nullcontext(host) as local:
+            return _train(settle, first, device, directory, local, resume, interrupt or Interrupt(), show)
+
+
+def _train(
+    settle: Settle,
+    first: RunConfig,
+    device: str,
+    directory: RunDirectory,
+    host: LocalDaemon | None,
+    resume: bool,
+    interrupt: Interrupt,
+    show: bool,
+) -> TrainedRun:
+    """The run itself, in a directory that is owned."""
     method = registry.load(first.method)
-    interrupt = interrupt or Interrupt()
     recipes: dict[str, tuple[RunConfig, Config]] = {}
 
     def recipe(contract: TargetContract) -> tuple[RunConfig, Config]:
@@ -135,7 +157,6 @@ def train_draft(
         except torch.OutOfMemoryError as error:
             what = f"no memory left on {device} for the draft and what it needs of {contract.model}"
             raise out_of_memory(what, error, "free some there or name another GPU in train.device") from None
-        directory.open(resume)
         if not again:
             facts = _facts(settled, method.title, contract, dataset, objective, subscriber.stats().transports)
             write_facts(directory.path, facts)
@@ -157,6 +178,7 @@ def train_draft(
         )
         with interrupt.shield():
             objective.export(directory.draft, {name: data for name, data in files.items() if name != "config.json"})
+            directory.finish()
     return TrainedRun(directory.path, directory.draft, len(read(directory.journal)))
 
 
@@ -165,19 +187,48 @@ def output_of(config: RunConfig) -> RunDirectory:
     return RunDirectory(Path(config.output or f"runs/{config.method}"))
 
 
-def check(config: RunConfig, resume: bool) -> str:
+def check(config: RunConfig) -> str:
     """See that a run can begin, whatever its target; returns its device. Nothing is made yet.
 
-    Raises ConfigError or CheckpointError, DataError for data that is not there.
+    Raises ConfigError, DataError for data that is not there.
     """
+    _check_alone()
     registry.settings(config.method, config.draft, "settings")
     if config.data.path:
         datasets.check(config.data)
     if (asked := config.subscriber.transport) not in (known := ["auto", *transports.names()]):
         raise ConfigError(f"subscriber.transport={asked!r}: expected one of {', '.join(known)}; leave it out for auto")
-    device = _device(config.train.device)
-    output_of(config).check(resume)
-    return device
+    return _device(config.train.device)
+
+
+def _check_alone() -> None:
+    """Raise ConfigError in one of several processes of a launcher: each would train the whole run."""
+    size = os.environ.get("WORLD_SIZE", "").strip()
+    if size.isdecimal() and int(size) > 1:
+        raise ConfigError(
+            f"WORLD_SIZE={size} in the environment: torchrun or another launcher started {size} trainers, and specd "
+            f"trains in one process: start `specd train` without the launcher, or with WORLD_SIZE unset if this is the "
+            f"only one"
+        )
+
+
+def _is_finished(directory: RunDirectory, settle: Settle, device: str) -> bool:
+    """Whether the run is finished and was made with these settings, as far as it shows without its target.
+
+    Its data is known by its path here, and a target hosted here by its settings.
+    """
+    facts = directory.finished()
+    if facts is None:
+        return False
+    try:
+        first = convert(facts.config, RunConfig, "run.json")
+        known = settle(str(facts.target["model"]))
+        now = replace(_with_dtype(known, device), data=replace(known.data, path=known.data.path or DEMO))
+        free = registry.load(now.method).free
+        old, new = (fixed(run, registry.settings(run.method, run.draft, "settings"), free) for run in (first, now))
+    except (SpecdError, KeyError):  # whatever it is, a run that goes on says it better
+        return False
+    return (old, first.data.path, first.target) == (new, now.data.path, now.target)
 
 
 def check_recipe(config: RunConfig, target: str) -> Config:
@@ -256,7 +307,7 @@ def _facts(
 ) -> RunFacts:
     report = dataset.report
     return RunFacts(
-        started=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
+        started=utc(),
         target={
             "model": contract.model,
             "layers": contract.num_layers,

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
-import msgspec
 import pytest
 
 from daemons import REPORT, answering, specd_command
 
+STUBBORN = """
+import os, signal, sys
+import msgspec
+from daemons import REPORT, answering
+for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, signal.SIG_IGN)
+with answering(sys.argv[1], msgspec.structs.replace(REPORT, pid=os.getpid())):
+    print("ready", flush=True)
+    signal.pause()
+"""
 PLUGIN = Path(__file__).parents[1] / "plugin"
 
 
@@ -53,13 +63,13 @@ def daemon(tmp_path: Path) -> Iterator[str]:
 @pytest.fixture
 def stubborn(tmp_path: Path) -> Iterator[tuple[str, subprocess.Popen[str]]]:
     """Endpoint and process of a daemon that heeds no signal but SIGKILL."""
-    code = "import signal; [signal.signal(n, signal.SIG_IGN) for n in (2, 15)]; print(flush=True); signal.pause()"
-    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
+    endpoint = f"ipc://{tmp_path}/d.sock"
+    command = [sys.executable, "-c", STUBBORN, endpoint]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
         assert process.stdout is not None
-        process.stdout.readline()
-        endpoint = f"ipc://{tmp_path}/d.sock"
-        with answering(endpoint, msgspec.structs.replace(REPORT, pid=process.pid)):
-            yield endpoint, process
+        assert process.stdout.readline() == "ready\n"
+        yield endpoint, process
         process.kill()
 
 

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
+import select
 import signal
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +17,10 @@ import typer
 from daemons import specd_command, synthetic
 from specd.cli import demo
 from specd.cli.main import run
+from specd.client.ask import ask_status
 from specd.train.interrupt import Interrupt
+from specd.train.owner import owned
+from step_records import make_run
 
 
 def test_demo_leaves_no_daemon_behind_when_it_is_interrupted(endpoint: str, tmp_path: Path) -> None:
@@ -45,8 +53,56 @@ def test_demo_makes_room_where_an_earlier_run_lies(tmp_path: Path) -> None:
     demo.remove_run(earlier)  # it was cut short before it began: nothing is in the way
     for name in ("run.json", "draft.json"):
         (earlier / name).write_text("{}")
+    (earlier / "checkpoints" / "step-00000005").mkdir(parents=True)
     demo.remove_run(earlier)
-    assert not earlier.exists()
+    assert [*earlier.iterdir()] == []
+    demo.remove_run(tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+
+
+def test_demo_touches_no_run_in_which_somebody_trains(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    alive = make_run(tmp_path / "run", steps=2, evals=False)
+    for owner, place in ((alive, "run"), (tmp_path, "")):
+        with owned(owner):
+            before = sorted(alive.iterdir())
+            assert run(["demo", "--quick", "--output", str(tmp_path)]) == 2
+            assert (
+                f"process {os.getpid()} on {socket.gethostname()} trains in '{tmp_path / place}'"
+                in capsys.readouterr().err
+            )
+            assert sorted(alive.iterdir()) == before
+
+
+def test_what_a_killed_demo_started_ends_with_it(endpoint: str, tmp_path: Path) -> None:
+    """Its daemon, and the daemon's worker."""
+    code = (
+        "import signal, sys; from pathlib import Path; from specd.cli.demo import Stage\n"
+        "from specd.train.interrupt import Interrupt\n"
+        "with Interrupt() as interrupt, Stage(interrupt) as stage:\n"
+        "    stage.serve(Path(sys.argv[1]), *sys.argv[2:]); print('served', flush=True); signal.pause()"
+    )
+    arguments = [argument for argument in synthetic(endpoint) if argument != "--detach"]
+    command = [sys.executable, "-c", code, str(tmp_path / "log"), *arguments]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert any(line == "served\n" for line in process.stdout), (tmp_path / "log").read_text()
+        status = ask_status(endpoint, 30)
+        left = [os.pidfd_open(pid) for pid in (status.pid, status.worker_pid)]
+        process.kill()
+    try:
+        for pidfd in left:
+            assert select.select([pidfd], [], [], 20)[0], "it outlives the demo"
+    finally:
+        for pidfd in left:
+            os.close(pidfd)
+
+
+def test_a_child_whose_parent_died_before_it_began_ends_at_once() -> None:
+    command = [sys.executable, "-P", "-m", "specd.cli.child", "1", "--version"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout) == (1, "")
+    command[4] = str(os.getpid())
+    assert subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout.startswith("specd ")
 
 
 def test_demo_ends_with_the_code_of_a_failed_command(capfd: pytest.CaptureFixture[str]) -> None:

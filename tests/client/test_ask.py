@@ -24,7 +24,7 @@ def test_an_answer_to_another_question_is_refused(tmp_path: Path, context: zmq.C
         daemon.bind(endpoint)
         answer = pool.submit(ask_status, endpoint, 20)
         key, frame = daemon.recv_multipart()
-        assert isinstance(wire.decode(frame), wire.Status)
+        assert isinstance(wire.decode_request(frame), wire.Status)
         daemon.send_multipart([key, wire.encode(wire.Error(epoch=bytes(16), reason="what?"))])
         with pytest.raises(ProtocolError, match="the daemon answered with Error, expected StatusReport"):
             answer.result(20)

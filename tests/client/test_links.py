@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import zmq
 
@@ -25,6 +27,14 @@ def test_a_link_is_up_from_open_to_hang_up(
         assert (link.broken, links.session, links.num_up, links.of(session)) == ("", session, 1, link)
         other.problem = "it is loading"
         assert links.problems() == f"ipc://none: it is loading; {daemon.endpoint}: up"
+        assert not links.loading
+        other.loading_until = time.monotonic() + 600
+        assert links.loading
+        assert "longer" not in links.problems()
+        other.loading_until = time.monotonic() - 1
+        assert not links.loading
+        assert links.problems() == f"ipc://none: it is loading (longer than it may load); {daemon.endpoint}: up"
+        other.loading_until = 0.0
         links.down_since = 0.0
         assert links.hang_up(link, "it died") is session
         assert links.down_since > 0

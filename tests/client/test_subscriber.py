@@ -184,7 +184,7 @@ def ask(context: zmq.Context[zmq.Socket[bytes]], endpoint: str) -> wire.StatusRe
         peer.connect(endpoint)
         peer.send(wire.encode(wire.Status()))
         assert peer.poll(20_000)
-        report = wire.decode(peer.recv())
+        report = wire.decode_reply(peer.recv())
         assert isinstance(report, wire.StatusReport)
         return report
 
@@ -195,7 +195,7 @@ def test_a_trainer_that_holds_all_it_may_does_not_block_another(host: Embedded) 
         greedy.connect(host.endpoint)
         hello = wire.Hello(name="greedy", host="elsewhere", pid=0, transports=("inproc",), spec=SPEC, credits=100)
         greedy.send(wire.encode(hello))
-        welcome = wire.decode(greedy.recv())
+        welcome = wire.decode_reply(greedy.recv())
         for index in range(welcome.credits):
             work = batch(1000 + index)
             identity = batch_id(welcome.contract.fingerprint, SPEC, work.tokens, work.lengths)
@@ -207,7 +207,7 @@ def test_a_trainer_that_holds_all_it_may_does_not_block_another(host: Embedded) 
                 lengths=work.lengths.tobytes(),
             )
             greedy.send(wire.encode(submit))
-            assert isinstance(wire.decode(greedy.recv()), wire.Ready)
+            assert isinstance(wire.decode_reply(greedy.recv()), wire.Ready)
         held = ask(host.context, host.endpoint)
         assert held.slots["free"] == 1, "all but the slot that belongs to whoever comes next"
         with subscriber(host, 2) as source:
@@ -231,12 +231,12 @@ def test_draining_serves_what_is_outstanding_and_refuses_the_rest(monkeypatch: p
     with Subscriber(config, SPEC, context=context) as source:
         stream = source.stream(batch(i) for i in range(5))
         assert next(stream).batch.index == 0
-        control.drain()
+        control.ending.drain()
         with pytest.raises(DaemonError, match="no daemon"):
             next(stream)
     thread.join(20)
     assert not thread.is_alive()
-    control.close()
+    control.ending.close()
     context.destroy(linger=0)
 
 

@@ -22,43 +22,25 @@ from specd.client.window import Window
 from specd.errors import BatchError, ProtocolError
 from specd.protocol.batch import Layout
 from specd.transports.base import SlotRef
-from windows import Item, Token, item, make, ready
+from windows import BUFFER, SLOT, Clock, Token, added, fetched, item, make, ready
 
 ONE, TWO, AGAIN = Token("one"), Token("two"), Token("again")
-BUFFER, VIEW = Token("buffer"), Token("view")
+VIEW = Token("view")
 
 
-def added(window: Window[Token, Token], count: int) -> list[Item]:
-    """Batches that were submitted, as far as there is room."""
-    batches = [item(index) for index in range(count)]
-    window.add(batches)
-    return batches
-
-
-def fetched(window: Window[Token, Token], pending: Item, lease: int, buffer: Token = BUFFER) -> None:
-    """A batch that was submitted is captured and transferred."""
-    assert pending.daemon is not None
-    session = window._daemons[pending.daemon].session
-    assert session is not None
-    window.ready(session, ready(pending, lease))
-    assert window.begin(pending, session) == SlotRef(lease, 1, pending.layout.nbytes)
-    window.fetched(pending, buffer, 0.5)
-    assert pending.state is State.FETCHED
-
-
-def lending(credits: int, num_daemons: int = 1, max_attempts: int = 3) -> Window[Token, Token]:
+def lending(credits: int, num_daemons: int = 1) -> Window[Token, Token]:
     """A window with a session whose slots are borrowed."""
-    window = make(num_daemons, max_attempts)
-    window.opened(0, ONE, credits, borrow=True, announce=True)
+    window = make(num_daemons)
+    window.opened(0, ONE, credits, SLOT, borrow=True, announce=True)
     return window
 
 
 def test_one_batch_from_add_to_give_back() -> None:
     window = make()
-    assert window.opened(0, ONE, 2) == []
+    assert window.opened(0, ONE, 2, SLOT) == []
     pending = item(7)
     assert window.add([pending]) == [SendSubmit(ONE, pending)]
-    assert (pending.seq, pending.attempts, pending.state, window.here()) == (1, 1, State.SUBMITTED, False)
+    assert (pending.seq, pending.submissions, pending.state, window.here()) == (1, 1, State.SUBMITTED, False)
     assert pending.request(b"e" * 16).seq == 1
     assert window.ready(ONE, ready(pending, 5, target_us=2_000_000)) == [FetchSlot(ONE, pending)]
     assert (pending.state, pending.forward_s) == (State.READY, 2.0)
@@ -90,27 +72,32 @@ def test_a_borrowed_batch_keeps_its_lease_until_the_training_stream_has_read_it(
 
 def test_who_needs_recv_ready_is_told_before_the_transfer() -> None:
     window = make()
-    window.opened(0, ONE, 1, announce=True)
+    window.opened(0, ONE, 1, SLOT, announce=True)
     (pending,) = added(window, 1)
     assert window.ready(ONE, ready(pending, 5)) == [SendRecvReady(ONE, 5), FetchSlot(ONE, pending)]
 
 
-def test_batches_go_in_order_to_the_daemon_with_most_room() -> None:
+def test_batches_go_evenly_to_daemons_of_which_nothing_is_known() -> None:
     window = make(3)
-    window.opened(0, ONE, 2)
-    window.opened(2, TWO, 3)
+    window.opened(0, ONE, 2, SLOT)
+    window.opened(2, TWO, 3, SLOT)
     batches = [item(index) for index in range(7)]
-    order = [TWO, ONE, TWO, ONE, TWO]  # with as much room, the first of the endpoints
+    order = [
+        ONE,
+        TWO,
+        ONE,
+        TWO,
+    ]  # with as much to do, the first of the endpoints; more when there is something to go by
     assert window.add(batches) == [SendSubmit(session, batches[i]) for i, session in enumerate(order)]
     assert [pending.state for pending in batches[5:]] == [State.PENDING] * 2
-    fetched(window, batches[1], 9)
-    assert batches[5].state is State.SUBMITTED
-    assert window.opened(1, AGAIN, 8) == [SendSubmit(AGAIN, batches[6])]
+    fetched(window, batches[0], 9)
+    assert (batches[4].daemon, batches[5].daemon) == (0, None)
+    assert window.opened(1, AGAIN, 8, SLOT) == [SendSubmit(AGAIN, batches[5]), SendSubmit(AGAIN, batches[6])]
 
 
 def test_nothing_is_taken_out_of_order() -> None:
     window = make()
-    window.opened(0, ONE, 2)
+    window.opened(0, ONE, 2, SLOT)
     one, two = added(window, 2)
     fetched(window, two, 2)
     assert not window.here()
@@ -125,19 +112,19 @@ def test_nothing_is_taken_out_of_order() -> None:
 
 def test_a_lost_session_takes_its_leases_along_and_its_batches_are_submitted_elsewhere() -> None:
     window = make(2)
-    window.opened(0, ONE, 3)
+    window.opened(0, ONE, 3, SLOT)
     here, on_the_way, asked = added(window, 3)
     fetched(window, here, 1)
     window.ready(ONE, ready(on_the_way, 2))
-    window.opened(1, TWO, 1)
-    assert window.lost(ONE, "it died") == [SendSubmit(TWO, on_the_way)]
+    assert window.lost(ONE, "it died") == []
+    assert window.opened(1, TWO, 1, SLOT) == [SendSubmit(TWO, on_the_way)]
     assert window.lost(ONE, "it died") == []
     assert [pending.state for pending in (here, on_the_way, asked)] == [State.FETCHED, State.SUBMITTED, State.PENDING]
-    assert (window.resubmitted, on_the_way.attempts, asked.attempts) == (2, 2, 1)
+    assert (window.resubmitted, on_the_way.submissions, asked.submissions) == (2, 2, 1)
     assert window.begin(on_the_way, ONE) is None, "its transfer was asked for, but it is another's now"
     assert window.ready(ONE, ready(asked, 3)) == [], "late"
     assert window.failed(ONE, asked.seq, "late") == []
-    assert window.opened(0, AGAIN, 1) == [SendSubmit(AGAIN, asked)]
+    assert window.opened(0, AGAIN, 1, SLOT) == [SendSubmit(AGAIN, asked)]
     assert window.ready(TWO, ready(on_the_way, 4)) == [FetchSlot(TWO, on_the_way)]
     assert window.begin(on_the_way, ONE) is None
     assert window.begin(on_the_way, TWO) is not None
@@ -146,14 +133,14 @@ def test_a_lost_session_takes_its_leases_along_and_its_batches_are_submitted_els
 
 def test_a_transfer_in_flight_decides_for_itself_when_its_session_is_lost() -> None:
     window = make()
-    window.opened(0, ONE, 2)
+    window.opened(0, ONE, 2, SLOT)
     one, two = added(window, 2)
     for lease, pending in enumerate((one, two)):
         window.ready(ONE, ready(pending, lease))
         assert window.begin(pending, ONE) is not None
     assert window.lost(ONE, "it died") == []
     assert window.resubmitted == 0
-    assert window.opened(0, AGAIN, 3) == []
+    assert window.opened(0, AGAIN, 3, SLOT) == []
     assert window.fetched(one, BUFFER, 0.0) == [], "there is no lease to release"
     assert one.state is State.FETCHED
     assert window.missed(two, "stale", 0.0, lost=True) == [Missed(ONE, two, "stale"), SendSubmit(AGAIN, two)]
@@ -162,32 +149,51 @@ def test_a_transfer_in_flight_decides_for_itself_when_its_session_is_lost() -> N
 
 def test_a_lost_sessions_transfer_takes_a_credit_of_the_next_one_until_it_ends() -> None:
     window = make()
-    window.opened(0, ONE, 1)
+    window.opened(0, ONE, 1, SLOT)
     one, two = added(window, 2)
     window.ready(ONE, ready(one, 1))
     window.begin(one, ONE)
     window.lost(ONE, "it died")
-    assert window.opened(0, AGAIN, 1) == []
+    assert window.opened(0, AGAIN, 1, SLOT) == []
     assert window.fetched(one, BUFFER, 0.0) == [SendSubmit(AGAIN, two)]
 
 
-def test_a_transfer_that_fails_is_tried_again_up_to_max_attempts() -> None:
-    window = make(max_attempts=2)
-    window.opened(0, ONE, 1)
+def test_a_batch_whose_transfers_fail_is_never_given_up_and_rests_in_between() -> None:
+    clock = Clock()
+    window = make(clock=clock)
+    window.opened(0, ONE, 2, SLOT)
     (pending,) = added(window, 1)
-    for lease, then in ((1, [SendSubmit(ONE, pending)]), (2, [])):
+    for lease, rest in enumerate((0.0, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 5.0, 5.0), 1):
         window.ready(ONE, ready(pending, lease))
         window.begin(pending, ONE)
+        then = [] if rest else [SendSubmit(ONE, pending)]
         found = window.missed(pending, "another generation", 0.0, lost=False)
         assert found == [Missed(ONE, pending, "another generation"), SendRelease(ONE, lease), *then]
-    assert (pending.attempts, window.resubmitted) == (2, 1)
-    with pytest.raises(BatchError, match=r"batch 0 .*failed 2 times \(subscriber.max_attempts\): another generation"):
-        window.here()
+        if rest:
+            clock.now += rest - 1e-3
+            assert window.tick() == []
+            clock.now += 2e-3
+            assert window.tick() == [SendSubmit(ONE, pending)]
+    assert (pending.submissions, window.resubmitted, pending.problem) == (10, 9, "another generation")
+    assert not window.here()
+
+
+def test_a_batch_goes_elsewhere_after_its_transfer_failed() -> None:
+    window = make(2)
+    window.opened(0, ONE, 2, SLOT)
+    (pending,) = added(window, 1)
+    window.ready(ONE, ready(pending, 1))
+    window.begin(pending, ONE)
+    window.opened(1, TWO, 2, SLOT)
+    assert window.missed(pending, "stale", 0.0, lost=False)[-2:] == [
+        SendSubmit(TWO, pending), SendSubmit(ONE, pending),
+    ]  # fmt: skip
+    assert pending.daemon == 1, "what the other is asked for is a copy"
 
 
 def test_a_lost_transport_is_hung_up_and_what_was_in_flight_over_it_is_retried() -> None:
     window = make()
-    window.opened(0, ONE, 3, announce=True)
+    window.opened(0, ONE, 3, SLOT, announce=True)
     batches = one, two, three = added(window, 3)
     for lease, pending in enumerate((one, two)):
         window.ready(ONE, ready(pending, lease))
@@ -196,14 +202,14 @@ def test_a_lost_transport_is_hung_up_and_what_was_in_flight_over_it_is_retried()
     assert window.begin(two, ONE) is None
     assert window.lost(ONE, "aborted") == [], "it is already"
     assert {pending.state for pending in batches} == {State.PENDING}
-    assert window.opened(0, AGAIN, 3) == [SendSubmit(AGAIN, pending) for pending in batches]
+    assert window.opened(0, AGAIN, 3, SLOT) == [SendSubmit(AGAIN, pending) for pending in batches]
     assert window.resubmitted == 3
-    assert three.attempts == 2
+    assert three.submissions == 2
 
 
 def test_what_cannot_be_captured_is_named_when_its_turn_comes() -> None:
     window = make()
-    window.opened(0, ONE, 2)
+    window.opened(0, ONE, 2, SLOT)
     one, two, three = added(window, 3)
     assert window.failed(ONE, two.seq, "too long") == [SendSubmit(ONE, three)]
     assert window.failed(ONE, 99, "what?") == []
@@ -217,10 +223,10 @@ def test_what_cannot_be_captured_is_named_when_its_turn_comes() -> None:
 
 def test_an_announcement_of_something_else_than_was_asked_for_is_refused() -> None:
     window = make(2)
-    window.opened(0, ONE, 2)
-    window.opened(1, TWO, 1)
+    window.opened(0, ONE, 2, SLOT)
+    window.opened(1, TWO, 1, SLOT)
     one, two, three = added(window, 3)
-    assert [pending.daemon for pending in (one, two, three)] == [0, 0, 1]
+    assert [pending.daemon for pending in (one, three, two)] == [0, 0, 1]
     message = ready(one, 1)
     for session, wrong, match in (
         (ONE, msgspec.structs.replace(message, seq=99), "daemon-0 announced seq 99, which was not asked for"),
@@ -238,7 +244,7 @@ def test_an_announcement_of_something_else_than_was_asked_for_is_refused() -> No
 @pytest.mark.parametrize("announce", [False, True])
 def test_dropped_batches_are_given_up_as_soon_as_they_can_be(announce: bool) -> None:
     window = make()
-    window.opened(0, ONE, 4, announce=announce)
+    window.opened(0, ONE, 4, SLOT, announce=announce)
     here, moving, waiting, asked, pending = batches = added(window, 5)
     fetched(window, here, 1)
     for lease, each in ((2, moving), (3, waiting)):
@@ -256,7 +262,7 @@ def test_dropped_batches_are_given_up_as_soon_as_they_can_be(announce: bool) -> 
     assert window.ready(ONE, ready(asked, 4)) == [SendRelease(ONE, 4)], "it is not even announced"
     assert pending.state is State.SUBMITTED, "it had room"
     assert window.lost(ONE, "it died") == []
-    assert window.opened(0, AGAIN, 9) == []
+    assert window.opened(0, AGAIN, 9, SLOT) == []
     assert {each.state for each in batches} == {State.OVER}
     assert window.resubmitted == 0
 
@@ -286,7 +292,7 @@ def test_a_session_lost_under_borrowed_batches_leaves_the_one_in_use() -> None:
     assert window.lost(ONE, "it died") == [Unborrow(ONE)]
     assert (used.state, used.buffer, here.buffer, asked.state) == (State.USED, VIEW, None, State.PENDING)
     assert window.fetched(moving, VIEW, 0.0) == [Missed(ONE, moving, "its session was lost"), Unborrow(ONE)]
-    assert window.opened(0, AGAIN, 4, borrow=True) == [SendSubmit(AGAIN, pending) for pending in batches[1:]]
+    assert window.opened(0, AGAIN, 4, SLOT, borrow=True) == [SendSubmit(AGAIN, pending) for pending in batches[1:]]
     assert window.give_back(used) == [Return(ONE, SlotRef(1, 1, used.layout.nbytes), used)], "its view is still used"
     assert window.returned(used) == []
 
@@ -299,33 +305,39 @@ def test_a_session_lost_before_a_borrowed_batch_is_returned_has_nothing_released
     window.give_back(pending)
     assert window.lost(ONE, "it died") == []
     assert window.returned(pending) == []
-    assert window.opened(0, AGAIN, 1) == []
+    assert window.opened(0, AGAIN, 1, SLOT) == []
     assert pending.state is State.OVER
 
 
-def test_the_last_borrowed_batch_makes_room_for_the_first_and_nothing_counts_as_failed() -> None:
-    window = lending(credits=3, num_daemons=2, max_attempts=2)
-    window.opened(1, TWO, 2, borrow=True)
-    one, lost, three, four, five = batches = added(window, 5)
-    assert [pending.daemon for pending in batches] == [0, 0, 1, 0, 1]
-    for lease, pending in enumerate((one, three, five), 1):
+def test_the_last_borrowed_batch_makes_room_for_the_first() -> None:
+    window = lending(credits=3, num_daemons=2)
+    window.opened(1, TWO, 2, SLOT, borrow=True)
+    one, two, lost, four, five = batches = added(window, 5)
+    assert [pending.daemon for pending in batches] == [0, 1, 0, 1, None], "two each, while nothing is known"
+    for lease, pending in enumerate((one, two, four), 1):
         fetched(window, pending, lease, VIEW)
     assert window.lost(ONE, "it died") == [Unborrow(ONE), Unborrow(TWO), SendRelease(TWO, 3), SendSubmit(TWO, one)]
     assert [pending.state for pending in batches] == [
-        State.SUBMITTED, State.PENDING, State.FETCHED, State.PENDING, State.PENDING,
+        State.SUBMITTED, State.FETCHED, State.PENDING, State.PENDING, State.PENDING,
     ]  # fmt: skip
-    assert (five.attempts, one.attempts, window.resubmitted) == (0, 2, 3)
+    assert (one.submissions, window.resubmitted) == (2, 3)
     fetched(window, one, 4, VIEW)
-    assert window.take() == [Unborrow(TWO), SendRelease(TWO, 2), SendSubmit(TWO, lost)], "it is the first now"
-    assert three.attempts == 0
-    assert four.state is State.PENDING
+    window.take()
+    assert (two.state, lost.state) == (State.FETCHED, State.PENDING)
+    window.take()
+    assert lost.state is State.PENDING, "both credits are in use"
+    window.give_back(one)
+    assert window.returned(one) == [SendRelease(TWO, 4), SendSubmit(TWO, lost)]
+    assert five.state is State.PENDING
 
 
 def test_room_is_made_only_for_the_first() -> None:
     window = lending(credits=1, num_daemons=2)
-    window.opened(1, TWO, 2, borrow=True)
-    first, second, third = added(window, 3)
-    assert [pending.daemon for pending in (first, second, third)] == [1, 0, 1]
+    window.opened(1, TWO, 2, SLOT, borrow=True)
+    second, first, third = added(window, 3)
+    assert [pending.daemon for pending in (second, first, third)] == [0, 1, 1]
+    fetched(window, second, 1, VIEW)
+    window.take()
     fetched(window, third, 3, VIEW)
-    assert window.lost(ONE, "it died") == []
-    assert (second.state, third.state) == (State.PENDING, State.FETCHED)
+    window.add([fourth := item(3)])
+    assert (first.state, third.state, fourth.state) == (State.SUBMITTED, State.FETCHED, State.PENDING)

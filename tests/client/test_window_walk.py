@@ -13,15 +13,17 @@ from specd.client.pending import State
 from specd.errors import BatchError, ProtocolError
 from specd.protocol.batch import Layout
 from window_model import FAILED, LINKS, Life, Model, Work
-from windows import Token, ready
+from windows import SLOT, Token, ready
 
 T = TypeVar("T")
 KINDS = st.sampled_from(["copy", "announce", "borrow", "borrow"])
 CREDITS = st.integers(1, 3)
 STEPS = {
     "train": 7, "stop": 1, "serve": 3, "starve": 3, "fill": 3, "transfer": 5, "answer": 3, "lose": 2, "reopen": 3,
+    "wait": 4,
 }  # fmt: skip
 OUTCOMES = st.sampled_from(["brought"] * 9 + ["missed", "lost"])
+PAUSES = st.sampled_from([0.01, 0.01, 0.1, 1.5, 4.0, 100.0])
 WRONG = ({"seq": 1 << 40}, {"batch_id": b"x" * 16}, {"layout": Layout(tensors=(), nbytes=4)})
 
 
@@ -30,7 +32,7 @@ class Walk:
 
     def __init__(self, data: st.DataObject) -> None:
         self._data = data
-        self.model = Model(max_attempts=self.draw(st.sampled_from([2, 3, 8, 8]), "max_attempts"))
+        self.model = Model()
         for link in range(LINKS):
             self.open(link)
 
@@ -72,9 +74,11 @@ class Walk:
 
     def open(self, link: int) -> None:
         model, token = self.model, Token(f"session-{len(self.model.lives)}")
-        life = Life(token, link, self.draw(CREDITS, "credits"), self.draw(KINDS, "kind"))
+        tiny = link > 0 and self.draw(st.integers(0, 5), "seldom tiny") == 5
+        life = Life(token, link, self.draw(CREDITS, "credits"), self.draw(KINDS, "kind"), tiny)
         model.links[link] = model.lives[token] = life
-        opened = model.window.opened(link, token, life.credits, borrow=life.lends, announce=not life.copies)
+        slot_bytes = 0 if tiny else SLOT
+        opened = model.window.opened(link, token, life.credits, slot_bytes, borrow=life.lends, announce=not life.copies)
         model.carry_out(opened)
 
     def requests(self) -> list[tuple[Life, Work]]:
@@ -113,14 +117,16 @@ class Walk:
         life, work = self.draw(st.sampled_from(self.model.asked()), "request")
         what = self.draw(st.sampled_from(["ready"] * 7 + ["failed", *WRONG]), "answer")
         if what == "failed":
-            del life.asked[work.pending.seq]
-            work.place = State.OVER if work.dropped else FAILED
-            self.model.carry_out(self.model.window.failed(life.token, work.pending.seq, "it does not fit"))
+            self.model.refuse(life, work)
         elif what == "ready":
             self.model.announce(life, work)
         wrong = what if isinstance(what, dict) else {}
         with pytest.raises(ProtocolError):  # it is not what was asked for, or no longer
             self.model.window.ready(life.token, msgspec.structs.replace(ready(work.pending, 1), **wrong))
+
+    def wait(self) -> None:
+        """Time passes while the training loop waits."""
+        self.model.wait(self.draw(PAUSES, "seconds"))
 
     def fill(self, but: int = 0) -> None:
         """All but a few of the oldest requests are captured."""
@@ -161,8 +167,11 @@ class Walk:
         assert window.resubmitted == model.resubmitted
         for work in model.works.values():
             failed = work.place == FAILED
-            assert work.pending.state is (State.OVER if failed else work.place)
-            assert work.pending.attempts == work.attempts <= model.max_attempts
+            if work.dropped and model.is_asked(work):  # whose answer is the last makes no difference
+                assert work.pending.state in (State.SUBMITTED, State.OVER, work.place)
+            else:
+                assert work.pending.state is (State.OVER if failed else work.place)
+            assert work.pending.submissions == work.submissions
             assert (work.pending.error is not None) == failed or work.dropped
         for life in model.up():
             assert len(life.asked) + len(life.leases) <= life.credits, "more than its credits"

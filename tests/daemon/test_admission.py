@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from specd.daemon.admission import Unfit, admit_batch, admit_probe, check_fetch, check_hello
-from specd.daemon.ring import Grant
+from specd.daemon.slots import Grant
 from specd.errors import ProtocolError
 from specd.protocol import messages as wire
 from specd.protocol.batch import batch_id, slot_bytes

@@ -1,4 +1,7 @@
-"""A hostile peer: at least 100,000 broken, forged and replayed messages, while another trainer keeps being served."""
+"""A hostile peer: 100,000 broken, forged, replayed and deep messages, while another trainer keeps being served.
+
+SPECD_FAULTS makes it 800,000.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ from typing import Any
 import msgspec
 import zmq
 
+from faults import ASKED
 from samples import batch
 from specd.client.subscriber import Subscriber
 from specd.config.settings import DaemonConfig, RingConfig, SubscriberConfig, TargetConfig
@@ -23,8 +27,10 @@ from specd.protocol.capture import CaptureSpec
 from specd.transports.base import ServerContext
 
 SEED = 20261123
-NUM_MESSAGES = 100_000
+NUM_MESSAGES = 800_000 if ASKED else 100_000
 SPEC = CaptureSpec(taps=(1, 3), dtype="float32")
+DEEP = (b"\x91", b"\x81\xa1a", b"\xdd\x00\x00\x00\x01", b"\x82\xa4type\xa5renew\xa5epoch")
+"""Each opens a level of nesting."""
 ODD: tuple[Any, ...] = (
     -1, 0, 1, 7, 2**31, 2**63, 2**64 - 1, 1.5, float("nan"), None, True, "", "x" * 300, b"", b"\0" * 16, b"\xff" * 17,
     [], [1, 2], [-1], {}, {"a": 1}, "shm", "../../etc/passwd", "embedding", "lm_head",
@@ -75,7 +81,9 @@ def mutate(rng: random.Random, forms: list[dict[str, Any]], sent: list[bytes]) -
         frame = frame[: rng.randrange(len(frame))]
     elif 0.9 <= kind < 0.95:
         frame += rng.randbytes(rng.randrange(1, 64))
-    elif kind >= 0.95:
+    elif 0.95 <= kind < 0.97:
+        frame = frame[:1] + rng.choice(DEEP) * rng.choice((50, 2000, 30_000))
+    elif kind >= 0.97:
         frame = bytearray(rng.randbytes(rng.randrange(0, 256)))
     return [bytes(frame)] if rng.random() > 0.02 else [bytes(frame), b"", b"more"]
 
@@ -109,7 +117,7 @@ def test_hostile_messages_neither_crash_nor_wedge_the_daemon() -> None:
                 peer.connect(host.endpoint)
                 peer.send(wire.encode(wire.Status()))
                 assert peer.poll(20_000), f"the daemon is wedged after {total} messages"
-                epoch = wire.decode(peer.recv()).epoch
+                epoch = wire.decode_reply(peer.recv()).epoch
                 forms = templates(rng.choice([epoch, epoch, epoch, b"e" * 16, b""]))
                 if rng.random() < 0.7:
                     forms.extend([forms[0], forms[3]])
@@ -130,7 +138,7 @@ def test_hostile_messages_neither_crash_nor_wedge_the_daemon() -> None:
             peer.connect(host.endpoint)
             peer.send(wire.encode(wire.Status()))
             assert peer.poll(20_000)
-            status = wire.decode(peer.recv())
+            status = wire.decode_reply(peer.recv())
     assert total >= NUM_MESSAGES
     assert delivered == list(range(len(delivered)))
     assert len(delivered) > 100
@@ -167,11 +175,11 @@ def test_an_oversized_message_ends_only_its_own_connection(tmp_path: Path) -> No
                 monitor.close()
                 honest.send(wire.encode(wire.Status()))
                 assert honest.poll(20_000)
-                assert wire.decode(honest.recv()).counters["refused_messages"] == 0
+                assert wire.decode_reply(honest.recv()).counters["refused_messages"] == 0
         finally:
-            control.stop()
+            control.ending.stop()
             loop.join()
-            control.close()
+            control.ending.close()
 
 
 def test_artifact_reads_beyond_the_limit_are_refused_and_probes_are_no_batches() -> None:
@@ -185,20 +193,20 @@ def test_artifact_reads_beyond_the_limit_are_refused_and_probes_are_no_batches()
         greedy.connect(host.endpoint)
         hello = wire.Hello(name="greedy", host="elsewhere", pid=0, transports=("inproc",), spec=SPEC, credits=2)
         greedy.send(wire.encode(hello))
-        welcome = wire.decode(greedy.recv())
+        welcome = wire.decode_reply(greedy.recv())
         name, length = min((name, ref.nbytes) for name, ref in welcome.contract.artifacts.items())
         fetch = wire.encode(wire.Fetch(epoch=welcome.epoch, name=name, offset=0, length=length))
 
         def ask(times: int) -> list[type]:
             for _ in range(times):
                 greedy.send(fetch)
-            return [type(wire.decode(greedy.recv())) for _ in range(times)]
+            return [type(wire.decode_reply(greedy.recv())) for _ in range(times)]
 
         answers = next(answers for _ in range(100) if wire.Error in (answers := ask(3 * limits.MAX_FETCHES)))
         assert answers.count(wire.Artifact) >= limits.MAX_FETCHES
         assert ask(limits.MAX_FETCHES) == [wire.Artifact] * limits.MAX_FETCHES
         greedy.send(wire.encode(wire.Probe(epoch=welcome.epoch, seq=0, nonce=b"n" * 16, nbytes=1000)))
-        assert isinstance(wire.decode(greedy.recv()), wire.Ready)
+        assert isinstance(wire.decode_reply(greedy.recv()), wire.Ready)
         greedy.send(wire.encode(wire.Status()))
-        status = wire.decode(greedy.recv())
+        status = wire.decode_reply(greedy.recv())
         assert (status.counters["batches"], status.counters["bytes"], status.sessions[0].batches) == (0, 0, 0)

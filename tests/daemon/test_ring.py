@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from rings import A, B, C, content, fill_all, make
-from specd.daemon.ring import Grant, Lease
+from specd.daemon.slots import Grant, Lease
 from specd.errors import ConfigError, ProtocolError
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from rings import A, B, C, content, fill_all, make
-from specd.daemon.ring import Lease, Ring
+from specd.daemon.ring import Ring
+from specd.daemon.slots import Lease
 from specd.errors import ProtocolError
 
 D = b"d"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from rings import A, B, C, content, fill_all, make
-from specd.daemon.ring import Grant
+from specd.daemon.slots import Grant
 
 
 def test_the_same_content_joins_a_filling_slot() -> None:

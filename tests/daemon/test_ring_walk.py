@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
 from rings import Clock, content
-from specd.daemon.ring import Lease, Ring
+from specd.daemon.ring import Ring
+from specd.daemon.slots import Lease
 from specd.errors import ProtocolError
 
 

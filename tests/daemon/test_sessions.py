@@ -41,12 +41,14 @@ with Peer(sys.argv[1]) as peer:
 class Peer:
     """A minimal trainer."""
 
-    def __init__(self, endpoint: str) -> None:
+    def __init__(self, endpoint: str, routing_id: bytes = b"") -> None:
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.DEALER)
+        if routing_id:
+            self._socket.set(zmq.ROUTING_ID, routing_id)
         self._socket.set(zmq.LINGER, 1000)
         self._socket.connect(endpoint)
-        self._epoch = b""
+        self.epoch = b""
         self._seq = 0
 
     def __enter__(self) -> Peer:
@@ -57,11 +59,11 @@ class Peer:
         self._context.term()
 
     def tell(self, kind: str, **fields: Any) -> None:
-        self._socket.send(wire.encode(getattr(wire, kind)(epoch=self._epoch, **fields)))
+        self._socket.send(wire.encode(getattr(wire, kind)(epoch=self.epoch, **fields)))
 
     def hear(self, timeout_ms: int = 20_000) -> Any:
         """The next message, None on timeout."""
-        return wire.decode(self._socket.recv()) if self._socket.poll(timeout_ms) else None
+        return wire.decode_reply(self._socket.recv()) if self._socket.poll(timeout_ms) else None
 
     def ask(self, kind: str, **fields: Any) -> Any:
         self.tell(kind, **fields)
@@ -74,7 +76,7 @@ class Peer:
         answer = self.ask(
             "Hello", name="peer", host=host_id(), pid=pid, gpus=("GPU-1",), transports=("inproc",), spec=SPEC, credits=9
         )
-        self._epoch = answer.epoch
+        self.epoch = answer.epoch
         return answer
 
     def probe(self) -> Any:
@@ -118,9 +120,9 @@ def daemon(directory: Path, slots: int, max_sessions: int, ttl_s: float = 30.0) 
             assert up.wait(60)
             yield endpoint, control
         finally:
-            control.stop()
+            control.ending.stop()
             loop.join()
-            control.close()
+            control.ending.close()
 
 
 @contextlib.contextmanager
@@ -171,10 +173,34 @@ def test_a_quarantined_slot_does_not_keep_a_daemon_from_draining(tmp_path: Path)
         assert peer.slots_until(quarantined=1)["quarantined"] == 1
         peer.hello()
         ready = peer.probe()
-        control.drain()
+        control.ending.drain()
         assert peer.slots_until(ready=1)["ready"] == 1
         peer.tell("Release", lease=ready.lease)
         assert isinstance(peer.hear(), wire.Revoke)
+
+
+def test_a_session_is_that_of_its_connection(tmp_path: Path) -> None:
+    """Whoever connects under its routing id when its own connection is gone inherits nothing."""
+    with daemon(tmp_path, slots=2, max_sessions=2) as (endpoint, _), Peer(endpoint) as watcher:
+        with Peer(endpoint, b"\1victim") as victim:
+            victim.hello(pid=0)
+            victim.probe()
+            (session,) = watcher.ask("Status").sessions
+            assert b"victim".hex() not in session.session
+        with Peer(endpoint, b"\1victim") as heir:
+            heir.epoch = victim.epoch
+            assert isinstance(heir.ask("Renew"), wire.Revoke)
+        assert watcher.slots_until(free=2)["free"] == 2
+        assert not watcher.ask("Status").sessions
+
+
+def test_a_request_beyond_the_credits_is_refused_before_its_content_is_looked_at(tmp_path: Path) -> None:
+    with daemon(tmp_path, slots=2, max_sessions=2) as (endpoint, _), Peer(endpoint) as peer:
+        assert peer.hello().credits == 1
+        peer.probe()
+        forged = {"seq": 7, "batch_id": bytes(16), "tokens": bytes(4), "lengths": b"\1\0\0\0"}
+        assert "with 1 requests outstanding and 1 credits" in peer.ask("Submit", **forged).reason
+        assert "seq 1 is outstanding already" in peer.ask("Submit", **{**forged, "seq": 1}).reason
 
 
 @pytest.mark.parametrize("pid", [0, 1])

@@ -173,7 +173,7 @@ def test_devices_are_known_by_their_uuid(driver: Driver) -> None:
 def test_without_cupy_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("cupy", "cupy.cuda"):
         monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(TransportError, match=r"cannot be imported \(import of cupy.* halted.*specd\[cuda13\]"):
+    with pytest.raises(TransportError, match=r"cannot be imported \(import of cupy.* halted.*pip .*\[cuda13\]', or"):
         cuda.runtime()
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import specd
+from specd.errors import DISTRIBUTION
 
 ROOT = Path(__file__).resolve().parents[2]
 LINKED = ("transports", "cli", "bench", "configs")
@@ -66,7 +67,7 @@ def test_links_resolve_to_the_top_level_folders(name: str) -> None:
 
 def test_wheel_holds_only_specd_with_its_data(built: tuple[list[str], list[str]]) -> None:
     wheel, _ = built
-    assert {name.split("/")[0] for name in wheel} == {"specd", f"specd-{specd.__version__}.dist-info"}
+    assert {name.split("/")[0] for name in wheel} == {"specd", f"specd_daemon-{specd.__version__}.dist-info"}
     expected = {"specd/py.typed", *(f"specd/configs/{path.name}" for path in (ROOT / "configs").glob("*.yaml"))}
     expected |= {f"specd/configs/demo/{path.name}" for path in (ROOT / "configs" / "demo").glob("*") if path.is_file()}
     expected |= {str(path.relative_to(ROOT)) for folder in folders() for path in folder.glob("*.py")}
@@ -85,6 +86,10 @@ def test_nobody_imports_the_top_level_folders() -> None:
     files = [path for folder in ("specd", "tests", *LINKED) for path in (ROOT / folder).rglob("*.py")]
     assert len(files) > 20
     assert [path.name for path in files if wrong.search(path.read_text())] == []
+
+
+def test_messages_know_the_name_of_the_distribution() -> None:
+    assert DISTRIBUTION == PROJECT["project"]["name"] == "specd-daemon"
 
 
 def test_version_stands_in_one_place() -> None:

@@ -1,4 +1,4 @@
-"""What linters do not see: machine paths and secrets of a place in tracked files, files that grew too long."""
+"""What linters do not see: machine paths, another project's name for pip, files that grew too long."""
 
 from __future__ import annotations
 
@@ -10,6 +10,12 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 MACHINE_PATH = re.compile(r"/(?:home|root|Users|work)/[A-Za-z0-9_.-]+")
+# On the package index the bare name is another project: with extras, as an installer's argument, as a dependency.
+WRONG_NAME = re.compile(
+    r"(?<![\w.-])specd(?:\\?\[|==|>=|~=)"
+    r"|\b(?:pip3? install|uv add|uvx|pipx install)(?:\s+-[\w-]+)*[\s'\"f]+specd(?![\w./-])"
+    r"|\bdependencies\s*=\s*\[[^\]]*(?:\"specd\"|'specd')"
+)
 MAX_LINES = 400
 BINARY = {".png", ".parquet", ".safetensors", ".gz", ".jpg"}
 
@@ -31,6 +37,34 @@ def test_no_machine_paths(files: list[Path]) -> None:
         for path in files
         if path.suffix not in BINARY
         for match in MACHINE_PATH.finditer(path.read_text(encoding="utf-8"))
+    ]
+    assert found == []
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "pip install '{}[nccl]'",
+        r"match=r'pip install \'{}\[hub\]'",
+        "pip install {}",
+        "`pip install -U {}` first",
+        '"with pip install "\n    "\'{}\', or"',
+        "uv add {}",
+        'dependencies = [\n    "msgspec",\n    "{}",\n]',
+        "{}>=0.1",
+    ],
+)
+def test_the_wrong_name_is_recognised(text: str) -> None:
+    assert WRONG_NAME.search(text.format("specd"))
+    assert not WRONG_NAME.search(text.format("specd-daemon"))
+
+
+def test_nobody_is_told_to_install_another_project(files: list[Path]) -> None:
+    found = [
+        f"{path.relative_to(ROOT)}: {match[0]}"
+        for path in files
+        if path.suffix not in BINARY
+        for match in WRONG_NAME.finditer(path.read_text(encoding="utf-8"))
     ]
     assert found == []
 

@@ -17,7 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from messages import BY_TAG, CONTRACT, EPOCH, SAMPLES, TYPES
+from messages import BY_TAG, CONTRACT, EPOCH, SAMPLES, TYPES, decode
 from specd.protocol import limits
 from specd.protocol import messages as wire
 from specd.protocol.batch import Layout, TensorRef
@@ -89,12 +89,12 @@ def test_golden_bytes(tag: str) -> None:
     assert set(golden["messages"]) == set(BY_TAG)
     lines = golden["messages"][tag]
     assert golden_of(BY_TAG[tag]) == lines, "the wire format changed: raise VERSION, then write the golden file anew"
-    assert wire.decode(frame_of(lines)) == BY_TAG[tag]
+    assert decode(frame_of(lines)) == BY_TAG[tag]
 
 
 def test_a_golden_frame_by_hand() -> None:
     frame = (
-        b"\x02" + b"\x83" + b"\xa4type" + b"\xa7release" + b"\xa5epoch" + b"\xc4\x10" + EPOCH + b"\xa5lease" + b"\x07"
+        b"\x03" + b"\x83" + b"\xa4type" + b"\xa7release" + b"\xa5epoch" + b"\xc4\x10" + EPOCH + b"\xa5lease" + b"\x07"
     )
     assert wire.encode(wire.Release(epoch=EPOCH, lease=7)) == frame
 
@@ -144,14 +144,14 @@ FIELDS: dict[type[wire.Message], dict[str, st.SearchStrategy[Any]]] = {
     wire.Borrow: {"lease": u64},
     wire.Release: {"lease": u64},
     wire.Renew: {},
-    wire.Fetch: {"name": name, "offset": u64, "length": st.integers(1, 1 << 20)},
+    wire.Fetch: {"name": name, "offset": u64, "length": st.integers(1, limits.ARTIFACT_CHUNK_BYTES)},
     wire.Status: {},
     wire.Bye: {},
     wire.Welcome: {
         "contract": contracts, "ring": rings, "credits": positive, "slots": positive, "lease_ttl_ms": positive,
         "transports": names,
     },
-    wire.Reject: {"reason": text, "retry_ms": int31},
+    wire.Reject: {"reason": text, "retry_ms": int31, "loading_ms": int31},
     wire.Offer: {"transport": name, "offer": st.binary(max_size=64)},
     wire.Refuse: {"transport": name, "reason": text},
     wire.Ready: {
@@ -180,9 +180,9 @@ def test_round_trip(kind: type[wire.Message]) -> None:
     @given(st.builds(kind, epoch=epochs, **FIELDS[kind]))
     def check(message: wire.Message) -> None:
         frame = wire.encode(message)
-        assert wire.decode(frame) == message
-        assert wire.decode(memoryview(frame)) == message
-        assert wire.encode(wire.decode(frame)) == frame
+        assert decode(frame) == message
+        assert decode(memoryview(frame)) == message
+        assert wire.encode(decode(frame)) == frame
 
     check()
 
@@ -203,8 +203,8 @@ def test_the_text_has_the_limits_of_the_code() -> None:
     text = TEXT.read_text()
     assert f"version {wire.VERSION}\n" in text.splitlines(keepends=True)[0]
     for limit in (
-        limits.MAX_MESSAGE_BYTES, limits.ARTIFACT_CHUNK_BYTES, limits.MAX_OFFER_BYTES, limits.MAX_HELLO_BYTES,
-        limits.MAX_TAPS, limits.MAX_REASON_CHARS,
+        limits.MAX_MESSAGE_BYTES, limits.MAX_REQUEST_BYTES, limits.ARTIFACT_CHUNK_BYTES, limits.MAX_OFFER_BYTES,
+        limits.MAX_HELLO_BYTES, limits.MAX_TAPS, limits.MAX_REASON_CHARS,
     ):  # fmt: skip
         assert f"{limit:,}" in text
 

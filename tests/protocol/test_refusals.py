@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import random
-from typing import Any
+import time
+from typing import Any, get_args
 
 import msgspec
 import pytest
 
-from messages import BATCH, BY_TAG, EPOCH, SAMPLES
+from messages import BATCH, BY_TAG, EPOCH, SAMPLES, decode
 from specd.errors import ProtocolError
 from specd.protocol import limits
 from specd.protocol import messages as wire
@@ -28,7 +29,7 @@ def unpack(message: wire.Message) -> dict[str, Any]:
 
 def refused(frame: bytes) -> str:
     with pytest.raises(ProtocolError) as caught:
-        wire.decode(frame)
+        decode(frame)
     return str(caught.value)
 
 
@@ -87,6 +88,7 @@ def test_unknown_fields_inside_nested_structs_are_refused() -> None:
 
 
 LONG = 201 * "x"
+TENSOR = {"name": "taps", "offset": 0, "shape": [1], "dtype": "float32"}
 BOUNDS: list[tuple[str, str, Any]] = [
     *((tag, "epoch", value) for tag in BY_TAG for value in (b"\0", bytes(15), bytes(17), bytes(32))),
     *(("hello", "name", value) for value in ("", LONG)),
@@ -110,14 +112,16 @@ BOUNDS: list[tuple[str, str, Any]] = [
     *((tag, "lease", value) for tag in ("recv_ready", "borrow", "release", "ready") for value in (-1, -(2**63))),
     *(("fetch", "name", value) for value in ("", LONG)),
     ("fetch", "offset", -1),
-    *(("fetch", "length", value) for value in (-1, 0, (1 << 20) + 1, 2**64 - 1)),
+    *(("fetch", "length", value) for value in (-1, 0, limits.ARTIFACT_CHUNK_BYTES + 1, 2**64 - 1)),
     *(("welcome", field, value) for field in ("credits", "slots", "lease_ttl_ms") for value in (-1, 0, 2**31)),
-    *(("reject", "retry_ms", value) for value in (-1, 2**31)),
+    *(("reject", field, value) for field in ("retry_ms", "loading_ms") for value in (-1, 2**31)),
+    ("ready", "layout", {"tensors": [TENSOR] * 17, "nbytes": 1}),
+    ("ready", "layout", {"tensors": [{**TENSOR, "shape": [1] * 9}], "nbytes": 1}),
     *((tag, "reason", 2001 * "x") for tag in ("reject", "refuse", "failed", "revoke", "error")),
     ("offer", "offer", bytes((64 << 10) + 1)),
     *(("ready", "slot", value) for value in (-1, 2**31)),
     *(("ready", "generation", value) for value in (-1, 0)),
-    ("artifact", "data", bytes((1 << 20) + 1)),
+    ("artifact", "data", bytes(limits.ARTIFACT_CHUNK_BYTES + 1)),
 ]
 
 
@@ -129,10 +133,28 @@ def test_values_out_of_bounds_are_refused(tag: str, field: str, value: Any) -> N
 
 
 def test_the_largest_values_are_taken() -> None:
-    assert wire.decode(pack({"type": "release", "lease": 2**64 - 1})).lease == 2**64 - 1
+    release = decode(pack({"type": "release", "lease": 2**64 - 1}))
+    assert isinstance(release, wire.Release)
+    assert release.lease == 2**64 - 1
     fields = unpack(BY_TAG["hello"])
-    hello = wire.decode(pack({**fields, "name": 200 * "ü", "pid": 2**31 - 1, "spec": {"taps": list(range(1024))}}))
+    hello = decode(pack({**fields, "name": 200 * "ü", "pid": 2**31 - 1, "spec": {"taps": list(range(1024))}}))
+    assert isinstance(hello, wire.Hello)
     assert (len(hello.name), hello.pid, len(hello.spec.taps)) == (200, 2**31 - 1, 1024)
+
+
+def test_each_side_takes_only_what_is_for_it() -> None:
+    for message in SAMPLES:
+        other = wire.decode_reply if isinstance(message, get_args(wire.ToDaemon)) else wire.decode_request
+        with pytest.raises(ProtocolError, match=r"at `\$\.type`"):
+            other(wire.encode(message))
+
+
+def test_a_length_out_of_bounds_is_refused_before_its_items_are_read() -> None:
+    taps = msgspec.msgpack.encode(list(range(8_000_000)))
+    head = wire.encode(wire.Renew())[:1] + b"\x82\xa4type\xa5hello\xa4spec\x81\xa4taps"
+    began = time.thread_time()
+    refused(head + taps)
+    assert time.thread_time() - began < 0.05  # 200 ms to read them
 
 
 def test_text_that_is_not_utf8_is_refused() -> None:
@@ -203,7 +225,7 @@ def test_damaged_frames_are_messages_or_protocol_errors() -> None:
             if len(frame) < 2:
                 break
         try:
-            message = wire.decode(bytes(frame))
+            message = decode(bytes(frame))
         except ProtocolError:
             outcomes[False] += 1
         else:

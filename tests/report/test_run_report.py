@@ -10,7 +10,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from specd.errors import CheckpointError, ConfigError
+from specd.errors import CheckpointError, ConfigError, pip_install
 from specd.evaluate.results import EVALS, Mismatch
 from specd.report.run_report import comparable, key_figures, step_over_bound, write_report
 from specd.train.directory import JOURNAL, write_facts
@@ -121,7 +121,7 @@ def test_report_of_something_else_is_refused(tmp_path: Path) -> None:
 
 def test_matplotlib_missing_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(ConfigError, match=re.escape("pip install 'specd[report]'")):
+    with pytest.raises(ConfigError, match=re.escape(pip_install("report"))):
         write_report(make_run(tmp_path))
 
 

@@ -9,7 +9,7 @@ import matplotlib
 import pytest
 from matplotlib.figure import Figure
 
-from specd.errors import ConfigError
+from specd.errors import ConfigError, pip_install
 from specd.report import style
 
 
@@ -33,5 +33,5 @@ def test_colours_differ() -> None:
 
 def test_without_matplotlib_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(ConfigError, match=re.escape("pip install 'specd[report]'")):
+    with pytest.raises(ConfigError, match=re.escape(pip_install("report"))):
         style.render(draw, 2, 1, "png")

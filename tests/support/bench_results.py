@@ -48,7 +48,7 @@ def two_gpus() -> TransportResult:
         ),
         rows=rows,
         slowdowns=(slowdown("cuda_ipc", 0.031), slowdown("nccl", 0.22)),
-        skipped={"same: nccl": "trainer and target share a GPU", "peer: nixl": "pip install 'specd[nixl]'"},
+        skipped={"same: nccl": "trainer and target share a GPU", "peer: nixl": "pip install 'specd-daemon[nixl]'"},
     )
 
 

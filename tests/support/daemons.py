@@ -13,7 +13,7 @@ import zmq
 
 import specd
 from specd.protocol.contract import RingInfo, TargetContract
-from specd.protocol.messages import SessionStatus, Status, StatusReport, decode, encode
+from specd.protocol.messages import SessionStatus, Status, StatusReport, decode_request, encode
 
 CONTRACT = TargetContract(
     model="tiny",
@@ -68,7 +68,7 @@ def answering(endpoint: str, report: StatusReport) -> Iterator[None]:
             while not stop.is_set():
                 if socket.poll(50):
                     key, frame = socket.recv_multipart()
-                    assert isinstance(decode(frame), Status)
+                    assert isinstance(decode_request(frame), Status)
                     socket.send_multipart([key, encode(report)])
 
         thread = threading.Thread(target=answer)

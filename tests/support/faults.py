@@ -30,6 +30,7 @@ LEASE_S = 1.0
 PROGRESS_S = 120.0
 """A trainer that runs takes its next steps within this, whatever was done to its daemon."""
 NUM_SLOTS = 8
+DEPTH = 3
 TARGET = "synthetic:hidden=32,layers=8,vocab=256,ms=15"
 
 
@@ -59,17 +60,36 @@ def private_directory() -> Iterator[Path]:
 class Daemon:
     """One `specd start` in a process of its own; `restart` after a kill keeps the endpoint. device: of its target."""
 
-    def __init__(self, directory: Path, name: str, device: str = "cpu", lease_s: float = LEASE_S) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        name: str,
+        device: str = "cpu",
+        lease_s: float = LEASE_S,
+        hang_s: float = 60.0,
+        target: str = TARGET,
+    ) -> None:
         self.endpoint = f"ipc://{directory}/{name}.sock"
         self.log = (directory / f"{name}.log").open("ab")
         self._device = device
-        self._lease_s = lease_s
+        self._target = target
+        self._settings = {"ring.lease_ttl_s": lease_s, "hang_s": hang_s}
         self.process = self._start()
 
     def _start(self) -> subprocess.Popen[bytes]:
-        command = [sys.executable, "-m", "specd", "start", "--model", TARGET, "--endpoint", self.endpoint, "--exact"]
-        command += ["--device", self._device, "--slots", str(NUM_SLOTS), "--slot-tokens", "128"]
-        command += ["--set", f"ring.lease_ttl_s={self._lease_s}"]
+        command = [sys.executable, "-m", "specd", "start", "--model", self._target, "--exact"]
+        command += [
+            "--endpoint",
+            self.endpoint,
+            "--device",
+            self._device,
+            "--slots",
+            str(NUM_SLOTS),
+            "--slot-tokens",
+            "128",
+        ]
+        for key, value in self._settings.items():
+            command += ["--set", f"{key}={value}"]
         return subprocess.Popen(command, stdout=self.log, stderr=self.log)
 
     def status(self) -> StatusReport:
@@ -86,12 +106,12 @@ class Daemon:
 
 
 @contextlib.contextmanager
-def daemons(device: str = "cpu", lease_s: float = LEASE_S) -> Iterator[Callable[[str], Daemon]]:
+def daemons(device: str = "cpu", lease_s: float = LEASE_S, hang_s: float = 60.0) -> Iterator[Callable[[str], Daemon]]:
     """A function that starts one by name, with its socket in a directory of its own."""
     with private_directory() as place, contextlib.ExitStack() as running:
 
         def start(name: str) -> Daemon:
-            daemon = Daemon(place, name, device, lease_s)
+            daemon = Daemon(place, name, device, lease_s, hang_s)
             running.callback(daemon.close)
             return daemon
 
@@ -126,7 +146,7 @@ class Trainer:
             "draft.num_layers": 1, "draft.num_taps": 2, "draft.block_size": 4, "draft.num_anchors": 4,
             "draft.mask_token_id": 255, "draft.attention": "sdpa", "data.batch_tokens": 80, "data.max_length": 40,
             "train.epochs": epochs, "train.save_every": 5, "train.dtype": "float32", "train.threads": 1,
-            "subscriber.depth": 3, "subscriber.max_attempts": 100, "subscriber.borrow": str(borrow).lower(),
+            "subscriber.depth": DEPTH, "subscriber.borrow": str(borrow).lower(),
         }  # fmt: skip
         for key, value in settings.items():
             self.command += ["--set", f"{key}={value}"]

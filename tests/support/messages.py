@@ -1,10 +1,11 @@
-"""One sample of every message, for tests."""
+"""One sample of every message, and a decoder of them all, for tests."""
 
 from __future__ import annotations
 
 import struct
-from typing import get_args
+from typing import Any, get_args
 
+from specd.errors import ProtocolError
 from specd.protocol import contract
 from specd.protocol import messages as wire
 from specd.protocol.batch import slot_layout
@@ -44,13 +45,13 @@ SAMPLES: tuple[wire.Message, ...] = (
     wire.Borrow(epoch=EPOCH, lease=8),
     wire.Release(epoch=EPOCH, lease=1 << 40),
     wire.Renew(epoch=EPOCH),
-    wire.Fetch(epoch=EPOCH, name="embedding", offset=1048576, length=1048576),
+    wire.Fetch(epoch=EPOCH, name="embedding", offset=1048576, length=262144),
     wire.Status(),
     wire.Bye(epoch=EPOCH),
     wire.Welcome(
         epoch=EPOCH, contract=CONTRACT, ring=RING, credits=3, slots=5, lease_ttl_ms=30000, transports=("shm", "bytes")
     ),
-    wire.Reject(epoch=EPOCH, reason="the daemon is starting its worker", retry_ms=300),
+    wire.Reject(epoch=EPOCH, reason="the daemon is starting its worker", retry_ms=300, loading_ms=600000),
     wire.Offer(epoch=EPOCH, transport="shm", offer=b"{}"),
     wire.Refuse(epoch=EPOCH, transport="shm", reason="another host"),
     wire.Ready(
@@ -76,3 +77,13 @@ SAMPLES: tuple[wire.Message, ...] = (
 )  # fmt: skip
 TYPES = (*get_args(wire.ToDaemon), *get_args(wire.ToTrainer))
 BY_TAG = {str(type(message).__struct_config__.tag): message for message in SAMPLES}
+
+
+def decode(frame: bytes | memoryview) -> Any:
+    """The message in a frame, whichever side it is for."""
+    try:
+        return wire.decode_request(frame)
+    except ProtocolError as error:
+        if "at `$.type`" not in str(error):
+            raise
+    return wire.decode_reply(frame)

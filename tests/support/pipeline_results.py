@@ -59,7 +59,7 @@ def both_lengths() -> PipelineResult:
         rows=tuple(rows),
         rates=tuple(rates),
         work=None,
-        skipped={"disaggregated over nixl": "nixl is missing: pip install 'specd[nixl]'"},
+        skipped={"disaggregated over nixl": "nixl is missing: pip install 'specd-daemon[nixl]'"},
     )
 
 

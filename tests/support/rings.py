@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from specd.daemon.ring import Lease, Ring
+from specd.daemon.ring import Ring
+from specd.daemon.slots import Lease
 
 A, B, C = b"a", b"b", b"c"
 

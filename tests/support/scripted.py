@@ -248,7 +248,7 @@ class Daemon:
                     socket.send_multipart([key, wire.encode(message)])
                 if socket in ready:
                     key, frame = socket.recv_multipart()
-                    for answer in self._hear(key, wire.decode(frame)):
+                    for answer in self._hear(key, wire.decode_request(frame)):
                         socket.send_multipart([key, wire.encode(answer)])
 
     def _hear(self, key: bytes, message: Any) -> list[Message]:

@@ -1,7 +1,8 @@
 """A model of what surrounds a window: daemons, transfers and a training loop that know only its effects.
 
 Each call of the window's is made with what it has to lead to in `owed`; `carry_out` checks that exactly that comes out.
-Only submissions, and the room that is made for them, are the window's choice: those are judged by its rules.
+Only submissions, copies, the room that is made for them, and cancelling are the window's choice: those are judged by
+its rules. Which daemon gets a batch is not: that depends on their paces, and is tested by simulation.
 """
 
 from __future__ import annotations
@@ -9,21 +10,25 @@ from __future__ import annotations
 from collections import Counter, deque
 
 from specd.client import effects
-from specd.client.pending import State
+from specd.client.pending import MOST_REST_S, REST_S, State
 from specd.transports.base import SlotRef
-from windows import Effects, Item, Token, item, make, ready
+from windows import Clock, Effects, Item, Token, item, make, ready
 
 LINKS = 3
 FAILED = "it has failed"
 
 
 class Life:
-    """One session: what its daemon knows, by seq and by lease, and how many views of its slots there are."""
+    """One session: what its daemon knows, by seq and by lease, and how many views of its slots there are.
 
-    def __init__(self, token: Token, link: int, credits: int, kind: str) -> None:
+    tiny: no batch fits its slots.
+    """
+
+    def __init__(self, token: Token, link: int, credits: int, kind: str, tiny: bool = False) -> None:
         self.token = token
         self.link = link
         self.credits = credits
+        self.tiny = tiny
         self.copies = kind == "copy"
         self.lends = kind == "borrow"
         self.announces = kind == "announce"
@@ -40,7 +45,8 @@ class Work:
     def __init__(self, pending: Item) -> None:
         self.pending = pending
         self.place: State | str = State.PENDING
-        self.attempts = 0
+        self.submissions = self.misses = 0
+        self.rests_until = 0.0
         self.dropped = False
         self.life: Life | None = None
         self.lease = 0
@@ -54,9 +60,9 @@ class Work:
 class Model:
     """A window, and all that surrounds it."""
 
-    def __init__(self, max_attempts: int) -> None:
-        self.max_attempts = max_attempts
-        self.window = make(LINKS, max_attempts)
+    def __init__(self) -> None:
+        self.clock = Clock()
+        self.window = make(LINKS, self.clock)
         self.links: list[Life | None] = [None] * LINKS
         self.lives: dict[Token, Life] = {}
         self.works: dict[Item, Work] = {}
@@ -78,14 +84,24 @@ class Model:
         """Requests that daemons have not answered."""
         return [(life, work) for life in self.up() for work in life.asked.values()]
 
+    def is_asked(self, work: Work) -> bool:
+        """Whether any daemon owes an answer about a batch."""
+        return any(other is work for _, other in self.asked())
+
     def room(self, link: int) -> int:
         """A lost session's transfers take credits of the next one until they end."""
         late = sum(other.link == link and not other.up for _, other in self.transfers)
         life = self.links[link]
         return life.credits - len(life.asked) - len(life.leases) - late if life is not None else 0
 
-    def waiting(self) -> list[Work]:
-        return [work for work in self.order if work.place is State.PENDING]
+    def most_room(self) -> int:
+        """The room of the daemon with most, of those that any batch fits."""
+        return max((self.room(life.link) for life in self.up() if not life.tiny), default=0)
+
+    def first_waits(self) -> bool:
+        """Whether the first batch is still to be submitted."""
+        first = self.order[0] if self.order else None
+        return first is not None and first.place is State.PENDING and first.rests_until <= self.clock.now
 
     def borrowed(self) -> list[Work]:
         """Batches that are here by a lease, and were not looked at."""
@@ -96,8 +112,8 @@ class Model:
     def carry_out(self, todo: Effects) -> None:
         for effect in todo:
             match effect:
-                case effects.SendSubmit(session, pending):
-                    self._submit(self.lives[session], self.works[pending])
+                case effects.SendSubmit(session, pending, late):
+                    self._submit(self.lives[session], self.works[pending], late)
                     self.owed[effect] += 1
                 case effects.SendRelease(session, lease):
                     self._released(self.lives[session], lease, effect)
@@ -114,44 +130,51 @@ class Model:
                     self.recycled.add(buffer)
                 case effects.Missed(session, pending, reason):
                     assert reason in ("it failed", "its session was lost")
+                case effects.Cancel(session):
+                    assert self.lives[session] in [life for _, life in self.transfers], "nothing moves"
+                    self.owed[effect] += 1
                 case effects.Abandon() | effects.Return():
                     pass
             self.owed[effect] -= 1
         assert self._giving_up is None
         assert {effect: count for effect, count in self.owed.items() if count} == {}
         self.owed.clear()
-        if waiting := self.waiting():
-            assert max(self.room(link) for link in range(LINKS)) <= 0, "a batch is held back"
-            if waiting[0] is self.order[0]:
-                assert self.borrowed() == [], "the first waits for a credit that one behind it holds"
+        if self.first_waits():
+            assert self.most_room() <= 0, "the first batch is held back"
+            assert self.borrowed() == [], "the first waits for a credit that one behind it holds"
 
-    def _submit(self, life: Life, work: Work) -> None:
+    def _submit(self, life: Life, work: Work, late: float) -> None:
         assert life.up, "a message in a session that is gone"
-        assert work.place is State.PENDING, "it is there already, or over"
+        assert not life.tiny, "it fits no slot"
         assert not work.dropped, "what is dropped never comes back"
-        assert self.waiting()[0] is work, "submitted out of order"
-        rooms = [self.room(link) for link in range(LINKS)]
-        assert rooms.index(max(rooms)) == life.link, "another daemon has more room"
+        assert work.rests_until <= self.clock.now, "it rests"
         assert len(life.asked) + len(life.leases) < life.credits, "more than its credits"
-        assert work.pending.seq not in life.asked
-        work.attempts += 1
+        assert work.pending.seq not in life.asked, "it is asked for already"
+        assert (work.place is State.SUBMITTED) == self.is_asked(work)
+        if late:
+            assert work is self.order[0], "only the first is waited for"
+        assert work.place is (State.SUBMITTED if late else work.place)
+        assert work.place in (State.PENDING, State.SUBMITTED), "it is there already, or over"
+        work.submissions += 1
         work.place = State.SUBMITTED
         life.asked[work.pending.seq] = work
 
     def _released(self, life: Life, lease: int, effect: object) -> None:
         assert life.up, "a message in a session that is gone"
         work = life.leases.pop(lease)
-        assert all(work is not moving for moving, _ in self.transfers), "its bytes are being sent"
+        assert (work, life) not in self.transfers, "its bytes are being sent"
         if self.owed[effect]:
             return
         assert self._giving_up is life, "a lease is released that is not over"
-        assert self.order[0].place is State.PENDING, "room is made for another than the first"
+        first = self.order[0]
+        assert first.place in (State.PENDING, State.SUBMITTED), "room is made for another than the first"
         life.leases[lease] = work
-        assert max(self.room(link) for link in range(LINKS)) <= 0, "there is room"
-        assert self.borrowed()[-1] is work, "room is made by another than the last"
+        if first.place is State.PENDING:
+            assert self.most_room() <= 0, "there is room"
+            assert self.borrowed()[-1] is work, "room is made by another than the last"
         del life.leases[lease]
         self._giving_up = None
-        work.life, work.place, work.attempts = None, State.PENDING, work.attempts - 1
+        work.life, work.place = None, State.SUBMITTED if self.is_asked(work) else State.PENDING
         self.owed[effect] += 1
 
     def _unborrowed(self, life: Life, effect: object) -> None:
@@ -184,10 +207,11 @@ class Model:
         self.owe(effects.Recycle(work.buffer))
 
     def retry(self, work: Work) -> None:
+        """A batch that nobody brings is brought by who was asked for a copy, or pending."""
         if work.dropped:
             work.place = State.OVER
-        elif work.attempts == self.max_attempts:
-            work.place = FAILED
+        elif self.is_asked(work):
+            work.place = State.SUBMITTED
         else:
             work.place = State.PENDING
             self.resubmitted += 1
@@ -196,10 +220,13 @@ class Model:
         """A session is over, and every promise of its daemon."""
         life.up = False
         self.links[life.link] = None
-        for work in [*life.asked.values(), *life.leases.values()]:
+        for work in life.asked.values():
+            if work.place is State.SUBMITTED and not self.is_asked(work):
+                self.retry(work)
+        for work in life.leases.values():
             if work.place is State.FETCHED:
-                self.release(work, State.PENDING)
-            if work.place in (State.SUBMITTED, State.READY, State.PENDING):
+                self.release(work, State.READY)
+            if work.place is State.READY:
                 work.life = None
                 self.retry(work)
 
@@ -215,17 +242,31 @@ class Model:
         """A daemon has filled a slot."""
         del life.asked[work.pending.seq]
         self.num_leases += 1
-        life.leases[self.num_leases] = work
-        work.life, work.lease, work.place = life, self.num_leases, State.READY
-        if work.dropped:
-            self.release(work, State.OVER)
+        lease = self.num_leases
+        life.leases[lease] = work
+        if work.dropped or work.place is not State.SUBMITTED:  # unwanted, or another was first
+            self.owe(effects.SendRelease(life.token, lease))
+            if work.dropped and work.place is State.SUBMITTED and not self.is_asked(work):
+                work.place = State.OVER
         else:
+            work.life, work.lease, work.place = life, lease, State.READY
             self.owe(effects.FetchSlot(life.token, work.pending))
             if life.lends:
-                self.owe(effects.SendBorrow(life.token, work.lease))
+                self.owe(effects.SendBorrow(life.token, lease))
             elif life.announces:
-                self.owe(effects.SendRecvReady(life.token, work.lease))
-        self.carry_out(self.window.ready(life.token, ready(work.pending, work.lease)))
+                self.owe(effects.SendRecvReady(life.token, lease))
+        self.carry_out(self.window.ready(life.token, ready(work.pending, lease)))
+
+    def refuse(self, life: Life, work: Work) -> None:
+        """A daemon cannot capture a batch."""
+        del life.asked[work.pending.seq]
+        if work.place is State.SUBMITTED and not self.is_asked(work):
+            work.place = State.OVER if work.dropped else FAILED
+        self.carry_out(self.window.failed(life.token, work.pending.seq, "it does not fit"))
+
+    def wait(self, seconds: float) -> None:
+        self.clock.now += seconds
+        self.carry_out(self.window.tick())
 
     def begin(self) -> None:
         work, life = self.queue.popleft()
@@ -257,6 +298,9 @@ class Model:
     def missed(self, work: Work, life: Life, lost: bool) -> None:
         self.transfers.remove((work, life))
         self.owe(effects.Missed(life.token, work.pending, "it failed"))
+        work.misses += 1
+        if work.misses > 1:
+            work.rests_until = self.clock.now + min(REST_S * 2 ** (work.misses - 2), MOST_REST_S)
         if lost and life.up:
             self.owe(effects.Abandon(life.token, "it failed"))
             self.end(life)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from faults import ASKED, LEASE_S, SEED, Daemon, Trainer, daemons, disturb, settled, write_data
+from faults import ASKED, DEPTH, LEASE_S, SEED, Daemon, Trainer, daemons, disturb, settled, write_data
 
 REPETITIONS = ASKED or 2
 EPOCHS = max(1, REPETITIONS // 4)
@@ -65,6 +65,22 @@ def test_worker_killed(
     settled(daemon)
 
 
+def test_a_worker_that_hangs_is_replaced(data: Path, tmp_path: Path, reference: list[float | None]) -> None:
+    """SIGSTOP looks like a device or driver that never answers: control hears nothing, and nobody died."""
+    with daemons(hang_s=1.0) as start:
+        daemon = start("a")
+        trainer = train(tmp_path, data, daemon)
+
+        def fault(rng: random.Random) -> None:
+            pid = daemon.status().worker_pid
+            if pid:
+                os.kill(pid, signal.SIGSTOP)
+
+        finish(trainer, disturb([trainer], REPETITIONS, fault), reference)
+        assert daemon.status().counters["worker_restarts"] >= min(REPETITIONS, 1)
+        settled(daemon)
+
+
 def test_control_killed_and_restarted(
     data: Path, tmp_path: Path, start: Callable[[str], Daemon], reference: list[float | None]
 ) -> None:
@@ -105,6 +121,34 @@ def test_one_of_two_daemons_killed(
         daemon.restart()
 
     finish(trainer, disturb([trainer], REPETITIONS, fault), reference)
+    for daemon in pair:
+        settled(daemon)
+
+
+@pytest.mark.parametrize("transport", ["auto", pytest.param("bytes", marks=pytest.mark.slow)])
+def test_one_of_two_workers_stopped(
+    data: Path, tmp_path: Path, start: Callable[[str], Daemon], reference: list[float | None], transport: str
+) -> None:
+    """The other brings what it owes, and training goes on within 5 s; over `bytes` a transfer may be under way."""
+    pair = [start("a"), start("b")]
+    endpoints = [daemon.endpoint for daemon in pair]
+    trainer = Trainer(tmp_path / "run", data, endpoints, epochs=EPOCHS, transport=transport)
+
+    def fault(rng: random.Random) -> None:
+        pid = rng.choice(pair).status().worker_pid
+        os.kill(pid, signal.SIGSTOP)
+        goal, began = trainer.steps() + 2 * DEPTH, time.monotonic()
+        while trainer.running and trainer.steps() < goal:
+            assert time.monotonic() < began + 5, f"seed {SEED}: no batches for 5 s"
+            time.sleep(0.01)
+        print(f"{2 * DEPTH} batches {time.monotonic() - began:.1f} s after one of two workers was stopped")
+        os.kill(pid, signal.SIGCONT)
+
+    try:
+        finish(trainer, disturb([trainer], REPETITIONS, fault), reference)
+    finally:
+        for daemon in pair:
+            os.kill(daemon.status().worker_pid, signal.SIGCONT)
     for daemon in pair:
         settled(daemon)
 

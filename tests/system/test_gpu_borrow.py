@@ -47,7 +47,7 @@ with Subscriber(config, CaptureSpec(taps=(1, 4), dtype="float32"), device="cuda:
 
 @pytest.fixture(scope="module")
 def daemon() -> Iterator[Daemon]:
-    with daemons(DEVICE, LEASE_S) as start:
+    with daemons(DEVICE, lease_s=LEASE_S) as start:
         yield start("a")
 
 

@@ -147,7 +147,7 @@ def reference(
 @pytest.fixture
 def start() -> Iterator[Callable[[str], Daemon]]:
     """Starts a daemon by name; all of them end with the test."""
-    with daemons(FIRST, LEASE_S) as starter:
+    with daemons(FIRST, lease_s=LEASE_S) as starter:
         yield starter
 
 

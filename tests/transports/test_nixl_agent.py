@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import importlib.util
+import re
 import subprocess
 import sys
 import threading
@@ -16,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from specd.errors import TransportError
+from specd.errors import TransportError, pip_install
 from specd.memory.arena import PAGE, HostArena
 from specd.transports.base import ServerContext
 from specd.transports.nixl.agent import Destinations, NixlAgent, Region
@@ -161,7 +162,7 @@ def test_without_nixl_the_error_says_what_to_install(
     for name in ("nixl_cu13", "nixl_cu12"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     monkeypatch.setattr(sys, "meta_path", [_Missing(), *sys.meta_path])
-    with HostArena.create(1, PAGE, None) as arena, pytest.raises(TransportError, match=r"specd\[nixl\]"):
+    with HostArena.create(1, PAGE, None) as arena, pytest.raises(TransportError, match=re.escape(pip_install("nixl"))):
         make(arena)
 
 

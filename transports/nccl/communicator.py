@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple
 
-from specd.errors import TransportError
+from specd.errors import TransportError, pip_install
 from specd.transports.nccl.side import Side
 from specd.transports.nccl.watch import Watch
 
@@ -73,7 +73,7 @@ def library() -> Library:
         bindings: Any = importlib.import_module("nccl.bindings.nccl")
     except ImportError as error:
         raise TransportError(
-            f"nccl needs nccl4py, which cannot be imported ({error}): install it with pip install 'specd[nccl]'"
+            f"nccl needs nccl4py, which cannot be imported ({error}): install it with: {pip_install('nccl')}"
         ) from None
     # RuntimeError: torch's CUDA errors, and a libnccl that is not found or lacks a function.
     errors = (bindings.NCCLError, core.NcclInvalid, RuntimeError)

@@ -8,7 +8,7 @@ import os
 import secrets
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from multiprocessing.connection import Connection
 from typing import ClassVar, Final, Literal, NamedTuple
 
@@ -20,6 +20,7 @@ from specd.transports.base import SlotRef
 from specd.transports.registry import load
 from specd.transports.testing.hosts import LocalHost
 
+SAFE_PATH: Final = "PYTHONSAFEPATH"
 ANSWER_S: Final = 120.0
 """Longest wait for one answer of the child; its first one covers the start of CUDA."""
 
@@ -89,7 +90,8 @@ class SpawnedHost:
         self._pipe, theirs = context.Pipe()
         setup = _Setup(self.kind, num_slots, slot_bytes, device, self._directory, tcp, dict(env or {}))
         self._process = context.Process(target=_serve, args=(theirs, setup), daemon=True)
-        self._process.start()
+        with no_working_directory():
+            self._process.start()
         theirs.close()
         try:
             self._call(_Call(method="open", transport=transport, epoch=self.epoch))
@@ -193,6 +195,20 @@ class SpawnedHost:
         if reply.error:
             raise TransportError(reply.error)
         return reply
+
+
+@contextlib.contextmanager
+def no_working_directory() -> Iterator[None]:
+    """Python processes that start in the block look for no modules in the working directory, as with `-P`."""
+    before = os.environ.get(SAFE_PATH)
+    os.environ[SAFE_PATH] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[SAFE_PATH]
+        else:
+            os.environ[SAFE_PATH] = before
 
 
 def _serve(pipe: Connection, setup: _Setup) -> None:

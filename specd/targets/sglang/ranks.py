@@ -40,7 +40,7 @@ class Ranks:
         self._wake = os.eventfd(0)
         for rank in range(1, setup.tp):
             mine = msgspec.structs.replace(setup, rank=rank, parent_pid=os.getpid())
-            child = subprocess.Popen([sys.executable, "-m", "specd.targets.sglang.rank"], stdin=subprocess.PIPE)
+            child = subprocess.Popen([sys.executable, "-P", "-m", "specd.targets.sglang.rank"], stdin=subprocess.PIPE)
             self._children.append(child)
             self._write(child, msgspec.json.encode(mine))
         self._watcher = threading.Thread(target=self._watch, name="specd-ranks", daemon=True)

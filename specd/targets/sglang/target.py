@@ -17,7 +17,7 @@ import torch
 from specd.config.settings import TargetConfig
 from specd.errors import ConfigError, TargetError
 from specd.targets.artifacts import Artifacts
-from specd.targets.base import CaptureJob, Launched, check, slot_tensors
+from specd.targets.base import CaptureJob, Launched, check, recurrent, slot_tensors
 from specd.targets.digest import dummy_digest, weights_digest
 from specd.targets.sglang.engine import Capture, Engine
 from specd.targets.sglang.ranks import Ranks, free_port
@@ -42,6 +42,7 @@ class SGLangTarget:
     settings: ClassVar[frozenset[str]] = frozenset({"tokenizer", "tp", "memory_fraction", "attention_backend"})
 
     def __init__(self, config: TargetConfig) -> None:
+        _refuse_recurrent(config.model)
         touch_points()
         dummy = config.load_format == "dummy"
         source = with_tokenizer(resolve(config.model, need="shape" if dummy else "weights"), config.tokenizer)
@@ -154,6 +155,16 @@ class SGLangTarget:
         ):
             if seen > most:
                 raise TargetError(f"target {self._name}: {seen} {what}, at most {most} fit its forward; {remedy}")
+
+
+def _refuse_recurrent(model: str) -> None:
+    """Raise TargetError for a target whose sequences would share one recurrent state, before its weights are read."""
+    source = resolve(model, need="shape")
+    if why := recurrent(source.config):
+        raise TargetError(
+            f"target {source.name} has recurrent layers ({why}), whose state the SGLang backend does not keep apart "
+            f"between sequences: use --backend transformers, where its sequences run one by one"
+        )
 
 
 def _place(place: torch.device, tp: int) -> int:

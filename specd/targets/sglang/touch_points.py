@@ -11,7 +11,7 @@ from typing import Any, Final
 
 import msgspec
 
-from specd.errors import ConfigError, missing_extra
+from specd.errors import ConfigError, missing_extra, pip_install
 
 VERSIONS: Final = ((0, 5, 14), (0, 5, 15))
 """The first and the last SGLang with these touch points; 0.5.14 is tested."""
@@ -82,11 +82,11 @@ def touch_points() -> dict[str, Any]:
         if error.name == "sglang":
             raise missing_extra("sglang", "sglang") from None
         raise ConfigError(
-            f"sglang cannot be imported ({error}); install it whole, with pip install 'specd[sglang]', or use "
+            f"sglang cannot be imported ({error}); install it whole, with {pip_install('sglang')}, or use "
             f"--backend transformers"
         ) from error
     first, last = (".".join(map(str, version)) for version in VERSIONS)
-    remedy = "install a fitting one with pip install 'specd[sglang]', or use --backend transformers"
+    remedy = f"install a fitting one with {pip_install('sglang')}, or use --backend transformers"
     numbers = tuple(int(part) for part in re.findall(r"\d+", found_version)[:3])
     if not VERSIONS[0] <= numbers <= VERSIONS[1]:
         raise ConfigError(f"sglang {found_version} is installed, expected {first} to {last}; {remedy}")

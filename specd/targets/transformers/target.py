@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from transformers import AttentionInterface, PreTrainedModel
 
 from specd.config.settings import TargetConfig
@@ -18,7 +19,7 @@ from specd.errors import TargetError
 from specd.protocol.batch import slot_layout
 from specd.protocol.capture import CaptureSpec
 from specd.targets.artifacts import Artifacts
-from specd.targets.base import CaptureJob, Launched, check, slot_tensors
+from specd.targets.base import CaptureJob, Launched, check, recurrent, slot_tensors
 from specd.targets.digest import dummy_digest, weights_digest
 from specd.targets.source import dummy_config, resolve, with_tokenizer
 from specd.targets.transformers.load import load_network
@@ -34,6 +35,7 @@ class _LastTap(Exception):
 class TransformersTarget:
     """A causal LM of transformers as a Target. Runs the decoder alone: no lm_head, no layer above the last tap.
 
+    Sequences are packed into one forward; where layers carry a state from token to token, they run one by one.
     Raises ConfigError or TargetError when the model cannot be loaded, or cannot run packed sequences.
     """
 
@@ -73,6 +75,9 @@ class TransformersTarget:
         self.contract = self._artifacts.contract(
             source, network.config.get_text_config(), network.config.model_type, dtype, digest
         )
+        self._one_by_one = False
+        if why := recurrent(network.config.get_text_config().to_dict()):
+            self._separate(why)
         self._try_out()
 
     def run(self, fills: Sequence[CaptureJob]) -> Launched | None:
@@ -83,12 +88,15 @@ class TransformersTarget:
         self._use_threads()
         lengths = [int(length) for fill in fills for length in fill.lengths]
         tokens = np.concatenate([fill.tokens for fill in fills]).astype(np.int64)
-        positions = np.concatenate([np.arange(length, dtype=np.int64) for length in lengths])
         on_gpu = self._device.type == "cuda"
         try:
             # Kernels that are not torch's own are launched on whatever device is current.
             with torch.inference_mode(), torch.cuda.device(self._device) if on_gpu else contextlib.nullcontext():
-                return self._forward(fills, spec, Packed(lengths, self._device), tokens, positions)
+                begin = 0
+                for packed in [[length] for length in lengths] if self._one_by_one else [lengths]:
+                    self._forward(fills, spec, packed, tokens, begin)
+                    begin += sum(packed)
+                return Launched(self._device) if on_gpu else None
         except RuntimeError as error:
             if on_gpu:
                 # A CUDA fault poisons the process: only running out of memory leaves the target alive there.
@@ -107,27 +115,55 @@ class TransformersTarget:
         self._artifacts.close()
 
     def _try_out(self) -> None:
-        """Run two one-token sequences: a model that cannot be hosted fails at the start, and kernels are loaded."""
-        spec = CaptureSpec(taps=(), final=True, dtype="float32")
-        layout = slot_layout(spec, self.contract.hidden_size, 2)
-        tokens, lengths = np.zeros(2, dtype=np.int32), np.ones(2, dtype=np.int32)
-        slot = torch.empty(layout.nbytes, dtype=torch.uint8, device=self._device)
-        completion = self.run([CaptureJob(tokens=tokens, lengths=lengths, spec=spec, layout=layout, slot=slot)])
-        if completion is not None:
-            completion.wait()
+        """Run two sequences, twice: a model that cannot be hosted fails at the start, and kernels are loaded.
+
+        Only the first sequence differs: where the second one's states do as well, sequences must not be packed.
+        """
+        spec, lengths = CaptureSpec(taps=(), final=True, dtype="float32"), np.array([5, 3], dtype=np.int32)
+        layout = slot_layout(spec, self.contract.hidden_size, int(lengths.sum()))
+        second: list[torch.Tensor] = []
+        for first in (1, 2):
+            tokens = np.array([first] * 5 + [1, 2, 1], dtype=np.int32) % self.contract.vocab_size
+            slot = torch.empty(layout.nbytes, dtype=torch.uint8, device=self._device)
+            completion = self.run([CaptureJob(tokens=tokens, lengths=lengths, spec=spec, layout=layout, slot=slot)])
+            if completion is not None:
+                completion.wait()
+            second.append(slot.view(torch.float32).view(-1, self.contract.hidden_size)[5:8])
+        # A mixture of experts may round differently: what its experts multiply depends on all tokens.
+        near = float(second[0].abs().max()) * (1e-5 if self.contract.dtype == "float32" else 1e-2)
+        if not torch.allclose(second[0], second[1], rtol=0, atol=near, equal_nan=True):
+            self._separate("a sequence changes the states of the one packed behind it")
+
+    def _separate(self, why: str) -> None:
+        logger.warning("%s: %s, so its sequences run one by one, not packed into one forward", self._name, why)
+        self._one_by_one = True
 
     def _forward(
-        self, fills: Sequence[CaptureJob], spec: CaptureSpec, packed: Packed, tokens: Any, positions: Any
-    ) -> Launched | None:
-        rows = tuple(accumulate((int(fill.tokens.size) for fill in fills), initial=0))
-        views = [slot_tensors(fill) for fill in fills]
+        self,
+        fills: Sequence[CaptureJob],
+        spec: CaptureSpec,
+        lengths: Sequence[int],
+        tokens: NDArray[np.int64],
+        begin: int,
+    ) -> None:
+        """One forward of packed sequences, the tokens from `begin` on, and the copies of its states."""
+        packed = Packed(lengths, self._device)
+        size = packed.bounds[-1]
+        positions = np.concatenate([np.arange(length, dtype=np.int64) for length in lengths])
+        rows = accumulate((int(fill.tokens.size) for fill in fills), initial=0)
+        views: list[tuple[dict[str, torch.Tensor], slice, slice]] = []
+        """A slot's tensors, and which of their rows are which of this forward's."""
+        for fill, (start, end) in zip(fills, pairwise(rows), strict=True):
+            low, high = max(start, begin), min(end, begin + size)
+            if low < high:
+                views.append((slot_tensors(fill), slice(low - start, high - start), slice(low - begin, high - begin)))
         stop_after = -1 if spec.final or not spec.taps else spec.taps[-1]
 
         def copy_tap(tap: int, index: int) -> Callable[..., None]:
             def hook(_module: torch.nn.Module, _args: Any, output: Any) -> None:
                 hidden_TH = (output[0] if isinstance(output, tuple) else output)[0]
-                for view, (start, end) in zip(views, pairwise(rows), strict=True):
-                    view["taps"][:, index].copy_(hidden_TH[start:end])
+                for view, into, of in views:
+                    view["taps"][into, index].copy_(hidden_TH[of])
                 if tap == stop_after:
                     raise _LastTap
 
@@ -136,16 +172,16 @@ class TransformersTarget:
         handles = [self._layers[tap].register_forward_hook(copy_tap(tap, k)) for k, tap in enumerate(spec.taps)]
         try:
             output = self._decoder(
-                input_ids=torch.from_numpy(tokens).to(self._device)[None],
+                input_ids=torch.from_numpy(tokens[begin : begin + size]).to(self._device)[None],
                 position_ids=torch.from_numpy(positions).to(self._device)[None],
                 use_cache=False,
                 packed=packed,
             )
-            for view, (start, end) in zip(views, pairwise(rows), strict=True):
+            for view, into, of in views:
                 if spec.final:
-                    view["final"].copy_(output.last_hidden_state[0, start:end])
+                    view["final"][into].copy_(output.last_hidden_state[0, of])
         except _LastTap:
-            pass
+            return  # perhaps below the first layer with attention
         finally:
             for handle in handles:
                 handle.remove()
@@ -153,7 +189,6 @@ class TransformersTarget:
             raise TargetError(
                 f"target {self._name}: its attention ignores packed sequences; it cannot be a target here"
             )
-        return Launched(self._device) if self._device.type == "cuda" else None
 
     def _use_threads(self) -> None:
         # OpenMP keeps its thread count per calling thread, so it is set where the forwards run.
@@ -163,11 +198,13 @@ class TransformersTarget:
 
 
 def _refuse_unpackable(name: str, network: PreTrainedModel) -> None:
+    """Raise TargetError for attention of another kind than causal, with a window or without."""
     kinds = set(getattr(network.config.get_text_config(), "layer_types", None) or ())
-    if strange := kinds - {"full_attention", "sliding_attention"}:
+    known = {"full_attention", "sliding_attention", "linear_attention", "attention"}
+    if strange := {kind for kind in kinds if kind.endswith("attention")} - known:
         raise TargetError(
             f"target {name}: its layers of kind {', '.join(sorted(strange))} cannot run packed sequences; "
-            f"expected full or sliding attention"
+            f"expected full, sliding or linear attention"
         )
 
 

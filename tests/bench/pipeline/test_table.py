@@ -22,7 +22,7 @@ def test_nothing_is_cut_at_80_columns() -> None:
         "× origin",
         "co-located × 2",
         "≥ 0.95",
-        "not measured: disaggregated over nixl: nixl is missing: pip install 'specd[nixl]'",
+        "not measured: disaggregated over nixl: nixl is missing: pip install 'specd-daemon[nixl]'",
         "memory: daemons 2.00 GB, trainer 1.00 GB, co-located 3.00 GB · 12 s",
     ):
         assert part in " ".join(text.split()), part

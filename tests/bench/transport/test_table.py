@@ -31,7 +31,7 @@ def test_the_table_shows_every_row_at_80_columns() -> None:
     assert "auto takes cuda_ipc\n  not nixl, nccl, shm, bytes: after cuda_ipc in auto's order" in text
     assert re.search(r"nccl, 256 MiB: daemon +678 +529 +22.0%", text)
     assert "not shm: no <shared> memory [here]" in text
-    assert "peer: nixl: pip install 'specd[nixl]'" in text
+    assert "peer: nixl: pip install 'specd-daemon[nixl]'" in text
     assert "2 × NVIDIA H200" in text
 
 

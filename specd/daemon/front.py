@@ -1,0 +1,152 @@
+"""The front: the socket that trainers talk to, what it lets in, and how much it keeps for those that do not read."""
+
+from __future__ import annotations
+
+import resource
+from collections.abc import Callable, Collection, Iterator
+
+import zmq
+
+from specd.config.settings import DaemonConfig
+from specd.daemon.connections import IDLE_S, Connection, Connections
+from specd.errors import ConfigError, DaemonError
+from specd.protocol import limits
+from specd.protocol import messages as wire
+from specd.protocol.messages import Message
+
+LISTEN_S = 0.01
+"""Messages are taken for up to this long at a time, so that a flood does not delay the worker's."""
+OWN_FILES = 64
+"""Descriptors that the daemon needs beside its connections and sessions."""
+FEW_CONNECTIONS = 64
+"""Fewest connections without a session that there must be room for."""
+
+
+class Front:
+    """A ROUTER on all endpoints of a daemon. Not thread-safe: the control loop owns it.
+
+    endpoints: as they are bound, ports included. Raises DaemonError where it cannot listen.
+    """
+
+    def __init__(
+        self,
+        settings: DaemonConfig,
+        endpoints: tuple[str, ...],
+        context: zmq.Context[zmq.Socket[bytes]],
+        clock: Callable[[], float],
+    ) -> None:
+        self._clock = clock
+        self._most_idle = max(FEW_CONNECTIONS, _file_limit() // 2 - _needed(settings.ring.max_sessions))
+        self._socket = context.socket(zmq.ROUTER)
+        self._socket.set(zmq.ROUTER_MANDATORY, 1)
+        # What one connection may keep here, sent to it and not read, and said by it and not heard.
+        self._socket.set(zmq.SNDHWM, 32)
+        self._socket.set(zmq.RCVHWM, 16)
+        self._socket.set(zmq.MAXMSGSIZE, largest_request(settings))
+        self._socket.set(zmq.LINGER, 500)  # before bind, as the supervisor's pipes
+        self._socket.set(zmq.HANDSHAKE_IVL, 5000)
+        self._socket.set(zmq.HEARTBEAT_IVL, 5000)
+        self._socket.set(zmq.HEARTBEAT_TIMEOUT, 20000)
+        self._connections = Connections(self._socket, clock)
+        self._tidy_at = clock() + IDLE_S
+        self.endpoints = tuple(self._bind(endpoint) for endpoint in endpoints)
+
+    def _bind(self, endpoint: str) -> str:
+        self._socket.set(zmq.IPV6, int(endpoint.startswith("tcp://[")))
+        try:
+            self._socket.bind(endpoint)
+        except zmq.ZMQError as error:
+            self.close(linger_ms=0)
+            raise DaemonError(f"cannot listen on {endpoint}: {error.strerror or error}") from None
+        return self._socket.get_string(zmq.LAST_ENDPOINT)
+
+    def __len__(self) -> int:
+        """How many connections there are."""
+        return len(self._connections)
+
+    def register(self, poller: zmq.Poller) -> None:
+        """Have a poller wake for messages, and for connections that come and go."""
+        poller.register(self._socket, zmq.POLLIN)
+        poller.register(self._connections.monitor, zmq.POLLIN)
+
+    def lost(self) -> list[Connection]:
+        """Connections that ended since the last call."""
+        return self._connections.lost()
+
+    def messages(self) -> Iterator[tuple[bytes, Connection | None, list[zmq.Frame]]]:
+        """What came in: routing id, connection (None over inproc) and frames, for up to LISTEN_S."""
+        end = self._clock() + LISTEN_S
+        while self._clock() < end:
+            try:
+                sender, *frames = self._socket.recv_multipart(zmq.NOBLOCK, copy=False)
+            except zmq.Again:
+                return
+            yield sender.bytes, self._connections.of(sender), frames
+
+    def send(self, key: bytes, message: Message) -> str:
+        """Send to one peer, never blocking; returns why it cannot be reached, empty if it was sent."""
+        try:
+            self._socket.send_multipart([key, wire.encode(message)], zmq.NOBLOCK)
+        except zmq.Again:
+            return "it does not read its messages"
+        except zmq.ZMQError as error:
+            if error.errno != zmq.EHOSTUNREACH:
+                raise
+            return "its connection is gone"
+        return ""
+
+    def next_deadline(self) -> float:
+        """When `tidy` is due."""
+        return self._tidy_at
+
+    def tidy(self, busy: Collection[Connection]) -> int:
+        """Close connections that have no session and say nothing, if it is time to; returns how many.
+
+        busy: those that have one.
+        """
+        now = self._clock()
+        if now < self._tidy_at and len(self) - len(busy) <= self._most_idle:
+            return 0
+        self._tidy_at = now + IDLE_S / 4
+        return self._connections.close_idle(busy, self._most_idle)
+
+    def close(self, linger_ms: int | None = None) -> None:
+        """Close the socket, and all connections. linger_ms: how long what was sent may still leave, None for long."""
+        self._connections.close()
+        self._socket.close(linger=linger_ms)
+
+
+def largest_request(settings: DaemonConfig) -> int:
+    """Bytes of the largest frame that a daemon takes: a SUBMIT of as many tokens as fit a slot, all sequences short.
+
+    A trainer that captures less than the slots are sized for fits more tokens than `ring.slot_tokens`.
+    """
+    capture = settings.capture
+    halves = 1 if capture.dtype in ("bfloat16", "float16") else 2
+    tokens = settings.ring.slot_tokens * max(1, capture.num_taps + capture.final) * halves
+    return min(limits.MAX_MESSAGE_BYTES, 8 * tokens + limits.MAX_REQUEST_BYTES)
+
+
+def raise_file_limit(max_sessions: int) -> None:
+    """Raise this process's limit of open files as far as it may; call it once, before a daemon starts.
+
+    Raises ConfigError when that is too few for `max_sessions`.
+    """
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    need = _needed(max_sessions) + FEW_CONNECTIONS
+    if (limit := _file_limit()) < need:
+        raise ConfigError(
+            f"ring.max_sessions={max_sessions} needs {need} open files, and this process may have {limit}: raise the "
+            f"hard limit (ulimit -Hn), or take fewer sessions"
+        )
+
+
+def _needed(max_sessions: int) -> int:
+    """Descriptors of a daemon: two a session, for its connection and its process."""
+    return 2 * max_sessions + OWN_FILES
+
+
+def _file_limit() -> int:
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return 1 << 20 if limit == resource.RLIM_INFINITY else limit
