@@ -16,7 +16,8 @@ from typing import Any, NamedTuple, TypeVar, overload
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
-from specd.client.ask import Context, dial
+from specd import endpoints
+from specd.client.ask import Context, check_owner, dial
 from specd.client.interrupt import Interrupt
 from specd.errors import ProtocolError
 from specd.protocol import messages as wire
@@ -82,6 +83,7 @@ class Conversation:
         """Wait until daemon and trainer have greeted each other."""
         if not self._endpoint.startswith("inproc://"):  # that has no connection to wait for
             self._until(self._connected)
+            check_owner(endpoints.resolve_endpoint(self._endpoint))  # it may be there only since it was dialled
 
     @overload
     def ask(self, message: Message, kind: type[M]) -> M: ...

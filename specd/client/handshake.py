@@ -38,8 +38,6 @@ TIMED_TRIES = 3
 """The process may be busy with other things at one time; a transport is as fast as its fastest try."""
 ATTACH_S = 20.0
 """Longest wait for a transport to be opened, which may be a connection with a handshake of its own."""
-LOADING_S = 600.0
-"""How long a daemon may load its first target, as it does not know yet how long that takes."""
 
 
 class Terms(NamedTuple):
@@ -128,8 +126,8 @@ class _Handshake:
         """Agree on what is captured, and choose the transport."""
         self._daemon.reach()
         while (contract := (status := self._daemon.ask(wire.Status(), wire.StatusReport)).contract) is None:
-            left_s = max(0.0, LOADING_S - status.uptime_s)
-            self._waiting.tell(Later(f"the daemon at {self._endpoint} is starting its worker", loading_s=left_s))
+            reason = f"the daemon at {self._endpoint} is starting its worker"
+            self._waiting.tell(Later(reason, loading_s=status.loading_ms / 1000))
             self._waiting.closing.wait(RETRY_S)  # a worker takes seconds to load; only the next answer tells
         spec = self._terms.spec(contract)
         terms = self._terms

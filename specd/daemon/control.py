@@ -180,9 +180,8 @@ class Control:
         started = self._started
         if started is None or self.ending.draining:
             state = "draining" if self.ending.draining else "starting its worker"
-            loading_ms = 0 if self.ending.draining else round(self._supervisor.loading_s() * 1000)
             reason = f"the daemon is {state}"
-            return wire.Reject(epoch=self._epoch, reason=reason, retry_ms=RETRY_MS, loading_ms=loading_ms)
+            return wire.Reject(epoch=self._epoch, reason=reason, retry_ms=RETRY_MS, loading_ms=self._loading_ms())
         stranger = None if connection is None or self._settings.insecure else connection.stranger()
         if problem := stranger or check_hello(hello, started.contract):
             return wire.Reject(epoch=self._epoch, reason=problem)
@@ -198,6 +197,9 @@ class Control:
             lease_ttl_ms=round(self._settings.ring.lease_ttl_s * 1000),
             transports=started.transports,
         )
+
+    def _loading_ms(self) -> int:
+        return 0 if self.ending.draining else round(self._supervisor.loading_s() * 1000)
 
     def _end(self, key: bytes, reason: str, *, expired: bool = False, tell: bool = False) -> None:
         """Close a session and free all it holds. reason: for the log, empty for an orderly end."""
@@ -386,4 +388,5 @@ class Control:
             counters={**self.counters.values(), **self._ring.counters},
             endpoints=self.endpoints,
             transports=self._started.transports if self._started else (),
+            loading_ms=self._loading_ms(),
         )

@@ -228,7 +228,7 @@ class Artifact(Message, kw_only=True, frozen=True, tag="artifact"):
 class StatusReport(Message, kw_only=True, frozen=True, tag="status_report"):
     """Answer to STATUS. state: starting, serving, draining. slots: how many are in each state.
 
-    transports: what the worker serves, empty while none does.
+    transports: what the worker serves, empty while none does. loading_ms: as in Reject.
     """
 
     state: str
@@ -244,6 +244,7 @@ class StatusReport(Message, kw_only=True, frozen=True, tag="status_report"):
     counters: dict[str, int]
     endpoints: tuple[str, ...]
     transports: tuple[str, ...]
+    loading_ms: Int31 = 0
 
 
 class Error(Message, kw_only=True, frozen=True, tag="error"):

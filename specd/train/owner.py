@@ -76,10 +76,11 @@ def _make_and_lock(directory: Path, made: set[Path]) -> int:
         try:
             directory.mkdir(parents=True, exist_ok=True)
             lock = os.open(directory / LOCK, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
-        except FileNotFoundError:
-            if not patient:
+        except (FileNotFoundError, FileExistsError) as error:
+            # Its last owner removed the directory; mkdir may see it, and then that it is none.
+            if not patient or (isinstance(error, FileExistsError) and directory.exists() and not directory.is_dir()):
                 raise
-            continue  # its last owner removed the directory
+            continue
         try:
             if _lock(directory, lock, patient=patient):
                 return lock

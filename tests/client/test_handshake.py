@@ -12,7 +12,7 @@ import zmq
 
 from scripted import MEMORY, SPEC, Daemon, Scripted, Wire, make
 from specd.client.conversation import Later, Waiting
-from specd.client.handshake import LOADING_S, TIMED_TRIES, Terms, open_session
+from specd.client.handshake import TIMED_TRIES, Terms, open_session
 from specd.client.interrupt import Interrupt
 from specd.client.subscriber import Subscriber
 from specd.config.settings import SubscriberConfig
@@ -195,7 +195,7 @@ def test_a_daemon_that_loads_its_first_target_says_so_until_it_has(
         session = open_session(context, daemon.endpoint, terms, Waiting(Interrupt(), tell))
         session.hang_up()
     assert [(str(reason), reason.loading_s) for reason in told] == [
-        (f"the daemon at {daemon.endpoint} is starting its worker", LOADING_S - 100.0)
+        (f"the daemon at {daemon.endpoint} is starting its worker", 100.0)
     ]
 
 

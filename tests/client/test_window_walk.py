@@ -115,7 +115,7 @@ class Walk:
         if not self.model.asked():
             return
         life, work = self.draw(st.sampled_from(self.model.asked()), "request")
-        what = self.draw(st.sampled_from(["ready"] * 7 + ["failed", *WRONG]), "answer")
+        what = self.draw(st.sampled_from(["ready"] * 6 + ["failed"] * 2 + [*WRONG]), "answer")
         if what == "failed":
             self.model.refuse(life, work)
         elif what == "ready":

@@ -166,7 +166,7 @@ FIELDS: dict[type[wire.Message], dict[str, st.SearchStrategy[Any]]] = {
         "state": text, "version": text, "pid": u64, "worker_pid": u64, "uptime_s": finite,
         "contract": st.none() | contracts, "ring": st.none() | rings, "slots": counts, "queued": u64,
         "sessions": st.lists(sessions, max_size=2).map(tuple), "counters": counts, "endpoints": names,
-        "transports": names,
+        "transports": names, "loading_ms": int31,
     },
     wire.Error: {"reason": text},
 }  # fmt: skip

@@ -114,6 +114,10 @@ def test_report_of_something_else_is_refused(tmp_path: Path) -> None:
     (tmp_path / JOURNAL).touch()
     with pytest.raises(CheckpointError, match="no finished step"):
         write_report(tmp_path)
+    make_run(tmp_path, steps=2, evals=False)
+    (tmp_path / JOURNAL).write_bytes((tmp_path / JOURNAL).read_bytes() * 2)
+    with pytest.raises(CheckpointError, match=r"metrics\.jsonl: line 3 is step 1, expected step 3; .*two processes"):
+        write_report(tmp_path)
     (tmp_path / "run.json").write_text("{]")
     with pytest.raises(CheckpointError, match=r"run\.json is damaged"):
         write_report(tmp_path)

@@ -125,7 +125,7 @@ class Daemon:
     """One endpoint. Every session gets `credits`; handshakes and RENEWs are answered, all else is for `expect`.
 
     refuses_to_lend: it answers BORROW with ERROR. deaf: it answers nothing any more, not even RENEW. loading_s: for how
-    long it has been loading its first target, 0 if it has one.
+    long it says that its worker may still load, 0 if one serves.
     """
 
     def __init__(
@@ -262,7 +262,8 @@ class Daemon:
             case wire.Status():
                 return [
                     wire.StatusReport(
-                        epoch=self.epoch, state="serving", version="0", pid=1, worker_pid=1, uptime_s=self.loading_s,
+                        epoch=self.epoch, state="serving", version="0", pid=1, worker_pid=1, uptime_s=1.0,
+                        loading_ms=round(self.loading_s * 1000),
                         contract=None if self.loading_s else CONTRACT, ring=ring, slots={}, queued=0, sessions=(),
                         counters={}, endpoints=(), transports=self._transports,
                     )

@@ -23,10 +23,11 @@ from specd.transports.cuda_ipc import CudaIpc
 from specd.transports.inproc import Inproc
 from specd.transports.nccl.transport import Nccl
 from specd.transports.shm import Shm
+from specd.transports.testing.borrow_suite import BorrowConformance
 from specd.transports.testing.hosts import Host, LocalHost
 from specd.transports.testing.receiver_suite import ReceiverConformance
 from specd.transports.testing.spawned import SpawnedHost
-from specd.transports.testing.suite import BorrowConformance, Rig, TransportConformance, holds
+from specd.transports.testing.suite import Rig, TransportConformance, holds
 
 FIRST, SECOND = "cuda:0", "cuda:1"
 NUM_SLOTS, SLOT_BYTES = TransportConformance.num_slots, TransportConformance.slot_bytes

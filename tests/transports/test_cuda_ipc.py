@@ -20,9 +20,10 @@ from specd.transports.base import ServerContext, SlotRef
 from specd.transports.checks import unwrap, wrap
 from specd.transports.cuda_ipc import CudaIpc, CudaIpcClient, CudaIpcOffer
 from specd.transports.registry import load
+from specd.transports.testing.borrow_suite import BorrowConformance
 from specd.transports.testing.hosts import Host, LocalHost
 from specd.transports.testing.spawned import SpawnedHost
-from specd.transports.testing.suite import BorrowConformance, Rig, TransportConformance, holds
+from specd.transports.testing.suite import Rig, TransportConformance, holds
 
 GPU = "cuda:1"
 PLUGIN = Path(__file__).parents[1] / "plugin"

@@ -130,7 +130,7 @@ class TransformersTarget:
                 completion.wait()
             second.append(slot.view(torch.float32).view(-1, self.contract.hidden_size)[5:8])
         # A mixture of experts may round differently: what its experts multiply depends on all tokens.
-        near = float(second[0].abs().max()) * (1e-5 if self.contract.dtype == "float32" else 1e-2)
+        near = float(second[0].abs().max()) * (1e-5 if self.contract.dtype == "float32" else 3e-2)
         if not torch.allclose(second[0], second[1], rtol=0, atol=near, equal_nan=True):
             self._separate("a sequence changes the states of the one packed behind it")
 
