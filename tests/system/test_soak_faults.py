@@ -85,10 +85,14 @@ def test_both_runs_stay_exact(tmp_path: Path) -> None:
             kinds[name](rng)
             done[name] += 1
 
-        count = disturb(trainers, FAULTS, fault)
-        first, second = (trainer.finish(600) for trainer in trainers)
-        for attacker in attackers:
-            attacker.wait(30)
+        try:
+            count = disturb(trainers, FAULTS, fault)
+            first, second = (trainer.finish(600) for trainer in trainers)
+        finally:
+            for attacker in attackers:
+                attacker.wait(30)
+            for trainer in trainers:
+                trainer.close()
         print(f"seed {SEED}: {count} faults in {len(first)} steps: {dict(done)}")
         assert count == FAULTS, f"seed {SEED}: the runs ended after {count} faults"
         assert first == second, f"seed {SEED}"
