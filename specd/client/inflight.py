@@ -47,8 +47,6 @@ log = logging.getLogger(__name__)
 
 TICK_S = 0.25
 """Longest the training loop waits before it looks for what is late."""
-CLOSE_S = 1.0
-"""How long transfers in flight may go on at the end, before they are cancelled."""
 
 
 class InFlight:
@@ -65,8 +63,6 @@ class InFlight:
         self._guard = Guard(self._lock)
         self._links = Links(resolve_endpoint(endpoint) for endpoint in config.endpoints)
         self._window: Window[Session, torch.Tensor] = Window([link.endpoint for link in self._links], time.monotonic)
-        self._fetching: dict[Item, Session] = {}
-        """The transfers in flight."""
         self.artifacts = ArtifactReader(self._lock, config.timeout_s, self._ask)
         self._closing = Interrupt()
         self._connector = Connector(context, terms, self._opened, self._closing, self._guard)
@@ -148,21 +144,11 @@ class InFlight:
             self._guard(self.give_back, pending)
         self.drop()
         self._closing.set()
-        impatience = threading.Timer(CLOSE_S, self._cancel)
-        impatience.start()
         self._fetcher.stop()  # while there are sessions that a borrowed slot can be released in
-        impatience.cancel()
         self._io.stop()
         self._fetcher.close()
         self._connector.join()
         self._io.close()
-
-    def _cancel(self) -> None:
-        """End the transfers in flight, on a thread of its own."""
-        with self._lock:
-            clients = {session.client for session in self._fetching.values()}
-        for client in clients:
-            client.cancel()
 
     # Waiting, on the training loop's thread
 
@@ -301,14 +287,10 @@ class InFlight:
 
     def _begin(self, pending: Item, session: Session) -> SlotRef | None:
         with self._lock:
-            ref = None if self._closing.is_set() else self._window.begin(pending, session)
-            if ref is not None:
-                self._fetching[pending] = session
-            return ref
+            return None if self._closing.is_set() else self._window.begin(pending, session)
 
     def _end(self, pending: Item, got: torch.Tensor | TransportError, took_s: float) -> None:
         with self._lock:
-            self._fetching.pop(pending, None)
             if isinstance(got, TransportError):
                 todo = self._window.missed(pending, str(got), took_s, lost=got.lost)
             else:

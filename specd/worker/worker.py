@@ -26,6 +26,7 @@ from specd.config.settings import DaemonConfig
 from specd.errors import SpecdError, TransportError
 from specd.memory.arena import HostArena
 from specd.memory.device_arena import DeviceArena
+from specd.parent import when_parent_dies
 from specd.protocol.batch import Layout, slot_bytes
 from specd.protocol.capture import CaptureSpec
 from specd.protocol.contract import RingInfo, TargetContract
@@ -350,8 +351,11 @@ def main() -> None:
     line = sys.stdin.buffer.readline()
     level = os.environ.get("SPECD_LOG", "WARNING")
     logging.basicConfig(level=level, format="%(asctime)s %(levelname)s worker %(name)s: %(message)s")
+    config = msgspec.json.decode(line, type=WorkerConfig)
+    # It sees its parent's end by itself, unless it is stopped.
+    when_parent_dies(config.parent_pid, signal.SIGCONT)
     with zmq.Context() as context:
-        Worker(msgspec.json.decode(line, type=WorkerConfig), context).run()
+        Worker(config, context).run()
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ def test_a_transport_that_is_lost_again_and_again_ends_the_run_by_name(
 def test_closing_cancels_a_transfer_that_does_not_end(
     context: zmq.Context[zmq.Socket[bytes]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("specd.client.inflight.CLOSE_S", 0.1)
+    monkeypatch.setattr("specd.client.fetch.GRACE_S", 0.1)
     moving = threading.Event()
 
     def hang(ref: SlotRef) -> None:

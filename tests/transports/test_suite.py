@@ -56,20 +56,17 @@ class Stubborn(InprocClient):
         pass
 
 
-class Joining(BytesServer):
-    """Makes one transfer of two that are of the same slot and generation."""
+class Joins(BytesServer):
+    """Makes one transfer of two that are of the same slot and generation. own: of one session, else of two."""
+
+    own: bool
 
     def _on_publish(self, session: bytes, ref: SlotRef) -> None:
-        for transfer in [old for peer in self._peers.values() for old in peer.transfers if old.ref == ref]:
-            for peer in self._peers.values():
-                peer.cancel(transfer.number)
+        for token, peer in self._peers.items():
+            if (token == self._tokens[session]) == self.own:
+                for transfer in [old for old in peer.transfers if old.ref == ref]:
+                    peer.cancel(transfer.number)
         super()._on_publish(session, ref)
-
-
-class JoiningBytes(Bytes):
-    @staticmethod
-    def server(arena: Arena, context: ServerContext) -> BytesServer:
-        return Joining(arena.ledger, context)
 
 
 class Litters(InprocClient):
@@ -116,15 +113,22 @@ def test_a_fault_fails_the_test_that_is_for_it(client: type[InprocClient], test:
         getattr(faulty, test)(rig)
 
 
-@pytest.mark.parametrize("sessions", ["one_session", "two_sessions"])
-def test_a_transport_that_joins_equal_batches_is_found(sessions: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    test, fetch = f"test_equal_batches_of_{sessions}_are_all_sent", BytesClient.fetch
+@pytest.mark.parametrize("own", [True, False], ids=["of one session", "of two sessions"])
+def test_a_transport_that_joins_equal_batches_is_found(own: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Joining(Bytes):
+        @staticmethod
+        def server(arena: Arena, context: ServerContext) -> BytesServer:
+            server = Joins(arena.ledger, context)
+            server.own = own
+            return server
+
+    fetch = BytesClient.fetch
     monkeypatch.setattr(BytesClient, "fetch", lambda client, ref, into, deadline_s: fetch(client, ref, into, 0.5))
-    for transport, finding in ((Bytes, contextlib.nullcontext()), (JoiningBytes, pytest.raises(TransportError))):
+    for transport, finding in ((Bytes, contextlib.nullcontext()), (Joining, pytest.raises(TransportError))):
         suite = Suite(InprocClient)
         suite.transport = transport  # type: ignore[misc]
         with contextlib.closing(Rig(transport, "cpu", suite.host())) as rig, finding:
-            getattr(suite, test)(rig)
+            suite.test_equal_batches_are_all_sent(rig)
 
 
 def test_a_thread_that_is_left_behind_is_found() -> None:
