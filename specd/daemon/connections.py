@@ -106,8 +106,7 @@ class Connections:
             fd = frame.get(zmq.SRCFD)
         except zmq.ZMQError:
             return None
-        if fd not in self._by_fd:  # it was accepted a moment ago
-            self._listen()
+        self._listen()  # it may have been accepted a moment ago, in place of one that ended
         connection = self._by_fd.get(fd)
         if connection is not None:
             connection.heard = self._clock()
@@ -139,14 +138,13 @@ class Connections:
 
     def _listen(self) -> None:
         """Take note of what came and went."""
-        with contextlib.suppress(zmq.Again):
-            while True:
-                event = recv_monitor_message(self.monitor, zmq.NOBLOCK)
-                fd = event["value"]
-                if (gone := self._by_fd.pop(fd, None)) is not None:
-                    self._lost.append(gone)
-                if event["event"] == zmq.EVENT_ACCEPTED:
-                    self._by_fd[fd] = Connection(fd, self._clock())
+        while int(self.monitor.get(zmq.EVENTS)) & zmq.POLLIN:
+            event = recv_monitor_message(self.monitor)
+            fd = event["value"]
+            if (gone := self._by_fd.pop(fd, None)) is not None:
+                self._lost.append(gone)
+            if event["event"] == zmq.EVENT_ACCEPTED:
+                self._by_fd[fd] = Connection(fd, self._clock())
 
 
 @contextlib.contextmanager

@@ -1,12 +1,14 @@
 """Attackers: a process that does one bad thing to a daemon for some seconds, paced or as fast as it can.
 
-`python attacks.py ENDPOINT KIND SECONDS MESSAGES_A_SECOND` prints how many messages it sent; 0 a second is unpaced.
+`python attacks.py ENDPOINT KIND SECONDS MESSAGES_A_SECOND [SERVER]` prints how many messages it sent; 0 a second is
+unpaced. SERVER: public key of a daemon that asks for keys; the attacker has one that is not let in.
 """
 
 from __future__ import annotations
 
 import contextlib
 import itertools
+import socket as sockets
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -31,8 +33,10 @@ FRAME = 128 << 10
 class Attacker:
     """Some connections to a daemon, opened anew when they do not take a message."""
 
-    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], endpoint: str) -> None:
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], endpoint: str, server: str = "") -> None:
         self._context = context
+        self._server = server
+        self._public, self._secret = zmq.curve_keypair()
         self._endpoint = endpoint
         self._peers: list[zmq.Socket[bytes]] = []
         self.sent = 0
@@ -44,6 +48,10 @@ class Attacker:
             socket.set(zmq.LINGER, 0)
             socket.set(zmq.SNDHWM, 100)
             socket.set(zmq.RECONNECT_IVL, 10)
+            if self._server:
+                socket.set(zmq.CURVE_SERVERKEY, self._server.encode())
+                socket.set(zmq.CURVE_PUBLICKEY, self._public)
+                socket.set(zmq.CURVE_SECRETKEY, self._secret)
             socket.connect(self._endpoint)
             self._peers.append(socket)
         return self._peers[number]
@@ -66,6 +74,13 @@ class Attacker:
         """Close the nth connection."""
         self.peer(number).close()
         del self._peers[number]
+
+    def knock(self) -> None:
+        """Connect over TCP, say something that is no greeting, and leave."""
+        host, _, port = self._endpoint.removeprefix("tcp://").rpartition(":")
+        with contextlib.suppress(OSError), sockets.create_connection((host, int(port)), 1.0) as socket:
+            socket.send(b"x" * 64)
+            self.sent += 1
 
 
 def hello(**fields: Any) -> bytes:
@@ -135,15 +150,28 @@ def unread(attacker: Attacker) -> Iterator[None]:
             yield
 
 
+def knocks(attacker: Attacker) -> Iterator[None]:
+    """Connections that come and go."""
+    while True:
+        attacker.knock()
+        yield
+
+
 KINDS: dict[str, Callable[[Attacker], Iterator[None]]] = {
-    kind.__name__: kind for kind in (taps, oversized, endless, flood, forged, unread)
+    kind.__name__: kind for kind in (taps, oversized, endless, flood, forged, unread, knocks)
 }
 
 
-def main(endpoint: str, kind: str, seconds: float, rate: float) -> int:
+LOCAL = [kind for kind in KINDS if kind not in ("endless", "knocks")]
+"""What a process that is let in over ipc can try. Messages that never end are left out: libzmq keeps them whole."""
+STRANGE = ["taps", "oversized", "endless", "flood", "knocks"]
+"""What a stranger at a TCP port can try."""
+
+
+def main(endpoint: str, kind: str, seconds: float, rate: float, server: str = "") -> int:
     """Attack; returns how many messages were sent."""
     with zmq.Context() as context:
-        attacker = Attacker(context, endpoint)
+        attacker = Attacker(context, endpoint, server)
         began = time.monotonic()
         for number, _ in enumerate(KINDS[kind](attacker), 1):
             now = time.monotonic() - began
@@ -156,4 +184,4 @@ def main(endpoint: str, kind: str, seconds: float, rate: float) -> int:
 
 
 if __name__ == "__main__":
-    print(main(sys.argv[1], sys.argv[2], float(sys.argv[3]), float(sys.argv[4])))
+    print(main(sys.argv[1], sys.argv[2], float(sys.argv[3]), float(sys.argv[4]), *sys.argv[5:]))
