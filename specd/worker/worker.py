@@ -352,8 +352,7 @@ def main() -> None:
     level = os.environ.get("SPECD_LOG", "WARNING")
     logging.basicConfig(level=level, format="%(asctime)s %(levelname)s worker %(name)s: %(message)s")
     config = msgspec.json.decode(line, type=WorkerConfig)
-    # It sees its parent's end by itself, unless it is stopped.
-    when_parent_dies(config.parent_pid, signal.SIGCONT)
+    when_parent_dies(signal.SIGCONT)  # it sees that by itself, unless it is stopped
     with zmq.Context() as context:
         Worker(config, context).run()
 

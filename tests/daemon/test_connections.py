@@ -134,8 +134,12 @@ def test_an_end_is_told_once(context: zmq.Context[zmq.Socket[bytes]], listener: 
 def test_the_silent_are_closed_and_the_busy_are_not(
     context: zmq.Context[zmq.Socket[bytes]], listener: Listener
 ) -> None:
-    with peer(context, listener.ipc), peer(context, listener.tcp), peer(context, listener.ipc) as late:
-        busy, silent, third = listener.hear(), listener.hear(), listener.hear()
+    with contextlib.ExitStack() as stack:
+        heard = []
+        for endpoint in (listener.ipc, listener.tcp, listener.ipc):
+            late = stack.enter_context(peer(context, endpoint))
+            heard.append(listener.hear())
+        busy, silent, third = heard
         assert busy is not None
         listener.now += IDLE_S - 1
         assert listener.connections.close_idle({busy}, 2) == 0

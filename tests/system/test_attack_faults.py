@@ -142,7 +142,7 @@ def attacked(served: Served, kind: str, pace: int, server: str = "") -> Outcome:
     sent = 0
     with Honest(served) as honest:
         honest.train(0.5)
-        before = served.memory()
+        before = after = served.memory()
         for _ in range(ROUNDS):
             alone += honest.train(SECONDS)
             command = [sys.executable, attacks.__file__, served.endpoint, kind, str(SECONDS + 1), str(pace)]
