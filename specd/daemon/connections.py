@@ -92,7 +92,8 @@ class Connections:
         self._clock = clock
         self.monitor = socket.get_monitor_socket(zmq.EVENT_ACCEPTED | zmq.EVENT_DISCONNECTED)
         self._by_fd: dict[int, Connection] = {}
-        self._lost: list[Connection] = []
+        self._ended: list[Connection] = []
+        """What of theirs was not read yet is still theirs."""
 
     def __len__(self) -> int:
         return len(self._by_fd)
@@ -101,7 +102,7 @@ class Connections:
         return iter(list(self._by_fd.values()))
 
     def of(self, frame: zmq.Frame) -> Connection | None:
-        """The connection that a frame came over, which has said something now; None over inproc."""
+        """The connection that a frame came over, which has said something now; None over inproc, or if it was closed."""
         try:
             fd = frame.get(zmq.SRCFD)
         except zmq.ZMQError:
@@ -112,11 +113,18 @@ class Connections:
             connection.heard = self._clock()
         return connection
 
-    def lost(self) -> list[Connection]:
-        """Those that ended since the last call."""
+    def ended(self) -> int:
+        """How many ended, and are not forgotten."""
         self._listen()
-        lost, self._lost = self._lost, []
-        return lost
+        return len(self._ended)
+
+    def forget(self, count: int) -> list[Connection]:
+        """Forget the first `count` that ended, once all that they said is read; returns them."""
+        gone, self._ended = self._ended[:count], self._ended[count:]
+        for connection in gone:
+            if self._by_fd.get(connection.fd) is connection:
+                del self._by_fd[connection.fd]
+        return gone
 
     def close_idle(self, busy: Collection[Connection], most: int) -> int:
         """Close those, apart from `busy`, that are silent for IDLE_S, and the longest silent of more than `most`.
@@ -141,8 +149,8 @@ class Connections:
         while int(self.monitor.get(zmq.EVENTS)) & zmq.POLLIN:
             event = recv_monitor_message(self.monitor)
             fd = event["value"]
-            if (gone := self._by_fd.pop(fd, None)) is not None:
-                self._lost.append(gone)
+            if (before := self._by_fd.get(fd)) is not None and before not in self._ended:
+                self._ended.append(before)
             if event["event"] == zmq.EVENT_ACCEPTED:
                 self._by_fd[fd] = Connection(fd, self._clock())
 

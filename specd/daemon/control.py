@@ -87,6 +87,7 @@ class Control:
                 self._supervisor.tend(self._poller)
                 events = dict(self._poller.poll(self._patience_ms()))
                 self.ending.seen()
+                self._listen()
                 for connection in self._front.lost():
                     for key in self._sessions.over(connection):
                         self._end(key, "its connection is gone")
@@ -102,7 +103,6 @@ class Control:
                     self._supervisor.kill(f"it hung: no batch within {self._dispatch.limit_s:.0f} s")
                 if (death := self._supervisor.death(events)) is not None:
                     self._lose_worker(death)
-                self._listen()
                 for key in self._ring.expire():
                     self._end(key, "its lease expired", expired=True)
                 self.counters.add("idle_connections", self._front.tidy(self._sessions.connections()))

@@ -54,6 +54,8 @@ class Front:
         self._socket.set(zmq.HEARTBEAT_IVL, 5000)
         self._socket.set(zmq.HEARTBEAT_TIMEOUT, 20000)
         self._connections = Connections(self._socket, clock)
+        self._lost: list[Connection] = []
+        self._inside = all(endpoint.startswith("inproc://") for endpoint in endpoints)
         self._tidy_at = clock() + IDLE_S
         self.endpoints = tuple(self._bind(endpoint) for endpoint in endpoints)
 
@@ -80,8 +82,9 @@ class Front:
             poller.register(self.gate.socket, zmq.POLLIN)
 
     def lost(self) -> list[Connection]:
-        """Connections that ended since the last call."""
-        return self._connections.lost()
+        """Connections that ended, and whose every message was taken, since the last call."""
+        lost, self._lost = self._lost, []
+        return lost
 
     def refused(self) -> list[Connection]:
         """Close the connections whose key is not let in any more, and return them; lets others in, too."""
@@ -110,16 +113,19 @@ class Front:
 
     def messages(self) -> Iterator[tuple[bytes, Connection | None, list[zmq.Frame]]]:
         """What came in: routing id, connection (None over inproc) and frames, for up to LISTEN_S."""
-        end = self._clock() + LISTEN_S
+        end, ended = self._clock() + LISTEN_S, self._connections.ended()
         while self._clock() < end:
             try:
                 sender, *frames = self._socket.recv_multipart(zmq.NOBLOCK, copy=False)
             except zmq.Again:
+                self._lost += self._connections.forget(ended)
                 return
             connection = self._connections.of(sender)
-            if self.gate is not None:
-                if connection is None:  # it is over, and whoever it was would be taken for this process
-                    continue
+            if (
+                connection is None and not self._inside
+            ):  # it was closed: whoever it was must not be taken for this process
+                continue
+            if self.gate is not None and connection is not None:
                 connection.user = user_of(sender)
                 connection.name = self.gate.name(connection.user)
                 if not self.gate.lets_in(connection.user):

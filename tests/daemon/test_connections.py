@@ -46,9 +46,9 @@ class Listener:
     def lost(self) -> list[Connection]:
         """Those that are lost, once some are."""
         deadline = time.monotonic() + 10
-        while not (lost := self.connections.lost()) and time.monotonic() < deadline:
+        while not (ended := self.connections.ended()) and time.monotonic() < deadline:
             self.connections.monitor.poll(100)
-        return lost
+        return self.connections.forget(ended)
 
 
 @pytest.fixture
@@ -101,7 +101,7 @@ def test_another_user_is_a_stranger(listener: Listener) -> None:
         assert child.stdin is not None
         assert child.stdout.readline() == "connected\n"
         assert listener.connections.monitor.poll(10_000)
-        listener.connections.lost()
+        listener.connections.ended()
         (connection,) = listener.connections._by_fd.values()
         assert connection.owner() == 65534
         assert f"serves user 0, and the connection is of user 65534: {'train as that user'}" in str(
@@ -125,9 +125,9 @@ def test_an_end_is_told_once(context: zmq.Context[zmq.Socket[bytes]], listener: 
     with peer(context, listener.ipc):
         connection = listener.hear()
         assert len(listener.connections) == 1
-        assert listener.connections.lost() == []
+        assert listener.connections.ended() == 0
     assert listener.lost() == [connection]
-    assert listener.connections.lost() == []
+    assert listener.connections.ended() == 0
     assert len(listener.connections) == 0
 
 

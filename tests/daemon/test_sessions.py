@@ -179,6 +179,19 @@ def test_a_quarantined_slot_does_not_keep_a_daemon_from_draining(tmp_path: Path)
         assert isinstance(peer.hear(), wire.Revoke)
 
 
+def test_what_a_trainer_said_before_it_hung_up_counts(tmp_path: Path) -> None:
+    """RELEASE and BYE, sent and followed by the end of the connection: nothing is left borrowed."""
+    with daemon(tmp_path, slots=2, max_sessions=2) as (endpoint, _), Peer(endpoint) as watcher:
+        for number in range(50):
+            with Peer(endpoint) as peer:
+                peer.hello()
+                ready = peer.probe()
+                peer.tell("Borrow", lease=ready.lease)
+                peer.tell("Release", lease=ready.lease)
+                peer.tell("Bye")
+            assert watcher.slots_until(free=2)["quarantined"] == 0, number
+
+
 def test_a_session_is_that_of_its_connection(tmp_path: Path) -> None:
     """Whoever connects under its routing id when its own connection is gone inherits nothing."""
     with daemon(tmp_path, slots=2, max_sessions=2) as (endpoint, _), Peer(endpoint) as watcher:

@@ -1,6 +1,6 @@
 """Attackers: a process that does one bad thing to a daemon for some seconds, paced or as fast as it can.
 
-`python attacks.py ENDPOINT KIND SECONDS MESSAGES_A_SECOND [SERVER]` prints how many messages it sent; 0 a second is
+`python attacks.py ENDPOINT KIND SECONDS MESSAGES_A_SECOND [SERVER]` prints how many it tried to send; 0 a second is
 unpaced. SERVER: public key of a daemon that asks for keys; the attacker has one that is not let in.
 """
 
@@ -39,7 +39,7 @@ class Attacker:
         self._public, self._secret = zmq.curve_keypair()
         self._endpoint = endpoint
         self._peers: list[zmq.Socket[bytes]] = []
-        self.sent = 0
+        self.tried = 0
 
     def peer(self, number: int) -> zmq.Socket[bytes]:
         """The nth connection."""
@@ -58,9 +58,9 @@ class Attacker:
 
     def send(self, number: int, frame: bytes, flags: int = 0) -> bool:
         """Send over the nth connection; False if it takes no more now."""
+        self.tried += 1
         with contextlib.suppress(zmq.Again):
-            self.peer(number).send(frame, zmq.NOBLOCK | flags)
-            self.sent += 1
+            self.peer(number).send(frame, zmq.NOBLOCK | flags, copy=len(frame) < FRAME)
             return True
         return False
 
@@ -80,7 +80,7 @@ class Attacker:
         host, _, port = self._endpoint.removeprefix("tcp://").rpartition(":")
         with contextlib.suppress(OSError), sockets.create_connection((host, int(port)), 1.0) as socket:
             socket.send(b"x" * 64)
-            self.sent += 1
+            self.tried += 1
 
 
 def hello(**fields: Any) -> bytes:
@@ -169,7 +169,7 @@ STRANGE = ["taps", "oversized", "endless", "flood", "knocks"]
 
 
 def main(endpoint: str, kind: str, seconds: float, rate: float, server: str = "") -> int:
-    """Attack; returns how many messages were sent."""
+    """Attack; returns how many messages it tried to send."""
     with zmq.Context() as context:
         attacker = Attacker(context, endpoint, server)
         began = time.monotonic()
@@ -180,7 +180,7 @@ def main(endpoint: str, kind: str, seconds: float, rate: float, server: str = ""
             if rate and number / rate > now:
                 time.sleep(number / rate - now)  # the pace is what is tried
         context.destroy(linger=0)
-        return attacker.sent
+        return attacker.tried
 
 
 if __name__ == "__main__":
