@@ -102,7 +102,7 @@ class Connections:
         return iter(list(self._by_fd.values()))
 
     def of(self, frame: zmq.Frame) -> Connection | None:
-        """The connection that a frame came over, which has said something now; None over inproc, or if it was closed."""
+        """The connection of a frame, which has said something now; None over inproc, or if it was closed."""
         try:
             fd = frame.get(zmq.SRCFD)
         except zmq.ZMQError:
