@@ -30,8 +30,8 @@ from specd.config.settings import SubscriberConfig, TrainerAuth
 from specd.curve import authorized, keys
 from specd.protocol.capture import CaptureSpec
 
-SECONDS = 10.0 if ASKED else 1.5
-ROUNDS = 3 if ASKED else 1
+SECONDS = 5.0 if ASKED else 1.5
+ROUNDS = 2 if ASKED else 1
 PACE = 1000
 LONGEST_GAP_S = 1.0
 """Between two batches of an honest trainer, whatever a local process does."""
