@@ -18,7 +18,7 @@ import attacks
 from faults import ASKED, SEED, Daemon, Trainer, daemons, disturb, settled, write_data
 
 FAULTS = 5 * ASKED or 100
-EPOCHS = max(2, FAULTS * 2 // 3)
+EPOCHS = max(2, FAULTS)
 
 
 def stop(process: int, seconds: float) -> None:
