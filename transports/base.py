@@ -133,7 +133,7 @@ class Client(Protocol):
         """
 
     def cancel(self) -> None:
-        """Call off every `attach` and `fetch`, under way or still to come: they fail, as `lost`. Returns at once.
+        """Cancel every `attach` and `fetch`, under way or still to come: they fail, as `lost`. Returns at once.
 
         Called on any thread, at any time, also more than once and after `close`: when the session is over, because a
         transfer under way need not notice that its peer died, or its link. One that waits for a peer fails within a

@@ -71,9 +71,9 @@ def pull(arena: Arena, ref: SlotRef, into: torch.Tensor, copier: Copier) -> None
         raise stale(ref, found)
 
 
-def called_off(name: str) -> TransportError:
+def cancelled(name: str) -> TransportError:
     """The error of a client that was cancelled."""
-    return TransportError(f"{name}: called off, as the session is over", lost=True)
+    return TransportError(f"{name}: cancelled, as the session is over", lost=True)
 
 
 def stale(ref: SlotRef, found: int) -> TransportError:

@@ -18,7 +18,7 @@ from specd.errors import TransportError
 from specd.memory import cuda
 from specd.memory.arena import MAX_SLOTS, HostArena
 from specd.transports.base import ServerContext, SlotRef, Traits
-from specd.transports.checks import called_off, check_into, check_ref, stale, unwrap, wrap
+from specd.transports.checks import cancelled, check_into, check_ref, stale, unwrap, wrap
 
 if TYPE_CHECKING:
     import torch
@@ -138,7 +138,7 @@ class CudaIpcClient:
 
     def attach(self, offer: bytes, deadline_s: float) -> None:
         if self._cancelled:
-            raise called_off("cuda_ipc")
+            raise cancelled("cuda_ipc")
         found = unwrap(offer, CudaIpcOffer, "cuda_ipc offer")
         if not (1 <= found.num_slots <= MAX_SLOTS and 1 <= found.slot_bytes <= found.stride < 1 << 48):
             raise TransportError(
@@ -153,7 +153,7 @@ class CudaIpcClient:
         # No deadline is looked at: it takes milliseconds, and a copy that a GPU has begun cannot be called back.
         with self._lock:
             if self._cancelled:
-                raise called_off("cuda_ipc")
+                raise cancelled("cuda_ipc")
             ring = self._opened()
             offer = ring.offer
             check_ref(ref, offer.num_slots, offer.slot_bytes)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar, Final
 from specd.errors import TransportError
 from specd.memory.cuda import Copier
 from specd.transports.base import ServerContext, SlotRef, Traits
-from specd.transports.checks import called_off, pull
+from specd.transports.checks import cancelled, pull
 
 if TYPE_CHECKING:
     import torch
@@ -73,14 +73,14 @@ class InprocClient:
 
     def attach(self, offer: bytes, deadline_s: float) -> None:
         if self._cancelled:
-            raise called_off("inproc")
+            raise cancelled("inproc")
         if len(offer) != _TOKEN_BYTES or bytes(offer) not in _arenas:
             raise TransportError("the inproc offer names no arena of this process: inproc is for co-located runs only")
         self._token = bytes(offer)
 
     def fetch(self, ref: SlotRef, into: torch.Tensor, deadline_s: float) -> None:
         if self._cancelled:
-            raise called_off("inproc")
+            raise cancelled("inproc")
         arena = _arenas.get(self._token)
         if arena is None:
             raise TransportError("inproc: not attached, or the daemon ended the session")

@@ -16,7 +16,7 @@ from specd.errors import TransportError
 from specd.memory import cuda
 from specd.memory.arena import MAX_SLOTS, HostArena
 from specd.transports.base import ServerContext, SlotRef, Traits
-from specd.transports.checks import called_off, pull, unwrap, wrap
+from specd.transports.checks import cancelled, pull, unwrap, wrap
 
 if TYPE_CHECKING:
     import torch
@@ -82,7 +82,7 @@ class ShmClient:
 
     def attach(self, offer: bytes, deadline_s: float) -> None:
         if self._cancelled:
-            raise called_off("shm")
+            raise cancelled("shm")
         found = unwrap(offer, ShmOffer, "shm offer")
         if not (1 <= found.num_slots <= MAX_SLOTS and found.slot_bytes >= 1):
             raise TransportError(
@@ -100,7 +100,7 @@ class ShmClient:
     def fetch(self, ref: SlotRef, into: torch.Tensor, deadline_s: float) -> None:
         with self._lock:
             if self._cancelled:
-                raise called_off("shm")
+                raise cancelled("shm")
             if self._arena is None:
                 raise TransportError("shm: not attached, or closed")
             pull(self._arena, ref, into, self._copier)

@@ -52,7 +52,7 @@ class Waiting(NamedTuple):
 
 
 class Conversation:
-    """One daemon's socket; every method but `call_off` raises Later when the daemon does not answer in time.
+    """One daemon's socket; every method but `cancel` raises Later when the daemon does not answer in time.
 
     The socket looks for a connection by itself all the time, so that a slow one need not begin anew; the next
     conversation has a new one. identity: who the trainer is over TCP, None without keys. Raises ConfigError for an
@@ -104,7 +104,7 @@ class Conversation:
         """The daemon's next message."""
         return wire.decode_reply(self._until(self._received))
 
-    def call_off(self) -> None:
+    def cancel(self) -> None:
         """End a wait, as the subscriber closes; on any thread, until the socket is released."""
         os.eventfd_write(self._wake, 1)
 

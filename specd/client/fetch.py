@@ -67,7 +67,7 @@ class Fetcher:
         self._retired: set[Client] = set()
         self._asked: set[Client] = set()
         """Those that may have a transfer under way, or still to come."""
-        self._called_off = False
+        self._cancelled = False
         self._thread = guard.start("specd-fetch", self._run)
 
     def fetch(self, pending: Item, session: Session) -> None:
@@ -96,18 +96,18 @@ class Fetcher:
     def retire(self, session: Session) -> None:
         """Close a lost session's transport, behind the transfers asked for so far, once no view of it is in use.
 
-        Its transfers are called off: the fetch thread is serial, one dead daemon would block all.
+        Its transfers are cancelled: the fetch thread is serial, one dead daemon would block all.
         """
         session.client.cancel()
         self._work.put(partial(self._retire, session.client))
 
     def stop(self) -> None:
-        """Do all that was asked for, then end the threads; transfers that do not end soon are called off."""
+        """Do all that was asked for, then end the threads; transfers that do not end soon are cancelled."""
         self._afterwards.close()
         self._work.put(None)
         self._thread.join(GRACE_S)
         if self._thread.is_alive():
-            self._called_off = True
+            self._cancelled = True
             for client in tuple(self._asked):
                 client.cancel()
             self._thread.join()
@@ -148,7 +148,7 @@ class Fetcher:
                 self._staging.forget()
             else:
                 self._staging.give(buffer)
-            if not self._called_off:  # nobody waits for it any more, and no session is to be opened anew
+            if not self._cancelled:  # nobody waits for it any more, and no session is to be opened anew
                 self._end(pull.pending, error, time.monotonic() - began)
         else:
             self._end(pull.pending, buffer, time.monotonic() - began)

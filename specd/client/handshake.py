@@ -88,7 +88,7 @@ def open_session(context: Context, endpoint: str, terms: Terms, waiting: Waiting
     """
     handshake = _Handshake(Conversation(context, endpoint, waiting, terms.identity), endpoint, terms, waiting)
     try:
-        with waiting.closing.calling(handshake.call_off):
+        with waiting.closing.calling(handshake.cancel):
             found = handshake.run()
     except BaseException:
         handshake.give_up()
@@ -175,9 +175,9 @@ class _Handshake:
             borrow=self._terms.borrow,
         )
 
-    def call_off(self) -> None:
+    def cancel(self) -> None:
         """End what it waits for; on any thread."""
-        self._daemon.call_off()
+        self._daemon.cancel()
         if (client := self._client) is not None:
             client.cancel()
 
@@ -205,7 +205,7 @@ class _Handshake:
                 return "it does not encrypt states, and keys are used (subscriber.insecure_data takes it nevertheless)"
             with as_transport_error():
                 self._client = client = transport.client(self._terms.device)
-                if self._waiting.closing.is_set():  # before there was one to call off
+                if self._waiting.closing.is_set():  # before there was one to cancel
                     client.cancel()
                 hello = client.hello()
             attach = wire.Attach(epoch=self._welcome.epoch, transport=name, hello=hello)

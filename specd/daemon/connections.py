@@ -18,6 +18,8 @@ import zmq
 from zmq.utils.monitor import recv_monitor_message
 
 SO_COOKIE = 57
+ESTABLISHED = "01"
+"""As /proc/net/tcp has it."""
 IDLE_S = 60.0
 """A connection without a session is closed when it has said nothing for so long."""
 _CREDENTIALS = struct.Struct("3i")
@@ -39,17 +41,20 @@ class Connection:
         self.uid: int | None = None
         self.user = self.name = ""
         self._cookie = b""
-        with contextlib.suppress(OSError), _borrowed(fd) as socket:  # it may be closed already
-            self._cookie = socket.getsockopt(sockets.SOL_SOCKET, SO_COOKIE, 8)
+        with contextlib.suppress(OSError), _duplicate(fd) as socket:  # it may be closed already
+            self._cookie = _cookie(socket)
             if socket.family == sockets.AF_UNIX:
                 credentials = socket.getsockopt(sockets.SOL_SOCKET, sockets.SO_PEERCRED, _CREDENTIALS.size)
                 self.pid, self.uid, _ = _CREDENTIALS.unpack(credentials)
 
     def owner(self) -> int | None:
-        """The user at the other end, if that is on this host; over tcp, as the kernel's table of sockets has it."""
+        """The user at the other end, if that is on this host; over tcp, as the kernel's table of sockets has it.
+
+        None when it cannot be told, as of a connection that is closed.
+        """
         if self.uid is None:
-            with self._open() as socket:
-                if socket is not None:
+            with contextlib.suppress(OSError), _duplicate(self.fd) as socket:
+                if _cookie(socket) == self._cookie:
                     self.uid = _tcp_owner(socket.getpeername(), socket.getsockname())
         return self.uid
 
@@ -65,20 +70,10 @@ class Connection:
         )
 
     def close(self) -> None:
-        """End the connection; libzmq then cleans up after it."""
-        with self._open() as socket:
-            if socket is not None:
-                with contextlib.suppress(OSError):  # the other end was faster
-                    socket.shutdown(sockets.SHUT_RDWR)
-
-    @contextlib.contextmanager
-    def _open(self) -> Iterator[sockets.socket | None]:
-        """The socket, unless it is closed."""
-        with contextlib.suppress(OSError), _borrowed(self.fd) as socket:
-            same = socket.getsockopt(sockets.SOL_SOCKET, SO_COOKIE, 8) == self._cookie
-            yield socket if same else None
-            return
-        yield None
+        """End the connection, unless it is closed; libzmq then cleans up after it."""
+        with contextlib.suppress(OSError), _duplicate(self.fd) as socket:  # the other end may be faster
+            if _cookie(socket) == self._cookie:
+                socket.shutdown(sockets.SHUT_RDWR)
 
 
 class Connections:
@@ -155,21 +150,32 @@ class Connections:
                 self._by_fd[fd] = Connection(fd, self._clock())
 
 
-@contextlib.contextmanager
-def _borrowed(fd: int) -> Iterator[sockets.socket]:
-    """The socket behind a descriptor of libzmq's, for a moment. Raises OSError if there is none."""
-    with sockets.socket(fileno=os.dup(fd)) as socket:
-        yield socket
+def _duplicate(fd: int) -> sockets.socket:
+    """A descriptor of our own for a socket of libzmq's. Raises OSError if there is none."""
+    own = os.dup(fd)
+    try:
+        return sockets.socket(fileno=own)
+    except OSError:  # the number is another file's by now
+        os.close(own)
+        raise
+
+
+def _cookie(socket: sockets.socket) -> bytes:
+    """What tells a socket from every other one that this kernel ever had."""
+    return socket.getsockopt(sockets.SOL_SOCKET, SO_COOKIE, 8)
 
 
 def _tcp_owner(peer: tuple[str, int], own: tuple[str, int]) -> int | None:
-    """The user of a local process that holds the other end of a tcp connection. peer, own: address and port."""
+    """The user of a local process that holds the other end of a tcp connection. peer, own: address and port.
+
+    None unless that end is established: the kernel shows what no process holds any more as root's.
+    """
     ends = [_in_table(*end[:2]) for end in (peer, own)]
     for table in ("/proc/net/tcp", "/proc/net/tcp6"):
         with contextlib.suppress(OSError):
             for line in Path(table).read_text("ascii").splitlines()[1:]:
                 fields = line.split()
-                if fields[1:3] == ends:
+                if fields[1:4] == [*ends, ESTABLISHED]:
                     return int(fields[7])
     return None
 

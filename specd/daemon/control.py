@@ -125,8 +125,9 @@ class Control:
         for session in self._sessions:
             self._end(session.key, "the daemon ended", tell=True)
         self._sessions.reset()
-        self._supervisor.stop()
+        # Before the worker, which may take a while: nobody hears who comes and goes any more.
         self._front.close()
+        self._supervisor.stop()
 
     # Trainers
 

@@ -121,10 +121,8 @@ class Front:
                 self._lost += self._connections.forget(ended)
                 return
             connection = self._connections.of(sender)
-            if (
-                connection is None and not self._inside
-            ):  # it was closed: whoever it was must not be taken for this process
-                continue
+            if connection is None and not self._inside:
+                continue  # it was closed, and whoever it was must not be taken for this process
             if self.gate is not None and connection is not None:
                 connection.user = user_of(sender)
                 connection.name = self.gate.name(connection.user)

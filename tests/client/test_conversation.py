@@ -157,7 +157,7 @@ def test_a_wait_ends_when_the_subscriber_closes(
             one.reach()
         threading.Timer(0.1, told.closing.set).start()
         begin = time.monotonic()
-        with told.closing.calling(one.call_off), pytest.raises(Later, match="the subscriber is closed"):
+        with told.closing.calling(one.cancel), pytest.raises(Later, match="the subscriber is closed"):
             (one.hear if connected else one.reach)()
         assert time.monotonic() - begin < 2.0
 

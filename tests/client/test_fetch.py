@@ -30,7 +30,7 @@ class Client:
         self.log = log
         self.gone = gone
         self.waits = threading.Event()
-        self.called_off = threading.Event()
+        self.cancelled = threading.Event()
         self.expected: deque[tuple[int, torch.Tensor]] = deque()
         self.intos: list[torch.Tensor] = []
         self.lost = False
@@ -53,12 +53,12 @@ class Client:
         self.log.append(f"f{slot}")
         if self.gone:
             self.waits.set()
-            self.lost = self.called_off.wait(deadline_s)
+            self.lost = self.cancelled.wait(deadline_s)
         if self.lost:
             raise TransportError("the communicator is gone", lost=True)
 
     def cancel(self) -> None:
-        self.called_off.set()
+        self.cancelled.set()
 
     def close(self) -> None:
         self.log.append("close")
@@ -216,7 +216,7 @@ def test_what_is_under_way_may_end_when_it_stops_but_not_for_long(
     bench.start()
     assert gone.waits.wait(WAIT_S)
     bench.fetcher.stop()
-    assert gone.called_off.is_set()
+    assert gone.cancelled.is_set()
     assert [index for index, _ in bench.ended] == [0], "the session is not lost, it is closed"
 
 

@@ -154,7 +154,7 @@ def test_a_transport_is_not_blamed_for_a_worker_that_dies_under_its_probe(
         assert len(daemon.hellos) == len(fetches) == 2
 
 
-def test_a_transport_that_is_being_opened_is_called_off_when_the_subscriber_closes(
+def test_a_transport_that_is_being_opened_is_cancelled_when_the_subscriber_closes(
     context: zmq.Context[zmq.Socket[bytes]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     attaching = threading.Event()
@@ -162,7 +162,7 @@ def test_a_transport_that_is_being_opened_is_called_off_when_the_subscriber_clos
     def hang(wire: Wire, offer: bytes, deadline_s: float) -> None:
         attaching.set()
         assert wire.cancelled.wait(20)
-        raise TransportError("called off", lost=True)
+        raise TransportError("cancelled", lost=True)
 
     transport = make()
     monkeypatch.setattr(Wire, "attach", hang)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import socket as sockets
+import struct
 import subprocess
 import sys
 import time
@@ -154,6 +155,42 @@ def test_the_silent_are_closed_and_the_busy_are_not(
         monitor.close()
         assert len(listener.connections) == 1
     assert silent is not third
+
+
+@pytest.mark.parametrize("abrupt", [True, False])
+def test_a_peer_that_has_hung_up_is_nobody_s(abrupt: bool) -> None:
+    """The kernel no longer says whose its end was, or shows it as root's: neither lets it in, nor ends the daemon."""
+    with sockets.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        peer = sockets.create_connection(listener.getsockname())
+        ours, _ = listener.accept()
+        with ours:
+            connection = Connection(ours.fileno(), 0.0)
+            peer.setsockopt(sockets.SOL_SOCKET, sockets.SO_LINGER, struct.pack("ii", abrupt, 0))
+            peer.close()
+            ours.settimeout(10)
+            with contextlib.suppress(ConnectionResetError):
+                assert ours.recv(1) == b""
+            assert connection.owner() is None
+            assert "a user that it cannot tell" in str(connection.stranger())
+            connection.close()
+
+
+def test_a_descriptor_that_is_no_socket_any_more_is_left_alone() -> None:
+    ours, theirs = sockets.socketpair()
+    with theirs:
+        number = ours.fileno()
+        connection = Connection(number, 0.0)
+        ours.close()
+        reading, writing = os.pipe()
+        os.dup2(reading, number)
+        before = len(os.listdir("/proc/self/fd"))
+        connection.close()
+        Connection(number, 0.0).close()
+        assert len(os.listdir("/proc/self/fd")) == before
+        for fd in {reading, writing, number}:
+            os.close(fd)
 
 
 def test_a_descriptor_that_is_used_again_is_another_connection() -> None:

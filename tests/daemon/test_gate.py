@@ -101,7 +101,8 @@ def test_a_key_counts_as_soon_as_it_is_in_the_file_and_no_longer(daemon: Keyed) 
     with daemon.subscriber() as alices, daemon.subscriber(bob) as bobs:
         assert sessions(daemon) == ["alice/trainer", "bob/trainer"]
         mine, his = (source.stream(batch(seed) for seed in itertools.count()) for source in (alices, bobs))
-        next(mine), next(his)
+        next(mine)
+        next(his)
         daemon.revoke("bob")
         began = time.monotonic()
         with pytest.raises(RejectedError, match="refused this key"):

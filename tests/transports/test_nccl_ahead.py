@@ -164,7 +164,7 @@ def test_all_that_is_expected_is_kept_from_others_when_an_abort_hangs(
     assert [coming.into.data_ptr() for coming in kept[1][1]] == [into.data_ptr() for into in intos]
 
 
-def test_a_fetch_is_called_off_at_once_however_long_the_abort_takes(rig: Rig) -> None:
+def test_a_fetch_is_cancelled_at_once_however_long_the_abort_takes(rig: Rig) -> None:
     client = rig.attach()
     (into,) = expect(client, rig, [SlotRef(0, 1, 100)])
     outcome: list[bool] = []

@@ -50,7 +50,7 @@ class Stays(InprocClient):
 
 
 class Stubborn(InprocClient):
-    """Cannot be called off."""
+    """Cannot be cancelled."""
 
     def cancel(self) -> None:
         pass
@@ -101,7 +101,7 @@ class Suite(TransportConformance):
         (Spills, "test_part_of_a_slot_is_its_beginning", "wrote behind the destination"),
         (Blind, "test_another_generation_is_refused", "DID NOT RAISE"),
         (Stays, "test_close_is_idempotent_and_final", "DID NOT RAISE"),
-        (Stubborn, "test_what_is_called_off_fails_as_lost", "DID NOT RAISE"),
+        (Stubborn, "test_what_is_cancelled_fails_as_lost", "DID NOT RAISE"),
     ],
 )
 def test_a_fault_fails_the_test_that_is_for_it(client: type[InprocClient], test: str, finding: str) -> None:

@@ -17,7 +17,7 @@ from specd.memory import cuda
 from specd.transports.base import SlotRef
 from specd.transports.bytes.frames import WINDOW, Header, Kind, checksum, unpack
 from specd.transports.bytes.socket import BytesHello, BytesOffer, connect, usable
-from specd.transports.checks import called_off, check_into, check_ref, stale, unwrap, wrap
+from specd.transports.checks import cancelled, check_into, check_ref, stale, unwrap, wrap
 
 if TYPE_CHECKING:
     import torch
@@ -236,7 +236,7 @@ class BytesClient:
         if self._closed:
             raise TransportError("the bytes client is closed")
         if self._cancelled:
-            raise called_off("bytes")
+            raise cancelled("bytes")
 
     def _tell(self, header: Header) -> None:
         if self._socket is not None:

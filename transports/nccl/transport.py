@@ -20,7 +20,7 @@ from specd.endpoints import boot_id
 from specd.errors import TransportError
 from specd.memory import cuda
 from specd.transports.base import ServerContext, SlotRef, Traits
-from specd.transports.checks import called_off, check_into, check_ref, stale, unwrap, wrap
+from specd.transports.checks import cancelled, check_into, check_ref, stale, unwrap, wrap
 from specd.transports.nccl.communicator import (
     START_S,
     UNIQUE_ID_BYTES,
@@ -168,13 +168,13 @@ class NcclClient:
             raise TransportError("an nccl offer is not what the daemon sent, or from another version of it")
         with self._lock:
             if self._cancelled.is_set():
-                raise called_off("nccl")
+                raise cancelled("nccl")
             self._abort()
             try:
                 communicator = Communicator(self._library, self._device, 1, found.unique_id, found.max_ctas, watch)
             except TransportError:
                 if self._cancelled.is_set():
-                    raise called_off("nccl") from None
+                    raise cancelled("nccl") from None
                 raise
             self._transfers = Transfers(communicator)
             self._offer, self._lost = found, ""
@@ -216,7 +216,7 @@ class NcclClient:
         if self._transfers is None or self._offer is None:
             raise TransportError(self._lost or "nccl: not attached, or closed", lost=bool(self._lost))
         if self._cancelled.is_set():
-            raise called_off("nccl")
+            raise cancelled("nccl")
         check_ref(ref, self._offer.num_slots, self._offer.slot_bytes)
         check_into(ref, into)
         return self._transfers

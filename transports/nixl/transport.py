@@ -21,7 +21,7 @@ from specd.errors import TransportError
 from specd.memory import cuda
 from specd.memory.arena import LINE, MAX_SLOTS, PAGE
 from specd.transports.base import ServerContext, SlotRef, Traits
-from specd.transports.checks import called_off, check_into, check_ref, stale, unwrap, wrap
+from specd.transports.checks import cancelled, check_into, check_ref, stale, unwrap, wrap
 from specd.transports.nixl.agent import Destinations, NixlAgent, Region
 
 if TYPE_CHECKING:
@@ -204,7 +204,7 @@ class NixlClient:
 
     def _usable(self) -> None:
         if self._cancelled:
-            raise called_off("nixl")
+            raise cancelled("nixl")
         if self._stop.is_set():
             raise TransportError("nixl: not attached, or closed")
         if self._agent.closed:

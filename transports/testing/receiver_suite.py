@@ -125,7 +125,7 @@ class ReceiverConformance(TransportConformance):
         rig.host.fill(0, 1, b"next", 4096)
         assert holds(rig.fetch(again, ref, b"two"), b"next")
 
-    def test_what_waits_is_called_off_and_lost(self, rig: Rig) -> None:
+    def test_what_waits_is_cancelled_and_lost(self, rig: Rig) -> None:
         client = self._receiver(rig)
         ref, intos = SlotRef(0, 1, 4096), [rig.destination(4096) for _ in range(3)]
         for into in intos:

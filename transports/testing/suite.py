@@ -284,7 +284,7 @@ class TransportConformance:
         rig.host.fill(0, 1, b"fine", 4096)
         assert holds(rig.fetch(client, SlotRef(0, 1, 4096)), b"fine")
 
-    def test_what_is_called_off_fails_as_lost(self, rig: Rig) -> None:
+    def test_what_is_cancelled_fails_as_lost(self, rig: Rig) -> None:
         client = rig.attach()
         rig.host.fill(1, 1, b"", 100)
         outcome: list[bool] = []

@@ -17,7 +17,7 @@ from specd.errors import TransportError
 from specd.memory.arena import Arena
 from specd.memory.cuda import Copier
 from specd.transports.base import ServerContext, SlotRef, Traits
-from specd.transports.checks import called_off, check_into, check_ref, pull, stale, unwrap, wrap
+from specd.transports.checks import cancelled, check_into, check_ref, pull, stale, unwrap, wrap
 
 if TYPE_CHECKING:
     import torch
@@ -83,7 +83,7 @@ class CarrierClient:
 
     def attach(self, offer: bytes, deadline_s: float) -> None:
         if self._cancelled:
-            raise called_off("carrier")
+            raise cancelled("carrier")
         found = unwrap(offer, Offer, "carrier offer")
         if "\0" in found.directory or not os.path.isdir(found.directory):
             raise TransportError(
@@ -95,7 +95,7 @@ class CarrierClient:
         import torch
 
         if self._cancelled:
-            raise called_off("carrier")
+            raise cancelled("carrier")
         if self._offer is None or self._over.is_set():
             raise TransportError("carrier: not attached, or closed")
         check_ref(ref, self._offer.num_slots, self._offer.slot_bytes)
