@@ -6,13 +6,15 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 import specd as specd_package
 from daemons import synthetic
+from specd.transports.testing.spawned import SAFE_PATH, no_working_directory
 
 ROOT = Path(__file__).parents[2]
 MODULES = ("msgspec.py", "queue.py", "types.py", "socket.py", "pickle.py", "torch/__init__.py", "zmq/__init__.py")
@@ -56,7 +58,8 @@ def specd(where: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def python(where: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, *arguments], cwd=where, capture_output=True, text=True, timeout=60)
+    env = {name: value for name, value in os.environ.items() if name != SAFE_PATH}  # whoever runs the tests may have it
+    return subprocess.run([sys.executable, *arguments], cwd=where, env=env, capture_output=True, text=True, timeout=60)
 
 
 def ran(place: Path) -> str:
@@ -83,6 +86,27 @@ def test_the_commands_of_the_demo_and_the_hosts_of_the_transports(place: Path, e
     assert done.returncode == 0, (done.stderr, (tmp_path / "log").read_text())
     assert "serving" in done.stdout
     assert not ran(place)
+
+
+def test_overlapping_blocks_leave_the_environment_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(SAFE_PATH, raising=False)
+    inside, go = threading.Event(), threading.Event()
+
+    def block(wait: Callable[[], object]) -> None:
+        with no_working_directory():
+            inside.set()
+            wait()
+
+    first = threading.Thread(target=block, args=(lambda: go.wait(10),))
+    second = threading.Thread(target=block, args=(lambda: first.join(10),))
+    first.start()
+    inside.wait(10)
+    second.start()
+    second.join(0.2)  # inside, if blocks may overlap: then it ends after the first
+    go.set()
+    first.join(10)
+    second.join(10)
+    assert SAFE_PATH not in os.environ
 
 
 def test_every_module_that_specd_starts_is_started_so() -> None:

@@ -8,6 +8,7 @@ import os
 import secrets
 import shutil
 import tempfile
+import threading
 from collections.abc import Iterator, Mapping
 from multiprocessing.connection import Connection
 from typing import ClassVar, Final, Literal, NamedTuple
@@ -23,6 +24,7 @@ from specd.transports.testing.hosts import LocalHost
 SAFE_PATH: Final = "PYTHONSAFEPATH"
 ANSWER_S: Final = 120.0
 """Longest wait for one answer of the child; its first one covers the start of CUDA."""
+_starting = threading.Lock()
 
 
 class _Call(msgspec.Struct, frozen=True, kw_only=True):
@@ -199,16 +201,20 @@ class SpawnedHost:
 
 @contextlib.contextmanager
 def no_working_directory() -> Iterator[None]:
-    """Python processes that start in the block look for no modules in the working directory, as with `-P`."""
-    before = os.environ.get(SAFE_PATH)
-    os.environ[SAFE_PATH] = "1"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[SAFE_PATH]
-        else:
-            os.environ[SAFE_PATH] = before
+    """Python processes that start in the block look for no modules in the working directory, as with `-P`.
+
+    One thread at a time: blocks that overlapped would restore each other's setting, and leave it behind.
+    """
+    with _starting:
+        before = os.environ.get(SAFE_PATH)
+        os.environ[SAFE_PATH] = "1"
+        try:
+            yield
+        finally:
+            if before is None:
+                del os.environ[SAFE_PATH]
+            else:
+                os.environ[SAFE_PATH] = before
 
 
 def _serve(pipe: Connection, setup: _Setup) -> None:
