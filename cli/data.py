@@ -96,7 +96,7 @@ def regenerate(
             done = regeneration.regenerate(
                 network,
                 tokenizer,
-                config.path,
+                str(config.path),
                 output,
                 target=model,
                 split=split,
@@ -128,8 +128,8 @@ def show(
     from rich.console import Console
     from rich.text import Text
 
-    from specd.data.chat import load_tokenizer
     from specd.data.dataset import sample, trainable
+    from specd.data.tokenizer import load_tokenizer
 
     config = data_config(source, model, settings, method=method, preset=preset)
     needed = registry.load(method).consecutive_labels
@@ -193,7 +193,7 @@ def _show_stats(console: Console, config: DataConfig, dataset: Dataset, rule: st
     facts.add_column(justify="right")
     facts.add_column(style="dim")
     for name, count, note in (
-        ("rows", report.rows, config.path),
+        ("rows", report.rows, str(config.path)),
         ("samples", report.samples, ""),
         ("left out", report.without_labels, rule),
         ("cut", report.cut, f"to {config.max_length} tokens"),

@@ -128,24 +128,38 @@ class SubscriberConfig(Config, kw_only=True, frozen=True):
 
 
 class DataConfig(Config, kw_only=True, frozen=True):
-    """Training data. path: JSONL, Parquet or a hub name; empty takes the preset's.
+    """Training data. path: a file (JSONL, JSON, Parquet, text; gzip and zstd too), a folder or glob of them, or a hub
+    name; several as a list; empty takes the preset's. split, subset: of a hub data set.
 
-    format: `auto` looks at the columns. last_turn_only: only the last assistant turn is a label.
-    max_length: longer samples are cut. batch_tokens: token budget of a batch. max_batch_sequences: most sequences of
-    one, 0 for no limit. max_samples: only the first N rows, 0 for all. template: variables of the chat template, as
-    enable_thinking. cache_dir: where prepared data is kept; empty for specd's own cache.
+    weights: for several paths, how often each sample of one is trained an epoch, 1 each if empty; 0.5 takes half of
+    them, another half each epoch.
+    format: `auto` looks at the columns. columns: names of a file's columns, as {prompt: question}.
+    last_turn_only: only the last assistant turn is a label. bad_rows: `stop` at a file with rows that cannot be used,
+    once all are counted, or `skip` and count them.
+    max_length: longer samples are cut, or `long: split` into several where they are documents.
+    batch_tokens: token budget of a batch. max_batch_sequences: most sequences of one, 0 for no limit.
+    max_samples: only the first N rows, 0 for all. template: variables of the chat template, as enable_thinking.
+    date: the day that a template is told which asks for it, as 2026-01-31; empty for the day on which the run begins.
+    cache_dir: where prepared data is kept; empty for specd's own cache. processes: that prepare it, 0 for one a core.
     """
 
-    path: str = ""
+    path: str | tuple[str, ...] = ""
+    weights: tuple[Annotated[float, Meta(gt=0)], ...] = ()
     split: str = "train"
+    subset: str = ""
     format: Literal["auto", "conversations", "text", "tokens"] = "auto"
+    columns: dict[str, str] = {}
     last_turn_only: bool = False
+    bad_rows: Literal["stop", "skip"] = "stop"
     max_length: int = 3072
+    long: Literal["cut", "split"] = "cut"
     batch_tokens: Positive = 3072
     max_batch_sequences: int = 0
     max_samples: int = 0
     template: dict[str, Any] = {}
+    date: Annotated[str, Meta(pattern=r"^(\d{4}-\d{2}-\d{2})?$")] = ""
     cache_dir: str = ""
+    processes: NotNegative = 0
 
 
 class TrainConfig(Config, kw_only=True, frozen=True):

@@ -9,18 +9,21 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from specd.config.settings import DataConfig
+from specd.data import forms
 from specd.data.batching import BatchPlan, check_budget
-from specd.data.chat import Chat, Encoder, Rendered, load_tokenizer
-from specd.data.rows import Row, fingerprint, locate, read_rows
+from specd.data.chat import Chat, Rendered
+from specd.data.faults import RowError
+from specd.data.rows import Row, fingerprint, locate, read_rows, sources
+from specd.data.tokenizer import Encoder, load_tokenizer
 from specd.errors import ConfigError, DataError
 from specd.paths import cache_dir
 
@@ -31,9 +34,6 @@ CHUNK = 512
 
 _VERSION = "3"  # part of the cache key: raise it when the same rows would give other samples
 _TOKENIZER_FILE = re.compile(r"(token|vocab|merges|special_|added_|chat_template).*\.(json|jinja|model|txt|tiktoken)")
-_COLUMNS = {"tokens": ("input_ids",), "conversations": ("messages", "conversations"), "text": ("text",)}
-
-Format = Literal["conversations", "text", "tokens"]
 
 
 class Report(msgspec.Struct, frozen=True, kw_only=True):
@@ -97,7 +97,8 @@ def check(config: DataConfig) -> None:
             f"least 2 tokens, and a number of samples or 0 for all"
         )
     check_budget(config.batch_tokens, config.max_batch_sequences)
-    locate(config.path)
+    for source in sources(config):
+        locate(source.path)
 
 
 def prepare(
@@ -189,7 +190,8 @@ def _build(
 
 
 def _rows(config: DataConfig) -> Iterator[Row]:
-    return read_rows(config.path, split=config.split, limit=config.max_samples)
+    rows = chain.from_iterable(read_rows(source) for source in sources(config))
+    return islice(rows, config.max_samples or None)
 
 
 def _samples(
@@ -201,19 +203,19 @@ def _samples(
     chat: Chat | None = None
     while chunk := list(islice(rows, CHUNK)):
         names = [str(row.get("form") or "") for _, row in chunk]
-        kinds = [_format(row, where, config.format) for where, row in chunk]
-        if encoder is None and any(kind != "tokens" for kind in kinds):
+        found = [forms.read(row, where, config) for where, row in chunk]
+        if encoder is None and any(not isinstance(form, forms.Tokens) for form in found):
             encoder = Encoder(load_tokenizer(tokenizer_dir))
             chat = Chat(encoder.tokenizer, config.template)
         texts: list[Rendered] = []
-        for (where, row), kind in zip(chunk, kinds, strict=True):
-            if kind == "conversations" and chat is not None:
-                texts.append(chat.conversation(row, where, last_turn_only=config.last_turn_only))
-            elif kind == "text" and chat is not None:
-                texts.append(chat.preformatted(_string(row, where), last_turn_only=config.last_turn_only))
+        for (where, _), form in zip(chunk, found, strict=True):
+            if isinstance(form, forms.Conversation) and chat is not None:
+                texts.append(chat.conversation(form, where, last_turn_only=config.last_turn_only))
+            elif isinstance(form, forms.Text) and chat is not None:
+                texts.append(chat.preformatted(form.text, last_turn_only=config.last_turn_only))
         coded = iter(encoder.encode(texts) if encoder else ())
-        for name, (where, row), kind in zip(names, chunk, kinds, strict=True):
-            yield name, *(_tokens(row, where, size) if kind == "tokens" else next(coded))
+        for name, (where, _), form in zip(names, chunk, found, strict=True):
+            yield name, *(_tokens(form, where, size) if isinstance(form, forms.Tokens) else next(coded))
 
 
 def _vocabulary(tokenizer_dir: Path) -> int:
@@ -225,44 +227,12 @@ def _vocabulary(tokenizer_dir: Path) -> int:
         return Encoder(load_tokenizer(tokenizer_dir)).size
 
 
-def _format(row: Mapping[str, Any], where: str, asked: str) -> Format:
-    """The format of a row: `asked`, or by its columns."""
-    for kind, columns in _COLUMNS.items():
-        if asked in ("auto", kind) and any(row.get(column) is not None for column in columns):
-            return kind  # type: ignore[return-value]  # the keys of _COLUMNS are the Formats
-    wanted = "a conversation (`messages` or `conversations`), `text`, or `input_ids` with `loss_mask`"
-    if asked != "auto":
-        wanted = f"data.format={asked}, that is " + " or ".join(f"`{column}`" for column in _COLUMNS[asked])
-    raise DataError(f"{where} has the columns {sorted(row)}; expected {wanted}")
-
-
-def _string(row: Mapping[str, Any], where: str) -> str:
-    text = row["text"]
-    if not isinstance(text, str):
-        raise DataError(f"{where}: `text` holds a {type(text).__name__}; expected a string")
-    return text
-
-
-def _tokens(row: Mapping[str, Any], where: str, size: int) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
+def _tokens(form: forms.Tokens, where: str, size: int) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
     """Tokens and mask of a tokenised row. size: of the vocabulary."""
-    arrays = []
-    for column, top in (("input_ids", size - 1), ("loss_mask", 1)):
-        try:
-            array = np.array(row.get(column))
-        except (ValueError, OverflowError):  # nested lists of unequal length, integers beyond 64 bits
-            array = np.array(None)
-        if (
-            array.ndim != 1
-            or array.dtype.kind not in "iub"
-            or (array.size and not 0 <= array.min() <= array.max() <= top)
-        ):
-            found = "missing" if row.get(column) is None else f"{row[column]!r}"[:60]
-            raise DataError(f"{where}: `{column}` is {found}; expected a list of integers from 0 to {top}")
-        arrays.append(array)
-    ids, mask = arrays
-    if ids.size != mask.size:
-        raise DataError(f"{where}: {ids.size} `input_ids` but {mask.size} in `loss_mask`; expected one for each token")
-    return ids.astype(np.int32), mask.astype(np.bool_)
+    if form.ids.size and form.ids.max() >= size:
+        found = f"`input_ids` holds {form.ids.max()}; expected tokens from 0 to {size - 1}, as the target has"
+        raise RowError(where, "token beyond the vocabulary", found)
+    return form.ids.astype(np.int32), form.loss_mask
 
 
 def _key(config: DataConfig, tokenizer_dir: Path, consecutive_labels: int) -> str:
@@ -273,7 +243,7 @@ def _key(config: DataConfig, tokenizer_dir: Path, consecutive_labels: int) -> st
         consecutive_labels,
     )  # fmt: skip
     digest.update(
-        msgspec.json.encode([_VERSION, fingerprint(config.path, split=config.split), options], order="sorted")
+        msgspec.json.encode([_VERSION, [fingerprint(source) for source in sources(config)], options], order="sorted")
     )
     for file in sorted(tokenizer_dir.iterdir()):
         if _TOKENIZER_FILE.fullmatch(file.name):

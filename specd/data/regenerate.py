@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
-from specd.data.chat import Chat, Turn, end_tokens, questions, turns
-from specd.data.rows import fingerprint, read_rows
+from specd.data.chat import Chat
+from specd.data.forms import Turn, conversation, questions
+from specd.data.rows import Source, fingerprint, read_rows
+from specd.data.tokenizer import end_tokens
 from specd.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -74,14 +76,14 @@ def regenerate(
     chat = Chat(tokenizer, template)
     rows: list[tuple[dict[str, Any], list[list[Turn]]]] = []
     opened: list[str] = []
-    for where, row in read_rows(source, split=split, limit=limit):
-        asked = questions(turns(row, where), where)
+    for where, row in read_rows(Source(path=source, split=split), limit=limit):
+        asked = questions(conversation(row, where), where)
         opened.append(chat.render(asked[0], open_answer=True, tools=row.get("tools") or None, where=where))
         rows.append((row, asked))
     lengths = [len(ids) for ids in tokenizer(opened, add_special_tokens=False)["input_ids"]]
     order = sorted(range(len(rows)), key=lambda i: (lengths[i], i))  # similar lengths together: little padding
     batches = [order[at : at + batch_size] for at in range(0, len(order), batch_size)]
-    job = {"source": fingerprint(source, split=split), "target": target, "max_new_tokens": max_new_tokens}
+    job = {"source": fingerprint(Source(path=source, split=split)), "target": target, "max_new_tokens": max_new_tokens}
     job |= {"batch_size": batch_size, "limit": limit, "template": template or {}}
     log = _AnswerLog(out.with_name(out.name + ".partial"), json.dumps(job, sort_keys=True))
     begun, tokens = time.monotonic(), 0

@@ -11,7 +11,8 @@ from typing import Any
 
 import msgspec
 
-from specd.errors import DataError, missing_extra
+from specd.config.settings import DataConfig
+from specd.errors import ConfigError, DataError, missing_extra
 
 Row = tuple[str, dict[str, Any]]
 """A row's location ("train.jsonl line 3"), for messages, and its columns."""
@@ -22,6 +23,32 @@ DEMO = f"{SHIPPED}demo/train.jsonl"
 """Demo conversations; the answers are SmolLM2-135M-Instruct's."""
 HELDOUT = f"{SHIPPED}demo/heldout.jsonl"
 """Held-out conversations of the same kind."""
+
+
+class Source(msgspec.Struct, frozen=True, kw_only=True):
+    """Where rows come from. split, subset: of a hub data set. weight: how often an epoch trains each of its samples."""
+
+    path: str
+    split: str = "train"
+    subset: str = ""
+    weight: float = 1.0
+
+    def __str__(self) -> str:
+        return self.path
+
+
+def sources(config: DataConfig) -> tuple[Source, ...]:
+    """The sources of `config`, in order. Raises ConfigError when there are not as many weights as paths."""
+    paths = (config.path,) if isinstance(config.path, str) else config.path
+    weights = config.weights or (1.0,) * len(paths)
+    if len(weights) != len(paths):
+        raise ConfigError(
+            f"data.weights has {len(weights)} numbers and data.path {len(paths)} paths: expected one for each path"
+        )
+    return tuple(
+        Source(path=path, split=config.split, subset=config.subset, weight=weight)
+        for path, weight in zip(paths, weights, strict=True)
+    )
 
 
 def locate(path: str) -> Path | None:
@@ -45,15 +72,17 @@ def locate(path: str) -> Path | None:
     )
 
 
-def read_rows(path: str, *, split: str = "train", limit: int = 0) -> Iterator[Row]:
-    """The rows of `path` in order, lazily; at most `limit` of them, 0 for all.
+def read_rows(source: Source | str, *, limit: int = 0) -> Iterator[Row]:
+    """The rows of `source` in order, lazily; at most `limit` of them, 0 for all.
 
     Raises DataError that names an unreadable line, and when there is no row at all; ConfigError when a package for
     Parquet or the hub is missing.
     """
+    source = Source(path=source) if isinstance(source, str) else source
+    path = source.path
     file = locate(path)
     if file is None:
-        rows = _hub_rows(path, split)
+        rows = _hub_rows(path, source.split)
     elif file.suffix == ".parquet":
         rows = _parquet_rows(file)
     else:
@@ -66,8 +95,10 @@ def read_rows(path: str, *, split: str = "train", limit: int = 0) -> Iterator[Ro
         raise DataError(f"{path} has no rows: expected one JSON object a line, or a table with at least one row")
 
 
-def fingerprint(path: str, *, split: str = "train") -> str:
-    """Digest of the data behind `path`: of a file's bytes, or of the files a hub data set is cached in."""
+def fingerprint(source: Source | str) -> str:
+    """Digest of the data of `source`: of a file's bytes, or of the files a hub data set is cached in."""
+    source = Source(path=source) if isinstance(source, str) else source
+    path, split = source.path, source.split
     digest = hashlib.blake2b(digest_size=16)
     file = locate(path)
     try:

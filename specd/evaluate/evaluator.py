@@ -7,8 +7,10 @@ from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
-from specd.data.chat import Chat, end_tokens, questions, turns
+from specd.data.chat import Chat
+from specd.data.forms import conversation, questions
 from specd.data.rows import HELDOUT, read_rows
+from specd.data.tokenizer import end_tokens
 from specd.drafts import registry
 from specd.errors import ConfigError
 from specd.evaluate.decode import evaluate, greedy
@@ -101,7 +103,7 @@ def encode_prompts(source: str, chat: Chat, limit: int) -> list[list[int]]:
     """Token ids of the first question of each conversation in `source`, up to where the target begins its answer."""
     tokenizer: Any = chat.tokenizer
     texts = [
-        chat.render(questions(turns(row, where), where)[0], open_answer=True, tools=row.get("tools") or None)
+        chat.render(questions(conversation(row, where), where)[0], open_answer=True, tools=row.get("tools") or None)
         for where, row in read_rows(source, limit=limit)
     ]
     return [list(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]

@@ -12,7 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from chats import CHATML, MARKED, THINKING, TRIMMED, talk, write_tokenizer
-from specd.data.chat import Chat, Encoder, end_tokens, load_tokenizer, questions, turns
+from specd.data.chat import Chat
+from specd.data.forms import conversation, questions
+from specd.data.tokenizer import Encoder, end_tokens, load_tokenizer
 from specd.errors import DataError
 
 TEMPLATES = {"chatml": CHATML, "thinking": THINKING, "marked": MARKED, "trimmed": TRIMMED}
@@ -26,7 +28,7 @@ def chats(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Chat]:
 
 def labels(chat: Chat, row: dict[str, Any], **options: Any) -> list[str]:
     """The texts under the loss mask, as characters and (checked to be the same) as tokens."""
-    rendered = chat.conversation(row, "row 1", **options)
+    rendered = chat.conversation(conversation(row, "row 1"), "row 1", **options)
     texts = [rendered.text[start:end] for start, end in rendered.spans]
     ((tokens, mask),) = Encoder(chat.tokenizer).encode([rendered])
     assert chat.tokenizer.decode(tokens[mask].tolist()) == "".join(texts)
@@ -54,7 +56,7 @@ def test_a_template_that_trims(chats: dict[str, Chat]) -> None:
 def test_any_content_is_found_exactly(chats: dict[str, Chat], contents: list[str], name: str) -> None:
     row = {"messages": talk(*contents)}
     chat = chats[name]
-    rendered = chat.conversation(row, "row 1")
+    rendered = chat.conversation(conversation(row, "row 1"), "row 1")
     wanted = [content + "<|im_end|>" for content in contents[1::2]]
     assert [rendered.text[start:end] for start, end in rendered.spans] == wanted
 
@@ -161,7 +163,7 @@ def test_whitespace_of_an_answer_is_a_label_though_the_core_trims_offsets(tmp_pa
 
 def test_share_gpt_rows_and_parts_of_text() -> None:
     row = {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello."}]}
-    assert turns(row, "row 1") == talk("Hi", "Hello.")
+    assert conversation(row, "row 1") == talk("Hi", "Hello.")
     parts = {"messages": [{"role": "user", "content": [{"type": "text", "text": "H"}, {"type": "text", "text": "i"}]}]}
     assert turns(parts, "row 1") == talk("Hi")
 
@@ -181,7 +183,7 @@ def test_share_gpt_rows_and_parts_of_text() -> None:
 )
 def test_malformed_rows_are_named(row: dict[str, Any], said: str) -> None:
     with pytest.raises(DataError) as error:
-        turns(row, "chats.jsonl line 7")
+        conversation(row, "chats.jsonl line 7")
     assert str(error.value).startswith("chats.jsonl line 7: ")
     assert said in str(error.value)
 

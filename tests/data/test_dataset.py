@@ -12,8 +12,8 @@ import pytest
 from chats import THINKING, talk, write_rows, write_tokenizer
 from specd.config.settings import DataConfig
 from specd.data.batching import Loader
-from specd.data.chat import load_tokenizer
 from specd.data.dataset import Dataset, prepare, sample, trainable
+from specd.data.tokenizer import load_tokenizer
 from specd.errors import ConfigError, DataError
 
 

@@ -12,8 +12,9 @@ import torch
 
 from chats import CHATML, talk, write_rows, write_tokenizer
 from specd.data import regenerate as regeneration
-from specd.data.chat import Chat, load_tokenizer
+from specd.data.chat import Chat
 from specd.data.regenerate import Answer, FinishReason, Progress, generate, regenerate
+from specd.data.tokenizer import load_tokenizer
 from specd.errors import ConfigError, DataError
 
 ROWS: list[dict[str, Any]] = [

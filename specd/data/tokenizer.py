@@ -1,0 +1,82 @@
+"""A target's tokenizer: texts to token ids and labels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from specd.data.chat import Rendered
+from specd.errors import DataError, first_line
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+class Encoder:
+    """Texts to token ids and labels, many at once on all cores."""
+
+    __slots__ = ("_core", "size", "tokenizer")
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """tokenizer: one with a `tokenizers` core, because labels are found by character offsets."""
+        from tokenizers import Tokenizer
+
+        self.tokenizer = tokenizer
+        # With trimmed offsets a whitespace token has no characters, and could not be told a label.
+        core: Any = tokenizer.backend_tokenizer
+        state = core.to_str().replace('"trim_offsets":true', '"trim_offsets":false')
+        self._core = Tokenizer.from_str(state)
+        self._core.no_truncation()
+        self._core.no_padding()
+        self.size = max(len(tokenizer), self._core.get_vocab_size())
+        """Size of the vocabulary, added tokens included."""
+
+    def encode(self, texts: Sequence[Rendered]) -> Iterator[tuple[NDArray[np.int32], NDArray[np.bool_]]]:
+        """(tokens int32, loss mask bool) of each text. A token is a label when it begins inside a span."""
+        coded: list[Any] = [None] * len(texts)
+        for document in (False, True):
+            places = [place for place, rendered in enumerate(texts) if rendered.document is document]
+            found = self._core.encode_batch([texts[place].text for place in places], add_special_tokens=document)
+            for place, encoding in zip(places, found, strict=True):
+                coded[place] = encoding
+        for rendered, encoding in zip(texts, coded, strict=True):
+            begins = np.array([begin for begin, _ in encoding.offsets], np.int64)
+            mask = np.zeros(begins.size, np.bool_)
+            for start, end in rendered.spans:
+                mask |= (begins >= start) & (begins < end)
+            yield np.array(encoding.ids, np.int32), mask
+
+
+def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer whose files lie in `directory`. Raises DataError when it cannot be loaded or gives no offsets."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise DataError(
+            f"no usable tokenizer in {str(directory)!r} ({first_line(error)}): conversations need the target's; "
+            f"put its tokenizer.json there, or start the target with --tokenizer DIR"
+        ) from None
+    if not tokenizer.is_fast:
+        raise DataError(
+            f"the tokenizer in {str(directory)!r} gives no character offsets; convert it to a tokenizer.json"
+        )
+    return tokenizer
+
+
+def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """All tokens that end a text: the tokenizer's, and those of the model's generation config.
+
+    Raises DataError when there is none.
+    """
+    configured = model.generation_config.eos_token_id if model.generation_config else None
+    found = [tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])]
+    ends = list(dict.fromkeys(token for token in found if isinstance(token, int)))
+    if not ends:
+        raise DataError("the target's tokenizer names no end-of-sequence token; set eos_token in tokenizer_config.json")
+    return ends
