@@ -68,6 +68,22 @@ class MLP(nn.Module):
         return states
 
 
+def rotations(positions: Tensor, theta: float, head_dim: int, dtype: torch.dtype) -> Rope:
+    """Of positions [tokens], with the base frequency `theta`."""
+    half = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32)
+    angles = (positions.float()[:, None] * (1.0 / theta ** (half / head_dim)))[:, None, :]
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def draw(module: nn.Module, seed: int) -> None:
+    """Fill the matrices of a draft from normal(0, 0.02), by `seed` alone; gains stay 1."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0.0, 0.02, generator=generator)
+
+
 def rotate(x: Tensor, rope: Rope) -> Tensor:
     """Rotates x [tokens, heads, D] in the half-split convention of Qwen3 and Llama."""
     cos, sin = rope

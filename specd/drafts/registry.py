@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 BUILTIN: dict[str, str] = {
     "dflash": "specd.drafts.dflash.method:DFlashMethod",
+    "eagle3": "specd.drafts.eagle3.method:Eagle3Method",
 }
 DEFAULT = next(iter(BUILTIN))
 """The method where none is asked for."""

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from specd.drafts.block_attention import INSTEAD
 from specd.drafts.compile import compiled
 from specd.drafts.dflash.settings import DFlashConfig
-from specd.drafts.layers import MLP, Attend, KeyValue, Linear, RMSNorm, Rope, rope_theta, rotate
+from specd.drafts.layers import MLP, Attend, KeyValue, Linear, RMSNorm, Rope, draw, rope_theta, rotate, rotations
 from specd.errors import ConfigError
 from specd.protocol.capture import CaptureSpec
 
@@ -177,11 +177,7 @@ class DFlashDraft(nn.Module):
         self.hidden_norm = RMSNorm(shape.hidden_size, shape.rms_norm_eps)
         self.layers = nn.ModuleList(Layer(shape, kind) for kind in shape.layer_types)
         self.norm = RMSNorm(shape.hidden_size, shape.rms_norm_eps)
-        generator = torch.Generator().manual_seed(seed)
-        with torch.no_grad():
-            for parameter in self.parameters():
-                if parameter.dim() > 1:
-                    parameter.normal_(0.0, 0.02, generator=generator)
+        draw(self, seed)
 
     def context(self, taps: Tensor, positions: Tensor) -> list[KeyValue]:
         """What every layer attends to of the context: taps [T, n·H] and positions [T] -> keys and values a layer."""
@@ -218,7 +214,4 @@ class DFlashDraft(nn.Module):
         return layer
 
     def _rope(self, positions: Tensor, dtype: torch.dtype) -> Rope:
-        half = torch.arange(0, self.shape.head_dim, 2, device=positions.device, dtype=torch.float32)
-        frequencies = 1.0 / (self.shape.rope_theta ** (half / self.shape.head_dim))
-        angles = (positions.float()[:, None] * frequencies)[:, None, :]
-        return angles.cos().to(dtype), angles.sin().to(dtype)
+        return rotations(positions, self.shape.rope_theta, self.shape.head_dim, dtype)

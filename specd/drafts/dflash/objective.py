@@ -64,12 +64,7 @@ class DFlash:
         seed: int = 0,
         tuning: Tuning | None = None,
     ) -> None:
-        contract, embedding, lm_head = target.contract, target.embedding, target.lm_head
-        for name, tensor in (("embedding", embedding), ("lm_head", lm_head)):
-            if tensor.shape != (expected := (contract.vocab_size, contract.hidden_size)):
-                raise ConfigError(
-                    f"{name} of {contract.model} is {list(tensor.shape)}, its contract says {list(expected)}"
-                )
+        contract = target.contract
         self.config, self.seed, self.device = config, seed, torch.device(device)
         if config.attention == "flex" and self.device.type != "cuda":
             raise ConfigError(
@@ -77,11 +72,7 @@ class DFlash:
             )
         taps = spread_taps(contract.num_layers, config.num_taps, contract.tap_layers)
         shape = draft_shape(config, target.config, taps)
-        if (shape.vocab_size, shape.hidden_size) != (contract.vocab_size, contract.hidden_size):
-            raise ConfigError(
-                f"config.json of {contract.model} says vocabulary {shape.vocab_size} and hidden size "
-                f"{shape.hidden_size}, its contract {contract.vocab_size} and {contract.hidden_size}"
-            )
+        target.check(shape.vocab_size, shape.hidden_size)
         self.decay = loss_decay(config)
         tiny = config.attention == "auto" and shape.head_dim < 16  # flex_attention's kernels want 16 at least
         self._attention: AttentionKind = "sdpa" if tiny else config.attention
@@ -91,9 +82,7 @@ class DFlash:
         self.draft.compiled = self._flex if self.tuning.compiled is None else self.tuning.compiled
         self.module: torch.nn.Module = self.draft
         self._cold = self._flex or self.draft.compiled
-        shared = embedding.data_ptr() == lm_head.data_ptr()
-        self.embedding = embedding.detach().to(self.device, dtype)
-        self.lm_head = self.embedding if shared else lm_head.detach().to(self.device, dtype)
+        self.embedding, self.lm_head = target.frozen(self.device, dtype)
 
     def attention(self, layout: BlockLayout) -> Attend:
         """The attention of one batch's blocks, as this objective computes it."""

@@ -94,7 +94,7 @@ class ToyDraft:
     def reset(self) -> None:
         """Another text begins."""
 
-    def extend(self, taps: Tensor) -> None:
+    def extend(self, tokens: Tensor, taps: Tensor) -> None:
         """Keep the newest state."""
         self._last = taps[-1:].float()
 

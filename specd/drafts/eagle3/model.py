@@ -1,0 +1,182 @@
+"""The EAGLE-3 draft network: one Llama-style layer over the target's taps and the embeddings of the tokens after them.
+
+Shape legend: T tokens of a batch, R rows of one step, n taps, H hidden size, D head size, Q query heads, K key-value
+heads, V target vocabulary, W draft vocabulary. Module names are those of published checkpoints (arXiv 2503.01840).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import torch
+from torch import Tensor, nn
+
+from specd.drafts.eagle3.settings import Eagle3Config
+from specd.drafts.layers import MLP, KeyValue, Linear, RMSNorm, Rope, draw, rope_theta, rotate, rotations
+from specd.errors import ConfigError
+from specd.protocol.capture import CaptureSpec
+
+
+class Eagle3Shape(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Everything that fixes the draft's tensors and what it computes.
+
+    taps: 0-based target layers, in the order of `fc`'s input. draft_vocab_size: vocab_size where it guesses all tokens.
+    num_steps: guesses in a row that it was trained for. norm_output, fc_norm: see Eagle3Config.
+    """
+
+    hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    vocab_size: int
+    draft_vocab_size: int
+    rms_norm_eps: float
+    rope_theta: float
+    max_position_embeddings: int
+    taps: tuple[int, ...]
+    num_target_layers: int
+    num_steps: int = 7
+    norm_output: bool = False
+    fc_norm: bool = False
+
+    def problem(self) -> str | None:
+        """Why no draft of this shape can exist, or None if it can."""
+        sizes = (self.hidden_size, self.num_kv_heads, self.intermediate_size, self.draft_vocab_size, self.num_steps)
+        if min(sizes) < 1:
+            return "sizes and numbers of heads and steps must be positive"
+        if self.num_heads < 1 or self.num_heads % self.num_kv_heads:
+            return f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}"
+        if self.head_dim < 2 or self.head_dim % 2:
+            return f"head_dim {self.head_dim} is not a positive even number"
+        if self.draft_vocab_size > self.vocab_size:
+            return f"draft_vocab_size {self.draft_vocab_size} exceeds the target's vocabulary of {self.vocab_size}"
+        if not self.taps:
+            return "it reads no layer of the target"
+        return CaptureSpec(taps=self.taps).problem(self.num_target_layers)
+
+
+def draft_shape(config: Eagle3Config, target_config: dict[str, Any], taps: tuple[int, ...]) -> Eagle3Shape:
+    """The draft that `config` asks for beside the target of `target_config`, the content of its config.json.
+
+    It rotates with the target's base frequency, without its scaling for long contexts. Raises ConfigError for a
+    missing key or a shape that cannot be.
+    """
+    target: dict[str, Any] = target_config.get("text_config") or target_config
+    try:
+        hidden_size, num_heads = int(target["hidden_size"]), int(target["num_attention_heads"])
+        vocab_size = int(target["vocab_size"])
+        shape = Eagle3Shape(
+            hidden_size=hidden_size,
+            num_heads=config.num_heads or num_heads,
+            num_kv_heads=config.num_kv_heads or int(target.get("num_key_value_heads") or num_heads),
+            head_dim=config.head_dim or int(target.get("head_dim") or hidden_size // num_heads),
+            intermediate_size=config.intermediate_size or int(target["intermediate_size"]),
+            vocab_size=vocab_size,
+            draft_vocab_size=min(config.draft_vocab_size or vocab_size, vocab_size),
+            rms_norm_eps=float(target.get("rms_norm_eps", 1e-6)),
+            rope_theta=rope_theta(target),
+            max_position_embeddings=int(target["max_position_embeddings"]),
+            taps=taps,
+            num_target_layers=int(target["num_hidden_layers"]),
+            num_steps=config.num_steps,
+            norm_output=config.norm_output,
+            fc_norm=config.fc_norm,
+        )
+    except KeyError as error:
+        raise ConfigError(
+            f"the target's config.json has no key {error}: an EAGLE-3 draft takes its shape from it"
+        ) from None
+    if reason := shape.problem():
+        raise ConfigError(f"draft: {reason}")
+    return shape
+
+
+class Attention(nn.Module):
+    """Projections of the joined embedding and state."""
+
+    def __init__(self, shape: Eagle3Shape) -> None:
+        super().__init__()
+        self.head_dim = shape.head_dim
+        self.q_proj = Linear(2 * shape.hidden_size, shape.num_heads * shape.head_dim)
+        self.k_proj = Linear(2 * shape.hidden_size, shape.num_kv_heads * shape.head_dim)
+        self.v_proj = Linear(2 * shape.hidden_size, shape.num_kv_heads * shape.head_dim)
+        self.o_proj = Linear(shape.num_heads * shape.head_dim, shape.hidden_size)
+
+    def keys_values(self, x: Tensor, rope: Rope) -> KeyValue:
+        """x [rows, 2H] -> rotated keys and values."""
+        keys = self.k_proj(x).unflatten(-1, (-1, self.head_dim))
+        return rotate(keys, rope), self.v_proj(x).unflatten(-1, (-1, self.head_dim))
+
+    def queries(self, x: Tensor, rope: Rope) -> Tensor:
+        """x [rows, 2H] -> rotated queries [rows, Q, D]."""
+        return rotate(self.q_proj(x).unflatten(-1, (-1, self.head_dim)), rope)
+
+
+class Layer(nn.Module):
+    """The one layer, in two halves with the attention between them. The embedding comes first in what it joins."""
+
+    def __init__(self, shape: Eagle3Shape) -> None:
+        super().__init__()
+        self.self_attn = Attention(shape)
+        self.mlp = MLP(shape.hidden_size, shape.intermediate_size)
+        self.hidden_norm = RMSNorm(shape.hidden_size, shape.rms_norm_eps)
+        self.input_layernorm = RMSNorm(shape.hidden_size, shape.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(shape.hidden_size, shape.rms_norm_eps)
+
+    def join(self, embedded: Tensor, states: Tensor) -> Tensor:
+        """Embeddings and states [rows, H] -> [rows, 2H], what the projections read."""
+        return torch.cat((self.input_layernorm(embedded), self.hidden_norm(states)), -1)
+
+    def leave(self, states: Tensor, attended: Tensor) -> Tensor:
+        """States [rows, H], not normed, and what attention gave [rows, Q·D] -> states after the layer."""
+        states = states + self.self_attn.o_proj(attended)
+        after: Tensor = states + self.mlp(self.post_attention_layernorm(states))
+        return after
+
+
+class Eagle3Draft(nn.Module):
+    """The trainable draft, float32 weights drawn from normal(0, 0.02) by `seed` alone.
+
+    It computes in the dtype of the embeddings it is given. The embedding is the target's, the lm_head [W, H] its own.
+    vocabulary: the target's ids of the tokens it guesses, int64 [W], ascending; kept as `d2t`, what to add to its own.
+    """
+
+    d2t: Tensor
+
+    def __init__(self, shape: Eagle3Shape, seed: int = 0, vocabulary: Tensor | None = None) -> None:
+        super().__init__()
+        self.shape = shape
+        size, taps = shape.hidden_size, len(shape.taps)
+        if shape.fc_norm:
+            self.fc_norm = nn.ModuleList(RMSNorm(size, shape.rms_norm_eps) for _ in shape.taps)
+        self.fc = Linear(taps * size, size)
+        self.midlayer = Layer(shape)
+        self.norm = RMSNorm(size, shape.rms_norm_eps)
+        self.lm_head = Linear(size, shape.draft_vocab_size)
+        own = torch.arange(shape.draft_vocab_size)
+        self.register_buffer("d2t", torch.zeros_like(own) if vocabulary is None else vocabulary - own)
+        draw(self, seed)
+
+    @property
+    def vocabulary(self) -> Tensor:
+        """The target's id of each token it guesses, int64 [W]."""
+        return self.d2t + torch.arange(self.d2t.shape[0], device=self.d2t.device)
+
+    def enter(self, taps: Tensor) -> Tensor:
+        """Taps [rows, n·H] -> the states [rows, H] of the first step."""
+        if self.shape.fc_norm:
+            parts = taps.chunk(len(self.shape.taps), -1)
+            taps = torch.cat([norm(part) for norm, part in zip(self.fc_norm, parts, strict=True)], -1)
+        states: Tensor = self.fc(taps)
+        return states
+
+    def finish(self, states: Tensor) -> tuple[Tensor, Tensor]:
+        """States [rows, H] after the layer -> those of the next step, and those that lm_head reads."""
+        normed: Tensor = self.norm(states)
+        return (normed if self.shape.norm_output else states), normed
+
+    def rope(self, positions: Tensor, dtype: torch.dtype) -> Rope:
+        """Rotations of positions [rows]."""
+        return rotations(positions, self.shape.rope_theta, self.shape.head_dim, dtype)
