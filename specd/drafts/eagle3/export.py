@@ -2,23 +2,48 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
+from specd.drafts.directory import read_config
 from specd.drafts.eagle3.model import Eagle3Draft, Eagle3Shape
 from specd.drafts.files import write_draft
-from specd.drafts.layers import rope_theta
+from specd.drafts.keys import check, flat
+from specd.drafts.rope import rope_scaling, rope_theta
+from specd.drafts.speculators import unwrapped
+from specd.drafts.weights import fill, read_weights
 from specd.errors import CheckpointError, ConfigError
 
 ARCHITECTURE = "LlamaForCausalLMEagle3"
+ARCHITECTURES = (ARCHITECTURE, "Eagle3LlamaForCausalLM", "Eagle3Speculator", "Eagle3DraftModel")
+"""What an EAGLE-3 draft's config.json may call it: SpecForge, vLLM, Speculators."""
 TAPS = "eagle_aux_hidden_state_layer_ids"
+SURPLUS = ("embed_tokens.weight", "rotary_emb.inv_freq", "verifier_norm.weight", "verifier_lm_head.weight", "t2d")
+"""Ends of names of tensors that are the target's, or follow from others."""
+READ = frozenset(
+    f"""
+    attention_bias draft_vocab_size {TAPS} fc_norm head_dim hidden_size intermediate_size layer_ids
+    max_position_embeddings norm_before_fc norm_before_residual norm_output num_attention_heads num_aux_hidden_states
+    num_key_value_heads num_steps num_target_layers rms_norm_eps sliding_window use_sliding_window vocab_size
+    """.split()
+)
+ONLY: dict[str, tuple[Any, ...]] = {
+    "num_hidden_layers": (1,),
+    "model_type": ("llama",),
+    "hidden_act": ("silu",),
+    "bias": (False,),
+    "mlp_bias": (False,),
+    "tie_word_embeddings": (False,),
+    "embed_requires_grad": (False,),
+    "use_aux_hidden_state": (True,),
+    "partial_rotary_factor": (1,),
+    "layer_types": (["full_attention"],),
+}
+"""Keys with which other drafts compute something else, and what they may be here."""
 
 
 def save_draft(
@@ -49,7 +74,7 @@ def draft_config(shape: Eagle3Shape, dtype: torch.dtype) -> dict[str, Any]:
     """
     return {
         "architectures": [ARCHITECTURE],
-        "attention_bias": False,
+        "attention_bias": shape.attention_bias,
         "draft_vocab_size": shape.draft_vocab_size,
         "dtype": str(dtype).removeprefix("torch."),
         "eagle_config": {TAPS: list(shape.taps), "use_aux_hidden_state": True},
@@ -63,8 +88,8 @@ def draft_config(shape: Eagle3Shape, dtype: torch.dtype) -> dict[str, Any]:
         "max_position_embeddings": shape.max_position_embeddings,
         "mlp_bias": False,
         "model_type": "llama",
-        "norm_before_fc": False,
-        "norm_before_residual": False,
+        "norm_before_fc": shape.norm_before_fc,
+        "norm_before_residual": shape.norm_before_residual,
         "norm_output": shape.norm_output,
         "num_attention_heads": shape.num_heads,
         "num_hidden_layers": 1,
@@ -72,7 +97,7 @@ def draft_config(shape: Eagle3Shape, dtype: torch.dtype) -> dict[str, Any]:
         "num_steps": shape.num_steps,
         "num_target_layers": shape.num_target_layers,
         "rms_norm_eps": shape.rms_norm_eps,
-        "rope_scaling": None,
+        "rope_scaling": shape.rope_scaling,
         "rope_theta": shape.rope_theta,
         "tie_word_embeddings": False,
         "vocab_size": shape.vocab_size,
@@ -86,27 +111,12 @@ def load_draft(path: str | Path) -> Eagle3Draft:
     file is missing, unreadable, or its tensors are not the ones the config asks for.
     """
     path = Path(path)
-    try:
-        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-        weights = load_file(path / "model.safetensors")
-    except (OSError, ValueError, SafetensorError) as error:
-        raise CheckpointError(
-            f"{str(path)!r} is no draft directory: {error}; expected config.json and model.safetensors in it"
-        ) from None
-    shape = read_shape(config, str(path))
-    weights.pop("t2d", None)
+    shape = read_shape(read_config(path), str(path))
+    weights = read_weights(path, {"model.": "", "layers.0.": "midlayer."}, SURPLUS)
     draft = Eagle3Draft(shape)
     if shape.draft_vocab_size == shape.vocab_size:
-        weights.setdefault("d2t", torch.zeros(shape.vocab_size, dtype=torch.int64))
-    own = {name: tensor.shape for name, tensor in draft.state_dict().items()}
-    found = {name: tensor.shape for name, tensor in weights.items()}
-    if odd := sorted(name for name in own.keys() | found.keys() if own.get(name) != found.get(name)):
-        name = odd[0]
-        raise CheckpointError(
-            f"{str(path)!r}: {len(odd)} tensors differ from what its config.json asks for, first {name!r}: found "
-            f"{list(found[name]) if name in found else 'none'}, expected {list(own[name]) if name in own else 'none'}"
-        )
-    draft.load_state_dict(weights)
+        weights["d2t"] = torch.zeros(shape.vocab_size, dtype=torch.int64)
+    fill(draft, weights, str(path))
     ids = draft.vocabulary
     if not (int(ids[0]) >= 0 and int(ids[-1]) < shape.vocab_size and bool((ids[1:] > ids[:-1]).all())):
         raise CheckpointError(f"{str(path)!r}: d2t is no ascending map into a vocabulary of {shape.vocab_size}")
@@ -115,26 +125,15 @@ def load_draft(path: str | Path) -> Eagle3Draft:
 
 def read_shape(config: dict[str, Any], where: str) -> Eagle3Shape:
     """The shape in a draft's config.json. `where` names it in errors. Raises ConfigError, see load_draft."""
-    inside = config.get("eagle_config") or {}
-    refused = {
-        "num_hidden_layers": (config.get("num_hidden_layers") != 1, "expected 1"),
-        "model_type": (config.get("model_type") != "llama", "expected 'llama'"),
-        "hidden_act": (config.get("hidden_act", "silu") != "silu", "expected 'silu'"),
-        "attention_bias": (bool(config.get("attention_bias")), "expected none"),
-        "mlp_bias": (bool(config.get("mlp_bias")), "expected none"),
-        "norm_before_fc": (bool(config.get("norm_before_fc")), "expected false"),
-        "norm_before_residual": (bool(config.get("norm_before_residual")), "expected false"),
-        "tie_word_embeddings": (bool(config.get("tie_word_embeddings")), "expected false"),
-        "rope_scaling": (_scaled(config.get("rope_scaling")), "expected none"),
-        "rope_parameters": (_scaled(config.get("rope_parameters")), "expected rope_type 'default'"),
+    taps = read_taps(config, where)
+    speculators = "transformer_layer_config" in config
+    config = flat(unwrapped(config, "eagle3", where), "eagle_config")
+    only = ONLY | {
+        "target_hidden_size": (config.get("hidden_size"),),
+        "num_aux_hidden_states": (len(taps) or 3,),
     }
-    for key, (wrong, expectation) in refused.items():
-        if wrong:
-            raise ConfigError(
-                f"draft {where!r}: {key} is {config.get(key)!r}, {expectation}; specd cannot run this draft"
-            )
+    check(config, where, read=READ, only=only)
     try:
-        taps = inside.get(TAPS) or [tap - 1 for tap in config[TAPS]]
         data = {
             "hidden_size": config["hidden_size"],
             "num_heads": config["num_attention_heads"],
@@ -142,15 +141,19 @@ def read_shape(config: dict[str, Any], where: str) -> Eagle3Shape:
             "head_dim": config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"],
             "intermediate_size": config["intermediate_size"],
             "vocab_size": config["vocab_size"],
-            "draft_vocab_size": config.get("draft_vocab_size") or config["vocab_size"],
+            "draft_vocab_size": config.get("draft_vocab_size", config["vocab_size"]),
             "rms_norm_eps": config["rms_norm_eps"],
             "rope_theta": rope_theta(config),
+            "rope_scaling": rope_scaling(config, where),
             "max_position_embeddings": config["max_position_embeddings"],
             "taps": taps,
-            "num_target_layers": config.get("num_target_layers") or max(taps, default=0) + 2,
+            "num_target_layers": config.get("num_target_layers", 0),
             "num_steps": config.get("num_steps", 7),
             "norm_output": config.get("norm_output", False),
             "fc_norm": config.get("fc_norm", False),
+            "norm_before_fc": config.get("norm_before_fc", False),
+            "norm_before_residual": config.get("norm_before_residual", speculators),  # as vLLM takes its absence
+            "attention_bias": config.get("attention_bias", False),
         }
         shape = msgspec.convert(data, Eagle3Shape)
     except KeyError as error:
@@ -162,6 +165,26 @@ def read_shape(config: dict[str, Any], where: str) -> Eagle3Shape:
     return shape
 
 
-def _scaled(rope: dict[str, Any] | None) -> bool:
-    """Whether rotary settings ask for more than a base frequency."""
-    return rope is not None and (rope.get("rope_type") or rope.get("type") or "default") != "default"
+def read_taps(config: dict[str, Any], where: str) -> list[int]:
+    """The target layers in a config.json, counted by output from 0; empty where it names none.
+
+    Inside `eagle_config` they are counted by output, as SGLang does; at the top and as `layer_ids` by the layer that
+    reads that output, as vLLM and Speculators do. Raises ConfigError where that gives different layers.
+    """
+    inside = config.get("eagle_config") or {}
+    try:
+        readings = {
+            f"eagle_config.{TAPS}": list(inside.get(TAPS) or ()),
+            "eagle_config.layer_ids": [layer - 1 for layer in inside.get("layer_ids") or ()],
+            TAPS: [layer - 1 for layer in config.get(TAPS) or ()],
+        }
+    except (AttributeError, TypeError):
+        raise ConfigError(f"draft {where!r}: config.json: {TAPS} must be lists of numbers") from None
+    named = {key: ids for key, ids in readings.items() if ids}
+    if any(ids != other for ids in named.values() for other in named.values()):
+        means = ", ".join(f"{key} the outputs of layers {ids}" for key, ids in named.items())
+        raise ConfigError(
+            f"draft {where!r}: its config.json names different layers: {means} (each counts in its own way); expected "
+            f"the same, keep the one it was trained with"
+        )
+    return next(iter(named.values()), [])

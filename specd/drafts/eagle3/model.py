@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from specd.drafts.eagle3.settings import Eagle3Config
-from specd.drafts.layers import MLP, KeyValue, Linear, RMSNorm, Rope, draw, rope_theta, rotate, rotations
+from specd.drafts.layers import MLP, KeyValue, Linear, RMSNorm, Rope, Rotations, draw, rotate
+from specd.drafts.rope import Scaling, rope_theta
 from specd.errors import ConfigError
 from specd.protocol.capture import CaptureSpec
 
@@ -21,8 +22,11 @@ from specd.protocol.capture import CaptureSpec
 class Eagle3Shape(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Everything that fixes the draft's tensors and what it computes.
 
-    taps: 0-based target layers, in the order of `fc`'s input. draft_vocab_size: vocab_size where it guesses all tokens.
-    num_steps: guesses in a row that it was trained for. norm_output, fc_norm: see Eagle3Config.
+    taps: 0-based target layers, in the order of `fc`'s input; empty where its directory names none, and then
+    `eagle3_taps` of whatever target. num_target_layers: 0 where it is not known. draft_vocab_size: vocab_size where it
+    guesses all tokens. num_steps: guesses in a row that it was trained for. norm_output, fc_norm: see Eagle3Config.
+    norm_before_fc: one norm over all taps joined. norm_before_residual: the layer adds to its normed state.
+    attention_bias: queries, keys, values and output have biases.
     """
 
     hidden_size: int
@@ -34,12 +38,21 @@ class Eagle3Shape(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     draft_vocab_size: int
     rms_norm_eps: float
     rope_theta: float
+    rope_scaling: Scaling | None = None
     max_position_embeddings: int
     taps: tuple[int, ...]
     num_target_layers: int
     num_steps: int = 7
     norm_output: bool = False
     fc_norm: bool = False
+    norm_before_fc: bool = False
+    norm_before_residual: bool = False
+    attention_bias: bool = False
+
+    @property
+    def num_taps(self) -> int:
+        """How many layers it reads."""
+        return len(self.taps) or 3
 
     def problem(self) -> str | None:
         """Why no draft of this shape can exist, or None if it can."""
@@ -52,9 +65,11 @@ class Eagle3Shape(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
             return f"head_dim {self.head_dim} is not a positive even number"
         if self.draft_vocab_size > self.vocab_size:
             return f"draft_vocab_size {self.draft_vocab_size} exceeds the target's vocabulary of {self.vocab_size}"
+        if self.fc_norm and self.norm_before_fc:
+            return "fc_norm and norm_before_fc are two ways of one norm: expected at most one of them"
         if not self.taps:
-            return "it reads no layer of the target"
-        return CaptureSpec(taps=self.taps).problem(self.num_target_layers)
+            return None
+        return CaptureSpec(taps=self.taps).problem(self.num_target_layers or max(self.taps) + 2)
 
 
 def draft_shape(config: Eagle3Config, target_config: dict[str, Any], taps: tuple[int, ...]) -> Eagle3Shape:
@@ -98,11 +113,11 @@ class Attention(nn.Module):
 
     def __init__(self, shape: Eagle3Shape) -> None:
         super().__init__()
-        self.head_dim = shape.head_dim
-        self.q_proj = Linear(2 * shape.hidden_size, shape.num_heads * shape.head_dim)
-        self.k_proj = Linear(2 * shape.hidden_size, shape.num_kv_heads * shape.head_dim)
-        self.v_proj = Linear(2 * shape.hidden_size, shape.num_kv_heads * shape.head_dim)
-        self.o_proj = Linear(shape.num_heads * shape.head_dim, shape.hidden_size)
+        bias, self.head_dim = shape.attention_bias, shape.head_dim
+        self.q_proj = Linear(2 * shape.hidden_size, shape.num_heads * shape.head_dim, bias)
+        self.k_proj = Linear(2 * shape.hidden_size, shape.num_kv_heads * shape.head_dim, bias)
+        self.v_proj = Linear(2 * shape.hidden_size, shape.num_kv_heads * shape.head_dim, bias)
+        self.o_proj = Linear(shape.num_heads * shape.head_dim, shape.hidden_size, bias)
 
     def keys_values(self, x: Tensor, rope: Rope) -> KeyValue:
         """x [rows, 2H] -> rotated keys and values."""
@@ -124,6 +139,7 @@ class Layer(nn.Module):
         self.hidden_norm = RMSNorm(shape.hidden_size, shape.rms_norm_eps)
         self.input_layernorm = RMSNorm(shape.hidden_size, shape.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(shape.hidden_size, shape.rms_norm_eps)
+        self.norm_before_residual = shape.norm_before_residual
 
     def join(self, embedded: Tensor, states: Tensor) -> Tensor:
         """Embeddings and states [rows, H] -> [rows, 2H], what the projections read."""
@@ -131,6 +147,8 @@ class Layer(nn.Module):
 
     def leave(self, states: Tensor, attended: Tensor) -> Tensor:
         """States [rows, H], not normed, and what attention gave [rows, Q·D] -> states after the layer."""
+        if self.norm_before_residual:
+            states = self.hidden_norm(states)
         states = states + self.self_attn.o_proj(attended)
         after: Tensor = states + self.mlp(self.post_attention_layernorm(states))
         return after
@@ -148,13 +166,18 @@ class Eagle3Draft(nn.Module):
     def __init__(self, shape: Eagle3Shape, seed: int = 0, vocabulary: Tensor | None = None) -> None:
         super().__init__()
         self.shape = shape
-        size, taps = shape.hidden_size, len(shape.taps)
+        size, taps = shape.hidden_size, shape.num_taps
         if shape.fc_norm:
-            self.fc_norm = nn.ModuleList(RMSNorm(size, shape.rms_norm_eps) for _ in shape.taps)
+            self.fc_norm = nn.ModuleList(RMSNorm(size, shape.rms_norm_eps) for _ in range(taps))
+        if shape.norm_before_fc:
+            self.input_norm = RMSNorm(taps * size, shape.rms_norm_eps)
         self.fc = Linear(taps * size, size)
         self.midlayer = Layer(shape)
         self.norm = RMSNorm(size, shape.rms_norm_eps)
         self.lm_head = Linear(size, shape.draft_vocab_size)
+        self.rope = Rotations(
+            shape.rope_theta, shape.rope_scaling, shape.head_dim, shape.num_heads, shape.max_position_embeddings
+        )
         own = torch.arange(shape.draft_vocab_size)
         self.register_buffer("d2t", torch.zeros_like(own) if vocabulary is None else vocabulary - own)
         draw(self, seed)
@@ -167,8 +190,10 @@ class Eagle3Draft(nn.Module):
     def enter(self, taps: Tensor) -> Tensor:
         """Taps [rows, n·H] -> the states [rows, H] of the first step."""
         if self.shape.fc_norm:
-            parts = taps.chunk(len(self.shape.taps), -1)
+            parts = taps.chunk(self.shape.num_taps, -1)
             taps = torch.cat([norm(part) for norm, part in zip(self.fc_norm, parts, strict=True)], -1)
+        if self.shape.norm_before_fc:
+            taps = self.input_norm(taps)
         states: Tensor = self.fc(taps)
         return states
 
@@ -176,7 +201,3 @@ class Eagle3Draft(nn.Module):
         """States [rows, H] after the layer -> those of the next step, and those that lm_head reads."""
         normed: Tensor = self.norm(states)
         return (normed if self.shape.norm_output else states), normed
-
-    def rope(self, positions: Tensor, dtype: torch.dtype) -> Rope:
-        """Rotations of positions [rows]."""
-        return rotations(positions, self.shape.rope_theta, self.shape.head_dim, dtype)

@@ -56,12 +56,17 @@ def test_what_engines_read(tmp_path: Path) -> None:
     ("changes", "reason"),
     [
         ({"num_hidden_layers": 2}, "num_hidden_layers is 2, expected 1"),
-        ({"norm_before_residual": True}, "norm_before_residual is True, expected false"),
-        ({"norm_before_fc": True}, "norm_before_fc is True, expected false"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 4}}, "rope_scaling is .* expected none"),
-        ({"hidden_size": None}, "Expected `int`, got `null`"),
+        ({"num_hidden_layers": 2}, "num_hidden_layers is 2, expected 1"),
+        ({"norm_before_fc": True, "fc_norm": True}, "two ways of one norm"),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 4}}, "rope_type is 'dynamic', expected default, "),
+        ({"hidden_size": None}, "no key 'hidden_size'"),
+        ({"embed_requires_grad": True}, "embed_requires_grad is True, expected False"),
+        ({"model_type": "qwen3"}, "model_type is 'qwen3', expected 'llama'"),
+        ({"num_aux_hidden_states": 4}, "num_aux_hidden_states is 4, expected 3"),
+        ({"is_neox_style": False}, "is_neox_style=False, which specd does not know"),
+        ({"eagle_aux_hidden_state_layer_ids": [1, 3, 4]}, "names different layers"),
         ({"draft_vocab_size": 200}, "draft_vocab_size 200 exceeds the target's vocabulary of 97"),
-        ({"eagle_config": {}, "eagle_aux_hidden_state_layer_ids": []}, "it reads no layer"),
+        ({"eagle_aux_hidden_state_layer_ids": 3}, "must be lists of numbers"),
     ],
 )
 def test_another_computation_is_refused(tmp_path: Path, changes: dict[str, Any], reason: str) -> None:
