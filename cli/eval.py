@@ -57,10 +57,11 @@ def evaluate(
     import msgspec
     from rich.console import Console
 
-    from specd.evaluate.evaluator import draft_directory, evaluate_draft
+    from specd.drafts.directory import draft_directory
+    from specd.evaluate.evaluator import evaluate_draft
     from specd.evaluate.results import EVALS
     from specd.targets.transformers.load import load_causal_lm
-    from specd.train.directory import FACTS, read_facts
+    from specd.train.directory import FACTS, beginning, read_facts
 
     directory = draft_directory(draft)
     run = directory.parent if (directory.parent / FACTS).is_file() else None
@@ -75,7 +76,7 @@ def evaluate(
     registry.read(directory)  # fail before the target is loaded
     target, tokenizer = load_causal_lm(model, dtype=dtype, device=device)
     console = Console(quiet=as_json)
-    seed = int(facts.config["train"]["seed"]) if facts else 0
+    began = beginning(facts) if facts and untrained else 0
     results = evaluate_draft(
         directory,
         target,
@@ -85,7 +86,7 @@ def evaluate(
         template=template,
         limit=limit,
         max_new_tokens=max_new_tokens,
-        untrained=seed if untrained else None,
+        untrained=began if untrained else None,
         progress=lambda title, total: _progress(console, title, total),
     )
     if run:

@@ -23,12 +23,17 @@ def draft_vocabulary(counts: NDArray[np.int64], size: int) -> NDArray[np.int64]:
     if size > counts.size:
         raise ConfigError(f"draft.draft_vocab_size={size}: expected at most the target's {counts.size} tokens, or 0")
     chosen = np.sort(np.argsort(-counts, kind="stable")[:size])
+    check_covered(counts, chosen, f"draft.draft_vocab_size={size}")
+    return chosen
+
+
+def check_covered(counts: NDArray[np.int64], chosen: NDArray[np.int64], what: str) -> None:
+    """Raise ConfigError where `chosen` tokens cover less than half of all labels. what: chose them, for the message."""
     if (share := covered(counts, chosen)) < LEAST_COVERED:
         raise ConfigError(
-            f"draft.draft_vocab_size={size} covers {share:.0%} of the labels: expected at least {LEAST_COVERED:.0%}; "
-            f"raise it, or give 0 for the target's whole vocabulary"
+            f"{what} covers {share:.0%} of the labels: expected at least {LEAST_COVERED:.0%}; give a larger "
+            f"draft.draft_vocab_size, or 0 for the target's whole vocabulary"
         )
-    return chosen
 
 
 def covered(counts: NDArray[np.int64], chosen: NDArray[np.int64]) -> float:

@@ -6,16 +6,7 @@ import torch
 from transformers import LlamaConfig
 from transformers.models.llama import modeling_llama as llama
 
-from specd.drafts.layers import MLP, RMSNorm, draw, rope_theta, rotate, rotations
-
-
-def test_rotations_are_those_of_llama() -> None:
-    config = LlamaConfig(hidden_size=64, num_attention_heads=4, head_dim=16, rope_theta=5000.0)
-    x, positions = torch.randn(7, 4, 16), torch.tensor([0, 1, 2, 0, 1, 900, 4000])
-    cos, sin = llama.LlamaRotaryEmbedding(config)(x, positions[None])
-    wanted, _ = llama.apply_rotary_pos_emb(x.transpose(0, 1)[None], x.transpose(0, 1)[None], cos, sin)
-    found = rotate(x, rotations(positions, 5000.0, 16, torch.float32))
-    torch.testing.assert_close(found, wanted[0].transpose(0, 1))
+from specd.drafts.layers import MLP, Linear, RMSNorm, draw
 
 
 def test_norm_and_mlp_are_those_of_llama() -> None:
@@ -42,7 +33,13 @@ def test_weights_are_drawn_by_their_seed_alone() -> None:
     assert 0.015 < float(drawn[0].detach().std()) < 0.025
 
 
-def test_the_base_frequency_of_either_form() -> None:
-    assert rope_theta({"rope_theta": 5.0}) == 5.0
-    assert rope_theta({"rope_parameters": {"rope_theta": 7.0}, "rope_theta": 5.0}) == 7.0
-    assert rope_theta({}) == 10000.0
+def test_a_bias_is_added_and_begins_at_zero() -> None:
+    linear, x = Linear(4, 3, bias=True), torch.randn(5, 4)
+    draw(linear, seed=1)
+    assert torch.equal(linear(x), x @ linear.weight.T)
+    assert linear.bias is not None
+    with torch.no_grad():
+        linear.bias.copy_(torch.arange(3.0))
+    torch.testing.assert_close(linear(x), x @ linear.weight.T + torch.arange(3.0))
+    assert linear(x.bfloat16()).dtype == torch.bfloat16
+    assert Linear(4, 3).bias is None

@@ -23,11 +23,12 @@ from specd.drafts.block_attention import TILE, BlockLayout, block_attention, in_
 from specd.drafts.blocks import Blocks, make_blocks, sample_anchors
 from specd.drafts.compile import compiling_for
 from specd.drafts.dflash.export import save_draft
-from specd.drafts.dflash.model import DFlashDraft, DraftShape, draft_shape
+from specd.drafts.dflash.model import DraftShape
 from specd.drafts.dflash.settings import DFlashConfig
+from specd.drafts.dflash.start import started
 from specd.drafts.head import head_loss
+from specd.drafts.initial import FACT, provenance
 from specd.drafts.layers import Attend
-from specd.drafts.taps import spread_taps
 from specd.errors import ConfigError
 from specd.protocol.batch import Batch, Delivery
 
@@ -64,20 +65,17 @@ class DFlash:
         seed: int = 0,
         tuning: Tuning | None = None,
     ) -> None:
-        contract = target.contract
         self.config, self.seed, self.device = config, seed, torch.device(device)
         if config.attention == "flex" and self.device.type != "cuda":
             raise ConfigError(
                 f"draft.attention=flex on {device}: torch has its gradients on GPUs only; use auto or sdpa"
             )
-        taps = spread_taps(contract.num_layers, config.num_taps, contract.tap_layers)
-        shape = draft_shape(config, target.config, taps)
-        target.check(shape.vocab_size, shape.hidden_size)
+        self.draft = started(config, target, seed).to(self.device)
+        self._provenance = provenance(config.init) if config.init else ""
         self.decay = loss_decay(config)
-        tiny = config.attention == "auto" and shape.head_dim < 16  # flex_attention's kernels want 16 at least
+        tiny = config.attention == "auto" and self.draft.shape.head_dim < 16  # flex_attention's kernels want 16 at least
         self._attention: AttentionKind = "sdpa" if tiny else config.attention
         self.tuning = tuning or Tuning()
-        self.draft = DFlashDraft(shape, seed).to(self.device)
         self._flex = self.device.type == "cuda" and uses_flex(self._attention, self.device)
         self.draft.compiled = self._flex if self.tuning.compiled is None else self.tuning.compiled
         self.module: torch.nn.Module = self.draft
@@ -143,7 +141,7 @@ class DFlash:
             "taps": ", ".join(map(str, shape.taps)),
             "block size": str(shape.block_size),
             "computes in": str(self.embedding.dtype).removeprefix("torch."),
-        }
+        } | ({FACT: self._provenance} if self._provenance else {})
 
     def export(self, path: Path, files: Mapping[str, bytes] | None = None) -> None:
         """See Objective.export; its weights are written in the dtype it computes in."""

@@ -11,12 +11,12 @@ from torch import Tensor
 from specd.config.settings import CaptureConfig, Config
 from specd.drafts.base import TargetParts, Tuning, Workload
 from specd.drafts.eagle3.drafter import Eagle3Drafter
-from specd.drafts.eagle3.export import ARCHITECTURE, load_draft
+from specd.drafts.eagle3.export import ARCHITECTURES, load_draft
 from specd.drafts.eagle3.model import Eagle3Draft
 from specd.drafts.eagle3.objective import Eagle3
 from specd.drafts.eagle3.settings import Eagle3Config
+from specd.drafts.eagle3.start import initial_shape, taps_of
 from specd.drafts.eagle3.workload import workload
-from specd.drafts.taps import eagle3_taps
 from specd.errors import ConfigError
 from specd.protocol.batch import Batch
 from specd.protocol.capture import DTYPE_BYTES, CaptureSpec, StateDtype
@@ -30,11 +30,12 @@ class Eagle3Method:
     settings: ClassVar[type[Config]] = Eagle3Config
     free: ClassVar[frozenset[str]] = frozenset({"loss_chunk"})
     consecutive_labels: ClassVar[int] = 2
-    architectures: ClassVar[tuple[str, ...]] = (ARCHITECTURE,)
+    architectures: ClassVar[tuple[str, ...]] = ARCHITECTURES
 
     @staticmethod
     def check(settings: Eagle3Config, target: str) -> None:
-        """Raise ConfigError for settings that contradict each other; 0 is the target's."""
+        """Raise ConfigError for settings that contradict each other, or the draft they begin with; 0 is the target's."""
+        initial_shape(settings)
         if settings.num_heads and settings.num_kv_heads and settings.num_heads % settings.num_kv_heads:
             raise ConfigError(
                 f"draft: num_heads {settings.num_heads} is not a multiple of num_kv_heads {settings.num_kv_heads}"
@@ -49,7 +50,7 @@ class Eagle3Method:
     def capture(settings: Eagle3Config, contract: TargetContract) -> CaptureSpec:
         """An early, a middle and a late tap and the final state, in the target's dtype."""
         dtype = cast(StateDtype, contract.dtype if contract.dtype in DTYPE_BYTES else "bfloat16")
-        return CaptureSpec(taps=eagle3_taps(contract.num_layers), final=True, dtype=dtype)
+        return CaptureSpec(taps=taps_of(settings, contract), final=True, dtype=dtype)
 
     @staticmethod
     def objective(

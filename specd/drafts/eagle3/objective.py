@@ -19,15 +19,14 @@ from specd.drafts.base import Loss, TargetParts
 from specd.drafts.block_attention import to_device
 from specd.drafts.eagle3.attention import attend
 from specd.drafts.eagle3.export import save_draft
-from specd.drafts.eagle3.model import Eagle3Draft, draft_shape
 from specd.drafts.eagle3.rows import Rows, rows_of
 from specd.drafts.eagle3.settings import Eagle3Config
+from specd.drafts.eagle3.start import started
+from specd.drafts.initial import FACT, provenance
 from specd.drafts.layers import KeyValue
 from specd.drafts.logits import logit_transform
-from specd.drafts.taps import eagle3_taps
 from specd.drafts.taught import Teacher, taught_loss
-from specd.drafts.vocabulary import covered, draft_vocabulary
-from specd.errors import ConfigError
+from specd.drafts.vocabulary import covered
 from specd.protocol.batch import Batch, Delivery
 
 
@@ -49,22 +48,14 @@ class Eagle3:
     ) -> None:
         contract = target.contract
         self.config, self.device, self.dtype = config, torch.device(device), dtype
-        shape = draft_shape(config, target.config, eagle3_taps(contract.num_layers))
-        target.check(shape.vocab_size, shape.hidden_size)
+        self.draft = started(config, target, seed).to(self.device)
         self.transform = logit_transform(target.config, contract.model)
-        vocabulary, self._covered = None, 1.0
-        if shape.draft_vocab_size < shape.vocab_size:
-            if target.label_counts is None:
-                raise ConfigError(
-                    f"draft.draft_vocab_size={config.draft_vocab_size}: expected label counts of the training data to "
-                    f"choose them by (TargetParts.label_counts); give them, or 0 for the target's whole vocabulary"
-                )
-            chosen = draft_vocabulary(target.label_counts, shape.draft_vocab_size)
-            vocabulary, self._covered = torch.from_numpy(chosen), covered(target.label_counts, chosen)
-        self.draft = Eagle3Draft(shape, seed, vocabulary).to(self.device)
+        own, counts = self.draft.vocabulary.cpu().numpy(), target.label_counts
+        self._covered = 1.0 if counts is None else covered(counts, own)
         self.module: torch.nn.Module = self.draft
         self.embedding, self.lm_head = target.frozen(self.device, dtype)
-        if not __import__("os").environ.get("RANDOM_HEAD"):
+        self._provenance = provenance(config.init) if config.init else ""
+        if not (config.init or __import__("os").environ.get("RANDOM_HEAD")):
             self.draft.start_head(self.lm_head)
 
     def loss(self, delivery: Delivery) -> Loss:
@@ -130,7 +121,7 @@ class Eagle3:
             "steps": str(shape.num_steps),
             "draft vocabulary": f"{shape.draft_vocab_size:,} of {shape.vocab_size:,}, {self._covered:.1%} of labels",
             "computes in": str(self.dtype).removeprefix("torch."),
-        }
+        } | ({FACT: self._provenance} if self._provenance else {})
 
     def export(self, path: Path, files: Mapping[str, bytes] | None = None) -> None:
         """See Objective.export; its weights are written in the dtype it computes in."""

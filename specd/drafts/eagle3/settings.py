@@ -18,6 +18,7 @@ class Eagle3Config(Config, kw_only=True, frozen=True):
     joined; both as SGLang and vLLM read these keys (EAGLE-3.1).
     loss_chunk: teacher rows whose logits exist at a time.
     num_heads, num_kv_heads, head_dim, intermediate_size: 0 takes the target's.
+    init: directory of a draft, or of the run that exported it, whose weights and vocabulary training begins with.
     """
 
     num_steps: Positive = 7
@@ -30,3 +31,4 @@ class Eagle3Config(Config, kw_only=True, frozen=True):
     num_kv_heads: NotNegative = 0
     head_dim: NotNegative = 0
     loss_chunk: Positive = 1024
+    init: str = ""
