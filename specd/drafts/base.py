@@ -153,10 +153,11 @@ class Drafter(Protocol):
 class Draft(Protocol):
     """A draft as it was read from its published directory."""
 
-    def drafter(self, embedding: Tensor, lm_head: Tensor) -> Drafter:
+    def drafter(self, embedding: Tensor, lm_head: Tensor, num_layers: int = 0) -> Drafter:
         """The draft for decoding beside a target, in the dtype of the target's embedding and lm_head, both [V, H].
 
-        Raises ConfigError for a target that is not the draft's own.
+        num_layers: of the target, 0 where the caller does not know. Raises ConfigError for a target that is not the
+        draft's own.
         """
         ...
 

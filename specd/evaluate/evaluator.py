@@ -63,7 +63,8 @@ def evaluate_draft(
         first = registry.read(untrained) if isinstance(untrained, Path) else trained.untrained(untrained)
         drafts["untrained"] = first
     weights = model.get_input_embeddings().weight, model.get_output_embeddings().weight
-    drafters = {which: one.drafter(*weights) for which, one in (drafts | {"trained": trained}).items()}
+    depth = int(model.config.get_text_config().num_hidden_layers)
+    drafters = {which: one.drafter(*weights, depth) for which, one in (drafts | {"trained": trained}).items()}
     asked = encode_prompts(source, Chat(tokenizer, template or {}), limit)
     eos: Collection[int] = end_tokens(model, tokenizer)
     # The same target texts prove both drafts.

@@ -92,7 +92,7 @@ class TrainedDFlash:
     def __init__(self, network: DFlashDraft) -> None:
         self.network = network
 
-    def drafter(self, embedding: Tensor, lm_head: Tensor) -> DFlashDrafter:
+    def drafter(self, embedding: Tensor, lm_head: Tensor, num_layers: int = 0) -> DFlashDrafter:
         """See Draft.drafter."""
         return DFlashDrafter(self.network, embedding, lm_head)
 

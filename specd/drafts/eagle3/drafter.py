@@ -9,22 +9,27 @@ from torch.nn import functional as F
 from specd.drafts.eagle3.attention import attend
 from specd.drafts.eagle3.model import Eagle3Draft
 from specd.drafts.layers import KeyValue
+from specd.drafts.taps import eagle3_taps
 from specd.errors import ConfigError
 
 
 class Eagle3Drafter:
     """A trained EAGLE-3 draft as a Drafter. embedding: the target's [V, H], in the dtype to compute in.
 
+    num_layers: of the target, for a draft that names no layers; it reads those that engines take then.
     A row pairs the taps of one token with the embedding of the next, so that of the text's last token waits for it.
     """
 
-    def __init__(self, draft: Eagle3Draft, embedding: Tensor) -> None:
+    def __init__(self, draft: Eagle3Draft, embedding: Tensor, num_layers: int = 0) -> None:
         shape = draft.shape
         if embedding.shape != (shape.vocab_size, shape.hidden_size):
             raise ConfigError(
                 f"the draft is for a target of vocabulary {shape.vocab_size} and hidden size {shape.hidden_size}, "
                 f"this one has {embedding.shape[0]} and {embedding.shape[1]}: evaluate it with its own target"
             )
+        if not (shape.taps or num_layers):
+            raise ConfigError("the draft names no layers of its target: expected the number of its target's layers")
+        self._taps = shape.taps or eagle3_taps(num_layers)
         self._draft = draft.to(embedding.device)
         self._embedding = embedding
         self._waiting: Tensor | None = None
@@ -32,7 +37,7 @@ class Eagle3Drafter:
 
     @property
     def taps(self) -> tuple[int, ...]:
-        return self._draft.shape.taps
+        return self._taps
 
     @property
     def block_size(self) -> int:

@@ -81,9 +81,9 @@ class TrainedEagle3:
     def __init__(self, network: Eagle3Draft) -> None:
         self.network = network
 
-    def drafter(self, embedding: Tensor, lm_head: Tensor) -> Eagle3Drafter:
+    def drafter(self, embedding: Tensor, lm_head: Tensor, num_layers: int = 0) -> Eagle3Drafter:
         """See Draft.drafter."""
-        return Eagle3Drafter(self.network, embedding)
+        return Eagle3Drafter(self.network, embedding, num_layers)
 
     def untrained(self, seed: int) -> TrainedEagle3:
         """See Draft.untrained."""
