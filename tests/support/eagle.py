@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import msgspec
 import numpy as np
 import torch
 from torch import Tensor
@@ -27,9 +28,18 @@ def parts(**changes: Any) -> TargetParts:
     return TargetParts(CONTRACT, {**TARGET, "model_type": "llama", **changes}, embedding, head, COUNTS)
 
 
-def make_eagle(config: Eagle3Config = CONFIG, seed: int = 0, **changes: Any) -> Eagle3:
-    """Weights ten times those of training, so that all of it matters."""
+def make_eagle(
+    config: Eagle3Config = CONFIG, seed: int = 0, shape: dict[str, Any] | None = None, **changes: Any
+) -> Eagle3:
+    """Weights ten times those of training, so that all of it matters.
+
+    shape: changes of the draft's shape that settings cannot say, but drafts of others have.
+    """
     found = Eagle3(config, parts(**changes), seed=seed)
+    if shape:
+        draft = found.draft
+        found.draft = Eagle3Draft(msgspec.structs.replace(draft.shape, **shape), seed, draft.vocabulary)
+        found.module = found.draft
     with torch.no_grad():
         for parameter in found.module.parameters():
             parameter.mul_(10) if parameter.dim() > 1 else parameter.add_(torch.linspace(-0.5, 0.5, parameter.numel()))
@@ -68,31 +78,37 @@ def chain(
         pieces = list(taps[at].chunk(len(shape.taps)))
         if shape.fc_norm:
             pieces = [normed(piece, norm) for piece, norm in zip(pieces, draft.fc_norm, strict=True)]
-        return draft.fc.weight @ torch.cat(pieces)
+        together = torch.cat(pieces)
+        return draft.fc.weight @ (normed(together, draft.input_norm) if shape.norm_before_fc else together)
 
     def joined(token: int, state: Tensor) -> Tensor:
         return torch.cat((normed(embedding[token], layer.input_layernorm), normed(state, layer.hidden_norm)))
 
-    def heads(weight: Tensor, x: Tensor) -> Tensor:
-        return (weight @ x).reshape(-1, shape.head_dim)
+    def mapped(linear: Any, x: Tensor) -> Tensor:
+        found: Tensor = linear.weight @ x
+        return found if linear.bias is None else found + linear.bias
+
+    def heads(linear: Any, x: Tensor) -> Tensor:
+        return mapped(linear, x).reshape(-1, shape.head_dim)
 
     keys, values = [], []
     for at in range(row):
         x = joined(tokens[at + 1], first(at))
-        keys.append(rotated(heads(attention.k_proj.weight, x), at, shape.rope_theta))
-        values.append(heads(attention.v_proj.weight, x))
+        keys.append(rotated(heads(attention.k_proj, x), at, shape.rope_theta))
+        values.append(heads(attention.v_proj, x))
     state, read = first(row), []
     for step in range(steps):
         x = joined(tokens[row + 1 + step], state)
-        keys.append(rotated(heads(attention.k_proj.weight, x), row + step, shape.rope_theta))
-        values.append(heads(attention.v_proj.weight, x))
-        query = rotated(heads(attention.q_proj.weight, x), row + step, shape.rope_theta)
+        keys.append(rotated(heads(attention.k_proj, x), row + step, shape.rope_theta))
+        values.append(heads(attention.v_proj, x))
+        query = rotated(heads(attention.q_proj, x), row + step, shape.rope_theta)
         found = []
         for head, one in enumerate(query):
             group = head // (shape.num_heads // shape.num_kv_heads)
             shares = torch.stack([one @ key[group] for key in keys]).mul(shape.head_dim**-0.5).softmax(0)
             found.append(sum(share * value[group] for share, value in zip(shares, values, strict=True)))
-        after = state + attention.o_proj.weight @ torch.cat(found)
+        after = normed(state, layer.hidden_norm) if shape.norm_before_residual else state
+        after = after + mapped(attention.o_proj, torch.cat(found))
         inner, mlp = normed(after, layer.post_attention_layernorm), layer.mlp
         after = after + mlp.down_proj.weight @ (F.silu(mlp.gate_proj.weight @ inner) * (mlp.up_proj.weight @ inner))
         read.append(normed(after, draft.norm))

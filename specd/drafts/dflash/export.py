@@ -47,6 +47,8 @@ ONLY: dict[str, tuple[Any, ...]] = {
     "attention_sink_bias": (False,),
     "attention_value_scale": (),
     "projector_type": ("dflash",),
+    "pure_draft_prefix_len": (0,),
+    "shift_label": (False,),
     "conv_kernel_size": (0,),
     "conv_group_size": (0,),
     "selector_rank": (0,),

@@ -13,6 +13,7 @@ from specd.drafts.dflash.settings import DFlashConfig
 from specd.drafts.initial import initial_config, same_shape
 from specd.drafts.taps import spread_taps
 from specd.errors import ConfigError
+from specd.protocol.capture import CaptureSpec
 from specd.protocol.contract import TargetContract
 
 SETTINGS = {
@@ -44,6 +45,8 @@ def taps_of(config: DFlashConfig, contract: TargetContract) -> tuple[int, ...]:
             f"draft.init={config.init!r}: its number of taps is {len(found.taps)}, expected this run's "
             f"{config.num_taps}: change draft.num_taps, or leave draft.init out"
         )
+    if reason := CaptureSpec(taps=found.taps).problem(contract.num_layers):
+        raise ConfigError(f"draft.init={config.init!r} is a draft for another target: {reason}")
     return found.taps
 
 
@@ -61,8 +64,6 @@ def started(config: DFlashConfig, target: TargetParts, seed: int) -> DFlashDraft
     draft.shape = msgspec.structs.replace(
         found, num_target_layers=asked.num_target_layers, tie_word_embeddings=asked.tie_word_embeddings
     )
-    if reason := draft.shape.problem():
-        raise ConfigError(f"draft.init={config.init!r}: {reason}")
     return draft
 
 

@@ -16,6 +16,7 @@ from specd.drafts.initial import initial_config, same_shape
 from specd.drafts.taps import eagle3_taps
 from specd.drafts.vocabulary import check_covered, draft_vocabulary
 from specd.errors import ConfigError
+from specd.protocol.capture import CaptureSpec
 from specd.protocol.contract import TargetContract
 
 SETTINGS = {
@@ -40,7 +41,11 @@ def initial_shape(config: Eagle3Config) -> Eagle3Shape | None:
 def taps_of(config: Eagle3Config, contract: TargetContract) -> tuple[int, ...]:
     """The target layers that the draft reads: the usual three, or those of the draft it begins with."""
     found = initial_shape(config)
-    return found.taps if found is not None and found.taps else eagle3_taps(contract.num_layers)
+    if found is None or not found.taps:
+        return eagle3_taps(contract.num_layers)
+    if reason := CaptureSpec(taps=found.taps).problem(contract.num_layers):
+        raise ConfigError(f"draft.init={config.init!r} is a draft for another target: {reason}")
+    return found.taps
 
 
 def started(config: Eagle3Config, target: TargetParts, seed: int) -> Eagle3Draft:
@@ -59,8 +64,6 @@ def started(config: Eagle3Config, target: TargetParts, seed: int) -> Eagle3Draft
     draft.shape = msgspec.structs.replace(
         found, taps=taps, num_target_layers=asked.num_target_layers, num_steps=config.num_steps
     )
-    if reason := draft.shape.problem():
-        raise ConfigError(f"draft.init={config.init!r}: {reason}")
     if target.label_counts is not None:
         check_covered(target.label_counts, draft.vocabulary.numpy(), f"the vocabulary of draft.init={config.init!r}")
     return draft

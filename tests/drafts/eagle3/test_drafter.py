@@ -12,10 +12,17 @@ from specd.drafts.eagle3.drafter import Eagle3Drafter
 from specd.errors import ConfigError
 
 
-@pytest.mark.parametrize("options", [{}, {"norm_output": True, "fc_norm": True}])
-def test_guesses_are_those_of_the_definition(options: dict[str, bool]) -> None:
+@pytest.mark.parametrize(
+    ("options", "shape"),
+    [
+        ({}, {}),
+        ({"norm_output": True, "fc_norm": True}, {}),
+        ({}, {"norm_before_fc": True, "norm_before_residual": True, "attention_bias": True}),
+    ],
+)
+def test_guesses_are_those_of_the_definition(options: dict[str, bool], shape: dict[str, bool]) -> None:
     """Each reads the guess before it; the states of guesses are dropped once the text goes on."""
-    objective = make_eagle(msgspec.structs.replace(CONFIG, **options))
+    objective = make_eagle(msgspec.structs.replace(CONFIG, **options), shape=shape)
     draft, steps = objective.draft, CONFIG.num_steps
     tokens = torch.randint(0, VOCAB, (19,), generator=torch.Generator().manual_seed(5))
     taps = torch.randn(19, 3 * HIDDEN, generator=torch.Generator().manual_seed(6))

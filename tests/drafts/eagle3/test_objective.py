@@ -56,6 +56,28 @@ def test_it_is_its_definition(
         assert float((gradient - wanted[name]).norm() / wanted[name].norm()) < 2e-5, name
 
 
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"norm_before_fc": True, "norm_output": True},
+        {"norm_before_residual": True},
+        {"attention_bias": True},
+    ],
+)
+def test_what_only_drafts_of_others_have_is_its_definition_too(shape: dict[str, Any]) -> None:
+    objective, delivery = make_eagle(shape=shape), deliver(make_batch((11, 2, 9)))
+    total, counted, correct = reference(objective, delivery)
+    wanted = gradients(objective, total)
+    loss = objective.loss(delivery)
+    torch.testing.assert_close(loss.sum.detach(), total.detach(), rtol=1e-5, atol=1e-5)
+    assert loss.metrics["counted"].tolist() == counted.tolist()
+    assert loss.metrics["correct"].tolist() == correct.tolist()
+    found = gradients(objective, loss.sum)
+    assert found.keys() == wanted.keys()
+    for name, gradient in found.items():
+        assert float((gradient - wanted[name]).norm() / wanted[name].norm()) < 2e-5, name
+
+
 def test_other_sequences_of_a_batch_are_never_seen() -> None:
     """Neither their states nor their tokens reach a loss, at any step, to the bit."""
     objective, batch = make_eagle(), make_batch((9, 12))
