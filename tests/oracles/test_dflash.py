@@ -75,8 +75,14 @@ def of_specforge(objective: DFlash, delivery: Delivery) -> tuple[nn.Module, dict
 BATCHES = [make_batch((31,), 1.1), make_batch((31,), 0.8), make_batch((23, 1, 9, 30), 1.1), make_batch((23, 1, 9, 30), 0.8)]
 
 
+WINDOWS: dict[str, Any] = {"num_layers": 3, "sliding_window": 6, "full_layers": 1}
+
+
 @pytest.mark.parametrize("batch", BATCHES, ids=["one", "one with holes", "packed", "packed with holes"])
-@pytest.mark.parametrize("settings", [{}, {"loss_decay": 0.0}, {"block_size": 6, "num_anchors": 50}])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"loss_decay": 0.0}, {"block_size": 6, "num_anchors": 50}, {"sliding_window": 4}, WINDOWS],
+)
 def test_specforge(batch: Batch, settings: dict[str, Any]) -> None:
     objective, delivery = strong(**settings), deliver(batch)
     loss = objective.loss(delivery)

@@ -52,8 +52,8 @@ def of_specforge(objective: Eagle3, delivery: Delivery, *, compact: bool = False
         return reference(logits, teacher, mask)
 
     module.LogSoftmaxLoss = types.SimpleNamespace(apply=apply)
-    draft = peer("specforge.modeling.draft.llama3_eagle").LlamaForCausalLMEagle3(_layer(objective))
-    _take(draft, objective)
+    draft = peer("specforge.modeling.draft.llama3_eagle").LlamaForCausalLMEagle3(layer_config(objective))
+    take(draft, objective)
     shifted = functools.partial(peer("specforge.utils").padding, left=False)
     rows = [{**one, "attention_mask": torch.ones_like(one["loss_mask"])} for one in _sequences(delivery)]
     wide = {name: nn.utils.rnn.pad_sequence([one[name] for one in rows], batch_first=True) for name in rows[0]}
@@ -78,13 +78,15 @@ def of_speculators(objective: Eagle3, delivery: Delivery) -> Result:
     """Its Eagle3DraftModel, sequences one after the other; all but the first must begin with num_steps prompt tokens."""
     shape, core = objective.draft.shape, peer("speculators.models.eagle3.core")
     settings = peer("speculators.models.eagle3").Eagle3SpeculatorConfig(
-        transformer_layer_config=_layer(objective, attn_implementation="eager"),
+        transformer_layer_config=layer_config(objective, attn_implementation="eager"),
         draft_vocab_size=shape.draft_vocab_size,
         norm_output=shape.norm_output,
+        norm_before_fc=shape.norm_before_fc,
+        norm_before_residual=shape.norm_before_residual,
         fc_norm=shape.fc_norm,
     )
     model = core.Eagle3DraftModel(config=settings)
-    _take(model, objective)
+    take(model, objective)
     model.verifier_norm = nn.Identity()  # final states are normed already
     create_mask = peer("speculators.models.attention").create_float_mask
     model._create_mask_fn = functools.partial(create_mask, dtype=torch.float32)
@@ -127,7 +129,7 @@ def of_speculators(objective: Eagle3, delivery: Delivery) -> Result:
     return _result(objective, total, [int(step) for step in counted], None, model)
 
 
-def _layer(objective: Eagle3, **more: Any) -> transformers.LlamaConfig:
+def layer_config(objective: Eagle3, **more: Any) -> transformers.LlamaConfig:
     """The draft's layer as both describe it."""
     shape = objective.draft.shape
     return transformers.LlamaConfig(
@@ -139,7 +141,8 @@ def _layer(objective: Eagle3, **more: Any) -> transformers.LlamaConfig:
         num_key_value_heads=shape.num_kv_heads,
         head_dim=shape.head_dim,
         rms_norm_eps=shape.rms_norm_eps,
-        rope_parameters={"rope_type": "default", "rope_theta": shape.rope_theta},
+        rope_parameters={"rope_theta": shape.rope_theta, **(shape.rope_scaling or {"rope_type": "default"})},
+        attention_bias=shape.attention_bias,
         max_position_embeddings=shape.max_position_embeddings,
         draft_vocab_size=shape.draft_vocab_size,
         fc_norm=shape.fc_norm,
@@ -147,7 +150,7 @@ def _layer(objective: Eagle3, **more: Any) -> transformers.LlamaConfig:
     )
 
 
-def _take(model: nn.Module, objective: Eagle3) -> None:
+def take(model: nn.Module, objective: Eagle3) -> None:
     """Give a peer's model the draft's weights and vocabulary, and the target's embedding and head."""
     draft, vocabulary = objective.draft, objective.draft.vocabulary
     weights: dict[str, Tensor] = {_theirs(name, model): value for name, value in draft.state_dict().items()}
