@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 import torch
 
+from specd.drafts.card import card, sglang, vllm
 from specd.drafts.dflash.model import DFlashDraft, DraftShape
 from specd.drafts.directory import read_config
 from specd.drafts.files import write_draft
@@ -110,6 +111,21 @@ def draft_config(shape: DraftShape, dtype: torch.dtype) -> dict[str, Any]:
         # Without it readers take sliding layers for causal ones, and full ones for others.
         config["is_causal"] = shape.is_causal
     return config
+
+
+def model_card(shape: DraftShape, target: str, facts: Mapping[str, str]) -> bytes:
+    """The README of a draft for `target`. facts: as of Objective.facts."""
+    serving = {
+        "SGLang": sglang(target, "--speculative-algorithm DFLASH"),
+        "vLLM": vllm(target, "dflash", shape.block_size - 1),
+    }
+    notes = ["Give vLLM the method: it takes it from the path otherwise."]
+    if "sliding_attention" in shape.layer_types:
+        if shape.is_causal is not None:
+            notes.append("SGLang from 0.5.18 on: older ones ignore is_causal, and guess worse without an error.")
+        if "full_attention" in shape.layer_types:
+            notes.append("Some layers slide and some do not: vLLM needs its V2 model runner for that.")
+    return card("DFlash", target, facts, serving, notes)
 
 
 def load_draft(path: str | Path) -> DFlashDraft:

@@ -22,7 +22,7 @@ from specd.drafts.base import Loss, TargetParts, Tuning
 from specd.drafts.block_attention import TILE, BlockLayout, block_attention, in_whole_tiles, to_device, uses_flex
 from specd.drafts.blocks import Blocks, make_blocks, sample_anchors
 from specd.drafts.compile import compiling_for
-from specd.drafts.dflash.export import save_draft
+from specd.drafts.dflash.export import model_card, save_draft
 from specd.drafts.dflash.model import DraftShape
 from specd.drafts.dflash.settings import DFlashConfig
 from specd.drafts.dflash.start import started
@@ -71,6 +71,7 @@ class DFlash:
                 f"draft.attention=flex on {device}: torch has its gradients on GPUs only; use auto or sdpa"
             )
         self.draft = started(config, target, seed).to(self.device)
+        self._target = target.contract.model
         self._provenance = provenance(config.init) if config.init else ""
         self.decay = loss_decay(config)
         tiny = config.attention == "auto" and self.draft.shape.head_dim < 16  # flex_attention's kernels want 16 at least
@@ -145,7 +146,8 @@ class DFlash:
 
     def export(self, path: Path, files: Mapping[str, bytes] | None = None) -> None:
         """See Objective.export; its weights are written in the dtype it computes in."""
-        save_draft(self.draft, path, dtype=self.embedding.dtype, files=files or {})
+        readme = model_card(self.draft.shape, self._target, self.facts())
+        save_draft(self.draft, path, dtype=self.embedding.dtype, files={**(files or {}), "README.md": readme})
 
 
 def made_up(shape: DraftShape, num_anchors: int) -> tuple[Batch, tuple[int, int]]:

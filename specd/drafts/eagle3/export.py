@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 import torch
 
+from specd.drafts.card import card, sglang, vllm
 from specd.drafts.directory import read_config
 from specd.drafts.eagle3.model import Eagle3Draft, Eagle3Shape
 from specd.drafts.files import write_draft
@@ -102,6 +103,22 @@ def draft_config(shape: Eagle3Shape, dtype: torch.dtype) -> dict[str, Any]:
         "tie_word_embeddings": False,
         "vocab_size": shape.vocab_size,
     }
+
+
+def model_card(shape: Eagle3Shape, target: str, facts: Mapping[str, str]) -> bytes:
+    """The README of a draft for `target`. facts: as of Objective.facts."""
+    steps = shape.num_steps
+    chain = f"--speculative-num-steps {steps} --speculative-eagle-topk 1 --speculative-num-draft-tokens {steps + 1}"
+    serving = {
+        "SGLang": sglang(target, f"--speculative-algorithm EAGLE3 {chain}"),
+        "vLLM": vllm(target, "eagle3", steps),
+    }
+    notes = ["Fewer guesses in a row may be faster: measure with your texts."]
+    if shape.norm_before_residual:
+        notes.append("Not with SGLang, which ignores norm_before_residual and guesses worse without an error.")
+    if shape.norm_before_fc:
+        notes.append("SGLang from 0.5.18 on: older ones do not know norm_before_fc.")
+    return card("EAGLE-3", target, facts, serving, notes)
 
 
 def load_draft(path: str | Path) -> Eagle3Draft:

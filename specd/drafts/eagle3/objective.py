@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from specd.drafts.base import Loss, TargetParts
 from specd.drafts.block_attention import to_device
 from specd.drafts.eagle3.attention import attend
-from specd.drafts.eagle3.export import save_draft
+from specd.drafts.eagle3.export import model_card, save_draft
 from specd.drafts.eagle3.rows import Rows, rows_of
 from specd.drafts.eagle3.settings import Eagle3Config
 from specd.drafts.eagle3.start import started
@@ -49,6 +49,7 @@ class Eagle3:
         contract = target.contract
         self.config, self.device, self.dtype = config, torch.device(device), dtype
         self.draft = started(config, target, seed).to(self.device)
+        self._target = contract.model
         self.transform = logit_transform(target.config, contract.model)
         own, counts = self.draft.vocabulary.cpu().numpy(), target.label_counts
         self._covered = 1.0 if counts is None else covered(counts, own)
@@ -125,4 +126,5 @@ class Eagle3:
 
     def export(self, path: Path, files: Mapping[str, bytes] | None = None) -> None:
         """See Objective.export; its weights are written in the dtype it computes in."""
-        save_draft(self.draft, path, dtype=self.dtype, files=files or {})
+        readme = model_card(self.draft.shape, self._target, self.facts())
+        save_draft(self.draft, path, dtype=self.dtype, files={**(files or {}), "README.md": readme})
