@@ -217,9 +217,7 @@ def _in_tiles(x: Tensor, size: int) -> Tensor:
     return whole.reshape(-1, TILE, *x.shape[1:])
 
 
-def block_mask(
-    layout: BlockLayout, window: int, device: torch.device, copies: int = 1, causal: bool = False
-) -> Any:
+def block_mask(layout: BlockLayout, window: int, device: torch.device, copies: int = 1, causal: bool = False) -> Any:
     """flex_attention's BlockMask of N' queries over T' + N' keys (context, then blocks), its tiles chosen on the host.
 
     copies: the size of its batch. Rows that only fill up see nothing of the context and no block.

@@ -7,9 +7,7 @@ from collections.abc import Mapping, Sequence
 from specd.version import __version__
 
 
-def card(
-    title: str, target: str, facts: Mapping[str, str], serving: Mapping[str, str], notes: Sequence[str]
-) -> bytes:
+def card(title: str, target: str, facts: Mapping[str, str], serving: Mapping[str, str], notes: Sequence[str]) -> bytes:
     """As Markdown. target: its name. facts: of the draft, as of Objective.facts. serving: engine -> command.
 
     notes: what else whoever serves it has to know.

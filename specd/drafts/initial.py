@@ -14,7 +14,7 @@ FACT = "initial weights"
 
 
 def initial_config(init: str) -> tuple[dict[str, Any], Path]:
-    """config.json and directory of the draft that the setting `init` names. Raises CheckpointError where it has none."""
+    """config.json and directory of the draft that the setting `init` names. Raises CheckpointError where none is."""
     path = draft_directory(init)
     config = read_config(path)
     weight_files(path)
@@ -30,8 +30,8 @@ def same_shape(found: Mapping[str, Any], asked: Mapping[str, Any], settings: Map
         if found[name] != asked[name]:
             remedy = f"change {setting}" if setting else "it is a draft for another target"
             raise ConfigError(
-                f"draft.init={init!r}: its {name} is {found[name]!r}, expected this run's {asked[name]!r}: {remedy}, or "
-                f"leave draft.init out"
+                f"draft.init={init!r}: its {name} is {found[name]!r}, expected this run's {asked[name]!r}: {remedy}, "
+                f"or leave draft.init out"
             )
 
 

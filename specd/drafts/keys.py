@@ -11,22 +11,22 @@ from typing import Any
 
 from specd.errors import ConfigError
 
-HARMLESS = frozenset(
-    """
-    _attn_implementation _attn_implementation_autoset _attn_implementation_internal _commit_hash _name_or_path
-    add_cross_attention architectures attention_dropout attn_implementation auto_map bad_words_ids
-    begin_suppress_tokens bos_token_id chunk_size_feed_forward cross_attention_hidden_size decoder_start_token_id
-    diversity_penalty do_sample dtype early_stopping encoder_no_repeat_ngram_size eos_token_id
-    exponential_decay_length_penalty finetuning_task forced_bos_token_id forced_eos_token_id id2label
-    initializer_range is_decoder is_encoder_decoder label2id length_penalty mask_token max_length max_window_layers
-    min_length model_type no_repeat_ngram_size num_beam_groups num_beams num_labels num_return_sequences
-    num_target_layers output_attentions output_hidden_states output_scores pad_token_id prefix pretraining_tp
-    problem_type pruned_heads remove_invalid_values repetition_penalty return_dict return_dict_in_generate
-    sep_token_id speculators_config speculators_version suppress_tokens target_model_type task_specific_params
-    temperature tf_legacy_loss tie_encoder_decoder tokenizer_class top_k top_p torch_dtype torchscript
-    transformers_version typical_p use_bfloat16 use_cache
-    """.split()
-)
+HARMLESS = frozenset({
+    "_attn_implementation", "_attn_implementation_autoset", "_attn_implementation_internal", "_commit_hash",
+    "_name_or_path", "add_cross_attention", "architectures", "attention_dropout", "attn_implementation", "auto_map",
+    "bad_words_ids", "begin_suppress_tokens", "bos_token_id", "chunk_size_feed_forward",
+    "cross_attention_hidden_size", "decoder_start_token_id", "diversity_penalty", "do_sample", "dtype",
+    "early_stopping", "encoder_no_repeat_ngram_size", "eos_token_id", "exponential_decay_length_penalty",
+    "finetuning_task", "forced_bos_token_id", "forced_eos_token_id", "id2label", "initializer_range", "is_decoder",
+    "is_encoder_decoder", "label2id", "length_penalty", "mask_token", "max_length", "max_window_layers",
+    "min_length", "model_type", "no_repeat_ngram_size", "num_beam_groups", "num_beams", "num_labels",
+    "num_return_sequences", "num_target_layers", "output_attentions", "output_hidden_states", "output_scores",
+    "pad_token_id", "prefix", "pretraining_tp", "problem_type", "pruned_heads", "remove_invalid_values",
+    "repetition_penalty", "return_dict", "return_dict_in_generate", "sep_token_id", "speculators_config",
+    "speculators_version", "suppress_tokens", "target_model_type", "task_specific_params", "temperature",
+    "tf_legacy_loss", "tie_encoder_decoder", "tokenizer_class", "top_k", "top_p", "torch_dtype", "torchscript",
+    "transformers_version", "typical_p", "use_bfloat16", "use_cache",
+})  # fmt: skip
 """Keys whose value changes nothing that a draft computes, and what `transformers` writes beside them."""
 
 ROTARY = frozenset({"rope_parameters", "rope_scaling", "rope_theta"})
@@ -41,9 +41,7 @@ def flat(config: Mapping[str, Any], section: str) -> dict[str, Any]:
     return {key: value for key, value in merged.items() if value is not None}
 
 
-def check(
-    config: Mapping[str, Any], where: str, *, read: Collection[str], only: Mapping[str, tuple[Any, ...]]
-) -> None:
+def check(config: Mapping[str, Any], where: str, *, read: Collection[str], only: Mapping[str, tuple[Any, ...]]) -> None:
     """Raise ConfigError for keys of a flat config that are not known, and for values that cannot be computed.
 
     read: keys that the caller reads. only: values that a key may have, where others mean another computation.

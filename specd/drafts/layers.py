@@ -22,9 +22,7 @@ Rope = tuple[Tensor, Tensor]
 class Attend(Protocol):
     """Attention of all block tokens under the mask of blocks; see `specd.drafts.block_attention`."""
 
-    def __call__(
-        self, query: Tensor, block: KeyValue, context: KeyValue, window: int, causal: bool = False
-    ) -> Tensor:
+    def __call__(self, query: Tensor, block: KeyValue, context: KeyValue, window: int, causal: bool = False) -> Tensor:
         """query [N, Q, D], block keys and values of N tokens, context of T -> [N, Q, D].
 
         window: positions back that a token sees, 0 for all. causal: of its own block it sees what is before it.

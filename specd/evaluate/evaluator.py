@@ -45,8 +45,8 @@ def evaluate_draft(
     draft: its directory, or that of the run that exported it. model, tokenizer: its target, a causal LM of
     transformers. prompts: conversations, as a file or hub name; each first question is asked, the first `limit` of
     them, 0 for all. name: of the target, for the record. template: variables of the chat template. untrained: the seed
-    of its training, or the draft that it began with, to decode with its initial weights, too. Returns the results by name: `untrained` if asked for,
-    `trained`.
+    of its training, or the draft that it began with, to decode with its initial weights, too. Returns the results by
+    name: `untrained` if asked for, `trained`.
     Raises ConfigError for a draft that is not this target's, a target without a tokenizer or a limit below 0,
     CheckpointError for a directory that holds no draft.
     """

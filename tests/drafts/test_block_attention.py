@@ -26,9 +26,7 @@ def one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def dense_mask(
-    layout: BlockLayout, window: int, context: int = 0, causal: bool = False
-) -> np.ndarray[Any, Any]:
+def dense_mask(layout: BlockLayout, window: int, context: int = 0, causal: bool = False) -> np.ndarray[Any, Any]:
     """The definition, one score at a time: bool [N, T + N]. context: where the keys of blocks begin, 0 for behind T."""
     b, blocks = layout.block_size, len(layout.anchors)
     context = context or layout.num_context
@@ -91,8 +89,10 @@ def test_plain_attention_equals_the_masked_definition_forward_and_backward(
         results = []
         for attend in (plain_attention(layout, torch.device("cpu")), None):
             states = [x.requires_grad_() for x in random_states(layout)]
-            compute = run_attention if attend else reference_attention
-            out = compute(attend or layout, states, window, causal)
+            if attend:
+                out = run_attention(attend, states, window, causal)
+            else:
+                out = reference_attention(layout, states, window, causal)
             out.square().sum().backward()  # type: ignore[no-untyped-call]
             results.append([out, *(x.grad for x in states)])
         for ours, theirs in zip(*results, strict=True):

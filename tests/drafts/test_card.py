@@ -20,7 +20,11 @@ WINDOW = {"sliding_window": 6}
     [
         ({}, [], ["is_causal", "V2 model runner"]),
         (WINDOW, [], ["is_causal", "V2 model runner"]),
-        (WINDOW | {"sliding_causal": False}, ["SGLang from 0.5.18 on: older ones ignore is_causal"], ["V2 model runner"]),
+        (
+            WINDOW | {"sliding_causal": False},
+            ["SGLang from 0.5.18 on: older ones ignore is_causal"],
+            ["V2"],
+        ),
         (WINDOW | {"full_layers": 1}, ["vLLM needs its V2 model runner"], ["is_causal"]),
     ],
 )
@@ -30,7 +34,8 @@ def test_dflash(tmp_path: Path, changes: dict[str, Any], said: list[str], unsaid
     assert text.startswith("# DFlash draft for tiny\n")
     for part in (
         "--model-path tiny --speculative-draft-model-path DRAFT --speculative-algorithm DFLASH",
-        """vllm serve tiny --speculative-config '{"method": "dflash", "model": "DRAFT", "num_speculative_tokens": 3}'""",
+        "vllm serve tiny --speculative-config "
+        """'{"method": "dflash", "model": "DRAFT", "num_speculative_tokens": 3}'""",
         "| taps | 1, 3, 5 |",
         *said,
     ):

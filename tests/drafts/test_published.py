@@ -75,9 +75,10 @@ def speculators(kind: str, **own: Any) -> Form:
                 "max_position_embeddings", "model_type", "num_attention_heads", "num_hidden_layers",
                 "num_key_value_heads", "rms_norm_eps", "vocab_size", "tie_word_embeddings",
             )
-        } | {
-            key: config[key] for key in ("layer_types", "sliding_window", "use_sliding_window") if config.get(key)
-        } | {"rope_parameters": {"rope_theta": config["rope_theta"], "rope_type": "default"}, "pad_token_id": None}  # fmt: skip
+        }  # fmt: skip
+        layers |= {key: config[key] for key in ("layer_types", "sliding_window") if config.get(key)}
+        rope = {"rope_theta": config["rope_theta"], "rope_type": "default"}
+        layers |= {"rope_parameters": rope, "pad_token_id": None}
         return {
             "architectures": ["DFlashDraftModel" if kind == "dflash" else "Eagle3DraftModel"],
             "auto_map": {"": "config.Some"},
@@ -136,7 +137,9 @@ EAGLE3: dict[str, Form] = {
     "of vLLM": change(architectures=["Eagle3LlamaForCausalLM"]),
     "layers.0": renamed(lambda name: name.replace("midlayer.", "layers.0.")),
     "prefixed layers.0": renamed(
-        lambda name: name if name in ("d2t", "t2d", "lm_head.weight") else "model." + name.replace("midlayer.", "layers.0.")
+        lambda name: (
+            name if name in ("d2t", "t2d", "lm_head.weight") else "model." + name.replace("midlayer.", "layers.0.")
+        )
     ),
     "without t2d": lambda config, weights: (config, {key: one for key, one in weights.items() if key != "t2d"}),
     "with the embedding": beside(embed_tokens__weight=torch.ones(97, 32), midlayer__rotary_emb__inv_freq=torch.ones(4)),
@@ -201,7 +204,7 @@ def test_an_eagle3_draft_that_names_no_layers_reads_those_that_engines_take(tmp_
     draft = registry.read(tmp_path)
     assert draft.drafter(objective.embedding, objective.lm_head, 8).taps == (1, 3, 4)
     assert draft.drafter(objective.embedding, objective.lm_head, 36).taps == (1, 17, 32)
-    with pytest.raises(ConfigError, match="names no layers .* expected the number of its target's layers"):
+    with pytest.raises(ConfigError, match=r"names no layers .* expected the number of its target's layers"):
         draft.drafter(objective.embedding, objective.lm_head)
 
 
@@ -218,7 +221,7 @@ def test_sharded_weights_are_read_together(tmp_path: Path, make: Callable[[], An
     objective.export(tmp_path)
     weights = load_file(tmp_path / "model.safetensors")
     (tmp_path / "model.safetensors").unlink()
-    index = {}
+    index: dict[str, str] = {}
     for number, names in enumerate((sorted(weights)[::2], sorted(weights)[1::2])):
         file = f"model-{number}.safetensors"
         save_file({name: weights[name] for name in names}, tmp_path / file)
@@ -232,7 +235,7 @@ def test_sharded_weights_are_read_together(tmp_path: Path, make: Callable[[], An
 def test_scaled_rotations_and_biases_come_back(tmp_path: Path, scaling: dict[str, Any], key: str) -> None:
     for make, load, kinds in ((make_draft, load_dflash, 2), (make_eagle, load_eagle3, 1)):
         path = tmp_path / make.__name__
-        make().export(path)  # type: ignore[operator]
+        make().export(path)
 
         def form(config: Config, weights: Weights, kinds: int = kinds) -> tuple[Config, Weights]:
             biases = {
@@ -332,7 +335,7 @@ def test_pickled_weights_are_refused_with_the_command_that_converts_them(
     weights = load_file(tmp_path / "model.safetensors")
     (tmp_path / "model.safetensors").unlink()
     torch.save(weights, tmp_path / "pytorch_model.bin")
-    with pytest.raises(CheckpointError, match="pickled weights, pytorch_model.bin") as refused:
+    with pytest.raises(CheckpointError, match=r"pickled weights, pytorch_model.bin") as refused:
         registry.read(tmp_path)
     command = str(refused.value).splitlines()[-1]
     code = command.removeprefix('python -c "').removesuffix('"')
@@ -361,5 +364,5 @@ def test_a_broken_index_is_refused(tmp_path: Path, index: str, reason: str) -> N
 def test_two_tensors_of_one_meaning_are_refused(tmp_path: Path) -> None:
     make_draft().export(tmp_path)
     rewrite(tmp_path, beside(model__fc__weight=torch.ones(2)))
-    with pytest.raises(CheckpointError, match="two of its tensors mean 'fc.weight'"):
+    with pytest.raises(CheckpointError, match=r"two of its tensors mean 'fc.weight'"):
         registry.read(tmp_path)

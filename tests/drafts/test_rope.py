@@ -21,7 +21,8 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
 
 
 @pytest.mark.parametrize(
-    "scaling", [None, LLAMA3, YARN, YARN | {"beta_fast": 16.0, "attention_factor": 1.5}, {"rope_type": "linear", "factor": 2.0}]
+    "scaling",
+    [None, LLAMA3, YARN, YARN | {"beta_fast": 16.0, "attention_factor": 1.5}, {"rope_type": "linear", "factor": 2.0}],
 )
 def test_rotations_are_those_of_llama(scaling: dict[str, Any] | None) -> None:
     rope = {"rope_theta": 5000.0, **(scaling or {"rope_type": "default"})}
@@ -62,7 +63,10 @@ def test_what_changes_nothing_for_text_is_no_scaling(kind: str | None) -> None:
     ("rope", "reason"),
     [
         ({"rope_type": "longrope", "factor": 2.0}, "rope_type is 'longrope', expected default, linear, llama3, yarn"),
-        ({"rope_type": "default", "partial_rotary_factor": 0.25}, "type 'default' with partial_rotary_factor: expected none"),
+        (
+            {"rope_type": "default", "partial_rotary_factor": 0.25},
+            "type 'default' with partial_rotary_factor: expected none",
+        ),
         ({"rope_type": "yarn", "factor": 2.0, "low_freq_factor": 1.0}, "type 'yarn' with factor, low_freq_factor"),
         ({"rope_type": "llama3", "factor": 2.0}, "type 'llama3' with factor: expected factor, high_freq_factor"),
         ([1], "rope_parameters is .1., expected an object"),

@@ -72,7 +72,12 @@ def of_specforge(objective: DFlash, delivery: Delivery) -> tuple[nn.Module, dict
     return draft, measured
 
 
-BATCHES = [make_batch((31,), 1.1), make_batch((31,), 0.8), make_batch((23, 1, 9, 30), 1.1), make_batch((23, 1, 9, 30), 0.8)]
+BATCHES = [
+    make_batch((31,), 1.1),
+    make_batch((31,), 0.8),
+    make_batch((23, 1, 9, 30), 1.1),
+    make_batch((23, 1, 9, 30), 0.8),
+]
 
 
 WINDOWS: dict[str, Any] = {"num_layers": 3, "sliding_window": 6, "full_layers": 1}

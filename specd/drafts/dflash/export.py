@@ -25,14 +25,12 @@ ARCHITECTURES = (ARCHITECTURE, "DFlashSpeculator")
 """What a DFlash draft's config.json may call it; the other is Speculators'."""
 SURPLUS = ("embed_tokens.weight", "lm_head.weight", "rotary_emb.inv_freq", "verifier_norm.weight", "d2t", "t2d")
 """Ends of names of tensors that are the target's, or follow from config.json."""
-READ = frozenset(
-    """
-    attention_bias block_size causal final_logit_softcapping head_dim hidden_size intermediate_size is_causal
-    layer_types mask_token_id max_position_embeddings num_attention_heads num_hidden_layers num_key_value_heads
-    num_target_layers output_multiplier rms_norm_eps sliding_window target_layer_ids tie_word_embeddings
-    use_sliding_window vocab_size
-    """.split()
-)
+READ = frozenset({
+    "attention_bias", "block_size", "causal", "final_logit_softcapping", "head_dim", "hidden_size",
+    "intermediate_size", "is_causal", "layer_types", "mask_token_id", "max_position_embeddings",
+    "num_attention_heads", "num_hidden_layers", "num_key_value_heads", "num_target_layers", "output_multiplier",
+    "rms_norm_eps", "sliding_window", "target_layer_ids", "tie_word_embeddings", "use_sliding_window", "vocab_size",
+})  # fmt: skip
 """Keys that are read, or that leave the order of the draft's logits as it is."""
 ONLY: dict[str, tuple[Any, ...]] = {
     "model_type": ("qwen3",),

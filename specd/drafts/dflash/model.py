@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import msgspec
-import torch
 from torch import Tensor, nn
 
 from specd.drafts.block_attention import INSTEAD
@@ -139,7 +138,8 @@ def layer_types(config: DFlashConfig) -> tuple[LayerType, ...]:
             f"draft.sliding_window={config.sliding_window}: expected a window, and fewer full layers than layers; "
             f"leave both out for full attention in every layer"
         )
-    return ("sliding_attention",) * (config.num_layers - full) + ("full_attention",) * full
+    kinds: tuple[LayerType, LayerType] = ("sliding_attention", "full_attention")
+    return (kinds[0],) * (config.num_layers - full) + (kinds[1],) * full
 
 
 class Attention(nn.Module):

@@ -74,7 +74,9 @@ class DFlash:
         self._target = target.contract.model
         self._provenance = provenance(config.init) if config.init else ""
         self.decay = loss_decay(config)
-        tiny = config.attention == "auto" and self.draft.shape.head_dim < 16  # flex_attention's kernels want 16 at least
+        tiny = (
+            config.attention == "auto" and self.draft.shape.head_dim < 16
+        )  # flex_attention's kernels want 16 at least
         self._attention: AttentionKind = "sdpa" if tiny else config.attention
         self.tuning = tuning or Tuning()
         self._flex = self.device.type == "cuda" and uses_flex(self._attention, self.device)

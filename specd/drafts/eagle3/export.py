@@ -25,13 +25,12 @@ ARCHITECTURES = (ARCHITECTURE, "Eagle3LlamaForCausalLM", "Eagle3Speculator", "Ea
 TAPS = "eagle_aux_hidden_state_layer_ids"
 SURPLUS = ("embed_tokens.weight", "rotary_emb.inv_freq", "verifier_norm.weight", "verifier_lm_head.weight", "t2d")
 """Ends of names of tensors that are the target's, or follow from others."""
-READ = frozenset(
-    f"""
-    attention_bias draft_vocab_size {TAPS} fc_norm head_dim hidden_size intermediate_size layer_ids
-    max_position_embeddings norm_before_fc norm_before_residual norm_output num_attention_heads num_aux_hidden_states
-    num_key_value_heads num_steps num_target_layers rms_norm_eps sliding_window use_sliding_window vocab_size
-    """.split()
-)
+READ = frozenset({
+    "attention_bias", "draft_vocab_size", TAPS, "fc_norm", "head_dim", "hidden_size", "intermediate_size",
+    "layer_ids", "max_position_embeddings", "norm_before_fc", "norm_before_residual", "norm_output",
+    "num_attention_heads", "num_aux_hidden_states", "num_key_value_heads", "num_steps", "num_target_layers",
+    "rms_norm_eps", "sliding_window", "use_sliding_window", "vocab_size",
+})  # fmt: skip
 ONLY: dict[str, tuple[Any, ...]] = {
     "num_hidden_layers": (1,),
     "model_type": ("llama",),

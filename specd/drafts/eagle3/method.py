@@ -34,7 +34,7 @@ class Eagle3Method:
 
     @staticmethod
     def check(settings: Eagle3Config, target: str) -> None:
-        """Raise ConfigError for settings that contradict each other, or the draft they begin with; 0 is the target's."""
+        """Raise ConfigError for settings that contradict each other or the draft they begin with; 0 is the target's."""
         initial_shape(settings)
         if settings.num_heads and settings.num_kv_heads and settings.num_heads % settings.num_kv_heads:
             raise ConfigError(

@@ -37,7 +37,9 @@ def test_it_begins_where_another_ended(tmp_path: Path, config: Any) -> None:
         again = begin(config, tmp_path / place)
         assert again.draft.shape == first.draft.shape
         assert all(torch.equal(a, b) for a, b in zip(first.module.parameters(), again.module.parameters(), strict=True))
-    assert torch.equal(begin(config, tmp_path / "run", seed=0).loss(delivery).sum, make_same(first, 0).loss(delivery).sum)
+    assert torch.equal(
+        begin(config, tmp_path / "run", seed=0).loss(delivery).sum, make_same(first, 0).loss(delivery).sum
+    )
     fact = again.facts()["initial weights"]
     assert fact.startswith(f"{tmp_path / 'run' / 'draft'} (sha256 ")
     assert "initial weights" not in first.facts()
@@ -89,9 +91,13 @@ def test_a_draft_of_another_shape_is_refused_by_what_differs(
 
 def test_windows_of_another_kind_are_refused(tmp_path: Path) -> None:
     make_draft(WINDOWS).export(tmp_path)
-    with pytest.raises(ConfigError, match=r"causal layers is \[0, 1\], expected this run's \[\]: change draft.sliding_c"):
+    with pytest.raises(
+        ConfigError, match=r"causal layers is \[0, 1\], expected this run's \[\]: change draft.sliding_c"
+    ):
         begin(WINDOWS, tmp_path, sliding_causal=False)
-    with pytest.raises(ConfigError, match="its sliding_window is 6, expected this run's 7: change draft.sliding_window"):
+    with pytest.raises(
+        ConfigError, match=r"its sliding_window is 6, expected this run's 7: change draft.sliding_window"
+    ):
         begin(WINDOWS, tmp_path, sliding_window=7)
 
 
@@ -99,7 +105,7 @@ def test_a_draft_for_another_target_is_refused(tmp_path: Path) -> None:
     make_draft().export(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"vocab_size": 98}))
-    with pytest.raises(ConfigError, match="its vocab_size is 98, expected this run's 97: it is a draft for another target"):
+    with pytest.raises(ConfigError, match="its vocab_size is 98, expected this run's 97: it is a draft for"):
         begin(CONFIG, tmp_path)
     config["dflash_config"]["target_layer_ids"] = [1, 3, 7]
     (tmp_path / "config.json").write_text(json.dumps(config | {"num_target_layers": 9}))

@@ -56,7 +56,6 @@ def test_what_engines_read(tmp_path: Path) -> None:
     ("changes", "reason"),
     [
         ({"num_hidden_layers": 2}, "num_hidden_layers is 2, expected 1"),
-        ({"num_hidden_layers": 2}, "num_hidden_layers is 2, expected 1"),
         ({"norm_before_fc": True, "fc_norm": True}, "two ways of one norm"),
         ({"rope_scaling": {"rope_type": "dynamic", "factor": 4}}, "rope_type is 'dynamic', expected default, "),
         ({"hidden_size": None}, "no key 'hidden_size'"),
