@@ -48,7 +48,7 @@ def test_dflash(tmp_path: Path, changes: dict[str, Any], said: list[str], unsaid
     [
         ({}, ""),
         ({"norm_before_residual": True}, "Not with SGLang, which ignores norm_before_residual"),
-        ({"norm_before_fc": True}, "SGLang from 0.5.18 on"),
+        ({"norm_before_fc": True}, "SGLang from 0.5.17 on"),
     ],
 )
 def test_eagle3(tmp_path: Path, shape: dict[str, Any], said: str) -> None:

@@ -116,7 +116,7 @@ def model_card(shape: Eagle3Shape, target: str, facts: Mapping[str, str]) -> byt
     if shape.norm_before_residual:
         notes.append("Not with SGLang, which ignores norm_before_residual and guesses worse without an error.")
     if shape.norm_before_fc:
-        notes.append("SGLang from 0.5.18 on: older ones do not know norm_before_fc.")
+        notes.append("SGLang from 0.5.17 on: 0.5.14 does not know norm_before_fc.")
     return card("EAGLE-3", target, facts, serving, notes)
 
 
