@@ -31,7 +31,7 @@ def parts(**changes: Any) -> TargetParts:
 def make_eagle(
     config: Eagle3Config = CONFIG, seed: int = 0, shape: dict[str, Any] | None = None, **changes: Any
 ) -> Eagle3:
-    """Weights ten times those of training, so that all of it matters.
+    """Matrices ten times those of training, so that all of it matters.
 
     shape: changes of the draft's shape that settings cannot say, but drafts of others have.
     """
@@ -39,10 +39,14 @@ def make_eagle(
     if shape:
         draft = found.draft
         found.draft = Eagle3Draft(msgspec.structs.replace(draft.shape, **shape), seed, draft.vocabulary)
+        found.draft.start_head(found.lm_head)
         found.module = found.draft
     with torch.no_grad():
-        for parameter in found.module.parameters():
-            parameter.mul_(10) if parameter.dim() > 1 else parameter.add_(torch.linspace(-0.5, 0.5, parameter.numel()))
+        for name, parameter in found.module.named_parameters():
+            if parameter.dim() == 1:
+                parameter.add_(torch.linspace(-0.5, 0.5, parameter.numel()))
+            elif name != "lm_head.weight":
+                parameter.mul_(10)
     return found
 
 

@@ -56,7 +56,7 @@ class Eagle3:
         self.module: torch.nn.Module = self.draft
         self.embedding, self.lm_head = target.frozen(self.device, dtype)
         self._provenance = provenance(config.init) if config.init else ""
-        if not (config.init or __import__("os").environ.get("RANDOM_HEAD")):
+        if not config.init:
             self.draft.start_head(self.lm_head)
 
     def loss(self, delivery: Delivery) -> Loss:
