@@ -140,7 +140,7 @@ class DraftConformance:
         added = [weight.grad for weight in self.trained(objective)]
         for mine, theirs in zip(gradients, added, strict=True):
             assert theirs is not None
-            torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+            assert float((mine - theirs).norm() / theirs.norm().clamp(min=1e-12)) < 1e-4, "gradients do not add up"
 
     @pytest.mark.parametrize("labels", ["none", "too few in a row"])
     def test_a_batch_without_a_prediction_weighs_nothing(self, labels: str) -> None:

@@ -49,7 +49,7 @@ def test_transformers_computes_the_same(family: str, options: dict[str, Any]) ->
 
 def test_a_scale_of_an_unknown_family_is_refused() -> None:
     config = {"model_type": "minicpm", "dim_model_base": 256}
-    with pytest.raises(ConfigError, match="is a .minicpm. with dim_model_base=256 in its"):
+    with pytest.raises(ConfigError, match="is a .minicpm. with dim_model_base=256 in"):
         logit_transform(config, "target")
     with pytest.raises(ConfigError, match="whose lm_head has a bias"):
         logit_transform({"model_type": "phi"}, "target")

@@ -28,11 +28,14 @@ def parts(**changes: Any) -> TargetParts:
 
 
 def make_eagle(config: Eagle3Config = CONFIG, seed: int = 0, **changes: Any) -> Eagle3:
-    """Weights ten times those of training, so that all of it matters."""
+    """Matrices ten times those of training, so that all of it matters."""
     found = Eagle3(config, parts(**changes), seed=seed)
     with torch.no_grad():
-        for parameter in found.module.parameters():
-            parameter.mul_(10) if parameter.dim() > 1 else parameter.add_(torch.linspace(-0.5, 0.5, parameter.numel()))
+        for name, parameter in found.module.named_parameters():
+            if parameter.dim() == 1:
+                parameter.add_(torch.linspace(-0.5, 0.5, parameter.numel()))
+            elif name != "lm_head.weight":
+                parameter.mul_(10)
     return found
 
 

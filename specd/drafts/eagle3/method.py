@@ -75,15 +75,18 @@ class Eagle3Method:
 
 
 class TrainedEagle3:
-    """An EAGLE-3 draft that was read from its directory."""
+    """An EAGLE-3 draft that was read from its directory, or, `untrained`, one as training begins with it."""
 
-    def __init__(self, network: Eagle3Draft) -> None:
-        self.network = network
+    def __init__(self, network: Eagle3Draft, *, untrained: bool = False) -> None:
+        self.network, self._untrained = network, untrained
 
     def drafter(self, embedding: Tensor, lm_head: Tensor) -> Eagle3Drafter:
         """See Draft.drafter."""
-        return Eagle3Drafter(self.network, embedding)
+        drafter = Eagle3Drafter(self.network, embedding)
+        if self._untrained:
+            self.network.start_head(lm_head)
+        return drafter
 
     def untrained(self, seed: int) -> TrainedEagle3:
         """See Draft.untrained."""
-        return TrainedEagle3(Eagle3Draft(self.network.shape, seed, self.network.vocabulary))
+        return TrainedEagle3(Eagle3Draft(self.network.shape, seed, self.network.vocabulary), untrained=True)

@@ -164,6 +164,11 @@ class Eagle3Draft(nn.Module):
         """The target's id of each token it guesses, int64 [W]."""
         return self.d2t + torch.arange(self.d2t.shape[0], device=self.d2t.device)
 
+    def start_head(self, lm_head: Tensor) -> None:
+        """Begin with the target's own rows [V, H] of the tokens it guesses: what to say is known, not yet when."""
+        with torch.no_grad():
+            self.lm_head.weight.copy_(lm_head[self.vocabulary])
+
     def enter(self, taps: Tensor) -> Tensor:
         """Taps [rows, n·H] -> the states [rows, H] of the first step."""
         if self.shape.fc_norm:

@@ -64,6 +64,7 @@ class Eagle3:
         self.draft = Eagle3Draft(shape, seed, vocabulary).to(self.device)
         self.module: torch.nn.Module = self.draft
         self.embedding, self.lm_head = target.frozen(self.device, dtype)
+        self.draft.start_head(self.lm_head)
 
     def loss(self, delivery: Delivery) -> Loss:
         """The loss of one batch; its backward must run before the delivery's tensors are given up."""

@@ -102,7 +102,7 @@ def test_the_chunk_of_the_loss_changes_nothing() -> None:
     for total, found in sums[1:]:
         torch.testing.assert_close(total, sums[0][0])
         for name, gradient in found.items():
-            torch.testing.assert_close(gradient, sums[0][1][name])
+            assert float((gradient - sums[0][1][name]).norm() / gradient.norm()) < 1e-5, name
 
 
 def test_the_vocabulary_is_that_of_the_labels() -> None:
