@@ -10,7 +10,7 @@ from torch import Tensor
 
 from specd.errors import ConfigError
 
-Scaling = dict[str, str | float | bool]
+Scaling = dict[str, str | int | float | bool]
 """What transformers calls `rope_parameters`, without `rope_theta`."""
 
 _NEEDS = {

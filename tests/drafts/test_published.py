@@ -249,6 +249,7 @@ def test_scaled_rotations_and_biases_come_back(tmp_path: Path, scaling: dict[str
         rewrite(path, form)
         found: Any = load(path)
         assert found.shape.rope_scaling == scaling
+        assert isinstance(found.shape.rope_scaling["original_max_position_embeddings"], int), "as readers want it"
         assert found.shape.attention_bias
         positions = torch.tensor([0, 5, 400])
         rotations = getattr(found, "rotary_emb", None) or found.rope

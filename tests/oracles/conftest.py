@@ -10,8 +10,9 @@ import pytest
 
 from peers import FOLDER
 
-# Read by torch when it is first imported: peers compile what runs a few times on a CPU.
+# Read by torch and vLLM when they are first imported. Peers compile what runs here a few times, on a CPU.
 os.environ["TORCHDYNAMO_DISABLE"] = "1"
+os.environ["VLLM_TARGET_DEVICE"] = "cpu"
 
 
 def pytest_sessionstart() -> None:

@@ -37,5 +37,8 @@ def install(folder: Path) -> None:
 if __name__ == "__main__":
     target = Path(sys.argv[1])
     if not (target / PEERS.name).is_file() or (target / PEERS.name).read_bytes() != PEERS.read_bytes():
-        print(f"setting {target} up (once; some minutes)")
-        install(target)
+        print(f"setting {target} up (once; 400 MB of wheels)", flush=True)
+        try:
+            install(target)
+        except subprocess.CalledProcessError:
+            sys.exit(f"pip cannot get the versions of {PEERS} for {sys.version.split()[0]}: the oracles cannot run")

@@ -75,7 +75,7 @@ def of_specforge(objective: Eagle3, delivery: Delivery, *, compact: bool = False
 
 
 def of_speculators(objective: Eagle3, delivery: Delivery) -> Result:
-    """Its Eagle3DraftModel, sequences one after the other; all but the first must begin with num_steps prompt tokens."""
+    """Its Eagle3DraftModel, sequences one after the other, each but the first with num_steps prompt tokens at least."""
     shape, core = objective.draft.shape, peer("speculators.models.eagle3.core")
     settings = peer("speculators.models.eagle3").Eagle3SpeculatorConfig(
         transformer_layer_config=layer_config(objective, attn_implementation="eager"),
@@ -132,22 +132,22 @@ def of_speculators(objective: Eagle3, delivery: Delivery) -> Result:
 def layer_config(objective: Eagle3, **more: Any) -> transformers.LlamaConfig:
     """The draft's layer as both describe it."""
     shape = objective.draft.shape
-    return transformers.LlamaConfig(
-        vocab_size=shape.vocab_size,
-        hidden_size=shape.hidden_size,
-        intermediate_size=shape.intermediate_size,
-        num_hidden_layers=1,
-        num_attention_heads=shape.num_heads,
-        num_key_value_heads=shape.num_kv_heads,
-        head_dim=shape.head_dim,
-        rms_norm_eps=shape.rms_norm_eps,
-        rope_parameters={"rope_theta": shape.rope_theta, **(shape.rope_scaling or {"rope_type": "default"})},
-        attention_bias=shape.attention_bias,
-        max_position_embeddings=shape.max_position_embeddings,
-        draft_vocab_size=shape.draft_vocab_size,
-        fc_norm=shape.fc_norm,
-        **more,
-    )
+    described: dict[str, Any] = {
+        "vocab_size": shape.vocab_size,
+        "hidden_size": shape.hidden_size,
+        "intermediate_size": shape.intermediate_size,
+        "num_hidden_layers": 1,
+        "num_attention_heads": shape.num_heads,
+        "num_key_value_heads": shape.num_kv_heads,
+        "head_dim": shape.head_dim,
+        "rms_norm_eps": shape.rms_norm_eps,
+        "rope_parameters": {"rope_theta": shape.rope_theta, **(shape.rope_scaling or {"rope_type": "default"})},
+        "attention_bias": shape.attention_bias,
+        "max_position_embeddings": shape.max_position_embeddings,
+        "draft_vocab_size": shape.draft_vocab_size,
+        "fc_norm": shape.fc_norm,
+    }
+    return transformers.LlamaConfig(**described, **more)
 
 
 def take(model: nn.Module, objective: Eagle3) -> None:
@@ -180,7 +180,7 @@ def _sequences(delivery: Delivery) -> list[dict[str, Tensor]]:
         "verifier_last_hidden_states": delivery.final,
         "loss_mask": torch.from_numpy(batch.loss_mask),
     }
-    cut = {name: column.split(batch.lengths.tolist()) for name, column in columns.items()}
+    cut = {name: torch.split(column, batch.lengths.tolist()) for name, column in columns.items()}
     return [{name: parts[index] for name, parts in cut.items()} for index in range(batch.lengths.size)]
 
 
@@ -189,7 +189,9 @@ def _weighed(objective: Eagle3, steps: Sequence[Tensor]) -> Tensor:
     return torch.stack([objective.config.loss_decay**step * loss for step, loss in enumerate(steps)]).sum()
 
 
-def _result(objective: Eagle3, total: Tensor, counted: list[int], correct: list[int] | None, model: nn.Module) -> Result:
+def _result(
+    objective: Eagle3, total: Tensor, counted: list[int], correct: list[int] | None, model: nn.Module
+) -> Result:
     model.zero_grad()
     total.backward()  # type: ignore[no-untyped-call]
     found = {name: parameter.grad for name, parameter in model.named_parameters()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.abc
 import importlib.machinery
@@ -9,14 +10,22 @@ import os
 import sys
 import types
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 FOLDER = Path(os.environ.get("SPECD_PEERS") or Path(__file__).resolve().parents[2] / ".venv/peers")
 """Where tests/oracles/install.py put them."""
-MENTIONED = {"openai", "triton"}
-"""Packages that peers import and these tests never run: clients of servers, GPU kernels."""
+MENTIONED = {
+    *("triton", "tvm_ffi", "torchvision", "compressed_tensors", "einops"),
+    *("aiohttp", "fastapi", "openai", "openai_harmony", "prometheus_client", "starlette", "uvloop"),
+    *("cbor2", "cloudpickle", "cpuinfo", "IPython", "orjson", "pybase64", "sentencepiece"),
+    *("llguidance", "partial_json_parser", "xgrammar"),
+}
+"""Packages that peers import and these tests never run: kernels, servers and their clients, formats, grammars."""
+
+ASKING = ("torch._inductor.compile_fx", "torch._inductor.select_algorithm", "transformers.generation", "datasets")
+"""Modules that ask on import which packages there are, and must not find one that is only mentioned."""
 
 
 class _Name(type):
@@ -45,8 +54,11 @@ def _name(name: str) -> Any:
 class _Mentioned(types.ModuleType):
     """A module that is there, and has every name."""
 
-    __path__: Sequence[str] = ()
     __version__ = "0"
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.__path__ = []
 
     def __getattr__(self, name: str) -> Any:
         return _name(name)
@@ -63,20 +75,26 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         """It has nothing to run."""
 
 
+@contextlib.contextmanager
+def importable() -> Iterator[None]:
+    """Peers can be imported, also by themselves in a function. What they say on import is their own affair."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for name in ASKING:
+            importlib.import_module(name)
+        finder = _Finder()
+        sys.meta_path.append(finder)
+        sys.path.append(str(FOLDER))
+        try:
+            yield
+        finally:
+            sys.path.remove(str(FOLDER))
+            sys.meta_path.remove(finder)
+            for loaded in [known for known, module in sys.modules.items() if isinstance(module, _Mentioned)]:
+                del sys.modules[loaded]
+
+
 def peer(name: str) -> Any:
-    """The module `name` of a peer. What it says on import is its own affair."""
-    # These ask which packages there are, and must not find one that is only mentioned.
-    for first in ("torch._dynamo", "transformers.generation", "datasets"):
-        importlib.import_module(first)
-    finder = _Finder()
-    sys.meta_path.append(finder)
-    sys.path.append(str(FOLDER))
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return importlib.import_module(name)
-    finally:
-        sys.path.remove(str(FOLDER))
-        sys.meta_path.remove(finder)
-        for loaded in [known for known, module in sys.modules.items() if isinstance(module, _Mentioned)]:
-            del sys.modules[loaded]
+    """The module `name` of a peer."""
+    with importable():
+        return importlib.import_module(name)
