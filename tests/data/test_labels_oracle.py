@@ -100,7 +100,7 @@ def behind_the_prompt(target: Target, talk: Talk, place: int) -> str | None:
     told = target.plain(turns[: place + 1], tools)
     if whole is None or asked is None or told is None or not told.startswith(asked):
         return None
-    said, end = shortened(told[len(asked) :], target.family.ends)
+    said, _ = shortened(told[len(asked) :], target.family.ends)
     if not whole.startswith(asked + said):
         return None
     after = whole[len(asked) + len(said) :]
