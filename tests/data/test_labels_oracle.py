@@ -158,13 +158,25 @@ def as_it_stands(target: Target, talk: Talk, place: int) -> str | None:
     return whole[begin:until]
 
 
+def unsaid(target: Target, talk: Talk, place: int) -> bool:
+    """Whether the answer at `place` has only calls or thoughts, and the template writes none of them."""
+    turns, tools = talk
+    bare = {"role": "assistant", "content": turns[place]["content"]}
+    if turns[place] == bare or bare["content"]:
+        return False
+    return target.plain(turns, tools) == target.plain([*turns[:place], bare, *turns[place + 1 :]], tools)
+
+
 def wanted(target: Target, name: str, talk: Talk) -> list[str]:
     if (target.family.name, name) in BY_HAND:
         return BY_HAND[target.family.name, name]
     found = []
     for place in places(talk[0]):
+        if unsaid(target, talk, place):
+            continue
         text = behind_the_prompt(target, talk, place)
-        found.append(as_it_stands(target, talk, place) if text is None else text)
+        text = as_it_stands(target, talk, place) if text is None else text
+        found.append((text or "").removeprefix(target.family.rest))
     return [text for text in found if text]
 
 
@@ -180,19 +192,26 @@ def texts(rendered: Rendered) -> list[str]:
 
 
 def tokens_of(target: Target, rendered: Rendered) -> list[str]:
-    """The texts under the loss mask, by the tokens' places in the text."""
+    """The texts under the loss mask, by the tokens' places in the text.
+
+    A token that begins before an answer is none of its labels; the answer's first characters are given as they are.
+    """
     ((ids, mask),) = target.encoder.encode([rendered])
     coded = target.tokenizer(rendered.text, add_special_tokens=False, return_offsets_mapping=True)
     assert coded["input_ids"] == ids.tolist()
-    found: list[list[int]] = []
-    before = False
+    text = rendered.text
+    reached = [begin for begin, _ in rendered.spans]
     for (start, end), label in zip(coded["offset_mapping"], mask.tolist(), strict=True):
-        if label and before:
-            found[-1][1] = end
-        elif label:
-            found.append([start, end])
-        before = label
-    return [rendered.text[start:end] for start, end in found]
+        owner = next((n for n, (begin, until) in enumerate(rendered.spans) if begin < end and start < until), None)
+        if owner is None:
+            assert not label or start == end, (text[start:end], rendered.spans)
+            continue
+        begin, until = rendered.spans[owner]
+        assert label == (begin <= start), text[start:end]
+        assert start <= reached[owner], "a hole"
+        assert end <= until, "a token that is a label goes beyond the answer"
+        reached[owner] = end
+    return [text[begin:end] for (begin, _), end in zip(rendered.spans, reached, strict=True)]
 
 
 def differences(target: Target, found: Callable[[Talk], list[str]]) -> dict[str, tuple[list[str], list[str]]]:
