@@ -22,6 +22,7 @@ from specd.config.settings import DataConfig
 from specd.data import forms
 from specd.data.chat import Chat, Rendered
 from specd.data.faults import RowError
+from specd.data.forms import Conversation
 from specd.data.tokenizer import Encoder, load_tokenizer
 from talks import Talk, as_row, talks
 
@@ -258,3 +259,49 @@ def test_both_ways_to_know_the_labels_agree(target: Callable[[Family], Target], 
             told = behind_the_prompt(model, talk, place)
             if told is not None:
                 assert as_it_stands(model, talk, place) == told, (name, place)
+
+
+@family
+def test_an_answer_that_was_cut_ends_with_its_words(target: Callable[[Family], Target], family: Family) -> None:
+    model = target(family)
+    talk = talks(family)["several"]
+    for place, right in zip(places(talk[0]), wanted(model, "several", talk), strict=True):
+        said = talk[0][place]["content"]
+        rendered = model.chat.conversation(Conversation(turns=talk[0], cut=frozenset({place})), "row 1")
+        assert right[: right.index(said) + len(said)] in texts(rendered), place
+        assert len(rendered.spans) == 3
+
+
+@family
+def test_an_answer_that_is_context_is_no_label(target: Callable[[Family], Target], family: Family) -> None:
+    model = target(family)
+    talk = talks(family)["several"]
+    right = wanted(model, "several", talk)
+    for number, place in enumerate(places(talk[0])):
+        rendered = model.chat.conversation(Conversation(turns=talk[0], context=frozenset({place})), "row 1")
+        assert texts(rendered) == right[:number] + right[number + 1 :]
+    rendered = model.chat.conversation(Conversation(turns=talk[0]), "row 1", last_turn_only=True)
+    assert texts(rendered) == right[-1:]
+
+
+@family
+def test_answers_that_lost_words_are_counted(target: Callable[[Family], Target], family: Family) -> None:
+    model = target(family)
+    for name, talk in taken(model):
+        rendered = model.rendered(talk)
+        said = [(turn.get(family.thought), turn["content"].strip()) for turn in talk[0] if turn["role"] == "assistant"]
+        lost = [pair for pair in said if any(words and words not in rendered.text for words in pair)]
+        if "calls" not in name and name != "call" and "content" not in name:
+            assert rendered.dropped == len(lost), name
+
+
+@family
+def test_a_text_that_went_through_the_template_has_the_same_labels(
+    target: Callable[[Family], Target], family: Family
+) -> None:
+    model = target(family)
+    for name, talk in taken(model):
+        if name in ("one", "several", "open", "system", "said before", "other scripts"):
+            rendered = model.chat.preformatted(model.plain(*talk) or "")
+            assert not rendered.document
+            assert texts(rendered) == wanted(model, name, talk), name
