@@ -11,7 +11,7 @@ import msgspec
 from specd.data.faults import RowError
 from specd.data.forms import Conversation, Turn
 from specd.data.frame import Frame, learn
-from specd.data.labels import Layout, whole
+from specd.data.labels import Layout, said, thought
 from specd.data.marks import Marked
 from specd.data.template import Span, Template
 
@@ -95,9 +95,9 @@ class Chat:
             answers = answers[-1:]
         if self._template.marks_answers(talk.tools):
             return self._as_marked(talk, answers, where)
-        rendered, lost = self._laid_out(talk.turns, answers, talk, where)
+        rendered, cut_out = self._laid_out(talk.turns, answers, talk, where)
         last = len(talk.turns) - 1
-        if last not in lost or not last or talk.turns[last].get("tool_calls"):
+        if last not in cut_out or not last or talk.turns[last].get("tool_calls"):
             return rendered
         before, _ = self._laid_out(talk.turns[:last], answers[:-1], talk, where, open_answer=True)
         written = _continued(before.text, talk.turns[last]["content"].rstrip())
@@ -108,22 +108,25 @@ class Chat:
     def _laid_out(
         self, turns: list[Turn], answers: list[int], talk: Conversation, where: str, *, open_answer: bool = False
     ) -> tuple[Rendered, list[int]]:
-        """The text, with spans of `answers`, and the places of those of which the template leaves out a part."""
+        """The text with spans of `answers`, and the places of those whose content the template does not write whole."""
         text = self.render(turns, tools=talk.tools, open_answer=open_answer, where=where)
         layout = self._layout(text, turns, talk.tools, open_answer=open_answer)
         if layout is None:
             return self._in_steps(text, turns, answers, talk, where), []
         spans: list[Span] = []
-        lost = []
+        cut_out = []
+        dropped = 0
         for place in answers:
             found = layout.answer(place, cut=place in talk.cut)
             if found and spans:
                 found = max(found[0], spans[-1][1]), found[1]
             if found and found[0] < found[1]:
                 spans.append(found)
-            if not found or not whole(turns[place], text[slice(*layout.region(place))]):
-                lost.append(place)
-        return Rendered(text=text, spans=tuple(spans), dropped=len(lost)), lost
+            stands = text[slice(*layout.region(place))]
+            if not said(turns[place], stands):
+                cut_out.append(place)
+            dropped += found is None or place in cut_out or not thought(turns[place], stands)
+        return Rendered(text=text, spans=tuple(spans), dropped=dropped), cut_out
 
     def _layout(self, text: str, turns: list[Turn], tools: Any, *, open_answer: bool = False) -> Layout | None:
         """Where the texts of `turns` stand in `text`; None for a template that writes other text when it sees marks."""
@@ -200,8 +203,10 @@ class Chat:
             return document(text)
         while at >= 0:
             begin = at + len(frame.header)
-            if text.startswith(frame.generation, at):
-                begin = at + max(len(frame.generation), len(frame.header))
+            for lead in (frame.generation, *frame.leads):
+                if lead and text.startswith(lead, at):
+                    begin = at + len(lead)
+                    break
             if frame.generation and text.startswith(frame.rest, begin):
                 begin += len(frame.rest)
             ended = frame.end.search(text, begin)

@@ -33,7 +33,8 @@ _TOOL = {
 class Frame(msgspec.Struct, frozen=True, kw_only=True):
     """generation: the generation prompt; empty if the template has none of its own (Llama 2's ends the question).
 
-    header: what begins every answer, with thoughts or without. rest: what else belongs to the header of an answer
+    header: what begins every answer, with thoughts or without. leads: what the template writes before the content of an
+    answer without thoughts or calls, the longest first. rest: what else belongs to the header of an answer
     without thoughts or calls, because the generation prompt stops within it (gpt-oss). end: finds a token that can end
     an answer. closing: what follows the content of a last answer, its end token included. tokens: added tokens that the
     template writes.
@@ -41,6 +42,7 @@ class Frame(msgspec.Struct, frozen=True, kw_only=True):
 
     generation: str
     header: str
+    leads: tuple[str, ...]
     rest: str
     end: re.Pattern[str]
     closing: str
@@ -64,25 +66,28 @@ def learn(template: Template, added: Iterable[str], ends: Iterable[str]) -> Fram
             "the chat template does not write a question and an assistant's answer; use `text` or `input_ids` data"
         )
     lead, tail, lead_early, after = last[1], last[2], early[1], early[2]
-    header, generation = prompt[1], opened[_shared(opened, [asked], known) :]
+    header, generation = prompt[1], opened[shared(opened, [asked], known) :]
     written = {token for token in known if token in opened + lead + tail + lead_early + after}
     rest = ""
     if lead.startswith(header) and lead_early.startswith(header):
-        shared = commonprefix([lead[len(header) :], lead_early[len(header) :]])  # noqa: RUF071 - of texts, not of paths
+        same = commonprefix([lead[len(header) :], lead_early[len(header) :]])  # noqa: RUF071 - of texts, not of paths
         stops_within = not generation or generation[-1].isalnum()
-        rest = shared if stops_within and shared.strip() else ""
+        rest = same if stops_within and same.strip() else ""
     if generation:
         closed = len(header) - len(generation)
-        common = generation[: _shared(generation, [lead[closed:], lead_early[closed:]], known)]
+        leads = [lead[closed:], lead_early[closed:]]
+        common = generation[: shared(generation, leads, known)]
     else:
         rest = rest.rstrip(" ")
         common = rest or header.lstrip()
+        leads = [common]
     found = set(ends) | _ends(tail, after, known) | _ends_of_calls(template, tail, known)
     first = _first(tail, [token for token in known if token in found])
     closing = tail[: first[0] + len(first[1])] if first else ""
     return Frame(
         generation=generation,
         header=common,
+        leads=tuple(sorted((text for text in dict.fromkeys(leads) if text.strip()), key=len, reverse=True)),
         rest=rest,
         end=re.compile("|".join(map(re.escape, sorted(found, key=len, reverse=True))) or r"(?!)"),
         closing=closing,
@@ -103,7 +108,7 @@ def _around(template: Template, turns: list[Turn], **options: Any) -> list[str]:
     return [*result, text[at:]]
 
 
-def _shared(text: str, others: list[str], known: list[str]) -> int:
+def shared(text: str, others: list[str], known: list[str]) -> int:
     """Length of what `text` and `others` have in common at their beginning, up to whole added tokens."""
     length = len(commonprefix([text, *others]))  # noqa: RUF071 - of texts, not of paths
     for token in known:

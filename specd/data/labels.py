@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from specd.data.forms import Turn
-from specd.data.frame import Frame
+from specd.data.frame import Frame, shared
 from specd.data.marks import THOUGHTS, Mark, Marked
 from specd.data.template import Span
 
@@ -67,7 +67,7 @@ class Layout:
         cut: the answer stopped at a length limit, so that the target did not write its end.
         """
         own = self.own(place)
-        if own is None and place not in self._marked.unmarked:
+        if own is None and place not in self._marked.unmarked and self._turns[place]["content"].strip():
             return None
         begin = self._begin(place, own)
         if begin is None:
@@ -81,10 +81,15 @@ class Layout:
         header = self._header(place)
         if header is not None:
             space = trailing(self._turns[place - 1]["content"])
-            for length in range(len(space), -1, -1):
-                if text.startswith(space[:length] + header, start):
-                    return self._behind(start + length + len(header), limit)
-        for known in (frame.generation, frame.header):
+            begins = [start + n for n in range(len(space), -1, -1) if text.startswith(space[:n], start)]
+            for begin in begins:
+                if text.startswith(header, begin):
+                    return self._behind(begin + len(header), limit)
+            for begin in begins:
+                found = begin + shared(header, [text[begin:limit]], frame.tokens)
+                if found > begin + len(header) - len(frame.generation) and self._blank(found, limit, own):
+                    return found
+        for known in (frame.generation, *frame.leads, frame.header):
             at = text.rfind(known, start, limit) if own else text.find(known, start, limit)
             if known and at >= 0:
                 return self._behind(at + len(known), limit)
@@ -93,6 +98,13 @@ class Layout:
         while limit > start and text[limit - 1] == " ":
             limit -= 1
         return limit
+
+    def _blank(self, begin: int, limit: int, own: Span | None) -> bool:
+        """Whether only white space stands between a header and the answer, or the end token of an empty one."""
+        if own is None:
+            end = self._frame.end.search(self.text, begin, limit)
+            return end is not None and not self.text[begin : end.start()].strip()
+        return not self.text[begin:limit].strip()
 
     def _behind(self, begin: int, limit: int) -> int:
         """`begin`, behind a generation prompt, or behind the rest of its header if that follows."""
@@ -157,10 +169,12 @@ def trailing(text: str) -> str:
 _TAG = re.compile(r"</?[\w:|]+>|\[/?[A-Z_]+\]|◁/?\w+▷")
 
 
-def whole(turn: Turn, text: str) -> bool:
-    """Whether `text` has all that the turn says; its thoughts may stand apart from the content."""
+def said(turn: Turn, text: str) -> bool:
+    """Whether `text` has all of the turn's content; thoughts in it may stand apart from the rest."""
     content = turn["content"].strip()
-    if content and content not in text and any(p not in text for piece in _TAG.split(content) if (p := piece.strip())):
-        return False
-    thoughts = (turn.get(key) for key in THOUGHTS)
-    return all(found.strip() in text for found in thoughts if isinstance(found, str))
+    return content in text or all(piece.strip() in text for piece in _TAG.split(content))
+
+
+def thought(turn: Turn, text: str) -> bool:
+    """Whether `text` has all thoughts that stand beside the turn's content."""
+    return all(found.strip() in text for key in THOUGHTS if isinstance(found := turn.get(key), str))
