@@ -34,11 +34,6 @@ BY_HAND: dict[tuple[str, str], list[str]] = {
         f"\n\nBlue.{R1_END}",
         f"Plum comes to mind.\n</think>\n\nPlum.{R1_END}",
     ],
-    # The prompt is the one without thoughts, and an answer with thoughts begins as the other prompt, <think>, does.
-    ("exaone4", "thoughts in the content"): [
-        "Blue.[|endofturn|]",
-        "Plum comes to mind.\n</think>\n\nPlum.[|endofturn|]",
-    ],
 }
 """Conversations whose labels no rendering tells, and why."""
 
@@ -159,22 +154,11 @@ def as_it_stands(target: Target, talk: Talk, place: int) -> str | None:
     return whole[begin:until]
 
 
-def unsaid(target: Target, talk: Talk, place: int) -> bool:
-    """Whether the answer at `place` has only calls or thoughts, and the template writes none of them."""
-    turns, tools = talk
-    bare = {"role": "assistant", "content": turns[place]["content"]}
-    if turns[place] == bare or bare["content"]:
-        return False
-    return target.plain(turns, tools) == target.plain([*turns[:place], bare, *turns[place + 1 :]], tools)
-
-
 def wanted(target: Target, name: str, talk: Talk) -> list[str]:
     if (target.family.name, name) in BY_HAND:
         return BY_HAND[target.family.name, name]
     found = []
     for place in places(talk[0]):
-        if unsaid(target, talk, place):
-            continue
         text = behind_the_prompt(target, talk, place)
         text = as_it_stands(target, talk, place) if text is None else text
         found.append((text or "").removeprefix(target.family.rest))
@@ -284,15 +268,28 @@ def test_an_answer_that_is_context_is_no_label(target: Callable[[Family], Target
     assert texts(rendered) == right[-1:]
 
 
+def loses(target: Target, talk: Talk, place: int, text: str) -> bool:
+    """Whether `text` lacks the answer at `place`, its thoughts or its calls."""
+    (turns, tools), turn = talk, talk[0][place]
+    uncalled = {key: value for key, value in turn.items() if key != "tool_calls"}
+    if "tool_calls" in turn and text == target.plain([*turns[:place], uncalled, *turns[place + 1 :]], tools):
+        return True
+    pieces = [turn.get(target.family.thought), *re.split(r"</?think>", turn["content"])]
+    if any(piece and piece.strip() not in text for piece in pieces):
+        return True
+    return behind_the_prompt(target, talk, place) is None and as_it_stands(target, talk, place) is None
+
+
 @family
 def test_answers_that_lost_words_are_counted(target: Callable[[Family], Target], family: Family) -> None:
     model = target(family)
+    wrong = {}
     for name, talk in taken(model):
         rendered = model.rendered(talk)
-        said = [(turn.get(family.thought), turn["content"].strip()) for turn in talk[0] if turn["role"] == "assistant"]
-        lost = [pair for pair in said if any(words and words not in rendered.text for words in pair)]
-        if "calls" not in name and name != "call" and "content" not in name:
-            assert rendered.dropped == len(lost), name
+        lost = sum(loses(model, talk, place, rendered.text) for place in places(talk[0]))
+        if rendered.dropped != lost:
+            wrong[name] = rendered.dropped, lost
+    assert wrong == {}
 
 
 @family
