@@ -11,8 +11,8 @@ import msgspec
 
 from specd.data.faults import RowError
 from specd.data.forms import Conversation, Turn
-from specd.data.frame import Frame, any_of, learn
-from specd.data.labels import Layout, said, thought, trailing
+from specd.data.frame import Frame, learn
+from specd.data.labels import Layout, complete, said, trailing
 from specd.data.marks import Marked
 from specd.data.template import Renderer, Span, Template
 
@@ -44,7 +44,7 @@ class Chat:
     asks_clock: the template writes the date, so that the same rows give other text on another day.
     """
 
-    __slots__ = ("_frame", "_structure", "_template", "asks_clock", "options", "tokenizer")
+    __slots__ = ("_frame", "_template", "asks_clock", "options", "tokenizer")
 
     def __init__(
         self,
@@ -63,15 +63,12 @@ class Chat:
         self.options = dict(options or {})
         self._template = Template(tokenizer, self.options, date)
         added = {str(token): token.special for token in tokenizer.added_tokens_decoder.values()}
+        added |= dict.fromkeys(map(str, tokenizer.all_special_tokens), True)
         names = [tokenizer.convert_ids_to_tokens(i) for i in (*ends, *_configured(tokenizer)) if i < len(tokenizer)]
-        specials = set(map(str, tokenizer.all_special_tokens))
-        known = {name for name in names if isinstance(name, str) and name in added.keys() | specials}
+        known = {name for name in names if isinstance(name, str) and name in added}
         if tokenizer.eos_token:
             known.add(str(tokenizer.eos_token))
-        self._frame: Frame = learn(self._template, added.keys() | specials, known)
-        special = {token for token, special in added.items() if special}
-        self._structure = any_of(self._frame.tokens | specials | special)
-        """Finds a token that a plain document does not have."""
+        self._frame: Frame = learn(self._template, added, known)
         fixed = self._template.mentions("date_string") and "date_string" in self.options
         self.asks_clock = self._template.told_the_day or (self._template.mentions("strftime_now") and not fixed)
 
@@ -127,7 +124,7 @@ class Chat:
             stands = text[slice(*layout.region(place))]
             if not said(talk.turns[place], stands):
                 cut_out.append(place)
-            dropped += found is None or place in cut_out or not thought(talk.turns[place], stands)
+            dropped += found is None or place in cut_out or not complete(talk.turns[place], stands)
         return Rendered(text=text, spans=tuple(spans), dropped=dropped), cut_out
 
     def _layout(self, row: Renderer, turns: list[Turn], text: str, *, open_answer: bool = False) -> Layout | None:
@@ -161,7 +158,7 @@ class Chat:
     def _as_marked(self, row: Renderer, talk: Conversation, asked: list[int], *, everyone: bool) -> Rendered:
         """The text with the spans that the template itself marks, of the answers at `asked` or of `everyone`."""
         text, spans = row.marked(talk.turns)
-        dropped = sum(not said(talk.turns[place], text) or not thought(talk.turns[place], text) for place in asked)
+        dropped = sum(not said(talk.turns[place], text) or not complete(talk.turns[place], text) for place in asked)
         if everyone:
             return Rendered(text=text, spans=tuple(spans), dropped=dropped)
         layout = self._layout(row, talk.turns, text)
@@ -185,7 +182,7 @@ class Chat:
         frame = self._frame
         spans: list[Span] = []
         found = frame.begins.search(text)
-        if not found and not self._structure.search(text):
+        if not found and not frame.structure.search(text):
             return document(text)
         whole = True
         while found:
