@@ -149,9 +149,10 @@ def _first(text: str, known: list[str]) -> tuple[int, str] | None:
 
 
 def _ends(tail: str, after: str, known: list[str]) -> set[str]:
-    """Tokens that end an answer, from what stands behind one that is the last turn, and before a question.
+    """What ends an answer, from what stands behind one that is the last turn, and before a question.
 
-    Without one behind a last answer, the token of the next turn's role is what the target writes at its end.
+    That is an added token, else a text. Without any behind a last answer, the token of the next turn's role is what
+    the target writes at its end.
     """
     ends = set()
     first = _first(tail, known)
@@ -166,6 +167,8 @@ def _ends(tail: str, after: str, known: list[str]) -> set[str]:
         ends.add(token)
         if after.startswith(tail[:at]) and after.startswith(token, at):
             return ends
+    elif tail.strip() and after.startswith(tail.rstrip()):
+        return {tail.strip()}
     before = _first(after, known)
     return ends | {before[1]} if before else ends
 

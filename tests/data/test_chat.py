@@ -116,6 +116,20 @@ def test_a_last_answer_that_its_template_cuts_stands_as_it_was_written(tmp_path:
     assert (texts(rendered), rendered.dropped) == (["Four.<|im_end|>"], 1)
 
 
+def test_a_last_answer_that_was_cut_within_its_thoughts_stands_as_it_was_written(
+    chats: dict[str, Chat], tmp_path: Path
+) -> None:
+    """A template takes it for an answer without thoughts."""
+    r1 = Chat(load_tokenizer(write_tokenizer(tmp_path, R1)))
+    written = [(r1, "Adding, and", "Adding, and"), (r1, "<think>\nAdding, and", "Adding, and")]
+    for chat, content, begun in [*written, (chats["thinking"], "<think>\nAdding, and", "<think>\nAdding, and")]:
+        asked = talk("Hi", "Ho.", "2 + 2?")
+        answered = {"role": "assistant", "content": content}
+        rendered = rendered_of(chat, {"messages": [*asked, answered], "finish_reason": "length"})
+        assert rendered.text == chat.render(asked, open_answer=True) + begun
+        assert texts(rendered) == ["Ho.<|im_end|>", begun]
+
+
 def test_tool_calls_are_labels_and_tool_turns_are_not(chats: dict[str, Chat]) -> None:
     row = {
         "messages": [

@@ -107,6 +107,11 @@ def test_a_template_without_any_generation_prompt(tokenizer: Any) -> None:
     assert found.end.search("anything") is None
 
 
+def test_an_end_that_is_a_text_and_no_token(tokenizer: Any) -> None:
+    found = frame(tokenizer, EACH + "{{ m.role + ': ' + m.content + ' [end]\n' }}{% endfor %}", "<s>", ends=("</s>",))
+    assert (ends(found), found.closing) == ({"[end]", "</s>"}, " [end]")
+
+
 def test_thoughts_of_the_last_answer_alone(tokenizer: Any) -> None:
     found = frame(tokenizer, THINKING, "<|im_start|>", "<|im_end|>")
     assert found.header == "<|im_start|>assistant\n"

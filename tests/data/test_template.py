@@ -60,8 +60,8 @@ def test_the_second_template_is_for_rows_with_tools(tokenizer: Any) -> None:
     assert "Be brief." in chat.render(talk("Hi"))
     assert "Use tools." in chat.render(talk("Hi"), tools=tools)
     assert "Use tools." in chat.conversation(Conversation(turns=talk("Hi", "Ho"), tools=tools), "row 1").text
-    with pytest.raises(DataError, match="no chat template"):
-        shown(tokenizer, {"other": CHATML})
+    with pytest.raises(DataError, match="has the chat templates rag, tool_use, and none named default"):
+        shown(tokenizer, {"rag": CHATML, "tool_use": CHATML})
 
 
 def test_what_a_template_refuses_names_the_row(tokenizer: Any) -> None:
