@@ -161,13 +161,30 @@ def test_answers_that_lost_words_are_counted(target: Callable[[Family], Target],
     assert wrong == {}
 
 
+AMBIGUOUS = {
+    # Words of a turn that look like the template's own, and answers without a header before them or without a word.
+    "": ("looks like the template", "assistant first", "two answers", "empty"),
+    # What a tool gave stands under the header of an answer.
+    "alpaca": ("call", "call and words", "several calls", "thoughts and calls"),
+    "vicuna": ("call", "call and words", "several calls", "thoughts and calls"),
+    # The prompt is another one than that of the answer, and the text does not tell where the content began.
+    "exaone4": ("thoughts", "thoughts in the content", "thoughts and calls"),
+    # Its text is written anew from the content.
+    "deepseek_r1": ("thoughts in the content",),
+}
+"""Conversations whose text alone does not tell the labels, for all families ("") and for some."""
+
+
 @family
 def test_a_text_that_went_through_the_template_has_the_same_labels(
     target: Callable[[Family], Target], family: Family
 ) -> None:
     model = target(family)
+    wrong = {}
     for name, talk in taken(model):
-        if name in ("one", "several", "open", "system", "said before", "other scripts"):
-            rendered = model.chat.preformatted(model.plain(*talk) or "")
-            assert not rendered.document
-            assert texts(rendered) == wanted(model, name, talk), name
+        if name in AMBIGUOUS[""] or name in AMBIGUOUS.get(family.name, ()):
+            continue
+        rendered = model.chat.preformatted(model.plain(*talk) or "")
+        if rendered.document or texts(rendered) != wanted(model, name, talk):
+            wrong[name] = texts(rendered), wanted(model, name, talk)
+    assert wrong == {}
