@@ -107,7 +107,8 @@ def test_an_answer_that_was_cut_ends_with_its_words(target: Callable[[Family], T
     for place, right in zip(places(talk[0]), wanted(model, "several", talk), strict=True):
         said = talk[0][place]["content"]
         rendered = model.chat.conversation(Conversation(turns=talk[0], cut=frozenset({place})), "row 1")
-        assert right[: right.index(said) + len(said)] in texts(rendered), place
+        unfinished = place == len(talk[0]) - 1 and family.opening.endswith("<think>\n")
+        assert (said if unfinished else right[: right.index(said) + len(said)]) in texts(rendered), place
         assert len(rendered.spans) == 3
 
 
