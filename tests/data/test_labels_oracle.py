@@ -9,7 +9,7 @@ import pytest
 
 from families import FAMILIES, Family
 from label_oracle import Target, as_it_stands, behind_the_prompt, places, taken, wanted
-from specd.data.chat import Rendered
+from specd.data.chat import Chat, Rendered
 from specd.data.faults import RowError
 from specd.data.forms import Conversation
 from talks import Talk, talks
@@ -189,3 +189,12 @@ def test_a_text_that_went_through_the_template_has_the_same_labels(
         if rendered.document or texts(rendered) != wanted(model, name, talk):
             wrong[name] = texts(rendered), wanted(model, name, talk)
     assert wrong == {}
+
+
+@family
+def test_a_template_that_asks_for_the_clock_is_told_one_day(target: Callable[[Family], Target], family: Family) -> None:
+    tokenizer = target(family).tokenizer
+    days = [Chat(tokenizer, date=day) for day in ("2026-01-31", "2027-02-01", "2026-01-31")]
+    first, second, again = (chat.render(talks(family)["one"][0]) for chat in days)
+    assert first == again
+    assert {chat.asks_clock for chat in days} == {first != second}
