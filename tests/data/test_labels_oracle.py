@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from pathlib import Path
 
+import msgspec
 import pytest
 
 from families import FAMILIES, Family
@@ -54,6 +56,16 @@ def tokens_of(target: Target, rendered: Rendered) -> list[str]:
     return [text[begin:end] for (begin, _), end in zip(rendered.spans, reached, strict=True)]
 
 
+THINKING_OFF = {
+    "glm4_5": "<|assistant|>\n<think></think>",
+    "nemotron3": "<|im_start|>assistant\n<think></think>",
+    "qwen3": "<|im_start|>assistant\n<think>\n\n</think>\n\n",
+    "qwen3_5": "<|im_start|>assistant\n<think>\n\n</think>\n\n",
+    "smollm3": "<|im_start|>assistant\n<think>\n\n</think>\n",
+}
+"""Families with a switch for thoughts, and the generation prompt without."""
+
+
 def differences(target: Target, found: Callable[[Talk], list[str]]) -> dict[str, tuple[list[str], list[str]]]:
     """Conversations whose labels are not right, each with (found, right)."""
     wrong: dict[str, tuple[list[str], list[str]]] = {}
@@ -78,6 +90,18 @@ def test_labels_are_what_stands_behind_the_prompt(target: Callable[[Family], Tar
 def test_tokens_under_the_mask_are_those_behind_the_prompt(target: Callable[[Family], Target], family: Family) -> None:
     model = target(family)
     assert differences(model, lambda talk: tokens_of(model, model.rendered(talk))) == {}
+
+
+@pytest.mark.parametrize("name", THINKING_OFF)
+def test_an_empty_think_block_of_the_prompt_is_no_label(name: str, tmp_path: Path) -> None:
+    usual = next(family for family in FAMILIES if family.name == name)
+    headers = usual.headers or (usual.opening,)
+    family = msgspec.structs.replace(usual, opening=THINKING_OFF[name], headers=headers)
+    model = Target(family, tmp_path, enable_thinking=False)
+    assert (model.plain(*talks(family)["open"], opened=True) or "").endswith(family.opening)
+    for conversation, talk in taken(model):
+        if not conversation.startswith("thoughts"):
+            assert texts(model.rendered(talk)) == wanted(model, conversation, talk), conversation
 
 
 @family

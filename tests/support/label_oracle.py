@@ -41,10 +41,11 @@ BY_HAND: dict[tuple[str, str], list[str]] = {
 class Target:
     """A family's tokenizer, and the chat of specd over it."""
 
-    def __init__(self, family: Family, directory: Path) -> None:
-        self.family = family
+    def __init__(self, family: Family, directory: Path, **options: Any) -> None:
+        """options: variables for the template, as enable_thinking."""
+        self.family, self.options = family, options
         self.tokenizer: Any = load_tokenizer(write_family(family, directory))
-        self.chat = Chat(self.tokenizer)
+        self.chat = Chat(self.tokenizer, options)
         self.encoder = Encoder(self.tokenizer)
         self.config = DataConfig(path="rows.jsonl")
         self.right: dict[str, list[str]] = {}
@@ -53,7 +54,7 @@ class Target:
         """The template's text of `turns`; None when it refuses them."""
         try:
             text: str = self.tokenizer.apply_chat_template(
-                turns, tools=tools, tokenize=False, add_generation_prompt=opened
+                turns, tools=tools, tokenize=False, add_generation_prompt=opened, **self.options
             )
         except Exception:  # noqa: BLE001 - whatever a template raises
             return None

@@ -30,12 +30,18 @@ def answer(content: str, **more: Any) -> dict[str, Any]:
     return {"role": "assistant", "content": content, **more}
 
 
-def call(number: int, **arguments: Any) -> dict[str, Any]:
+def call_as_object(number: int, **arguments: Any) -> dict[str, Any]:
     return {
         "id": f"call{number:05d}",
         "type": "function",
         "function": {"name": "weather", "arguments": arguments},
     }
+
+
+def call_as_text(number: int, **arguments: Any) -> dict[str, Any]:
+    """The arguments as OpenAI's API has them."""
+    found = call_as_object(number, **arguments)
+    return {**found, "function": {"name": "weather", "arguments": json.dumps(arguments)}}
 
 
 def result(number: int, content: str) -> dict[str, Any]:
@@ -44,6 +50,7 @@ def result(number: int, content: str) -> dict[str, Any]:
 
 def talks(family: Family) -> dict[str, Talk]:
     """Conversations by name, with the thoughts of a turn under the key that the family's template reads."""
+    call = call_as_text if family.strings else call_as_object
     colour, fruit, rain = user("Name a colour."), user("And a fruit?"), user("Rain in Ulm?")
 
     def thinking(content: str, thought: str, **more: Any) -> dict[str, Any]:
