@@ -181,7 +181,10 @@ def _build(job: Job, home: Path, key: str, on_rows: Callable[[int], None]) -> st
     """Read every row once; memory is that of a few chunks."""
     report = Report()
     origins: deque[int] = deque()
-    with store.Scratch(home) as scratch, closing(portions(job, _chunks(job.config, origins), job.config.processes)) as made:
+    with (
+        store.Scratch(home) as scratch,
+        closing(portions(job, _chunks(job.config, origins), job.config.processes)) as made,
+    ):
         for portion in made:
             scratch.add(portion, report.rows)
             report = report.plus(portion.report, origins.popleft())

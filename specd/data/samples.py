@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -165,4 +166,4 @@ def pieces(size: int, most: int, least: int) -> list[tuple[int, int]]:
     edges = [*range(0, size, most), size]
     if len(edges) > 2 and edges[-1] - edges[-2] < least:
         edges[-2] = size - least
-    return list(zip(edges, edges[1:], strict=False))
+    return list(pairwise(edges))
