@@ -40,7 +40,7 @@ _TOKENIZER_FILE = re.compile(
     r"\.(json|jinja|model|txt|tiktoken)"
 )
 _CLOCK = b"strftime_now"
-"""What a chat template calls to know the day."""
+"""What a chat template calls that may want to know the day."""
 
 
 class Dataset:
@@ -119,6 +119,8 @@ def dated(config: DataConfig, tokenizer_dir: Path) -> DataConfig:
     Without one it is the same data every day, so `date` stays as it is.
     """
     if config.date or not any(_CLOCK in file.read_bytes() for file in _tokenizer_files(tokenizer_dir)):
+        return config
+    if not Maker(Job(config, tokenizer_dir, 1)).chat.asks_clock:
         return config
     today = date.today().isoformat()
     logger.warning(

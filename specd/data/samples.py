@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from specd.config.settings import DataConfig
 from specd.data import forms
-from specd.data.chat import Chat, Rendered
+from specd.data.chat import Chat, Rendered, document
 from specd.data.faults import Faults, RowError
 from specd.data.portion import Portion
 from specd.data.rows import Row
@@ -67,7 +67,7 @@ class Maker:
     @property
     def chat(self) -> Chat:
         if self._chat is None:
-            self._chat = Chat(self.encoder.tokenizer, self.job.config.template)
+            self._chat = Chat(self.encoder.tokenizer, self.job.config.template, date=self.job.config.date)
         return self._chat
 
     @property
@@ -111,7 +111,7 @@ class Maker:
                 yield one
                 continue
             if isinstance(one, Rendered):
-                coded = Coded(*next(encoded), one.document)
+                coded = Coded(*next(encoded), one.document, one.dropped)
             else:
                 coded = Coded(one.ids, one.loss_mask, bool(one.loss_mask.all()))  # type: ignore[arg-type]
             if coded.tokens.size and coded.tokens.max() >= self.vocabulary:
@@ -130,7 +130,7 @@ class Maker:
             if isinstance(form, forms.Conversation):
                 return self.chat.conversation(form, where, last_turn_only=config.last_turn_only)
             if not self.encoder.tokenizer.chat_template:
-                return Rendered(text=form.text, spans=((0, len(form.text)),), document=True)
+                return document(form.text)
             return self.chat.preformatted(form.text, last_turn_only=config.last_turn_only)
         except RowError as error:
             return error
