@@ -5,14 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from os.path import commonprefix
-from typing import Any
 
 import msgspec
 
 from specd.data.faults import RowError
 from specd.data.forms import Turn
 from specd.data.marks import Marked
-from specd.data.template import Template
+from specd.data.template import Renderer, Template
 from specd.errors import DataError
 
 QUESTION: Turn = {"role": "user", "content": "Why?"}
@@ -55,10 +54,11 @@ def learn(template: Template, added: Iterable[str], ends: Iterable[str]) -> Fram
     Raises DataError for a template that refuses a question and an answer, or does not write the answer.
     """
     known = sorted((token for token in added if token.strip()), key=len, reverse=True)
+    row = template.row("a question and an answer")
     try:
-        asked, opened = template.render([QUESTION]), template.render([QUESTION], open_answer=True)
-        last, early = _around(template, [QUESTION, ANSWER]), _around(template, [QUESTION, ANSWER, QUESTION])
-        prompt = _around(template, [QUESTION], open_answer=True)
+        asked, opened = row.render([QUESTION]), row.render([QUESTION], open_answer=True)
+        last, early = _around(row, [QUESTION, ANSWER]), _around(row, [QUESTION, ANSWER, QUESTION])
+        prompt = _around(row, [QUESTION], open_answer=True)
     except RowError as error:
         raise DataError(f"the chat template cannot be used: {error}; use `text` or `input_ids` data") from None
     if len(prompt) < 2 or len(last) < 3 or len(early) < 4:
@@ -95,10 +95,10 @@ def learn(template: Template, added: Iterable[str], ends: Iterable[str]) -> Fram
     )
 
 
-def _around(template: Template, turns: list[Turn], **options: Any) -> list[str]:
+def _around(row: Renderer, turns: list[Turn], *, open_answer: bool = False) -> list[str]:
     """The texts before, between and behind the contents of `turns`; fewer where the template leaves contents out."""
     marked = Marked(turns, "")
-    text, marks = marked.read(template.render(marked.turns, **options))
+    text, marks = marked.read(row.render(marked.turns, open_answer=open_answer))
     result, at = [], 0
     for turn in range(len(turns)):
         own = [mark.at for mark in marks if mark.turn == turn and not mark.again]
@@ -108,7 +108,7 @@ def _around(template: Template, turns: list[Turn], **options: Any) -> list[str]:
     return [*result, text[at:]]
 
 
-def shared(text: str, others: list[str], known: list[str]) -> int:
+def shared(text: str, others: list[str], known: Iterable[str]) -> int:
     """Length of what `text` and `others` have in common at their beginning, up to whole added tokens."""
     length = len(commonprefix([text, *others]))  # noqa: RUF071 - of texts, not of paths
     for token in known:
@@ -150,13 +150,14 @@ def _ends_of_calls(template: Template, tail: str, known: list[str]) -> set[str]:
     """Tokens that end an answer which calls a tool. tail: what stands behind an answer that is the last turn."""
     try:
         marked = Marked([QUESTION, _CALLING, _RESULT], "")
-        called, marks = marked.read(template.render(marked.turns[:2], tools=[_TOOL]))
+        row = template.row("a call", [_TOOL])
+        called, marks = marked.read(row.render(marked.turns[:2]))
         calls = [mark.at for mark in marks if mark.turn == 1]
         if calls and _first(tail, known):
             closing = called[calls[-1] :]
             tokens = [(closing.rfind(token), token) for token in known if token in closing]
             return {max(tokens)[1]} if tokens else set()
-        told, marks = marked.read(template.render(marked.turns, tools=[_TOOL]))
+        told, marks = marked.read(row.render(marked.turns))
         results = [mark.at for mark in marks if mark.turn == 2]
         if calls and results and told.startswith(called):
             first = _first(told[len(called) : results[0]], known)

@@ -3,30 +3,27 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from typing import Any
 
+from specd.data.faults import RowError
 from specd.data.forms import Turn
 from specd.data.frame import Frame, shared
 from specd.data.marks import THOUGHTS, Mark, Marked
-from specd.data.template import Span
+from specd.data.template import Renderer, Span
 
 
 class Layout:
     """A rendered conversation with its marks. Answers are asked for by their place, in order."""
 
-    __slots__ = ("_first", "_frame", "_headers", "_last", "_marked", "_marks", "_open", "_prompt", "_turns", "text")
+    __slots__ = ("_first", "_frame", "_headers", "_last", "_marked", "_marks", "_open", "_row", "_turns", "text")
 
     def __init__(
         self, text: str, turns: list[Turn], marked: Marked, marks: list[Mark], frame: Frame,
-        prompt: Callable[[list[Turn]], str | None], *, open_answer: bool = False,
+        row: Renderer, *, open_answer: bool = False,
     ) -> None:  # fmt: skip
-        """prompt: renders turns up to where the target's answer begins; None where the template refuses that.
-
-        open_answer: `text` itself ends there.
-        """
+        """row: the template that wrote `text`. open_answer: `text` ends where the target's answer begins."""
         self.text, self._turns, self._marked, self._marks, self._frame = text, turns, marked, marks, frame
-        self._prompt, self._open = prompt, open_answer
+        self._row, self._open = row, open_answer
         self._headers: dict[Any, str | None] = {}
         self._first: dict[int, int] = {}
         self._last: dict[int, int] = {}
@@ -87,7 +84,7 @@ class Layout:
                     return self._behind(begin + len(header), limit)
             for begin in begins:
                 found = begin + shared(header, [text[begin:limit]], frame.tokens)
-                if found > begin + len(header) - len(frame.generation) and self._blank(found, limit, own):
+                if found > begin + len(header) - len(frame.generation) and self._follows(place, found, own):
                     return found
         for known in (frame.generation, *frame.leads, frame.header):
             at = text.rfind(known, start, limit) if own else text.find(known, start, limit)
@@ -99,12 +96,14 @@ class Layout:
             limit -= 1
         return limit
 
-    def _blank(self, begin: int, limit: int, own: Span | None) -> bool:
-        """Whether only white space stands between a header and the answer, or the end token of an empty one."""
+    def _follows(self, place: int, at: int, own: Span | None) -> bool:
+        """Whether the answer stands at `at`, but for white space: its text, or the end token of an empty one."""
         if own is None:
-            end = self._frame.end.search(self.text, begin, limit)
-            return end is not None and not self.text[begin : end.start()].strip()
-        return not self.text[begin:limit].strip()
+            end = self._frame.end.search(self.text, at, self.region(place)[1])
+            return end is not None and not self.text[at : end.start()].strip()
+        before = self.text[at : own[0]].strip()
+        taken_apart = own[0] == own[1] and any(before.startswith(first) for first in pieces(self._turns[place])[:1])
+        return not before or taken_apart
 
     def _behind(self, begin: int, limit: int) -> int:
         """`begin`, behind a generation prompt, or behind the rest of its header if that follows."""
@@ -133,10 +132,10 @@ class Layout:
 
     def _asked(self, place: int, before: int) -> str | None:
         turns = self._marked.turns[:place]
-        content = turns[-1]["content"]
-        turns[-1] = {**turns[-1], "content": content.rstrip()}
-        opened = self._prompt(turns)
-        if opened is None:
+        turns[-1] = {**turns[-1], "content": turns[-1]["content"].rstrip()}
+        try:
+            opened = self._row.render(turns, open_answer=True)
+        except RowError:
             return None
         text, marks = self._marked.read(opened)
         return text[marks[-1].at :] if marks and marks[-1].turn == before else None
@@ -169,10 +168,14 @@ def trailing(text: str) -> str:
 _TAG = re.compile(r"</?[\w:|]+>|\[/?[A-Z_]+\]|◁/?\w+▷")
 
 
+def pieces(turn: Turn) -> list[str]:
+    """The texts of the turn's content, between tags as <think>: where a template may take it apart."""
+    return [piece.strip() for piece in _TAG.split(turn["content"]) if piece.strip()]
+
+
 def said(turn: Turn, text: str) -> bool:
     """Whether `text` has all of the turn's content; thoughts in it may stand apart from the rest."""
-    content = turn["content"].strip()
-    return content in text or all(piece.strip() in text for piece in _TAG.split(content))
+    return turn["content"].strip() in text or all(piece in text for piece in pieces(turn))
 
 
 def thought(turn: Turn, text: str) -> bool:
