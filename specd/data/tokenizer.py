@@ -55,7 +55,6 @@ class Encoder:
                 mask &= ~added
                 if added[0] and tokens.size > 1 and tokens[1] == tokens[0]:
                     tokens, mask = tokens[1:], mask[1:]
-                    mask[0] = False
             yield tokens, mask
 
 
