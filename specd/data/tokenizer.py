@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from specd.data.chat import Rendered, Span
+from specd.data.chat import Rendered
+from specd.data.template import Span
 from specd.errors import DataError, first_line
 
 if TYPE_CHECKING:

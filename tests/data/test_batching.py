@@ -47,7 +47,9 @@ def test_each_sample_once_an_epoch_and_each_batch_within_its_budget(
 
 @settings(deadline=None)
 @given(lengths, st.data(), st.integers(0, 2**63 - 1))
-def test_weights_are_kept_to_over_the_epochs_and_nearly_in_each(sizes: list[int], data: st.DataObject, seed: int) -> None:
+def test_weights_are_kept_to_over_the_epochs_and_nearly_in_each(
+    sizes: list[int], data: st.DataObject, seed: int
+) -> None:
     weight = st.floats(0.01, 3.5)
     weights = data.draw(st.lists(weight, min_size=len(sizes), max_size=len(sizes)))
     plan = BatchPlan(sizes, 100, seed=seed, weights=weights)

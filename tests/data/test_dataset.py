@@ -199,7 +199,7 @@ def test_nothing_but_bad_rows(tmp_path: Path, tokenizer: Path) -> None:
     path = write_rows(tmp_path / "a.jsonl", {"messages": []}, {"messages": []})
     with pytest.raises(DataError, match="2 of 2 rows cannot be used"):
         prepare(DataConfig(path=path), tokenizer)
-    with pytest.raises(DataError, match=r"none of the 2 rows .* trainable tokens .*2 rows: .*, the first: a\.jsonl line 1"):
+    with pytest.raises(DataError, match=r"none of the 2 rows .*; 2 rows: .*, the first: a\.jsonl line 1"):
         prepare(DataConfig(path=path, bad_rows="skip"), tokenizer)
 
 

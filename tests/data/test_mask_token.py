@@ -23,7 +23,11 @@ def number(directory: Path, token: str) -> int:
 
 
 def dataset(tmp_path: Path, directory: Path, *ids: int) -> Dataset:
-    path = write_rows(tmp_path / "ids.jsonl", {"input_ids": [7, 7], "loss_mask": [1, 1]}, {"input_ids": ids, "loss_mask": [1] * len(ids)})
+    path = write_rows(
+        tmp_path / "ids.jsonl",
+        {"input_ids": [7, 7], "loss_mask": [1, 1]},
+        {"input_ids": ids, "loss_mask": [1] * len(ids)},
+    )
     return prepare(DataConfig(path=path, cache_dir=str(tmp_path / "cache")), directory)
 
 

@@ -31,7 +31,10 @@ def test_reports_add_up() -> None:
         rows=9,
         samples=4,
         without_labels=1,
-        bad=(Fault(kind="no turns", rows=3, first="line 12: …"), Fault(kind="unknown role", rows=1, first="line 15: …")),
+        bad=(
+            Fault(kind="no turns", rows=3, first="line 12: …"),
+            Fault(kind="unknown role", rows=1, first="line 15: …"),
+        ),
     )
     whole = Report().plus(first, 0).plus(second, 0).plus(third, 2)
     assert (whole.rows, whole.samples, whole.tokens, whole.cut, whole.dropped) == (18, 9, 50, 1, 2)

@@ -35,7 +35,8 @@ def started(self, *arguments, **settings):
     print(*self.pids, flush=True)
 Workers.__init__ = started
 path, tokenizer, cache = sys.argv[1:]
-prepare(DataConfig(path=path, cache_dir=cache, processes=2), Path(tokenizer), on_rows=lambda rows: print(rows, flush=True))
+config = DataConfig(path=path, cache_dir=cache, processes=2)
+prepare(config, Path(tokenizer), on_rows=lambda rows: print(rows, flush=True))
 """
 
 
@@ -106,7 +107,10 @@ def test_what_no_row_is_to_blame_for_is_raised_here(tmp_path: Path) -> None:
     base = write_base(tmp_path)
     with pytest.raises(DataError, match="no chat template"):
         list(portions(job(base), chunks(3), 2))
-    with pytest.raises(DataError, match="no usable tokenizer"), Workers(job(tmp_path / "none"), 2, reads_text=True) as some:
+    with (
+        pytest.raises(DataError, match="no usable tokenizer"),
+        Workers(job(tmp_path / "none"), 2, reads_text=True) as some,
+    ):
         list(some.make(chunks(3)))
 
 

@@ -117,11 +117,11 @@ def write_base(directory: Path, *, padded: int = 0, reserved: int = 0) -> Path:
     return directory
 
 
-def write_target(directory: Path, num_layers: int = 4) -> Path:
-    """A tiny Llama of random weights with that tokenizer, saved to `directory`."""
+def write_target(directory: Path, num_layers: int = 4, *, template: str = CHATML, padded: int = 0) -> Path:
+    """A tiny Llama of random weights with that tokenizer, saved to `directory`. padded: see write_base."""
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-    size = len(AutoTokenizer.from_pretrained(write_tokenizer(directory)))
+    size = len(AutoTokenizer.from_pretrained(write_tokenizer(directory, template))) + padded
     config = LlamaConfig(
         hidden_size=32, intermediate_size=48, num_hidden_layers=num_layers, num_attention_heads=4,
         num_key_value_heads=2, vocab_size=size, max_position_embeddings=2048, initializer_range=0.25,
