@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from os.path import commonprefix
+from typing import Any
 
 import msgspec
 
@@ -16,7 +17,7 @@ from specd.errors import DataError
 
 QUESTION: Turn = {"role": "user", "content": "Why?"}
 ANSWER: Turn = {"role": "assistant", "content": "Because."}
-_CALL = {"id": "call00001", "type": "function", "function": {"name": "look", "arguments": {"at": "it"}}}
+_CALL: dict[str, Any] = {"id": "call00001", "type": "function", "function": {"name": "look", "arguments": {"at": "it"}}}
 _CALLING: Turn = {"role": "assistant", "content": "", "tool_calls": [_CALL]}
 _RESULT: Turn = {"role": "tool", "name": "look", "tool_call_id": "call00001", "content": "Seen."}
 _TOOL = {
@@ -69,6 +70,7 @@ def learn(template: Template, added: Mapping[str, bool], ends: Iterable[str]) ->
     else:
         begin = rest or header.lstrip()
         leads = [begin]
+    template.json_arguments = _reads_json(template)
     found = set(ends) | _ends(tail, after, known) | _ends_of_calls(template, tail, known)
     first = any_of(found).search(tail)
     written = {token for token in known if any(token in text for text in (opened, *last, *early))}
@@ -182,6 +184,19 @@ def _ends(tail: str, after: str, known: list[str]) -> set[str]:
         return {tail.strip()}
     before = _first(after, known)
     return ends | {before[1]} if before else ends
+
+
+def _reads_json(template: Template) -> bool:
+    """Whether `template` writes the arguments of a call when they are JSON, and not when they are an object."""
+    arguments = _CALL["function"]["arguments"]
+    shown = []
+    for template.json_arguments in (False, True):
+        try:
+            text = template.row("a call", [_TOOL]).render([QUESTION, _CALLING, _RESULT])
+            shown.append(str(arguments) not in text)
+        except RowError:
+            shown.append(False)
+    return shown == [False, True]
 
 
 def _ends_of_calls(template: Template, tail: str, known: list[str]) -> set[str]:
