@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from os.path import commonprefix
 
 import msgspec
@@ -36,7 +36,8 @@ class Frame(msgspec.Struct, frozen=True, kw_only=True):
     results where that is another. leads: what the template writes before an answer of
     content alone, the longest first. rest: what else belongs to the header of such an answer, because the generation
     prompt stops within it (gpt-oss). end: finds a token that can end an answer. closing: what follows the content of a
-    last answer, its end token included. tokens: added tokens that the template writes.
+    last answer, its end token included. tokens: added tokens that the template writes. structure: finds one of them,
+    or a special token: what a plain document does not have.
     """
 
     generation: str
@@ -47,25 +48,17 @@ class Frame(msgspec.Struct, frozen=True, kw_only=True):
     end: re.Pattern[str]
     closing: str
     tokens: frozenset[str]
+    structure: re.Pattern[str]
 
 
-def learn(template: Template, added: Iterable[str], ends: Iterable[str]) -> Frame:
-    """The frame of `template`. added: the tokenizer's added tokens. ends: tokens that are known to end a text.
+def learn(template: Template, added: Mapping[str, bool], ends: Iterable[str]) -> Frame:
+    """The frame of `template`.
 
+    added: the tokenizer's added tokens, and whether they are special. ends: tokens that are known to end a text.
     Raises DataError for a template that refuses a question and an answer, or does not write the answer.
     """
     known = sorted((token for token in added if token.strip()), key=len, reverse=True)
-    row = template.row("a question and an answer")
-    try:
-        asked, opened = row.render([QUESTION]), row.render([QUESTION], open_answer=True)
-        last, early = _around(row, [QUESTION, ANSWER]), _around(row, [QUESTION, ANSWER, QUESTION])
-        prompt = _around(row, [QUESTION], open_answer=True)
-    except RowError as error:
-        raise DataError(f"the chat template cannot be used: {error}; use `text` or `input_ids` data") from None
-    if len(prompt) < 2 or len(last) < 3 or len(early) < 4:
-        raise DataError(
-            "the chat template does not write a question and an assistant's answer; use `text` or `input_ids` data"
-        )
+    asked, opened, prompt, last, early = _shown(template)
     header, generation = prompt[1], opened[shared(opened, [asked], known) :]
     (_, lead, tail), (_, lead_early, after, _) = last, early
     rest = _rest(header, generation, lead, lead_early)
@@ -78,6 +71,7 @@ def learn(template: Template, added: Iterable[str], ends: Iterable[str]) -> Fram
         leads = [begin]
     found = set(ends) | _ends(tail, after, known) | _ends_of_calls(template, tail, known)
     first = any_of(found).search(tail)
+    written = {token for token in known if any(token in text for text in (opened, *last, *early))}
     return Frame(
         generation=generation,
         header=begin,
@@ -88,8 +82,30 @@ def learn(template: Template, added: Iterable[str], ends: Iterable[str]) -> Fram
         rest=rest,
         end=any_of(found),
         closing=tail[: first.end()] if first else "",
-        tokens=frozenset(token for token in known if any(token in text for text in (opened, *last, *early))),
+        tokens=frozenset(written),
+        structure=any_of(written | {token for token in known if added[token]}),
     )
+
+
+def _shown(template: Template) -> tuple[str, str, list[str], list[str], list[str]]:
+    """A question alone, and opened for an answer; the latter, an answer and a question behind it, as `_around`.
+
+    Contents are lists of parts from now on if that is what `template` writes. Raises DataError if it writes neither.
+    """
+    fault = "it does not write a question and an assistant's answer"
+    for parts in (False, True):
+        template.parts = parts
+        row = template.row("a question and an answer")
+        try:
+            asked, opened = row.render([QUESTION]), row.render([QUESTION], open_answer=True)
+            prompt = _around(row, [QUESTION], open_answer=True)
+            last, early = _around(row, [QUESTION, ANSWER]), _around(row, [QUESTION, ANSWER, QUESTION])
+        except RowError as error:
+            fault = fault if parts else str(error)
+            continue
+        if len(prompt) == 2 and len(last) == 3 and len(early) == 4:
+            return asked, opened, prompt, last, early
+    raise DataError(f"the chat template cannot be used: {fault}; use `text` or `input_ids` data")
 
 
 def _rest(header: str, generation: str, lead: str, lead_early: str) -> str:
@@ -144,9 +160,10 @@ def _first(text: str, known: list[str]) -> tuple[int, str] | None:
 
 
 def _ends(tail: str, after: str, known: list[str]) -> set[str]:
-    """Tokens that end an answer, from what stands behind one that is the last turn, and before a question.
+    """What ends an answer, from what stands behind one that is the last turn, and before a question.
 
-    Without one behind a last answer, the token of the next turn's role is what the target writes at its end.
+    That is an added token, else a text. Without any behind a last answer, the token of the next turn's role is what
+    the target writes at its end.
     """
     ends = set()
     first = _first(tail, known)
@@ -161,6 +178,8 @@ def _ends(tail: str, after: str, known: list[str]) -> set[str]:
         ends.add(token)
         if after.startswith(tail[:at]) and after.startswith(token, at):
             return ends
+    elif tail.strip() and after.startswith(tail.rstrip()):
+        return {tail.strip()}
     before = _first(after, known)
     return ends | {before[1]} if before else ends
 

@@ -23,10 +23,13 @@ _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 class Renderer:
     """The chat template as one row has it, with its tools and variables. where: the row, for messages."""
 
-    __slots__ = ("_source", "_tools", "_variables", "where")
+    __slots__ = ("_parts", "_source", "_tools", "_variables", "where")
 
-    def __init__(self, source: str, variables: dict[str, Any], tools: list[Any] | None, where: str) -> None:
+    def __init__(
+        self, source: str, variables: dict[str, Any], tools: list[Any] | None, where: str, *, parts: bool
+    ) -> None:
         self._source, self._variables, self._tools, self.where = source, variables, tools, where
+        self._parts = parts
 
     @property
     def marks_answers(self) -> bool:
@@ -49,6 +52,8 @@ class Renderer:
         from transformers.utils.chat_template_utils import render_jinja_template
 
         render: Any = render_jinja_template
+        if self._parts:
+            turns = [{**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in turns]
         try:
             texts, spans = render(
                 conversations=[turns], tools=self._tools, chat_template=self._source, **how, **self._variables
@@ -62,31 +67,33 @@ class Renderer:
 class Template:
     """The chat template of one tokenizer, or its two: one for rows with tools.
 
-    told_the_day: whether a rendering asked for the clock so far.
+    told_the_day: whether a rendering asked for the clock so far. parts: whether it gets contents as lists of parts,
+    which is all that templates of some models of images read.
     """
 
-    __slots__ = ("_now", "_sources", "_variables", "told_the_day")
+    __slots__ = ("_now", "_sources", "_variables", "parts", "told_the_day")
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, options: Mapping[str, Any], date: str) -> None:
         """options: variables for the template. date: the day it is told if it asks, as 2026-01-31; empty for today.
 
         Raises DataError when there is no template, ConfigError for a day that is none.
         """
-        self.told_the_day = False
+        self.told_the_day = self.parts = False
         self._now = _noon(date) if date else datetime.now()
-        example: list[Any] = [{}]
-        try:
-            self._sources = {bool(tools): tokenizer.get_chat_template(None, tools) for tools in (None, example)}
-        except ValueError:
+        named = tokenizer.chat_template
+        if not named or (isinstance(named, dict) and "default" not in named):
+            found = f"the chat templates {', '.join(named)}, and none named default" if named else "no chat template"
             raise DataError(
-                "the target's tokenizer has no chat template, which conversations need; use `text` or `input_ids` data"
-            ) from None
+                f"the target's tokenizer has {found}, which conversations need; use `text` or `input_ids` data"
+            )
+        example: list[Any] = [{}]
+        self._sources = {bool(tools): tokenizer.get_chat_template(None, tools) for tools in (None, example)}
         self._variables = {**tokenizer.special_tokens_map, "strftime_now": self._day, **options}
 
     def row(self, where: str, tools: list[Any] | None = None, options: Mapping[str, Any] | None = None) -> Renderer:
         """The template for a row with `tools` and `options` of its own, named `where`."""
         variables = {**self._variables, **options} if options else self._variables
-        return Renderer(self._sources[bool(tools)], variables, tools or None, where)
+        return Renderer(self._sources[bool(tools)], variables, tools or None, where, parts=self.parts)
 
     def mentions(self, word: str) -> bool:
         return any(word in source for source in self._sources.values())

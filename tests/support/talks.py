@@ -10,7 +10,7 @@ from families import Family
 Talk = tuple[list[dict[str, Any]], list[dict[str, Any]] | None]
 """Turns, and the tools beside them."""
 
-TOOLS = [
+TOOLS: list[dict[str, Any]] = [
     {
         "type": "function",
         "function": {
@@ -99,9 +99,8 @@ def talks(family: Family) -> dict[str, Talk]:
             thinking("No rain.", "It is dry."), user("And in Bonn?"), thinking("Ask again.", "Unsure."),
         ],
     }  # fmt: skip
-    return {name: (turns, None) for name, turns in plain.items()} | {
-        name: (turns, TOOLS) for name, turns in called.items()
-    }
+    found: dict[str, Talk] = {name: (turns, None) for name, turns in plain.items()}
+    return found | {name: (turns, TOOLS) for name, turns in called.items()}
 
 
 def as_row(talk: Talk) -> dict[str, Any]:
