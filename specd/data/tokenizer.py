@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from specd.data.chat import Rendered, Span
+from specd.data.chat import Rendered
+from specd.data.template import Span
 from specd.errors import DataError, first_line
 
 if TYPE_CHECKING:
@@ -55,7 +56,6 @@ class Encoder:
                 mask &= ~added
                 if added[0] and tokens.size > 1 and tokens[1] == tokens[0]:
                     tokens, mask = tokens[1:], mask[1:]
-                    mask[0] = False
             yield tokens, mask
 
 
