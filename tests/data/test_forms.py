@@ -55,6 +55,8 @@ def test_an_input_stands_behind_its_instruction_and_a_history_before_it() -> Non
     assert form(row) == Conversation(turns=talk("Hi", "Hello.", "Translate.\nGuten Tag", "Good day"))
     with pytest.raises(RowError, match=r"row 1: `history` is .*; expected a list of pairs"):
         form(row | {"history": ["Hi"]})
+    with pytest.raises(RowError, match=r"row 1: `input` is \['Guten Tag'\]; expected a string"):
+        form(row | {"input": ["Guten Tag"]})
 
 
 @pytest.mark.parametrize("column", ["system", "system_prompt"])
