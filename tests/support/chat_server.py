@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import socket
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
 from typing import Any, Self
@@ -86,11 +88,15 @@ class ChatServer:
 
         class Listener(ThreadingHTTPServer):
             request_queue_size = 128
-            daemon_threads = True
+
+            def process_request(self, request: Any, client_address: Any) -> None:
+                outer._open.append(request)
+                super().process_request(request, client_address)
 
             def handle_error(self, request: Any, client_address: Any) -> None:
                 pass  # the client hung up
 
+        self._open: list[socket.socket] = []
         self._listener = Listener(("127.0.0.1", port), Handler)
         self.port = int(self._listener.server_address[1])
         self._thread = threading.Thread(target=self._listener.serve_forever, kwargs={"poll_interval": 0.01})
@@ -106,7 +112,13 @@ class ChatServer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        """The server is gone, as if it had been killed: its connections end as well."""
+        if self.closing.is_set():
+            return
         self.closing.set()
         self._listener.shutdown()
+        for connection in self._open:
+            with suppress(OSError):  # closed already
+                connection.shutdown(socket.SHUT_RDWR)
         self._listener.server_close()
         self._thread.join()

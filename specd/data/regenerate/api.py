@@ -141,4 +141,4 @@ def retry_after(value: str | None, now: float) -> float:
             seconds = parsedate_to_datetime(value).timestamp() - now
         except ValueError:
             return 0.0
-    return min(max(seconds, 0.0), MAX_WAIT_S)
+    return min(seconds, MAX_WAIT_S) if seconds > 0 else 0.0

@@ -7,6 +7,7 @@ import logging
 import socket
 import threading
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -227,9 +228,11 @@ def test_a_server_that_hangs_is_given_up(tmp_path: Path) -> None:
         server.closing.wait(20)
         return echo(request)
 
-    with ChatServer(script) as server:
-        with pytest.raises(TargetError, match=r"gave no answer within 0.2 s \(--timeout\), 2 times in a row"):
-            run(tmp_path, server.url, ROWS[0], timeout_s=0.2, retries=1)
+    with (
+        ChatServer(script) as server,
+        pytest.raises(TargetError, match=r"gave no answer within 0.2 s \(--timeout\), 2 times in a row"),
+    ):
+        run(tmp_path, server.url, ROWS[0], timeout_s=0.2, retries=1)
 
 
 def test_a_server_that_dies_loses_nothing_and_the_same_command_resumes(tmp_path: Path) -> None:
@@ -257,37 +260,31 @@ def test_a_server_that_dies_loses_nothing_and_the_same_command_resumes(tmp_path:
 def test_a_server_that_comes_back_in_time_is_waited_for(tmp_path: Path) -> None:
     """It is gone when the first answer is there, and listens again once a request found nobody."""
     config = DataConfig(path=write_rows(tmp_path / "in.jsonl", *ROWS))
-    first = ChatServer(echo)
-    back = threading.Event()
+    comeback: list[ChatServer] = []
 
-    class Comeback(logging.Handler):
+    class Unreachable(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
-            if "cannot be reached" in record.getMessage() and not back.is_set():
-                second.__enter__()
-                back.set()
+            if "cannot be reached" in record.getMessage() and not comeback:
+                comeback.append(servers.enter_context(ChatServer(echo, port=first.port)))
 
     def progress(now: Progress) -> None:
-        nonlocal second
         if now.samples == 1:
             first.__exit__(None, None, None)
-            second = ChatServer(echo, port=first.port)
 
-    second = first
     logger = logging.getLogger("specd.data.regenerate.server")
-    handler, level = Comeback(), logger.level
+    handler, level = Unreachable(), logger.level
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     try:
-        with first:
+        with ExitStack() as servers:
+            first = servers.enter_context(ChatServer(echo))
             answerer = Server(first.url, "tiny", Sampling(), concurrency=1, retries=3, backoff_s=0.01)
             done = regenerate(config, answerer, tmp_path / "out.jsonl", on_answer=progress)
     finally:
         logger.removeHandler(handler)
         logger.setLevel(level)
-        if back.is_set():
-            second.__exit__(None, None, None)
     assert done.samples == 9
-    assert back.is_set()
+    assert len(comeback[0].requests) == 8
 
 
 @pytest.mark.parametrize(
@@ -315,9 +312,8 @@ def test_nobody_listens(tmp_path: Path) -> None:
 
 def test_the_api_key_is_never_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG)
-    with ChatServer(echo, probe=lambda _: failed(401, "no")) as server:
-        with pytest.raises(ConfigError) as caught:
-            run(tmp_path, server.url.replace("//", "//me:sesame@"), *ROWS, key="sesame")
+    with ChatServer(echo, probe=lambda _: failed(401, "no")) as server, pytest.raises(ConfigError) as caught:
+        run(tmp_path, server.url.replace("//", "//me:sesame@"), *ROWS, key="sesame")
     assert "sesame" not in caplog.text + str(caught.value)
     with pytest.raises(ConfigError, match="check OPENAI_API_KEY") as caught:
         Server("http://h/v1", "tiny", Sampling(), key="sesamé")
