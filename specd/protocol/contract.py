@@ -18,6 +18,18 @@ from specd.protocol.limits import (
 )
 
 
+TEMPLATES = "additional_chat_templates"
+"""The one folder whose files may be artifacts: further chat templates of a tokenizer, as transformers saves them."""
+
+
+def is_file_name(name: str) -> bool:
+    """Whether an artifact may be written into a directory under its name: a plain one, or a template's in TEMPLATES."""
+    folder, slash, file = name.rpartition("/")
+    return not file.startswith(".") and "\0" not in name and (
+        folder == TEMPLATES and file.endswith(".jinja") if slash else bool(file)
+    )
+
+
 class ArtifactRef(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A piece of the target a trainer can FETCH: a file's bytes, or a row-major tensor.
 

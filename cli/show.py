@@ -1,0 +1,68 @@
+"""`specd data show`: rows as the target reads them, and which of their tokens are labels."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated
+
+import typer
+
+from specd.cli.settings import Data, DataSettings, Files, Method, Model, Preset, data_config, named, needed, path_of, tokenizer_dir
+from specd.drafts import registry
+from specd.errors import ConfigError, DataError
+
+EXAMPLES = (
+    "Examples: `specd data show chats.jsonl --row 3 --model Qwen3-8B` · "
+    "`specd data show chats.jsonl --row 1-5,9 --ids --model Qwen3-8B --set data.last_turn_only=true`"
+)
+
+
+def show(
+    files: Files = None,
+    data: Data = None,
+    model: Model = "",
+    row: Annotated[str, typer.Option("--row", "-n", help="Which rows, from 1: 3, 1-5 or 1,4,7-9.")] = "1",
+    ids: Annotated[bool, typer.Option("--ids", help="A line for each token: its id, its text, if a label.")] = False,
+    method: Method = registry.DEFAULT,
+    preset: Preset = "",
+    settings: DataSettings = None,
+) -> None:
+    """Show rows as the target reads them, with the tokens that are labels in colour, or in brackets without colour.
+
+    A row that cannot be used is shown as what is wrong with it. Exits with 1 then, unless data.bad_rows is skip.
+    """
+    from specd.cli.page import Page
+    from specd.data.faults import RowError
+    from specd.data.inspection import look
+    from specd.data.tokenizer import load_tokenizer
+
+    wanted = numbers(row)
+    config = data_config(named(files, data), needed(model), settings, method=method, preset=preset)
+    directory = tokenizer_dir(model)
+    page = Page(load_tokenizer(directory), config.max_length, ids=ids)
+    rule = method, registry.load(method).consecutive_labels
+    shown = bad = 0
+    for number, found in look(config, directory, wanted):
+        shown += 1
+        if isinstance(found, RowError):
+            bad += 1
+            page.fault(number, found)
+        else:
+            page.row(number, found, *rule)
+    if not shown:
+        raise DataError(f"{path_of(config)} has no row {row}; rows count from 1")
+    page.legend()
+    if bad and config.bad_rows == "stop":
+        raise typer.Exit(1)
+
+
+def numbers(text: str) -> tuple[range, ...]:
+    """The row numbers that "3", "1-5" or "1,4,7-9" stands for. Raises ConfigError for anything else."""
+    found = []
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
+        if not 1 <= first <= last:
+            raise ConfigError(f"--row {text!r}: expected rows from 1, as 3, 1-5 or 1,4,7-9")
+        found.append(range(first, last + 1))
+    return tuple(found)
