@@ -27,13 +27,13 @@ class Page:
         self._tokenizer, self._max_length, self._ids = tokenizer, max_length, ids
         self._colour = self.console.color_system is not None and not self.console.no_color
         plain = not self.console.encoding.startswith("utf")
-        self._open, self._close = ("[[", "]]") if plain else ("⟦", "⟧")
-        self._scissors = "<cut>" if plain else "✂"
+        self._open, self._close, self._scissors = ("[[", "]]", "<cut>") if plain else ("⟦", "⟧", "✂")
+        self._line = "-" if plain else "─"
         self._most_cut = 0
         self._seen = self._escaped = False
 
     def row(self, number: int, seen: Seen, method: str, needed: int) -> None:
-        """A row of which training would read the first `max_length` tokens. needed: labels in a row that `method` asks for."""
+        """A row, of which training reads the first `max_length` tokens. needed: by `method`, so many labels on end."""
         from specd.data.dataset import trainable
 
         self._seen = True
@@ -42,7 +42,7 @@ class Page:
         cut = seen.tokens.size - kept.size
         self._most_cut = max(self._most_cut, cut)
         self._print(self._lines(seen) if self._ids else self._marked(seen))
-        self.console.rule(style=CONTEXT)
+        self.console.rule(characters=self._line, style=CONTEXT)
         counts = Text(f"{kept.size} tokens, {int(kept.sum())} labels")
         if cut:
             counts.append(f", {cut} tokens cut", CUT if self._colour else "")
@@ -57,7 +57,7 @@ class Page:
     def fault(self, number: int, error: RowError) -> None:
         """A row that cannot be used."""
         self._head(number, error.where)
-        self._print(Text("cannot be used: ", "bold red").append(str(error), "not bold default"))
+        self._print(Text("cannot be used: ", "bold red").append(self._visible(str(error)), "not bold default"))
 
     def legend(self) -> None:
         """What the marks of the rows above mean."""
@@ -74,7 +74,8 @@ class Page:
         self._print(parts)
 
     def _head(self, number: int, where: str) -> None:
-        self.console.rule(Text(self._visible(f"row {number} · {where}")), align="left", style=CONTEXT)
+        title = Text(self._visible(f"row {number}, {where}"))
+        self.console.rule(title, characters=self._line, align="left", style=CONTEXT)
 
     def _print(self, text: Text) -> None:
         self.console.print(text, soft_wrap=True)
@@ -125,7 +126,10 @@ class Page:
         return str(self._tokenizer.decode(seen.tokens[begin:end].tolist(), clean_up_tokenization_spaces=False))
 
     def _visible(self, text: str) -> str:
-        """`text` without what would steer the terminal, or what the output's encoding lacks."""
-        shown = UNSEEN.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
-        encoding = self.console.encoding
-        return shown.encode(encoding, "backslashreplace").decode(encoding)
+        return visible(text, self.console.encoding)
+
+
+def visible(text: str, encoding: str) -> str:
+    """`text` with escapes in place of what would steer the terminal, or what the output's encoding lacks."""
+    shown = UNSEEN.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+    return shown.encode(encoding, "backslashreplace").decode(encoding)

@@ -7,9 +7,20 @@ from typing import Annotated
 
 import typer
 
-from specd.cli.settings import Data, DataSettings, Files, Method, Model, Preset, data_config, named, needed, path_of, tokenizer_dir
+from specd.cli.settings import (
+    Data,
+    DataSettings,
+    Files,
+    Method,
+    Model,
+    Preset,
+    data_config,
+    named,
+    needed,
+    tokenizer_dir,
+)
 from specd.drafts import registry
-from specd.errors import ConfigError, DataError
+from specd.errors import ConfigError
 
 EXAMPLES = (
     "Examples: `specd data show chats.jsonl --row 3 --model Qwen3-8B` · "
@@ -41,17 +52,16 @@ def show(
     directory = tokenizer_dir(model)
     page = Page(load_tokenizer(directory), config.max_length, ids=ids)
     rule = method, registry.load(method).consecutive_labels
-    shown = bad = 0
-    for number, found in look(config, directory, wanted):
-        shown += 1
-        if isinstance(found, RowError):
-            bad += 1
-            page.fault(number, found)
-        else:
-            page.row(number, found, *rule)
-    if not shown:
-        raise DataError(f"{path_of(config)} has no row {row}; rows count from 1")
-    page.legend()
+    bad = 0
+    try:
+        for number, found in look(config, directory, wanted):
+            if isinstance(found, RowError):
+                bad += 1
+                page.fault(number, found)
+            else:
+                page.row(number, found, *rule)
+    finally:
+        page.legend()
     if bad and config.bad_rows == "stop":
         raise typer.Exit(1)
 

@@ -83,13 +83,15 @@ def _show_counts(console: Console, config: DataConfig, dataset: Dataset, rule: s
     import numpy as np
     from rich.table import Table
 
+    from specd.cli.page import visible
+
     report, lengths = dataset.report, dataset.lengths
     facts = Table(box=None, show_header=False, pad_edge=False)
     facts.add_column(style="bold")
     facts.add_column(justify="right")
     facts.add_column(style="dim", overflow="fold")
     for name, count, note in (
-        ("rows", report.rows, path_of(config)),
+        ("rows", report.rows, visible(path_of(config), console.encoding)),
         ("samples", report.samples, ""),
         ("left out", report.without_labels, rule),
         ("cut", report.cut, f"to {config.max_length} tokens"),

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from specd.config.settings import DataConfig
 from specd.data import dataset
 from specd.data.faults import RowError
+from specd.errors import DataError
 
 
 class Seen(msgspec.Struct, frozen=True, kw_only=True):
@@ -27,14 +28,14 @@ class Seen(msgspec.Struct, frozen=True, kw_only=True):
     document: bool = False
 
 
-def look(
-    config: DataConfig, tokenizer_dir: Path, wanted: Sequence[range]
-) -> Iterator[tuple[int, Seen | RowError]]:
+def look(config: DataConfig, tokenizer_dir: Path, wanted: Sequence[range]) -> Iterator[tuple[int, Seen | RowError]]:
     """Those of the rows of `config.path` that `wanted` holds, in order, with their numbers from 1.
 
-    A row that cannot be used comes as its error. Raises what `prepare` raises at once.
+    A row that cannot be used comes as its error. Raises DataError when there are fewer rows than `wanted` begins
+    with, and what `prepare` raises at once.
     """
     last = max(numbers.stop for numbers in wanted) - 1
+    number = 0
     for number, (where, row) in enumerate(dataset._rows(config), start=1):
         if any(number in numbers for numbers in wanted):
             try:
@@ -43,4 +44,6 @@ def look(
             except RowError as error:
                 yield number, error
         if number >= last:
-            return
+            break
+    if missing := [numbers.start for numbers in wanted if numbers.start > number]:
+        raise DataError(f"{config.path} has {number} rows, and no row {missing[0]}; rows count from 1")

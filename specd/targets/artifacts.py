@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import threading
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 
-from specd.protocol.contract import TEMPLATES, ArtifactRef, TargetContract
+from specd.protocol.contract import ArtifactRef, TargetContract
 from specd.targets.base import tap_layers
+from specd.targets.digest import text_digests
 from specd.targets.source import Source
 
 
@@ -70,27 +69,3 @@ class Artifacts:
         """Release the tensors. Idempotent."""
         with self._lock:
             self._tensors, self._bytes = {}, {}
-
-
-def text_digests(files: Mapping[str, bytes]) -> tuple[str, str]:
-    """Digests of the tokenizer and of its chat templates among a target's `files`; empty for what is not there."""
-    template = files.get("chat_template.jinja", b"")
-    if not template and "tokenizer_config.json" in files:
-        inline = json.loads(files["tokenizer_config.json"]).get("chat_template")
-        template = json.dumps(inline).encode() if inline else b""
-    template = template or files.get("chat_template.json", b"")
-    further = [part for name, data in sorted(files.items()) if name.startswith(TEMPLATES) for part in (name.encode(), data)]
-    apart = {"config.json", "generation_config.json", "chat_template.jinja", "chat_template.json"}
-    own = [data for name, data in sorted(files.items()) if name not in apart and not name.startswith(TEMPLATES)]
-    return _digest(*own), _digest(template, *further) if template or further else ""
-
-
-def _digest(*parts: bytes) -> str:
-    """Digest of some files' bytes; empty for none."""
-    if not parts:
-        return ""
-    digest = hashlib.blake2b(digest_size=16)
-    for part in parts:
-        digest.update(len(part).to_bytes(8, "little"))
-        digest.update(part)
-    return digest.hexdigest()

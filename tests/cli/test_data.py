@@ -53,7 +53,7 @@ def test_show_says_why_a_row_is_left_out_or_cut(tmp_path: Path, model: Path) -> 
     shown = run("show", path, "--model", model, "--row", "2", "--set", "data.max_length=50").output
     assert "tokens cut" in shown
     assert "50 tokens" in shown
-    with pytest.raises(DataError, match="has no row 3"):
+    with pytest.raises(DataError, match="has 2 rows, and no row 3"):
         run("show", path, "--model", model, "--row", "3")
 
 
