@@ -43,12 +43,11 @@ def text_digests(files: Mapping[str, bytes]) -> tuple[str, str]:
         inline = json.loads(files["tokenizer_config.json"]).get("chat_template")
         template = json.dumps(inline).encode() if inline else b""
     template = template or files.get("chat_template.json", b"")
-    further = [
-        part for name, data in sorted(files.items()) if name.startswith(TEMPLATES) for part in (name.encode(), data)
-    ]
-    apart = {"config.json", "generation_config.json", "chat_template.jinja", "chat_template.json"}
-    own = [data for name, data in sorted(files.items()) if name not in apart and not name.startswith(TEMPLATES)]
-    return _digest(*own), _digest(template, *further) if template or further else ""
+    further = sorted(item for item in files.items() if item[0].startswith(TEMPLATES))
+    apart = {"config.json", "generation_config.json", "chat_template.jinja", "chat_template.json", *dict(further)}
+    own = [data for name, data in sorted(files.items()) if name not in apart]
+    templates = (template, *(part for name, data in further for part in (name.encode(), data)))
+    return _digest(*own), _digest(*templates) if any(templates) else ""
 
 
 def hash_file(digest: hashlib.blake2b, path: Path) -> None:

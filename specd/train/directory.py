@@ -136,7 +136,8 @@ def target_files(contract: TargetContract, fetch: Callable[[str], bytes], direct
             continue
         if not is_file_name(name):
             raise ProtocolError(
-                f"the daemon offers an artifact called {name!r}: expected a plain file name, or a template's in {TEMPLATES}"
+                f"the daemon offers an artifact called {name!r}: expected a plain file name, or a chat template's in "
+                f"{TEMPLATES}"
             )
         files[name] = fetch(name)
         with writing(directory / name):

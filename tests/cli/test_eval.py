@@ -137,4 +137,5 @@ def test_wrong_settings_are_refused_by_name(trained: Path, prompts: str, capsys:
     arguments = ["eval", "--draft", str(trained), "--data", prompts]
     for setting in ("data.tempalte.x=1", "data.max_samples=5"):
         assert run([*arguments, "--set", setting]) == 2
-        assert f"--set {setting}: evaluation takes data.template.KEY=VALUE alone" in capsys.readouterr().err
+        said = f"--set {setting}: evaluation takes what prompts are read by: data.template, data.date, data.columns,"
+        assert said in capsys.readouterr().err
