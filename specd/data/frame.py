@@ -1,0 +1,161 @@
+"""The frame a chat template puts around an answer, learnt from short conversations: its header and what may end it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from os.path import commonprefix
+from typing import Any
+
+import msgspec
+
+from specd.data.faults import RowError
+from specd.data.forms import Turn
+from specd.data.marks import Marked
+from specd.data.template import Template
+from specd.errors import DataError
+
+QUESTION: Turn = {"role": "user", "content": "Why?"}
+ANSWER: Turn = {"role": "assistant", "content": "Because."}
+_CALL = {"id": "call00001", "type": "function", "function": {"name": "look", "arguments": {"at": "it"}}}
+_CALLING: Turn = {"role": "assistant", "content": "", "tool_calls": [_CALL]}
+_RESULT: Turn = {"role": "tool", "name": "look", "tool_call_id": "call00001", "content": "Seen."}
+_TOOL = {
+    "type": "function",
+    "function": {
+        "name": "look",
+        "description": "Looks.",
+        "parameters": {"type": "object", "properties": {"at": {"type": "string", "description": "What."}}},
+    },
+}
+
+
+class Frame(msgspec.Struct, frozen=True, kw_only=True):
+    """generation: the generation prompt; empty if the template has none of its own (Llama 2's ends the question).
+
+    header: what begins every answer, with thoughts or without. rest: what else belongs to the header of an answer
+    without thoughts or calls, because the generation prompt stops within it (gpt-oss). end: finds a token that can end
+    an answer. closing: what follows the content of a last answer, its end token included. tokens: added tokens that the
+    template writes.
+    """
+
+    generation: str
+    header: str
+    rest: str
+    end: re.Pattern[str]
+    closing: str
+    tokens: frozenset[str]
+
+
+def learn(template: Template, added: Iterable[str], ends: Iterable[str]) -> Frame:
+    """The frame of `template`. added: the tokenizer's added tokens. ends: tokens that are known to end a text.
+
+    Raises DataError for a template that refuses a question and an answer, or does not write the answer.
+    """
+    known = sorted((token for token in added if token.strip()), key=len, reverse=True)
+    try:
+        asked, opened = template.render([QUESTION]), template.render([QUESTION], open_answer=True)
+        last, early = _around(template, [QUESTION, ANSWER]), _around(template, [QUESTION, ANSWER, QUESTION])
+        prompt = _around(template, [QUESTION], open_answer=True)
+    except RowError as error:
+        raise DataError(f"the chat template cannot be used: {error}; use `text` or `input_ids` data") from None
+    if len(prompt) < 2 or len(last) < 3 or len(early) < 4:
+        raise DataError(
+            "the chat template does not write a question and an assistant's answer; use `text` or `input_ids` data"
+        )
+    lead, tail, lead_early, after = last[1], last[2], early[1], early[2]
+    header, generation = prompt[1], opened[_shared(opened, [asked], known) :]
+    written = {token for token in known if token in opened + lead + tail + lead_early + after}
+    rest = ""
+    if lead.startswith(header) and lead_early.startswith(header):
+        shared = commonprefix([lead[len(header) :], lead_early[len(header) :]])  # noqa: RUF071 - of texts, not of paths
+        stops_within = not generation or generation[-1].isalnum()
+        rest = shared if stops_within and shared.strip() else ""
+    if generation:
+        closed = len(header) - len(generation)
+        common = generation[: _shared(generation, [lead[closed:], lead_early[closed:]], known)]
+    else:
+        rest = rest.rstrip(" ")
+        common = rest or header.lstrip()
+    found = set(ends) | _ends(tail, after, known) | _ends_of_calls(template, tail, known)
+    first = _first(tail, [token for token in known if token in found])
+    closing = tail[: first[0] + len(first[1])] if first else ""
+    return Frame(
+        generation=generation,
+        header=common,
+        rest=rest,
+        end=re.compile("|".join(map(re.escape, sorted(found, key=len, reverse=True))) or r"(?!)"),
+        closing=closing,
+        tokens=frozenset(written),
+    )
+
+
+def _around(template: Template, turns: list[Turn], **options: Any) -> list[str]:
+    """The texts before, between and behind the contents of `turns`; fewer where the template leaves contents out."""
+    marked = Marked(turns, "")
+    text, marks = marked.read(template.render(marked.turns, **options))
+    result, at = [], 0
+    for turn in range(len(turns)):
+        own = [mark.at for mark in marks if mark.turn == turn and not mark.again]
+        if len(own) == 2:
+            result.append(text[at : own[0]])
+            at = own[1]
+    return [*result, text[at:]]
+
+
+def _shared(text: str, others: list[str], known: list[str]) -> int:
+    """Length of what `text` and `others` have in common at their beginning, up to whole added tokens."""
+    length = len(commonprefix([text, *others]))  # noqa: RUF071 - of texts, not of paths
+    for token in known:
+        for found in re.finditer(re.escape(token), text):
+            if found.start() < length < found.end():
+                return found.start()
+    return length
+
+
+def _first(text: str, known: list[str]) -> tuple[int, str] | None:
+    """The first added token in `text`, and where."""
+    found = [(at, -len(token), token) for token in known if (at := text.find(token)) >= 0]
+    return (min(found)[0], min(found)[2]) if found else None
+
+
+def _ends(tail: str, after: str, known: list[str]) -> set[str]:
+    """Tokens that end an answer, from what stands behind one that is the last turn, and before a question.
+
+    Without one behind a last answer, the token of the next turn's role is what the target writes at its end.
+    """
+    ends = set()
+    first = _first(tail, known)
+    if first:
+        at, token = first
+        # Tokens that close the content and then the turn: <|END_RESPONSE|><|END_OF_TURN_TOKEN|>.
+        while after.startswith(tail[: at + len(token)]):
+            following = _first(tail[at + len(token) :], known)
+            if following is None or following[0] != 0 or not after.startswith(tail[: at + len(token + following[1])]):
+                break
+            at, token = at + len(token), following[1]
+        ends.add(token)
+        if after.startswith(tail[:at]) and after.startswith(token, at):
+            return ends
+    before = _first(after, known)
+    return ends | {before[1]} if before else ends
+
+
+def _ends_of_calls(template: Template, tail: str, known: list[str]) -> set[str]:
+    """Tokens that end an answer which calls a tool. tail: what stands behind an answer that is the last turn."""
+    try:
+        marked = Marked([QUESTION, _CALLING, _RESULT], "")
+        called, marks = marked.read(template.render(marked.turns[:2], tools=[_TOOL]))
+        calls = [mark.at for mark in marks if mark.turn == 1]
+        if calls and _first(tail, known):
+            closing = called[calls[-1] :]
+            tokens = [(closing.rfind(token), token) for token in known if token in closing]
+            return {max(tokens)[1]} if tokens else set()
+        told, marks = marked.read(template.render(marked.turns, tools=[_TOOL]))
+        results = [mark.at for mark in marks if mark.turn == 2]
+        if calls and results and told.startswith(called):
+            first = _first(told[len(called) : results[0]], known)
+            return {first[1]} if first else set()
+    except RowError:
+        pass
+    return set()

@@ -1,0 +1,166 @@
+"""Where the assistant's answers begin and end in a rendered conversation."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+from specd.data.forms import Turn
+from specd.data.frame import Frame
+from specd.data.marks import THOUGHTS, Mark, Marked
+from specd.data.template import Span
+
+
+class Layout:
+    """A rendered conversation with its marks. Answers are asked for by their place, in order."""
+
+    __slots__ = ("_first", "_frame", "_headers", "_last", "_marked", "_marks", "_open", "_prompt", "_turns", "text")
+
+    def __init__(
+        self, text: str, turns: list[Turn], marked: Marked, marks: list[Mark], frame: Frame,
+        prompt: Callable[[list[Turn]], str | None], *, open_answer: bool = False,
+    ) -> None:  # fmt: skip
+        """prompt: renders turns up to where the target's answer begins; None where the template refuses that.
+
+        open_answer: `text` itself ends there.
+        """
+        self.text, self._turns, self._marked, self._marks, self._frame = text, turns, marked, marks, frame
+        self._prompt, self._open = prompt, open_answer
+        self._headers: dict[Any, str | None] = {}
+        self._first: dict[int, int] = {}
+        self._last: dict[int, int] = {}
+        for number, mark in enumerate(marks):
+            if not mark.again:
+                self._first.setdefault(mark.turn, number)
+                self._last[mark.turn] = number
+
+    def region(self, place: int) -> Span:
+        """From the end of the text before the answer to the begin of the text behind it."""
+        first = self._first.get(place)
+        if first is None:
+            before = next((self._last[turn] for turn in range(place - 1, -1, -1) if turn in self._last), None)
+            start = 0 if before is None else self._marks[before].at
+            later = (self._first[turn] for turn in range(place + 1, len(self._turns)) if turn in self._first)
+            return start, next((at for number in later if (at := self._marks[number].at) >= start), len(self.text))
+        last = first
+        while last < len(self._marks) and self._marks[last].turn == place:
+            last += 1
+        start = self._marks[first - 1].at if first else 0
+        return start, self._marks[last].at if last < len(self._marks) else len(self.text)
+
+    def own(self, place: int) -> Span | None:
+        """From the first to the last mark of the turn, within its region."""
+        first = self._first.get(place)
+        if first is None:
+            return None
+        start = end = self._marks[first].at
+        while first < len(self._marks) and self._marks[first].turn == place:
+            if not self._marks[first].again:
+                end = self._marks[first].at
+            first += 1
+        return start, end
+
+    def answer(self, place: int, *, cut: bool) -> Span | None:
+        """The characters of the answer that the target writes; None where the template leaves it out.
+
+        cut: the answer stopped at a length limit, so that the target did not write its end.
+        """
+        own = self.own(place)
+        if own is None and place not in self._marked.unmarked:
+            return None
+        begin = self._begin(place, own)
+        if begin is None:
+            return None
+        return begin, max(begin, self._end(place, max(begin, own[1] if own else 0), cut=cut))
+
+    def _begin(self, place: int, own: Span | None) -> int | None:
+        start, limit = self.region(place)
+        limit = own[0] if own else limit
+        frame, text = self._frame, self.text
+        header = self._header(place)
+        if header is not None:
+            space = trailing(self._turns[place - 1]["content"])
+            for length in range(len(space), -1, -1):
+                if text.startswith(space[:length] + header, start):
+                    return self._behind(start + length + len(header), limit)
+        for known in (frame.generation, frame.header):
+            at = text.rfind(known, start, limit) if own else text.find(known, start, limit)
+            if known and at >= 0:
+                return self._behind(at + len(known), limit)
+        if own is None:
+            return None
+        while limit > start and text[limit - 1] == " ":
+            limit -= 1
+        return limit
+
+    def _behind(self, begin: int, limit: int) -> int:
+        """`begin`, behind a generation prompt, or behind the rest of its header if that follows."""
+        rest = self._frame.rest
+        if rest and begin + len(rest) <= limit and self.text.startswith(rest, begin):
+            return begin + len(rest)
+        return begin
+
+    def _header(self, place: int) -> str | None:
+        """What the template writes behind the turns before the answer when it asks for one."""
+        turns, marks = self._turns, self._marks
+        first = self._first.get(place)
+        before = place - 1
+        if first is not None:
+            before = marks[first - 1].turn if first else -1
+        else:
+            while before >= 0 and before not in self._last:
+                before -= 1
+        if before < 0:
+            return None
+        between = tuple((turn["role"], turn["content"]) for turn in turns[before + 1 : place])
+        kind = (turns[before]["role"], between)
+        if kind not in self._headers:
+            self._headers[kind] = self._asked(place, before)
+        return self._headers[kind]
+
+    def _asked(self, place: int, before: int) -> str | None:
+        turns = self._marked.turns[:place]
+        content = turns[-1]["content"]
+        turns[-1] = {**turns[-1], "content": content.rstrip()}
+        opened = self._prompt(turns)
+        if opened is None:
+            return None
+        text, marks = self._marked.read(opened)
+        return text[marks[-1].at :] if marks and marks[-1].turn == before else None
+
+    def _end(self, place: int, at: int, *, cut: bool) -> int:
+        """The end of the answer whose texts end at character `at`, its end token included."""
+        text, frame = self.text, self._frame
+        limit = max(at, self.region(place)[1])
+        space = trailing(self._turns[place]["content"])
+        while space and not text.startswith(space, at):
+            space = space[:-1]
+        content = at + len(space)
+        found = frame.end.search(text, at, limit)
+        if cut:
+            return content if place in self._first or not found else at + len(text[at : found.start()].rstrip())
+        if found:
+            return found.end()
+        if place == len(self._turns) - 1 and not self._open:
+            return max(content, len(text.rstrip()))
+        follows = self._turns[place + 1]["role"] if place + 1 < len(self._turns) else "assistant"
+        header = text.find(frame.header, at, limit) if frame.header and follows == "assistant" else -1
+        return max(content, len(text[:header].rstrip())) if header >= 0 else content
+
+
+def trailing(text: str) -> str:
+    """The white space that `text` ends with."""
+    return text[len(text.rstrip()) :]
+
+
+_TAG = re.compile(r"</?[\w:|]+>|\[/?[A-Z_]+\]|◁/?\w+▷")
+
+
+def whole(turn: Turn, text: str) -> bool:
+    """Whether `text` has all that the turn says; its thoughts may stand apart from the content."""
+    content = turn["content"].strip()
+    if content and content not in text and any(p not in text for piece in _TAG.split(content) if (p := piece.strip())):
+        return False
+    thoughts = (turn.get(key) for key in THOUGHTS)
+    return all(found.strip() in text for found in thoughts if isinstance(found, str))
