@@ -12,7 +12,11 @@ class RowError(DataError):
 
     def __init__(self, where: str, kind: str, detail: str) -> None:
         super().__init__(f"{where}: {detail}")
-        self.where, self.kind = where, kind
+        self.where, self.kind, self.detail = where, kind, detail
+
+    def __reduce__(self) -> tuple[type[RowError], tuple[str, str, str]]:
+        """Another process is sent rows, and those that could not be read."""
+        return RowError, (self.where, self.kind, self.detail)
 
 
 class Fault(msgspec.Struct, frozen=True, kw_only=True):

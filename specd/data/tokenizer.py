@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from specd.data.chat import Rendered
+from specd.data.chat import Rendered, Span
 from specd.errors import DataError, first_line
 
 if TYPE_CHECKING:
@@ -36,7 +36,11 @@ class Encoder:
         """Size of the vocabulary, added tokens included."""
 
     def encode(self, texts: Sequence[Rendered]) -> Iterator[tuple[NDArray[np.int32], NDArray[np.bool_]]]:
-        """(tokens int32, loss mask bool) of each text. A token is a label when it begins inside a span."""
+        """(tokens int32, loss mask bool) of each text. A token is a label when it begins inside a span.
+
+        A document gets what the tokenizer writes around one, as BOS, which are no labels; but no second BOS where the
+        text begins with it.
+        """
         coded: list[Any] = [None] * len(texts)
         for document in (False, True):
             places = [place for place, rendered in enumerate(texts) if rendered.document is document]
@@ -44,11 +48,24 @@ class Encoder:
             for place, encoding in zip(places, found, strict=True):
                 coded[place] = encoding
         for rendered, encoding in zip(texts, coded, strict=True):
-            begins = np.array([begin for begin, _ in encoding.offsets], np.int64)
-            mask = np.zeros(begins.size, np.bool_)
-            for start, end in rendered.spans:
-                mask |= (begins >= start) & (begins < end)
-            yield np.array(encoding.ids, np.int32), mask
+            tokens = np.array(encoding.ids, np.int32)
+            mask = _labels(np.array([begin for begin, _ in encoding.offsets], np.int64), rendered.spans)
+            if rendered.document and tokens.size:
+                added = np.array(encoding.special_tokens_mask, np.bool_)
+                mask &= ~added
+                if added[0] and tokens.size > 1 and tokens[1] == tokens[0]:
+                    tokens, mask = tokens[1:], mask[1:]
+                    mask[0] = False
+            yield tokens, mask
+
+
+def _labels(begins: NDArray[np.int64], spans: Sequence[Span]) -> NDArray[np.bool_]:
+    """Which tokens begin inside a span. begins: the character that each one begins at. spans: ascending, apart."""
+    if not spans:
+        return np.zeros(begins.size, np.bool_)
+    starts, ends = np.array(spans, np.int64).T
+    place = np.searchsorted(starts, begins, side="right") - 1
+    return (place >= 0) & (begins < ends[place])
 
 
 def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:

@@ -102,7 +102,7 @@ def test_prepared_data_is_kept_and_found_again(
     path = write_rows(tmp_path / "a.jsonl", *({"messages": talk("Hi", f"Hello {i}.")} for i in range(5)))
     first = prepare(DataConfig(path=path), tokenizer)
     assert len(list(cache.iterdir())) == 1
-    monkeypatch.setattr("specd.data.dataset._build", None)
+    monkeypatch.setattr("specd.data.dataset._build", lambda *_: pytest.fail("it is prepared again"))
     moved = write_rows(tmp_path / "b.jsonl", *({"messages": talk("Hi", f"Hello {i}.")} for i in range(5)))
     again = prepare(DataConfig(path=moved, batch_tokens=99), tokenizer)
     assert again.digest == first.digest
@@ -154,12 +154,12 @@ def test_a_cache_that_cannot_be_written_only_warns(
 @pytest.mark.parametrize(
     ("row", "said"),
     [
-        ({"prompt": "Hi", "answer": "Ho"}, r"line 2 has the columns \['answer', 'prompt'\]; expected a conversation"),
+        ({"question": "Hi", "reply": "Ho"}, r"line 2: has the columns \['question', 'reply'\]; expected "),
         ({"text": 3}, r"line 2: `text` holds a int"),
         ({"input_ids": [1, 2]}, r"line 2: `loss_mask` is missing"),
         (
             {"input_ids": [1, 10**6], "loss_mask": [1, 1]},
-            r"line 2: `input_ids` is .*expected a list of integers from 0 to",
+            r"line 2: `input_ids` holds 1000000; expected tokens from 0 to 359, as the target has",
         ),
         ({"input_ids": [1, -2], "loss_mask": [1, 1]}, r"line 2: `input_ids` is \[1, -2\]"),
         ({"input_ids": [[1], [2, 3]], "loss_mask": [1, 1]}, r"line 2: `input_ids` is"),
@@ -172,7 +172,7 @@ def test_a_cache_that_cannot_be_written_only_warns(
 )
 def test_a_bad_row_is_named(tmp_path: Path, tokenizer: Path, row: dict[str, Any], said: str) -> None:
     path = write_rows(tmp_path / "a.jsonl", {"messages": talk("Hi", "Hello.")}, row)
-    with pytest.raises(DataError, match=r"a\.jsonl " + said):
+    with pytest.raises(DataError, match=r"1 of 2 rows cannot be used:\n  1 × .*, the first: a\.jsonl " + said):
         prepare(DataConfig(path=path), tokenizer)
 
 
@@ -180,7 +180,7 @@ def test_an_asked_format_is_enforced(tmp_path: Path, tokenizer: Path) -> None:
     path = write_rows(tmp_path / "a.jsonl", {"messages": talk("Hi", "Hello."), "text": "Once upon a time"})
     as_text = prepare(DataConfig(path=path, format="text"), tokenizer)
     assert text_of(as_text, 0, tokenizer) == ("Once upon a time",) * 2
-    with pytest.raises(DataError, match=r"expected data\.format=tokens, that is `input_ids`"):
+    with pytest.raises(DataError, match=r"1 of 1 rows cannot be used.*\n.*data\.format=tokens"):
         prepare(DataConfig(path=path, format="tokens"), tokenizer)
 
 
@@ -208,7 +208,7 @@ def test_more_rows_than_a_chunk_keep_their_order(
     seen: list[int] = []
     dataset = prepare(DataConfig(path=path), tokenizer, on_rows=seen.append)
     assert [text_of(dataset, i, tokenizer)[1] for i in range(11)] == [f"Hello {i}.<|im_end|>" for i in range(11)]
-    assert seen == [4, 8]
+    assert seen == [4, 8, 11]
     batches = list(Loader(dataset, dataset.plan(DataConfig(batch_tokens=80), seed=1), epochs=2))
     assert sorted(i for batch in batches for i in batch.samples) == sorted([*range(11)] * 2)
 
