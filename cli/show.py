@@ -43,23 +43,25 @@ def show(
     A row that cannot be used is shown as what is wrong with it. Exits with 1 then, unless data.bad_rows is skip.
     """
     from specd.cli.page import Page
+    from specd.data.dataset import dated
     from specd.data.faults import RowError
     from specd.data.inspection import look
-    from specd.data.tokenizer import load_tokenizer
+    from specd.data.samples import Job, Maker
 
     wanted = numbers(row)
     config = data_config(named(files, data), needed(model), settings, method=method, preset=preset)
     directory = tokenizer_dir(model)
-    page = Page(load_tokenizer(directory), config.max_length, ids=ids)
-    rule = method, registry.load(method).consecutive_labels
+    labels = registry.load(method).consecutive_labels
+    maker = Maker(Job(dated(config, directory), directory, labels))
+    page = Page(maker.encoder.tokenizer, config, method, labels, ids=ids)
     bad = 0
     try:
-        for number, found in look(config, directory, wanted):
-            if isinstance(found, RowError):
+        for number, where, coded in look(maker, wanted):
+            if isinstance(coded, RowError):
                 bad += 1
-                page.fault(number, found)
+                page.fault(number, coded)
             else:
-                page.row(number, found, *rule)
+                page.row(number, where, coded)
     finally:
         page.legend()
     if bad and config.bad_rows == "stop":
