@@ -69,7 +69,7 @@ class Asker:
 
     def __init__(self, tokenizer: Any, config: DataConfig) -> None:
         self._encoder = Encoder(tokenizer)
-        self._chat = Chat(tokenizer, config.template) if tokenizer.chat_template else None
+        self._chat = Chat(tokenizer, config.template, date=config.date) if tokenizer.chat_template else None
         self._config = config
 
     def ask(self, row: dict[str, Any], where: str) -> list[int]:
@@ -78,7 +78,7 @@ class Asker:
         if isinstance(form, forms.Tokens):
             return self._opening(form.ids.tolist(), form.loss_mask.tolist())
         if isinstance(form, forms.Text):
-            return self._text(form)
+            return self._text(form, where)
         if self._chat is None:
             detail = (
                 "a conversation, which a target without a chat template cannot be asked; expected `prompt` or `text`"
@@ -94,7 +94,9 @@ class Asker:
                 return forms.read(row, where, msgspec.structs.replace(self._config, format="text"))
         return forms.read(row, where, self._config)
 
-    def _text(self, form: forms.Text) -> list[int]:
+    def _text(self, form: forms.Text, where: str) -> list[int]:
+        if not form.text.strip():
+            raise RowError(where, "no prompt", "its text is empty; expected a prompt")
         if form.prompt:
             return self._encode(form.text[: form.prompt], document=True)
         rendered = self._chat.preformatted(form.text) if self._chat else None
