@@ -33,9 +33,9 @@ class Prompts(msgspec.Struct, frozen=True, kw_only=True):
 def read_prompts(config: DataConfig, tokenizer: Any, *, size: int, limit: int = 0, longest: int = 0) -> Prompts:
     """The prompts of the first rows of `config.path` that have one: `limit` of them, 0 for all.
 
-    Of a conversation it is the turns before the first answer; of `prompt` the string, as a user's turn, or as it stands
-    where the tokenizer has no chat template; of a text that went through the template, and of token ids, what stands
-    before the first label; of a document its first DOCUMENT_TOKENS tokens.
+    Of a conversation it is the turns before the first answer; of a `prompt` alone a user's turn; of a text that went
+    through the template, and of token ids, what stands before the first label; of a document its first DOCUMENT_TOKENS
+    tokens. Where the tokenizer has no chat template, a prompt, or the one question of a conversation, as it stands.
     size: rows of the target's embedding. longest: tokens of a prompt, 0 for any number.
     Raises DataError for rows that cannot be used, unless `config.bad_rows` is skip, and when nothing is asked.
     """
@@ -57,20 +57,23 @@ def read_prompts(config: DataConfig, tokenizer: Any, *, size: int, limit: int = 
         faults.stop(names, rows)
     for fault in faults.found():
         logger.warning("%s: %d rows left out: %s; the first: %s", names, fault.rows, fault.kind, fault.first)
+    if asker.bare:
+        logger.warning("%s: the target has no chat template: %d questions are asked as they stand", names, asker.bare)
     if not found:
         raise DataError(f"none of the {rows} rows of {names} asks anything; expected conversations or `prompt` rows")
     return Prompts(ids=tuple(found), bad=faults.found())
 
 
 class Asker:
-    """What rows ask of one target."""
+    """What rows ask of one target. bare: how many questions went without the chat template that the target lacks."""
 
-    __slots__ = ("_chat", "_config", "_encoder")
+    __slots__ = ("_chat", "_config", "_encoder", "bare")
 
     def __init__(self, tokenizer: Any, config: DataConfig) -> None:
         self._encoder = Encoder(tokenizer)
         self._chat = Chat(tokenizer, config.template, date=config.date) if tokenizer.chat_template else None
         self._config = config
+        self.bare = 0
 
     def ask(self, row: dict[str, Any], where: str) -> list[int]:
         """The prompt in `row` as token ids. Raises RowError when there is none."""
@@ -79,13 +82,14 @@ class Asker:
             return self._opening(form.ids.tolist(), form.loss_mask.tolist())
         if isinstance(form, forms.Text):
             return self._text(form, where)
-        if self._chat is None:
-            detail = (
-                "a conversation, which a target without a chat template cannot be asked; expected `prompt` or `text`"
-            )
-            raise RowError(where, "no chat template", detail)
         asked = forms.questions(form, where)[0]
-        return self._encode(self._chat.render(asked, open_answer=True, tools=form.tools, where=where))
+        if self._chat is not None:
+            return self._encode(self._chat.render(asked, open_answer=True, tools=form.tools, where=where))
+        if len(asked) > 1 or form.tools:
+            detail = "a conversation, for which the target has no chat template; expected `prompt` or `text`"
+            raise RowError(where, "no chat template", detail)
+        self.bare += 1
+        return self._encode(asked[0]["content"], document=True)
 
     def _read(self, row: dict[str, Any], where: str) -> forms.Form:
         """What `row` holds. A target without a chat template goes on with a prompt as it stands."""
