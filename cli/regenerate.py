@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import msgspec
 import typer
 
-from specd.cli.settings import Data, Files, Model, Prompts, data_config, named, needed
+from specd.cli.settings import Data, DataSettings, Files, Model, Prompts, data_config, named, needed
 from specd.config.settings import DataConfig
 from specd.errors import ConfigError
 
@@ -56,9 +56,7 @@ def regenerate(
         list[str] | None,
         typer.Option("--extra", help="At a server: a field of each request, as top_k=20.", metavar="KEY=JSON"),
     ] = None,
-    settings: Annotated[
-        list[str] | None, typer.Option("--set", help="Any setting of the data section, as data.bad_rows=skip.")
-    ] = None,
+    settings: DataSettings = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output file.")] = False,
 ) -> None:
     """Have the target answer every turn of the conversations anew, from the prompts alone.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import msgspec
@@ -27,6 +28,11 @@ DATA = "File, folder, glob or hub name; else the recipe's, or what comes with sp
 """What may be given as data, where a command reads some."""
 Data = Annotated[list[str] | None, typer.Option("--data", help=f"{DATA} Give it again for more.", metavar="FILE")]
 Files = Annotated[list[str] | None, typer.Argument(metavar="[FILE]...", help="The same as --data.", show_default=False)]
+DataSettings = Annotated[
+    list[str] | None, typer.Option("--set", help="Any setting of the data section, as data.max_length=512.")
+]
+Method = Annotated[str, typer.Option("--method", help="The draft whose training the samples are for.")]
+Preset = Annotated[str, typer.Option("--preset", help="Take this preset's recipe; else the target's own.")]
 Prompts = Annotated[list[str] | None, typer.Option("--prompts", "-p", hidden=True, help="The same as --data.")]
 
 
@@ -134,3 +140,17 @@ def data_config(
 def paths(files: Sequence[str]) -> dict[str, Any]:
     """The settings of the data section that `files` stand for."""
     return {"path": files[0] if len(files) == 1 else list(files)} if files else {}
+
+
+def tokenizer_dir(model: str) -> Path:
+    """The directory of the tokenizer of `model`, whose weights need not be here. Raises as `targets.source.resolve`."""
+    from specd.targets.source import resolve
+
+    path = resolve(model, need="tokenizer").path
+    assert path is not None, "only a shape can come without a directory"
+    return path
+
+
+def path_of(config: DataConfig) -> str:
+    """Where the data comes from, for people."""
+    return config.path if isinstance(config.path, str) else ", ".join(config.path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from contextlib import AbstractContextManager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -159,7 +160,8 @@ def train(
         typer.echo(f"{done.directory} is finished: {done.steps} steps trained; draft in {done.draft}")
         return
     typer.echo(f"{done.steps} steps trained; draft in {done.draft}")
-    typer.echo(f"next: specd eval --draft {done.draft} --untrained, then specd report {done.directory}")
+    draft, directory = (shlex.quote(str(path)) for path in (done.draft, done.directory))
+    typer.echo(f"next: specd eval --draft {draft} --untrained, then specd report {directory}")
 
 
 def _check_link(link: SubscriberConfig, model: str) -> None:

@@ -53,7 +53,7 @@ def test_show_says_why_a_row_is_left_out_or_cut(tmp_path: Path, model: Path) -> 
     shown = run("show", path, "--model", model, "--row", "2", "--set", "data.max_length=50").output
     assert "tokens cut" in shown
     assert "50 tokens" in shown
-    with pytest.raises(DataError, match="has no row 3"):
+    with pytest.raises(DataError, match="has 2 rows, and no row 3"):
         run("show", path, "--model", model, "--row", "3")
 
 
@@ -76,25 +76,6 @@ def test_stats_of_samples_that_are_all_alike(tmp_path: Path, model: Path) -> Non
     assert run("stats", path, "--model", model).exit_code == 0
 
 
-def test_regenerate_writes_answers_once(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from specd.targets.transformers import load
-
-    tokenizer = load.load_tokenizer(str(model))
-    network, _ = load.load_causal_lm(str(model), load_format="dummy")
-    monkeypatch.setattr(load, "load_causal_lm", lambda *_, **__: (network, tokenizer))
-    prompts = write_rows(tmp_path / "a.jsonl", *({"messages": talk(f"Hi {i}", "old")} for i in range(3)))
-    out = tmp_path / "out.jsonl"
-    arguments = ("regenerate", "--model", model, "--prompts", prompts, "--output", out, "--max-new-tokens", "3")
-    assert "2 answered" in run(*arguments, "--max-samples", "2").output
-    assert len(out.read_text().splitlines()) == 2
-    with pytest.raises(ConfigError, match="--overwrite"):
-        run(*arguments)
-    run(*arguments, "--overwrite")
-    rows = [json.loads(line) for line in out.read_text().splitlines()]
-    assert [row["messages"][0]["content"] for row in rows] == ["Hi 0", "Hi 1", "Hi 2"]
-    assert "old" not in {row["messages"][1]["content"] for row in rows}
-
-
 def test_what_comes_with_specd_is_counted_where_nothing_names_data(model: Path) -> None:
     assert "specd:demo/train.jsonl" in run("stats", "--model", model).output
 
@@ -103,18 +84,3 @@ def test_wrong_settings_are_refused_by_name(tmp_path: Path, model: Path) -> None
     path = write_rows(tmp_path / "a.jsonl", {"messages": talk("Hi", "Hello.")})
     with pytest.raises(ConfigError, match="max_lenght"):
         run("stats", path, "--model", model, "--set", "data.max_lenght=3")
-
-
-def test_ctrl_c_says_how_to_go_on(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from specd.data import regenerate
-    from specd.targets.transformers import load
-
-    def interrupt(*_: Any, **__: Any) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(load, "load_causal_lm", lambda *_, **__: ("model", "tokenizer"))
-    monkeypatch.setattr(regenerate, "regenerate", interrupt)
-    prompts = write_rows(tmp_path / "a.jsonl", {"messages": talk("Hi")})
-    result = run("regenerate", "--model", model, "--prompts", prompts, "--output", tmp_path / "out.jsonl")
-    assert result.exit_code == 130
-    assert "give the same command again" in result.output

@@ -71,7 +71,7 @@ def results(text: str) -> dict[str, EvalFacts]:
 def test_both_drafts_are_proved_and_kept_with_the_run(
     trained: Path, prompts: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = ["eval", "--draft", str(trained), "--prompts", prompts, "--max-new-tokens", "8", "--untrained"]
+    arguments = ["eval", "--draft", str(trained), "--data", prompts, "--max-new-tokens", "8", "--untrained"]
     assert run([*arguments, "--dtype", "float32", "--device", "cpu", "--json"]) == 0
     found = results(capsys.readouterr().out)
     for name, facts in found.items():
@@ -81,7 +81,7 @@ def test_both_drafts_are_proved_and_kept_with_the_run(
 
 
 def test_dtype_is_the_targets(trained: Path, prompts: str, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["eval", "--draft", str(trained), "--prompts", prompts, "--max-new-tokens", "4", "--json"]
+    arguments = ["eval", "--draft", str(trained), "--data", prompts, "--max-new-tokens", "4", "--json"]
     assert run([*arguments, "--dtype", "bfloat16", "--device", "cpu"]) == 0
     assert results(capsys.readouterr().out)["trained"].dtype == "bfloat16"
     assert run([*arguments, "--dtype", "int4"]) == 2
@@ -105,7 +105,7 @@ def test_the_template_gets_the_options_of_the_run_or_those_given(
     monkeypatch.setattr("specd.evaluate.evaluator.greedy", greedy)
     if not in_run:
         (trained / "run.json").unlink()
-    arguments = ["eval", "--draft", str(trained), "--model", str(model), "--prompts", prompts, "--device", "cpu"]
+    arguments = ["eval", "--draft", str(trained), "--model", str(model), "--data", prompts, "--device", "cpu"]
     assert run([*arguments, *(text for setting in settings for text in ("--set", setting))]) == 130
     assert [text.endswith(SILENT) for text in asked] == [in_run and not settings]
     assert ends == [[tokenizer.eos_token_id]], "the generation config names no end, the tokenizer does"
@@ -126,7 +126,7 @@ def test_only_what_no_rounding_explains_is_a_failure(
     monkeypatch.setattr("specd.evaluate.evaluator.greedy", forged)
     monkeypatch.setattr(decode, "ROUNDINGS", rounding)
     monkeypatch.setenv("COLUMNS", "200")
-    arguments = ["eval", "--draft", str(trained), "--prompts", prompts, "--max-new-tokens", "4", "--limit", "1"]
+    arguments = ["eval", "--draft", str(trained), "--data", prompts, "--max-new-tokens", "4", "--limit", "1"]
     assert run([*arguments, "--device", "cpu", "--dtype", "float32"]) == code
     shown = capsys.readouterr().out
     assert f"{word} trained: 0 of 1 outputs equal" in shown
@@ -134,7 +134,8 @@ def test_only_what_no_rounding_explains_is_a_failure(
 
 
 def test_wrong_settings_are_refused_by_name(trained: Path, prompts: str, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["eval", "--draft", str(trained), "--prompts", prompts]
+    arguments = ["eval", "--draft", str(trained), "--data", prompts]
     for setting in ("data.tempalte.x=1", "data.max_samples=5"):
         assert run([*arguments, "--set", setting]) == 2
-        assert f"--set {setting}: evaluation takes data.template.KEY=VALUE alone" in capsys.readouterr().err
+        said = f"--set {setting}: evaluation takes what prompts are read by: data.template, data.date, data.columns,"
+        assert said in capsys.readouterr().err
