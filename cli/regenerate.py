@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -90,6 +91,11 @@ def regenerate(
     elif extra:
         raise ConfigError(f"--extra {extra[0]!r} is a field for a server; give --endpoint, or leave it out")
     else:
+        from specd.data.regenerate.log import settings_of
+
+        # A day that the template is told is that of the first call, also when a later one resumes it.
+        day = config.date or settings_of(output).get("date") or date.today().isoformat()
+        config = msgspec.structs.replace(config, date=day)
         answerer = _local(model, sampling, config, batch_size, device, dtype, threads)
     _run(config, answerer, output, overwrite)
 
@@ -107,7 +113,8 @@ def _local(
     network, tokenizer = load_causal_lm(model, dtype=dtype, device=device)
     if tokenizer is None:
         raise ConfigError(f"model {model!r} has no tokenizer, so it cannot answer text; add its tokenizer files")
-    return Local(network, tokenizer, sampling, target=model, batch_size=batch_size, template=config.template)
+    options: dict[str, Any] = {"template": config.template, "date": config.date}
+    return Local(network, tokenizer, sampling, target=model, batch_size=batch_size, **options)
 
 
 def _run(config: DataConfig, answerer: Answerer, output: Path, overwrite: bool) -> None:

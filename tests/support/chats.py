@@ -94,11 +94,11 @@ def write_tokenizer(directory: Path, template: str = CHATML) -> Path:
     return directory
 
 
-def write_target(directory: Path, num_layers: int = 4) -> Path:
+def write_target(directory: Path, num_layers: int = 4, template: str = CHATML) -> Path:
     """A tiny Llama of random weights with that tokenizer, saved to `directory`."""
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-    size = len(AutoTokenizer.from_pretrained(write_tokenizer(directory)))
+    size = len(AutoTokenizer.from_pretrained(write_tokenizer(directory, template)))
     config = LlamaConfig(
         hidden_size=32, intermediate_size=48, num_hidden_layers=num_layers, num_attention_heads=4,
         num_key_value_heads=2, vocab_size=size, max_position_embeddings=2048, initializer_range=0.25,

@@ -15,7 +15,7 @@ from msgspec import Meta
 
 from specd.config.settings import DataConfig
 from specd.data.faults import Fault, Faults, RowError
-from specd.data.regenerate.log import AnswerLog
+from specd.data.regenerate.log import AnswerLog, unfinished
 from specd.data.regenerate.questions import Question, Questions, read_questions
 from specd.data.regenerate.talk import Reply
 from specd.errors import ConfigError, DataError
@@ -90,7 +90,7 @@ def regenerate(
     """
     if out.exists() and not overwrite:
         raise ConfigError(f"{str(out)!r} exists already; give --overwrite to replace it, or another --output")
-    log = AnswerLog(out.with_name(out.name + ".partial"), answerer.settings)
+    log = AnswerLog(unfinished(out), answerer.settings)
     with closing(log), closing(Questions(out.parent)) as questions:
         job = _Job(config, answerer, questions, log)
         job.read()
@@ -104,11 +104,8 @@ class _Job:
         self._config, self._answerer, self._questions, self._log = config, answerer, questions, log
         self._faults = Faults()
         self._rows = self._tokens = self._samples = self._shortened = 0
+        self._path = config.path if isinstance(config.path, str) else ", ".join(config.path)
         self._begun = time.monotonic()
-
-    @property
-    def _path(self) -> str:
-        return self._config.path if isinstance(self._config.path, str) else ", ".join(self._config.path)
 
     def read(self) -> None:
         """Read and measure all questions, and stop or log where rows cannot be answered."""
@@ -183,6 +180,8 @@ def _line(question: Question, reply: Reply) -> bytes:
     row: dict[str, Any] = {"messages": messages, **question.kept}
     if question.tools is not None:
         row["tools"] = question.tools
+    if question.options:
+        row["chat_template_kwargs"] = question.options
     if reply.input_ids is not None:
         row |= {"input_ids": reply.input_ids, "loss_mask": reply.loss_mask}
     return msgspec.json.encode(row) + b"\n"

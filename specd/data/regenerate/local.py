@@ -45,15 +45,17 @@ class Local:
         target: str,
         batch_size: int = 16,
         template: Mapping[str, Any] | None = None,
+        date: str = "",
     ) -> None:
-        """target: its name, kept with unfinished work. template: variables of the chat template.
+        """target: its name, kept with unfinished work. template: variables of the chat template. date: the day that
+        one is told which asks for it.
 
         Raises ConfigError when neither `sampling` nor the target limits an answer, DataError without a chat template.
         """
         self._model, self._sampling, self._batch_size = model, sampling, batch_size
-        self._chat = Chat(tokenizer, template)
         self._encoder = Encoder(tokenizer)
         self._stops = end_tokens(model, tokenizer)
+        self._chat = Chat(tokenizer, template, date=date, ends=self._stops)
         self._positions = int(getattr(model.config.get_text_config(), "max_position_embeddings", 0) or 0)
         if not (sampling.max_new_tokens or self._positions):
             raise ConfigError("the target names no longest text (max_position_embeddings); give --max-new-tokens")
@@ -63,6 +65,8 @@ class Local:
             "template": dict(template or {}),
             **msgspec.to_builtins(sampling),
         }
+        if self._chat.asks_clock:
+            self.settings["date"] = date
 
     def size(self, question: Question) -> int:
         return len(self._prompt(Talk(question)))
@@ -104,7 +108,9 @@ class Local:
     def _prompt(self, talk: Talk) -> list[int]:
         """The tokens up to the next answer. Raises RowError when the template refuses them or no answer fits."""
         question = talk.question
-        text = self._chat.render(talk.ask(), open_answer=True, tools=question.tools, where=question.where)
+        text = self._chat.render(
+            talk.ask(), open_answer=True, tools=question.tools, options=question.options, where=question.where
+        )
         ids: list[int] = self._chat.tokenizer(text, add_special_tokens=False)["input_ids"]
         if self._positions and len(ids) >= self._positions:
             raise RowError(

@@ -24,6 +24,20 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True):
     reply: Reply
 
 
+def settings_of(out: Path) -> dict[str, Any]:
+    """The settings under which the unfinished work on `out` was begun; empty without any."""
+    try:
+        with unfinished(out).open("rb") as file:
+            return msgspec.json.decode(file.readline(), type=dict[str, Any])
+    except (OSError, msgspec.DecodeError):
+        return {}
+
+
+def unfinished(out: Path) -> Path:
+    """Where answers for `out` are kept until all are there."""
+    return out.with_name(out.name + ".partial")
+
+
 class AnswerLog:
     """The file of answers: its first line holds the settings they were given under, each further one an answer.
 
@@ -89,7 +103,7 @@ class AnswerLog:
             logger.info("%s: resuming after %d answers", self.path, len(self))
         else:
             self._file.truncate(0)
-            self._file.write(msgspec.json.encode(settings, order="deterministic") + b"\n")
+            self._file.write(msgspec.json.encode(dict(settings), order="deterministic") + b"\n")
             self._file.flush()
 
     def _check(self, head: bytes, settings: Mapping[str, Any]) -> None:

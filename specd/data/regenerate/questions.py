@@ -20,24 +20,22 @@ from specd.data.forms import Turn
 from specd.data.rows import read_rows, sources
 from specd.errors import ConfigError
 
-READ = frozenset((
-    "messages", "conversations", "prompt", "completion", "instruction", "input", "output", "chosen", "rejected",
-    "text", "input_ids", "labels", "loss_mask", "tools", "finish_reason",
-))  # fmt: skip
+READ = frozenset(forms.COLUMNS) - {"form"} | {"rejected"}
 """Columns that a question is read from: what is written has `messages` in their place."""
 
 
 class Question(msgspec.Struct, frozen=True, kw_only=True):
     """One conversation to answer. where: its row, for messages. key: digest of what is asked.
 
-    groups: the turns that lead up to each answer. tools: what the template gets beside them. kept: the row's other
-    columns, which stay as they are.
+    groups: the turns that lead up to each answer. tools, options: what the template gets beside them. kept: the row's
+    other columns, which stay as they are.
     """
 
     where: str
     key: str
     groups: list[list[Turn]]
     tools: list[Any] | None = None
+    options: dict[str, Any] = {}
     kept: dict[str, Any] = {}
 
 
@@ -82,8 +80,9 @@ def read_questions(config: DataConfig, size: Callable[[Question], int], into: Qu
     """Fill `into` with the questions of `config`'s rows; rows that cannot be answered go to `faults`.
 
     size: of a question, raises RowError for one that is too long. Equal questions get keys of their own, by their
-    order. Returns the rows read.
+    order. Returns the rows read. Raises ConfigError for unknown names in `data.columns`.
     """
+    forms.check(config)
     seen: Counter[str] = Counter()
     columns = READ | set(config.columns.values())
     rows = 0
@@ -107,10 +106,11 @@ def _question(row: dict[str, Any] | RowError, where: str, config: DataConfig, co
         raise row
     form = forms.read(row, where, config)
     if not isinstance(form, forms.Conversation):
-        kind = "text" if isinstance(form, forms.Text) else "token ids"
-        raise RowError(where, "no question", f"holds {kind}; expected a conversation or a prompt to answer")
+        kind = "a text" if isinstance(form, forms.Text) else "token ids"
+        detail = f"holds {kind}; expected a conversation or a prompt to answer, or data.format=conversations"
+        raise RowError(where, "no question", detail)
     groups = forms.questions(form, where)
-    asked = msgspec.json.encode([groups, form.tools], order="deterministic")
+    asked = msgspec.json.encode([groups, form.tools, form.options], order="deterministic")
     key = hashlib.blake2b(asked, digest_size=16).hexdigest()
     kept = {name: value for name, value in row.items() if name not in columns}
-    return Question(where=where, key=key, groups=groups, tools=form.tools, kept=kept)
+    return Question(where=where, key=key, groups=groups, tools=form.tools, options=form.options, kept=kept)

@@ -118,6 +118,8 @@ class Server:
             body: dict[str, Any] = {"messages": for_server(talk.ask()), **self._fields, **self._optional}
             if question.tools:
                 body["tools"] = question.tools
+            if question.options:
+                body["chat_template_kwargs"] = self._fields.get("chat_template_kwargs", {}) | question.options
             try:
                 found = await self._complete(client, body)
             except Refused as error:

@@ -70,7 +70,8 @@ class Talk:
 
     def conversation(self) -> Conversation:
         """As training will read it."""
-        return Conversation(turns=self.turns, tools=self.question.tools, cut=frozenset(self._cut))
+        asked = self.question
+        return Conversation(turns=self.turns, tools=asked.tools, cut=frozenset(self._cut), options=asked.options)
 
     def reply(self, *, with_ids: bool) -> Reply:
         kept = with_ids and bool(self.ids)

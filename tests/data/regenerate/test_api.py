@@ -60,11 +60,15 @@ def test_what_is_no_answer() -> None:
 
 
 def test_arguments_go_out_as_text() -> None:
+    turns: list[dict[str, Any]]
     turns = [{"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": {"a": 1}}}]}]
     (turn,) = for_server(turns)
     assert turn["tool_calls"][0]["function"] == {"name": "f", "arguments": '{"a": 1}'}
     assert turns[0]["tool_calls"][0]["function"]["arguments"] == {"a": 1}, "the turn itself stays"  # type: ignore[index]
-    plain = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "", "tool_calls": [CALL]}]
+    plain: list[dict[str, Any]] = [
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "", "tool_calls": [CALL]},
+    ]
     assert for_server(plain) == plain
 
 

@@ -24,6 +24,7 @@ from specd.data.regenerate.talk import Reply, Talk
 from specd.errors import ConfigError, DataError
 
 ROWS: list[dict[str, Any]] = [{"messages": talk(f"Q{i}?", "old"), "form": f"f{i}"} for i in range(6)]
+TOOL = {"type": "function", "function": {"name": "t"}}
 UNANSWERABLE: dict[str, Any] = {"messages": [{"role": "system", "content": "Be brief."}]}
 
 
@@ -78,13 +79,14 @@ def interrupted(config: DataConfig, out: Path, after: int) -> Echo:
 
 def test_rows_keep_their_order_and_their_other_columns(tmp_path: Path) -> None:
     out = tmp_path / "out.jsonl"
-    rows = [*ROWS, {"messages": talk("A?", "x", "B?"), "tools": [{"name": "t"}], "finish_reason": "stop", "n": 0.5}]
+    beside = {"tools": [TOOL], "n": 0.5, "chat_template_kwargs": {"enable_thinking": False}}
+    rows = [*ROWS, {"messages": talk("A?", "x", "B?"), "finish_reason": "stop", **beside}]
     done = regenerate(config_of(tmp_path, *rows), Echo(), out)
     found = lines(out)
     assert [row["messages"][1]["content"] for row in found[:-1]] == [f"to Q{i}?" for i in range(6)]
     assert [row["form"] for row in found[:-1]] == [f"f{i}" for i in range(6)]
     assert [turn["content"] for turn in found[-1]["messages"]] == ["A?", "to A?", "B?", "to B?"]
-    assert {key: value for key, value in found[-1].items() if key != "messages"} == {"tools": [{"name": "t"}], "n": 0.5}
+    assert {key: value for key, value in found[-1].items() if key != "messages"} == beside
     assert (done.samples, done.total, done.tokens, done.shortened) == (7, 7, 16, 0)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["in.jsonl", "out.jsonl"]
 
@@ -155,7 +157,7 @@ def test_a_file_without_an_answer_is_not_written(tmp_path: Path) -> None:
 
 
 def test_rows_without_a_question_of_another_form(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"holds text; expected a conversation or a prompt"):
+    with pytest.raises(DataError, match=r"holds a text; expected a conversation or a prompt"):
         regenerate(config_of(tmp_path, {"text": "Once."}), Echo(), tmp_path / "out.jsonl")
 
 

@@ -150,7 +150,7 @@ def test_an_interrupted_call_goes_on_and_gives_the_same_file(tmp_path: Path, mod
 
 
 def test_every_turn_is_answered_from_the_new_answers(tmp_path: Path, model: Any, tokenizer: Any) -> None:
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"messages": talk("Hi", "old", "And?", "old", "So?")},
         {"conversations": [{"from": "human", "value": "Hi"}], "finish_reason": "length"},
     ]

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from specd.data.regenerate.log import AnswerLog
+from specd.data.regenerate.log import AnswerLog, settings_of
 from specd.data.regenerate.talk import Reply
 from specd.errors import ConfigError
 
@@ -71,6 +71,15 @@ def test_work_under_other_settings_is_not_mixed_in(path: Path) -> None:
     path.write_bytes(b"what is this\n")
     with pytest.raises(ConfigError, match=r"target=None, now 'tiny'"):
         AnswerLog(path, SETTINGS)
+
+
+def test_the_settings_of_unfinished_work_can_be_read(path: Path) -> None:
+    out = path.with_name("out.jsonl")
+    assert settings_of(out) == {}
+    fill(path, "a")
+    assert settings_of(out) == SETTINGS
+    path.write_bytes(b"\xff\n")
+    assert settings_of(out) == {}
 
 
 def test_a_damaged_log_is_said_to_be(path: Path) -> None:

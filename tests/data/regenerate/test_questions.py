@@ -11,6 +11,8 @@ from specd.config.settings import DataConfig
 from specd.data.faults import Faults
 from specd.data.regenerate.questions import Question, Questions, read_questions
 
+TOOL = {"type": "function", "function": {"name": "t"}}
+
 
 def read(tmp_path: Path, *rows: dict[str, Any], **options: Any) -> tuple[list[Question], list[str], Faults]:
     faults = Faults()
@@ -27,16 +29,16 @@ def read(tmp_path: Path, *rows: dict[str, Any], **options: Any) -> tuple[list[Qu
 
 
 def test_a_question_is_what_is_asked_and_the_other_columns(tmp_path: Path) -> None:
-    rows = [{"messages": talk("A?", "old", "B?", "old"), "tools": [{"name": "t"}], "id": 7, "finish_reason": "stop"}]
+    rows = [{"messages": talk("A?", "old", "B?", "old"), "tools": [TOOL], "id": 7, "finish_reason": "stop"}]
     (question,), _, _ = read(tmp_path, *rows)
     assert question.groups == [talk("A?"), talk("B?")]
-    assert (question.tools, question.kept) == ([{"name": "t"}], {"id": 7})
+    assert (question.tools, question.kept) == ([TOOL], {"id": 7})
     assert question.where == "in.jsonl line 1"
 
 
 def test_the_key_is_that_of_the_question_alone(tmp_path: Path) -> None:
     same = [{"messages": talk("A?", "old"), "id": 1}, {"messages": talk("A?"), "id": 2}]
-    other = [{"messages": talk("A?"), "tools": [{"name": "t"}]}, {"messages": talk("A?", "x", "B?")}]
+    other = [{"messages": talk("A?"), "tools": [TOOL]}, {"messages": talk("A?", "x", "B?")}]
     _, keys, _ = read(tmp_path, *same, *other)
     assert keys[1] == f"{keys[0]}-2"
     assert len({keys[0], keys[2], keys[3]}) == 3
@@ -44,6 +46,7 @@ def test_the_key_is_that_of_the_question_alone(tmp_path: Path) -> None:
 
 
 def test_bad_rows_are_counted(tmp_path: Path) -> None:
+    rows: list[dict[str, Any]]
     rows = [{"messages": talk("A?")}, {"messages": [{"role": "bard", "content": "x"}]}, {"text": "Once."}, {"odd": 1}]
     questions, _, faults = read(tmp_path, *rows)
     assert len(questions) == 1
