@@ -52,7 +52,7 @@ def regenerate(
     threads: Annotated[int, typer.Option(min=0, help="In this process: CPU threads, 0 for torch's choice.")] = 0,
     concurrency: Annotated[int, typer.Option(min=1, help="At a server: conversations in flight.")] = 64,
     retries: Annotated[int, typer.Option(min=0, help="At a server: how often a failed request is repeated.")] = 6,
-    timeout: Annotated[float, typer.Option(min=0.1, help="At a server: seconds until an answer must be there.")] = 600,
+    timeout: Annotated[float, typer.Option(min=0.1, help="At a server: seconds until an answer must be there.")] = 1800,
     extra: Annotated[
         list[str] | None,
         typer.Option("--extra", help="At a server: a field of each request, as top_k=20.", metavar="KEY=JSON"),

@@ -45,7 +45,7 @@ class Server:
         key: str = "",
         concurrency: int = 64,
         retries: int = 6,
-        timeout_s: float = 600.0,
+        timeout_s: float = 1800.0,
         backoff_s: float = 1.0,
     ) -> None:
         """endpoint: the API's base, as http://host:port/v1. model: as the server calls it. extra: fields of each
@@ -76,6 +76,7 @@ class Server:
             **msgspec.to_builtins(sampling),
         }
         self._answered = 0
+        self._in_trouble = False
         self._paused_until = 0.0
 
     def size(self, question: Question) -> int:
@@ -157,22 +158,22 @@ class Server:
         Raises Refused for a request that it refuses, DataError when this one alone gets no answer, TargetError when
         none does, ConfigError for a wrong key or model. patient: retry what cannot be reached.
         """
-        failures, answered = 0, self._answered
+        failures, begun = 0, self._answered
+        before = begun
         while True:
             await asyncio.sleep(self._paused_until - time.monotonic())
-            pause, unreachable = 0.0, False
+            pause, unreachable, busy = 0.0, False, False
             try:
                 response = await client.post(f"{self._url}/chat/completions", json=body)
                 if response.status_code == HTTPStatus.OK:
                     found = read_completion(response.content)
-                    self._answered += 1
+                    self._well()
                     return found
                 problem = f"answers {response.status_code}: {reason(response.content)}"
                 if not _passing(response.status_code):
                     await self._refuse(client, response, problem)
                 pause = retry_after(response.headers.get("retry-after"), time.time())
-                if pause or response.status_code == HTTPStatus.TOO_MANY_REQUESTS:  # the others wait as well
-                    self._paused_until = max(self._paused_until, time.monotonic() + (pause or self._backoff_s))
+                busy = response.status_code in (HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE)
             except httpx.ConnectError as error:
                 problem, unreachable = f"cannot be reached ({error})", True
             except httpx.TimeoutException:
@@ -181,12 +182,28 @@ class Server:
                 problem = f"cut the connection ({error or type(error).__name__})"
             except Garbled as error:
                 problem = f"sent {error}"
-            failures += 1
+            # A busy server that answers others meanwhile will come to this one.
+            failures = 1 if busy and self._answered > before else failures + 1
+            before = self._answered
             if failures > self._retries or (unreachable and not patient):
-                self._give_up(problem, failures, alone=self._answered > answered and not unreachable)
-            delay = min(self._backoff_s * 2 ** (failures - 1), MAX_BACKOFF_S)
-            logger.info("the server at %s %s; trying again in %.1f s", self._url, problem, max(pause, delay))
-            await asyncio.sleep(max(pause, delay))
+                self._give_up(problem, failures, alone=self._answered > begun and not (unreachable or busy))
+            pause = max(pause, min(self._backoff_s * 2 ** (failures - 1), MAX_BACKOFF_S))
+            if busy:  # the others wait as well
+                self._paused_until = max(self._paused_until, time.monotonic() + pause)
+            self._ill(problem, pause)
+            await asyncio.sleep(pause)
+
+    def _well(self) -> None:
+        self._answered += 1
+        if self._in_trouble:
+            logger.info("the server at %s answers again", self._url)
+        self._in_trouble = False
+
+    def _ill(self, problem: str, pause_s: float) -> None:
+        """Say so once, not once a request."""
+        if not self._in_trouble:
+            logger.warning("the server at %s %s; trying again in %.1f s", self._url, problem, pause_s)
+        self._in_trouble = True
 
     async def _refuse(self, client: httpx.AsyncClient, response: httpx.Response, problem: str) -> None:
         if response.status_code in (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN):

@@ -7,6 +7,7 @@ import logging
 import socket
 import threading
 import time
+from collections import Counter
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -182,6 +183,29 @@ def test_a_wait_that_the_server_asks_for_is_kept_by_all(tmp_path: Path) -> None:
     with ChatServer(script) as server:
         assert contents(run(tmp_path, server.url, *ROWS[:3], concurrency=1)) == ANSWERS[:3]
     assert times[1] - times[0] >= 0.4
+
+
+def test_a_busy_server_is_asked_until_it_has_come_to_all(tmp_path: Path) -> None:
+    """It turns the last row away more often than a request may fail, but answers others meanwhile."""
+    turned_away = Counter[str]()
+
+    def script(request: dict[str, Any]) -> Said:
+        name = asked(request)
+        if turned_away[name] == ROWS.index({"messages": talk(name, "old"), "form": f"f{name[1]}"}):
+            return echo(request)
+        turned_away[name] += 1
+        return failed(429)
+
+    with ChatServer(script) as server:
+        assert contents(run(tmp_path, server.url, *ROWS, retries=5, concurrency=9)) == ANSWERS
+    assert turned_away["Q8?"] == 8
+
+
+def test_a_server_that_is_busy_for_good_is_given_up(tmp_path: Path) -> None:
+    with ChatServer(lambda _: failed(429, "later")) as server:
+        with pytest.raises(TargetError, match=r"answers 429: later, 3 times in a row"):
+            run(tmp_path, server.url, ROWS[0])
+        assert len(server.requests) == 3
 
 
 def test_a_row_that_the_server_refuses_stops_it_or_is_left_out(tmp_path: Path) -> None:
