@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Container, Generator, Mapping
+from collections.abc import Container, Generator, Iterable, Mapping
 from http import HTTPStatus
 from typing import Any
 
@@ -87,30 +87,36 @@ class Server:
         self, questions: Questions, kept: Container[int]
     ) -> Generator[tuple[int, Reply | RowError], None, None]:
         waiting = iter(sorted(range(len(questions)), key=lambda i: (-questions.sizes[i], i)))
-        limits = httpx.Limits(max_connections=self._concurrency, max_keepalive_connections=self._concurrency)
-        timeout = httpx.Timeout(self._timeout_s, connect=min(CONNECT_S, self._timeout_s), pool=None)
+        flying: dict[asyncio.Task[Reply], tuple[int, httpx.AsyncClient]] = {}
+        idle = self._clients(min(self._concurrency, len(questions)))
         with asyncio.Runner() as runner:
-            client = httpx.AsyncClient(headers=self._headers, limits=limits, timeout=timeout)
-            flying: dict[asyncio.Task[Reply], int] = {}
             try:
-                runner.run(self._probe(client))
+                runner.run(self._probe(idle[0]))
                 while True:
-                    while len(flying) < self._concurrency and (number := next(waiting, None)) is not None:
+                    while idle and (number := next(waiting, None)) is not None:
                         if number not in kept:
-                            work = self._answer(client, questions[number])
-                            flying[runner.get_loop().create_task(work)] = number
+                            client = idle.pop()
+                            task = runner.get_loop().create_task(self._answer(client, questions[number]))
+                            flying[task] = number, client
                     if not flying:
                         return
                     done = runner.run(_first(flying))
                     # A failure of the server itself ends all: first what came before it.
                     for task in sorted(done, key=_failed):
-                        number = flying.pop(task)
+                        number, client = flying.pop(task)
+                        idle.append(client)
                         try:
                             yield number, task.result()
                         except RowError as error:
                             yield number, error
             finally:
-                runner.run(_close(client, flying))
+                runner.run(_close(flying, [*idle, *(client for _, client in flying.values())]))
+
+    def _clients(self, count: int) -> list[httpx.AsyncClient]:
+        """One a conversation in flight: the work of a client grows with the connections that it holds."""
+        timeout = httpx.Timeout(self._timeout_s, connect=min(CONNECT_S, self._timeout_s))
+        context = httpx.create_ssl_context()
+        return [httpx.AsyncClient(headers=self._headers, timeout=timeout, verify=context) for _ in range(count)]
 
     async def _answer(self, client: httpx.AsyncClient, question: Question) -> Reply:
         """Answer all turns, as many as fit. Raises RowError when the first one gets no answer."""
@@ -249,7 +255,7 @@ def _passing(status: int) -> bool:
     return status >= 500 or status in (HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_EARLY, HTTPStatus.TOO_MANY_REQUESTS)
 
 
-async def _first(flying: Mapping[asyncio.Task[Reply], int]) -> set[asyncio.Task[Reply]]:
+async def _first(flying: Iterable[asyncio.Task[Reply]]) -> set[asyncio.Task[Reply]]:
     done, _ = await asyncio.wait(flying, return_when=asyncio.FIRST_COMPLETED)
     return done
 
@@ -258,8 +264,9 @@ def _failed(task: asyncio.Task[Reply]) -> bool:
     return task.exception() is not None and not isinstance(task.exception(), RowError)
 
 
-async def _close(client: httpx.AsyncClient, flying: Mapping[asyncio.Task[Reply], int]) -> None:
+async def _close(flying: Iterable[asyncio.Task[Reply]], clients: Iterable[httpx.AsyncClient]) -> None:
     for task in flying:
         task.cancel()
     await asyncio.gather(*flying, return_exceptions=True)
-    await client.aclose()
+    for client in clients:
+        await client.aclose()
