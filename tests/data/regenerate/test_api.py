@@ -64,7 +64,7 @@ def test_arguments_go_out_as_text() -> None:
     turns = [{"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": {"a": 1}}}]}]
     (turn,) = for_server(turns)
     assert turn["tool_calls"][0]["function"] == {"name": "f", "arguments": '{"a": 1}'}
-    assert turns[0]["tool_calls"][0]["function"]["arguments"] == {"a": 1}, "the turn itself stays"  # type: ignore[index]
+    assert turns[0]["tool_calls"][0]["function"]["arguments"] == {"a": 1}, "the turn itself stays"
     plain: list[dict[str, Any]] = [
         {"role": "user", "content": "Hi"},
         {"role": "assistant", "content": "", "tool_calls": [CALL]},
