@@ -22,6 +22,7 @@ EXAMPLES = (
     "chats.jsonl --model Qwen/Qwen3-8B --endpoint http://localhost:30000/v1 --output answers.jsonl`"
 )
 KEY = "OPENAI_API_KEY"
+HERE, THERE = "In this process", "At a server (--endpoint)"
 
 
 def regenerate(
@@ -46,16 +47,22 @@ def regenerate(
     seed: Annotated[int, typer.Option(help="Seed of the samples.")] = 0,
     max_samples: Annotated[int, typer.Option(min=0, help="Only the first N rows, 0 for all.")] = 0,
     split: Annotated[str, typer.Option(help="Split of a hub data set.")] = "",
-    batch_size: Annotated[int, typer.Option(min=1, help="In this process: conversations answered together.")] = 16,
-    device: Annotated[str, typer.Option(help="In this process: auto, cpu, cuda or cuda:N.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="In this process: auto, float32, bfloat16 or float16.")] = "auto",
-    threads: Annotated[int, typer.Option(min=0, help="In this process: CPU threads, 0 for torch's choice.")] = 0,
-    concurrency: Annotated[int, typer.Option(min=1, help="At a server: conversations in flight.")] = 64,
-    retries: Annotated[int, typer.Option(min=0, help="At a server: how often a failed request is repeated.")] = 6,
-    timeout: Annotated[float, typer.Option(min=0.1, help="At a server: seconds until an answer must be there.")] = 1800,
+    batch_size: Annotated[int, typer.Option(min=1, rich_help_panel=HERE, help="Conversations answered together.")] = 16,
+    device: Annotated[str, typer.Option(rich_help_panel=HERE, help="auto, cpu, cuda or cuda:N.")] = "auto",
+    dtype: Annotated[str, typer.Option(rich_help_panel=HERE, help="auto, float32, bfloat16 or float16.")] = "auto",
+    threads: Annotated[int, typer.Option(min=0, rich_help_panel=HERE, help="CPU threads, 0 for torch's choice.")] = 0,
+    concurrency: Annotated[int, typer.Option(min=1, rich_help_panel=THERE, help="Conversations in flight.")] = 64,
+    retries: Annotated[
+        int, typer.Option(min=0, rich_help_panel=THERE, help="How often a failed request is repeated.")
+    ] = 6,
+    timeout: Annotated[
+        float, typer.Option(min=0.1, rich_help_panel=THERE, help="Seconds until an answer must be there.")
+    ] = 1800,
     extra: Annotated[
         list[str] | None,
-        typer.Option("--extra", help="At a server: a field of each request, as top_k=20.", metavar="KEY=JSON"),
+        typer.Option(
+            "--extra", rich_help_panel=THERE, metavar="KEY=JSON", help="A field of each request, as top_k=20."
+        ),
     ] = None,
     settings: DataSettings = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output file.")] = False,

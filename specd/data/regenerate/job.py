@@ -81,7 +81,7 @@ def regenerate(
 
     Answers that a row already has are dropped; a conversation of several turns is answered turn by turn. Each
     answer has its `finish_reason` beside `content`: `length` if it was cut off. overwrite: replace `out` if it exists,
-    once all answers are there.
+    once all answers are there. on_answer: called before the first answer and after each.
 
     Rows that cannot be answered stop it, as `config.bad_rows` says, before the first answer where that can be known.
     Answers are kept beside `out` until all are there, by their question: a second call resumes where the first one
@@ -123,6 +123,8 @@ class _Job:
         if len(kept) == len(keys):
             return
         self._begun = time.monotonic()
+        if on_answer is not None:
+            on_answer(self.progress())
         with closing(self._answerer.answers(self._questions, kept)) as found:
             for number, reply in found:
                 if number in kept:

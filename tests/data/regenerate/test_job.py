@@ -201,7 +201,7 @@ def test_a_killed_process_loses_nothing_that_it_reported(tmp_path: Path) -> None
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": path}
     ) as process:
         assert process.stdout is not None
-        assert [process.stdout.readline() for _ in range(3)] == ["1\n", "2\n", "3\n"]
+        assert [process.stdout.readline() for _ in range(4)] == ["0\n", "1\n", "2\n", "3\n"]
         process.send_signal(signal.SIGKILL)
     assert not out.exists()
     again = Echo()

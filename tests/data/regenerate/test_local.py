@@ -119,7 +119,7 @@ def test_answers_are_the_targets_own_in_input_order(tmp_path: Path, model: Any, 
         assert row["messages"][1]["content"] == tokenizer.decode(written[: -1 if ended else None])
         assert row["messages"][0] == asked["messages"][0]
         assert row["form"] == asked["form"]
-    assert [progress.samples for progress in seen] == [1, 2, 3, 4, 5, 6, 7]
+    assert [progress.samples for progress in seen] == [0, 1, 2, 3, 4, 5, 6, 7]
     assert done.samples == done.total == 7
     assert [file.name for file in out.parent.iterdir()] == ["out.jsonl"]
 
@@ -144,7 +144,7 @@ def test_an_interrupted_call_goes_on_and_gives_the_same_file(tmp_path: Path, mod
     partial.write_bytes(partial.read_bytes()[:-9])  # the fourth answer was being written
     seen: list[Progress] = []
     regenerate(config, answerer(), out, on_answer=seen.append)
-    assert [progress.samples for progress in seen] == [4, 5, 6, 7]
+    assert [progress.samples for progress in seen] == [3, 4, 5, 6, 7]
     assert out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
     assert not partial.exists()
 
@@ -299,7 +299,7 @@ def test_without_the_long_row_the_kept_work_is_used(tmp_path: Path, model: Any, 
         tmp_path / "out.jsonl",
         on_answer=lambda progress: seen.append(progress.samples),
     )
-    assert seen == [6, 7]
+    assert seen == [5, 6, 7]
     assert done.left_out == ()
 
 
