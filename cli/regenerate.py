@@ -78,9 +78,12 @@ def regenerate(
     if output.exists() and not overwrite:
         raise ConfigError(f"{str(output)!r} exists already; give --overwrite to replace it, or another --output")
 
+    if not top_p:
+        raise ConfigError("--top-p 0: expected more than 0, at most 1; greedy answers are --temperature 0, the default")
+
     from specd.data.regenerate.job import Sampling
 
-    sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p or 1.0, seed=seed)
+    sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
     if endpoint:
         from specd.data.regenerate.server import Server
 

@@ -10,20 +10,23 @@ import msgspec
 
 from specd.data.forms import Turn
 from specd.data.regenerate.talk import FinishReason
-from specd.errors import DataError
 
 MAX_WAIT_S = 600.0
 """Longest pause that a server may ask for."""
 
 
 class Completion(msgspec.Struct, frozen=True, kw_only=True):
-    """One answer of a server. prompt_ids, ids: the tokens read and written, empty where the server does not say."""
+    """One answer of a server. prompt_ids, ids: the tokens read and written, empty where the server does not say.
+
+    fault: why it cannot be kept, else empty.
+    """
 
     turn: Turn
     finish_reason: FinishReason
     num_tokens: int
     prompt_ids: list[int]
     ids: list[int]
+    fault: str = ""
 
 
 class Function(msgspec.Struct, kw_only=True):
@@ -70,7 +73,7 @@ class Garbled(Exception):
 
 
 def read_completion(body: bytes) -> Completion:
-    """Raises Garbled for what is no finished completion, DataError for an answer that cannot be used."""
+    """Raises Garbled for what is no finished completion."""
     try:
         response = msgspec.json.decode(body, type=Response)
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
@@ -80,8 +83,6 @@ def read_completion(body: bytes) -> Completion:
     choice = response.choices[0]
     if choice.finish_reason == "abort":
         raise Garbled("an answer that it aborted")
-    if choice.finish_reason == "content_filter":
-        raise DataError("the server's content filter stopped the answer")
     said = choice.message
     turn: Turn = {"role": "assistant", "content": said.content or ""}
     if thought := said.reasoning_content or said.reasoning:
@@ -91,14 +92,19 @@ def read_completion(body: bytes) -> Completion:
     ids = choice.token_ids or []
     prompt = response.prompt_token_ids or choice.prompt_token_ids or []
     cut = choice.finish_reason == "length"
-    if cut and not said.content and (thought or said.tool_calls) and not (ids and prompt):
-        raise DataError("the answer was cut within its thoughts or a tool call; give a higher --max-new-tokens")
+    fault = ""
+    if choice.finish_reason == "content_filter":
+        fault = "the server's content filter stopped the answer"
+    elif cut and not said.content and (thought or said.tool_calls) and not (ids and prompt):
+        # A template would write the end of the thoughts, which the target did not.
+        fault = "the answer was cut within its thoughts or a tool call; give a higher --max-new-tokens"
     return Completion(
         turn=turn,
         finish_reason="length" if cut else "stop",
         num_tokens=response.usage.completion_tokens if response.usage else len(ids),
         prompt_ids=prompt if ids else [],
         ids=ids if prompt else [],
+        fault=fault,
     )
 
 

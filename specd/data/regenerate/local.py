@@ -15,7 +15,7 @@ from specd.data.regenerate.job import Sampling
 from specd.data.regenerate.questions import Question, Questions
 from specd.data.regenerate.talk import FinishReason, Reply, Talk
 from specd.data.tokenizer import Encoder, end_tokens
-from specd.errors import ConfigError
+from specd.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -53,6 +53,11 @@ class Local:
         Raises ConfigError when neither `sampling` nor the target limits an answer, DataError without a chat template.
         """
         self._model, self._sampling, self._batch_size = model, sampling, batch_size
+        if not tokenizer.chat_template:
+            raise DataError(
+                f"{target} knows no turns (its tokenizer has no chat template), so there is nothing that it answers: "
+                f"train on documents, as `text` rows, or name an instruction-tuned target"
+            )
         self._encoder = Encoder(tokenizer)
         self._stops = end_tokens(model, tokenizer)
         self._chat = Chat(tokenizer, template, date=date, ends=self._stops)

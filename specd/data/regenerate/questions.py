@@ -66,7 +66,7 @@ class Questions:
         """Raises ConfigError when the disk is full."""
         try:
             self._file.seek(self._starts[-1])
-            self._starts.append(self._starts[-1] + self._file.write(msgspec.json.encode(question)))
+            self._starts.append(self._starts[-1] + self._file.write(msgspec.json.encode(question, enc_hook=str)))
         except OSError as error:
             raise ConfigError(f"cannot keep the questions beside --output: {error.strerror}; free some space") from None
         self.keys.append(question.key)

@@ -129,13 +129,16 @@ class Server:
                 body["chat_template_kwargs"] = self._fields.get("chat_template_kwargs", {}) | question.options
             try:
                 found = await self._complete(client, body)
+                fault, kind = found.fault, "answer cut short"
             except Refused as error:
-                if not talk.written:
-                    raise RowError(question.where, "refused by the server", f"the server {error}") from None
-                logger.info("%s: ends after answer %d: %s", question.where, len(talk.written), error)
-                break
+                fault, kind = f"the server {error}", "refused by the server"
             except DataError as error:
                 raise RowError(question.where, "no answer from the server", str(error)) from None
+            if fault and not talk.written:
+                raise RowError(question.where, kind, fault)
+            if fault:
+                logger.info("%s: ends after answer %d: %s", question.where, len(talk.written), fault)
+                break
             talk.answer(found.turn, found.finish_reason, found.num_tokens, found.prompt_ids, found.ids)
         return talk.reply(with_ids=True)
 
@@ -180,11 +183,11 @@ class Server:
                     await self._refuse(client, response, problem)
                 pause = retry_after(response.headers.get("retry-after"), time.time())
                 busy = response.status_code in (HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE)
-            except httpx.ConnectError as error:
-                problem, unreachable = f"cannot be reached ({error})", True
+            except (httpx.ConnectError, httpx.ConnectTimeout) as error:
+                problem, unreachable = f"cannot be reached ({error or 'no connection in time'})", True
             except httpx.TimeoutException:
                 problem = f"gave no answer within {self._timeout_s:g} s (--timeout)"
-            except httpx.TransportError as error:
+            except httpx.RequestError as error:
                 problem = f"cut the connection ({error or type(error).__name__})"
             except Garbled as error:
                 problem = f"sent {error}"

@@ -317,6 +317,12 @@ def test_a_target_without_a_limit_needs_one(tokenizer: Any) -> None:
         Local(Writer(positions=0), tokenizer, Sampling(), target="endless")  # type: ignore[arg-type]
 
 
+def test_a_base_model_answers_nothing(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(write_tokenizer(tmp_path / "base", ""))
+    with pytest.raises(DataError, match="base-1 knows no turns .*train on documents"):
+        Local(Writer(), tokenizer, Sampling(), target="base-1")  # type: ignore[arg-type]
+
+
 def test_a_conversation_the_template_refuses_is_named(tmp_path: Path) -> None:
     strict = "{% if messages[0].content == 'x' %}{{ 1 / 0 }}{% endif %}" + CHATML
     tokenizer = load_tokenizer(write_tokenizer(tmp_path / "strict", strict))

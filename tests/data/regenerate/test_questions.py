@@ -56,3 +56,11 @@ def test_bad_rows_are_counted(tmp_path: Path) -> None:
 def test_only_the_first_rows(tmp_path: Path) -> None:
     questions, _, _ = read(tmp_path, *({"messages": talk(f"{i}?")} for i in range(4)), max_samples=2)
     assert [question.groups[0][0]["content"] for question in questions] == ["0?", "1?"]
+
+
+def test_columns_of_any_kind_are_kept_as_well_as_json_can(tmp_path: Path) -> None:
+    """As images are in rows of a hub data set."""
+    with closing(Questions(tmp_path)) as questions:
+        kept = {"image": Path("a/b"), "raw": b"x", "n": 2**70}
+        questions.add(Question(where="row 1", key="k", groups=[talk("A?")], kept=kept), 1)
+        assert questions[0].kept == {"image": "a/b", "raw": "eA==", "n": 2**70}

@@ -231,6 +231,21 @@ def test_a_conversation_ends_before_the_turn_that_the_server_refuses(tmp_path: P
     assert [turn["content"] for turn in row["messages"]] == ["A?", "to A?", "B?", "to B?"]
 
 
+def test_a_target_that_thinks_is_asked_all_the_same(tmp_path: Path) -> None:
+    """One token of it is a thought, and a thought that is cut off cannot be kept."""
+
+    def think(request: dict[str, Any]) -> Said:
+        return said(None, finish_reason="length", message={"reasoning_content": "Hm"})
+
+    with ChatServer(
+        lambda request: think(request) if asked(request) == "Q1?" else echo(request), probe=think
+    ) as server:
+        assert contents(run(tmp_path, server.url, *ROWS[:2], skip=True)) == ANSWERS[:1]
+        (tmp_path / "out.jsonl").unlink()
+        with pytest.raises(DataError, match=r"1 × answer cut short, .*line 2: the answer was cut within its thoughts"):
+            run(tmp_path, server.url, *ROWS[:2])
+
+
 def test_a_row_that_alone_gets_no_answer_is_left_out(tmp_path: Path) -> None:
     """It waits for the others, so that the server is known to be well."""
     others = threading.Semaphore(0)
