@@ -15,9 +15,10 @@ from msgspec import Meta
 
 from specd.config.settings import DataConfig
 from specd.data.faults import Fault, Faults, RowError
+from specd.data.forms import Turn
 from specd.data.regenerate.log import AnswerLog, unfinished
 from specd.data.regenerate.questions import Question, Questions, read_questions
-from specd.data.regenerate.talk import Reply
+from specd.data.regenerate.talk import Reply, following
 from specd.errors import ConfigError, DataError
 
 logger = logging.getLogger(__name__)
@@ -176,9 +177,9 @@ class _Job:
 
 def _line(question: Question, reply: Reply) -> bytes:
     """The row to write."""
-    messages = [
-        turn for group, answer in zip(question.groups, reply.answers, strict=False) for turn in (*group, answer)
-    ]
+    messages: list[Turn] = []
+    for group, answer in zip(question.groups, reply.answers, strict=False):
+        messages += [*following(messages, group), answer]
     row: dict[str, Any] = {"messages": messages, **question.kept}
     if question.tools is not None:
         row["tools"] = question.tools

@@ -135,15 +135,16 @@ def test_turns_are_answered_one_by_one_with_all_that_the_server_said(tmp_path: P
             return said(None, finish_reason="tool_calls", message={"reasoning": "Hm.", "tool_calls": [call]})
         return said("Done.", finish_reason="length")
 
-    messages = [*talk("A?", "old"), {"role": "tool", "content": "7", "tool_call_id": "c1"}]
+    messages = [*talk("A?", "old"), {"role": "tool", "content": "7", "tool_call_id": "old"}]
     with ChatServer(script) as server:
         (row,) = run(tmp_path, server.url, {"messages": messages})
+        result = {"role": "tool", "content": "7", "tool_call_id": "c1"}
         said_first = {"role": "assistant", "content": "", "reasoning_content": "Hm.", "tool_calls": [call]}
         assert row["messages"] == [
-            messages[0], said_first | {"finish_reason": "stop"}, messages[2],
+            messages[0], said_first | {"finish_reason": "stop"}, result,
             {"role": "assistant", "content": "Done.", "finish_reason": "length"},
         ]  # fmt: skip
-        assert server.requests[1]["messages"] == [messages[0], said_first, messages[2]]
+        assert server.requests[1]["messages"] == [messages[0], said_first, result]
 
 
 def test_token_ids_are_kept_as_one_sequence(tmp_path: Path) -> None:
