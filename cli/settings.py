@@ -149,8 +149,3 @@ def tokenizer_dir(model: str) -> Path:
     path = resolve(model, need="tokenizer").path
     assert path is not None, "only a shape can come without a directory"
     return path
-
-
-def path_of(config: DataConfig) -> str:
-    """Where the data comes from, for people."""
-    return config.path if isinstance(config.path, str) else ", ".join(config.path)

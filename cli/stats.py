@@ -19,10 +19,10 @@ from specd.cli.settings import (
     data_config,
     named,
     needed,
-    path_of,
     tokenizer_dir,
 )
 from specd.config.settings import DataConfig
+from specd.data.rows import sources
 from specd.drafts import registry
 
 if TYPE_CHECKING:
@@ -80,27 +80,46 @@ def rows_read() -> Iterator[Callable[[int], None]]:
 
 
 def _show_counts(console: Console, config: DataConfig, dataset: Dataset, rule: str) -> None:
-    import numpy as np
     from rich.table import Table
 
     from specd.cli.page import visible
 
-    report, lengths = dataset.report, dataset.lengths
     facts = Table(box=None, show_header=False, pad_edge=False)
     facts.add_column(style="bold")
     facts.add_column(justify="right")
     facts.add_column(style="dim", overflow="fold")
-    for name, count, note in (
-        ("rows", report.rows, visible(path_of(config), console.encoding)),
+    for name, count, note in _counts(config, dataset, rule):
+        facts.add_row(visible(name, console.encoding), f"{count:,}", visible(note, console.encoding))
+    console.print(facts)
+    for fault in dataset.report.bad:
+        console.print(visible(f"unusable: {fault}", console.encoding), soft_wrap=True)
+
+
+def _counts(config: DataConfig, dataset: Dataset, rule: str) -> list[tuple[str, int, str]]:
+    """Names and counts, each with what it is of or how it comes about."""
+    import numpy as np
+
+    report, lengths, read = dataset.report, dataset.lengths, sources(config)
+    each = [
+        (f"from {number}", samples, f"{source}" if source.weight == 1 else f"{source}, weight {source.weight:g}")
+        for number, (source, samples) in enumerate(zip(read, report.sources, strict=False), start=1)
+    ]
+    seldom = [
+        ("unusable", report.num_bad, "left out, as data.bad_rows says"),
+        ("split", report.split, "samples more, of long documents"),
+        ("dropped", report.dropped, "answers of which the chat template leaves out a part"),
+    ]
+    return [
+        ("rows", report.rows, str(read[0]) if len(read) == 1 else f"of {len(read)} sources"),
         ("samples", report.samples, ""),
+        *(each if len(read) > 1 else ()),
         ("left out", report.without_labels, rule),
         ("cut", report.cut, f"to {config.max_length} tokens"),
+        *((name, count, note) for name, count, note in seldom if count),
         ("tokens", report.tokens, f"{lengths.mean():.1f} a sample, {np.median(lengths):.0f} median"),
         ("labels", report.trainable_tokens, f"{report.trainable_tokens / report.tokens:.1%} of all tokens"),
         *((f"form {form}", count, "samples") for form, count in sorted(report.forms.items())),
-    ):
-        facts.add_row(name, f"{count:,}", note)
-    console.print(facts)
+    ]
 
 
 def _show_lengths(console: Console, dataset: Dataset) -> None:

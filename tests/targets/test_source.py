@@ -214,3 +214,16 @@ def test_a_target_of_made_up_weights_offers_the_tokenizer_it_was_given(tmp_path:
     assert bytes(given.artifact("tokenizer.json")) == (directory / "tokenizer.json").read_bytes()
     assert bare.contract.fingerprint != given.contract.fingerprint
     assert given.contract.model == str(shape_only.resolve())
+
+
+def test_a_download_takes_all_chat_templates(monkeypatch: pytest.MonkeyPatch, shape_only: Path) -> None:
+    asked: list[str] = []
+
+    def snapshot(repo: str, *, allow_patterns: list[str]) -> str:
+        asked[:] = allow_patterns
+        return str(shape_only)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    checkpoint.resolve("someone/some-model", need="tokenizer")
+    assert {"chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja"} <= {*asked}
+    assert not any("safetensors" in pattern for pattern in asked)
