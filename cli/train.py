@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from contextlib import AbstractContextManager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -13,7 +15,7 @@ from msgspec.structs import replace
 from specd.cli.settings import DATA, given, hosting_config, paths, servers_of
 from specd.config.load import load_yaml, merge, overrides
 from specd.config.presets import run_config
-from specd.config.settings import RunConfig, SubscriberConfig
+from specd.config.settings import Config, RunConfig, SubscriberConfig, TargetConfig
 from specd.drafts import registry
 from specd.errors import ConfigError
 from specd.transports.registry import WITHIN_PROCESS
@@ -143,7 +145,7 @@ def train(
 
     try:
         with Interrupt() as interrupt:
-            host = _host(first, model, preset) if model else None
+            host = _host(first, model, preset, resume) if model else None
             done = train_draft(settle, host=host, resume=resume, interrupt=interrupt, show=True)
     except KeyboardInterrupt:
         run = output_of(first)
@@ -175,11 +177,34 @@ def _check_link(link: SubscriberConfig, model: str) -> None:
         )
 
 
-def _host(run: RunConfig, model: str, preset: str) -> AbstractContextManager[LocalDaemon]:
+def _host(run: RunConfig, model: str, preset: str, resume: bool) -> AbstractContextManager[LocalDaemon]:
     """Check all settings; the context then hosts `model` in this process."""
     from specd.daemon.serve import embedded
-    from specd.train.trainer import check_recipe
+    from specd.train.trainer import check_recipe, output_of
 
     daemon = hosting_config(run, model, preset=preset)
-    check_recipe(run, model)
+    draft = check_recipe(run, model)
+    if not (resume and output_of(run).begun):  # a run that goes on keeps its mask token
+        _check_mask(draft, daemon.target)
     return embedded(daemon)
+
+
+def _check_mask(draft: Config, target: TargetConfig) -> None:
+    """Raise ConfigError for a mask token that will not do, or when none can be chosen, before the target is loaded."""
+    from specd.data.samples import vocabulary
+    from specd.targets.source import TOKENIZER_FILES, resolve, with_tokenizer
+    from specd.train.preparation import check_mask, mask_of
+
+    if mask_of(draft) is None:
+        return
+    try:
+        found = resolve(target.model, need="shape" if target.load_format == "dummy" else "tokenizer")
+        source = with_tokenizer(found, target.tokenizer)
+    except ConfigError:  # not of a checkpoint: what its backend says of it is said by the trainer
+        return
+    with TemporaryDirectory(prefix="specd-target-") as scratch:
+        files = {"config.json": json.dumps(source.config).encode()}
+        files |= {name: data for name in TOKENIZER_FILES if (data := source.file(name)) is not None}
+        for name, data in files.items():
+            (Path(scratch) / name).write_bytes(data)
+        check_mask(draft, Path(scratch), vocabulary(Path(scratch)), target.model)

@@ -11,9 +11,9 @@ import msgspec
 from specd.data.faults import RowError
 from specd.data.forms import Conversation, Turn
 from specd.data.frame import Frame, learn
-from specd.data.labels import Layout, whole
+from specd.data.labels import Layout, said, thought
 from specd.data.marks import Marked
-from specd.data.template import Span, Template
+from specd.data.template import Renderer, Span, Template
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -32,9 +32,9 @@ class Rendered(msgspec.Struct, frozen=True, kw_only=True):
     dropped: int = 0
 
 
-def document(text: str) -> Rendered:
-    """A plain text, all of it labels."""
-    return Rendered(text=text, spans=((0, len(text)),), document=True)
+def document(text: str, prompt: int = 0) -> Rendered:
+    """A plain text, all of it labels. prompt: but for so many characters at its begin."""
+    return Rendered(text=text, spans=((prompt, len(text)),) if prompt < len(text) else (), document=True)
 
 
 class Chat:
@@ -80,7 +80,7 @@ class Chat:
 
         Raises RowError naming `where` when the template refuses it.
         """
-        return self._template.render(turns, open_answer=open_answer, tools=tools, where=where)
+        return self._template.row(where, tools).render(turns, open_answer=open_answer)
 
     def conversation(self, talk: Conversation, where: str, *, last_turn_only: bool = False) -> Rendered:
         """`talk` as text, with the assistant's answers and their end tokens as labels.
@@ -88,105 +88,93 @@ class Chat:
         An answer that was cut off has no end token as a label: the target did not write it. A last answer of which the
         template leaves out a part stands as it was written. Raises RowError naming `where`.
         """
-        answers = [
-            place for place, turn in enumerate(talk.turns) if turn["role"] == "assistant" and place not in talk.context
-        ]
+        row = self._template.row(where, talk.tools, talk.options)
+        answers = [place for place, turn in enumerate(talk.turns) if turn["role"] == "assistant"]
+        asked = [place for place in answers if place not in talk.context]
         if last_turn_only:
-            answers = answers[-1:]
-        if self._template.marks_answers(talk.tools):
-            return self._as_marked(talk, answers, where)
-        rendered, lost = self._laid_out(talk.turns, answers, talk, where)
+            asked = asked[-1:]
+        if row.marks_answers:
+            return self._as_marked(row, talk, asked, where, everyone=asked == answers and not talk.cut)
+        rendered, cut_out = self._laid_out(row, talk, asked, where)
         last = len(talk.turns) - 1
-        if last not in lost or not last or talk.turns[last].get("tool_calls"):
+        if last not in cut_out or not last or talk.turns[last].get("tool_calls"):
             return rendered
-        before, _ = self._laid_out(talk.turns[:last], answers[:-1], talk, where, open_answer=True)
+        begun = msgspec.structs.replace(talk, turns=talk.turns[:last])
+        before, _ = self._laid_out(row, begun, asked[:-1], where, open_answer=True)
         written = _continued(before.text, talk.turns[last]["content"].rstrip())
         text = before.text + written + ("" if last in talk.cut else self._frame.closing)
-        spans = (*before.spans, (len(before.text), len(text)))
-        return Rendered(text=text, spans=spans, dropped=before.dropped)
+        return Rendered(text=text, spans=(*before.spans, (len(before.text), len(text))), dropped=before.dropped)
 
     def _laid_out(
-        self, turns: list[Turn], answers: list[int], talk: Conversation, where: str, *, open_answer: bool = False
+        self, row: Renderer, talk: Conversation, asked: list[int], where: str, *, open_answer: bool = False
     ) -> tuple[Rendered, list[int]]:
-        """The text, with spans of `answers`, and the places of those of which the template leaves out a part."""
-        text = self.render(turns, tools=talk.tools, open_answer=open_answer, where=where)
-        layout = self._layout(text, turns, talk.tools, open_answer=open_answer)
+        """The text with spans of the answers at `asked`, and the places of those whose content it has not whole."""
+        text = row.render(talk.turns, open_answer=open_answer)
+        layout = self._layout(row, talk.turns, text, open_answer=open_answer)
         if layout is None:
-            return self._in_steps(text, turns, answers, talk, where), []
+            return self._in_steps(row, talk, text, asked, where), []
         spans: list[Span] = []
-        lost = []
-        for place in answers:
+        cut_out = []
+        dropped = 0
+        for place in asked:
             found = layout.answer(place, cut=place in talk.cut)
             if found and spans:
                 found = max(found[0], spans[-1][1]), found[1]
             if found and found[0] < found[1]:
                 spans.append(found)
-            if not found or not whole(turns[place], text[slice(*layout.region(place))]):
-                lost.append(place)
-        return Rendered(text=text, spans=tuple(spans), dropped=len(lost)), lost
+            stands = text[slice(*layout.region(place))]
+            if not said(talk.turns[place], stands):
+                cut_out.append(place)
+            dropped += found is None or place in cut_out or not thought(talk.turns[place], stands)
+        return Rendered(text=text, spans=tuple(spans), dropped=dropped), cut_out
 
-    def _layout(self, text: str, turns: list[Turn], tools: Any, *, open_answer: bool = False) -> Layout | None:
+    def _layout(self, row: Renderer, turns: list[Turn], text: str, *, open_answer: bool = False) -> Layout | None:
         """Where the texts of `turns` stand in `text`; None for a template that writes other text when it sees marks."""
-
-        def prompt(asked: list[Turn]) -> str | None:
-            try:
-                return self.render(asked, tools=tools, open_answer=True)
-            except RowError:
-                return None
-
         for plain in (False, True):
             marked = Marked(turns, text, plain=plain)
             try:
-                found, marks = marked.read(self.render(marked.turns, tools=tools, open_answer=open_answer))
+                found, marks = marked.read(row.render(marked.turns, open_answer=open_answer))
             except RowError:
                 continue
             if found == text:
-                return Layout(text, turns, marked, marks, self._frame, prompt, open_answer=open_answer)
+                return Layout(text, turns, marked, marks, self._frame, row, open_answer=open_answer)
         return None
 
-    def _in_steps(self, text: str, turns: list[Turn], answers: list[int], talk: Conversation, where: str) -> Rendered:
+    def _in_steps(self, row: Renderer, talk: Conversation, text: str, asked: list[int], where: str) -> Rendered:
         """The answers by renderings up to each of them, for a template that looks at what the turns say."""
         spans: list[Span] = []
-        for place in answers:
-            asked = self.render(turns[:place], tools=talk.tools, open_answer=True, where=where) if place else ""
-            content = turns[place]["content"].strip()
-            begin = len(asked) if asked and text.startswith(asked) else text.find(content, spans[-1][1] if spans else 0)
+        for place in asked:
+            prompt = row.render(talk.turns[:place], open_answer=True) if place else ""
+            content = talk.turns[place]["content"].strip()
+            begin = text.find(content, spans[-1][1] if spans else 0)
+            if prompt and text.startswith(prompt):
+                begin = len(prompt)
             at = text.find(content, begin) if begin >= 0 else -1
             if at < 0:
-                raise RowError(
-                    where,
-                    "turns rewritten",
-                    f"the chat template rewrites turn {place + 1}, so that its characters cannot be told; use "
-                    f"preformatted `text` data",
-                )
+                raise _rewritten(where, f"rewrites turn {place + 1}")
             end = self._frame.end.search(text, at + len(content))
             spans.append((begin, at + len(content) if place in talk.cut or not end else end.end()))
         return Rendered(text=text, spans=tuple(spans))
 
-    def _as_marked(self, talk: Conversation, answers: list[int], where: str) -> Rendered:
-        """The text with the spans that the template itself marks, of `answers`."""
-        text, spans = self._template.marked(talk.turns, tools=talk.tools, where=where)
-        everyone = sum(turn["role"] == "assistant" for turn in talk.turns)
-        if len(answers) == everyone and not talk.cut:
-            return Rendered(text=text, spans=tuple(span for span in spans if span[0] < span[1]))
-        layout = self._layout(text, talk.turns, talk.tools)
+    def _as_marked(
+        self, row: Renderer, talk: Conversation, asked: list[int], where: str, *, everyone: bool
+    ) -> Rendered:
+        """The text with the spans that the template itself marks, of the answers at `asked` or of `everyone`."""
+        text, spans = row.marked(talk.turns)
+        if everyone:
+            return Rendered(text=text, spans=tuple(spans))
+        layout = self._layout(row, talk.turns, text)
         if layout is None:
-            raise RowError(
-                where,
-                "turns rewritten",
-                "the chat template looks at what the turns say, so that an answer that was cut off, or is no label, "
-                "cannot be told; use preformatted `text` data",
-            )
+            raise _rewritten(where, "looks at what the turns say")
         kept: list[Span] = []
-        for place in answers:
+        for place in asked:
             start, end = layout.region(place)
-            own = [span for span in spans if start <= span[0] < end and span[0] < span[1]]
-            if own and place in talk.cut:
-                begin, stop = own[-1]
-                found = layout.answer(place, cut=True)
-                own[-1] = begin, max(begin, min(stop, found[1] if found else stop))
+            own = [span for span in spans if start <= span[0] < end]
+            found = layout.answer(place, cut=True) if own and place in talk.cut else None
+            if found:
+                own[-1] = own[-1][0], max(own[-1][0], min(own[-1][1], found[1]))
             kept += own
-        return Rendered(text=text, spans=tuple(span for span in kept if span[0] < span[1]))
+        return Rendered(text=text, spans=tuple(kept))
 
     def preformatted(self, text: str, *, last_turn_only: bool = False) -> Rendered:
         """A text that already went through the template: answers are found by their header and end token.
@@ -200,8 +188,10 @@ class Chat:
             return document(text)
         while at >= 0:
             begin = at + len(frame.header)
-            if text.startswith(frame.generation, at):
-                begin = at + max(len(frame.generation), len(frame.header))
+            for lead in (frame.generation, *frame.leads):
+                if lead and text.startswith(lead, at):
+                    begin = at + len(lead)
+                    break
             if frame.generation and text.startswith(frame.rest, begin):
                 begin += len(frame.rest)
             ended = frame.end.search(text, begin)
@@ -211,6 +201,14 @@ class Chat:
             # A role's token that ends an answer may begin the next one.
             at = text.find(frame.header, max(begin, ended.start() if ended else end))
         return Rendered(text=text, spans=tuple(spans[-1:] if last_turn_only else spans))
+
+
+def _rewritten(where: str, what: str) -> RowError:
+    return RowError(
+        where,
+        "turns rewritten",
+        f"the chat template {what}, so that the answers' characters cannot be told; use preformatted `text` data",
+    )
 
 
 def _continued(prompt: str, content: str) -> str:

@@ -40,7 +40,7 @@ _TOKENIZER_FILE = re.compile(
     r"\.(json|jinja|model|txt|tiktoken)"
 )
 _CLOCK = b"strftime_now"
-"""What a chat template calls to know the day."""
+"""What a chat template calls that may want to know the day."""
 
 
 class Dataset:
@@ -120,6 +120,8 @@ def dated(config: DataConfig, tokenizer_dir: Path) -> DataConfig:
     """
     if config.date or not any(_CLOCK in file.read_bytes() for file in _tokenizer_files(tokenizer_dir)):
         return config
+    if not Maker(Job(config, tokenizer_dir, 1)).chat.asks_clock:
+        return config
     today = date.today().isoformat()
     logger.warning(
         "the chat template asks for the date: it is told %s, and a run that is resumed keeps it; set data.date for "
@@ -181,7 +183,10 @@ def _build(job: Job, home: Path, key: str, on_rows: Callable[[int], None]) -> st
     """Read every row once; memory is that of a few chunks."""
     report = Report()
     origins: deque[int] = deque()
-    with store.Scratch(home) as scratch, closing(portions(job, _chunks(job.config, origins), job.config.processes)) as made:
+    with (
+        store.Scratch(home) as scratch,
+        closing(portions(job, _chunks(job.config, origins), job.config.processes)) as made,
+    ):
         for portion in made:
             scratch.add(portion, report.rows)
             report = report.plus(portion.report, origins.popleft())

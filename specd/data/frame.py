@@ -5,14 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from os.path import commonprefix
-from typing import Any
 
 import msgspec
 
 from specd.data.faults import RowError
 from specd.data.forms import Turn
 from specd.data.marks import Marked
-from specd.data.template import Template
+from specd.data.template import Renderer, Template
 from specd.errors import DataError
 
 QUESTION: Turn = {"role": "user", "content": "Why?"}
@@ -33,7 +32,8 @@ _TOOL = {
 class Frame(msgspec.Struct, frozen=True, kw_only=True):
     """generation: the generation prompt; empty if the template has none of its own (Llama 2's ends the question).
 
-    header: what begins every answer, with thoughts or without. rest: what else belongs to the header of an answer
+    header: what begins every answer, with thoughts or without. leads: what the template writes before the content of an
+    answer without thoughts or calls, the longest first. rest: what else belongs to the header of an answer
     without thoughts or calls, because the generation prompt stops within it (gpt-oss). end: finds a token that can end
     an answer. closing: what follows the content of a last answer, its end token included. tokens: added tokens that the
     template writes.
@@ -41,6 +41,7 @@ class Frame(msgspec.Struct, frozen=True, kw_only=True):
 
     generation: str
     header: str
+    leads: tuple[str, ...]
     rest: str
     end: re.Pattern[str]
     closing: str
@@ -53,10 +54,11 @@ def learn(template: Template, added: Iterable[str], ends: Iterable[str]) -> Fram
     Raises DataError for a template that refuses a question and an answer, or does not write the answer.
     """
     known = sorted((token for token in added if token.strip()), key=len, reverse=True)
+    row = template.row("a question and an answer")
     try:
-        asked, opened = template.render([QUESTION]), template.render([QUESTION], open_answer=True)
-        last, early = _around(template, [QUESTION, ANSWER]), _around(template, [QUESTION, ANSWER, QUESTION])
-        prompt = _around(template, [QUESTION], open_answer=True)
+        asked, opened = row.render([QUESTION]), row.render([QUESTION], open_answer=True)
+        last, early = _around(row, [QUESTION, ANSWER]), _around(row, [QUESTION, ANSWER, QUESTION])
+        prompt = _around(row, [QUESTION], open_answer=True)
     except RowError as error:
         raise DataError(f"the chat template cannot be used: {error}; use `text` or `input_ids` data") from None
     if len(prompt) < 2 or len(last) < 3 or len(early) < 4:
@@ -64,25 +66,28 @@ def learn(template: Template, added: Iterable[str], ends: Iterable[str]) -> Fram
             "the chat template does not write a question and an assistant's answer; use `text` or `input_ids` data"
         )
     lead, tail, lead_early, after = last[1], last[2], early[1], early[2]
-    header, generation = prompt[1], opened[_shared(opened, [asked], known) :]
+    header, generation = prompt[1], opened[shared(opened, [asked], known) :]
     written = {token for token in known if token in opened + lead + tail + lead_early + after}
     rest = ""
     if lead.startswith(header) and lead_early.startswith(header):
-        shared = commonprefix([lead[len(header) :], lead_early[len(header) :]])  # noqa: RUF071 - of texts, not of paths
+        same = commonprefix([lead[len(header) :], lead_early[len(header) :]])  # noqa: RUF071 - of texts, not of paths
         stops_within = not generation or generation[-1].isalnum()
-        rest = shared if stops_within and shared.strip() else ""
+        rest = same if stops_within and same.strip() else ""
     if generation:
         closed = len(header) - len(generation)
-        common = generation[: _shared(generation, [lead[closed:], lead_early[closed:]], known)]
+        leads = [lead[closed:], lead_early[closed:]]
+        common = generation[: shared(generation, leads, known)]
     else:
         rest = rest.rstrip(" ")
         common = rest or header.lstrip()
+        leads = [common]
     found = set(ends) | _ends(tail, after, known) | _ends_of_calls(template, tail, known)
     first = _first(tail, [token for token in known if token in found])
     closing = tail[: first[0] + len(first[1])] if first else ""
     return Frame(
         generation=generation,
         header=common,
+        leads=tuple(sorted((text for text in dict.fromkeys(leads) if text.strip()), key=len, reverse=True)),
         rest=rest,
         end=re.compile("|".join(map(re.escape, sorted(found, key=len, reverse=True))) or r"(?!)"),
         closing=closing,
@@ -90,10 +95,10 @@ def learn(template: Template, added: Iterable[str], ends: Iterable[str]) -> Fram
     )
 
 
-def _around(template: Template, turns: list[Turn], **options: Any) -> list[str]:
+def _around(row: Renderer, turns: list[Turn], *, open_answer: bool = False) -> list[str]:
     """The texts before, between and behind the contents of `turns`; fewer where the template leaves contents out."""
     marked = Marked(turns, "")
-    text, marks = marked.read(template.render(marked.turns, **options))
+    text, marks = marked.read(row.render(marked.turns, open_answer=open_answer))
     result, at = [], 0
     for turn in range(len(turns)):
         own = [mark.at for mark in marks if mark.turn == turn and not mark.again]
@@ -103,7 +108,7 @@ def _around(template: Template, turns: list[Turn], **options: Any) -> list[str]:
     return [*result, text[at:]]
 
 
-def _shared(text: str, others: list[str], known: list[str]) -> int:
+def shared(text: str, others: list[str], known: Iterable[str]) -> int:
     """Length of what `text` and `others` have in common at their beginning, up to whole added tokens."""
     length = len(commonprefix([text, *others]))  # noqa: RUF071 - of texts, not of paths
     for token in known:
@@ -145,13 +150,14 @@ def _ends_of_calls(template: Template, tail: str, known: list[str]) -> set[str]:
     """Tokens that end an answer which calls a tool. tail: what stands behind an answer that is the last turn."""
     try:
         marked = Marked([QUESTION, _CALLING, _RESULT], "")
-        called, marks = marked.read(template.render(marked.turns[:2], tools=[_TOOL]))
+        row = template.row("a call", [_TOOL])
+        called, marks = marked.read(row.render(marked.turns[:2]))
         calls = [mark.at for mark in marks if mark.turn == 1]
         if calls and _first(tail, known):
             closing = called[calls[-1] :]
             tokens = [(closing.rfind(token), token) for token in known if token in closing]
             return {max(tokens)[1]} if tokens else set()
-        told, marks = marked.read(template.render(marked.turns, tools=[_TOOL]))
+        told, marks = marked.read(row.render(marked.turns))
         results = [mark.at for mark in marks if mark.turn == 2]
         if calls and results and told.startswith(called):
             first = _first(told[len(called) : results[0]], known)

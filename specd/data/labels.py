@@ -3,30 +3,27 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from typing import Any
 
+from specd.data.faults import RowError
 from specd.data.forms import Turn
-from specd.data.frame import Frame
+from specd.data.frame import Frame, shared
 from specd.data.marks import THOUGHTS, Mark, Marked
-from specd.data.template import Span
+from specd.data.template import Renderer, Span
 
 
 class Layout:
     """A rendered conversation with its marks. Answers are asked for by their place, in order."""
 
-    __slots__ = ("_first", "_frame", "_headers", "_last", "_marked", "_marks", "_open", "_prompt", "_turns", "text")
+    __slots__ = ("_first", "_frame", "_headers", "_last", "_marked", "_marks", "_open", "_row", "_turns", "text")
 
     def __init__(
         self, text: str, turns: list[Turn], marked: Marked, marks: list[Mark], frame: Frame,
-        prompt: Callable[[list[Turn]], str | None], *, open_answer: bool = False,
+        row: Renderer, *, open_answer: bool = False,
     ) -> None:  # fmt: skip
-        """prompt: renders turns up to where the target's answer begins; None where the template refuses that.
-
-        open_answer: `text` itself ends there.
-        """
+        """row: the template that wrote `text`. open_answer: `text` ends where the target's answer begins."""
         self.text, self._turns, self._marked, self._marks, self._frame = text, turns, marked, marks, frame
-        self._prompt, self._open = prompt, open_answer
+        self._row, self._open = row, open_answer
         self._headers: dict[Any, str | None] = {}
         self._first: dict[int, int] = {}
         self._last: dict[int, int] = {}
@@ -67,7 +64,7 @@ class Layout:
         cut: the answer stopped at a length limit, so that the target did not write its end.
         """
         own = self.own(place)
-        if own is None and place not in self._marked.unmarked:
+        if own is None and place not in self._marked.unmarked and self._turns[place]["content"].strip():
             return None
         begin = self._begin(place, own)
         if begin is None:
@@ -81,10 +78,15 @@ class Layout:
         header = self._header(place)
         if header is not None:
             space = trailing(self._turns[place - 1]["content"])
-            for length in range(len(space), -1, -1):
-                if text.startswith(space[:length] + header, start):
-                    return self._behind(start + length + len(header), limit)
-        for known in (frame.generation, frame.header):
+            begins = [start + n for n in range(len(space), -1, -1) if text.startswith(space[:n], start)]
+            for begin in begins:
+                if text.startswith(header, begin):
+                    return self._behind(begin + len(header), limit)
+            for begin in begins:
+                found = begin + shared(header, [text[begin:limit]], frame.tokens)
+                if found > begin + len(header) - len(frame.generation) and self._follows(place, found, own):
+                    return found
+        for known in (frame.generation, *frame.leads, frame.header):
             at = text.rfind(known, start, limit) if own else text.find(known, start, limit)
             if known and at >= 0:
                 return self._behind(at + len(known), limit)
@@ -93,6 +95,15 @@ class Layout:
         while limit > start and text[limit - 1] == " ":
             limit -= 1
         return limit
+
+    def _follows(self, place: int, at: int, own: Span | None) -> bool:
+        """Whether the answer stands at `at`, but for white space: its text, or the end token of an empty one."""
+        if own is None:
+            end = self._frame.end.search(self.text, at, self.region(place)[1])
+            return end is not None and not self.text[at : end.start()].strip()
+        before = self.text[at : own[0]].strip()
+        taken_apart = own[0] == own[1] and any(before.startswith(first) for first in pieces(self._turns[place])[:1])
+        return not before or taken_apart
 
     def _behind(self, begin: int, limit: int) -> int:
         """`begin`, behind a generation prompt, or behind the rest of its header if that follows."""
@@ -121,10 +132,10 @@ class Layout:
 
     def _asked(self, place: int, before: int) -> str | None:
         turns = self._marked.turns[:place]
-        content = turns[-1]["content"]
-        turns[-1] = {**turns[-1], "content": content.rstrip()}
-        opened = self._prompt(turns)
-        if opened is None:
+        turns[-1] = {**turns[-1], "content": turns[-1]["content"].rstrip()}
+        try:
+            opened = self._row.render(turns, open_answer=True)
+        except RowError:
             return None
         text, marks = self._marked.read(opened)
         return text[marks[-1].at :] if marks and marks[-1].turn == before else None
@@ -157,10 +168,16 @@ def trailing(text: str) -> str:
 _TAG = re.compile(r"</?[\w:|]+>|\[/?[A-Z_]+\]|◁/?\w+▷")
 
 
-def whole(turn: Turn, text: str) -> bool:
-    """Whether `text` has all that the turn says; its thoughts may stand apart from the content."""
-    content = turn["content"].strip()
-    if content and content not in text and any(p not in text for piece in _TAG.split(content) if (p := piece.strip())):
-        return False
-    thoughts = (turn.get(key) for key in THOUGHTS)
-    return all(found.strip() in text for found in thoughts if isinstance(found, str))
+def pieces(turn: Turn) -> list[str]:
+    """The texts of the turn's content, between tags as <think>: where a template may take it apart."""
+    return [piece.strip() for piece in _TAG.split(turn["content"]) if piece.strip()]
+
+
+def said(turn: Turn, text: str) -> bool:
+    """Whether `text` has all of the turn's content; thoughts in it may stand apart from the rest."""
+    return turn["content"].strip() in text or all(piece in text for piece in pieces(turn))
+
+
+def thought(turn: Turn, text: str) -> bool:
+    """Whether `text` has all thoughts that stand beside the turn's content."""
+    return all(found.strip() in text for key in THOUGHTS if isinstance(found := turn.get(key), str))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 
 from specd.config.settings import DataConfig
 from specd.data import forms
-from specd.data.chat import Chat, Rendered
+from specd.data.chat import Chat, Rendered, document
 from specd.data.faults import Faults, RowError
 from specd.data.portion import Portion
 from specd.data.rows import Row
@@ -66,7 +67,7 @@ class Maker:
     @property
     def chat(self) -> Chat:
         if self._chat is None:
-            self._chat = Chat(self.encoder.tokenizer, self.job.config.template)
+            self._chat = Chat(self.encoder.tokenizer, self.job.config.template, date=self.job.config.date)
         return self._chat
 
     @property
@@ -110,7 +111,7 @@ class Maker:
                 yield one
                 continue
             if isinstance(one, Rendered):
-                coded = Coded(*next(encoded), one.document)
+                coded = Coded(*next(encoded), one.document, one.dropped)
             else:
                 coded = Coded(one.ids, one.loss_mask, bool(one.loss_mask.all()))  # type: ignore[arg-type]
             if coded.tokens.size and coded.tokens.max() >= self.vocabulary:
@@ -129,7 +130,7 @@ class Maker:
             if isinstance(form, forms.Conversation):
                 return self.chat.conversation(form, where, last_turn_only=config.last_turn_only)
             if not self.encoder.tokenizer.chat_template:
-                return Rendered(text=form.text, spans=((0, len(form.text)),), document=True)
+                return document(form.text)
             return self.chat.preformatted(form.text, last_turn_only=config.last_turn_only)
         except RowError as error:
             return error
@@ -165,4 +166,4 @@ def pieces(size: int, most: int, least: int) -> list[tuple[int, int]]:
     edges = [*range(0, size, most), size]
     if len(edges) > 2 and edges[-1] - edges[-2] < least:
         edges[-2] = size - least
-    return list(zip(edges, edges[1:], strict=False))
+    return list(pairwise(edges))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from specd.data.faults import RowError
 from specd.data.forms import Turn
-from specd.errors import DataError
+from specd.errors import DataError, first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -20,13 +20,52 @@ Span = tuple[int, int]
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
+class Renderer:
+    """The chat template as one row has it: its tools, its variables, its place for messages."""
+
+    __slots__ = ("_source", "_tools", "_variables", "_where")
+
+    def __init__(self, source: str, variables: dict[str, Any], tools: list[Any] | None, where: str) -> None:
+        self._source, self._variables, self._tools, self._where = source, variables, tools, where
+
+    @property
+    def marks_answers(self) -> bool:
+        """Whether the template says itself, with {% generation %}, what the assistant writes."""
+        return _GENERATION.search(self._source) is not None
+
+    def render(self, turns: list[Turn], *, open_answer: bool = False) -> str:
+        """The conversation as text; with `open_answer` up to where the target's answer begins.
+
+        Raises RowError when the template refuses it.
+        """
+        return self._render(turns, add_generation_prompt=open_answer)[0]
+
+    def marked(self, turns: list[Turn]) -> tuple[str, list[Span]]:
+        """The conversation as text, and the spans that the template itself marks. Raises as `render`."""
+        text, spans = self._render(turns, return_assistant_tokens_mask=True)
+        return text, [span for span in spans if span[0] < span[1]]
+
+    def _render(self, turns: list[Turn], **how: bool) -> tuple[str, list[Span]]:
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        render: Any = render_jinja_template
+        try:
+            texts, spans = render(
+                conversations=[turns], tools=self._tools, chat_template=self._source, **how, **self._variables
+            )
+        except Exception as error:  # noqa: BLE001 - a template may raise anything: jinja's errors, TypeError, KeyError
+            detail = f"the chat template refuses it: {first_line(error)}"
+            raise RowError(self._where, "refused by the chat template", detail) from None
+        return texts[0], spans[0] if spans else []
+
+
 class Template:
     """The chat template of one tokenizer, or its two: one for rows with tools.
 
     told_the_day: whether a rendering asked for the clock so far.
     """
 
-    __slots__ = ("_now", "_sources", "_tokens", "told_the_day")
+    __slots__ = ("_now", "_sources", "_variables", "told_the_day")
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, options: Mapping[str, Any], date: str) -> None:
         """options: variables for the template. date: the day it is told if it asks, as 2026-01-31; empty for today.
@@ -35,47 +74,23 @@ class Template:
         """
         self.told_the_day = False
         self._now = datetime.fromisoformat(f"{date}T12:00:00") if date else datetime.now()
+        example: list[Any] = [{}]
         try:
-            tools: list[Any] = [{}]
-            found = [tokenizer.get_chat_template(None, None), tokenizer.get_chat_template(None, tools)]
+            self._sources = {bool(tools): tokenizer.get_chat_template(None, tools) for tools in (None, example)}
         except ValueError:
             raise DataError(
                 "the target's tokenizer has no chat template, which conversations need; use `text` or `input_ids` data"
             ) from None
-        self._sources = {False: found[0], True: found[1]}
-        self._tokens = {**tokenizer.special_tokens_map, "strftime_now": self._day, **options}
+        self._variables = {**tokenizer.special_tokens_map, "strftime_now": self._day, **options}
 
-    def _day(self, form: str) -> str:
-        self.told_the_day = True
-        return self._now.strftime(form)
+    def row(self, where: str, tools: list[Any] | None = None, options: Mapping[str, Any] | None = None) -> Renderer:
+        """The template for a row with `tools` and `options` of its own, named `where`."""
+        variables = {**self._variables, **options} if options else self._variables
+        return Renderer(self._sources[bool(tools)], variables, tools or None, where)
 
     def mentions(self, word: str) -> bool:
         return any(word in source for source in self._sources.values())
 
-    def marks_answers(self, tools: Any) -> bool:
-        """Whether the template says itself, with {% generation %}, what the assistant writes."""
-        return _GENERATION.search(self._sources[bool(tools)]) is not None
-
-    def render(self, turns: list[Turn], *, tools: Any = None, open_answer: bool = False, where: str = "") -> str:
-        """The conversation as text; with `open_answer` up to where the target's answer begins.
-
-        Raises RowError naming `where` when the template refuses it.
-        """
-        return self._render(turns, tools, where, add_generation_prompt=open_answer)[0]
-
-    def marked(self, turns: list[Turn], *, tools: Any = None, where: str = "") -> tuple[str, list[Span]]:
-        """The conversation as text, and the spans that the template marks with {% generation %}."""
-        return self._render(turns, tools, where, return_assistant_tokens_mask=True)
-
-    def _render(self, turns: list[Turn], tools: Any, where: str, **options: bool) -> tuple[str, list[Span]]:
-        from transformers.utils.chat_template_utils import render_jinja_template
-
-        render: Any = render_jinja_template
-        source = self._sources[bool(tools)]
-        try:
-            texts, spans = render(
-                conversations=[turns], tools=tools or None, chat_template=source, **options, **self._tokens
-            )
-        except Exception as error:  # noqa: BLE001 - a template may raise anything: jinja's errors, TypeError, KeyError
-            raise RowError(where, "refused by the chat template", f"the chat template refuses it: {error}") from None
-        return texts[0], spans[0] if spans else []
+    def _day(self, form: str) -> str:
+        self.told_the_day = True
+        return self._now.strftime(form)

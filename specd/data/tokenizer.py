@@ -66,7 +66,8 @@ def _labels(begins: NDArray[np.int64], spans: Sequence[Span]) -> NDArray[np.bool
         return np.zeros(begins.size, np.bool_)
     starts, ends = np.array(spans, np.int64).T
     place = np.searchsorted(starts, begins, side="right") - 1
-    return (place >= 0) & (begins < ends[place])
+    labels: NDArray[np.bool_] = (place >= 0) & (begins < ends[place])
+    return labels
 
 
 def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:

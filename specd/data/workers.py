@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import ExitStack, suppress
 from itertools import chain
 from multiprocessing.connection import Connection, wait
@@ -37,7 +37,7 @@ class _Start(NamedTuple):
     reads_text: bool
 
 
-def portions(job: Job, chunks: Iterator[Chunk], processes: int) -> Iterator[Portion]:
+def portions(job: Job, chunks: Iterator[Chunk], processes: int) -> Generator[Portion, None, None]:
     """The samples of each chunk, in order.
 
     processes: how many make them; 0 for one a core, but this one alone where that takes no longer than ALONE_S.

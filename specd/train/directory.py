@@ -13,6 +13,7 @@ from typing import Any
 
 import msgspec
 
+from specd.config.load import convert
 from specd.config.settings import Config, RunConfig
 from specd.errors import CheckpointError, ConfigError, ProtocolError, writing
 from specd.evaluate.results import load_facts
@@ -28,7 +29,7 @@ FACTS, JOURNAL = "run.json", "metrics.jsonl"
 _NEW_FACTS = f".{FACTS}.new"
 
 FREE = {
-    "data": {"path", "cache_dir"},
+    "data": {"path", "cache_dir", "processes", "bad_rows"},
     "train": {"device", "threads", "save_every", "keep", "log_every"},
 }
 """Settings that a resumed run may change: they do not affect what is computed. All others of these sections are fixed.
@@ -90,6 +91,13 @@ class RunDirectory:
                 f"output {str(self.path)!r} exists and is not empty: {remedy}choose another --output, or remove it"
             )
         return False
+
+    def settings(self) -> RunConfig | None:
+        """The settings that its run began with, None where they cannot be read."""
+        try:
+            return convert(read_facts(self.path).config, RunConfig, FACTS)
+        except (CheckpointError, ConfigError):
+            return None
 
     def finished(self) -> RunFacts | None:
         """The facts of a run that was trained and exported to its end; None for any other."""

@@ -24,7 +24,8 @@ class Family(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     extra: declared as extra special tokens. special: added special tokens that the tokenizer's config does not name.
     plain: added tokens that are not special. configured: the list in generation_config.json; empty: there is no file.
     thought: the key under which a turn holds its thoughts. pieces: a core as SentencePiece's, which writes ▁ before
-    words, else byte-level BPE. refuses: names of the conversations (talks.py) that the template refuses.
+    words, else byte-level BPE. refuses: names of the conversations (talks.py) that the template refuses. template:
+    its chat template; second: the one named tool_use, or "".
     """
 
     name: str = ""
@@ -41,6 +42,8 @@ class Family(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     thought: str = "reasoning_content"
     pieces: bool = False
     refuses: frozenset[str] = frozenset()
+    template: str = ""
+    second: str = ""
 
     def __str__(self) -> str:
         return self.name
@@ -48,7 +51,13 @@ class Family(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
 def _read(directory: Path) -> Family:
     found = msgspec.json.decode((directory / "family.json").read_bytes(), type=Family)
-    return msgspec.structs.replace(found, name=directory.name)
+    second = directory / "tool_use.jinja"
+    return msgspec.structs.replace(
+        found,
+        name=directory.name,
+        template=(directory / "template.jinja").read_text(encoding="utf-8"),
+        second=second.read_text(encoding="utf-8") if second.is_file() else "",
+    )
 
 
 FAMILIES = tuple(_read(path.parent) for path in sorted(HOME.glob("*/family.json")))
@@ -101,11 +110,8 @@ def write_family(family: Family, directory: Path) -> Path:
     tokenizer: Any = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=found, clean_up_tokenization_spaces=False, **options
     )
-    template = (HOME / family.name / "template.jinja").read_text(encoding="utf-8")
-    second = HOME / family.name / "tool_use.jinja"
-    tokenizer.chat_template = (
-        {"default": template, "tool_use": second.read_text(encoding="utf-8")} if second.is_file() else template
-    )
+    template = family.template
+    tokenizer.chat_template = {"default": template, "tool_use": family.second} if family.second else template
     tokenizer.save_pretrained(directory)
     (directory / "config.json").write_text(json.dumps({"model_type": "llama", "vocab_size": len(tokenizer)}))
     if family.configured:

@@ -19,7 +19,7 @@ import torch
 from chats import talk, write_rows, write_target
 from specd.cli.main import run
 from specd.client.subscriber import Subscriber
-from specd.config.settings import DaemonConfig, RingConfig, RunConfig, TargetConfig, TrainConfig
+from specd.config.settings import DaemonConfig, DataConfig, RingConfig, RunConfig, TargetConfig, TrainConfig
 from specd.daemon.serve import Embedded, embedded
 from specd.data.rows import DEMO
 from specd.drafts.dflash.objective import DFlash
@@ -28,7 +28,7 @@ from specd.errors import CheckpointError, ConfigError, DataError, SpecdError
 from specd.train.owner import owned
 from specd.train.trainer import train_draft
 
-DRAFT = {"mask_token_id": 2, "num_layers": 1, "num_taps": 2, "block_size": 4, "num_anchors": 4}
+DRAFT = {"mask_token_id": 0, "num_layers": 1, "num_taps": 2, "block_size": 4, "num_anchors": 4}
 TRAIN = {"max_steps": 2, "device": "cpu", "save_every": 0}
 
 
@@ -213,7 +213,6 @@ def test_with_data_it_says_nothing_of_it(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"draft": {**DRAFT, "mask_token_id": -1}}, r"no mask token is known.*draft\.mask_token_id=ID.*--preset NAME"),
         ({"draft": {**DRAFT, "block_sise": 4}}, r"unknown field `block_sise` - at `\$\.draft`"),
         ({"data": {"path": "no/such/file.jsonl"}}, "no data file at 'no/such/file.jsonl'"),
         ({"data": {"max_length": 1}}, r"data\.max_length=1"),
@@ -262,17 +261,21 @@ def test_a_recipe_of_another_preset_is_taken_by_name(
     command = [
         "--quiet", "train", "dflash", "--model", str(model), "--output", str(tmp_path / "run"), "--device", "cpu",
         "--preset", "smollm2-135m", "--max-steps", "1", "--set", "data.max_samples=20", "--set", "draft.num_taps=2",
+        "--set", "draft.mask_token_id=0",
     ]  # fmt: skip
     assert run(command) == 0, capsys.readouterr().err
     config = json.loads((tmp_path / "run" / "run.json").read_bytes())["config"]
-    assert (config["draft"]["mask_token_id"], config["draft"]["block_size"], config["data"]["path"]) == (9, 8, DEMO)
+    assert (config["draft"]["block_size"], config["data"]["path"]) == (8, DEMO)
 
 
 def test_a_run_config_is_taken_as_it_is(host: Embedded, tmp_path: Path) -> None:
-    config = RunConfig(method="dflash", output=str(tmp_path / "run"))
+    config = RunConfig(
+        method="dflash", output=str(tmp_path / "run"), draft={"num_taps": 2}, data=DataConfig(max_samples=4)
+    )
     for resume in (False, True):
         with pytest.raises(ConfigError, match="no mask token is known"):
             train_draft(config, host=host, resume=resume)
+        assert not (tmp_path / "run").exists(), "nothing is begun"
 
 
 @pytest.mark.parametrize(
