@@ -32,15 +32,16 @@ _TOOL = {
 class Frame(msgspec.Struct, frozen=True, kw_only=True):
     """generation: the generation prompt; empty if the template has none of its own (Llama 2's ends the question).
 
-    header: what begins every answer, with thoughts or without. leads: what the template writes before the content of an
-    answer without thoughts or calls, the longest first. rest: what else belongs to the header of an answer
-    without thoughts or calls, because the generation prompt stops within it (gpt-oss). end: finds a token that can end
-    an answer. closing: what follows the content of a last answer, its end token included. tokens: added tokens that the
-    template writes.
+    header: what begins every answer, with thoughts or without. begins: finds it, and what begins one behind a tool's
+    results where that is another. leads: what the template writes before an answer of
+    content alone, the longest first. rest: what else belongs to the header of such an answer, because the generation
+    prompt stops within it (gpt-oss). end: finds a token that can end an answer. closing: what follows the content of a
+    last answer, its end token included. tokens: added tokens that the template writes.
     """
 
     generation: str
     header: str
+    begins: re.Pattern[str]
     leads: tuple[str, ...]
     rest: str
     end: re.Pattern[str]
@@ -65,34 +66,50 @@ def learn(template: Template, added: Iterable[str], ends: Iterable[str]) -> Fram
         raise DataError(
             "the chat template does not write a question and an assistant's answer; use `text` or `input_ids` data"
         )
-    lead, tail, lead_early, after = last[1], last[2], early[1], early[2]
     header, generation = prompt[1], opened[shared(opened, [asked], known) :]
-    written = {token for token in known if token in opened + lead + tail + lead_early + after}
-    rest = ""
-    if lead.startswith(header) and lead_early.startswith(header):
-        same = commonprefix([lead[len(header) :], lead_early[len(header) :]])  # noqa: RUF071 - of texts, not of paths
-        stops_within = not generation or generation[-1].isalnum()
-        rest = same if stops_within and same.strip() else ""
+    (_, lead, tail), (_, lead_early, after, _) = last, early
+    rest = _rest(header, generation, lead, lead_early)
     if generation:
         closed = len(header) - len(generation)
         leads = [lead[closed:], lead_early[closed:]]
-        common = generation[: shared(generation, leads, known)]
+        begin = generation[: shared(generation, leads, known)]
     else:
-        rest = rest.rstrip(" ")
-        common = rest or header.lstrip()
-        leads = [common]
+        begin = rest or header.lstrip()
+        leads = [begin]
     found = set(ends) | _ends(tail, after, known) | _ends_of_calls(template, tail, known)
-    first = _first(tail, [token for token in known if token in found])
-    closing = tail[: first[0] + len(first[1])] if first else ""
+    first = any_of(found).search(tail)
     return Frame(
         generation=generation,
-        header=common,
+        header=begin,
+        begins=re.compile(
+            "|".join(filter(None, (re.escape(begin), _behind_results(template, begin, known)))) or r"(?!)"
+        ),
         leads=tuple(sorted((text for text in dict.fromkeys(leads) if text.strip()), key=len, reverse=True)),
         rest=rest,
-        end=re.compile("|".join(map(re.escape, sorted(found, key=len, reverse=True))) or r"(?!)"),
-        closing=closing,
-        tokens=frozenset(written),
+        end=any_of(found),
+        closing=tail[: first.end()] if first else "",
+        tokens=frozenset(token for token in known if any(token in text for text in (opened, *last, *early))),
     )
+
+
+def _rest(header: str, generation: str, lead: str, lead_early: str) -> str:
+    """What stands behind the generation prompt in every answer and belongs to its header; "" if the prompt is whole.
+
+    It is not where there is none, or where it ends with the role's name.
+    """
+    if not (lead.startswith(header) and lead_early.startswith(header)):
+        return ""
+    if generation and not generation[-1].isalnum():
+        return ""
+    same = commonprefix([lead[len(header) :], lead_early[len(header) :]])  # noqa: RUF071 - of texts, not of paths
+    if not same.strip():
+        return ""
+    return same if generation else same.rstrip(" ")
+
+
+def any_of(tokens: Iterable[str]) -> re.Pattern[str]:
+    """Finds any of `tokens`, the longest where several begin at one place."""
+    return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or r"(?!)")
 
 
 def _around(row: Renderer, turns: list[Turn], *, open_answer: bool = False) -> list[str]:
@@ -112,9 +129,11 @@ def shared(text: str, others: list[str], known: Iterable[str]) -> int:
     """Length of what `text` and `others` have in common at their beginning, up to whole added tokens."""
     length = len(commonprefix([text, *others]))  # noqa: RUF071 - of texts, not of paths
     for token in known:
-        for found in re.finditer(re.escape(token), text):
-            if found.start() < length < found.end():
-                return found.start()
+        at = text.find(token)
+        while 0 <= at < length:
+            if length < at + len(token):
+                return at
+            at = text.find(token, at + len(token))
     return length
 
 
@@ -165,3 +184,21 @@ def _ends_of_calls(template: Template, tail: str, known: list[str]) -> set[str]:
     except RowError:
         pass
     return set()
+
+
+def _behind_results(template: Template, header: str, known: list[str]) -> str:
+    """Pattern of the token that ends a tool's results where an answer follows without `header`; else ""."""
+    try:
+        row = template.row("a result", [_TOOL])
+        marked = Marked([QUESTION, _CALLING, _RESULT], "")
+        opened, marks = marked.read(row.render(marked.turns, open_answer=True))
+    except RowError:
+        return ""
+    calls, results = ([mark.at for mark in marks if mark.turn == turn and not mark.again] for turn in (1, 2))
+    if not calls or not results or header in opened[results[-1] :]:
+        return ""
+    tail, between = opened[results[-1] :], opened[calls[-1] : results[0]]
+    ends = [(tail.rfind(token), token) for token in known if token in tail]
+    # Another result may follow, and no answer.
+    others = any_of(token for token in known if token in between).pattern
+    return rf"{re.escape(max(ends)[1])}(?!\s*(?:{others}))" if ends else ""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from specd.data.faults import RowError
 from specd.data.forms import Turn
-from specd.errors import DataError, first_line
+from specd.errors import ConfigError, DataError, first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -21,12 +21,12 @@ _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
 class Renderer:
-    """The chat template as one row has it: its tools, its variables, its place for messages."""
+    """The chat template as one row has it, with its tools and variables. where: the row, for messages."""
 
-    __slots__ = ("_source", "_tools", "_variables", "_where")
+    __slots__ = ("_source", "_tools", "_variables", "where")
 
     def __init__(self, source: str, variables: dict[str, Any], tools: list[Any] | None, where: str) -> None:
-        self._source, self._variables, self._tools, self._where = source, variables, tools, where
+        self._source, self._variables, self._tools, self.where = source, variables, tools, where
 
     @property
     def marks_answers(self) -> bool:
@@ -55,7 +55,7 @@ class Renderer:
             )
         except Exception as error:  # noqa: BLE001 - a template may raise anything: jinja's errors, TypeError, KeyError
             detail = f"the chat template refuses it: {first_line(error)}"
-            raise RowError(self._where, "refused by the chat template", detail) from None
+            raise RowError(self.where, "refused by the chat template", detail) from None
         return texts[0], spans[0] if spans else []
 
 
@@ -70,10 +70,10 @@ class Template:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, options: Mapping[str, Any], date: str) -> None:
         """options: variables for the template. date: the day it is told if it asks, as 2026-01-31; empty for today.
 
-        Raises DataError when there is no template.
+        Raises DataError when there is no template, ConfigError for a day that is none.
         """
         self.told_the_day = False
-        self._now = datetime.fromisoformat(f"{date}T12:00:00") if date else datetime.now()
+        self._now = _noon(date) if date else datetime.now()
         example: list[Any] = [{}]
         try:
             self._sources = {bool(tools): tokenizer.get_chat_template(None, tools) for tools in (None, example)}
@@ -94,3 +94,10 @@ class Template:
     def _day(self, form: str) -> str:
         self.told_the_day = True
         return self._now.strftime(form)
+
+
+def _noon(date: str) -> datetime:
+    try:
+        return datetime.fromisoformat(f"{date}T12:00:00")
+    except ValueError:
+        raise ConfigError(f"data.date={date}: expected a day that there is, as 2026-01-31") from None

@@ -22,6 +22,7 @@ from specd.config.settings import DataConfig
 from specd.data import forms
 from specd.data.chat import Chat, Rendered
 from specd.data.faults import RowError
+from specd.data.forms import Conversation
 from specd.data.tokenizer import Encoder, load_tokenizer
 from talks import Talk, as_row, talks
 
@@ -32,11 +33,6 @@ BY_HAND: dict[tuple[str, str], list[str]] = {
     ("deepseek_r1", "thoughts in the content"): [
         f"\n\nBlue.{R1_END}",
         f"Plum comes to mind.\n</think>\n\nPlum.{R1_END}",
-    ],
-    # The prompt is the one without thoughts, and an answer with thoughts begins as the other prompt, <think>, does.
-    ("exaone4", "thoughts in the content"): [
-        "Blue.[|endofturn|]",
-        "Plum comes to mind.\n</think>\n\nPlum.[|endofturn|]",
     ],
 }
 """Conversations whose labels no rendering tells, and why."""
@@ -164,7 +160,8 @@ def wanted(target: Target, name: str, talk: Talk) -> list[str]:
     found = []
     for place in places(talk[0]):
         text = behind_the_prompt(target, talk, place)
-        found.append(as_it_stands(target, talk, place) if text is None else text)
+        text = as_it_stands(target, talk, place) if text is None else text
+        found.append((text or "").removeprefix(target.family.rest))
     return [text for text in found if text]
 
 
@@ -180,19 +177,26 @@ def texts(rendered: Rendered) -> list[str]:
 
 
 def tokens_of(target: Target, rendered: Rendered) -> list[str]:
-    """The texts under the loss mask, by the tokens' places in the text."""
+    """The texts under the loss mask, by the tokens' places in the text.
+
+    A token that begins before an answer is none of its labels; the answer's first characters are given as they are.
+    """
     ((ids, mask),) = target.encoder.encode([rendered])
     coded = target.tokenizer(rendered.text, add_special_tokens=False, return_offsets_mapping=True)
     assert coded["input_ids"] == ids.tolist()
-    found: list[list[int]] = []
-    before = False
+    text = rendered.text
+    reached = [begin for begin, _ in rendered.spans]
     for (start, end), label in zip(coded["offset_mapping"], mask.tolist(), strict=True):
-        if label and before:
-            found[-1][1] = end
-        elif label:
-            found.append([start, end])
-        before = label
-    return [rendered.text[start:end] for start, end in found]
+        owner = next((n for n, (begin, until) in enumerate(rendered.spans) if begin < end and start < until), None)
+        if owner is None:
+            assert not label or start == end, (text[start:end], rendered.spans)
+            continue
+        begin, until = rendered.spans[owner]
+        assert label == (begin <= start), text[start:end]
+        assert start <= reached[owner], "a hole"
+        assert end <= until, "a token that is a label goes beyond the answer"
+        reached[owner] = end
+    return [text[begin:end] for (begin, _), end in zip(rendered.spans, reached, strict=True)]
 
 
 def differences(target: Target, found: Callable[[Talk], list[str]]) -> dict[str, tuple[list[str], list[str]]]:
@@ -239,3 +243,62 @@ def test_both_ways_to_know_the_labels_agree(target: Callable[[Family], Target], 
             told = behind_the_prompt(model, talk, place)
             if told is not None:
                 assert as_it_stands(model, talk, place) == told, (name, place)
+
+
+@family
+def test_an_answer_that_was_cut_ends_with_its_words(target: Callable[[Family], Target], family: Family) -> None:
+    model = target(family)
+    talk = talks(family)["several"]
+    for place, right in zip(places(talk[0]), wanted(model, "several", talk), strict=True):
+        said = talk[0][place]["content"]
+        rendered = model.chat.conversation(Conversation(turns=talk[0], cut=frozenset({place})), "row 1")
+        assert right[: right.index(said) + len(said)] in texts(rendered), place
+        assert len(rendered.spans) == 3
+
+
+@family
+def test_an_answer_that_is_context_is_no_label(target: Callable[[Family], Target], family: Family) -> None:
+    model = target(family)
+    talk = talks(family)["several"]
+    right = wanted(model, "several", talk)
+    for number, place in enumerate(places(talk[0])):
+        rendered = model.chat.conversation(Conversation(turns=talk[0], context=frozenset({place})), "row 1")
+        assert texts(rendered) == right[:number] + right[number + 1 :]
+    rendered = model.chat.conversation(Conversation(turns=talk[0]), "row 1", last_turn_only=True)
+    assert texts(rendered) == right[-1:]
+
+
+def loses(target: Target, talk: Talk, place: int, text: str) -> bool:
+    """Whether `text` lacks the answer at `place`, its thoughts or its calls."""
+    (turns, tools), turn = talk, talk[0][place]
+    uncalled = {key: value for key, value in turn.items() if key != "tool_calls"}
+    if "tool_calls" in turn and text == target.plain([*turns[:place], uncalled, *turns[place + 1 :]], tools):
+        return True
+    pieces = [turn.get(target.family.thought), *re.split(r"</?think>", turn["content"])]
+    if any(piece and piece.strip() not in text for piece in pieces):
+        return True
+    return behind_the_prompt(target, talk, place) is None and as_it_stands(target, talk, place) is None
+
+
+@family
+def test_answers_that_lost_words_are_counted(target: Callable[[Family], Target], family: Family) -> None:
+    model = target(family)
+    wrong = {}
+    for name, talk in taken(model):
+        rendered = model.rendered(talk)
+        lost = sum(loses(model, talk, place, rendered.text) for place in places(talk[0]))
+        if rendered.dropped != lost:
+            wrong[name] = rendered.dropped, lost
+    assert wrong == {}
+
+
+@family
+def test_a_text_that_went_through_the_template_has_the_same_labels(
+    target: Callable[[Family], Target], family: Family
+) -> None:
+    model = target(family)
+    for name, talk in taken(model):
+        if name in ("one", "several", "open", "system", "said before", "other scripts"):
+            rendered = model.chat.preformatted(model.plain(*talk) or "")
+            assert not rendered.document
+            assert texts(rendered) == wanted(model, name, talk), name
