@@ -73,7 +73,23 @@ def _check_link(directory: Path) -> None:
 
 
 def cache_dir() -> Path:
-    """Where converted targets and prepared data are kept: SPECD_CACHE, else XDG_CACHE_HOME/specd."""
+    """Where converted targets and prepared data are kept: SPECD_CACHE, else XDG_CACHE_HOME/specd, else in HOME.
+
+    Raises ConfigError when none of them is set and this user has no home.
+    """
     if own := os.environ.get("SPECD_CACHE"):
         return Path(own)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "specd"
+    if caches := os.environ.get("XDG_CACHE_HOME"):
+        return Path(caches) / "specd"
+    return home_dir("SPECD_CACHE") / ".cache" / "specd"
+
+
+def home_dir(instead: str) -> Path:
+    """This user's home. instead: the variable that names another place; in the ConfigError of a user who has none."""
+    try:
+        return Path.home()
+    except RuntimeError:
+        raise ConfigError(
+            f"user {os.getuid()} has no home directory: HOME is not set, and the system knows no such user; set "
+            f"{instead} to a directory that this user can write to"
+        ) from None

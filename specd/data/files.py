@@ -195,11 +195,11 @@ def _not_json(where: str, text: bytes, error: Exception) -> RowError:
 
 
 def _lenient(text: bytes) -> Any:
-    """What Python's own writer calls JSON: NaN and Infinity are no JSON, and are written by pandas and json.dumps."""
+    """JSON with NaN and Infinity, as Python's own writer makes it: they become null. None for what is no JSON."""
     if b"NaN" not in text and b"Infinity" not in text:
         return None
     try:
-        value = json.loads(text)
+        value = json.loads(text, parse_constant=lambda _: None)
         msgspec.json.encode(value)  # halves of surrogate pairs pass json.loads
     except (ValueError, RecursionError):
         return None
@@ -207,7 +207,10 @@ def _lenient(text: bytes) -> Any:
 
 
 def _table_rows(stream: io.BufferedReader, name: str) -> Iterator[Row]:
-    """CSV with a line of names first; its separator is the one of tab, comma and semicolon that stands there most."""
+    """CSV with a line of names first; its separator is the one of tab, comma and semicolon that stands there most.
+
+    An empty cell is null.
+    """
     csv.field_size_limit(2**31 - 1)
     with io.TextIOWrapper(stream, encoding="utf-8", newline="") as text:
         try:
@@ -217,7 +220,7 @@ def _table_rows(stream: io.BufferedReader, name: str) -> Iterator[Row]:
             for number, cells in enumerate(filter(None, csv.reader(text, delimiter=separator)), start=1):
                 where = f"{name} row {number}"
                 if len(cells) == len(names):
-                    yield where, dict(zip(names, cells, strict=True))
+                    yield where, {key: cell or None for key, cell in zip(names, cells, strict=True)}
                 else:
                     detail = f"has {len(cells)} cells; expected {len(names)}, one for each name in the first line"
                     yield where, RowError(where, "more or fewer cells than names", detail)

@@ -148,7 +148,12 @@ def test_other_columns_by_the_names_of_the_file() -> None:
     assert found == Conversation(turns=TOLD.turns, tools=[TOOL])
     found = form({"ids": [1, 2], "target": [-100, 2]}, columns={"input_ids": "ids", "labels": "target"})
     assert isinstance(found, Tokens)
+    assert form({"text": "Once"}, columns={"text": "body"}) == Text(text="Once")
     with pytest.raises(RowError, match=r"row 1: `text` \(the file's 'body'\) is null"):
+        form({"body": None}, columns={"text": "body"})
+    with pytest.raises(
+        RowError, match=r"columns \['txt'\]; .*; data\.columns maps text to 'body', which it does not have"
+    ):
         form({"txt": "Once"}, columns={"text": "body"})
 
 
