@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated
 
 import msgspec
@@ -50,11 +48,12 @@ def stats(
     from rich.console import Console
 
     from specd.data.dataset import prepare
+    from specd.data.progress import progress
 
     config = data_config(named(files, data), needed(model), settings, method=method, preset=preset)
     labels = registry.load(method).consecutive_labels
     directory = tokenizer_dir(model)
-    with rows_read() as on_rows:
+    with progress("reading") as on_rows:
         dataset = prepare(config, directory, consecutive_labels=labels, on_rows=on_rows)
     if as_json:
         lengths = {"mean": float(dataset.lengths.mean()), "longest": int(dataset.lengths.max())}
@@ -64,19 +63,6 @@ def stats(
     console = Console(highlight=False, markup=False, emoji=False)
     _show_counts(console, config, dataset, f"{method} needs {labels} labels in a row")
     _show_lengths(console, dataset)
-
-
-@contextmanager
-def rows_read() -> Iterator[Callable[[int], None]]:
-    """A count of rows on the standard error while it is a terminal; yields the function that sets it."""
-    from rich.console import Console
-    from rich.progress import Progress, SpinnerColumn, TextColumn
-
-    console = Console(stderr=True)
-    columns = (SpinnerColumn(), TextColumn("{task.completed:,.0f} rows read"))
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("", total=None)
-        yield lambda rows: bar.update(task, completed=rows)
 
 
 def _show_counts(console: Console, config: DataConfig, dataset: Dataset, rule: str) -> None:

@@ -76,13 +76,20 @@ class Chat:
         self.asks_clock = self._template.told_the_day or (self._template.mentions("strftime_now") and not fixed)
 
     def render(
-        self, turns: list[Turn], *, open_answer: bool = False, tools: Any = None, where: str = "a conversation"
+        self,
+        turns: list[Turn],
+        *,
+        open_answer: bool = False,
+        tools: Any = None,
+        options: Mapping[str, Any] | None = None,
+        where: str = "a conversation",
     ) -> str:
         """The conversation as text; with `open_answer` up to where the target's answer begins.
 
-        Raises RowError naming `where` when the template refuses it.
+        options: variables of the template for this conversation alone. Raises RowError naming `where` when the template
+        refuses it.
         """
-        return self._template.row(where, tools).render(turns, open_answer=open_answer)
+        return self._template.row(where, tools, options).render(turns, open_answer=open_answer)
 
     def conversation(self, talk: Conversation, where: str, *, last_turn_only: bool = False) -> Rendered:
         """`talk` as text, with the assistant's answers and their end tokens as labels.
