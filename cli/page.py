@@ -24,9 +24,12 @@ class Page:
 
     def __init__(self, tokenizer: Any, config: DataConfig, method: str, needed: int, *, ids: bool = False) -> None:
         """needed: labels on end that `method` asks of a sample. ids: a line for each token in place of the text."""
-        self.console = Console(highlight=False, markup=False, emoji=False)
+        console = Console(highlight=False, markup=False, emoji=False)
+        self._colour = console.color_system is not None and not console.no_color
+        # Without colour nothing is emphasised either: the brackets say it.
+        bare = Console(highlight=False, markup=False, emoji=False, color_system=None)
+        self.console = console if self._colour else bare
         self._tokenizer, self._config, self._method, self._needed, self._ids = tokenizer, config, method, needed, ids
-        self._colour = self.console.color_system is not None and not self.console.no_color
         plain = not self.console.encoding.startswith("utf")
         self._open, self._close, self._scissors = ("[[", "]]", "<cut>") if plain else ("⟦", "⟧", "✂")
         self._line = "-" if plain else "─"
@@ -100,12 +103,17 @@ class Page:
         return text
 
     def _lines(self, coded: Coded, kept: int) -> Text:
-        """A line for each token: its place from 0, its id, whether it is a label, its text."""
+        """A line for each token: its place from 0, its id, whether it is a label, its text.
+
+        A part of a character has no text: the vocabulary's name stands for it.
+        """
         text = Text(f"{'place':>6} {'id':>8}       text", CONTEXT)
         for begin, end, style in _runs(coded, kept):
             mark = {LABEL: "label", CUT: "cut"}.get(style, "")
             for place in range(begin, end):
                 piece = repr(self._decode(coded, place, place + 1))
+                if "\N{REPLACEMENT CHARACTER}" in piece:
+                    piece = str(self._tokenizer.convert_ids_to_tokens(int(coded.tokens[place])))
                 line = f"\n{place:>6} {coded.tokens[place]:>8} {mark:<5} {piece}"
                 text.append(self._visible(line), style if self._colour else "")
         return text
