@@ -48,7 +48,7 @@ class Page:
         self.console.rule(characters=self._line, style=CONTEXT)
         counts = Text(f"{kept} tokens, {int(coded.loss_mask[:kept].sum())} labels")
         if kept < size:
-            counts.append(f", {size - kept} tokens cut", CUT if self._colour else "")
+            counts.append(f", {size - kept} tokens cut", CUT)
         if split and (samples := len(pieces(size, longest, self._needed))) > 1:
             counts.append(f", split into {samples} samples")
         self._print(counts)
@@ -73,7 +73,7 @@ class Page:
         label = f"{self._open}label{self._close}" if brackets else "label"
         parts = Text.assemble((label, LABEL), " (the target writes it), ", ("context", CONTEXT), " (given)")
         if self._cut:
-            parts.append(", ").append(self._scissors if brackets else "cut", CUT if self._colour else "")
+            parts.append(", ").append(self._scissors if brackets else "cut", CUT)
             parts.append(f" (beyond data.max_length={self._config.max_length})")
         if self._escaped:
             parts.append(f", \\{self._open} \\{self._close} (they stand in the text)")
@@ -114,8 +114,8 @@ class Page:
                 piece = repr(self._decode(coded, place, place + 1))
                 if "\N{REPLACEMENT CHARACTER}" in piece:
                     piece = str(self._tokenizer.convert_ids_to_tokens(int(coded.tokens[place])))
-                line = f"\n{place:>6} {coded.tokens[place]:>8} {mark:<5} {piece}"
-                text.append(self._visible(line), style if self._colour else "")
+                line = f"{place:>6} {coded.tokens[place]:>8} {mark:<5} {piece}"
+                text.append("\n").append(self._visible(line), style)
         return text
 
     def _decode(self, coded: Coded, begin: int, end: int) -> str:
