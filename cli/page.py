@@ -56,14 +56,13 @@ class Page:
             answers = "1 answer" if coded.dropped == 1 else f"{coded.dropped} answers"
             self._print(Text(f"the chat template leaves out a part of {answers}, as thoughts of earlier turns"))
         if not trainable(coded.loss_mask[:kept], self._needed):
-            reason = Text("left out of training:", "bold red")
-            self._print(reason.append(f" {self._method} needs {self._needed} labels in a row", "not bold default"))
+            reason = f" {self._method} needs {self._needed} labels in a row"
+            self._print(Text.assemble(("left out of training:", "bold red"), reason))
 
     def fault(self, number: int, error: RowError) -> None:
         """A row that cannot be used."""
         self._head(number, error.where)
-        text = Text("cannot be used: ", "bold red")
-        self._print(text.append(self._visible(str(error)), "not bold default"))
+        self._print(Text.assemble(("cannot be used: ", "bold red"), self._visible(str(error))))
 
     def legend(self) -> None:
         """What the marks of the rows above mean."""
@@ -107,7 +106,7 @@ class Page:
 
         A part of a character has no text: the vocabulary's name stands for it.
         """
-        text = Text(f"{'place':>6} {'id':>8}       text", CONTEXT)
+        text = Text().append(f"{'place':>6} {'id':>8}       text", CONTEXT)
         for begin, end, style in _runs(coded, kept):
             mark = {LABEL: "label", CUT: "cut"}.get(style, "")
             for place in range(begin, end):

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from chats import CHATML, data_model, talk, write_rows
+from chats import CHATML, data_model, talk, write_rows, write_target
 from specd.cli.main import run
 
 HELLO = {"messages": talk("Hi", "Hello.")}
@@ -106,3 +106,31 @@ def test_an_output_that_knows_ascii_alone_gets_that(
     text = capsysbinary.readouterr().out.decode("ascii")
     assert "#" * 40 in text
     assert r"unusable: 1 \xd7 unknown role, the first: \xe4.jsonl line 2" in text
+
+
+def test_training_reads_what_is_counted_with_each_of_a_tokenizers_templates(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The template for tools lies in a folder of its own, and the trainer has the daemon's files alone."""
+    from transformers import AutoTokenizer
+
+    target = write_target(tmp_path / "target", num_layers=6)
+    tokenizer: Any = AutoTokenizer.from_pretrained(target)
+    tools = "{{ tools | length }} tools: {{ tools | tojson }} " + CHATML
+    tokenizer.chat_template = {"default": CHATML, "tool_use": tools}
+    tokenizer.save_pretrained(target)
+    tool = {"type": "function", "function": {"name": "add", "parameters": {}}}
+    path = write_rows(tmp_path / "a.jsonl", {**HELLO, "tools": [tool]}, HELLO)
+    model = f"{target}/"
+    counted = report(capsys, path, "--model", model, "--set", f"data.cache_dir={tmp_path}/a")
+    small = ("num_layers=1", "num_taps=2", "block_size=4", "num_anchors=4", "mask_token_id=9")
+    settings = [*(f"draft.{one}" for one in small), "data.max_length=512", "data.batch_tokens=512", "train.threads=1"]
+    arguments = ["--model", model, "--data", path, "--output", str(tmp_path / "run"), "--max-steps", "1"]
+    assert run(["train", "dflash", *arguments, "--device", "cpu", *(f"--set={one}" for one in settings)]) == 0
+    trained = json.loads((tmp_path / "run" / "run.json").read_text())["data"]
+    assert (trained["tokens"], trained["trainable tokens"]) == (
+        f"{counted['tokens']:,}", f"{counted['trainable_tokens']:,}",
+    )  # fmt: skip
+    assert "1 tools: " in AutoTokenizer.from_pretrained(tmp_path / "run" / "draft").apply_chat_template(
+        HELLO["messages"], tools=[tool], tokenize=False
+    )
