@@ -149,7 +149,11 @@ def test_a_target_without_a_chat_template_goes_on_with_prompts(
 ) -> None:
     shutil.copytree(model, tmp_path / "base")
     (tmp_path / "base" / "chat_template.jinja").unlink()
-    rows = [{"prompt": "Once"}, {"text": "Upon a time"}, {"messages": [{"role": "robot", "content": "x"}]}]
+    rows: list[dict[str, Any]] = [
+        {"prompt": "Once"},
+        {"text": "Upon a time"},
+        {"messages": [{"role": "robot", "content": "x"}]},
+    ]
     file = write_rows(tmp_path / "plain.jsonl", *rows)
     (tmp_path / "story.txt").write_text("There was")
     arguments = ["eval", "--draft", str(trained), "--model", str(tmp_path / "base"), "--device", "cpu"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -108,7 +109,14 @@ def test_several_rows_are_shown_each_as_what_it_is(
     tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "a.jsonl"
-    rows = [HELLO, ODD, {"messages": talk("Hi")}, {"input_ids": [1, 999]}, {"messages": talk("Ho", "Ha.")}, HELLO]
+    rows: list[dict[str, Any]] = [
+        HELLO,
+        ODD,
+        {"messages": talk("Hi")},
+        {"input_ids": [1, 999]},
+        {"messages": talk("Ho", "Ha.")},
+        HELLO,
+    ]
     write_rows(file, *rows)
     file.write_text(file.read_text().replace('{"messages": [{"role": "user", "content": "Ho"', '{"mess', 1))
     text = shown(capsys, file, "--model", model, "--row", "6,1-5", code=1)

@@ -95,7 +95,7 @@ def test_token_ids_are_asked_up_to_the_first_label(chat: Any, tmp_path: Path, mo
     assert read_prompts(config, chat, size=SIZE).ids == ((5, 6, 7), (5, 6, 7, 8), (5, 6))
 
 
-BAD = [
+BAD: list[dict[str, Any]] = [
     {"messages": [{"role": "robot", "content": "x"}]},
     {"messages": [{"role": "assistant", "content": "x"}]},
     {"input_ids": [1, SIZE], "loss_mask": [0, 0]},
