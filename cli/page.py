@@ -44,25 +44,25 @@ class Page:
         kept = size if split else min(size, longest)
         self._seen, self._cut = True, self._cut or kept < size
         self._head(number, where)
-        self._print(self._lines(coded, kept) if self._ids else self._marked(coded, kept))
+        self.console.print(self._lines(coded, kept) if self._ids else self._marked(coded, kept), soft_wrap=True)
         self.console.rule(characters=self._line, style=CONTEXT)
         counts = Text(f"{kept} tokens, {int(coded.loss_mask[:kept].sum())} labels")
         if kept < size:
             counts.append(f", {size - kept} tokens cut", CUT)
         if split and (samples := len(pieces(size, longest, self._needed))) > 1:
             counts.append(f", split into {samples} samples")
-        self._print(counts)
+        self._say(counts)
         if coded.dropped:
             answers = "1 answer" if coded.dropped == 1 else f"{coded.dropped} answers"
-            self._print(Text(f"the chat template leaves out a part of {answers}, as thoughts of earlier turns"))
+            self._say(Text(f"the chat template leaves out a part of {answers}, as thoughts of earlier turns"))
         if not trainable(coded.loss_mask[:kept], self._needed):
             reason = f" {self._method} needs {self._needed} labels in a row"
-            self._print(Text.assemble(("left out of training:", "bold red"), reason))
+            self._say(Text.assemble(("left out of training:", "bold red"), reason))
 
     def fault(self, number: int, error: RowError) -> None:
         """A row that cannot be used."""
         self._head(number, error.where)
-        self._print(Text.assemble(("cannot be used: ", "bold red"), self._visible(str(error))))
+        self._say(Text.assemble(("cannot be used: ", "bold red"), self._visible(str(error))))
 
     def legend(self) -> None:
         """What the marks of the rows above mean."""
@@ -76,14 +76,15 @@ class Page:
             parts.append(f" (beyond data.max_length={self._config.max_length})")
         if self._escaped:
             parts.append(f", \\{self._open} \\{self._close} (they stand in the text)")
-        self._print(parts)
+        self._say(parts)
 
     def _head(self, number: int, where: str) -> None:
         title = Text(self._visible(f"row {number}, {where}"))
         self.console.rule(title, characters=self._line, align="left", style=CONTEXT)
 
-    def _print(self, text: Text) -> None:
-        self.console.print(text, soft_wrap=True)
+    def _say(self, text: Text) -> None:
+        """A line for people, which is folded on a terminal alone."""
+        self.console.print(text, soft_wrap=not self.console.is_terminal)
 
     def _marked(self, coded: Coded, kept: int) -> Text:
         """The text of a row, its labels marked."""

@@ -27,7 +27,7 @@ Model = Annotated[str, typer.Option("--model", "-m", help="The target: preset, l
 DATA = "File, folder, glob or hub name; else the recipe's, or what comes with specd."
 """What may be given as data, where a command reads some."""
 Data = Annotated[list[str] | None, typer.Option("--data", help=f"{DATA} Give it again for more.", metavar="FILE")]
-Files = Annotated[list[str] | None, typer.Argument(metavar="[FILE]...", help="The same as --data.", show_default=False)]
+Files = Annotated[list[str] | None, typer.Argument(metavar="FILE", help="The same as --data.", show_default=False)]
 DataSettings = Annotated[
     list[str] | None, typer.Option("--set", help="Any setting of the data section, as data.max_length=512.")
 ]

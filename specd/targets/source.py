@@ -165,6 +165,11 @@ def pick_dtype(dtype: str, source: Source) -> torch.dtype:
 
 
 def _from_directory(path: Path, *, name: str, preset: Preset | None = None) -> Source:
+    for place in (str(path), name):
+        if (shown := os.fsencode(place).decode("utf-8", "backslashreplace")) != place:
+            raise ConfigError(
+                f"model directory '{shown}' is not UTF-8, and what reads tokenizers and weights needs that; rename it"
+            )
     try:
         config = json.loads((path / "config.json").read_text(encoding="utf-8"))
     except OSError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -92,6 +93,12 @@ def test_a_directory_must_hold_a_model(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "no-such-model"}')
     with pytest.raises(TargetError, match="no-such-model"):
         load.load_causal_lm(f"{tmp_path}/", load_format="dummy")
+
+
+def test_a_directory_whose_name_is_not_utf_8_is_refused_by_it(shape_only: Path) -> None:
+    odd = shape_only.rename(os.fsdecode(os.fsencode(shape_only.parent) + b"/caf\xe9"))
+    with pytest.raises(ConfigError, match=r"caf\\xe9' is not UTF-8, .*; rename it"):
+        checkpoint.resolve(str(odd))
 
 
 def test_a_directory_without_weights_is_refused(shape_only: Path) -> None:

@@ -61,7 +61,7 @@ def test_without_data_it_trains_on_the_conversations_that_come_along_and_says_so
     done = train_draft(settings, host=host)
     assert done.steps == 2
     (said,) = [record.message for record in caplog.records if record.name == "specd.train.trainer"]
-    for part in (DEMO, f"not {model}'s own", "--data FILE", f"specd data regenerate --model {model}"):
+    for part in (DEMO, f"not {model}'s own", "--data FILE", f"specd data regenerate FILE --model {model}"):
         assert part in said
     assert "\n" not in said
     facts = json.loads((done.directory / "run.json").read_bytes())
@@ -199,6 +199,12 @@ def test_one_of_several_processes_of_a_launcher_is_refused(
     ):
         train_draft(settings, host=host)
     assert not Path(settings["output"]).exists()
+
+
+def test_an_output_that_run_json_cannot_name_is_refused(host: Embedded, settings: dict[str, Any]) -> None:
+    settings["output"] += os.fsdecode(b"caf\xe9")
+    with pytest.raises(ConfigError, match=r"caf\\xe9' is not UTF-8, and run\.json has to name it"):
+        train_draft(msgspec.convert(settings, RunConfig, strict=False), host=host)
 
 
 def test_with_data_it_says_nothing_of_it(
