@@ -18,7 +18,7 @@ from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from specd.config.settings import DataConfig
-from specd.data import store
+from specd.data import forms, store
 from specd.data.batching import BatchPlan, check_budget
 from specd.data.faults import Faults, RowError
 from specd.data.portion import Report as Report
@@ -109,6 +109,7 @@ def check(config: DataConfig) -> None:
             f"least 2 tokens, and a number of samples or 0 for all"
         )
     check_budget(config.batch_tokens, config.max_batch_sequences)
+    forms.check(config)
     for source in sources(config):
         locate(source.path)
 

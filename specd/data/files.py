@@ -146,9 +146,10 @@ def _refuse_foreign(name: str, head: bytes) -> None:
 
 def _json_rows(stream: io.BufferedReader, name: str) -> Iterator[Row]:
     """JSON objects, one a line, or (as ShareGPT files come) one array of them."""
-    first, number = b"", 0
-    while not first and (line := stream.readline()):
-        first, number = line.strip(), number + 1
+    number, line = 0, b"\n"
+    while line and not line.strip():
+        number, line = number + 1, stream.readline()
+    first = line.strip()
     if first.startswith(b"["):
         yield from _array_rows(line + stream.read(), name)
         return

@@ -6,7 +6,6 @@ import string
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -14,7 +13,7 @@ from hypothesis import strategies as st
 from chats import CHATML, MARKED, THINKING, TRIMMED, talk, write_tokenizer
 from specd.data.chat import Chat
 from specd.data.forms import conversation, questions
-from specd.data.tokenizer import Encoder, end_tokens, load_tokenizer
+from specd.data.tokenizer import Encoder, load_tokenizer
 from specd.errors import DataError
 
 TEMPLATES = {"chatml": CHATML, "thinking": THINKING, "marked": MARKED, "trimmed": TRIMMED}
@@ -145,22 +144,6 @@ def test_a_plain_document_is_all_labels_and_a_question_alone_is_not(chats: dict[
     assert chats["chatml"].preformatted("<|im_start|>user\nHi<|im_end|>\n").spans == ()
 
 
-def test_encoder_gives_the_tokenizers_own_ids(chats: dict[str, Chat]) -> None:
-    chat = chats["chatml"]
-    rendered = chat.conversation({"messages": talk("Hi", "Hello  there.\n\n")}, "row 1")
-    ((tokens, _),) = Encoder(chat.tokenizer).encode([rendered])
-    assert tokens.dtype == np.int32
-    assert tokens.tolist() == chat.tokenizer(rendered.text, add_special_tokens=False)["input_ids"]
-
-
-def test_whitespace_of_an_answer_is_a_label_though_the_core_trims_offsets(tmp_path: Path) -> None:
-    from tokenizers import processors
-
-    tokenizer: Any = load_tokenizer(write_tokenizer(tmp_path))
-    tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
-    assert labels(Chat(tokenizer), {"messages": talk("Hi", " Hello.\n")}) == [" Hello.\n<|im_end|>"]
-
-
 def test_share_gpt_rows_and_parts_of_text() -> None:
     row = {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello."}]}
     assert conversation(row, "row 1") == talk("Hi", "Hello.")
@@ -204,8 +187,6 @@ def test_no_template_and_a_template_without_content(tmp_path: Path) -> None:
         Chat(tokenizer)
     with pytest.raises(DataError, match="does not write an assistant's content"):
         Chat(load_tokenizer(write_tokenizer(tmp_path / "b", "{{ messages | length }}")))
-    with pytest.raises(DataError, match="no usable tokenizer"):
-        load_tokenizer(tmp_path)
 
 
 def test_questions_are_what_leads_up_to_each_answer() -> None:
@@ -216,22 +197,3 @@ def test_questions_are_what_leads_up_to_each_answer() -> None:
     for empty in ([system], [{"role": "assistant", "content": "Hello."}]):
         with pytest.raises(DataError, match="row 1: no user turn to answer"):
             questions(empty, "row 1")
-
-
-def test_a_text_ends_at_the_tokens_of_the_tokenizer_and_of_the_generation_config(tmp_path: Path) -> None:
-    from transformers import GenerationConfig
-
-    class Configured:
-        def __init__(self, ids: Any) -> None:
-            self.generation_config = GenerationConfig(eos_token_id=ids)  # type: ignore[no-untyped-call]
-
-    tokenizer: Any = load_tokenizer(write_tokenizer(tmp_path))
-    own = tokenizer.eos_token_id
-    models: list[tuple[Any, list[int]]] = [(None, [own]), (own, [own]), (7, [own, 7]), ([7, own, 8], [own, 7, 8])]
-    for ids, ends in models:
-        model: Any = Configured(ids)
-        assert end_tokens(model, tokenizer) == ends
-    tokenizer.eos_token = None
-    unending: Any = Configured(None)
-    with pytest.raises(DataError, match="no end-of-sequence token"):
-        end_tokens(unending, tokenizer)
