@@ -11,9 +11,9 @@ import msgspec
 
 from specd.data.faults import RowError
 from specd.data.forms import Conversation, Turn
-from specd.data.frame import Frame, any_of, learn
-from specd.data.labels import Layout, said, thought, trailing
-from specd.data.marks import Marked
+from specd.data.frame import Frame, learn
+from specd.data.labels import Layout, complete, said, trailing
+from specd.data.marks import THOUGHTS, Marked
 from specd.data.template import Renderer, Span, Template
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ class Chat:
     asks_clock: the template writes the date, so that the same rows give other text on another day.
     """
 
-    __slots__ = ("_frame", "_structure", "_template", "asks_clock", "options", "tokenizer")
+    __slots__ = ("_frame", "_template", "asks_clock", "options", "tokenizer")
 
     def __init__(
         self,
@@ -63,15 +63,12 @@ class Chat:
         self.options = dict(options or {})
         self._template = Template(tokenizer, self.options, date)
         added = {str(token): token.special for token in tokenizer.added_tokens_decoder.values()}
+        added |= dict.fromkeys(map(str, tokenizer.all_special_tokens), True)
         names = [tokenizer.convert_ids_to_tokens(i) for i in (*ends, *_configured(tokenizer)) if i < len(tokenizer)]
-        specials = set(map(str, tokenizer.all_special_tokens))
-        known = {name for name in names if isinstance(name, str) and name in added.keys() | specials}
+        known = {name for name in names if isinstance(name, str) and name in added}
         if tokenizer.eos_token:
             known.add(str(tokenizer.eos_token))
-        self._frame: Frame = learn(self._template, added.keys() | specials, known)
-        special = {token for token, special in added.items() if special}
-        self._structure = any_of(self._frame.tokens | specials | special)
-        """Finds a token that a plain document does not have."""
+        self._frame: Frame = learn(self._template, added, known)
         fixed = self._template.mentions("date_string") and "date_string" in self.options
         self.asks_clock = self._template.told_the_day or (self._template.mentions("strftime_now") and not fixed)
 
@@ -94,8 +91,9 @@ class Chat:
     def conversation(self, talk: Conversation, where: str, *, last_turn_only: bool = False) -> Rendered:
         """`talk` as text, with the assistant's answers and their end tokens as labels.
 
-        An answer that was cut off has no end token as a label: the target did not write it. A last answer of which the
-        template leaves out a part stands as it was written. Raises RowError naming `where`.
+        An answer that was cut off has no end token as a label: the target did not write it. A last answer that the
+        template does not write whole stands behind the generation prompt as it was written. Raises RowError naming
+        `where`.
         """
         row = self._template.row(where, talk.tools, talk.options)
         answers = [place for place, turn in enumerate(talk.turns) if turn["role"] == "assistant"]
@@ -104,15 +102,31 @@ class Chat:
             asked = asked[-1:]
         if row.marks_answers:
             return self._as_marked(row, talk, asked, everyone=asked == answers and not talk.cut)
-        rendered, cut_out = self._laid_out(row, talk, asked)
+        rendered, lost = self._laid_out(row, talk, asked)
         last = len(talk.turns) - 1
-        if last not in cut_out or not last or talk.turns[last].get("tool_calls"):
+        if last in lost or (last in talk.cut and last in asked):
+            return self._as_written(row, talk, asked, rendered, whole=last not in lost)
+        return rendered
+
+    def _as_written(
+        self, row: Renderer, talk: Conversation, asked: list[int], rendered: Rendered, *, whole: bool
+    ) -> Rendered:
+        """The last answer behind the generation prompt, where `rendered` has not what the target wrote there.
+
+        A template may take thoughts out of it, so that it is not `whole`, or take one that was cut within its thoughts
+        for one without.
+        """
+        last = len(talk.turns) - 1
+        turn = talk.turns[last]
+        if not last or not turn["content"].strip() or any(turn.get(key) for key in ("tool_calls", *THOUGHTS)):
             return rendered
         begun = msgspec.structs.replace(talk, turns=talk.turns[:last])
         before, _ = self._laid_out(row, begun, asked[:-1], open_answer=True)
-        written = _continued(before.text, talk.turns[last]["content"].rstrip())
-        text = before.text + written + ("" if last in talk.cut else self._frame.closing)
-        return Rendered(text=text, spans=(*before.spans, (len(before.text), len(text))), dropped=before.dropped)
+        prompt = before.text
+        if whole and not _within_thoughts(prompt, turn["content"]):
+            return rendered
+        text = prompt + _continued(prompt, turn["content"].rstrip()) + ("" if last in talk.cut else self._frame.closing)
+        return Rendered(text=text, spans=(*before.spans, (len(prompt), len(text))), dropped=before.dropped)
 
     def _laid_out(
         self, row: Renderer, talk: Conversation, asked: list[int], *, open_answer: bool = False
@@ -123,7 +137,7 @@ class Chat:
         if layout is None:
             return self._in_steps(row, talk, text, asked), []
         spans: list[Span] = []
-        cut_out = []
+        lost = []
         dropped = 0
         for place in asked:
             found = layout.answer(place, cut=place in talk.cut)
@@ -133,9 +147,9 @@ class Chat:
                 spans.append(found)
             stands = text[slice(*layout.region(place))]
             if not said(talk.turns[place], stands):
-                cut_out.append(place)
-            dropped += found is None or place in cut_out or not thought(talk.turns[place], stands)
-        return Rendered(text=text, spans=tuple(spans), dropped=dropped), cut_out
+                lost.append(place)
+            dropped += found is None or place in lost or not complete(talk.turns[place], stands)
+        return Rendered(text=text, spans=tuple(spans), dropped=dropped), lost
 
     def _layout(self, row: Renderer, turns: list[Turn], text: str, *, open_answer: bool = False) -> Layout | None:
         """Where the texts of `turns` stand in `text`; None for a template that writes other text when it sees marks."""
@@ -168,7 +182,7 @@ class Chat:
     def _as_marked(self, row: Renderer, talk: Conversation, asked: list[int], *, everyone: bool) -> Rendered:
         """The text with the spans that the template itself marks, of the answers at `asked` or of `everyone`."""
         text, spans = row.marked(talk.turns)
-        dropped = sum(not said(talk.turns[place], text) or not thought(talk.turns[place], text) for place in asked)
+        dropped = sum(not said(talk.turns[place], text) or not complete(talk.turns[place], text) for place in asked)
         if everyone:
             return Rendered(text=text, spans=tuple(spans), dropped=dropped)
         layout = self._layout(row, talk.turns, text)
@@ -192,7 +206,7 @@ class Chat:
         frame = self._frame
         spans: list[Span] = []
         found = frame.begins.search(text)
-        if not found and not self._structure.search(text):
+        if not found and not frame.structure.search(text):
             return document(text)
         whole = True
         while found:
@@ -224,12 +238,21 @@ def _rewritten(where: str, what: str) -> RowError:
     )
 
 
+_OPENED = r"(<[\w:]+>|\[[A-Z_]+\]|◁\w+▷)"
+
+
 def _continued(prompt: str, content: str) -> str:
     """What of `content` follows `prompt`, which may end with the tag that the content begins with."""
-    begun = re.match(r"\s*(<[^<>]*>|\[[^][]*\])", content)
+    begun = re.match(rf"\s*{_OPENED}", content)
     if begun is None or not prompt.rstrip().endswith(begun[1]):
         return content
     return content[begun.end() :].removeprefix(trailing(prompt))
+
+
+def _within_thoughts(prompt: str, content: str) -> bool:
+    """Whether `content` ends within thoughts, which it begins with, or which `prompt` opens."""
+    opened = re.match(rf"\s*{_OPENED}", content) or re.search(rf"{_OPENED}\s*\Z", prompt)
+    return opened is not None and f"{opened[1][0]}/{opened[1][1:]}" not in content
 
 
 def _configured(tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from os.path import commonprefix
 
 import msgspec
@@ -36,7 +36,8 @@ class Frame(msgspec.Struct, frozen=True, kw_only=True):
     results where that is another. leads: what the template writes before an answer of
     content alone, the longest first. rest: what else belongs to the header of such an answer, because the generation
     prompt stops within it (gpt-oss). end: finds a token that can end an answer. closing: what follows the content of a
-    last answer, its end token included. tokens: added tokens that the template writes.
+    last answer, its end token included. tokens: added tokens that the template writes. structure: finds one of them,
+    or a special token: what a plain document does not have.
     """
 
     generation: str
@@ -47,11 +48,13 @@ class Frame(msgspec.Struct, frozen=True, kw_only=True):
     end: re.Pattern[str]
     closing: str
     tokens: frozenset[str]
+    structure: re.Pattern[str]
 
 
-def learn(template: Template, added: Iterable[str], ends: Iterable[str]) -> Frame:
-    """The frame of `template`. added: the tokenizer's added tokens. ends: tokens that are known to end a text.
+def learn(template: Template, added: Mapping[str, bool], ends: Iterable[str]) -> Frame:
+    """The frame of `template`.
 
+    added: the tokenizer's added tokens, and whether they are special. ends: tokens that are known to end a text.
     Raises DataError for a template that refuses a question and an answer, or does not write the answer.
     """
     known = sorted((token for token in added if token.strip()), key=len, reverse=True)
@@ -78,6 +81,7 @@ def learn(template: Template, added: Iterable[str], ends: Iterable[str]) -> Fram
         leads = [begin]
     found = set(ends) | _ends(tail, after, known) | _ends_of_calls(template, tail, known)
     first = any_of(found).search(tail)
+    written = {token for token in known if any(token in text for text in (opened, *last, *early))}
     return Frame(
         generation=generation,
         header=begin,
@@ -88,7 +92,8 @@ def learn(template: Template, added: Iterable[str], ends: Iterable[str]) -> Fram
         rest=rest,
         end=any_of(found),
         closing=tail[: first.end()] if first else "",
-        tokens=frozenset(token for token in known if any(token in text for text in (opened, *last, *early))),
+        tokens=frozenset(written),
+        structure=any_of(written | {token for token, special in added.items() if special}),
     )
 
 
@@ -144,9 +149,10 @@ def _first(text: str, known: list[str]) -> tuple[int, str] | None:
 
 
 def _ends(tail: str, after: str, known: list[str]) -> set[str]:
-    """Tokens that end an answer, from what stands behind one that is the last turn, and before a question.
+    """What ends an answer, from what stands behind one that is the last turn, and before a question.
 
-    Without one behind a last answer, the token of the next turn's role is what the target writes at its end.
+    That is an added token, else a text. Without any behind a last answer, the token of the next turn's role is what
+    the target writes at its end.
     """
     ends = set()
     first = _first(tail, known)
@@ -161,6 +167,8 @@ def _ends(tail: str, after: str, known: list[str]) -> set[str]:
         ends.add(token)
         if after.startswith(tail[:at]) and after.startswith(token, at):
             return ends
+    elif tail.strip() and after.startswith(tail.rstrip()):
+        return {tail.strip()}
     before = _first(after, known)
     return ends | {before[1]} if before else ends
 

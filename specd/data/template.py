@@ -74,13 +74,14 @@ class Template:
         """
         self.told_the_day = False
         self._now = _noon(date) if date else datetime.now()
-        example: list[Any] = [{}]
-        try:
-            self._sources = {bool(tools): tokenizer.get_chat_template(None, tools) for tools in (None, example)}
-        except ValueError:
+        named = tokenizer.chat_template
+        if not named or (isinstance(named, dict) and "default" not in named):
+            found = f"the chat templates {', '.join(named)}, and none named default" if named else "no chat template"
             raise DataError(
-                "the target's tokenizer has no chat template, which conversations need; use `text` or `input_ids` data"
-            ) from None
+                f"the target's tokenizer has {found}, which conversations need; use `text` or `input_ids` data"
+            )
+        example: list[Any] = [{}]
+        self._sources = {bool(tools): tokenizer.get_chat_template(None, tools) for tools in (None, example)}
         self._variables = {**tokenizer.special_tokens_map, "strftime_now": self._day, **options}
 
     def row(self, where: str, tools: list[Any] | None = None, options: Mapping[str, Any] | None = None) -> Renderer:

@@ -34,6 +34,12 @@ BY_HAND: dict[tuple[str, str], list[str]] = {
         f"\n\nBlue.{R1_END}",
         f"Plum comes to mind.\n</think>\n\nPlum.{R1_END}",
     ],
+    # The prompt ends with an empty think block, which does not stand there. The text is the same as with the thoughts
+    # apart, so that the labels are, too: from the thought's first word on.
+    ("exaone4", "thoughts in the content"): [
+        "Blue.[|endofturn|]",
+        "Plum comes to mind.\n</think>\n\nPlum.[|endofturn|]",
+    ],
 }
 """Conversations whose labels no rendering tells, and why."""
 
