@@ -59,11 +59,6 @@ def named_as_data(name: str) -> bool:
     return kind(name) in SUFFIXES or name.lower().endswith(PACKED)
 
 
-def shown(path: str | os.PathLike[str]) -> str:
-    """A path for messages, bytes that are not UTF-8 escaped."""
-    return os.fsencode(path).decode("utf-8", "backslashreplace")
-
-
 def file_rows(file: Path, name: str) -> Iterator[Row]:
     """The rows of `file` in order, lazily but for a JSON array. name: of the file, for messages.
 

@@ -147,7 +147,7 @@ def _prompt(row: Mapping[str, Any], where: str, column: str) -> Turns:
         places = (place for place, turn in enumerate(given.turns) if turn["role"] == "assistant")
         return msgspec.structs.replace(given, context=frozenset(places))
     if column == "instruction" and isinstance(prompt, str) and row.get("input"):
-        prompt = f"{prompt}\n{row['input']}"
+        prompt = f"{prompt}\n{_string(row, 'input', where)}"
     pairs = row.get("history") or []
     if not isinstance(pairs, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
         detail = f"`history` is {short(pairs)}; expected a list of pairs, each a question and its answer"

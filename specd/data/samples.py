@@ -129,6 +129,8 @@ class Maker:
                 return form
             if isinstance(form, forms.Conversation):
                 return self.chat.conversation(form, where, last_turn_only=config.last_turn_only)
+            if form.prompt:  # given, with its continuation behind it
+                return document(form.text, form.prompt)
             return self._text(form.text)
         except RowError as error:
             return error

@@ -17,7 +17,7 @@ import pytest
 from pyarrow import ipc, parquet
 
 from specd.data.faults import RowError
-from specd.data.files import file_rows, shown
+from specd.data.files import file_rows
 from specd.errors import ConfigError, DataError
 
 ROWS = [{"text": "one"}, {"text": "zwei — é"}, {"text": 'a, "quoted"\nline; and\ttabs'}]
@@ -215,8 +215,3 @@ def test_bad_tables_are_named(tmp_path: Path) -> None:
         (tmp_path / "a.arrow").write_bytes(content)
         with pytest.raises(DataError, match=r"cannot read a\.arrow as Arrow after row 0"):
             rows(tmp_path / "a.arrow")
-
-
-def test_a_name_that_is_not_utf8_can_be_shown() -> None:
-    assert shown("caf\udce9.jsonl") == "caf\\xe9.jsonl"
-    assert shown("café.jsonl") == "café.jsonl"
