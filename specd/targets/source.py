@@ -14,6 +14,7 @@ import msgspec
 
 from specd.config.presets import Preset, preset, presets
 from specd.errors import ConfigError, TargetError, first_line
+from specd.paths import shown
 from specd.protocol.contract import TEMPLATES
 from specd.targets.gguf import convert
 
@@ -166,9 +167,9 @@ def pick_dtype(dtype: str, source: Source) -> torch.dtype:
 
 def _from_directory(path: Path, *, name: str, preset: Preset | None = None) -> Source:
     for place in (str(path), name):
-        if (shown := os.fsencode(place).decode("utf-8", "backslashreplace")) != place:
+        if shown(place) != place:
             raise ConfigError(
-                f"model directory '{shown}' is not UTF-8, and what reads tokenizers and weights needs that; rename it"
+                f"model directory '{shown(place)}' is not UTF-8, which readers of tokenizers and weights need; rename it"
             )
     try:
         config = json.loads((path / "config.json").read_text(encoding="utf-8"))

@@ -30,7 +30,6 @@ from specd.config.settings import Config, RunConfig
 from specd.data import dataset as datasets
 from specd.data.batching import Loader
 from specd.data.dataset import Dataset
-from specd.data.files import shown
 from specd.data.rows import DEMO
 from specd.drafts import registry
 from specd.drafts.base import Objective, TargetParts
@@ -204,8 +203,6 @@ def check(config: RunConfig) -> str:
     Raises ConfigError, DataError for data that is not there.
     """
     _check_alone()
-    if (named := shown(config.output)) != config.output:
-        raise ConfigError(f"output '{named}' is not UTF-8, and run.json has to name it; choose another --output")
     registry.settings(config.method, config.draft, "settings")
     if config.data.path:
         datasets.check(config.data)

@@ -201,12 +201,6 @@ def test_one_of_several_processes_of_a_launcher_is_refused(
     assert not Path(settings["output"]).exists()
 
 
-def test_an_output_that_run_json_cannot_name_is_refused(host: Embedded, settings: dict[str, Any]) -> None:
-    settings["output"] += os.fsdecode(b"caf\xe9")
-    with pytest.raises(ConfigError, match=r"caf\\xe9' is not UTF-8, and run\.json has to name it"):
-        train_draft(msgspec.convert(settings, RunConfig, strict=False), host=host)
-
-
 def test_with_data_it_says_nothing_of_it(
     host: Embedded, tmp_path: Path, settings: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
