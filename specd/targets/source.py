@@ -169,7 +169,7 @@ def _from_directory(path: Path, *, name: str, preset: Preset | None = None) -> S
     for place in (str(path), name):
         if shown(place) != place:
             raise ConfigError(
-                f"model directory '{shown(place)}' is not UTF-8, which readers of tokenizers and weights need; rename it"
+                f"model directory '{shown(place)}' is not UTF-8, as what reads weights and tokenizers needs; rename it"
             )
     try:
         config = json.loads((path / "config.json").read_text(encoding="utf-8"))
