@@ -238,8 +238,9 @@ def _path(config: DataConfig) -> str:
 
 def _tokenizer_files(directory: Path) -> list[Path]:
     """The files in `directory` that tokens and labels depend on."""
-    names = (str(file.relative_to(directory)) for file in directory.glob("**/*") if file.is_file())
-    return [directory / name for name in sorted(names) if _TOKENIZER_FILE.fullmatch(name)]
+    found = (*directory.glob("*"), *directory.glob("additional_chat_templates/*"))
+    names = sorted(str(file.relative_to(directory)) for file in found if file.is_file())
+    return [directory / name for name in names if _TOKENIZER_FILE.fullmatch(name)]
 
 
 def _key(job: Job) -> str:

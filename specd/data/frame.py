@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from os.path import commonprefix
+from typing import Any
 
 import msgspec
 
@@ -16,7 +17,7 @@ from specd.errors import DataError
 
 QUESTION: Turn = {"role": "user", "content": "Why?"}
 ANSWER: Turn = {"role": "assistant", "content": "Because."}
-_CALL = {"id": "call00001", "type": "function", "function": {"name": "look", "arguments": {"at": "it"}}}
+_CALL: dict[str, Any] = {"id": "call00001", "type": "function", "function": {"name": "look", "arguments": {"at": "it"}}}
 _CALLING: Turn = {"role": "assistant", "content": "", "tool_calls": [_CALL]}
 _RESULT: Turn = {"role": "tool", "name": "look", "tool_call_id": "call00001", "content": "Seen."}
 _TOOL = {
@@ -58,17 +59,7 @@ def learn(template: Template, added: Mapping[str, bool], ends: Iterable[str]) ->
     Raises DataError for a template that refuses a question and an answer, or does not write the answer.
     """
     known = sorted((token for token in added if token.strip()), key=len, reverse=True)
-    row = template.row("a question and an answer")
-    try:
-        asked, opened = row.render([QUESTION]), row.render([QUESTION], open_answer=True)
-        last, early = _around(row, [QUESTION, ANSWER]), _around(row, [QUESTION, ANSWER, QUESTION])
-        prompt = _around(row, [QUESTION], open_answer=True)
-    except RowError as error:
-        raise DataError(f"the chat template cannot be used: {error}; use `text` or `input_ids` data") from None
-    if len(prompt) < 2 or len(last) < 3 or len(early) < 4:
-        raise DataError(
-            "the chat template does not write a question and an assistant's answer; use `text` or `input_ids` data"
-        )
+    asked, opened, prompt, last, early = _shown(template)
     header, generation = prompt[1], opened[shared(opened, [asked], known) :]
     (_, lead, tail), (_, lead_early, after, _) = last, early
     rest = _rest(header, generation, lead, lead_early)
@@ -79,6 +70,7 @@ def learn(template: Template, added: Mapping[str, bool], ends: Iterable[str]) ->
     else:
         begin = rest or header.lstrip()
         leads = [begin]
+    template.json_arguments = _reads_json(template)
     found = set(ends) | _ends(tail, after, known) | _ends_of_calls(template, tail, known)
     first = any_of(found).search(tail)
     written = {token for token in known if any(token in text for text in (opened, *last, *early))}
@@ -93,8 +85,29 @@ def learn(template: Template, added: Mapping[str, bool], ends: Iterable[str]) ->
         end=any_of(found),
         closing=tail[: first.end()] if first else "",
         tokens=frozenset(written),
-        structure=any_of(written | {token for token, special in added.items() if special}),
+        structure=any_of(written | {token for token in known if added[token]}),
     )
+
+
+def _shown(template: Template) -> tuple[str, str, list[str], list[str], list[str]]:
+    """A question alone, and opened for an answer; the latter, an answer and a question behind it, as `_around`.
+
+    Contents are lists of parts from now on if that is what `template` writes. Raises DataError if it writes neither.
+    """
+    fault = "it does not write a question and an assistant's answer"
+    for parts in (False, True):
+        template.parts = parts
+        row = template.row("a question and an answer")
+        try:
+            asked, opened = row.render([QUESTION]), row.render([QUESTION], open_answer=True)
+            prompt = _around(row, [QUESTION], open_answer=True)
+            last, early = _around(row, [QUESTION, ANSWER]), _around(row, [QUESTION, ANSWER, QUESTION])
+        except RowError as error:
+            fault = fault if parts else str(error)
+            continue
+        if len(prompt) == 2 and len(last) == 3 and len(early) == 4:
+            return asked, opened, prompt, last, early
+    raise DataError(f"the chat template cannot be used: {fault}; use `text` or `input_ids` data")
 
 
 def _rest(header: str, generation: str, lead: str, lead_early: str) -> str:
@@ -171,6 +184,19 @@ def _ends(tail: str, after: str, known: list[str]) -> set[str]:
         return {tail.strip()}
     before = _first(after, known)
     return ends | {before[1]} if before else ends
+
+
+def _reads_json(template: Template) -> bool:
+    """Whether `template` writes the arguments of a call when they are JSON, and not when they are an object."""
+    arguments = _CALL["function"]["arguments"]
+    shown = []
+    for template.json_arguments in (False, True):
+        try:
+            text = template.row("a call", [_TOOL]).render([QUESTION, _CALLING, _RESULT])
+            shown.append(str(arguments) not in text)
+        except RowError:
+            shown.append(False)
+    return shown == [False, True]
 
 
 def _ends_of_calls(template: Template, tail: str, known: list[str]) -> set[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from datetime import datetime
@@ -23,10 +24,13 @@ _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 class Renderer:
     """The chat template as one row has it, with its tools and variables. where: the row, for messages."""
 
-    __slots__ = ("_source", "_tools", "_variables", "where")
+    __slots__ = ("_source", "_template", "_tools", "_variables", "where")
 
-    def __init__(self, source: str, variables: dict[str, Any], tools: list[Any] | None, where: str) -> None:
-        self._source, self._variables, self._tools, self.where = source, variables, tools, where
+    def __init__(
+        self, template: Template, source: str, variables: dict[str, Any], tools: list[Any] | None, where: str
+    ) -> None:
+        self._template, self._source, self._variables, self._tools = template, source, variables, tools
+        self.where = where
 
     @property
     def marks_answers(self) -> bool:
@@ -49,6 +53,10 @@ class Renderer:
         from transformers.utils.chat_template_utils import render_jinja_template
 
         render: Any = render_jinja_template
+        if self._template.parts:
+            turns = [{**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in turns]
+        if self._template.json_arguments:
+            turns = [_with_json(turn) if turn.get("tool_calls") else turn for turn in turns]
         try:
             texts, spans = render(
                 conversations=[turns], tools=self._tools, chat_template=self._source, **how, **self._variables
@@ -62,17 +70,19 @@ class Renderer:
 class Template:
     """The chat template of one tokenizer, or its two: one for rows with tools.
 
-    told_the_day: whether a rendering asked for the clock so far.
+    told_the_day: whether a rendering asked for the clock so far. parts: whether it gets contents as lists of parts,
+    which is all that templates of some models of images read. json_arguments: whether it gets the arguments of calls as
+    JSON, and not as objects.
     """
 
-    __slots__ = ("_now", "_sources", "_variables", "told_the_day")
+    __slots__ = ("_now", "_sources", "_variables", "json_arguments", "parts", "told_the_day")
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, options: Mapping[str, Any], date: str) -> None:
         """options: variables for the template. date: the day it is told if it asks, as 2026-01-31; empty for today.
 
         Raises DataError when there is no template, ConfigError for a day that is none.
         """
-        self.told_the_day = False
+        self.told_the_day = self.parts = self.json_arguments = False
         self._now = _noon(date) if date else datetime.now()
         named = tokenizer.chat_template
         if not named or (isinstance(named, dict) and "default" not in named):
@@ -87,7 +97,7 @@ class Template:
     def row(self, where: str, tools: list[Any] | None = None, options: Mapping[str, Any] | None = None) -> Renderer:
         """The template for a row with `tools` and `options` of its own, named `where`."""
         variables = {**self._variables, **options} if options else self._variables
-        return Renderer(self._sources[bool(tools)], variables, tools or None, where)
+        return Renderer(self, self._sources[bool(tools)], variables, tools or None, where)
 
     def mentions(self, word: str) -> bool:
         return any(word in source for source in self._sources.values())
@@ -95,6 +105,18 @@ class Template:
     def _day(self, form: str) -> str:
         self.told_the_day = True
         return self._now.strftime(form)
+
+
+def _with_json(value: Any) -> Any:
+    """A turn, a call or a function, with arguments as JSON."""
+    if isinstance(value, list):
+        return [_with_json(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    changed = {key: _with_json(value[key]) for key in ("tool_calls", "function") if key in value}
+    if isinstance(value.get("arguments"), dict):
+        changed["arguments"] = json.dumps(value["arguments"], ensure_ascii=False)
+    return {**value, **changed}
 
 
 def _noon(date: str) -> datetime:

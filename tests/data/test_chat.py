@@ -224,7 +224,7 @@ def test_no_template_and_a_template_without_content(tmp_path: Path) -> None:
     tokenizer.chat_template = None
     with pytest.raises(DataError, match="no chat template"):
         Chat(tokenizer)
-    with pytest.raises(DataError, match="does not write a question and an assistant's answer"):
+    with pytest.raises(DataError, match="cannot be used: it does not write a question and an assistant's answer"):
         Chat(load_tokenizer(write_tokenizer(tmp_path / "b", "{{ messages | length }}")))
     with pytest.raises(DataError, match=r"the chat template cannot be used: .*division by zero; use `text`"):
         Chat(load_tokenizer(write_tokenizer(tmp_path / "c", "{{ 1 / 0 }}")))

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import subprocess
+import sys
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -11,7 +14,7 @@ import numpy as np
 import pytest
 from msgspec.structs import replace
 
-from chats import CHATML, THINKING, talk, write_rows, write_tokenizer
+from chats import CHATML, THINKING, talk, write_base, write_rows, write_tokenizer
 from specd.config.settings import DataConfig
 from specd.data.batching import Loader
 from specd.data.dataset import Dataset, dated, prepare, sample
@@ -193,6 +196,40 @@ def test_bad_rows_are_skipped_and_counted(
     with pytest.raises(DataError, match=f"{bad} of 200 rows cannot be used"):
         prepare(DataConfig(path=path), tokenizer)
     assert len([*cache.iterdir()]) == 1, "which are skipped changes no sample"
+
+
+MEMORY = """
+import resource, sys
+from pathlib import Path
+from specd.config.settings import DataConfig
+from specd.data.dataset import prepare
+path, tokenizer, cache, rows = sys.argv[1:]
+config = DataConfig(path=path, cache_dir=cache, bad_rows="skip", processes=1, max_samples=int(rows))
+report = prepare(config, Path(tokenizer)).report
+kept = report.samples, report.without_labels, report.num_bad
+print(*kept, report.rows, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+def test_a_hundred_thousand_rows_take_no_more_memory_than_a_tenth_of_them(tmp_path: Path) -> None:
+    """Kept in memory, each of them would take some hundred bytes."""
+    tokenizer = write_base(tmp_path / "base")
+    good = json.dumps({"input_ids": [5] * 50, "loss_mask": [0] * 20 + [1] * 30})
+    bad = [json.dumps({"input_ids": [-1]}), "{"]
+    with (tmp_path / "a.jsonl").open("w") as file:
+        for number in range(100_000):
+            file.write((bad[number // 100 % 2] if number % 100 == 99 else good) + "\n")
+    peaks = []
+    for rows in (10_000, 100_000):
+        command = [sys.executable, "-P", "-W", "ignore", "-c", MEMORY, str(tmp_path / "a.jsonl"), str(tokenizer)]
+        done = subprocess.run(
+            [*command, str(tmp_path / "cache"), str(rows)], capture_output=True, text=True, check=True, timeout=250
+        )
+        *counts, read, peak = map(int, done.stdout.split())
+        assert counts == [rows * 99 // 100, 0, rows // 100]
+        assert sum(counts) == read == rows
+        peaks.append(peak / 1024)
+    assert peaks[1] - peaks[0] < 10, f"{peaks} MB"
 
 
 def test_nothing_but_bad_rows(tmp_path: Path, tokenizer: Path) -> None:

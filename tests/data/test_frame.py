@@ -140,7 +140,7 @@ def test_any_of_takes_the_longest() -> None:
 
 
 def test_templates_that_cannot_be_used(tokenizer: Any) -> None:
-    with pytest.raises(DataError, match="does not write a question and an assistant's answer"):
+    with pytest.raises(DataError, match="cannot be used: it does not write a question and an assistant's answer"):
         frame(tokenizer, EACH + "{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}")
     with pytest.raises(DataError, match=r"cannot be used: .* no assistant"):
         frame(tokenizer, CHATML + "{% if messages | length > 1 %}{{ raise_exception('no assistant') }}{% endif %}")

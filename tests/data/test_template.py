@@ -64,6 +64,27 @@ def test_the_second_template_is_for_rows_with_tools(tokenizer: Any) -> None:
         shown(tokenizer, {"rag": CHATML, "tool_use": CHATML})
 
 
+def test_a_template_that_reads_parts_alone_gets_them(tokenizer: Any) -> None:
+    parts = CHATML.replace("message['content'] +", "message['content'] | map(attribute='text') | join +")
+    chat = shown(tokenizer, parts)
+    rendered = chat.conversation(Conversation(turns=talk("Hi", "Ho")), "row 1")
+    assert rendered.text.endswith("user\nHi<|im_end|>\n<|im_start|>assistant\nHo<|im_end|>\n")
+    assert [rendered.text[start:end] for start, end in rendered.spans] == ["Ho<|im_end|>"]
+
+
+@pytest.mark.parametrize("shown_as", ["'' + call.function.arguments", "call.function.arguments"])
+def test_a_template_that_reads_arguments_as_json_gets_them_so(tokenizer: Any, shown_as: str) -> None:
+    """One joins them to a text, which refuses an object; another would write what Python calls it."""
+    calls = "{% for call in message.tool_calls or [] %}{{ " + shown_as + " }}{% endfor %}"
+    chat = shown(tokenizer, CHATML.replace("+ '<|im_end|>", "}}" + calls + "{{ '<|im_end|>"))
+    call = {"function": {"name": "look", "arguments": {"at": "é", "n": [1]}}}
+    turns = [*talk("Hi"), {"role": "assistant", "content": "", "tool_calls": [call]}]
+    rendered = chat.conversation(Conversation(turns=turns), "row 1")
+    assert [rendered.text[start:end] for start, end in rendered.spans] == ['{"at": "é", "n": [1]}<|im_end|>']
+    assert '{"at": "é", "n": [1]}' in chat.render([*turns, *talk("And?")], open_answer=True)
+    assert call["function"] == {"name": "look", "arguments": {"at": "é", "n": [1]}}
+
+
 def test_what_a_template_refuses_names_the_row(tokenizer: Any) -> None:
     tokenizer.chat_template = "{{ raise_exception('no system turn') }}"
     with pytest.raises(RowError, match="row 7: the chat template refuses it: no system turn") as error:
