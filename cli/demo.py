@@ -57,7 +57,7 @@ def demo(
         with stage.step("Let the target answer a few prompts, as it did for the shipped training set"):
             stage.run(
                 *("data", "regenerate", "specd:demo/heldout.jsonl", "--model", MODEL),
-                *("--max-samples", "4", "--output", str(answers), "--overwrite"),
+                *("--max-samples", "4", "--max-new-tokens", "64", "--output", str(answers), "--overwrite"),
             )
             stage.run("data", "show", str(answers), "--model", MODEL)
         with stage.step("Train a draft on the daemon's hidden states"):

@@ -126,7 +126,7 @@ def write_base(directory: Path, *, padded: int = 0, reserved: int = 0) -> Path:
     return directory
 
 
-def write_target(directory: Path, num_layers: int = 4, *, template: str = CHATML, padded: int = 0) -> Path:
+def write_target(directory: Path, num_layers: int = 4, template: str = CHATML, *, padded: int = 0) -> Path:
     """A tiny Llama of random weights with that tokenizer, saved to `directory`. padded: see write_base."""
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
