@@ -24,9 +24,12 @@ class Page:
 
     def __init__(self, tokenizer: Any, config: DataConfig, method: str, needed: int, *, ids: bool = False) -> None:
         """needed: labels on end that `method` asks of a sample. ids: a line for each token in place of the text."""
-        self.console = Console(highlight=False, markup=False, emoji=False)
+        console = Console(highlight=False, markup=False, emoji=False)
+        self._colour = console.color_system is not None and not console.no_color
+        # Without colour nothing is emphasised either: the brackets say it.
+        bare = Console(highlight=False, markup=False, emoji=False, color_system=None)
+        self.console = console if self._colour else bare
         self._tokenizer, self._config, self._method, self._needed, self._ids = tokenizer, config, method, needed, ids
-        self._colour = self.console.color_system is not None and not self.console.no_color
         plain = not self.console.encoding.startswith("utf")
         self._open, self._close, self._scissors = ("[[", "]]", "<cut>") if plain else ("⟦", "⟧", "✂")
         self._line = "-" if plain else "─"
@@ -41,26 +44,25 @@ class Page:
         kept = size if split else min(size, longest)
         self._seen, self._cut = True, self._cut or kept < size
         self._head(number, where)
-        self._print(self._lines(coded, kept) if self._ids else self._marked(coded, kept))
+        self.console.print(self._lines(coded, kept) if self._ids else self._marked(coded, kept), soft_wrap=True)
         self.console.rule(characters=self._line, style=CONTEXT)
         counts = Text(f"{kept} tokens, {int(coded.loss_mask[:kept].sum())} labels")
         if kept < size:
-            counts.append(f", {size - kept} tokens cut", CUT if self._colour else "")
+            counts.append(f", {size - kept} tokens cut", CUT)
         if split and (samples := len(pieces(size, longest, self._needed))) > 1:
             counts.append(f", split into {samples} samples")
-        self._print(counts)
+        self._say(counts)
         if coded.dropped:
             answers = "1 answer" if coded.dropped == 1 else f"{coded.dropped} answers"
-            self._print(Text(f"the chat template leaves out a part of {answers}, as thoughts of earlier turns"))
+            self._say(Text(f"the chat template leaves out a part of {answers}, as thoughts of earlier turns"))
         if not trainable(coded.loss_mask[:kept], self._needed):
-            reason = Text("left out of training:", "bold red")
-            self._print(reason.append(f" {self._method} needs {self._needed} labels in a row", "not bold default"))
+            reason = f" {self._method} needs {self._needed} labels in a row"
+            self._say(Text.assemble(("left out of training:", "bold red"), reason))
 
     def fault(self, number: int, error: RowError) -> None:
         """A row that cannot be used."""
         self._head(number, error.where)
-        text = Text("cannot be used: ", "bold red")
-        self._print(text.append(self._visible(str(error)), "not bold default"))
+        self._say(Text.assemble(("cannot be used: ", "bold red"), self._visible(str(error))))
 
     def legend(self) -> None:
         """What the marks of the rows above mean."""
@@ -70,18 +72,19 @@ class Page:
         label = f"{self._open}label{self._close}" if brackets else "label"
         parts = Text.assemble((label, LABEL), " (the target writes it), ", ("context", CONTEXT), " (given)")
         if self._cut:
-            parts.append(", ").append(self._scissors if brackets else "cut", CUT if self._colour else "")
+            parts.append(", ").append(self._scissors if brackets else "cut", CUT)
             parts.append(f" (beyond data.max_length={self._config.max_length})")
         if self._escaped:
             parts.append(f", \\{self._open} \\{self._close} (they stand in the text)")
-        self._print(parts)
+        self._say(parts)
 
     def _head(self, number: int, where: str) -> None:
         title = Text(self._visible(f"row {number}, {where}"))
         self.console.rule(title, characters=self._line, align="left", style=CONTEXT)
 
-    def _print(self, text: Text) -> None:
-        self.console.print(text, soft_wrap=True)
+    def _say(self, text: Text) -> None:
+        """A line for people, which is folded on a terminal alone."""
+        self.console.print(text, soft_wrap=not self.console.is_terminal)
 
     def _marked(self, coded: Coded, kept: int) -> Text:
         """The text of a row, its labels marked."""
@@ -100,14 +103,19 @@ class Page:
         return text
 
     def _lines(self, coded: Coded, kept: int) -> Text:
-        """A line for each token: its place from 0, its id, whether it is a label, its text."""
-        text = Text(f"{'place':>6} {'id':>8}       text", CONTEXT)
+        """A line for each token: its place from 0, its id, whether it is a label, its text.
+
+        A part of a character has no text: the vocabulary's name stands for it.
+        """
+        text = Text().append(f"{'place':>6} {'id':>8}       text", CONTEXT)
         for begin, end, style in _runs(coded, kept):
             mark = {LABEL: "label", CUT: "cut"}.get(style, "")
             for place in range(begin, end):
                 piece = repr(self._decode(coded, place, place + 1))
-                line = f"\n{place:>6} {coded.tokens[place]:>8} {mark:<5} {piece}"
-                text.append(self._visible(line), style if self._colour else "")
+                if "\N{REPLACEMENT CHARACTER}" in piece:
+                    piece = str(self._tokenizer.convert_ids_to_tokens(int(coded.tokens[place])))
+                line = f"{place:>6} {coded.tokens[place]:>8} {mark:<5} {piece}"
+                text.append("\n").append(self._visible(line), style)
         return text
 
     def _decode(self, coded: Coded, begin: int, end: int) -> str:

@@ -27,7 +27,7 @@ Model = Annotated[str, typer.Option("--model", "-m", help="The target: preset, l
 DATA = "File, folder, glob or hub name; else the recipe's, or what comes with specd."
 """What may be given as data, where a command reads some."""
 Data = Annotated[list[str] | None, typer.Option("--data", help=f"{DATA} Give it again for more.", metavar="FILE")]
-Files = Annotated[list[str] | None, typer.Argument(metavar="[FILE]...", help="The same as --data.", show_default=False)]
+Files = Annotated[list[str] | None, typer.Argument(metavar="FILE", help="The same as --data.", show_default=False)]
 DataSettings = Annotated[
     list[str] | None, typer.Option("--set", help="Any setting of the data section, as data.max_length=512.")
 ]
@@ -149,8 +149,3 @@ def tokenizer_dir(model: str) -> Path:
     path = resolve(model, need="tokenizer").path
     assert path is not None, "only a shape can come without a directory"
     return path
-
-
-def path_of(config: DataConfig) -> str:
-    """Where the data comes from, for people."""
-    return config.path if isinstance(config.path, str) else ", ".join(config.path)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated
 
 import msgspec
@@ -19,10 +17,10 @@ from specd.cli.settings import (
     data_config,
     named,
     needed,
-    path_of,
     tokenizer_dir,
 )
 from specd.config.settings import DataConfig
+from specd.data.rows import sources
 from specd.drafts import registry
 
 if TYPE_CHECKING:
@@ -50,11 +48,12 @@ def stats(
     from rich.console import Console
 
     from specd.data.dataset import prepare
+    from specd.data.progress import progress
 
     config = data_config(named(files, data), needed(model), settings, method=method, preset=preset)
     labels = registry.load(method).consecutive_labels
     directory = tokenizer_dir(model)
-    with rows_read() as on_rows:
+    with progress("reading") as on_rows:
         dataset = prepare(config, directory, consecutive_labels=labels, on_rows=on_rows)
     if as_json:
         lengths = {"mean": float(dataset.lengths.mean()), "longest": int(dataset.lengths.max())}
@@ -66,41 +65,47 @@ def stats(
     _show_lengths(console, dataset)
 
 
-@contextmanager
-def rows_read() -> Iterator[Callable[[int], None]]:
-    """A count of rows on the standard error while it is a terminal; yields the function that sets it."""
-    from rich.console import Console
-    from rich.progress import Progress, SpinnerColumn, TextColumn
-
-    console = Console(stderr=True)
-    columns = (SpinnerColumn(), TextColumn("{task.completed:,.0f} rows read"))
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("", total=None)
-        yield lambda rows: bar.update(task, completed=rows)
-
-
 def _show_counts(console: Console, config: DataConfig, dataset: Dataset, rule: str) -> None:
-    import numpy as np
     from rich.table import Table
 
     from specd.cli.page import visible
 
-    report, lengths = dataset.report, dataset.lengths
     facts = Table(box=None, show_header=False, pad_edge=False)
     facts.add_column(style="bold")
     facts.add_column(justify="right")
     facts.add_column(style="dim", overflow="fold")
-    for name, count, note in (
-        ("rows", report.rows, visible(path_of(config), console.encoding)),
+    for name, count, note in _counts(config, dataset, rule):
+        facts.add_row(visible(name, console.encoding), f"{count:,}", visible(note, console.encoding))
+    console.print(facts)
+    for fault in dataset.report.bad:
+        console.print(visible(f"unusable: {fault}", console.encoding), soft_wrap=True)
+
+
+def _counts(config: DataConfig, dataset: Dataset, rule: str) -> list[tuple[str, int, str]]:
+    """Names and counts, each with what it is of or how it comes about."""
+    import numpy as np
+
+    report, lengths, read = dataset.report, dataset.lengths, sources(config)
+    each = [
+        (f"from {number}", samples, f"{source}" if source.weight == 1 else f"{source}, weight {source.weight:g}")
+        for number, (source, samples) in enumerate(zip(read, report.sources, strict=False), start=1)
+    ]
+    seldom = [
+        ("unusable", report.num_bad, "left out, as data.bad_rows says"),
+        ("split", report.split, "samples more, of long documents"),
+        ("dropped", report.dropped, "answers of which the chat template leaves out a part"),
+    ]
+    return [
+        ("rows", report.rows, str(read[0]) if len(read) == 1 else f"of {len(read)} sources"),
         ("samples", report.samples, ""),
+        *(each if len(read) > 1 else ()),
         ("left out", report.without_labels, rule),
         ("cut", report.cut, f"to {config.max_length} tokens"),
+        *((name, count, note) for name, count, note in seldom if count),
         ("tokens", report.tokens, f"{lengths.mean():.1f} a sample, {np.median(lengths):.0f} median"),
         ("labels", report.trainable_tokens, f"{report.trainable_tokens / report.tokens:.1%} of all tokens"),
         *((f"form {form}", count, "samples") for form, count in sorted(report.forms.items())),
-    ):
-        facts.add_row(name, f"{count:,}", note)
-    console.print(facts)
+    ]
 
 
 def _show_lengths(console: Console, dataset: Dataset) -> None:

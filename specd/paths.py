@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import stat
 from pathlib import Path
 
@@ -82,6 +83,17 @@ def cache_dir() -> Path:
     if caches := os.environ.get("XDG_CACHE_HOME"):
         return Path(caches) / "specd"
     return home_dir("SPECD_CACHE") / ".cache" / "specd"
+
+
+def shown(path: str | os.PathLike[str]) -> str:
+    """A path for messages: bytes of it that are not UTF-8 are escaped, as in `caf\\xe9`."""
+    return re.sub("[\ud800-\udfff]", _escaped, os.fspath(path))
+
+
+def _escaped(surrogate: re.Match[str]) -> str:
+    """What stands for a byte that is not UTF-8 (PEP 383), as that byte."""
+    code = ord(surrogate[0])
+    return f"\\x{code - 0xDC00:02x}" if 0xDC80 <= code <= 0xDCFF else f"\\u{code:04x}"
 
 
 def home_dir(instead: str) -> Path:

@@ -12,7 +12,7 @@ import pytest
 from specd.client.ask import ask_status
 from specd.curve.keys import config_dir
 from specd.errors import ConfigError
-from specd.paths import cache_dir, check_private, check_socket
+from specd.paths import cache_dir, check_private, check_socket, shown
 
 needs_root = pytest.mark.skipif(os.getuid() != 0, reason="needs root, to make what belongs to another user")
 NOBODY = 65534
@@ -42,6 +42,13 @@ def test_a_user_without_a_home_is_told_to_name_a_cache(monkeypatch: pytest.Monke
         cache_dir()
     with pytest.raises(ConfigError, match=r"has no home directory: .*; set XDG_CONFIG_HOME"):
         config_dir()
+
+
+def test_a_name_that_is_not_utf8_can_be_shown() -> None:
+    assert shown("caf\udce9.jsonl") == "caf\\xe9.jsonl"
+    assert shown(Path(os.fsdecode(b"a/caf\xe9"))) == "a/caf\\xe9"
+    assert shown("\ud800") == "\\ud800"
+    assert shown(Path("café.jsonl")) == "café.jsonl"
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,8 +12,8 @@ import msgspec
 from specd.data.faults import RowError
 from specd.data.forms import Conversation, Turn
 from specd.data.frame import Frame, learn
-from specd.data.labels import Layout, said, thought
-from specd.data.marks import Marked
+from specd.data.labels import Layout, complete, said, trailing
+from specd.data.marks import THOUGHTS, Marked
 from specd.data.template import Renderer, Span, Template
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ class Chat:
     asks_clock: the template writes the date, so that the same rows give other text on another day.
     """
 
-    __slots__ = ("_frame", "_template", "_tokens", "asks_clock", "options", "tokenizer")
+    __slots__ = ("_frame", "_template", "asks_clock", "options", "tokenizer")
 
     def __init__(
         self,
@@ -62,14 +63,12 @@ class Chat:
         self.options = dict(options or {})
         self._template = Template(tokenizer, self.options, date)
         added = {str(token): token.special for token in tokenizer.added_tokens_decoder.values()}
+        added |= dict.fromkeys(map(str, tokenizer.all_special_tokens), True)
         names = [tokenizer.convert_ids_to_tokens(i) for i in (*ends, *_configured(tokenizer)) if i < len(tokenizer)]
-        specials = set(map(str, tokenizer.all_special_tokens))
-        known = {name for name in names if isinstance(name, str) and name in added.keys() | specials}
+        known = {name for name in names if isinstance(name, str) and name in added}
         if tokenizer.eos_token:
             known.add(str(tokenizer.eos_token))
-        self._frame: Frame = learn(self._template, added.keys() | specials, known)
-        self._tokens = self._frame.tokens | specials | {token for token, special in added.items() if special}
-        """Tokens that a plain document does not have."""
+        self._frame: Frame = learn(self._template, added, known)
         fixed = self._template.mentions("date_string") and "date_string" in self.options
         self.asks_clock = self._template.told_the_day or (self._template.mentions("strftime_now") and not fixed)
 
@@ -92,8 +91,9 @@ class Chat:
     def conversation(self, talk: Conversation, where: str, *, last_turn_only: bool = False) -> Rendered:
         """`talk` as text, with the assistant's answers and their end tokens as labels.
 
-        An answer that was cut off has no end token as a label: the target did not write it. A last answer of which the
-        template leaves out a part stands as it was written. Raises RowError naming `where`.
+        An answer that was cut off has no end token as a label: the target did not write it. A last answer that the
+        template does not write whole stands behind the generation prompt as it was written. Raises RowError naming
+        `where`.
         """
         row = self._template.row(where, talk.tools, talk.options)
         answers = [place for place, turn in enumerate(talk.turns) if turn["role"] == "assistant"]
@@ -101,27 +101,43 @@ class Chat:
         if last_turn_only:
             asked = asked[-1:]
         if row.marks_answers:
-            return self._as_marked(row, talk, asked, where, everyone=asked == answers and not talk.cut)
-        rendered, cut_out = self._laid_out(row, talk, asked, where)
+            return self._as_marked(row, talk, asked, everyone=asked == answers and not talk.cut)
+        rendered, lost = self._laid_out(row, talk, asked)
         last = len(talk.turns) - 1
-        if last not in cut_out or not last or talk.turns[last].get("tool_calls"):
+        if last in lost or (last in talk.cut and last in asked):
+            return self._as_written(row, talk, asked, rendered, whole=last not in lost)
+        return rendered
+
+    def _as_written(
+        self, row: Renderer, talk: Conversation, asked: list[int], rendered: Rendered, *, whole: bool
+    ) -> Rendered:
+        """The last answer behind the generation prompt, where `rendered` has not what the target wrote there.
+
+        A template may take thoughts out of it, so that it is not `whole`, or take one that was cut within its thoughts
+        for one without.
+        """
+        last = len(talk.turns) - 1
+        turn = talk.turns[last]
+        if not last or not turn["content"].strip() or any(turn.get(key) for key in ("tool_calls", *THOUGHTS)):
             return rendered
         begun = msgspec.structs.replace(talk, turns=talk.turns[:last])
-        before, _ = self._laid_out(row, begun, asked[:-1], where, open_answer=True)
-        written = _continued(before.text, talk.turns[last]["content"].rstrip())
-        text = before.text + written + ("" if last in talk.cut else self._frame.closing)
-        return Rendered(text=text, spans=(*before.spans, (len(before.text), len(text))), dropped=before.dropped)
+        before, _ = self._laid_out(row, begun, asked[:-1], open_answer=True)
+        prompt = before.text
+        if whole and not _within_thoughts(prompt, turn["content"]):
+            return rendered
+        text = prompt + _continued(prompt, turn["content"].rstrip()) + ("" if last in talk.cut else self._frame.closing)
+        return Rendered(text=text, spans=(*before.spans, (len(prompt), len(text))), dropped=before.dropped)
 
     def _laid_out(
-        self, row: Renderer, talk: Conversation, asked: list[int], where: str, *, open_answer: bool = False
+        self, row: Renderer, talk: Conversation, asked: list[int], *, open_answer: bool = False
     ) -> tuple[Rendered, list[int]]:
         """The text with spans of the answers at `asked`, and the places of those whose content it has not whole."""
         text = row.render(talk.turns, open_answer=open_answer)
         layout = self._layout(row, talk.turns, text, open_answer=open_answer)
         if layout is None:
-            return self._in_steps(row, talk, text, asked, where), []
+            return self._in_steps(row, talk, text, asked), []
         spans: list[Span] = []
-        cut_out = []
+        lost = []
         dropped = 0
         for place in asked:
             found = layout.answer(place, cut=place in talk.cut)
@@ -131,9 +147,9 @@ class Chat:
                 spans.append(found)
             stands = text[slice(*layout.region(place))]
             if not said(talk.turns[place], stands):
-                cut_out.append(place)
-            dropped += found is None or place in cut_out or not thought(talk.turns[place], stands)
-        return Rendered(text=text, spans=tuple(spans), dropped=dropped), cut_out
+                lost.append(place)
+            dropped += found is None or place in lost or not complete(talk.turns[place], stands)
+        return Rendered(text=text, spans=tuple(spans), dropped=dropped), lost
 
     def _layout(self, row: Renderer, turns: list[Turn], text: str, *, open_answer: bool = False) -> Layout | None:
         """Where the texts of `turns` stand in `text`; None for a template that writes other text when it sees marks."""
@@ -147,7 +163,7 @@ class Chat:
                 return Layout(text, turns, marked, marks, self._frame, row, open_answer=open_answer)
         return None
 
-    def _in_steps(self, row: Renderer, talk: Conversation, text: str, asked: list[int], where: str) -> Rendered:
+    def _in_steps(self, row: Renderer, talk: Conversation, text: str, asked: list[int]) -> Rendered:
         """The answers by renderings up to each of them, for a template that looks at what the turns say."""
         spans: list[Span] = []
         for place in asked:
@@ -158,21 +174,20 @@ class Chat:
                 begin = len(prompt)
             at = text.find(content, begin) if begin >= 0 else -1
             if at < 0:
-                raise _rewritten(where, f"rewrites turn {place + 1}")
+                raise _rewritten(row.where, f"rewrites turn {place + 1}")
             end = self._frame.end.search(text, at + len(content))
             spans.append((begin, at + len(content) if place in talk.cut or not end else end.end()))
         return Rendered(text=text, spans=tuple(spans))
 
-    def _as_marked(
-        self, row: Renderer, talk: Conversation, asked: list[int], where: str, *, everyone: bool
-    ) -> Rendered:
+    def _as_marked(self, row: Renderer, talk: Conversation, asked: list[int], *, everyone: bool) -> Rendered:
         """The text with the spans that the template itself marks, of the answers at `asked` or of `everyone`."""
         text, spans = row.marked(talk.turns)
+        dropped = sum(not said(talk.turns[place], text) or not complete(talk.turns[place], text) for place in asked)
         if everyone:
-            return Rendered(text=text, spans=tuple(spans))
+            return Rendered(text=text, spans=tuple(spans), dropped=dropped)
         layout = self._layout(row, talk.turns, text)
         if layout is None:
-            raise _rewritten(where, "looks at what the turns say")
+            raise _rewritten(row.where, "looks at what the turns say")
         kept: list[Span] = []
         for place in asked:
             start, end = layout.region(place)
@@ -181,7 +196,7 @@ class Chat:
             if found:
                 own[-1] = own[-1][0], max(own[-1][0], min(own[-1][1], found[1]))
             kept += own
-        return Rendered(text=text, spans=tuple(kept))
+        return Rendered(text=text, spans=tuple(kept), dropped=dropped)
 
     def preformatted(self, text: str, *, last_turn_only: bool = False) -> Rendered:
         """A text that already went through the template: answers are found by their header and end token.
@@ -190,23 +205,28 @@ class Chat:
         """
         frame = self._frame
         spans: list[Span] = []
-        at = text.find(frame.header) if frame.header else -1
-        if at < 0 and not any(token in text for token in self._tokens):
+        found = frame.begins.search(text)
+        if not found and not frame.structure.search(text):
             return document(text)
-        while at >= 0:
-            begin = at + len(frame.header)
-            for lead in (frame.generation, *frame.leads):
-                if lead and text.startswith(lead, at):
-                    begin = at + len(lead)
-                    break
-            if frame.generation and text.startswith(frame.rest, begin):
+        whole = True
+        while found:
+            leads = (lead for lead in (frame.generation, *frame.leads) if lead and text.startswith(lead, found.start()))
+            begin = found.start() + len(next(leads, found[0]))
+            goes_on = not whole and found.start() == spans[-1][1]
+            whole = text.startswith(frame.rest, begin)
+            if whole and frame.generation and not goes_on:
                 begin += len(frame.rest)
-            ended = frame.end.search(text, begin)
+            ended, found = frame.end.search(text, begin), frame.begins.search(text, begin)
             end = ended.end() if ended else len(text)
-            if begin < end:
+            if found and not (ended and ended.start() <= found.start()):
+                end = found.start()
+            if goes_on:
+                # Thoughts, or words before a call, that stand under a header of their own (gpt-oss).
+                spans[-1] = spans[-1][0], end
+            elif begin < end:
                 spans.append((begin, end))
-            # A role's token that ends an answer may begin the next one.
-            at = text.find(frame.header, max(begin, ended.start() if ended else end))
+            if found and ended and ended.start() < found.start() < end:
+                found = frame.begins.search(text, end)
         return Rendered(text=text, spans=tuple(spans[-1:] if last_turn_only else spans))
 
 
@@ -218,15 +238,21 @@ def _rewritten(where: str, what: str) -> RowError:
     )
 
 
+_OPENED = r"(<[\w:]+>|\[[A-Z_]+\]|◁\w+▷)"
+
+
 def _continued(prompt: str, content: str) -> str:
     """What of `content` follows `prompt`, which may end with the tag that the content begins with."""
-    space = prompt[len(prompt.rstrip()) :]
-    bare = prompt.rstrip()
-    said = content.lstrip()
-    for length in range(min(len(bare), len(said)), 0, -1):
-        if bare.endswith(said[:length]) and said[:length].endswith((">", "]")):
-            return said[length:].removeprefix(space)
-    return content
+    begun = re.match(rf"\s*{_OPENED}", content)
+    if begun is None or not prompt.rstrip().endswith(begun[1]):
+        return content
+    return content[begun.end() :].removeprefix(trailing(prompt))
+
+
+def _within_thoughts(prompt: str, content: str) -> bool:
+    """Whether `content` ends within thoughts, which it begins with, or which `prompt` opens."""
+    opened = re.match(rf"\s*{_OPENED}", content) or re.search(rf"{_OPENED}\s*\Z", prompt)
+    return opened is not None and f"{opened[1][0]}/{opened[1][1:]}" not in content
 
 
 def _configured(tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -18,7 +18,7 @@ from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from specd.config.settings import DataConfig
-from specd.data import store
+from specd.data import forms, store
 from specd.data.batching import BatchPlan, check_budget
 from specd.data.faults import Faults, RowError
 from specd.data.portion import Report as Report
@@ -109,6 +109,7 @@ def check(config: DataConfig) -> None:
             f"least 2 tokens, and a number of samples or 0 for all"
         )
     check_budget(config.batch_tokens, config.max_batch_sequences)
+    forms.check(config)
     for source in sources(config):
         locate(source.path)
 
@@ -237,8 +238,9 @@ def _path(config: DataConfig) -> str:
 
 def _tokenizer_files(directory: Path) -> list[Path]:
     """The files in `directory` that tokens and labels depend on."""
-    names = (str(file.relative_to(directory)) for file in directory.glob("**/*") if file.is_file())
-    return [directory / name for name in sorted(names) if _TOKENIZER_FILE.fullmatch(name)]
+    found = (*directory.glob("*"), *directory.glob("additional_chat_templates/*"))
+    names = sorted(str(file.relative_to(directory)) for file in found if file.is_file())
+    return [directory / name for name in names if _TOKENIZER_FILE.fullmatch(name)]
 
 
 def _key(job: Job) -> str:

@@ -59,11 +59,6 @@ def named_as_data(name: str) -> bool:
     return kind(name) in SUFFIXES or name.lower().endswith(PACKED)
 
 
-def shown(path: str | os.PathLike[str]) -> str:
-    """A path for messages, bytes that are not UTF-8 escaped."""
-    return os.fsencode(path).decode("utf-8", "backslashreplace")
-
-
 def file_rows(file: Path, name: str) -> Iterator[Row]:
     """The rows of `file` in order, lazily but for a JSON array. name: of the file, for messages.
 
@@ -146,9 +141,10 @@ def _refuse_foreign(name: str, head: bytes) -> None:
 
 def _json_rows(stream: io.BufferedReader, name: str) -> Iterator[Row]:
     """JSON objects, one a line, or (as ShareGPT files come) one array of them."""
-    first, number = b"", 0
-    while not first and (line := stream.readline()):
-        first, number = line.strip(), number + 1
+    number, line = 0, b"\n"
+    while line and not line.strip():
+        number, line = number + 1, stream.readline()
+    first = line.strip()
     if first.startswith(b"["):
         yield from _array_rows(line + stream.read(), name)
         return
@@ -195,11 +191,11 @@ def _not_json(where: str, text: bytes, error: Exception) -> RowError:
 
 
 def _lenient(text: bytes) -> Any:
-    """What Python's own writer calls JSON: NaN and Infinity are no JSON, and are written by pandas and json.dumps."""
+    """JSON with NaN and Infinity, as Python's own writer makes it: they become null. None for what is no JSON."""
     if b"NaN" not in text and b"Infinity" not in text:
         return None
     try:
-        value = json.loads(text)
+        value = json.loads(text, parse_constant=lambda _: None)
         msgspec.json.encode(value)  # halves of surrogate pairs pass json.loads
     except (ValueError, RecursionError):
         return None
@@ -207,7 +203,10 @@ def _lenient(text: bytes) -> Any:
 
 
 def _table_rows(stream: io.BufferedReader, name: str) -> Iterator[Row]:
-    """CSV with a line of names first; its separator is the one of tab, comma and semicolon that stands there most."""
+    """CSV with a line of names first; its separator is the one of tab, comma and semicolon that stands there most.
+
+    An empty cell is null.
+    """
     csv.field_size_limit(2**31 - 1)
     with io.TextIOWrapper(stream, encoding="utf-8", newline="") as text:
         try:
@@ -217,7 +216,7 @@ def _table_rows(stream: io.BufferedReader, name: str) -> Iterator[Row]:
             for number, cells in enumerate(filter(None, csv.reader(text, delimiter=separator)), start=1):
                 where = f"{name} row {number}"
                 if len(cells) == len(names):
-                    yield where, dict(zip(names, cells, strict=True))
+                    yield where, {key: cell or None for key, cell in zip(names, cells, strict=True)}
                 else:
                     detail = f"has {len(cells)} cells; expected {len(names)}, one for each name in the first line"
                     yield where, RowError(where, "more or fewer cells than names", detail)

@@ -74,7 +74,7 @@ def read(row: Mapping[str, Any], where: str, config: DataConfig) -> Form:
     """
     if config.columns:
         check(config)
-        row = {**row, **{name: row.get(column) for name, column in config.columns.items()}}
+        row = {**row, **{name: row[column] for name, column in config.columns.items() if column in row}}
     forms = _FORMATS[config.format]
     if config.columns:  # what the user names goes first
         forms = tuple(sorted(forms, key=lambda form: not any(name in config.columns for name in chain(*form[0]))))
@@ -147,7 +147,7 @@ def _prompt(row: Mapping[str, Any], where: str, column: str) -> Turns:
         places = (place for place, turn in enumerate(given.turns) if turn["role"] == "assistant")
         return msgspec.structs.replace(given, context=frozenset(places))
     if column == "instruction" and isinstance(prompt, str) and row.get("input"):
-        prompt = f"{prompt}\n{row['input']}"
+        prompt = f"{prompt}\n{_string(row, 'input', where)}"
     pairs = row.get("history") or []
     if not isinstance(pairs, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
         detail = f"`history` is {short(pairs)}; expected a list of pairs, each a question and its answer"
@@ -232,5 +232,7 @@ def _unknown(row: Mapping[str, Any], where: str, config: DataConfig) -> RowError
     wanted = (
         FORMS if config.format == "auto" else f"what data.format={config.format} reads: {', '.join(sorted(columns))}"
     )
-    detail = f"has the columns {sorted(row)}; expected {wanted}; data.columns maps other names to these"
+    missing = [f"{name} to {column!r}" for name, column in config.columns.items() if column not in row]
+    maps = f"maps {', '.join(missing)}, which it does not have" if missing else "maps other names to these"
+    detail = f"has the columns {sorted(row)}; expected {wanted}; data.columns {maps}"
     return RowError(where, "unknown columns", detail)

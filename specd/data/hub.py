@@ -48,6 +48,6 @@ def _refused(name: str, subset: str, split: str, error: Exception) -> DataError:
     if splits:
         return DataError(f"data set {name!r} has no split {split!r}; set data.split to one of {splits[1]}")
     return DataError(
-        f"data set {name!r} (split {split!r}) cannot be loaded from the hub: {first_line(error)}; check the name, or "
-        f"give a file"
+        f"data set {name!r} (split {split!r}) cannot be loaded from the hub: {first_line(error)}; check the name "
+        f"(no file or folder is called so, either), or give a file"
     )

@@ -155,9 +155,9 @@ class Layout:
             return found.end()
         if place == len(self._turns) - 1 and not self._open:
             return max(content, len(text.rstrip()))
-        follows = self._turns[place + 1]["role"] if place + 1 < len(self._turns) else "assistant"
-        header = text.find(frame.header, at, limit) if frame.header and follows == "assistant" else -1
-        return max(content, len(text[:header].rstrip())) if header >= 0 else content
+        # No end token: the answer ends where the next turn begins.
+        found = frame.begins.search(text, at, limit) or frame.structure.search(text, at, limit)
+        return max(content, at + len(text[at : found.start()].rstrip())) if found else content
 
 
 def trailing(text: str) -> str:
@@ -178,6 +178,17 @@ def said(turn: Turn, text: str) -> bool:
     return turn["content"].strip() in text or all(piece in text for piece in pieces(turn))
 
 
-def thought(turn: Turn, text: str) -> bool:
-    """Whether `text` has all thoughts that stand beside the turn's content."""
-    return all(found.strip() in text for key in THOUGHTS if isinstance(found := turn.get(key), str))
+def complete(turn: Turn, text: str) -> bool:
+    """Whether `text` has what stands beside the turn's content: its thoughts, and its calls by a name or an id."""
+    thoughts = (found for key in THOUGHTS if isinstance(found := turn.get(key), str))
+    calls = turn.get("tool_calls")
+    known = (_names(call) for call in calls if isinstance(call, dict)) if isinstance(calls, list) else ()
+    return all(found.strip() in text for found in thoughts) and all(
+        not names or any(name in text for name in names) for names in known
+    )
+
+
+def _names(call: dict[str, Any]) -> list[str]:
+    function = call.get("function")
+    named = function if isinstance(function, dict) else call
+    return [found for found in (named.get("name"), call.get("id")) if isinstance(found, str)]

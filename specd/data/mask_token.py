@@ -84,6 +84,8 @@ def check_absent(token: int, dataset: Dataset) -> None:
 
 def _tokenizer(directory: Path) -> Any:
     """The tokenizer in `directory`, None where there is none."""
+    if not any(directory.glob("*token*")) and not (directory / "vocab.json").is_file():
+        return None  # transformers would guess, and say so
     try:
         return load_tokenizer(directory)
     except DataError:

@@ -15,9 +15,10 @@ import msgspec
 
 from specd.config.settings import DataConfig
 from specd.data.files import Row as Row
-from specd.data.files import file_rows, kind, named_as_data, shown
+from specd.data.files import file_rows, kind, named_as_data
 from specd.data.hub import hub_digest, hub_rows
 from specd.errors import ConfigError, DataError
+from specd.paths import shown
 
 SHIPPED = "specd:"
 """Prefix of files that come with specd."""

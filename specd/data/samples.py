@@ -129,11 +129,19 @@ class Maker:
                 return form
             if isinstance(form, forms.Conversation):
                 return self.chat.conversation(form, where, last_turn_only=config.last_turn_only)
-            if not self.encoder.tokenizer.chat_template:
-                return document(form.text)
-            return self.chat.preformatted(form.text, last_turn_only=config.last_turn_only)
+            if form.prompt:  # given, with its continuation behind it
+                return document(form.text, form.prompt)
+            return self._text(form.text)
         except RowError as error:
             return error
+
+    def _text(self, text: str) -> Rendered:
+        """A text: all labels where it is a document, without the BOS that it may begin with."""
+        bos = str(self.encoder.tokenizer.bos_token or "")
+        begin = len(bos) if bos and text.startswith(bos) else 0
+        if not self.encoder.tokenizer.chat_template or self.chat.preformatted(text[begin:]).document:
+            return msgspec.structs.replace(document(text), spans=((begin, len(text)),))
+        return self.chat.preformatted(text, last_turn_only=self.job.config.last_turn_only)
 
     def _beyond(self, where: str, one: Rendered | forms.Tokens, token: int) -> RowError:
         expected = f"expected tokens from 0 to {self.vocabulary - 1}, as the target has"

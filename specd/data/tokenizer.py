@@ -10,7 +10,8 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from specd.data.chat import Rendered, Span
+from specd.data.chat import Rendered
+from specd.data.template import Span
 from specd.errors import DataError, first_line
 
 if TYPE_CHECKING:
@@ -56,7 +57,6 @@ class Encoder:
                 mask &= ~added
                 if added[0] and tokens.size > 1 and tokens[1] == tokens[0]:
                     tokens, mask = tokens[1:], mask[1:]
-                    mask[0] = False
             yield tokens, mask
 
 

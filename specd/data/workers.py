@@ -23,6 +23,8 @@ from specd.parent import when_parent_dies
 
 ALONE_S = 5.0
 """A process starts others when what it has to do takes longer than this: they need some seconds to begin."""
+MOST = 16
+"""As many are started unless more are asked for: each takes 0.4 GB, and this process has to feed them."""
 AHEAD = 4
 """How many chunks a process may be ahead of the slowest one."""
 
@@ -40,11 +42,11 @@ class _Start(NamedTuple):
 def portions(job: Job, chunks: Iterator[Chunk], processes: int) -> Generator[Portion, None, None]:
     """The samples of each chunk, in order.
 
-    processes: how many make them; 0 for one a core, but this one alone where that takes no longer than ALONE_S.
+    processes: how many make them; 0 for one a core up to MOST, and this one alone where that takes less than ALONE_S.
     Raises DataError when one of them dies, and what `Maker.make` raises.
     """
     maker = Maker(job)
-    count = processes or len(os.sched_getaffinity(0))
+    count = processes or min(len(os.sched_getaffinity(0)), MOST)
     if count == 1:
         yield from map(maker.make, chunks)
         return
@@ -85,7 +87,7 @@ class Workers:
         pipe = stack.enter_context(Connection(ours.detach()))
         with theirs:
             process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "specd.data.workers", str(theirs.fileno())],
+                [sys.executable, "-P", "-W", "ignore", "-m", "specd.data.workers", str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,

@@ -84,7 +84,8 @@ class Asker:
             return self._text(form, where)
         asked = forms.questions(form, where)[0]
         if self._chat is not None:
-            return self._encode(self._chat.render(asked, open_answer=True, tools=form.tools, where=where))
+            text = self._chat.render(asked, open_answer=True, tools=form.tools, options=form.options, where=where)
+            return self._encode(text)
         if len(asked) > 1 or form.tools:
             detail = "a conversation, for which the target has no chat template; expected `prompt` or `text`"
             raise RowError(where, "no chat template", detail)

@@ -20,7 +20,7 @@ def check_same(source: Source, fingerprint: str, *, run: str) -> None:
     parts = fingerprint.split(":")
     if len(parts) != len(FINGERPRINT):
         raise ConfigError(f"{run} has the target fingerprint {fingerprint!r}: expected {':'.join(FINGERPRINT)}")
-    trained = dict(zip(FINGERPRINT, parts, strict=True))
+    trained: dict[str, str] = dict(zip(FINGERPRINT, parts, strict=True))
     if trained["weights"].startswith("dummy-"):
         raise ConfigError(
             f"{run} was trained on made-up weights (load_format dummy), so there is no target to evaluate it on; give "

@@ -14,6 +14,7 @@ import msgspec
 
 from specd.config.presets import Preset, preset, presets
 from specd.errors import ConfigError, TargetError, first_line
+from specd.paths import shown
 from specd.protocol.contract import TEMPLATES
 from specd.targets.gguf import convert
 
@@ -165,6 +166,11 @@ def pick_dtype(dtype: str, source: Source) -> torch.dtype:
 
 
 def _from_directory(path: Path, *, name: str, preset: Preset | None = None) -> Source:
+    for place in (str(path), name):
+        if shown(place) != place:
+            raise ConfigError(
+                f"model directory '{shown(place)}' is not UTF-8, as what reads weights and tokenizers needs; rename it"
+            )
     try:
         config = json.loads((path / "config.json").read_text(encoding="utf-8"))
     except OSError as error:

@@ -6,6 +6,8 @@ import json
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from chats import talk
 from specd.config.settings import DataConfig
@@ -55,6 +57,8 @@ def test_an_input_stands_behind_its_instruction_and_a_history_before_it() -> Non
     assert form(row) == Conversation(turns=talk("Hi", "Hello.", "Translate.\nGuten Tag", "Good day"))
     with pytest.raises(RowError, match=r"row 1: `history` is .*; expected a list of pairs"):
         form(row | {"history": ["Hi"]})
+    with pytest.raises(RowError, match=r"row 1: `input` is \['Guten Tag'\]; expected a string"):
+        form(row | {"input": ["Guten Tag"]})
 
 
 @pytest.mark.parametrize("column", ["system", "system_prompt"])
@@ -148,7 +152,12 @@ def test_other_columns_by_the_names_of_the_file() -> None:
     assert found == Conversation(turns=TOLD.turns, tools=[TOOL])
     found = form({"ids": [1, 2], "target": [-100, 2]}, columns={"input_ids": "ids", "labels": "target"})
     assert isinstance(found, Tokens)
+    assert form({"text": "Once"}, columns={"text": "body"}) == Text(text="Once")
     with pytest.raises(RowError, match=r"row 1: `text` \(the file's 'body'\) is null"):
+        form({"body": None}, columns={"text": "body"})
+    with pytest.raises(
+        RowError, match=r"columns \['txt'\]; .*; data\.columns maps text to 'body', which it does not have"
+    ):
         form({"txt": "Once"}, columns={"text": "body"})
 
 
@@ -215,3 +224,40 @@ def test_questions_are_what_leads_up_to_each_answer() -> None:
 )
 def test_a_prompt_alone_is_a_question(row: dict[str, Any]) -> None:
     assert questions(conversation(row, "row 1"), "row 1") == [talk("Hi")]
+
+
+VALUES = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=4)
+    | st.sampled_from(["user", "{}", "[3]"]),
+    lambda below: (
+        st.lists(below, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(["role", "from", "content", "value", "weight", "tool_calls", "type", "text"]), below
+        )
+    ),
+    max_leaves=12,
+)
+
+
+@given(
+    row=st.dictionaries(st.sampled_from(COLUMNS), VALUES, max_size=5),
+    format=st.sampled_from(["auto", "conversations", "text", "tokens"]),
+)
+@settings(max_examples=1000, deadline=None)
+def test_whatever_stands_in_a_row_it_is_a_form_or_a_fault(row: dict[str, Any], format: str) -> None:
+    try:
+        found = form(row, format=format)
+    except RowError:
+        return
+    if isinstance(found, Conversation):
+        assert found.turns
+        assert all(isinstance(turn["content"], str) for turn in found.turns)
+        assert all(0 <= place < len(found.turns) for place in found.cut | found.context)
+    elif isinstance(found, Text):
+        assert 0 <= found.prompt <= len(found.text)
+    else:
+        assert found.ids.size == found.loss_mask.size

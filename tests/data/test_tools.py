@@ -7,9 +7,11 @@ from typing import Any
 
 import pyarrow
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from specd.data.faults import RowError
-from specd.data.tools import read_calls, read_tools
+from specd.data.tools import read_calls, read_tools, without_nulls
 
 TOOL = {
     "type": "function",
@@ -83,6 +85,27 @@ def test_nulls_of_arrow_are_left_out_at_any_depth() -> None:
         assert "null" in json.dumps(row)
         assert read_tools(row["tools"], "row 1") == before["tools"]
         assert calls(row["tool_calls"]) == before["tool_calls"]
+
+
+def objects(depth: int) -> st.SearchStrategy[dict[str, Any]]:
+    """Objects as one column of Arrow can hold them: a key's name says the type of its value."""
+    leaves = {
+        "s1": st.text(max_size=3),
+        "s2": st.text(max_size=3),
+        "n": st.integers(-9, 9),
+        "l": st.lists(st.booleans()),
+    }
+    if depth:
+        below = objects(depth - 1)
+        leaves |= {"o1": below, "o2": below, "p": st.lists(below, max_size=2)}
+    return st.fixed_dictionaries({}, optional=leaves)
+
+
+@given(st.lists(objects(3), min_size=1, max_size=4))
+@settings(max_examples=200, deadline=None)
+def test_any_object_comes_back_from_arrow(made: list[dict[str, Any]]) -> None:
+    stored = pyarrow.Table.from_pylist([{"arguments": item} for item in made]).to_pylist()
+    assert [without_nulls(row["arguments"] or {}) for row in stored] == made
 
 
 def test_nulls_that_arrow_did_not_write_stay() -> None:

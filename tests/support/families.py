@@ -17,20 +17,23 @@ HOME = Path(__file__).parent / "families"
 
 
 class Family(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A family's tokens.
+    """A family's tokens and template.
 
     opening: the text of its generation prompt. headers: what may stand before an answer of the history, where that is
-    not the opening. ends: tokens that end what the target writes, by its model card. bos, eos, pad: named tokens.
-    extra: declared as extra special tokens. special: added special tokens that the tokenizer's config does not name.
-    plain: added tokens that are not special. configured: the list in generation_config.json; empty: there is no file.
-    thought: the key under which a turn holds its thoughts. pieces: a core as SentencePiece's, which writes ▁ before
-    words, else byte-level BPE. refuses: names of the conversations (talks.py) that the template refuses. template:
-    its chat template; second: the one named tool_use, or "".
+    not the opening. rest: what its template writes between the prompt and a content, and is counted to the header
+    because the prompt stops within it (gpt-oss's channel). ends: tokens that end what the target writes, by its model
+    card. bos, eos, pad: named tokens. extra: declared as extra special tokens. special: added special tokens that the
+    tokenizer's config does not name. plain: added tokens that are not special. configured: the list in
+    generation_config.json; empty: there is no file. thought: the key under which a turn holds its thoughts. pieces: a
+    core as SentencePiece's, which writes ▁ before words, else byte-level BPE. strings: its template takes the arguments
+    of calls as JSON text only. refuses: names of the conversations (talks.py) that the template refuses. template: its
+    chat template; second: the one named tool_use, or "".
     """
 
     name: str = ""
     opening: str
     headers: tuple[str, ...] = ()
+    rest: str = ""
     ends: tuple[str, ...]
     eos: str
     bos: str | None = None
@@ -41,6 +44,7 @@ class Family(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     configured: tuple[str, ...] = ()
     thought: str = "reasoning_content"
     pieces: bool = False
+    strings: bool = False
     refuses: frozenset[str] = frozenset()
     template: str = ""
     second: str = ""

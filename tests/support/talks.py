@@ -10,7 +10,7 @@ from families import Family
 Talk = tuple[list[dict[str, Any]], list[dict[str, Any]] | None]
 """Turns, and the tools beside them."""
 
-TOOLS = [
+TOOLS: list[dict[str, Any]] = [
     {
         "type": "function",
         "function": {
@@ -30,12 +30,18 @@ def answer(content: str, **more: Any) -> dict[str, Any]:
     return {"role": "assistant", "content": content, **more}
 
 
-def call(number: int, **arguments: Any) -> dict[str, Any]:
+def call_as_object(number: int, **arguments: Any) -> dict[str, Any]:
     return {
         "id": f"call{number:05d}",
         "type": "function",
         "function": {"name": "weather", "arguments": arguments},
     }
+
+
+def call_as_text(number: int, **arguments: Any) -> dict[str, Any]:
+    """The arguments as OpenAI's API has them."""
+    found = call_as_object(number, **arguments)
+    return {**found, "function": {"name": "weather", "arguments": json.dumps(arguments)}}
 
 
 def result(number: int, content: str) -> dict[str, Any]:
@@ -44,6 +50,7 @@ def result(number: int, content: str) -> dict[str, Any]:
 
 def talks(family: Family) -> dict[str, Talk]:
     """Conversations by name, with the thoughts of a turn under the key that the family's template reads."""
+    call = call_as_text if family.strings else call_as_object
     colour, fruit, rain = user("Name a colour."), user("And a fruit?"), user("Rain in Ulm?")
 
     def thinking(content: str, thought: str, **more: Any) -> dict[str, Any]:
@@ -99,9 +106,8 @@ def talks(family: Family) -> dict[str, Talk]:
             thinking("No rain.", "It is dry."), user("And in Bonn?"), thinking("Ask again.", "Unsure."),
         ],
     }  # fmt: skip
-    return {name: (turns, None) for name, turns in plain.items()} | {
-        name: (turns, TOOLS) for name, turns in called.items()
-    }
+    found: dict[str, Talk] = {name: (turns, None) for name, turns in plain.items()}
+    return found | {name: (turns, TOOLS) for name, turns in called.items()}
 
 
 def as_row(talk: Talk) -> dict[str, Any]:
