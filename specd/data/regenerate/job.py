@@ -42,9 +42,11 @@ class Answerer(Protocol):
     @property
     def settings(self) -> Mapping[str, Any]:
         """All that answers depend on beside their question, as JSON has it."""
+        ...
 
     def size(self, question: Question) -> int:
         """How long its first prompt is. Raises RowError for one that cannot be answered."""
+        ...
 
     def answers(
         self, questions: Questions, kept: Container[int]
@@ -53,6 +55,7 @@ class Answerer(Protocol):
 
         A question that turns out not to be answerable gives its error.
         """
+        ...
 
 
 class Progress(msgspec.Struct, frozen=True, kw_only=True):

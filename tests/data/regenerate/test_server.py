@@ -332,7 +332,10 @@ def test_a_server_that_comes_back_in_time_is_waited_for(tmp_path: Path) -> None:
     [
         (failed(401, "who are you"), r"answers 401: who are you; it wants an API key in OPENAI_API_KEY"),
         (failed(404, "no such model"), r"knows no model 'tiny' .*; it has tiny"),
-        (failed(400, "bad temperature"), r"refuses a request with these settings: answers 400: bad temperature"),
+        (
+            failed(400, "bad temperature"),
+            r"refuses a request with these settings: the server answers 400: bad temperature",
+        ),
     ],
 )
 def test_what_no_row_can_help_is_said_before_the_first(tmp_path: Path, answer: Said, message: str) -> None:
