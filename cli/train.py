@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from contextlib import AbstractContextManager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from msgspec.structs import replace
 
-from specd.cli.settings import given, hosting_config, servers_of
+from specd.cli.settings import DATA, given, hosting_config, paths, servers_of
 from specd.config.load import load_yaml, merge, overrides
 from specd.config.presets import run_config
 from specd.config.settings import Config, RunConfig, SubscriberConfig, TargetConfig
@@ -76,13 +77,9 @@ def train(
         str, typer.Option("--preset", help="Take this preset's recipe; else the target's own.", rich_help_panel=RUN)
     ] = "",
     data: Annotated[
-        str,
-        typer.Option(
-            "--data",
-            help="JSONL, JSON, Parquet or hub name; else the recipe's, or what comes with specd.",
-            rich_help_panel=RUN,
-        ),
-    ] = "",
+        list[str] | None,
+        typer.Option("--data", help=f"{DATA} Give it again for more.", metavar="FILE", rich_help_panel=RUN),
+    ] = None,
     output: Annotated[
         str, typer.Option("--output", "-o", help="Run directory; else runs/METHOD.", rich_help_panel=RUN)
     ] = "",
@@ -122,7 +119,7 @@ def train(
             "auth": {"key": key, "servers": servers_of(endpoint or [], server_key or [])},
             "insecure_data": insecure_data,
         },
-        "data": {"path": data},
+        "data": paths(data or []),
         "train": {"max_steps": max_steps, "device": device},
     }
     asked = merge(merge(load_yaml(config) if config else {}, given(flags)), overrides(settings or []))
@@ -163,7 +160,8 @@ def train(
         typer.echo(f"{done.directory} is finished: {done.steps} steps trained; draft in {done.draft}")
         return
     typer.echo(f"{done.steps} steps trained; draft in {done.draft}")
-    typer.echo(f"next: specd eval --draft {done.draft} --untrained, then specd report {done.directory}")
+    draft, directory = (shlex.quote(str(path)) for path in (done.draft, done.directory))
+    typer.echo(f"next: specd eval --draft {draft} --untrained, then specd report {directory}")
 
 
 def _check_link(link: SubscriberConfig, model: str) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -84,7 +85,20 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
         raise DataError(
             f"the tokenizer in {str(directory)!r} gives no character offsets; convert it to a tokenizer.json"
         )
+    if not tokenizer.chat_template:
+        tokenizer.chat_template = _processors_template(directory / "chat_template.json")
     return tokenizer
+
+
+def _processors_template(file: Path) -> str | dict[str, str] | None:
+    """The template as older checkpoints of several modalities keep it; transformers gives it to processors alone."""
+    try:
+        found: str | dict[str, str] = msgspec.json.decode(file.read_bytes())["chat_template"]
+    except FileNotFoundError:
+        return None
+    except (OSError, msgspec.DecodeError, KeyError, TypeError) as error:
+        raise DataError(f"{file} holds no `chat_template` ({first_line(error)}); fetch the checkpoint again") from None
+    return found
 
 
 def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -17,7 +17,7 @@ from specd.config.load import convert
 from specd.config.settings import Config, RunConfig
 from specd.errors import CheckpointError, ConfigError, ProtocolError, writing
 from specd.evaluate.results import load_facts
-from specd.protocol.contract import TargetContract
+from specd.protocol.contract import TEMPLATES, TargetContract, is_file_name
 from specd.train.checkpoint import Identity
 from specd.train.journal import read
 from specd.train.owner import LOCK
@@ -136,16 +136,20 @@ class RunDirectory:
 def target_files(contract: TargetContract, fetch: Callable[[str], bytes], directory: Path) -> dict[str, bytes]:
     """Fetch the target's files (config, tokenizer), write them into `directory` and return them by name.
 
-    Raises ProtocolError for a name that is a path.
+    Raises ProtocolError for a name that is a path, other than a chat template's.
     """
     files: dict[str, bytes] = {}
     for name, ref in contract.artifacts.items():
         if ref.dtype:
             continue
-        if Path(name).name != name or name.startswith("."):
-            raise ProtocolError(f"the daemon offers an artifact called {name!r}: expected a plain file name")
+        if not is_file_name(name):
+            raise ProtocolError(
+                f"the daemon offers an artifact called {name!r}: expected a plain file name, or a chat template's in "
+                f"{TEMPLATES}"
+            )
         files[name] = fetch(name)
         with writing(directory / name):
+            (directory / name).parent.mkdir(exist_ok=True)
             (directory / name).write_bytes(files[name])
     return files
 

@@ -296,7 +296,7 @@ def _with_data(config: RunConfig, target: str) -> RunConfig:
     logger.warning(
         "no data given: training on the conversations that come with specd (%s), whose answers are not %s's own, so "
         "this only shows the path; for a draft worth serving give --data FILE with answers of %s, as `specd data "
-        "regenerate --model %s --prompts FILE --output FILE` writes them",
+        "regenerate FILE --model %s --output FILE` writes them",
         DEMO, target, target, target,
     )  # fmt: skip
     return replace(config, data=replace(config.data, path=DEMO))

@@ -94,6 +94,15 @@ def write_tokenizer(directory: Path, template: str = CHATML) -> Path:
     return directory
 
 
+def data_model(directory: Path, template: str) -> Path:
+    """A target's directory as far as its data goes: that tokenizer and a config.json, without weights."""
+    write_tokenizer(directory, template)
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    shape |= {"vocab_size": 400, "max_position_embeddings": 512}
+    (directory / "config.json").write_text(json.dumps({"model_type": "llama", **shape}))
+    return directory
+
+
 def write_base(directory: Path, *, padded: int = 0, reserved: int = 0) -> Path:
     """A base model's tokenizer, without a template: its post-processor writes BOS. And its config.json.
 
@@ -117,7 +126,7 @@ def write_base(directory: Path, *, padded: int = 0, reserved: int = 0) -> Path:
     return directory
 
 
-def write_target(directory: Path, num_layers: int = 4, *, template: str = CHATML, padded: int = 0) -> Path:
+def write_target(directory: Path, num_layers: int = 4, template: str = CHATML, *, padded: int = 0) -> Path:
     """A tiny Llama of random weights with that tokenizer, saved to `directory`. padded: see write_base."""
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 

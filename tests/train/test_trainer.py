@@ -61,7 +61,7 @@ def test_without_data_it_trains_on_the_conversations_that_come_along_and_says_so
     done = train_draft(settings, host=host)
     assert done.steps == 2
     (said,) = [record.message for record in caplog.records if record.name == "specd.train.trainer"]
-    for part in (DEMO, f"not {model}'s own", "--data FILE", f"specd data regenerate --model {model}"):
+    for part in (DEMO, f"not {model}'s own", "--data FILE", f"specd data regenerate FILE --model {model}"):
         assert part in said
     assert "\n" not in said
     facts = json.loads((done.directory / "run.json").read_bytes())
