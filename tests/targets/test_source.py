@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -92,6 +93,12 @@ def test_a_directory_must_hold_a_model(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "no-such-model"}')
     with pytest.raises(TargetError, match="no-such-model"):
         load.load_causal_lm(f"{tmp_path}/", load_format="dummy")
+
+
+def test_a_directory_whose_name_is_not_utf_8_is_refused_by_it(shape_only: Path) -> None:
+    odd = shape_only.rename(os.fsdecode(os.fsencode(shape_only.parent) + b"/caf\xe9"))
+    with pytest.raises(ConfigError, match=r"caf\\xe9' is not UTF-8, .*; rename it"):
+        checkpoint.resolve(str(odd))
 
 
 def test_a_directory_without_weights_is_refused(shape_only: Path) -> None:
@@ -214,3 +221,16 @@ def test_a_target_of_made_up_weights_offers_the_tokenizer_it_was_given(tmp_path:
     assert bytes(given.artifact("tokenizer.json")) == (directory / "tokenizer.json").read_bytes()
     assert bare.contract.fingerprint != given.contract.fingerprint
     assert given.contract.model == str(shape_only.resolve())
+
+
+def test_a_download_takes_all_chat_templates(monkeypatch: pytest.MonkeyPatch, shape_only: Path) -> None:
+    asked: list[str] = []
+
+    def snapshot(repo: str, *, allow_patterns: list[str]) -> str:
+        asked[:] = allow_patterns
+        return str(shape_only)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    checkpoint.resolve("someone/some-model", need="tokenizer")
+    assert {"chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja"} <= {*asked}
+    assert not any("safetensors" in pattern for pattern in asked)

@@ -94,6 +94,12 @@ def test_config_has_the_published_keys(tmp_path: Path) -> None:
     assert not [name for name in weights if "embed" in name or "lm_head" in name]
 
 
+def test_chat_templates_lie_beside_a_draft_as_beside_its_target(tmp_path: Path) -> None:
+    name = "additional_chat_templates/tool_use.jinja"
+    save_draft(make_draft(), tmp_path / "draft", files={"chat_template.jinja": b"a", name: b"b"})
+    assert (tmp_path / "draft" / name).read_bytes() == b"b"
+
+
 def test_an_older_draft_is_replaced(tmp_path: Path) -> None:
     save_draft(make_draft(), tmp_path / "draft", files={"old.txt": b"x"})
     save_draft(make_draft(num_layers=1), tmp_path / "draft")
