@@ -87,7 +87,8 @@ def mask_of(draft: Config) -> int | None:
     None, too, where it is that of the draft that this one begins with.
     """
     mask: int | None = getattr(draft, "mask_token_id", None)
-    return None if mask == -1 and getattr(draft, "init", "") else mask
+    init: str = getattr(draft, "init", "")
+    return None if mask == -1 and init else mask
 
 
 def data_facts(path: str | tuple[str, ...], dataset: Dataset) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from specd.evaluate.results import EvalFacts
 from specd.train.directory import beginning, read_facts
 from specd.train.trainer import train_draft
 
-DRAFT = {"mask_token_id": 2, "num_layers": 1, "num_taps": 2, "block_size": 4, "num_anchors": 4}
+DRAFT = {"mask_token_id": 0, "num_layers": 1, "num_taps": 2, "block_size": 4, "num_anchors": 4}
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +137,11 @@ def test_a_published_draft_is_as_good_as_an_own_one(host: Embedded, tmp_path: Pa
     config["dflash_config"]["block_size"] = config.pop("block_size")
     config["rope_parameters"] = {"rope_theta": config.pop("rope_theta"), "rope_type": "default"}
     (first.draft / "config.json").write_text(json.dumps(config))
-    second = train_draft(settings(tmp_path, "second", 1, first.draft), host=host)
+    asked = settings(tmp_path, "second", 1, first.draft)
+    asked["draft"]["mask_token_id"] = -1  # which is its own, and none is chosen
+    second = train_draft(asked, host=host)
+    config = json.loads((second.draft / "config.json").read_text())
+    assert config["dflash_config"]["mask_token_id"] == DRAFT["mask_token_id"]
     assert registry.read(second.draft)
 
 
