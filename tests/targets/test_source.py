@@ -101,6 +101,13 @@ def test_a_directory_whose_name_is_not_utf_8_is_refused_by_it(shape_only: Path) 
         checkpoint.resolve(str(odd))
 
 
+def test_a_home_that_nobody_knows_is_no_directory() -> None:
+    with pytest.raises(ConfigError, match="model '~no-such-user/model': expected a preset"):
+        checkpoint.resolve("~no-such-user/model")
+    with pytest.raises(ConfigError, match="tokenizer '~no-such-user': no tokenizer there"):
+        checkpoint.with_tokenizer(checkpoint.resolve("Qwen3-8B", need="shape"), "~no-such-user")
+
+
 def test_a_directory_without_weights_is_refused(shape_only: Path) -> None:
     with pytest.raises(TargetError, match="cannot load"):
         load.load_causal_lm(f"{shape_only}/")
