@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 EXAMPLES = (
     f"Examples: `specd eval --draft runs/{registry.DEFAULT}` · "
-    "`specd eval --model smollm2-135m --draft runs/first/draft --untrained --limit 8`"
+    "`specd eval --model smollm2-135m --draft runs/first/draft --data prompts.jsonl --untrained --limit 8`"
 )
 
 READING = ("template", "date", "columns", "format", "bad_rows", "split", "subset")
