@@ -90,8 +90,8 @@ def test_a_server_is_asked_with_the_key_of_the_environment(tmp_path: Path, monke
     monkeypatch.setenv("OPENAI_API_KEY", "sesame\n")
     prompts, out = write_rows(tmp_path / "a.jsonl", *({"prompt": f"Q{i}?"} for i in range(5))), tmp_path / "out.jsonl"
     with ChatServer(echo) as server:
-        flags: list[object] = ["--temperature", 0.5, "--top-p", 0.9, "--seed", 3, "--max-new-tokens", 40, "--extra", "top_k=20"]
-        flags += ["--set", "data.template.enable_thinking=false", "--concurrency", 2]
+        flags: list[object] = ["--temperature", 0.5, "--top-p", 0.9, "--seed", 3, "--max-new-tokens", 40]
+        flags += ["--extra", "top_k=20", "--set", "data.template.enable_thinking=false", "--concurrency", 2]
         done = run(prompts, "--model", "Qwen/Qwen3-8B", "--endpoint", server.url, "--output", out, *flags)
         assert server.headers[-1]["Authorization"] == "Bearer sesame"
         asked = server.requests[-1]

@@ -15,9 +15,10 @@ from msgspec import Meta
 
 from specd.config.settings import DataConfig
 from specd.data.faults import Fault, Faults, RowError
+from specd.data.forms import Turn
 from specd.data.regenerate.log import AnswerLog, unfinished
 from specd.data.regenerate.questions import Question, Questions, read_questions
-from specd.data.regenerate.talk import Reply
+from specd.data.regenerate.talk import Reply, following
 from specd.errors import ConfigError, DataError
 
 logger = logging.getLogger(__name__)
@@ -41,9 +42,11 @@ class Answerer(Protocol):
     @property
     def settings(self) -> Mapping[str, Any]:
         """All that answers depend on beside their question, as JSON has it."""
+        ...
 
     def size(self, question: Question) -> int:
         """How long its first prompt is. Raises RowError for one that cannot be answered."""
+        ...
 
     def answers(
         self, questions: Questions, kept: Container[int]
@@ -52,6 +55,7 @@ class Answerer(Protocol):
 
         A question that turns out not to be answerable gives its error.
         """
+        ...
 
 
 class Progress(msgspec.Struct, frozen=True, kw_only=True):
@@ -176,9 +180,9 @@ class _Job:
 
 def _line(question: Question, reply: Reply) -> bytes:
     """The row to write."""
-    messages = [
-        turn for group, answer in zip(question.groups, reply.answers, strict=False) for turn in (*group, answer)
-    ]
+    messages: list[Turn] = []
+    for group, answer in zip(question.groups, reply.answers, strict=False):
+        messages += [*following(messages, group), answer]
     row: dict[str, Any] = {"messages": messages, **question.kept}
     if question.tools is not None:
         row["tools"] = question.tools

@@ -179,7 +179,7 @@ def generate(
     ends = torch.tensor(budgets, device=model.device) + width
 
     class Budgets(StoppingCriteria):
-        def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        def __call__(self, input_ids: Any, scores: Any, **_: Any) -> Any:
             return input_ids.shape[1] >= ends
 
     options: dict[str, Any] = {"do_sample": False}

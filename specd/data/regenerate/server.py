@@ -28,7 +28,11 @@ MAX_BACKOFF_S = 60.0
 
 
 class Refused(DataError):
-    """The server refuses one request for what is in it."""
+    """The server does not answer one request for what is in it. kind: of the fault, in a few words."""
+
+    def __init__(self, message: str, kind: str = "refused by the server") -> None:
+        super().__init__(message)
+        self.kind = kind
 
 
 class Server:
@@ -129,16 +133,15 @@ class Server:
                 body["chat_template_kwargs"] = self._fields.get("chat_template_kwargs", {}) | question.options
             try:
                 found = await self._complete(client, body)
-                fault, kind = found.fault, "answer cut short"
+                if found.fault:
+                    raise Refused(found.fault, "answer cut short")
             except Refused as error:
-                fault, kind = f"the server {error}", "refused by the server"
+                if not talk.written:
+                    raise RowError(question.where, error.kind, str(error)) from None
+                logger.info("%s: ends after answer %d: %s", question.where, len(talk.written), error)
+                break
             except DataError as error:
                 raise RowError(question.where, "no answer from the server", str(error)) from None
-            if fault and not talk.written:
-                raise RowError(question.where, kind, fault)
-            if fault:
-                logger.info("%s: ends after answer %d: %s", question.where, len(talk.written), fault)
-                break
             talk.answer(found.turn, found.finish_reason, found.num_tokens, found.prompt_ids, found.ids)
         return talk.reply(with_ids=True)
 
@@ -157,8 +160,7 @@ class Server:
                 self._optional = {}
         except Refused as error:
             raise ConfigError(
-                f"the server at {self._url} refuses a request with these settings: {error}; check --model, --extra and "
-                f"data.template"
+                f"{self._url} refuses a request with these settings: {error}; check --model, --extra and data.template"
             ) from None
 
     async def _complete(self, client: httpx.AsyncClient, body: dict[str, Any], *, patient: bool = True) -> Completion:
@@ -224,7 +226,7 @@ class Server:
                 f"it has {', '.join(names)}" if names else "check that --endpoint ends as the server's API, as in /v1"
             )
             raise ConfigError(f"the server at {self._url} knows no model {self._model!r} ({problem}); {known}")
-        raise Refused(problem)
+        raise Refused(f"the server {problem}")
 
     async def _models(self, client: httpx.AsyncClient) -> list[str]:
         try:

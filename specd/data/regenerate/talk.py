@@ -26,6 +26,16 @@ class Reply(msgspec.Struct, frozen=True, kw_only=True):
     loss_mask: list[int] | None = None
 
 
+def following(turns: list[Turn], group: list[Turn]) -> list[Turn]:
+    """`group` as it follows `turns`: results of tools name the calls of the answer before, as templates check."""
+    calls = turns[-1].get("tool_calls") if turns else None
+    ids = iter([call["id"] for call in calls or [] if call.get("id")])
+    return [
+        {**turn, "tool_call_id": next(ids, turn["tool_call_id"])} if turn.get("tool_call_id") else turn
+        for turn in group
+    ]
+
+
 class Talk:
     """The turns so far, and the tokens the target has read and written as long as they are one sequence.
 
@@ -49,7 +59,7 @@ class Talk:
 
     def ask(self) -> list[Turn]:
         """All turns up to the next answer."""
-        return self.turns + self.question.groups[len(self.written)]
+        return self.turns + following(self.turns, self.question.groups[len(self.written)])
 
     def answer(
         self, turn: Turn, finish_reason: FinishReason, num_tokens: int, prompt: Sequence[int], ids: Sequence[int]

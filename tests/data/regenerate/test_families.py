@@ -28,7 +28,7 @@ class Writer:
     def __init__(self, answers: list[list[int]], ends: list[int]) -> None:
         self.answers = answers
         self.config = self
-        self.generation_config = type("Settings", (), {"eos_token_id": ends})  # type: ignore[assignment]
+        self.generation_config = type("Settings", (), {"eos_token_id": ends})
 
     def get_text_config(self) -> Writer:
         return self

@@ -319,7 +319,7 @@ def test_a_target_without_a_limit_needs_one(tokenizer: Any) -> None:
 
 def test_a_base_model_answers_nothing(tmp_path: Path) -> None:
     tokenizer = load_tokenizer(write_tokenizer(tmp_path / "base", ""))
-    with pytest.raises(DataError, match="base-1 knows no turns .*train on documents"):
+    with pytest.raises(DataError, match=r"base-1 knows no turns .*train on documents"):
         Local(Writer(), tokenizer, Sampling(), target="base-1")  # type: ignore[arg-type]
 
 

@@ -135,15 +135,16 @@ def test_turns_are_answered_one_by_one_with_all_that_the_server_said(tmp_path: P
             return said(None, finish_reason="tool_calls", message={"reasoning": "Hm.", "tool_calls": [call]})
         return said("Done.", finish_reason="length")
 
-    messages = [*talk("A?", "old"), {"role": "tool", "content": "7", "tool_call_id": "c1"}]
+    messages = [*talk("A?", "old"), {"role": "tool", "content": "7", "tool_call_id": "old"}]
     with ChatServer(script) as server:
         (row,) = run(tmp_path, server.url, {"messages": messages})
+        result = {"role": "tool", "content": "7", "tool_call_id": "c1"}
         said_first = {"role": "assistant", "content": "", "reasoning_content": "Hm.", "tool_calls": [call]}
         assert row["messages"] == [
-            messages[0], said_first | {"finish_reason": "stop"}, messages[2],
+            messages[0], said_first | {"finish_reason": "stop"}, result,
             {"role": "assistant", "content": "Done.", "finish_reason": "length"},
         ]  # fmt: skip
-        assert server.requests[1]["messages"] == [messages[0], said_first, messages[2]]
+        assert server.requests[1]["messages"] == [messages[0], said_first, result]
 
 
 def test_token_ids_are_kept_as_one_sequence(tmp_path: Path) -> None:
@@ -331,7 +332,10 @@ def test_a_server_that_comes_back_in_time_is_waited_for(tmp_path: Path) -> None:
     [
         (failed(401, "who are you"), r"answers 401: who are you; it wants an API key in OPENAI_API_KEY"),
         (failed(404, "no such model"), r"knows no model 'tiny' .*; it has tiny"),
-        (failed(400, "bad temperature"), r"refuses a request with these settings: answers 400: bad temperature"),
+        (
+            failed(400, "bad temperature"),
+            r"refuses a request with these settings: the server answers 400: bad temperature",
+        ),
     ],
 )
 def test_what_no_row_can_help_is_said_before_the_first(tmp_path: Path, answer: Said, message: str) -> None:

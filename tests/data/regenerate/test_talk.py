@@ -30,6 +30,15 @@ def test_each_group_is_asked_after_the_answers_before() -> None:
     assert one.reply(with_ids=True) == Reply(answers=answers, num_tokens=5)
 
 
+def test_results_of_tools_name_the_new_calls() -> None:
+    results = [{"role": "tool", "content": text, "tool_call_id": f"old{text}"} for text in "12"]
+    one = Talk(question(talk("A?"), [*results, {"role": "tool", "content": "3"}]))
+    call = {"id": "new", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    one.answer(said("") | {"tool_calls": [call]}, "stop", 2, [], [])
+    assert [turn.get("tool_call_id") for turn in one.ask()[2:]] == ["new", "old2", None]
+    assert one.question.groups[1] == [*results, {"role": "tool", "content": "3"}]
+
+
 def test_training_is_told_what_was_cut() -> None:
     one = Talk(question(talk("A?"), talk("B?"), tools=[{}], options={"x": 1}))
     one.answer(said("a"), "length", 2, [], [])
