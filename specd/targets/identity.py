@@ -35,7 +35,8 @@ def check_same(source: Source, fingerprint: str, *, run: str) -> None:
         )
         raise ConfigError(
             f"target {source.name!r} is not the one that {run} was trained on: {reasons}. Give --model DIR with that "
-            f"one, or --other-target to evaluate on this one, whose figures are then not kept with the run"
+            f"one{', --tokenizer DIR with its tokenizer' * ('weights' not in differing)}, or --other-target to evaluate "
+            f"on this one, whose figures are then not kept with the run"
         )
 
 
