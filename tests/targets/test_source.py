@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 
 from chats import write_tokenizer
 from specd.config.settings import TargetConfig
-from specd.errors import ConfigError, TargetError
+from specd.data.tokenizer import load_tokenizer as data_tokenizer
+from specd.errors import ConfigError, DataError, TargetError
 from specd.targets import digest
 from specd.targets import source as checkpoint
 from specd.targets.registry import load_target
@@ -218,6 +219,24 @@ def test_a_tokenizer_may_come_from_a_directory_of_its_own(tmp_path: Path) -> Non
     (directory / "tokenizer.json.gz").write_bytes(gzip.compress(plain)[:99])
     with pytest.raises(TargetError, match=r"tokenizer\.json\.gz cannot be unpacked"):
         found.file("tokenizer.json")
+
+
+def test_a_template_that_a_processor_has_is_the_tokenizers_too(tmp_path: Path, shape_only: Path) -> None:
+    shutil.copytree(write_tokenizer(tmp_path / "tokenizer"), shape_only, dirs_exist_ok=True)
+    own = (shape_only / "chat_template.jinja").read_text()
+    (shape_only / "chat_template.json").write_text(json.dumps({"chat_template": "other"}))
+    for read in (lambda: load.load_tokenizer(f"{shape_only}/"), lambda: data_tokenizer(shape_only)):
+        assert read().chat_template == own
+    (shape_only / "chat_template.jinja").unlink()
+    for read in (lambda: load.load_tokenizer(f"{shape_only}/"), lambda: data_tokenizer(shape_only)):
+        assert read().chat_template == "other"
+    (shape_only / "chat_template.json").write_text("[]")
+    with pytest.raises(DataError, match=r"chat_template\.json holds no `chat_template`"):
+        data_tokenizer(shape_only)
+    with pytest.raises(TargetError, match=r"its chat_template\.json holds no `chat_template`"):
+        load.load_tokenizer(f"{shape_only}/")
+    (shape_only / "chat_template.json").unlink()
+    assert data_tokenizer(shape_only).chat_template is None
 
 
 def test_a_target_of_made_up_weights_offers_the_tokenizer_it_was_given(tmp_path: Path, shape_only: Path) -> None:
