@@ -13,7 +13,7 @@ from specd.cli.settings import Prompts, data_config, named
 from specd.config.settings import DataConfig
 from specd.data.rows import HELDOUT
 from specd.drafts import registry
-from specd.errors import ConfigError
+from specd.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 EXAMPLES = (
     f"Examples: `specd eval --draft runs/{registry.DEFAULT}` · "
-    "`specd eval --model smollm2-135m --draft runs/first/draft --untrained --limit 8`"
+    "`specd eval --model smollm2-135m --draft runs/first/draft --data prompts.jsonl --untrained --limit 8`"
 )
 
 READING = ("template", "date", "columns", "format", "bad_rows", "split", "subset")
@@ -107,15 +107,21 @@ def evaluate(
         untrained=began if untrained else None,
         progress=lambda title, total: _progress(console, title, total),
     )
-    if run and own:
-        for name, result in results.items():
-            (run / EVALS[name]).write_bytes(msgspec.json.encode(result) + b"\n")
     if as_json:
         typer.echo(msgspec.json.encode(results))
     else:
         show(console, results)
         if run and not own:
             console.print(f"not kept with {run}: it was trained on another target", style="dim", highlight=False)
+    if run and own:
+        for name, result in results.items():
+            try:
+                (run / EVALS[name]).write_bytes(msgspec.json.encode(result) + b"\n")
+            except OSError as error:
+                raise CheckpointError(
+                    f"cannot write {run / EVALS[name]}: {error.strerror}; the figures are those above, and the report "
+                    f"does not have them"
+                ) from None
     if any(result.different for result in results.values()):
         raise typer.Exit(1)
 

@@ -33,9 +33,10 @@ def check_same(source: Source, fingerprint: str, *, run: str) -> None:
         reasons = ", ".join(
             f"{name.replace('_', ' ')} {_short(found[name])}, expected {_short(trained[name])}" for name in differing
         )
+        texts = "" if "weights" in differing else ", --tokenizer DIR with its tokenizer"
         raise ConfigError(
             f"target {source.name!r} is not the one that {run} was trained on: {reasons}. Give --model DIR with that "
-            f"one, or --other-target to evaluate on this one, whose figures are then not kept with the run"
+            f"one{texts}, or --other-target to evaluate on this one, whose figures are then not kept with the run"
         )
 
 

@@ -85,7 +85,7 @@ def with_tokenizer(source: Source, directory: str) -> Source:
     """
     if not directory:
         return source
-    found = msgspec.structs.replace(source, tokenizer=Path(directory).expanduser())
+    found = msgspec.structs.replace(source, tokenizer=Path(os.path.expanduser(directory)))
     if not any(found.file(name) is not None for name in TOKENIZERS):
         raise ConfigError(
             f"tokenizer {directory!r}: no tokenizer there; expected a directory with {' or '.join(TOKENIZERS)}"
@@ -100,7 +100,7 @@ def resolve(model: str, *, need: Need = "weights") -> Source:
     is a directory is that directory. need: `tokenizer` and `shape` fetch no weights from a hub.
     Raises ConfigError when there is no such target, TargetError when it cannot be read or downloaded.
     """
-    directory = Path(model).expanduser()
+    directory = Path(os.path.expanduser(model))
     if os.sep in model and directory.is_dir():
         return _from_directory(directory, name=str(directory.resolve()))
     known = preset(model)

@@ -99,6 +99,17 @@ def test_both_drafts_are_proved_and_kept_with_the_run(
     assert found["trained"].texts == found["untrained"].texts
 
 
+def test_figures_that_cannot_be_kept_are_shown_all_the_same(
+    trained: Path, prompts: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (trained / EVALS["trained"]).mkdir()
+    arguments = ["eval", "--draft", str(trained), "--data", prompts, "--max-new-tokens", "4", "--device", "cpu"]
+    assert run(arguments) == 1
+    captured = capsys.readouterr()
+    assert "identical trained: 2 of 2" in captured.out
+    assert f"cannot write {trained / EVALS['trained']}" in captured.err
+
+
 def test_dtype_is_the_targets(trained: Path, prompts: str, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["eval", "--draft", str(trained), "--data", prompts, "--max-new-tokens", "4", "--json"]
     assert run([*arguments, "--dtype", "bfloat16", "--device", "cpu"]) == 0
