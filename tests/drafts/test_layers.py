@@ -13,7 +13,7 @@ def test_norm_and_mlp_are_those_of_llama() -> None:
     config = LlamaConfig(hidden_size=32, intermediate_size=48, num_attention_heads=4)
     norm, mlp = RMSNorm(32, 1e-5), MLP(32, 48)
     draw(mlp, seed=1)
-    theirs = llama.LlamaMLP(config)
+    theirs = llama.LlamaMLP(config)  # type: ignore[no-untyped-call]
     theirs.load_state_dict(mlp.state_dict())
     x = torch.randn(5, 32)
     torch.testing.assert_close(mlp(x), theirs(x))

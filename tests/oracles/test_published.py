@@ -75,8 +75,9 @@ def test_speculators_dflash(tmp_path: Path, causal: bool, full: int) -> None:
     objective = make_draft(config)
     own = objective.draft.shape
     layers = draft_config(own, torch.float32)
+    eager: dict[str, Any] = {"attn_implementation": "eager"}
     settings = peer("speculators.models.dflash").DFlashSpeculatorConfig(
-        transformer_layer_config=transformers.Qwen3Config(**layers | {"attn_implementation": "eager"}),
+        transformer_layer_config=transformers.Qwen3Config(**layers, **eager),
         draft_vocab_size=own.vocab_size,
         block_size=own.block_size,
         aux_hidden_state_layer_ids=[tap + 1 for tap in own.taps],

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sys
 import types
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,27 +15,13 @@ from safetensors.torch import load_file
 from drafts import CONFIG as DFLASH
 from drafts import VOCAB, make_draft
 from eagle import CONFIG, make_eagle
-from peer_engines import CachedAttention, Off, OneRank, differences
-from peers import importable, peer
+from peer_engines import BOTH, CachedAttention, differences, run_natively
+from peers import peer
 
 Space = types.SimpleNamespace
 
 
-@pytest.fixture(scope="module", autouse=True)
-def sglang() -> Iterator[None]:
-    """Its modules, in one process without a server, and without its processors of images."""
-    quiet: Any = types.ModuleType("sglang.srt.configs.utils")
-    quiet.register_image_processor = quiet.register_processor = lambda *_: None
-    sys.modules[quiet.__name__] = quiet
-    peer("sglang.srt.models.llama_eagle3")
-    answers = {"get_parallel": OneRank, "get_exec": Off, "get_spec": lambda: Space(speculative_draft_window_size=None)}
-    with pytest.MonkeyPatch.context() as patch:
-        for module in [module for name, module in sys.modules.items() if name.startswith("sglang.")]:
-            for name, answer in answers.items():
-                if name in vars(module):
-                    patch.setattr(module, name, answer)
-        with importable():
-            yield
+pytestmark = pytest.mark.usefixtures("sglang")
 
 
 def test_a_dflash_directory(tmp_path: Path) -> None:
@@ -81,13 +65,13 @@ def test_an_eagle3_directory_names_its_taps(tmp_path: Path, monkeypatch: pytest.
     assert target.model.layers_to_capture == [tap + 1 for tap in objective.draft.shape.taps]  # in front of these
 
 
-@pytest.mark.parametrize("settings", [{}, {"norm_output": True, "fc_norm": True}, {"draft_vocab_size": 0}])
+@pytest.mark.parametrize(("settings", "others"), BOTH)
 def test_its_eagle3_computes_the_same(
-    tmp_path: Path, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, settings: dict[str, Any], others: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     module = peer("sglang.srt.models.llama_eagle3")
     monkeypatch.setattr(module, "LogitsProcessor", lambda _: torch.nn.Identity())
-    objective = make_eagle(msgspec.structs.replace(CONFIG, **settings))
+    objective = make_eagle(msgspec.structs.replace(CONFIG, **settings), shape=others)
     objective.export(tmp_path / "draft")
     shape = objective.draft.shape
     with torch.no_grad():
@@ -96,9 +80,7 @@ def test_its_eagle3_computes_the_same(
             parameter.fill_(torch.nan)
         draft.load_weights(load_file(tmp_path / "draft/model.safetensors").items())
         draft.model.embed_tokens.weight[:VOCAB] = objective.embedding
-        for part in draft.modules():
-            if hasattr(part, "_forward_method"):
-                part._forward_method = part.forward_native
+        run_natively(draft)
         attention = CachedAttention(shape.num_heads, shape.num_kv_heads, shape.head_dim)
         draft.model.layers[0].self_attn.attn = attention
         plain = Space(is_extend=lambda: False)
@@ -112,23 +94,3 @@ def test_its_eagle3_computes_the_same(
     assert max(found) < 1e-5
     own = draft.get_hot_token_id()
     assert torch.equal(torch.arange(VOCAB) if own is None else own, objective.draft.vocabulary)
-
-
-WINDOWS: list[dict[str, Any]] = [
-    {},
-    {"sliding_window": 6},
-    {"sliding_window": 6, "sliding_causal": False},
-    {"num_layers": 5, "sliding_window": 6, "full_layers": 1},
-]
-
-
-@pytest.mark.parametrize("windows", WINDOWS)
-def test_its_layers_slide_as_the_drafts(tmp_path: Path, windows: dict[str, Any]) -> None:
-    objective = make_draft(msgspec.structs.replace(DFLASH, **windows))
-    objective.export(tmp_path)
-    shape, config = objective.draft.shape, transformers.AutoConfig.from_pretrained(tmp_path)
-    read = peer("sglang.srt.models.dflash")._get_dflash_layer_attention_params
-    layers = [read(config, layer) for layer in range(shape.num_layers)]
-    # It counts the tokens before the one that looks, and a decoder is causal.
-    found = [(before + 1, kind.name == "DECODER") for before, kind in layers]
-    assert found == [(shape.window(kind), shape.causal(kind)) for kind in shape.layer_types]

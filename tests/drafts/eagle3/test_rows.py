@@ -18,7 +18,7 @@ from specd.drafts.eagle3.rows import rows_of
 def test_rows_are_those_of_the_definition(lengths: list[int], density: float, seed: int, steps: int) -> None:
     batch = make_batch(tuple(lengths), density, seed)
     rows = rows_of(batch, steps)
-    mask, ends = batch.loss_mask, []
+    mask, ends = batch.loss_mask, list[int]()
     for length in lengths:
         ends += [len(ends) + length] * length
     predicting = [
