@@ -220,6 +220,15 @@ def test_an_eagle3_draft_that_names_no_layers_reads_those_that_engines_take(tmp_
         draft.drafter(objective.embedding, objective.lm_head)
 
 
+def test_an_embedding_of_its_own_is_told_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    objective = make_eagle()
+    objective.export(tmp_path)
+    for embedding, said in ((objective.embedding, 0), (objective.embedding + 1, 1), (objective.embedding[:5], 2)):
+        rewrite(tmp_path, beside(embed_tokens__weight=embedding.bfloat16()))
+        registry.read(tmp_path).drafter(objective.embedding, objective.lm_head)
+        assert sum("has an embedding of its own" in record.message for record in caplog.records) == said
+
+
 def test_the_whole_vocabulary_needs_no_map(tmp_path: Path) -> None:
     objective = make_eagle(msgspec.structs.replace(EAGLE, draft_vocab_size=0))
     objective.export(tmp_path)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -11,6 +13,8 @@ from specd.drafts.eagle3.model import Eagle3Draft
 from specd.drafts.layers import KeyValue
 from specd.drafts.taps import eagle3_taps
 from specd.errors import ConfigError
+
+logger = logging.getLogger(__name__)
 
 
 class Eagle3Drafter:
@@ -30,6 +34,11 @@ class Eagle3Drafter:
         if not (shape.taps or num_layers):
             raise ConfigError("the draft names no layers of its target: expected the number of its target's layers")
         self._taps = shape.taps or eagle3_taps(num_layers)
+        if not draft.suits(embedding):
+            logger.warning(
+                "the draft's directory has an embedding of its own, which is not its target's: the target's is used, "
+                "as in SGLang, while vLLM takes the draft's; its guesses may be worse than there"
+            )
         self._draft = draft.to(embedding.device)
         self._embedding = embedding
         self._waiting: Tensor | None = None

@@ -23,7 +23,7 @@ ARCHITECTURE = "LlamaForCausalLMEagle3"
 ARCHITECTURES = (ARCHITECTURE, "Eagle3LlamaForCausalLM", "Eagle3Speculator", "Eagle3DraftModel")
 """What an EAGLE-3 draft's config.json may call it: SpecForge, vLLM, Speculators."""
 TAPS = "eagle_aux_hidden_state_layer_ids"
-SURPLUS = ("embed_tokens.weight", "rotary_emb.inv_freq", "verifier_norm.weight", "verifier_lm_head.weight", "t2d")
+SURPLUS = ("rotary_emb.inv_freq", "verifier_norm.weight", "verifier_lm_head.weight", "t2d")
 """Ends of names of tensors that are the target's, or follow from others."""
 READ = frozenset({
     "attention_bias", "draft_vocab_size", TAPS, "fc_norm", "has_lm_head", "head_dim", "hidden_size",
@@ -137,6 +137,7 @@ def load_draft(path: str | Path) -> Eagle3Draft:
     shape = read_shape(read_config(path), str(path))
     weights = read_weights(path, {"model.": "", "layers.0.": "midlayer."}, SURPLUS)
     draft = Eagle3Draft(shape)
+    draft.published_embedding = weights.pop("embed_tokens.weight", None)
     if shape.draft_vocab_size == shape.vocab_size:
         weights["d2t"] = torch.zeros(shape.vocab_size, dtype=torch.int64)
     fill(draft, weights, str(path))

@@ -159,9 +159,11 @@ class Eagle3Draft(nn.Module):
 
     It computes in the dtype of the embeddings it is given. The embedding is the target's, the lm_head [W, H] its own.
     vocabulary: the target's ids of the tokens it guesses, int64 [W], ascending; kept as `d2t`, what to add to its own.
+    published_embedding: what its directory has beside it [V, H], if anything.
     """
 
     d2t: Tensor
+    published_embedding: Tensor | None = None
 
     def __init__(self, shape: Eagle3Shape, seed: int = 0, vocabulary: Tensor | None = None) -> None:
         super().__init__()
@@ -186,6 +188,13 @@ class Eagle3Draft(nn.Module):
     def vocabulary(self) -> Tensor:
         """The target's id of each token it guesses, int64 [W]."""
         return self.d2t + torch.arange(self.d2t.shape[0], device=self.d2t.device)
+
+    def suits(self, embedding: Tensor) -> bool:
+        """Whether a target's embedding [V, H] is the one that it was trained with, as far as its directory tells."""
+        own = self.published_embedding
+        return own is None or (
+            own.shape == embedding.shape and torch.equal(own.bfloat16(), embedding.detach().cpu().bfloat16())
+        )
 
     def start_head(self, lm_head: Tensor) -> None:
         """Begin with the target's own rows [V, H] of the tokens it guesses: what to say is known, not yet when."""
