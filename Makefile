@@ -1,4 +1,4 @@
-# make demo | test | check | bench | test-gpu | test-faults | test-sglang. The first one sets .venv up; PYTHON=python3 uses another.
+# make demo | test | check | bench | test-oracles | test-gpu | test-faults | test-sglang. The first one sets .venv up; PYTHON=python3 uses another.
 PYTHON ?= .venv/bin/python
 # The first Python that is new enough makes the environment.
 BASE := $(shell for p in python3 python3.13 python3.12 python3.11; do \
@@ -6,7 +6,9 @@ BASE := $(shell for p in python3 python3.13 python3.12 python3.11; do \
 PIP := .venv/bin/python -m pip install -qq --disable-pip-version-check
 SETUP := $(if $(filter .venv/%,$(PYTHON)),.venv/.stamp)
 
-.PHONY: demo test check bench test-gpu test-faults test-sglang clean
+PEERS := $(or $(SPECD_PEERS),$(CURDIR)/.venv/peers)
+
+.PHONY: demo test check bench test-oracles test-gpu test-faults test-sglang clean
 demo: $(SETUP)
 	@$(PYTHON) -m specd demo
 test: $(SETUP)
@@ -19,6 +21,10 @@ check: $(SETUP)
 	@$(dir $(PYTHON))lint-imports --no-logo
 bench: $(SETUP)
 	@$(PYTHON) -m specd bench transport
+# Losses, vocabularies and exported drafts against the packages of others; tests/oracles/peers.txt has their versions.
+test-oracles: $(SETUP)
+	@$(PYTHON) tests/oracles/install.py $(PEERS)
+	@SPECD_PEERS=$(PEERS) $(PYTHON) -m pytest -q tests/oracles
 test-gpu: $(SETUP)
 	@SPECD_REQUIRE_GPU=1 $(PYTHON) -m pytest -q -m 'gpu and not slow' --durations 10
 test-faults: $(SETUP)

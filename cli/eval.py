@@ -78,11 +78,12 @@ def evaluate(
     from rich.console import Console
 
     from specd.data.tokenizer import load_tokenizer
-    from specd.evaluate.evaluator import draft_directory, evaluate_draft
+    from specd.drafts.directory import draft_directory
+    from specd.evaluate.evaluator import evaluate_draft
     from specd.evaluate.results import EVALS
     from specd.targets.source import TOKENIZERS
     from specd.targets.transformers.load import load_network
-    from specd.train.directory import FACTS, read_facts
+    from specd.train.directory import FACTS, beginning, read_facts
 
     directory = draft_directory(draft)
     run = directory.parent if (directory.parent / FACTS).is_file() else None
@@ -94,7 +95,7 @@ def evaluate(
     place = source.tokenizer or source.path
     found = any(source.file(name) is not None for name in TOKENIZERS)
     console = Console(quiet=as_json)
-    seed = int(facts.config["train"]["seed"]) if facts else 0
+    began = beginning(facts) if facts and untrained else 0
     results = evaluate_draft(
         directory,
         network,
@@ -103,7 +104,7 @@ def evaluate(
         name=source.name,
         limit=limit,
         max_new_tokens=max_new_tokens,
-        untrained=seed if untrained else None,
+        untrained=began if untrained else None,
         progress=lambda title, total: _progress(console, title, total),
     )
     if as_json:

@@ -31,6 +31,8 @@ from specd.paths import cache_dir
 
 logger = logging.getLogger(__name__)
 
+COUNTED = 1 << 24
+"""Tokens that are counted at a time."""
 CHUNK = 64
 """Rows that are tokenised together, by one process."""
 
@@ -81,6 +83,14 @@ class Dataset:
 
     def loss_mask(self, i: int) -> NDArray[np.bool_]:
         return self._mask[self._starts[i] : self._starts[i + 1]]
+
+    def label_counts(self, vocab_size: int) -> NDArray[np.int64]:
+        """How often each token is a label, int64 [vocab_size]."""
+        counts = np.zeros(vocab_size, np.int64)
+        for begin in range(0, self._tokens.size, COUNTED):
+            part = slice(begin, begin + COUNTED)
+            counts += np.bincount(self._tokens[part][self._mask[part]], minlength=vocab_size)
+        return counts
 
     def plan(self, config: DataConfig, seed: int) -> BatchPlan:
         """The order in which these samples are trained. Raises ConfigError for a budget that a sample exceeds."""

@@ -12,10 +12,13 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import msgspec
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from specd.config.settings import CaptureConfig, Config
+from specd.errors import ConfigError
 from specd.protocol.batch import Batch, Delivery
 from specd.protocol.capture import CaptureSpec
 from specd.protocol.contract import TargetContract
@@ -66,12 +69,34 @@ class TargetParts(NamedTuple):
     """What a trainer has of the target, beside its states.
 
     config: its config.json. embedding, lm_head: [V, H], frozen; one tensor if they share memory.
+    label_counts: how often each token is a label of the training data, int64 [V]; None where that is not known.
     """
 
     contract: TargetContract
     config: dict[str, Any]
     embedding: Tensor
     lm_head: Tensor
+    label_counts: NDArray[np.int64] | None = None
+
+    def check(self, vocab_size: int, hidden_size: int) -> None:
+        """Raise ConfigError unless tensors, contract and these sizes, of config.json, agree."""
+        sizes = (self.contract.vocab_size, self.contract.hidden_size)
+        for name, tensor in (("embedding", self.embedding), ("lm_head", self.lm_head)):
+            if tensor.shape != sizes:
+                raise ConfigError(
+                    f"{name} of {self.contract.model} is {list(tensor.shape)}, its contract says {list(sizes)}"
+                )
+        if (vocab_size, hidden_size) != sizes:
+            raise ConfigError(
+                f"config.json of {self.contract.model} says vocabulary {vocab_size} and hidden size {hidden_size}, its "
+                f"contract {sizes[0]} and {sizes[1]}"
+            )
+
+    def frozen(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Embedding and lm_head on `device` in `dtype`; one tensor still if they were one."""
+        embedding = self.embedding.detach().to(device, dtype)
+        shared = self.embedding.data_ptr() == self.lm_head.data_ptr()
+        return embedding, embedding if shared else self.lm_head.detach().to(device, dtype)
 
 
 class Tuning(msgspec.Struct, frozen=True, kw_only=True):
@@ -116,8 +141,8 @@ class Drafter(Protocol):
         """Forget the text: another one begins."""
         ...
 
-    def extend(self, taps: Tensor) -> None:
-        """The target's states [tokens, n·H] of the next tokens of the text, each token once and in order."""
+    def extend(self, tokens: Tensor, taps: Tensor) -> None:
+        """The next tokens of the text, int64 [tokens], each once and in order, and their taps [tokens, n·H]."""
         ...
 
     def propose(self, token: int) -> Tensor:
@@ -128,10 +153,11 @@ class Drafter(Protocol):
 class Draft(Protocol):
     """A draft as it was read from its published directory."""
 
-    def drafter(self, embedding: Tensor, lm_head: Tensor) -> Drafter:
+    def drafter(self, embedding: Tensor, lm_head: Tensor, num_layers: int = 0) -> Drafter:
         """The draft for decoding beside a target, in the dtype of the target's embedding and lm_head, both [V, H].
 
-        Raises ConfigError for a target that is not the draft's own.
+        num_layers: of the target, 0 where the caller does not know. Raises ConfigError for a target that is not the
+        draft's own.
         """
         ...
 

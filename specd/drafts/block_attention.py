@@ -1,5 +1,7 @@
 """Attention of packed blocks: each sees its own sequence strictly before its anchor, and all of itself.
 
+A layer may restrict both: to a window of positions back, and causally, to what is before a token in its own block.
+
 Two implementations of one mask: flex_attention for GPUs, and plain torch ops sequence by sequence for anything else.
 Shape legend: M blocks, b tokens a block, N = M·b, T context tokens, C context tokens of one sequence, A its blocks,
 Q query heads, K key-value heads, G = Q / K, D head size. For flex_attention's kernels T and N are filled up to whole
@@ -51,6 +53,11 @@ class BlockLayout(msgspec.Struct, frozen=True, kw_only=True):
         first: Ints = np.maximum(self.starts[:, None], positions - window + 1)
         return first
 
+    def seen_inside(self, causal: bool) -> Ints:
+        """int64 [b]: how many tokens of its block, from the anchor on, each block token sees."""
+        size = self.block_size
+        return np.arange(1, size + 1) if causal else np.full(size, size)
+
 
 def to_device(array: NDArray[Any], device: torch.device) -> Tensor:
     """`array` on `device`; from pinned memory and without waiting for the device if that is a GPU."""
@@ -91,21 +98,27 @@ def plain_attention(layout: BlockLayout, device: torch.device) -> Attend:
             found.append(to_device(hidden[:, :, None, :], device))
         return found
 
-    def attend(query: Tensor, block: KeyValue, context: KeyValue, window: int) -> Tensor:
+    later = to_device(np.arange(layout.block_size) >= layout.seen_inside(True)[:, None], device)
+
+    def attend(query: Tensor, block: KeyValue, context: KeyValue, window: int, causal: bool = False) -> Tensor:
         b, outputs = layout.block_size, []
         for group, hidden in zip(groups, masks(window), strict=True):
             seen = slice(int(layout.starts[group[0]]), int(layout.anchors[group].max()))
             rows = slice(int(group[0]) * b, (int(group[-1]) + 1) * b)
             own = (block[0][rows], block[1][rows])
-            outputs.append(_sequence(query[rows], own, (context[0][seen], context[1][seen]), hidden, b))
+            behind = later if causal else None
+            outputs.append(_sequence(query[rows], own, (context[0][seen], context[1][seen]), hidden, behind, b))
         return torch.cat(outputs)
 
     return attend
 
 
-def _sequence(query: Tensor, block: KeyValue, context: KeyValue, hidden: Tensor, b: int) -> Tensor:
+def _sequence(
+    query: Tensor, block: KeyValue, context: KeyValue, hidden: Tensor, behind: Tensor | None, b: int
+) -> Tensor:
     """Blocks of one sequence: query [A·b, Q, D], block keys [A·b, K, D], context keys [C, K, D] -> [A·b, Q, D].
 
+    hidden: of the context, see plain_attention. behind: bool [b, b], True where a token of the block is hidden, if any.
     The scores against the context are one product for all blocks, those inside blocks one small product a block;
     one softmax runs over both.
     """
@@ -119,6 +132,8 @@ def _sequence(query: Tensor, block: KeyValue, context: KeyValue, hidden: Tensor,
 
     far = (q @ context_k.mT).view(kv, blocks, b, group, length).masked_fill(hidden, -math.inf)
     near = q.view(kv, blocks, b * group, head_dim) @ own_k.mT
+    if behind is not None:
+        near = near.masked_fill(behind.repeat_interleave(group, 0), -math.inf)
     scores = torch.cat((far.view(kv, blocks, b * group, length), near), dim=-1)
     weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
 
@@ -134,11 +149,11 @@ def flex_attention(layout: BlockLayout, device: torch.device, spread: bool = Tru
     backward, one program then sums the gradient of a tile of keys over the rows of one head and not of all G, and long
     sequences do not end in a few programs that are still busy.
     """
-    masks = functools.cache(lambda window, copies: block_mask(layout, window, device, copies))
+    masks = functools.cache(lambda window, causal, copies: block_mask(layout, window, device, copies, causal))
     kernel = compiled(_flex, INSTEAD) if device.type == "cuda" else _flex
     rows, context_rows = in_whole_tiles(len(layout.anchors) * layout.block_size), in_whole_tiles(layout.num_context)
 
-    def attend(query: Tensor, block: KeyValue, context: KeyValue, window: int) -> Tensor:
+    def attend(query: Tensor, block: KeyValue, context: KeyValue, window: int, causal: bool = False) -> Tensor:
         num_rows, num_heads, head_dim = query.shape
         kv = block[0].shape[1]
         group = num_heads // kv
@@ -148,7 +163,7 @@ def flex_attention(layout: BlockLayout, device: torch.device, spread: bool = Tru
         # All but the number of tiles is known when it is compiled.
         for part in (grouped, context_k, context_v, block_k, block_v):
             torch._dynamo.mark_static(part, list(range(1, part.ndim)))
-        mask = masks(window, group if spread else 1)
+        mask = masks(window, causal, group if spread else 1)
         out: Tensor = kernel(grouped, context_k, context_v, block_k, block_v, mask, spread)
         # The backward of a slice writes zeros and then all of the gradient over them.
         return out if num_rows == rows else out[:num_rows]
@@ -202,7 +217,7 @@ def _in_tiles(x: Tensor, size: int) -> Tensor:
     return whole.reshape(-1, TILE, *x.shape[1:])
 
 
-def block_mask(layout: BlockLayout, window: int, device: torch.device, copies: int = 1) -> Any:
+def block_mask(layout: BlockLayout, window: int, device: torch.device, copies: int = 1, causal: bool = False) -> Any:
     """flex_attention's BlockMask of N' queries over T' + N' keys (context, then blocks), its tiles chosen on the host.
 
     copies: the size of its batch. Rows that only fill up see nothing of the context and no block.
@@ -210,20 +225,19 @@ def block_mask(layout: BlockLayout, window: int, device: torch.device, copies: i
     from torch.nn.attention.flex_attention import BlockMask
 
     rows, context = in_whole_tiles(len(layout.anchors) * layout.block_size), in_whole_tiles(layout.num_context)
-    partial, full = tiles(layout, window)
+    partial, full = tiles(layout, window, causal)
 
-    def of_rows(values: NDArray[Any], fill: int) -> NDArray[np.int32]:
-        return np.pad(values.reshape(-1).astype(np.int32), (0, rows - values.size), constant_values=fill)
+    def of_rows(values: Ints) -> Tensor:
+        padded = np.pad(values.reshape(-1).astype(np.int32), (0, rows - values.size))
+        return to_device(padded, device)
 
-    owner = np.repeat(np.arange(len(layout.anchors)), layout.block_size)
-    first = to_device(of_rows(layout.visible_from(window), 0), device)
-    last = to_device(of_rows(np.repeat(layout.anchors, layout.block_size), 0), device)
-    row_owner = to_device(of_rows(owner, -2), device)
-    key_owner = to_device(np.concatenate((np.full(context, -1, np.int32), of_rows(owner, -1))), device)
+    own = context + np.arange(len(layout.anchors))[:, None] * layout.block_size
+    first, last = of_rows(layout.visible_from(window)), of_rows(np.repeat(layout.anchors, layout.block_size))
+    own_first, own_last = of_rows(np.repeat(own, layout.block_size)), of_rows(own + layout.seen_inside(causal))
 
     # Tensors only, no Python numbers: those would be compiled in, and every new batch would compile again.
     def visible(_batch: Tensor, _head: Tensor, row: Tensor, key: Tensor) -> Tensor:
-        return ((key >= first[row]) & (key < last[row])) | (key_owner[key] == row_owner[row])
+        return ((key >= first[row]) & (key < last[row])) | ((key >= own_first[row]) & (key < own_last[row]))
 
     counts, indices, full_counts, full_indices = (
         to_device(part, device).repeat(copies, *[1] * (part.ndim - 1))
@@ -241,17 +255,18 @@ def block_mask(layout: BlockLayout, window: int, device: torch.device, copies: i
     )
 
 
-def tiles(layout: BlockLayout, window: int) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+def tiles(layout: BlockLayout, window: int, causal: bool = False) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
     """Tiles a kernel must visit with the mask, and tiles it may take whole: bool [N' / TILE, (T' + N') / TILE] each."""
     b, context = layout.block_size, in_whole_tiles(layout.num_context)
     num_rows = len(layout.anchors) * b
     num_tiles = in_whole_tiles(num_rows) // TILE
     # Rows in units that never straddle a block nor a tile, so that one range of keys holds for each.
     unit = math.gcd(b, TILE)
-    block = np.arange(num_rows // unit) * unit // b
+    block, offset = np.divmod(np.arange(num_rows // unit) * unit, b)
     first = layout.visible_from(window)
     low_any, low_all, high = first[block, 0], first[block, -1], layout.anchors[block]
-    own = context + block * b
+    own, seen = context + block * b, layout.seen_inside(causal)
+    own_all, own_any = own + seen[offset], own + seen[offset + unit - 1]
     left = np.arange(context // TILE + num_tiles) * TILE
     right = left + TILE
 
@@ -267,9 +282,9 @@ def tiles(layout: BlockLayout, window: int) -> tuple[NDArray[np.bool_], NDArray[
         return padded.reshape(-1, TILE // unit, left.size)
 
     touched: NDArray[np.bool_] = np.logical_or.reduce(
-        by_tile(overlap(low_any, high) | overlap(own, own + b), False), axis=1
+        by_tile(overlap(low_any, high) | overlap(own, own_any), False), axis=1
     )
-    whole = np.logical_and.reduce(by_tile(inside(low_all, high) | inside(own, own + b), True), axis=1)
+    whole = np.logical_and.reduce(by_tile(inside(low_all, high) | inside(own, own_all), True), axis=1)
     full: NDArray[np.bool_] = touched & whole
     return touched & ~full, full
 

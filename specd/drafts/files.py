@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from specd.drafts.directory import WEIGHTS
 from specd.errors import CheckpointError
 from specd.protocol.contract import is_file_name
 
@@ -38,7 +39,9 @@ def write_draft(path: Path, config: dict[str, Any], weights: Mapping[str, Tensor
                 (new / name).parent.mkdir(exist_ok=True)
                 (new / name).write_bytes(content)
             (new / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-            save_file(tensors, new / "model.safetensors", metadata={"format": "pt"})
+            save_file(tensors, new / WEIGHTS, metadata={"format": "pt"})
+            # safetensors lets nobody else read it, but who serves a draft need not be who trained it.
+            (new / WEIGHTS).chmod((new / "config.json").stat().st_mode)
             for file in new.rglob("*"):
                 sync(file)
             if path.exists():

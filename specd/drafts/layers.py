@@ -5,11 +5,13 @@ Shape legend: T context tokens, N tokens, H hidden size, D head size, Q query he
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from specd.drafts.rope import Scaling, frequencies
 
 KeyValue = tuple[Tensor, Tensor]
 """Keys and values of some tokens, each [tokens, K, D], keys already rotated."""
@@ -20,26 +22,26 @@ Rope = tuple[Tensor, Tensor]
 class Attend(Protocol):
     """Attention of all block tokens under the mask of blocks; see `specd.drafts.block_attention`."""
 
-    def __call__(self, query: Tensor, block: KeyValue, context: KeyValue, window: int) -> Tensor:
-        """query [N, Q, D], block keys and values of N tokens, context of T; window 0 is none. Returns [N, Q, D]."""
+    def __call__(self, query: Tensor, block: KeyValue, context: KeyValue, window: int, causal: bool = False) -> Tensor:
+        """query [N, Q, D], block keys and values of N tokens, context of T -> [N, Q, D].
+
+        window: positions back that a token sees, 0 for all. causal: of its own block it sees what is before it.
+        """
         ...
 
 
-def rope_theta(config: dict[str, Any]) -> float:
-    """Base frequency of a model's rotary embedding: newer configs keep it inside `rope_parameters`."""
-    inside = config.get("rope_parameters") or {}
-    return float(inside.get("rope_theta") or config.get("rope_theta") or 10000.0)
-
-
 class Linear(nn.Module):
-    """Bias-free linear map: float32 master weight [outputs, inputs], applied in the dtype of its input."""
+    """Linear map: float32 master weight [outputs, inputs], applied in the dtype of its input. bias: zero at first."""
 
-    def __init__(self, inputs: int, outputs: int) -> None:
+    bias: nn.Parameter | None
+
+    def __init__(self, inputs: int, outputs: int, bias: bool = False) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(outputs, inputs))
+        self.register_parameter("bias", nn.Parameter(torch.zeros(outputs)) if bias else None)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype))
+        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 
 
 class RMSNorm(nn.Module):
@@ -66,6 +68,39 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         states: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
         return states
+
+
+class Rotations(nn.Module):
+    """Cosine and sine of positions. theta: base frequency. scaling: for long texts, None for none."""
+
+    inverse: Tensor | None
+
+    def __init__(
+        self, theta: float, scaling: Scaling | None, head_dim: int, num_heads: int, max_positions: int
+    ) -> None:
+        super().__init__()
+        self.theta, self.head_dim, self.factor, inverse = theta, head_dim, 1.0, None
+        if scaling is not None:
+            inverse, self.factor = frequencies(theta, scaling, head_dim, num_heads, max_positions)
+        self.register_buffer("inverse", inverse, persistent=False)
+
+    def forward(self, positions: Tensor, dtype: torch.dtype) -> Rope:
+        """Of positions [tokens]."""
+        inverse = self.inverse
+        if inverse is None:
+            half = torch.arange(0, self.head_dim, 2, device=positions.device, dtype=torch.float32)
+            inverse = 1.0 / self.theta ** (half / self.head_dim)
+        angles = (positions.float()[:, None] * inverse)[:, None, :]
+        return (angles.cos() * self.factor).to(dtype), (angles.sin() * self.factor).to(dtype)
+
+
+def draw(module: nn.Module, seed: int) -> None:
+    """Fill the matrices of a draft from normal(0, 0.02), by `seed` alone; gains stay 1."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0.0, 0.02, generator=generator)
 
 
 def rotate(x: Tensor, rope: Rope) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +10,7 @@ import msgspec
 
 from specd.config.load import convert
 from specd.config.settings import Config
+from specd.drafts.directory import read_config
 from specd.errors import CheckpointError, ConfigError
 from specd.plugins import Family
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 BUILTIN: dict[str, str] = {
     "dflash": "specd.drafts.dflash.method:DFlashMethod",
+    "eagle3": "specd.drafts.eagle3.method:Eagle3Method",
 }
 DEFAULT = next(iter(BUILTIN))
 """The method where none is asked for."""
@@ -54,14 +55,7 @@ def read(path: Path) -> Draft:
 
     Raises ConfigError for one that no method here can run, CheckpointError for a directory that holds no draft.
     """
-    try:
-        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{str(path)!r} is no draft directory: {error}; expected config.json and model.safetensors in it"
-        ) from None
-    if not isinstance(config, dict):
-        raise CheckpointError(f"config.json in {str(path)!r} holds a {type(config).__name__}, expected an object")
+    config = read_config(path)
     asked = config.get("architectures")
     if isinstance(asked, list) and not _are_names(asked, list):
         raise CheckpointError(f"config.json in {str(path)!r}: architectures is {asked!r}, expected a list of names")

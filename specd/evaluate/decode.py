@@ -66,7 +66,7 @@ def speculate(
     drafted, accepted = np.zeros((2, drafter.block_size - 1), np.int64)
     drafter.reset()
     logits, taps = target.forward(_checked(prompt, max_new_tokens), last_only=True)
-    drafter.extend(taps)
+    drafter.extend(torch.tensor(prompt, device=taps.device), taps)
     tokens, forwards = [int(logits[-1].argmax())], 0
     while tokens[-1] not in eos and len(tokens) < max_new_tokens:
         # A block verifies one token more than it guesses, and yields at most as many as it verifies.
@@ -82,9 +82,10 @@ def speculate(
             new = new[: end + 1]
         drafted[: len(guesses) if end is None else min(len(guesses), len(new))] += 1
         accepted[: min(right, len(new))] += 1
+        read = torch.tensor([tokens[-1], *new[:-1]], device=taps.device)
         tokens += new
         target.keep(len(prompt) + len(tokens) - 1)
-        drafter.extend(taps[: len(new)])
+        drafter.extend(read, taps[: len(new)])
     return Generation(
         tokens=tuple(tokens),
         forwards=forwards,
@@ -158,7 +159,7 @@ class _NoDrafter:
 
     def reset(self) -> None: ...
 
-    def extend(self, taps: Tensor) -> None: ...
+    def extend(self, tokens: Tensor, taps: Tensor) -> None: ...
 
     def propose(self, token: int) -> Tensor:
         return torch.empty(0, dtype=torch.int64)

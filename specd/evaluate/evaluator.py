@@ -11,6 +11,7 @@ from specd.config.settings import DataConfig
 from specd.data.rows import HELDOUT, sources
 from specd.data.tokenizer import end_tokens
 from specd.drafts import registry
+from specd.drafts.directory import draft_directory
 from specd.errors import ConfigError
 from specd.evaluate.decode import evaluate, greedy
 from specd.evaluate.prompts import read_prompts
@@ -35,7 +36,7 @@ def evaluate_draft(
     name: str = "",
     limit: int = 0,
     max_new_tokens: int = 64,
-    untrained: int | None = None,
+    untrained: int | Path | None = None,
     progress: Progress = unseen,
 ) -> dict[str, EvalFacts]:
     """Decode prompts with a draft and without it: acceptance length, and whether every output is identical.
@@ -43,7 +44,8 @@ def evaluate_draft(
     draft: its directory, or that of the run that exported it. model, tokenizer: its target, a causal LM of
     transformers. prompts: what `read_prompts` makes prompts of, as a file or hub name, or as the settings to read it
     with; the first `limit` of them, 0 for all. name: of the target, for the record. untrained: the seed of its
-    training, to decode with its initial weights, too. Returns the results by name: `untrained` if asked for, `trained`.
+    training, or the draft that it began with, to decode with its initial weights, too. Returns the results by name:
+    `untrained` if asked for, `trained`.
     Raises ConfigError for a draft that is not this target's, a target without a tokenizer or a limit below 0,
     CheckpointError for a directory that holds no draft; what `read_prompts` raises.
     """
@@ -56,9 +58,13 @@ def evaluate_draft(
     if limit < 0:
         raise ConfigError(f"limit={limit}: expected a number of prompts, or 0 for all")
     trained = registry.read(directory)
-    drafts = {"untrained": trained.untrained(untrained)} if untrained is not None else {}
+    drafts = {}
+    if untrained is not None:
+        first = registry.read(untrained) if isinstance(untrained, Path) else trained.untrained(untrained)
+        drafts["untrained"] = first
     weights = model.get_input_embeddings().weight, model.get_output_embeddings().weight
-    drafters = {which: one.drafter(*weights) for which, one in (drafts | {"trained": trained}).items()}
+    depth = int(model.config.get_text_config().num_hidden_layers)
+    drafters = {which: one.drafter(*weights, depth) for which, one in (drafts | {"trained": trained}).items()}
     positions = int(getattr(model.config.get_text_config(), "max_position_embeddings", 0) or 0)
     found = read_prompts(
         data,
@@ -99,9 +105,3 @@ def evaluate_draft(
             result=result,
         )
     return results
-
-
-def draft_directory(path: Path | str) -> Path:
-    """The directory of the draft that `path` means: `path` itself, or the one in it if it is a run's."""
-    inside = Path(path, "draft")
-    return inside if (inside / "config.json").is_file() else Path(path)

@@ -15,6 +15,8 @@ import msgspec
 
 from specd.config.load import convert
 from specd.config.settings import Config, RunConfig
+from specd.drafts.directory import digest, draft_directory
+from specd.drafts.initial import FACT, began_with
 from specd.errors import CheckpointError, ConfigError, ProtocolError, writing
 from specd.evaluate.results import load_facts
 from specd.protocol.contract import TEMPLATES, TargetContract, is_file_name
@@ -157,9 +159,12 @@ def target_files(contract: TargetContract, fetch: Callable[[str], bytes], direct
 def identity(config: RunConfig, draft: Config, free: frozenset[str], contract: TargetContract, data: str) -> Identity:
     """The Identity of this run's checkpoints. data: digest of the samples, whatever path they come from.
 
-    The rest as `fixed`, which see.
+    A draft that the run begins with is known by its content, too. The rest as `fixed`, which see.
     """
-    return Identity(target=contract.fingerprint, settings={"data.digest": data} | fixed(config, draft, free))
+    settings = {"data.digest": data} | fixed(config, draft, free)
+    if init := settings.get("draft.init"):
+        settings["draft.init"] = digest(draft_directory(init))
+    return Identity(target=contract.fingerprint, settings=settings)
 
 
 def fixed(config: RunConfig, draft: Config, free: frozenset[str]) -> dict[str, Any]:
@@ -191,6 +196,15 @@ class RunFacts(msgspec.Struct, frozen=True, kw_only=True):
     transports: dict[str, str]
     machine: dict[str, str]
     config: dict[str, Any]
+
+
+def beginning(facts: RunFacts) -> int | Path:
+    """What the weights of a run began with: the seed they were drawn by, or the directory of another draft.
+
+    Raises ConfigError when that draft is another one by now, CheckpointError when it is gone.
+    """
+    init = facts.config.get("draft", {}).get("init", "")
+    return began_with(init, facts.draft.get(FACT, "")) if init else int(facts.config["train"]["seed"])
 
 
 def machine_facts() -> dict[str, str]:

@@ -82,8 +82,13 @@ def check_mask(draft: Config, files: Path, vocabulary: int, target: str) -> list
 
 
 def mask_of(draft: Config) -> int | None:
-    """The mask token in the settings of a draft, −1 where it is to be chosen; None for a draft that takes none."""
-    return getattr(draft, "mask_token_id", None)
+    """The mask token in the settings of a draft, −1 where it is to be chosen; None for a draft that takes none.
+
+    None, too, where it is that of the draft that this one begins with.
+    """
+    mask: int | None = getattr(draft, "mask_token_id", None)
+    init: str = getattr(draft, "init", "")
+    return None if mask == -1 and init else mask
 
 
 def data_facts(path: str | tuple[str, ...], dataset: Dataset) -> dict[str, Any]:

@@ -161,7 +161,7 @@ def _train(
         steps, done = total_steps(settled.train, loader.num_batches), checkpoints.step() if again else 0
         dtype: torch.dtype = getattr(torch, settled.train.dtype)
         try:
-            parts = _target_parts(subscriber, json.loads(files["config.json"]))
+            parts = _target_parts(subscriber, json.loads(files["config.json"]), dataset)
             objective = method.objective(draft, parts, device, dtype, settled.train.seed)
             objective.warm_up(getattr(torch, subscriber.spec.dtype))
         except torch.OutOfMemoryError as error:
@@ -302,11 +302,12 @@ def _with_data(config: RunConfig, target: str) -> RunConfig:
     return replace(config, data=replace(config.data, path=DEMO))
 
 
-def _target_parts(subscriber: Subscriber, config: dict[str, object]) -> TargetParts:
+def _target_parts(subscriber: Subscriber, config: dict[str, object], dataset: Dataset) -> TargetParts:
     contract = subscriber.contract
     embedding = subscriber.tensor("embedding")
     tied = contract.artifacts["lm_head"].same_as == "embedding"
-    return TargetParts(contract, config, embedding, embedding if tied else subscriber.tensor("lm_head"))
+    lm_head = embedding if tied else subscriber.tensor("lm_head")
+    return TargetParts(contract, config, embedding, lm_head, dataset.label_counts(contract.vocab_size))
 
 
 def _facts(

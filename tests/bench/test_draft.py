@@ -45,7 +45,11 @@ def test_counted_operations_are_those_that_torch_executes(window: int) -> None:
     assert 0 < attention <= executed[torch.ops.aten.bmm]
     objective: Any = trained.objective
     anchors = objective.draw(batch).layout.anchors
-    seen = sum(min(int(p), max(0, window - 1 - k) if window else int(p)) + 4 for p in anchors for k in range(4))
+    seen = sum(
+        min(int(p), max(0, window - 1 - k) if window else int(p)) + (k + 1 if window else 4)
+        for p in anchors
+        for k in range(4)
+    )
     assert attention == 3 * 2 * 2 * 2 * seen * 64
 
 

@@ -20,7 +20,9 @@ from specd.config.settings import (
     TargetConfig,
 )
 from specd.drafts.dflash.settings import DFlashConfig
-from specd.drafts.taps import spread_taps
+from specd.drafts.eagle3.model import Eagle3Draft, draft_shape
+from specd.drafts.eagle3.settings import Eagle3Config
+from specd.drafts.taps import eagle3_taps, spread_taps
 from specd.protocol.batch import slot_layout
 from specd.protocol.capture import CaptureSpec
 from specd.targets.base import CaptureJob
@@ -95,6 +97,29 @@ def test_recipes_fit_the_configuration(name: str) -> None:
         assert draft.mask_token_id == 151669
     else:
         assert run.data.path == "specd:demo/train.jsonl"
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_recipes_of_eagle3_fit_the_configuration(name: str) -> None:
+    recipe = known(name)
+    run = convert({"method": "eagle3"} | recipe.run["eagle3"], RunConfig, f"preset {name}")
+    draft = convert(run.draft, Eagle3Config, f"preset {name}")
+    ring, layers = convert(recipe.ring, RingConfig, f"preset {name}"), recipe.config["num_hidden_layers"]
+    taps = eagle3_taps(layers)
+    assert taps == {30: (1, 14, 26), 36: (1, 17, 32), 48: (1, 23, 44)}[layers]
+    assert CaptureSpec(taps=taps, final=True).problem(layers) is None
+    assert len(taps) + 1 <= recipe.capture["num_taps"], "what a daemon's slots hold"
+    assert run.data.max_length <= run.data.batch_tokens <= ring.slot_tokens
+    shape = draft_shape(draft, recipe.config, taps)
+    assert shape.draft_vocab_size < shape.vocab_size
+    if name.startswith("Qwen3"):
+        assert (draft.num_steps, draft.draft_vocab_size, run.train.clip, run.train.lr) == (7, 32_000, 0.5, 1e-4)
+    else:
+        assert run.data.path == "specd:demo/train.jsonl"
+    if name.startswith("Qwen3-30B"):
+        with torch.device("meta"):
+            trained = sum(weight.numel() for weight in Eagle3Draft(shape).parameters())
+        assert trained == pytest.approx(183e6, rel=0.01)
 
 
 @pytest.mark.parametrize("name", PARAMETERS)

@@ -67,8 +67,9 @@ class Oracle:
     def reset(self) -> None:
         self.known = 0
 
-    def extend(self, taps: Tensor) -> None:
-        assert taps.shape[1] == HIDDEN
+    def extend(self, tokens: Tensor, taps: Tensor) -> None:
+        assert taps.shape == (len(tokens), HIDDEN)
+        assert tokens.tolist() == self.whole[self.known : self.known + len(tokens)]
         self.known += len(taps)
 
     def propose(self, token: int) -> Tensor:
@@ -239,13 +240,14 @@ def test_a_cached_draft_equals_one_that_reads_the_whole_context_each_time(model:
     draft = make_draft(model)
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     taps = torch.randn(17, 2 * HIDDEN, generator=torch.Generator().manual_seed(0))
+    tokens = torch.arange(17)
     cached = DFlashDrafter(draft, embedding, head)
     with torch.no_grad():
         for begin, end in ((0, 9), (9, 10), (10, 13), (13, 17)):
-            cached.extend(taps[begin:end])
+            cached.extend(tokens[begin:end], taps[begin:end])
             cached.propose(7)
             fresh = DFlashDrafter(draft, embedding, head)
-            fresh.extend(taps[:end])
+            fresh.extend(tokens[:end], taps[:end])
             assert torch.equal(cached.propose(7), fresh.propose(7))
             for one, other in zip(cached._cache, fresh._cache, strict=True):
                 torch.testing.assert_close(one, other)

@@ -15,10 +15,12 @@ import torch
 import zmq
 
 from specd.client.subscriber import Subscriber
-from specd.config.settings import DaemonConfig, RingConfig, SubscriberConfig, TargetConfig, TrainConfig
-from specd.drafts.base import TargetParts
+from specd.config.settings import Config, DaemonConfig, RingConfig, SubscriberConfig, TargetConfig, TrainConfig
+from specd.drafts.base import Method, TargetParts
 from specd.drafts.dflash.method import DFlashMethod
 from specd.drafts.dflash.settings import DFlashConfig
+from specd.drafts.eagle3.method import Eagle3Method
+from specd.drafts.eagle3.settings import Eagle3Config
 from specd.protocol.batch import Batch
 from specd.train.checkpoint import Checkpoints, Identity
 from specd.train.journal import read
@@ -26,7 +28,13 @@ from specd.train.loop import train
 
 STEPS = 20
 RING = RingConfig(slots=8, slot_tokens=256)
-DRAFT = DFlashConfig(num_layers=2, num_taps=3, block_size=4, num_anchors=6, attention="sdpa", mask_token_id=255)
+DRAFTS: dict[str, tuple[type[Method], Config]] = {
+    "dflash": (
+        DFlashMethod,
+        DFlashConfig(num_layers=2, num_taps=3, block_size=4, num_anchors=6, attention="sdpa", mask_token_id=255),
+    ),
+    "eagle3": (Eagle3Method, Eagle3Config(num_steps=4, draft_vocab_size=40)),
+}
 TARGET = {
     "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "hidden_size": 64, "intermediate_size": 128,
     "num_hidden_layers": 8, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 256,
@@ -94,15 +102,20 @@ def losses(
     device: str = "cpu",
     *,
     borrow: bool = False,
+    draft: str = "dflash",
 ) -> list[float | None]:
     """The losses of twenty steps of a new draft, its files in `path`; the states must have come over `transport`."""
     torch.set_num_threads(1)
     config = SubscriberConfig(endpoints=endpoints, transport=transport, depth=depth, timeout_s=60, borrow=borrow)
-    spec = partial(DFlashMethod.capture, DRAFT)
+    method, own = DRAFTS[draft]
+    spec = partial(method.capture, own)
     with Subscriber(config, spec, device=device, context=context) as source:
         published = json.loads(source.artifact("config.json"))
-        target = TargetParts(source.contract, published, source.tensor("embedding"), source.tensor("lm_head"))
-        objective = DFlashMethod.objective(DRAFT, target, device, torch.float32)
+        counts = np.where(np.arange(source.contract.vocab_size) < 20, 100, 1)
+        tensors = source.tensor("embedding"), source.tensor("lm_head")
+        objective = method.objective(
+            own, TargetParts(source.contract, published, *tensors, counts), device, torch.float32
+        )
         settings = TrainConfig(epochs=1, lr=3e-3, save_every=0)
         checkpoints = Checkpoints(path / "checkpoints", Identity(target=source.contract.fingerprint, settings={}))
         train(settings, objective, Feed(), source, checkpoints, path / "metrics.jsonl")

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import zmq
 
-from exact import Context, daemon_config, learns, losses, serve, write_model
+from exact import DRAFTS, Context, daemon_config, learns, losses, serve, write_model
 from specd.daemon.serve import embedded
 
 
@@ -34,13 +34,18 @@ def threads(model: Path) -> Iterator[tuple[Context, tuple[str, ...]]]:
 
 
 @pytest.fixture(scope="module")
-def reference(threads: tuple[Context, tuple[str, ...]], tmp_path_factory: pytest.TempPathFactory) -> list[float | None]:
+def references(
+    threads: tuple[Context, tuple[str, ...]], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, list[float | None]]:
     context, endpoints = threads
-    found = losses(tmp_path_factory.mktemp("reference"), "inproc", 0, endpoints[:1], context)
-    assert learns(found)
+    found = {
+        name: losses(tmp_path_factory.mktemp(name), "inproc", 0, endpoints[:1], context, draft=name) for name in DRAFTS
+    }
+    assert all(learns(one) for one in found.values())
     return found
 
 
+@pytest.mark.parametrize("draft", list(DRAFTS))
 @pytest.mark.parametrize("num_daemons", [1, 2])
 @pytest.mark.parametrize("depth", [1, 4])
 @pytest.mark.parametrize("transport", ["inproc", "shm", "bytes"])
@@ -50,12 +55,13 @@ def test_losses_are_bit_identical(
     num_daemons: int,
     processes: tuple[str, ...],
     threads: tuple[Context, tuple[str, ...]],
-    reference: list[float | None],
+    references: dict[str, list[float | None]],
+    draft: str,
     tmp_path: Path,
 ) -> None:
     context, local = threads
     if transport == "inproc":
-        found = losses(tmp_path, transport, depth, local[:num_daemons], context)
+        found = losses(tmp_path, transport, depth, local[:num_daemons], context, draft=draft)
     else:
-        found = losses(tmp_path, transport, depth, processes[:num_daemons], None)
-    assert found == reference
+        found = losses(tmp_path, transport, depth, processes[:num_daemons], None, draft=draft)
+    assert found == references[draft]

@@ -38,7 +38,7 @@ class DFlashDrafter:
     def reset(self) -> None:
         self._cache = []
 
-    def extend(self, taps: Tensor) -> None:
+    def extend(self, tokens: Tensor, taps: Tensor) -> None:
         known = self._cache[0][0].shape[0] if self._cache else 0
         positions = torch.arange(known, known + taps.shape[0], device=taps.device)
         new = self._draft.context(taps.to(self._embedding.dtype), positions)

@@ -1,23 +1,63 @@
-"""Draft directories in the published DFlash format: model.safetensors and config.json."""
+"""Draft directories in the published DFlash format: written, and read whoever wrote them."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
+from specd.drafts.card import card, sglang, vllm
 from specd.drafts.dflash.model import DFlashDraft, DraftShape
+from specd.drafts.directory import read_config
 from specd.drafts.files import write_draft
-from specd.drafts.layers import rope_theta
-from specd.errors import CheckpointError, ConfigError
+from specd.drafts.keys import check, flat
+from specd.drafts.rope import rope_scaling, rope_theta
+from specd.drafts.speculators import unwrapped
+from specd.drafts.taps import spread_taps
+from specd.drafts.weights import fill, read_weights
+from specd.errors import ConfigError
 
 ARCHITECTURE = "DFlashDraftModel"
+ARCHITECTURES = (ARCHITECTURE, "DFlashSpeculator")
+"""What a DFlash draft's config.json may call it; the other is Speculators'."""
+SURPLUS = ("embed_tokens.weight", "lm_head.weight", "rotary_emb.inv_freq", "verifier_norm.weight", "d2t", "t2d")
+"""Ends of names of tensors that are the target's, or follow from config.json."""
+READ = frozenset({
+    "attention_bias", "block_size", "causal", "final_logit_softcapping", "head_dim", "hidden_size",
+    "intermediate_size", "is_causal", "layer_types", "mask_token_id", "max_position_embeddings",
+    "num_attention_heads", "num_hidden_layers", "num_key_value_heads", "num_target_layers", "output_multiplier",
+    "rms_norm_eps", "sliding_window", "target_layer_ids", "tie_word_embeddings", "use_sliding_window", "vocab_size",
+})  # fmt: skip
+"""Keys that are read, or that leave the order of the draft's logits as it is."""
+ONLY: dict[str, tuple[Any, ...]] = {
+    "model_type": ("qwen3",),
+    "hidden_act": ("silu",),
+    "mlp_bias": (False,),
+    "input_embedding_scale": (1,),
+    "use_swa": (False,),
+    "sample_from_anchor": (False,),
+    "is_neox_style": (True,),
+    "rope_is_neox_style": (True,),
+    "partial_rotary_factor": (1,),
+    "use_gemma_norm": (False,),
+    "use_qk_norm": (True,),
+    "attention_mode": ("gqa", "mha"),
+    "attention_sink_bias": (False,),
+    "attention_value_scale": (),
+    "projector_type": ("dflash",),
+    "pure_draft_prefix_len": (0,),
+    "shift_label": (False,),
+    "conv_kernel_size": (0,),
+    "conv_group_size": (0,),
+    "selector_rank": (0,),
+    "selector_top_k": (0,),
+    "has_embed_tokens": (False,),
+    "has_lm_head": (False,),
+}
+"""Keys with which other drafts compute something else, and what they may be here."""
 
 
 def save_draft(
@@ -40,7 +80,7 @@ def draft_config(shape: DraftShape, dtype: torch.dtype) -> dict[str, Any]:
     sliding = "sliding_attention" in shape.layer_types
     config: dict[str, Any] = {
         "architectures": [ARCHITECTURE],
-        "attention_bias": False,
+        "attention_bias": shape.attention_bias,
         "attention_dropout": 0.0,
         "block_size": shape.block_size,
         "dflash_config": {"mask_token_id": shape.mask_token_id, "target_layer_ids": list(shape.taps)},
@@ -59,7 +99,7 @@ def draft_config(shape: DraftShape, dtype: torch.dtype) -> dict[str, Any]:
         "num_key_value_heads": shape.num_kv_heads,
         "num_target_layers": shape.num_target_layers,
         "rms_norm_eps": shape.rms_norm_eps,
-        "rope_scaling": None,
+        "rope_scaling": shape.rope_scaling,
         "rope_theta": shape.rope_theta,
         "sliding_window": shape.sliding_window if sliding else None,
         "tie_word_embeddings": shape.tie_word_embeddings,
@@ -67,10 +107,25 @@ def draft_config(shape: DraftShape, dtype: torch.dtype) -> dict[str, Any]:
         "use_sliding_window": sliding,
         "vocab_size": shape.vocab_size,
     }
-    if sliding:
-        # Readers of the format take sliding layers for causal ones unless told otherwise.
-        config["is_causal"] = False
+    if shape.is_causal is not None:
+        # Without it readers take sliding layers for causal ones, and full ones for others.
+        config["is_causal"] = shape.is_causal
     return config
+
+
+def model_card(shape: DraftShape, target: str, facts: Mapping[str, str]) -> bytes:
+    """The README of a draft for `target`. facts: as of Objective.facts."""
+    serving = {
+        "SGLang": sglang(target, "--speculative-algorithm DFLASH"),
+        "vLLM": vllm(target, "dflash", shape.block_size - 1),
+    }
+    notes = ["Give vLLM the method: it takes it from the path otherwise."]
+    if "sliding_attention" in shape.layer_types:
+        if shape.is_causal is not None:
+            notes.append("SGLang from 0.5.18 on: older ones ignore is_causal, and guess worse without an error.")
+        if "full_attention" in shape.layer_types:
+            notes.append("Some layers slide and some do not: vLLM needs its V2 model runner for that.")
+    return card("DFlash", target, facts, serving, notes)
 
 
 def load_draft(path: str | Path) -> DFlashDraft:
@@ -80,81 +135,56 @@ def load_draft(path: str | Path) -> DFlashDraft:
     file is missing, unreadable, or its tensors are not the ones the config asks for.
     """
     path = Path(path)
-    try:
-        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-        weights = load_file(path / "model.safetensors")
-    except (OSError, ValueError, SafetensorError) as error:
-        raise CheckpointError(
-            f"{str(path)!r} is no draft directory: {error}; expected config.json and model.safetensors in it"
-        ) from None
-    if not isinstance(config, dict):
-        raise CheckpointError(f"config.json in {str(path)!r} holds a {type(config).__name__}, expected an object")
-    draft = DFlashDraft(read_shape(config, str(path)))
-    own = {name: tensor.shape for name, tensor in draft.state_dict().items()}
-    found = {name: tensor.shape for name, tensor in weights.items()}
-    if own != found:
-        odd = sorted(name for name in own.keys() | found.keys() if own.get(name) != found.get(name))
-        name = odd[0]
-        raise CheckpointError(
-            f"{str(path)!r}: {len(odd)} tensors differ from what its config.json asks for, first {name!r}: "
-            f"found {_size(found.get(name))}, expected {_size(own.get(name))}"
-        )
-    draft.load_state_dict(weights)
+    draft = DFlashDraft(read_shape(read_config(path), str(path)))
+    fill(draft, read_weights(path, {"model.": ""}, SURPLUS), str(path))
     return draft
 
 
-def _size(shape: torch.Size | None) -> str:
-    return "none" if shape is None else str(list(shape))
-
-
 def read_shape(config: dict[str, Any], where: str) -> DraftShape:
-    """The shape in a draft's config.json. `where` names it in errors. Raises ConfigError, see load_draft."""
-    refused = {
-        "architectures": (config.get("architectures") != [ARCHITECTURE], f"expected [{ARCHITECTURE!r}]"),
-        "model_type": (config.get("model_type") != "qwen3", "expected 'qwen3'"),
-        "attention_bias": (bool(config.get("attention_bias")), "expected none"),
-        "hidden_act": (config.get("hidden_act", "silu") != "silu", "expected 'silu'"),
-        "rope_scaling": (_scaled(config.get("rope_scaling")), "expected none"),
-        "rope_parameters": (_scaled(config.get("rope_parameters")), "expected rope_type 'default'"),
-    }
-    for key, (wrong, expectation) in refused.items():
-        if wrong:
-            raise ConfigError(
-                f"draft {where!r}: {key} is {config.get(key)!r}, {expectation}; specd cannot run this draft"
-            )
-    inside = config.get("dflash_config") or {}
+    """The shape in a draft's config.json. `where` names it in errors. Raises ConfigError, see load_draft.
+
+    Keys stand inside `dflash_config` or at the top, and in Speculators' form of their own.
+    """
+    if not set(config.get("architectures") or ()) & set(ARCHITECTURES):
+        raise ConfigError(
+            f"draft {where!r}: architectures is {config.get('architectures')!r}, expected one of "
+            f"{', '.join(ARCHITECTURES)}; specd cannot run this draft"
+        )
+    config = flat(unwrapped(config, "dflash", where), "dflash_config")
+    only = ONLY | {"target_hidden_size": (config.get("hidden_size"),), "draft_vocab_size": (config.get("vocab_size"),)}
+    check(config, where, read=READ, only=only)
     try:
+        taps = config.get("target_layer_ids")
+        if taps is None:
+            taps = spread_taps(config["num_target_layers"], config["num_hidden_layers"])
+        layer_types = config.get("layer_types") or ["full_attention"] * config["num_hidden_layers"]
         data = {
             "hidden_size": config["hidden_size"],
             "num_layers": config["num_hidden_layers"],
             "num_heads": config["num_attention_heads"],
             "num_kv_heads": config["num_key_value_heads"],
-            "head_dim": config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"],
+            "head_dim": config.get("head_dim", 128),
             "intermediate_size": config["intermediate_size"],
             "vocab_size": config["vocab_size"],
-            "rms_norm_eps": config["rms_norm_eps"],
+            "rms_norm_eps": config.get("rms_norm_eps", 1e-6),
             "rope_theta": rope_theta(config),
+            "rope_scaling": rope_scaling(config, where),
             "max_position_embeddings": config["max_position_embeddings"],
-            "block_size": config["block_size"],
-            "mask_token_id": inside["mask_token_id"],
-            "taps": inside["target_layer_ids"],
-            "num_target_layers": config["num_target_layers"],
-            "layer_types": config.get("layer_types") or ["full_attention"] * config["num_hidden_layers"],
-            "sliding_window": config.get("sliding_window") or 0,
+            "block_size": config.get("block_size", 16),
+            "mask_token_id": config["mask_token_id"],
+            "taps": taps,
+            "num_target_layers": config.get("num_target_layers") or max(taps) + 2,
+            "layer_types": layer_types,
+            "sliding_window": config.get("sliding_window", 0) if "sliding_attention" in layer_types else 0,
+            "is_causal": config.get("is_causal", config.get("causal")),
+            "attention_bias": config.get("attention_bias", False),
             "tie_word_embeddings": config.get("tie_word_embeddings", False),
         }
         shape = msgspec.convert(data, DraftShape)
     except KeyError as error:
         raise ConfigError(f"draft {where!r}: its config.json has no key {error}") from None
-    except (msgspec.ValidationError, TypeError) as error:
+    except (msgspec.ValidationError, TypeError, ValueError) as error:
         raise ConfigError(f"draft {where!r}: config.json: {error}") from None
-    if "sliding_attention" in shape.layer_types and config.get("is_causal") is not False:
-        raise ConfigError(f"draft {where!r}: its sliding layers are causal inside a block; expected is_causal false")
     if reason := shape.problem():
         raise ConfigError(f"draft {where!r}: {reason}")
     return shape
-
-
-def _scaled(rope: dict[str, Any] | None) -> bool:
-    """Whether rotary settings ask for more than a base frequency."""
-    return rope is not None and (rope.get("rope_type") or rope.get("type") or "default") != "default"

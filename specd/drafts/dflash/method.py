@@ -11,12 +11,12 @@ from torch import Tensor
 from specd.config.settings import CaptureConfig, Config
 from specd.drafts.base import TargetParts, Tuning, Workload
 from specd.drafts.dflash.drafter import DFlashDrafter
-from specd.drafts.dflash.export import ARCHITECTURE, load_draft
-from specd.drafts.dflash.model import DFlashDraft, conflict
+from specd.drafts.dflash.export import ARCHITECTURES, load_draft
+from specd.drafts.dflash.model import DFlashDraft, conflict, layer_types
 from specd.drafts.dflash.objective import DFlash, loss_decay
 from specd.drafts.dflash.settings import DFlashConfig
+from specd.drafts.dflash.start import initial_shape, taps_of
 from specd.drafts.dflash.workload import workload
-from specd.drafts.taps import spread_taps
 from specd.errors import ConfigError
 from specd.protocol.batch import Batch
 from specd.protocol.capture import DTYPE_BYTES, CaptureSpec, StateDtype
@@ -30,12 +30,14 @@ class DFlashMethod:
     settings: ClassVar[type[Config]] = DFlashConfig
     free: ClassVar[frozenset[str]] = frozenset({"attention", "loss_chunk"})
     consecutive_labels: ClassVar[int] = 2
-    architectures: ClassVar[tuple[str, ...]] = (ARCHITECTURE,)
+    architectures: ClassVar[tuple[str, ...]] = ARCHITECTURES
 
     @staticmethod
     def check(settings: DFlashConfig, target: str) -> None:
-        """Raise ConfigError where settings contradict each other; 0 is the target's."""
+        """Raise ConfigError where settings contradict each other, or the draft they begin with; 0 is the target's."""
+        initial_shape(settings)
         loss_decay(settings)
+        layer_types(settings)
         kv = settings.num_kv_heads if settings.num_heads else 0
         window = settings.sliding_window or None
         if reason := conflict(settings.num_heads, kv or 1, settings.head_dim or 2, settings.block_size, window):
@@ -55,7 +57,7 @@ class DFlashMethod:
                 f"vocabulary has {contract.vocab_size}; give one that it never writes"
             )
         dtype = cast(StateDtype, contract.dtype if contract.dtype in DTYPE_BYTES else "bfloat16")
-        return CaptureSpec(taps=spread_taps(contract.num_layers, settings.num_taps, contract.tap_layers), dtype=dtype)
+        return CaptureSpec(taps=taps_of(settings, contract), dtype=dtype)
 
     @staticmethod
     def objective(
@@ -86,7 +88,7 @@ class TrainedDFlash:
     def __init__(self, network: DFlashDraft) -> None:
         self.network = network
 
-    def drafter(self, embedding: Tensor, lm_head: Tensor) -> DFlashDrafter:
+    def drafter(self, embedding: Tensor, lm_head: Tensor, num_layers: int = 0) -> DFlashDrafter:
         """See Draft.drafter."""
         return DFlashDrafter(self.network, embedding, lm_head)
 

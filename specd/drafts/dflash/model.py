@@ -9,13 +9,13 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import msgspec
-import torch
 from torch import Tensor, nn
 
 from specd.drafts.block_attention import INSTEAD
 from specd.drafts.compile import compiled
 from specd.drafts.dflash.settings import DFlashConfig
-from specd.drafts.layers import MLP, Attend, KeyValue, Linear, RMSNorm, Rope, rope_theta, rotate
+from specd.drafts.layers import MLP, Attend, KeyValue, Linear, RMSNorm, Rope, Rotations, draw, rotate
+from specd.drafts.rope import Scaling, rope_theta
 from specd.errors import ConfigError
 from specd.protocol.capture import CaptureSpec
 
@@ -27,6 +27,8 @@ class DraftShape(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
     taps: 0-based target layers whose states it reads, in the order of `fc`'s input. block_size: tokens a block,
     the anchor included. sliding_window: how many positions back the sliding layers see, 0 where there are none.
+    is_causal: whether a token sees only those of its block that are before it, in every layer; None, as most
+    checkpoints, for in sliding layers alone. attention_bias: queries, keys, values and output have biases.
     """
 
     hidden_size: int
@@ -38,6 +40,7 @@ class DraftShape(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     vocab_size: int
     rms_norm_eps: float
     rope_theta: float
+    rope_scaling: Scaling | None = None
     max_position_embeddings: int
     block_size: int
     mask_token_id: int
@@ -45,7 +48,17 @@ class DraftShape(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     num_target_layers: int
     layer_types: tuple[LayerType, ...]
     sliding_window: int = 0
+    is_causal: bool | None = None
+    attention_bias: bool = False
     tie_word_embeddings: bool = False
+
+    def window(self, kind: LayerType) -> int:
+        """How many positions back a layer of that kind sees, 0 for all."""
+        return self.sliding_window if kind == "sliding_attention" else 0
+
+    def causal(self, kind: LayerType) -> bool:
+        """Whether a token in a layer of that kind sees only what is before it in its block."""
+        return kind == "sliding_attention" if self.is_causal is None else self.is_causal
 
     def problem(self) -> str | None:
         """Why no draft of this shape can exist, or None if it can."""
@@ -102,8 +115,9 @@ def draft_shape(config: DFlashConfig, target_config: dict[str, Any], taps: tuple
             mask_token_id=config.mask_token_id,
             taps=taps,
             num_target_layers=int(target["num_hidden_layers"]),
-            layer_types=("sliding_attention" if window else "full_attention",) * config.num_layers,
+            layer_types=layer_types(config),
             sliding_window=window,
+            is_causal=False if window and not config.sliding_causal else None,
             tie_word_embeddings=bool(target.get("tie_word_embeddings", False)),
         )
     except KeyError as error:
@@ -115,19 +129,32 @@ def draft_shape(config: DFlashConfig, target_config: dict[str, Any], taps: tuple
     return shape
 
 
+def layer_types(config: DFlashConfig) -> tuple[LayerType, ...]:
+    """The kinds of the layers, the first one first. Raises ConfigError for `full_layers` that contradict the others."""
+    full = config.full_layers if config.sliding_window else config.num_layers
+    if config.full_layers and (not config.sliding_window or full >= config.num_layers):
+        raise ConfigError(
+            f"draft.full_layers={config.full_layers} of {config.num_layers} layers with "
+            f"draft.sliding_window={config.sliding_window}: expected a window, and fewer full layers than layers; "
+            f"leave both out for full attention in every layer"
+        )
+    kinds: tuple[LayerType, LayerType] = ("sliding_attention", "full_attention")
+    return (kinds[0],) * (config.num_layers - full) + (kinds[1],) * full
+
+
 class Attention(nn.Module):
     """Queries from the block, keys and values from the context features and the block."""
 
     def __init__(self, shape: DraftShape, layer_type: LayerType) -> None:
         super().__init__()
-        size, self.head_dim = shape.hidden_size, shape.head_dim
-        self.q_proj = Linear(size, shape.num_heads * shape.head_dim)
-        self.k_proj = Linear(size, shape.num_kv_heads * shape.head_dim)
-        self.v_proj = Linear(size, shape.num_kv_heads * shape.head_dim)
-        self.o_proj = Linear(shape.num_heads * shape.head_dim, size)
+        size, bias, self.head_dim = shape.hidden_size, shape.attention_bias, shape.head_dim
+        self.q_proj = Linear(size, shape.num_heads * shape.head_dim, bias)
+        self.k_proj = Linear(size, shape.num_kv_heads * shape.head_dim, bias)
+        self.v_proj = Linear(size, shape.num_kv_heads * shape.head_dim, bias)
+        self.o_proj = Linear(shape.num_heads * shape.head_dim, size, bias)
         self.q_norm = RMSNorm(shape.head_dim, shape.rms_norm_eps)
         self.k_norm = RMSNorm(shape.head_dim, shape.rms_norm_eps)
-        self.window = shape.sliding_window if layer_type == "sliding_attention" else 0
+        self.window, self.causal = shape.window(layer_type), shape.causal(layer_type)
 
     def keys_values(self, x: Tensor, rope: Rope) -> KeyValue:
         """x [tokens, H] -> rotated keys and values."""
@@ -177,27 +204,27 @@ class DFlashDraft(nn.Module):
         self.hidden_norm = RMSNorm(shape.hidden_size, shape.rms_norm_eps)
         self.layers = nn.ModuleList(Layer(shape, kind) for kind in shape.layer_types)
         self.norm = RMSNorm(shape.hidden_size, shape.rms_norm_eps)
-        generator = torch.Generator().manual_seed(seed)
-        with torch.no_grad():
-            for parameter in self.parameters():
-                if parameter.dim() > 1:
-                    parameter.normal_(0.0, 0.02, generator=generator)
+        self.rotary_emb = Rotations(
+            shape.rope_theta, shape.rope_scaling, shape.head_dim, shape.num_heads, shape.max_position_embeddings
+        )
+        draw(self, seed)
 
     def context(self, taps: Tensor, positions: Tensor) -> list[KeyValue]:
         """What every layer attends to of the context: taps [T, n·H] and positions [T] -> keys and values a layer."""
         project = compiled(DFlashDraft._project, INSTEAD) if self.compiled else DFlashDraft._project
-        return project(self, taps, self._rope(positions, taps.dtype))
+        return project(self, taps, self.rotary_emb(positions, taps.dtype))
 
     def block(self, noise: Tensor, positions: Tensor, context: list[KeyValue], attend: Attend) -> Tensor:
         """Block embeddings [N, H] and positions [N] -> states [N, H] that lm_head reads."""
         enter, leave = Layer.enter, Layer.leave
         if self.compiled:
             enter, leave = compiled(enter, INSTEAD), compiled(leave, INSTEAD)
-        rope = self._rope(positions, noise.dtype)
+        rope: Rope = self.rotary_emb(positions, noise.dtype)
         for index, keys_values in enumerate(context):
             layer = self._layer(index)
             query, own = enter(layer, noise, rope)
-            noise = leave(layer, noise, attend(query, own, keys_values, layer.self_attn.window).flatten(1))
+            window, causal = layer.self_attn.window, layer.self_attn.causal
+            noise = leave(layer, noise, attend(query, own, keys_values, window, causal).flatten(1))
         states: Tensor = self.norm(noise)
         return states
 
@@ -216,9 +243,3 @@ class DFlashDraft(nn.Module):
         layer = self.layers[index]
         assert isinstance(layer, Layer)
         return layer
-
-    def _rope(self, positions: Tensor, dtype: torch.dtype) -> Rope:
-        half = torch.arange(0, self.shape.head_dim, 2, device=positions.device, dtype=torch.float32)
-        frequencies = 1.0 / (self.shape.rope_theta ** (half / self.shape.head_dim))
-        angles = (positions.float()[:, None] * frequencies)[:, None, :]
-        return angles.cos().to(dtype), angles.sin().to(dtype)

@@ -22,12 +22,13 @@ from specd.drafts.base import Loss, TargetParts, Tuning
 from specd.drafts.block_attention import TILE, BlockLayout, block_attention, in_whole_tiles, to_device, uses_flex
 from specd.drafts.blocks import Blocks, make_blocks, sample_anchors
 from specd.drafts.compile import compiling_for
-from specd.drafts.dflash.export import save_draft
-from specd.drafts.dflash.model import DFlashDraft, DraftShape, draft_shape
+from specd.drafts.dflash.export import model_card, save_draft
+from specd.drafts.dflash.model import DraftShape
 from specd.drafts.dflash.settings import DFlashConfig
+from specd.drafts.dflash.start import started
 from specd.drafts.head import head_loss
+from specd.drafts.initial import FACT, provenance
 from specd.drafts.layers import Attend
-from specd.drafts.taps import spread_taps
 from specd.errors import ConfigError
 from specd.protocol.batch import Batch, Delivery
 
@@ -64,36 +65,25 @@ class DFlash:
         seed: int = 0,
         tuning: Tuning | None = None,
     ) -> None:
-        contract, embedding, lm_head = target.contract, target.embedding, target.lm_head
-        for name, tensor in (("embedding", embedding), ("lm_head", lm_head)):
-            if tensor.shape != (expected := (contract.vocab_size, contract.hidden_size)):
-                raise ConfigError(
-                    f"{name} of {contract.model} is {list(tensor.shape)}, its contract says {list(expected)}"
-                )
         self.config, self.seed, self.device = config, seed, torch.device(device)
         if config.attention == "flex" and self.device.type != "cuda":
             raise ConfigError(
                 f"draft.attention=flex on {device}: torch has its gradients on GPUs only; use auto or sdpa"
             )
-        taps = spread_taps(contract.num_layers, config.num_taps, contract.tap_layers)
-        shape = draft_shape(config, target.config, taps)
-        if (shape.vocab_size, shape.hidden_size) != (contract.vocab_size, contract.hidden_size):
-            raise ConfigError(
-                f"config.json of {contract.model} says vocabulary {shape.vocab_size} and hidden size "
-                f"{shape.hidden_size}, its contract {contract.vocab_size} and {contract.hidden_size}"
-            )
+        self.draft = started(config, target, seed).to(self.device)
+        self._target = target.contract.model
+        self._provenance = provenance(config.init) if config.init else ""
         self.decay = loss_decay(config)
-        tiny = config.attention == "auto" and shape.head_dim < 16  # flex_attention's kernels want 16 at least
+        tiny = (
+            config.attention == "auto" and self.draft.shape.head_dim < 16
+        )  # flex_attention's kernels want 16 at least
         self._attention: AttentionKind = "sdpa" if tiny else config.attention
         self.tuning = tuning or Tuning()
-        self.draft = DFlashDraft(shape, seed).to(self.device)
         self._flex = self.device.type == "cuda" and uses_flex(self._attention, self.device)
         self.draft.compiled = self._flex if self.tuning.compiled is None else self.tuning.compiled
         self.module: torch.nn.Module = self.draft
         self._cold = self._flex or self.draft.compiled
-        shared = embedding.data_ptr() == lm_head.data_ptr()
-        self.embedding = embedding.detach().to(self.device, dtype)
-        self.lm_head = self.embedding if shared else lm_head.detach().to(self.device, dtype)
+        self.embedding, self.lm_head = target.frozen(self.device, dtype)
 
     def attention(self, layout: BlockLayout) -> Attend:
         """The attention of one batch's blocks, as this objective computes it."""
@@ -154,11 +144,12 @@ class DFlash:
             "taps": ", ".join(map(str, shape.taps)),
             "block size": str(shape.block_size),
             "computes in": str(self.embedding.dtype).removeprefix("torch."),
-        }
+        } | ({FACT: self._provenance} if self._provenance else {})
 
     def export(self, path: Path, files: Mapping[str, bytes] | None = None) -> None:
         """See Objective.export; its weights are written in the dtype it computes in."""
-        save_draft(self.draft, path, dtype=self.embedding.dtype, files=files or {})
+        readme = model_card(self.draft.shape, self._target, self.facts())
+        save_draft(self.draft, path, dtype=self.embedding.dtype, files={**(files or {}), "README.md": readme})
 
 
 def made_up(shape: DraftShape, num_anchors: int) -> tuple[Batch, tuple[int, int]]:

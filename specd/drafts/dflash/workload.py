@@ -40,9 +40,9 @@ def useful_flops(shape: DraftShape, num_context: int, blocks: Blocks) -> dict[st
     product = 2.0 * hidden * rows
     seen = 0
     for kind in shape.layer_types:
-        window = shape.sliding_window if kind == "sliding_attention" else 0
-        visible = blocks.layout.anchors[:, None] - blocks.layout.visible_from(window)
-        seen += int(np.maximum(visible, 0).sum()) + rows * shape.block_size
+        visible = blocks.layout.anchors[:, None] - blocks.layout.visible_from(shape.window(kind))
+        inside = blocks.layout.seen_inside(shape.causal(kind)).sum() * len(blocks.layout.anchors)
+        seen += int(np.maximum(visible, 0).sum() + inside)
     head = 2.0 * len(blocks.rows) * hidden * shape.vocab_size
     return {
         "fc": 2 * 2.0 * num_context * len(shape.taps) * hidden * hidden,
@@ -72,7 +72,8 @@ def _attention(objective: DFlash, blocks: Blocks) -> Callable[[], None]:
     grad = torch.randn(query.shape, device=device, dtype=dtype, generator=generator)
 
     def once() -> None:
-        for _ in range(shape.num_layers):
-            torch.autograd.grad(attend(query, own, far, shape.sliding_window), (query, *own, *far), grad)
+        for kind in shape.layer_types:
+            out = attend(query, own, far, shape.window(kind), shape.causal(kind))
+            torch.autograd.grad(out, (query, *own, *far), grad)
 
     return once

@@ -35,9 +35,9 @@ TARGET: dict[str, Any] = {
 }
 
 
-def make_draft(seed: int = 0, **changes: Any) -> DFlashDraft:
+def make_draft(seed: int = 0, shape: dict[str, Any] | None = None, **changes: Any) -> DFlashDraft:
     config = msgspec.structs.replace(DFlashConfig(num_layers=2, block_size=BLOCK, mask_token_id=3), **changes)
-    draft = DFlashDraft(draft_shape(config, TARGET, (1, 4, 9)), seed)
+    draft = DFlashDraft(msgspec.structs.replace(draft_shape(config, TARGET, (1, 4, 9)), **(shape or {})), seed)
     generator = torch.Generator().manual_seed(9)
     with torch.no_grad():
         for parameter in draft.parameters():
@@ -119,9 +119,27 @@ def test_a_directory_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> No
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["draft", "file"]
 
 
-@pytest.mark.parametrize("window", [0, 8])
-def test_one_block_equals_the_published_forward(tmp_path: Path, window: int) -> None:
-    draft = make_draft(sliding_window=window)
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
+LLAMA3 = {
+    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changes", "shape"),
+    [
+        ({}, {}),
+        ({"sliding_window": 8}, {}),
+        ({"sliding_window": 8, "sliding_causal": False}, {}),
+        ({"sliding_window": 8, "full_layers": 1}, {}),
+        ({"sliding_window": 8, "full_layers": 1}, {"is_causal": True}),
+        ({}, {"rope_scaling": YARN}),
+        ({}, {"rope_scaling": LLAMA3, "attention_bias": True}),
+    ],
+)
+def test_one_block_equals_the_published_forward(tmp_path: Path, changes: dict[str, Any], shape: dict[str, Any]) -> None:
+    draft = make_draft(shape=shape, **changes)
     save_draft(draft, tmp_path / "draft", dtype=torch.float32)
     theirs = published(tmp_path / "draft")
     assert {name: tuple(p.shape) for name, p in theirs.state_dict().items()} == {
@@ -191,12 +209,11 @@ def test_a_draft_saved_by_the_published_implementation_loads_here(tmp_path: Path
     [
         ({"architectures": ["DFlash2DraftModel"]}, "architectures is .*DFlash2DraftModel.*expected"),
         ({"model_type": "llama"}, "model_type is 'llama', expected 'qwen3'"),
-        ({"attention_bias": True}, "attention_bias is True"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_scaling"),
-        ({"layer_types": ["sliding_attention"] * 2, "sliding_window": 9}, "causal inside a block"),
+        ({"rope_scaling": {"rope_type": "longrope", "factor": 4.0}}, "rope_type is 'longrope', expected default, "),
+        ({"layer_types": ["sliding_attention"] * 2, "sliding_window": 5}, "sliding_window 5 is shorter than a block"),
         ({"layer_types": ["full_attention"]}, "1 layer_types for 2 layers"),
-        ({"dflash_config": {"mask_token_id": 3}}, "no key 'target_layer_ids'"),
+        ({"dflash_config": {"target_layer_ids": [1, 4, 9]}}, "no key 'mask_token_id'"),
         ({"dflash_config": {"mask_token_id": 3, "target_layer_ids": [4, 1]}}, "not strictly ascending"),
         ({"dflash_config": {"mask_token_id": 1000, "target_layer_ids": [1]}}, "mask_token_id 1000"),
         ({"hidden_size": "big"}, "hidden_size"),

@@ -56,8 +56,8 @@ def test_flex_attention_is_refused_on_a_cpu() -> None:
         make_draft(msgspec.structs.replace(CONFIG, attention="flex"))
 
 
-def attend_alone(query: Tensor, block: KeyValue, context: KeyValue, window: int) -> Tensor:
-    """A single block that sees all of its context within the window, and itself."""
+def attend_alone(query: Tensor, block: KeyValue, context: KeyValue, window: int, causal: bool = False) -> Tensor:
+    """A single block that sees all of its context within the window, and itself, or itself up to each token."""
     keys, values = (
         torch.cat(pair).transpose(0, 1).repeat_interleave(query.shape[1] // block[0].shape[1], 0)
         for pair in zip(context, block, strict=True)
@@ -65,6 +65,7 @@ def attend_alone(query: Tensor, block: KeyValue, context: KeyValue, window: int)
     length, rows = len(context[0]), len(query)
     distance = torch.arange(length, length + rows)[:, None] - torch.arange(length + rows)
     visible = distance < window if window else torch.ones_like(distance, dtype=torch.bool)
+    visible = visible & (distance >= 0) if causal else visible
     return F.scaled_dot_product_attention(query.transpose(0, 1), keys, values, attn_mask=visible).transpose(0, 1)
 
 
@@ -101,9 +102,17 @@ def slow_loss(draft: DFlash, delivery: Delivery) -> tuple[Tensor, float, list[in
     return total, weight, correct, counted
 
 
-@pytest.mark.parametrize("window", [0, 5])
-def test_loss_and_gradients_equal_a_block_by_block_rewrite(window: int) -> None:
-    config = msgspec.structs.replace(CONFIG, sliding_window=window)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"sliding_window": 5},
+        {"sliding_window": 5, "sliding_causal": False},
+        {"num_layers": 3, "sliding_window": 4, "full_layers": 1},
+    ],
+)
+def test_loss_and_gradients_equal_a_block_by_block_rewrite(changes: dict[str, Any]) -> None:
+    config = msgspec.structs.replace(CONFIG, **changes)
     delivery = deliver(make_batch())
     fast, slow = make_draft(config), make_draft(config)
     loss = fast.loss(delivery)

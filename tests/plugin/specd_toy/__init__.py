@@ -77,7 +77,7 @@ class ToyDraft:
         self._module, self.taps, self._scale = module, (tap,), scale
         self._head = self._last = torch.empty(0)
 
-    def drafter(self, embedding: Tensor, lm_head: Tensor) -> ToyDraft:
+    def drafter(self, embedding: Tensor, lm_head: Tensor, num_layers: int = 0) -> ToyDraft:
         """Itself, beside a target."""
         if lm_head.shape[1] != self._module.in_features:
             raise ConfigError(
@@ -94,7 +94,7 @@ class ToyDraft:
     def reset(self) -> None:
         """Another text begins."""
 
-    def extend(self, taps: Tensor) -> None:
+    def extend(self, tokens: Tensor, taps: Tensor) -> None:
         """Keep the newest state."""
         self._last = taps[-1:].float()
 

@@ -1,0 +1,15 @@
+"""Loss and gradients are those that SpecForge had for the same weights, states and anchors."""
+
+from __future__ import annotations
+
+from golden_drafts import differences, figures, golden_dflash, read_golden
+
+
+def test_what_specforge_trains() -> None:
+    objective, delivery = golden_dflash()
+    loss = objective.loss(delivery)
+    loss.sum.backward()  # type: ignore[no-untyped-call]
+    gradients = {key: weight.grad for key, weight in objective.module.named_parameters() if weight.grad is not None}
+    found = figures(float(loss.sum.detach()), [int(loss.metrics["counted"].sum())], gradients)
+    apart = differences(found, read_golden()["dflash: specforge"])
+    assert max(apart.values()) < 1e-5, apart

@@ -1,0 +1,45 @@
+"""Layers that drafts share, held against transformers' own."""
+
+from __future__ import annotations
+
+import torch
+from transformers import LlamaConfig
+from transformers.models.llama import modeling_llama as llama
+
+from specd.drafts.layers import MLP, Linear, RMSNorm, draw
+
+
+def test_norm_and_mlp_are_those_of_llama() -> None:
+    config = LlamaConfig(hidden_size=32, intermediate_size=48, num_attention_heads=4)
+    norm, mlp = RMSNorm(32, 1e-5), MLP(32, 48)
+    draw(mlp, seed=1)
+    theirs = llama.LlamaMLP(config)  # type: ignore[no-untyped-call]
+    theirs.load_state_dict(mlp.state_dict())
+    x = torch.randn(5, 32)
+    torch.testing.assert_close(mlp(x), theirs(x))
+    torch.testing.assert_close(norm(x), llama.LlamaRMSNorm(32, 1e-5)(x))
+    assert mlp(x.bfloat16()).dtype == torch.bfloat16
+
+
+def test_weights_are_drawn_by_their_seed_alone() -> None:
+    drawn = []
+    for around, seed in ((0, 3), (1, 3), (1, 4)):
+        torch.manual_seed(around)
+        mlp = MLP(32, 48)
+        draw(mlp, seed)
+        drawn.append(mlp.up_proj.weight)
+    assert torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[0], drawn[2])
+    assert 0.015 < float(drawn[0].detach().std()) < 0.025
+
+
+def test_a_bias_is_added_and_begins_at_zero() -> None:
+    linear, x = Linear(4, 3, bias=True), torch.randn(5, 4)
+    draw(linear, seed=1)
+    assert torch.equal(linear(x), x @ linear.weight.T)
+    assert linear.bias is not None
+    with torch.no_grad():
+        linear.bias.copy_(torch.arange(3.0))
+    torch.testing.assert_close(linear(x), x @ linear.weight.T + torch.arange(3.0))
+    assert linear(x.bfloat16()).dtype == torch.bfloat16
+    assert Linear(4, 3).bias is None
