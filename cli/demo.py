@@ -56,8 +56,8 @@ def demo(
             stage.serve(output / "daemon.log", "start", "--model", MODEL, "--endpoint", endpoint)
         with stage.step("Let the target answer a few prompts, as it did for the shipped training set"):
             stage.run(
-                *("data", "regenerate", "--model", MODEL, "--prompts", "specd:demo/heldout.jsonl"),
-                *("--max-samples", "4", "--output", str(answers), "--overwrite"),
+                *("data", "regenerate", "specd:demo/heldout.jsonl", "--model", MODEL),
+                *("--max-samples", "4", "--max-new-tokens", "64", "--output", str(answers), "--overwrite"),
             )
             stage.run("data", "show", str(answers), "--model", MODEL)
         with stage.step("Train a draft on the daemon's hidden states"):

@@ -9,20 +9,26 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from specd.cli.settings import data_config
+from specd.cli.settings import Prompts, data_config, named
+from specd.config.settings import DataConfig
 from specd.data.rows import HELDOUT
 from specd.drafts import registry
-from specd.errors import ConfigError
+from specd.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from specd.evaluate.results import EvalFacts
+    from specd.targets.source import Source
+    from specd.train.directory import RunFacts
 
 EXAMPLES = (
     f"Examples: `specd eval --draft runs/{registry.DEFAULT}` · "
-    "`specd eval --model smollm2-135m --draft runs/first/draft --untrained --limit 8`"
+    "`specd eval --model smollm2-135m --draft runs/first/draft --data prompts.jsonl --untrained --limit 8`"
 )
+
+READING = ("template", "date", "columns", "format", "bad_rows", "split", "subset")
+"""Settings of data by which prompts are read."""
 
 
 def evaluate(
@@ -30,9 +36,22 @@ def evaluate(
     model: Annotated[
         str, typer.Option("--model", "-m", help="The draft's target; by default the one the run was trained on.")
     ] = "",
-    prompts: Annotated[
-        str, typer.Option(help="Conversations (JSONL, Parquet, hub name); each first question is asked.")
-    ] = HELDOUT,
+    other_target: Annotated[
+        bool, typer.Option("--other-target", help="With --model: it need not be the one the run was trained on.")
+    ] = False,
+    tokenizer: Annotated[
+        str, typer.Option("--tokenizer", help="Directory of its tokenizer, where the target has none.")
+    ] = "",
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--data",
+            help="Conversations or prompts: file, folder, glob or hub name; else some that come with specd. Give it "
+            "again for more.",
+            metavar="FILE",
+        ),
+    ] = None,
+    prompts: Prompts = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 64,
     limit: Annotated[int, typer.Option(min=0, help="Use at most N prompts, 0 for all.")] = 0,
     untrained: Annotated[
@@ -42,13 +61,14 @@ def evaluate(
     dtype: Annotated[str, typer.Option(help="auto, float32 (shows identity best), bfloat16 or float16.")] = "auto",
     settings: Annotated[
         list[str] | None,
-        typer.Option("--set", help="An option of the chat template, as data.template.enable_thinking=false."),
+        typer.Option("--set", help="How prompts are read, as data.template.enable_thinking=false, data.bad_rows=skip."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON, and nothing else.")] = False,
 ) -> None:
     """Decode prompts with a draft and without it: acceptance length, and whether every output is identical.
 
     The target runs in this process. Results also go to the draft's run directory, for `specd report`.
+    Of a conversation the first question is asked; a target without a chat template goes on with a prompt as it stands.
     The chat template gets the run's options; --set data.template.KEY=VALUE changes them, or gives them without a run.
 
     Exits with 1 when an output differs from the target's own greedy one, unless by a tie: two logits that are equal
@@ -57,53 +77,106 @@ def evaluate(
     import msgspec
     from rich.console import Console
 
+    from specd.data.tokenizer import load_tokenizer
     from specd.drafts.directory import draft_directory
     from specd.evaluate.evaluator import evaluate_draft
     from specd.evaluate.results import EVALS
-    from specd.targets.transformers.load import load_causal_lm
+    from specd.targets.source import TOKENIZERS
+    from specd.targets.transformers.load import load_network
     from specd.train.directory import FACTS, beginning, read_facts
 
     directory = draft_directory(draft)
     run = directory.parent if (directory.parent / FACTS).is_file() else None
     facts = read_facts(run) if run else None
-    model = model or str(facts.target.get("model", "") if facts else "")
-    if not model:
-        raise ConfigError(f"{directory} belongs to no run that names its target: give --model")
-    used = {"template": facts.config.get("data", {}).get("template", {})} if facts else None
-    if strange := [text for text in settings or [] if not text.startswith("data.template.")]:
-        raise ConfigError(f"--set {strange[0]}: evaluation takes data.template.KEY=VALUE alone")
-    template = data_config(prompts, model, settings, run=used).template
+    reading = _reading(named(data, prompts), model, settings, facts)
     registry.read(directory)  # fail before the target is loaded
-    target, tokenizer = load_causal_lm(model, dtype=dtype, device=device)
+    source, own = _target(model, tokenizer, facts, directory, other_target)
+    network = load_network(source, dtype=dtype, device=device, load_format="auto", num_layers=0)
+    place = source.tokenizer or source.path
+    found = any(source.file(name) is not None for name in TOKENIZERS)
     console = Console(quiet=as_json)
     began = beginning(facts) if facts and untrained else 0
     results = evaluate_draft(
         directory,
-        target,
-        tokenizer,
-        prompts,
-        name=model,
-        template=template,
+        network,
+        load_tokenizer(place) if place and found else None,
+        reading,
+        name=source.name,
         limit=limit,
         max_new_tokens=max_new_tokens,
         untrained=began if untrained else None,
         progress=lambda title, total: _progress(console, title, total),
     )
-    if run:
-        for name, found in results.items():
-            (run / EVALS[name]).write_bytes(msgspec.json.encode(found) + b"\n")
     if as_json:
         typer.echo(msgspec.json.encode(results))
     else:
         show(console, results)
+        if run and not own:
+            console.print(f"not kept with {run}: it was trained on another target", style="dim", highlight=False)
+    if run and own:
+        for name, result in results.items():
+            try:
+                (run / EVALS[name]).write_bytes(msgspec.json.encode(result) + b"\n")
+            except OSError as error:
+                raise CheckpointError(
+                    f"cannot write {run / EVALS[name]}: {error.strerror}; the figures are those above, and the report "
+                    f"does not have them"
+                ) from None
     if any(result.different for result in results.values()):
         raise typer.Exit(1)
+
+
+def _target(
+    model: str, tokenizer: str, facts: RunFacts | None, directory: Path, other_target: bool
+) -> tuple[Source, bool]:
+    """The target to evaluate on, and whether it is that of the run, or there is no run.
+
+    Raises ConfigError when it is another and need not be, or is not on this machine.
+    """
+    from specd.targets.identity import check_same
+    from specd.targets.source import resolve, with_tokenizer
+
+    trained = str(facts.target.get("model", "")) if facts else ""
+    if not (model or trained):
+        raise ConfigError(f"{directory} belongs to no run that names its target: give --model")
+    if not model and Path(trained).is_absolute() and not Path(trained).is_dir():
+        raise ConfigError(
+            f"the target of {directory.parent}, {trained!r}, is no directory of this machine: it was moved, or a "
+            f"daemon on another machine hosted it; give --model DIR with the same checkpoint"
+        )
+    hosted = facts.config.get("target", {}).get("tokenizer", "") if facts else ""
+    source = with_tokenizer(resolve(model or trained), tokenizer or ("" if model else hosted))
+    fingerprint = str(facts.target.get("fingerprint", "")) if facts else ""
+    if not fingerprint:
+        return source, True
+    try:
+        check_same(source, fingerprint, run=str(directory.parent))
+    except ConfigError:
+        if not other_target:
+            raise
+        return source, False
+    return source, True
+
+
+def _reading(files: tuple[str, ...], model: str, settings: list[str] | None, facts: RunFacts | None) -> DataConfig:
+    """How prompts are read: the run's template options and day, then `--set`. Raises ConfigError for other settings."""
+    for text in settings or []:
+        key = text.removeprefix("data.").partition("=")[0].partition(".")[0]
+        if key not in READING:
+            raise ConfigError(
+                f"--set {text}: evaluation takes what prompts are read by: data.{', data.'.join(READING)}; name files "
+                f"with --data, and their number with --limit"
+            )
+    trained = facts.config.get("data", {}) if facts else {}
+    own = {key: trained[key] for key in ("template", "date") if key in trained}
+    return data_config(files or (HELDOUT,), model, settings, run=own if facts else None)
 
 
 def show(console: Console, results: dict[str, EvalFacts]) -> None:
     """Print what was measured, with its definition, and the proof of identity."""
     from rich import box
     from rich.table import Table
+    from rich.text import Text
 
     first = next(iter(results.values()))
     offsets = range(1, first.block_size)
@@ -131,6 +204,8 @@ def show(console: Console, results: dict[str, EvalFacts]) -> None:
     console.print(table)
     console.print(accepted)
     console.print(first.result.definition, style="dim", highlight=False)
+    for fault in first.bad:
+        console.print(f"[yellow]left out[/] {fault.rows:,} rows: {fault.kind}; the first:", Text(fault.first))
     for name, facts in results.items():
         verdict = f"{facts.identical} of {facts.prompts} outputs equal the target's own greedy output, token for token"
         if facts.ties:

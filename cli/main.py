@@ -6,7 +6,7 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, TextIO
 
 import typer
 from typer.core import TyperGroup
@@ -78,12 +78,23 @@ def options(
     log_to_stderr(logging.DEBUG if verbose else logging.WARNING if quiet else logging.INFO)
 
 
+class StderrHandler(logging.StreamHandler[TextIO]):
+    """Writes to whatever the standard error is by then: a bar that is shown there takes lines above itself."""
+
+    def __init__(self) -> None:
+        logging.Handler.__init__(self)
+
+    @property
+    def stream(self) -> TextIO:  # type: ignore[override]
+        return sys.stderr
+
+
 def log_to_stderr(level: int) -> None:
     """Give the `specd` logger its one handler, and the level, which worker processes read from SPECD_LOG."""
     logger = logging.getLogger("specd")
     for old in logger.handlers[:]:
         logger.removeHandler(old)
-    handler = logging.StreamHandler()
+    handler = StderrHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s", "%H:%M:%S"))
     logger.addHandler(handler)
     logger.setLevel(level)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import msgspec
 import typer
 
 from specd.config.load import convert, merge, overrides
-from specd.config.presets import recipe_of
+from specd.config.presets import presets, recipe_of
 from specd.config.settings import DaemonConfig, DataConfig, RunConfig, TrainerAuth
 from specd.data.rows import DEMO
 from specd.drafts import registry
@@ -21,6 +22,18 @@ if TYPE_CHECKING:
 
 Key = Annotated[str, typer.Option("--key", help="Over TCP: the key to be known by, by name or path.")]
 ServerKey = Annotated[str, typer.Option("--server-key", help="Over TCP: the daemon's public key.", metavar="PUBLIC")]
+Model = Annotated[str, typer.Option("--model", "-m", help="The target: preset, local directory or hub name.")]
+
+DATA = "File, folder, glob or hub name; else the recipe's, or what comes with specd."
+"""What may be given as data, where a command reads some."""
+Data = Annotated[list[str] | None, typer.Option("--data", help=f"{DATA} Give it again for more.", metavar="FILE")]
+Files = Annotated[list[str] | None, typer.Argument(metavar="FILE", help="The same as --data.", show_default=False)]
+DataSettings = Annotated[
+    list[str] | None, typer.Option("--set", help="Any setting of the data section, as data.max_length=512.")
+]
+Method = Annotated[str, typer.Option("--method", help="The draft whose training the samples are for.")]
+Preset = Annotated[str, typer.Option("--preset", help="Take this preset's recipe; else the target's own.")]
+Prompts = Annotated[list[str] | None, typer.Option("--prompts", "-p", hidden=True, help="The same as --data.")]
 
 
 def given(flags: dict[str, Any]) -> dict[str, Any]:
@@ -39,9 +52,7 @@ def daemon_config(
     asked = merge(merge(file, flags), overrides(settings))
     target = asked.get("target")
     model = target.get("model") if isinstance(target, dict) else None
-    if not model:
-        raise ConfigError("no target given: expected --model with a preset, a local directory or a hub name")
-    recipe = recipe_of(preset, str(model))
+    recipe = recipe_of(preset, needed(str(model or "")))
     names = ("target", "capture", "ring")
     under: dict[str, Any] = {name: getattr(recipe, name) for name in names} if recipe else {}
     found = convert(merge(under, asked), DaemonConfig, where)
@@ -91,8 +102,22 @@ def hosting_config(run: RunConfig, model: str, *, preset: str = "") -> DaemonCon
     return daemon_config({}, settings, [], preset=preset, where="settings")
 
 
+def needed(model: str) -> str:
+    """`model` itself. Raises ConfigError when none was given, and names the presets."""
+    if not model:
+        raise ConfigError(
+            f"no target given: expected --model with a preset ({', '.join(presets())}), a local directory or a hub name"
+        )
+    return model
+
+
+def named(*given: Sequence[str] | None) -> tuple[str, ...]:
+    """All data that a command line names, in order, whichever way: by --data or as an argument."""
+    return tuple(path for paths in given for path in paths or ())
+
+
 def data_config(
-    source: str,
+    files: Sequence[str],
     model: str,
     settings: list[str] | None,
     *,
@@ -100,7 +125,7 @@ def data_config(
     preset: str = "",
     run: dict[str, Any] | None = None,
 ) -> DataConfig:
-    """The data section: that of a run or else the recipe's for `method`, then the source, then `--set`.
+    """The data section: that of a run or else the recipe's for `method`, then the files, then `--set`.
 
     Where nothing names data, as in training, it is the conversations that come with specd.
     Raises ConfigError that names the key at fault.
@@ -108,6 +133,19 @@ def data_config(
     recipe = recipe_of(preset, model)
     asked = overrides([text if text.startswith("data.") else f"data.{text}" for text in settings or []])
     own = recipe.run.get(method, {}).get("data", {}) if recipe else {}
-    base = merge(own if run is None else run, {"path": source} if source else {})
-    config = convert(merge(base, asked.get("data", {})), DataConfig, "data")
+    config = convert(merge(merge(own if run is None else run, paths(files)), asked.get("data", {})), DataConfig, "data")
     return config if config.path else msgspec.structs.replace(config, path=DEMO)
+
+
+def paths(files: Sequence[str]) -> dict[str, Any]:
+    """The settings of the data section that `files` stand for."""
+    return {"path": files[0] if len(files) == 1 else list(files)} if files else {}
+
+
+def tokenizer_dir(model: str) -> Path:
+    """The directory of the tokenizer of `model`, whose weights need not be here. Raises as `targets.source.resolve`."""
+    from specd.targets.source import resolve
+
+    path = resolve(model, need="tokenizer").path
+    assert path is not None, "only a shape can come without a directory"
+    return path

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import shlex
 from contextlib import AbstractContextManager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from msgspec.structs import replace
 
-from specd.cli.settings import given, hosting_config, servers_of
+from specd.cli.settings import DATA, given, hosting_config, paths, servers_of
 from specd.config.load import load_yaml, merge, overrides
 from specd.config.presets import run_config
-from specd.config.settings import RunConfig, SubscriberConfig
+from specd.config.settings import Config, RunConfig, SubscriberConfig, TargetConfig
 from specd.drafts import registry
 from specd.errors import ConfigError
 from specd.transports.registry import WITHIN_PROCESS
@@ -74,13 +77,9 @@ def train(
         str, typer.Option("--preset", help="Take this preset's recipe; else the target's own.", rich_help_panel=RUN)
     ] = "",
     data: Annotated[
-        str,
-        typer.Option(
-            "--data",
-            help="JSONL, JSON, Parquet or hub name; else the recipe's, or what comes with specd.",
-            rich_help_panel=RUN,
-        ),
-    ] = "",
+        list[str] | None,
+        typer.Option("--data", help=f"{DATA} Give it again for more.", metavar="FILE", rich_help_panel=RUN),
+    ] = None,
     output: Annotated[
         str, typer.Option("--output", "-o", help="Run directory; else runs/METHOD.", rich_help_panel=RUN)
     ] = "",
@@ -120,7 +119,7 @@ def train(
             "auth": {"key": key, "servers": servers_of(endpoint or [], server_key or [])},
             "insecure_data": insecure_data,
         },
-        "data": {"path": data},
+        "data": paths(data or []),
         "train": {"max_steps": max_steps, "device": device},
     }
     asked = merge(merge(load_yaml(config) if config else {}, given(flags)), overrides(settings or []))
@@ -146,7 +145,7 @@ def train(
 
     try:
         with Interrupt() as interrupt:
-            host = _host(first, model, preset) if model else None
+            host = _host(first, model, preset, resume) if model else None
             done = train_draft(settle, host=host, resume=resume, interrupt=interrupt, show=True)
     except KeyboardInterrupt:
         run = output_of(first)
@@ -161,7 +160,8 @@ def train(
         typer.echo(f"{done.directory} is finished: {done.steps} steps trained; draft in {done.draft}")
         return
     typer.echo(f"{done.steps} steps trained; draft in {done.draft}")
-    typer.echo(f"next: specd eval --draft {done.draft} --untrained, then specd report {done.directory}")
+    draft, directory = (shlex.quote(str(path)) for path in (done.draft, done.directory))
+    typer.echo(f"next: specd eval --draft {draft} --untrained, then specd report {directory}")
 
 
 def _check_link(link: SubscriberConfig, model: str) -> None:
@@ -177,11 +177,34 @@ def _check_link(link: SubscriberConfig, model: str) -> None:
         )
 
 
-def _host(run: RunConfig, model: str, preset: str) -> AbstractContextManager[LocalDaemon]:
+def _host(run: RunConfig, model: str, preset: str, resume: bool) -> AbstractContextManager[LocalDaemon]:
     """Check all settings; the context then hosts `model` in this process."""
     from specd.daemon.serve import embedded
-    from specd.train.trainer import check_recipe
+    from specd.train.trainer import check_recipe, output_of
 
     daemon = hosting_config(run, model, preset=preset)
-    check_recipe(run, model)
+    draft = check_recipe(run, model)
+    if not (resume and output_of(run).begun):  # a run that goes on keeps its mask token
+        _check_mask(draft, daemon.target)
     return embedded(daemon)
+
+
+def _check_mask(draft: Config, target: TargetConfig) -> None:
+    """Raise ConfigError for a mask token that will not do, or when none can be chosen, before the target is loaded."""
+    from specd.data.samples import vocabulary
+    from specd.targets.source import TOKENIZER_FILES, resolve, with_tokenizer
+    from specd.train.preparation import check_mask, mask_of
+
+    if mask_of(draft) is None:
+        return
+    try:
+        found = resolve(target.model, need="shape" if target.load_format == "dummy" else "tokenizer")
+        source = with_tokenizer(found, target.tokenizer)
+    except ConfigError:  # not of a checkpoint: what its backend says of it is said by the trainer
+        return
+    with TemporaryDirectory(prefix="specd-target-") as scratch:
+        files = {"config.json": json.dumps(source.config).encode()}
+        files |= {name: data for name in TOKENIZER_FILES if (data := source.file(name)) is not None}
+        for name, data in files.items():
+            (Path(scratch) / name).write_bytes(data)
+        check_mask(draft, Path(scratch), vocabulary(Path(scratch)), target.model)

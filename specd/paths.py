@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import stat
 from pathlib import Path
 
@@ -73,7 +74,34 @@ def _check_link(directory: Path) -> None:
 
 
 def cache_dir() -> Path:
-    """Where converted targets and prepared data are kept: SPECD_CACHE, else XDG_CACHE_HOME/specd."""
+    """Where converted targets and prepared data are kept: SPECD_CACHE, else XDG_CACHE_HOME/specd, else in HOME.
+
+    Raises ConfigError when none of them is set and this user has no home.
+    """
     if own := os.environ.get("SPECD_CACHE"):
         return Path(own)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "specd"
+    if caches := os.environ.get("XDG_CACHE_HOME"):
+        return Path(caches) / "specd"
+    return home_dir("SPECD_CACHE") / ".cache" / "specd"
+
+
+def shown(path: str | os.PathLike[str]) -> str:
+    """A path for messages: bytes of it that are not UTF-8 are escaped, as in `caf\\xe9`."""
+    return re.sub("[\ud800-\udfff]", _escaped, os.fspath(path))
+
+
+def _escaped(surrogate: re.Match[str]) -> str:
+    """What stands for a byte that is not UTF-8 (PEP 383), as that byte."""
+    code = ord(surrogate[0])
+    return f"\\x{code - 0xDC00:02x}" if 0xDC80 <= code <= 0xDCFF else f"\\u{code:04x}"
+
+
+def home_dir(instead: str) -> Path:
+    """This user's home. instead: the variable that names another place; in the ConfigError of a user who has none."""
+    try:
+        return Path.home()
+    except RuntimeError:
+        raise ConfigError(
+            f"user {os.getuid()} has no home directory: HOME is not set, and the system knows no such user; set "
+            f"{instead} to a directory that this user can write to"
+        ) from None

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from specd.client.ask import ask_status
+from specd.curve.keys import config_dir
 from specd.errors import ConfigError
-from specd.paths import cache_dir, check_private, check_socket
+from specd.paths import cache_dir, check_private, check_socket, shown
 
 needs_root = pytest.mark.skipif(os.getuid() != 0, reason="needs root, to make what belongs to another user")
 NOBODY = 65534
@@ -26,6 +27,28 @@ def test_the_cache_is_where_the_user_wants_it(monkeypatch: pytest.MonkeyPatch, t
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert cache_dir() == tmp_path / ".cache" / "specd"
+
+
+def test_a_user_without_a_home_is_told_to_name_a_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a container that runs under a number of its own."""
+    for name in ("SPECD_CACHE", "XDG_CACHE_HOME", "XDG_CONFIG_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+
+    def unknown(user: int) -> None:
+        raise KeyError(user)
+
+    monkeypatch.setattr("pwd.getpwuid", unknown)
+    with pytest.raises(ConfigError, match=r"has no home directory: .*; set SPECD_CACHE"):
+        cache_dir()
+    with pytest.raises(ConfigError, match=r"has no home directory: .*; set XDG_CONFIG_HOME"):
+        config_dir()
+
+
+def test_a_name_that_is_not_utf8_can_be_shown() -> None:
+    assert shown("caf\udce9.jsonl") == "caf\\xe9.jsonl"
+    assert shown(Path(os.fsdecode(b"a/caf\xe9"))) == "a/caf\\xe9"
+    assert shown("\ud800") == "\\ud800"
+    assert shown(Path("café.jsonl")) == "café.jsonl"
 
 
 @pytest.fixture

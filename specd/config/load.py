@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -11,16 +11,35 @@ import msgspec
 import yaml
 
 from specd.errors import ConfigError
+from specd.paths import shown
 
 T = TypeVar("T")
 
 
 def convert(data: Any, kind: type[T], where: str) -> T:
     """`data` as `kind`. Raises ConfigError that names `where`, the key and what was expected."""
+    for key, text in _texts(data):
+        if shown(text) != text:
+            raise ConfigError(
+                f"{where}: {key} '{shown(text)}' is not UTF-8, as all is that is written about a run; give a path "
+                f"that is, a link for instance"
+            )
     try:
         return msgspec.convert(data, kind)
     except msgspec.ValidationError as error:
         raise ConfigError(f"{where}: {_with_number(str(error), data)}") from None
+
+
+def _texts(data: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """All texts in `data`, each with the path of its key."""
+    if isinstance(data, str):
+        yield key.removeprefix("."), data
+    elif isinstance(data, dict):
+        for name, item in data.items():
+            yield from _texts(item, f"{key}.{name}")
+    elif isinstance(data, (list, tuple)):
+        for item in data:
+            yield from _texts(item, key)
 
 
 def _with_number(message: str, data: Any) -> str:

@@ -140,7 +140,8 @@ class DataConfig(Config, kw_only=True, frozen=True):
     batch_tokens: token budget of a batch. max_batch_sequences: most sequences of one, 0 for no limit.
     max_samples: only the first N rows, 0 for all. template: variables of the chat template, as enable_thinking.
     date: the day that a template is told which asks for it, as 2026-01-31; empty for the day on which the run begins.
-    cache_dir: where prepared data is kept; empty for specd's own cache. processes: that prepare it, 0 for one a core.
+    cache_dir: where prepared data is kept; empty for specd's own cache. processes: that prepare it, 0 for one a core
+    and at most 16.
     """
 
     path: str | tuple[str, ...] = ""

@@ -17,6 +17,7 @@ import zmq
 from zmq.utils import z85
 
 from specd.errors import ConfigError
+from specd.paths import home_dir
 
 KEY_CHARS = 40
 MAX_FILE_BYTES = 1 << 20
@@ -43,7 +44,7 @@ def draw() -> Pair:
 
 def config_dir() -> Path:
     """Where this user's keys are: XDG_CONFIG_HOME/specd, or ~/.config/specd."""
-    return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "specd"
+    return Path(os.environ.get("XDG_CONFIG_HOME") or home_dir("XDG_CONFIG_HOME") / ".config") / "specd"
 
 
 def check_name(name: str) -> str:

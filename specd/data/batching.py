@@ -35,20 +35,30 @@ def check_budget(batch_tokens: int, max_batch_sequences: int) -> None:
 class BatchPlan:
     """Every epoch as batches of sample numbers: each sample exactly once an epoch, each batch within its budget.
 
+    With weights, sample i comes floor(weights[i]) times in each epoch, and once more in the share of epochs that is
+    left: 1.5 is once and twice in turn, 0.5 every second epoch. Half of the samples begin with the one, half with the
+    other, so that an epoch has as many samples as the weights say.
+
     A pure function of its arguments, the same on every machine and with every numpy. Samples of similar length share a
     batch: sorted within groups of GROUP_BATCHES batches of shuffled samples; then the batches are shuffled.
     """
 
-    __slots__ = ("_counts", "_epochs", "_lengths", "batch_tokens", "max_batch_sequences", "seed")
+    __slots__ = ("_counts", "_epochs", "_lengths", "_weights", "batch_tokens", "max_batch_sequences", "seed")
 
     def __init__(
-        self, lengths: Sequence[int] | NDArray[np.int64], batch_tokens: int, max_batch_sequences: int = 0, seed: int = 0
+        self,
+        lengths: Sequence[int] | NDArray[np.int64],
+        batch_tokens: int,
+        max_batch_sequences: int = 0,
+        seed: int = 0,
+        weights: Sequence[float] | NDArray[np.float64] | None = None,
     ) -> None:
-        """lengths: tokens of each sample. max_batch_sequences: 0 for no limit.
+        """lengths: tokens of each sample. max_batch_sequences: 0 for no limit. weights: of each sample, None for 1.
 
         Raises ConfigError for a budget that a sample exceeds.
         """
         self._lengths = np.asarray(lengths, np.int64)
+        self._weights = None if weights is None else np.asarray(weights, np.float64)
         self.batch_tokens, self.max_batch_sequences, self.seed = batch_tokens, max_batch_sequences, seed
         self._epochs: dict[int, list[tuple[int, ...]]] = {}
         self._counts: dict[int, int] = {}
@@ -78,8 +88,11 @@ class BatchPlan:
         return self._counts[epoch]
 
     def _build(self, epoch: int) -> list[tuple[int, ...]]:
-        shuffled = np.argsort(_keys(self._lengths.size, self.seed, epoch, 0), kind="stable")
-        per_batch = max(1, int(self.batch_tokens // self._lengths.mean()))
+        chosen = self._chosen(epoch)
+        if not chosen.size:
+            return []
+        shuffled = chosen[np.argsort(_keys(chosen.size, self.seed, epoch, 0), kind="stable")]
+        per_batch = max(1, int(self.batch_tokens // self._lengths[chosen].mean()))
         if self.max_batch_sequences:
             per_batch = min(per_batch, self.max_batch_sequences)
         group = GROUP_BATCHES * per_batch
@@ -89,6 +102,18 @@ class BatchPlan:
             batches += self._fill(members[np.argsort(self._lengths[members], kind="stable")])
         order = np.argsort(_keys(len(batches), self.seed, epoch, 1), kind="stable")
         return [batches[i] for i in order.tolist()]
+
+    def _chosen(self, epoch: int) -> NDArray[np.int64]:
+        """The samples of one epoch, ascending, each as often as it comes."""
+        numbers = np.arange(self._lengths.size)
+        if self._weights is None:
+            return numbers
+        whole = np.floor(self._weights)
+        # 32 bits of a phase and of the share leave the sums exact.
+        phase = (_keys(numbers.size, self.seed, 0, 2) >> np.uint64(32)).astype(np.float64) / 2**32
+        share = np.round((self._weights - whole) * 2**32) / 2**32
+        more = np.floor(phase + share * (epoch + 1)) - np.floor(phase + share * epoch)
+        return np.repeat(numbers, (whole + more).astype(np.int64))
 
     def _fill(self, members: NDArray[np.int64]) -> Iterator[tuple[int, ...]]:
         """Consecutive members, as many in each batch as its budget holds."""

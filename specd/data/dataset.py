@@ -4,26 +4,28 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 import re
-import shutil
-import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from itertools import chain, islice
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from datetime import date
+from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import numpy as np
+from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from specd.config.settings import DataConfig
-from specd.data import forms
+from specd.data import forms, store
 from specd.data.batching import BatchPlan, check_budget
-from specd.data.chat import Chat, Rendered
-from specd.data.faults import RowError
+from specd.data.faults import Faults, RowError
+from specd.data.portion import Report as Report
 from specd.data.rows import Row, fingerprint, locate, read_rows, sources
-from specd.data.tokenizer import Encoder, load_tokenizer
+from specd.data.samples import Job, Maker, vocabulary
+from specd.data.samples import trainable as trainable
+from specd.data.workers import Chunk, portions
 from specd.errors import ConfigError, DataError
 from specd.paths import cache_dir
 
@@ -31,43 +33,39 @@ logger = logging.getLogger(__name__)
 
 COUNTED = 1 << 24
 """Tokens that are counted at a time."""
-CHUNK = 512
-"""Rows that are tokenised together; the tokenizer spreads them over the cores."""
+CHUNK = 64
+"""Rows that are tokenised together, by one process."""
 
-_VERSION = "3"  # part of the cache key: raise it when the same rows would give other samples
-_TOKENIZER_FILE = re.compile(r"(token|vocab|merges|special_|added_|chat_template).*\.(json|jinja|model|txt|tiktoken)")
-
-
-class Report(msgspec.Struct, frozen=True, kw_only=True):
-    """Counts of a prepared data file.
-
-    rows: read. samples, tokens, trainable_tokens: in the data set; a trainable token is one under the loss mask.
-    cut: samples longer than max_length. without_labels: rows left out, with fewer consecutive labels than the draft
-    needs. forms: samples by their `form` column, where they have one.
-    """
-
-    rows: int = 0
-    samples: int = 0
-    tokens: int = 0
-    trainable_tokens: int = 0
-    cut: int = 0
-    without_labels: int = 0
-    forms: dict[str, int] = {}
+_VERSION = "4"  # part of the cache key: raise it when the same rows would give other samples
+_TOKENIZER_FILE = re.compile(
+    r"(token|vocab|merges|special_|added_|chat_template|generation_config|additional_chat_templates/).*"
+    r"\.(json|jinja|model|txt|tiktoken)"
+)
+_CLOCK = b"strftime_now"
+"""What a chat template calls that may want to know the day."""
 
 
 class Dataset:
     """Samples by number. tokens: int32, the ids of sample i; loss_mask: bool, True where a token may be a label.
 
-    rows: for each sample, its row in the file, from 0. digest: identity of the samples, whatever file or path they
-    came from.
+    rows: for each sample, its row, from 0; several files are counted through. digest: identity of the samples, and of
+    how often they are trained, whatever file or path they came from.
     """
 
-    __slots__ = ("_mask", "_starts", "_tokens", "digest", "report", "rows")
+    __slots__ = ("_mask", "_starts", "_tokens", "digest", "report", "rows", "weights")
 
-    def __init__(self, arrays: Mapping[str, NDArray[Any]], report: Report, digest: str) -> None:
+    def __init__(self, stored: store.Stored, weights: tuple[float, ...]) -> None:
+        """weights: of each source of the report."""
+        arrays, self.report, self.digest = stored
         self._tokens, self._mask, self._starts = arrays["tokens"], arrays["loss_mask"], arrays["starts"]
         self.rows: NDArray[np.int64] = arrays["rows"]
-        self.report, self.digest = report, digest
+        self.weights: NDArray[np.float64] | None = None
+        """How often an epoch trains each sample; None where it is once."""
+        counts = (*self.report.sources, *[0] * (len(weights) - len(self.report.sources)))
+        if any(weight != 1 for weight in weights):
+            self.weights = np.repeat(np.array(weights), counts)
+            shares = msgspec.json.encode([self.digest, counts, weights])
+            self.digest = hashlib.blake2b(shares, digest_size=16).hexdigest()
 
     def __len__(self) -> int:
         return self._starts.size - 1
@@ -96,7 +94,21 @@ class Dataset:
 
     def plan(self, config: DataConfig, seed: int) -> BatchPlan:
         """The order in which these samples are trained. Raises ConfigError for a budget that a sample exceeds."""
-        return BatchPlan(self.lengths, config.batch_tokens, config.max_batch_sequences, seed)
+        return BatchPlan(self.lengths, config.batch_tokens, config.max_batch_sequences, seed, self.weights)
+
+    def find(self, token: int) -> tuple[int, int]:
+        """How often `token` is in the samples, and the first row (from 0) that has it; (0, 0) for none."""
+        count, first = 0, -1
+        for at in range(0, self._tokens.size, _SCAN):
+            places = np.flatnonzero(self._tokens[at : at + _SCAN] == token)
+            if places.size and first < 0:
+                first = at + int(places[0])
+            count += places.size
+        row = int(self.rows[np.searchsorted(self._starts, first, side="right") - 1]) if count else 0
+        return count, row
+
+
+_SCAN = 1 << 20
 
 
 def check(config: DataConfig) -> None:
@@ -107,8 +119,27 @@ def check(config: DataConfig) -> None:
             f"least 2 tokens, and a number of samples or 0 for all"
         )
     check_budget(config.batch_tokens, config.max_batch_sequences)
+    forms.check(config)
     for source in sources(config):
         locate(source.path)
+
+
+def dated(config: DataConfig, tokenizer_dir: Path) -> DataConfig:
+    """`config` with a date where the chat template writes one: the day on which the run begins, unless one is given.
+
+    Without one it is the same data every day, so `date` stays as it is.
+    """
+    if config.date or not any(_CLOCK in file.read_bytes() for file in _tokenizer_files(tokenizer_dir)):
+        return config
+    if not Maker(Job(config, tokenizer_dir, 1)).chat.asks_clock:
+        return config
+    today = date.today().isoformat()
+    logger.warning(
+        "the chat template asks for the date: it is told %s, and a run that is resumed keeps it; set data.date for "
+        "another",
+        today,
+    )
+    return replace(config, date=today)
 
 
 def prepare(
@@ -120,193 +151,119 @@ def prepare(
 ) -> Dataset:
     """The samples of `config.path` for the tokenizer in `tokenizer_dir`, from the cache if they are there.
 
-    consecutive_labels: a sample with fewer labels in a row is left out. on_rows: called with the rows read so far,
-    every CHUNK rows. Raises DataError that names the row for data that cannot be used, ConfigError as `check`.
+    consecutive_labels: a sample with fewer labels in a row is left out. on_rows: called with the rows read so far.
+    Raises DataError that counts the rows which cannot be used, unless they are to be skipped; ConfigError as `check`.
     """
     check(config)
+    job = Job(dated(config, tokenizer_dir), tokenizer_dir, consecutive_labels)
     home = Path(config.cache_dir).expanduser() if config.cache_dir else cache_dir() / "data"
-    place = home / _key(config, tokenizer_dir, consecutive_labels)
-    dataset = _load(place)
-    if dataset is None:
-        arrays, report = _build(config, tokenizer_dir, consecutive_labels, on_rows)
-        dataset = Dataset(arrays, report, _digest(arrays))
-        _store(place, arrays, report)
-    report = dataset.report
-    logger.info("%s: %d samples, %d tokens", config.path, report.samples, report.tokens)
+    key = _key(job)
+    stored = store.load(home / key) or _build(job, home, key, on_rows or (lambda rows: None))
+    report, path = stored.report, _path(config)
+    _judge(config, report)
+    logger.info("%s: %d samples, %d tokens", path, report.samples, report.tokens)
     if report.cut:
-        logger.warning("%s: %d samples are cut to %d tokens", config.path, report.cut, config.max_length)
+        logger.warning("%s: %d samples are cut to %d tokens", path, report.cut, config.max_length)
+    if report.split:
+        logger.info("%s: long documents are split, into %d samples more", path, report.split)
     if report.without_labels:
-        logger.warning("%s: %d rows are left out, they have no trainable tokens", config.path, report.without_labels)
-    return dataset
+        logger.warning("%s: %d rows are left out, they have no trainable tokens", path, report.without_labels)
+    if report.dropped:
+        logger.warning(
+            "%s: the chat template leaves out a part of %d answers, as thoughts of earlier turns", path, report.dropped
+        )
+    for fault in report.bad:
+        logger.warning("%s: %d rows are left out: %s, the first: %s", path, fault.rows, fault.kind, fault.first)
+    return Dataset(stored, tuple(source.weight for source in sources(config)))
 
 
 def sample(config: DataConfig, tokenizer_dir: Path, number: int) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
     """Tokens and loss mask of row `number` (from 1) for inspection: uncut, with labels or without.
 
-    Raises DataError when there are fewer rows.
+    Raises DataError for a row that cannot be used, and when there are fewer.
     """
-    for _, tokens, mask in _samples(config, tokenizer_dir, islice(_rows(config), number - 1, number)):
-        return tokens, mask
-    raise DataError(f"{config.path} has no row {number}; rows count from 1")
+    maker = Maker(Job(dated(config, tokenizer_dir), tokenizer_dir, 1))
+    for coded in maker.coded([row for row, _ in islice(_rows(config), number - 1, number)]):
+        if isinstance(coded, RowError):
+            raise coded
+        return coded.tokens, coded.loss_mask
+    raise DataError(f"{_path(config)} has no row {number}; rows count from 1")
 
 
-def trainable(mask: NDArray[np.bool_], consecutive_labels: int) -> bool:
-    """Whether `mask` has `consecutive_labels` labels in a row."""
-    for _ in range(consecutive_labels - 1):
-        mask = mask[1:] & mask[:-1]
-    return bool(mask.any())
+def _build(job: Job, home: Path, key: str, on_rows: Callable[[int], None]) -> store.Stored:
+    """Read every row once; memory is that of a few chunks."""
+    report = Report()
+    origins: deque[int] = deque()
+    with (
+        store.Scratch(home) as scratch,
+        closing(portions(job, _chunks(job.config, origins), job.config.processes)) as made,
+    ):
+        for portion in made:
+            scratch.add(portion, report.rows)
+            report = report.plus(portion.report, origins.popleft())
+            on_rows(report.rows)
+        if not report.samples:
+            _judge(job.config, report)
+            raise DataError(
+                f"none of the {report.rows} rows of {_path(job.config)} has trainable tokens within data.max_length="
+                f"{job.config.max_length}; expected conversations with assistant turns (see `specd data show`)"
+                + "".join(f"; {fault.rows} rows: {fault.kind}, the first: {fault.first}" for fault in report.bad)
+            )
+        return scratch.keep(key, report)
 
 
-def _build(
-    config: DataConfig, tokenizer_dir: Path, consecutive_labels: int, on_rows: Callable[[int], None] | None
-) -> tuple[dict[str, NDArray[Any]], Report]:
-    """Tokenise every row. Samples without labels are left out, and counted."""
-    samples: list[tuple[NDArray[np.int32], NDArray[np.bool_]]] = []
-    kept: list[int] = []
-    forms: dict[str, int] = {}
-    rows = cut = 0
-    for form, tokens, mask in _samples(config, tokenizer_dir, _rows(config)):
-        rows += 1
-        if on_rows is not None and rows % CHUNK == 0:
-            on_rows(rows)
-        shown, labels = tokens[: config.max_length], mask[: config.max_length]
-        if not trainable(labels, consecutive_labels):
-            continue
-        cut += tokens.size > config.max_length
-        samples.append((shown, labels))
-        kept.append(rows - 1)
-        if form:
-            forms[form] = forms.get(form, 0) + 1
-    if not samples:
-        raise DataError(
-            f"none of the {rows} rows of {config.path} has trainable tokens within data.max_length="
-            f"{config.max_length}; expected conversations with assistant turns (see `specd data show`)"
-        )
-    arrays: dict[str, NDArray[Any]] = {
-        "tokens": np.concatenate([tokens for tokens, _ in samples]),
-        "loss_mask": np.concatenate([mask for _, mask in samples]),
-        "starts": np.cumsum([0, *(tokens.size for tokens, _ in samples)], dtype=np.int64),
-        "rows": np.array(kept, np.int64),
-    }
-    return arrays, Report(
-        rows=rows,
-        samples=len(samples),
-        tokens=int(arrays["tokens"].size),
-        trainable_tokens=int(arrays["loss_mask"].sum()),
-        cut=cut,
-        without_labels=rows - len(samples),
-        forms=forms,
-    )
+def _judge(config: DataConfig, report: Report) -> None:
+    """Raise DataError for rows that cannot be used, unless they are to be skipped."""
+    if config.bad_rows == "stop":
+        faults = Faults()
+        faults.merge(report.bad)
+        faults.stop(_path(config), report.rows)
 
 
-def _rows(config: DataConfig) -> Iterator[Row]:
-    rows = chain.from_iterable(read_rows(source) for source in sources(config))
-    return islice(rows, config.max_samples or None)
+def _rows(config: DataConfig) -> Iterator[tuple[Row, int]]:
+    """Each row, and the number of its source."""
+    every = ((row, number) for number, source in enumerate(sources(config)) for row in read_rows(source))
+    return islice(every, config.max_samples or None)
 
 
-def _samples(
-    config: DataConfig, tokenizer_dir: Path, rows: Iterator[Row]
-) -> Iterator[tuple[str, NDArray[np.int32], NDArray[np.bool_]]]:
-    """(form, tokens, loss mask) of every row, uncut."""
-    size = _vocabulary(tokenizer_dir)
-    encoder: Encoder | None = None
-    chat: Chat | None = None
-    while chunk := list(islice(rows, CHUNK)):
-        names = [str(row.get("form") or "") for _, row in chunk]
-        found = [forms.read(row, where, config) for where, row in chunk]
-        if encoder is None and any(not isinstance(form, forms.Tokens) for form in found):
-            encoder = Encoder(load_tokenizer(tokenizer_dir))
-            chat = Chat(encoder.tokenizer, config.template)
-        texts: list[Rendered] = []
-        for (where, _), form in zip(chunk, found, strict=True):
-            if isinstance(form, forms.Conversation) and chat is not None:
-                texts.append(chat.conversation(form, where, last_turn_only=config.last_turn_only))
-            elif isinstance(form, forms.Text) and chat is not None:
-                texts.append(chat.preformatted(form.text, last_turn_only=config.last_turn_only))
-        coded = iter(encoder.encode(texts) if encoder else ())
-        for name, (where, _), form in zip(names, chunk, found, strict=True):
-            yield name, *(_tokens(form, where, size) if isinstance(form, forms.Tokens) else next(coded))
+def _chunks(config: DataConfig, origins: deque[int]) -> Iterator[Chunk]:
+    """The rows of one source after the other, some at a time; `origins` gets the source of each chunk."""
+    chunk: Chunk = []
+    source = 0
+    for row, number in _rows(config):
+        if chunk and (len(chunk) == CHUNK or number != source):
+            origins.append(source)
+            yield chunk
+            chunk = []
+        source = number
+        chunk.append(row)
+    if chunk:
+        origins.append(source)
+        yield chunk
 
 
-def _vocabulary(tokenizer_dir: Path) -> int:
-    """Size of the target's vocabulary, from the config.json beside its tokenizer; else the tokenizer's own."""
-    try:
-        shape = msgspec.json.decode((tokenizer_dir / "config.json").read_bytes(), type=dict[str, Any])
-        return int({**shape, **(shape.get("text_config") or {})}["vocab_size"])
-    except (OSError, KeyError, TypeError, ValueError, msgspec.MsgspecError):
-        return Encoder(load_tokenizer(tokenizer_dir)).size
+def _path(config: DataConfig) -> str:
+    return config.path if isinstance(config.path, str) else ", ".join(config.path)
 
 
-def _tokens(form: forms.Tokens, where: str, size: int) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
-    """Tokens and mask of a tokenised row. size: of the vocabulary."""
-    if form.ids.size and form.ids.max() >= size:
-        found = f"`input_ids` holds {form.ids.max()}; expected tokens from 0 to {size - 1}, as the target has"
-        raise RowError(where, "token beyond the vocabulary", found)
-    return form.ids.astype(np.int32), form.loss_mask
+def _tokenizer_files(directory: Path) -> list[Path]:
+    """The files in `directory` that tokens and labels depend on."""
+    found = (*directory.glob("*"), *directory.glob("additional_chat_templates/*"))
+    names = sorted(str(file.relative_to(directory)) for file in found if file.is_file())
+    return [directory / name for name in names if _TOKENIZER_FILE.fullmatch(name)]
 
 
-def _key(config: DataConfig, tokenizer_dir: Path, consecutive_labels: int) -> str:
+def _key(job: Job) -> str:
     """Cache key of the prepared data: a digest of all that the samples depend on."""
+    config, directory, consecutive_labels = job
     digest = hashlib.blake2b(digest_size=16)
     options = (
-        config.format, config.last_turn_only, config.max_length, config.max_samples, config.template,
-        consecutive_labels,
+        config.format, config.columns, config.last_turn_only, config.max_length, config.long, config.max_samples,
+        config.template, config.date, consecutive_labels, vocabulary(directory),
     )  # fmt: skip
     digest.update(
         msgspec.json.encode([_VERSION, [fingerprint(source) for source in sources(config)], options], order="sorted")
     )
-    for file in sorted(tokenizer_dir.iterdir()):
-        if _TOKENIZER_FILE.fullmatch(file.name):
-            digest.update(f"{file.name}:{file.stat().st_size}\n".encode() + file.read_bytes())
+    for file in _tokenizer_files(directory):
+        digest.update(f"{file.relative_to(directory)}:{file.stat().st_size}\n".encode() + file.read_bytes())
     return digest.hexdigest()
-
-
-def _digest(arrays: Mapping[str, NDArray[Any]]) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    for name in ("tokens", "loss_mask", "starts"):
-        digest.update(np.ascontiguousarray(arrays[name]).data)
-    return digest.hexdigest()
-
-
-_ARRAYS: Iterable[tuple[str, type[Any]]] = (
-    ("tokens", np.int32),
-    ("loss_mask", np.bool_),
-    ("starts", np.int64),
-    ("rows", np.int64),
-)
-
-
-def _load(place: Path) -> Dataset | None:
-    """The data set cached at `place`, its arrays memory-mapped; None when it is missing or damaged."""
-    if not place.is_dir():
-        return None
-    try:
-        arrays = {name: np.load(place / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name, _ in _ARRAYS}
-        report = msgspec.json.decode((place / "report.json").read_bytes(), type=Report)
-        for name, kind in _ARRAYS:
-            if arrays[name].dtype != kind or arrays[name].ndim != 1:
-                raise ValueError(f"{name} is {arrays[name].dtype} {arrays[name].shape}")
-        if not arrays["starts"][-1] == arrays["tokens"].size == arrays["loss_mask"].size == report.tokens:
-            raise ValueError("the arrays do not belong together")
-    except (OSError, ValueError, EOFError, IndexError, msgspec.MsgspecError) as error:
-        logger.warning("cached data in %s is damaged (%s); preparing it again", place, error)
-        shutil.rmtree(place, ignore_errors=True)
-        return None
-    return Dataset(arrays, report, _digest(arrays))
-
-
-def _store(place: Path, arrays: Mapping[str, NDArray[Any]], report: Report) -> None:
-    """Cache prepared data; a failure is logged and only costs preparing it again."""
-    scratch: Path | None = None
-    try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=".new-", dir=place.parent))
-        for name, array in arrays.items():
-            np.save(scratch / f"{name}.npy", array, allow_pickle=False)
-        (scratch / "report.json").write_bytes(msgspec.json.encode(report))
-        os.rename(scratch, place)  # fails when another process was first, with the same content
-    except OSError as error:
-        if not place.is_dir():
-            logger.warning("cannot keep prepared data in %s: %s; set data.cache_dir", place, error.strerror)
-        if scratch is not None:
-            shutil.rmtree(scratch, ignore_errors=True)

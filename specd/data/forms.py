@@ -3,135 +3,92 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from itertools import chain, cycle
 from typing import Any
 
 import msgspec
-import numpy as np
-from numpy.typing import NDArray
 
 from specd.config.settings import DataConfig
-from specd.data.faults import RowError
+from specd.data.faults import RowError, short
+from specd.data.tokens import MASKS, read_tokens
+from specd.data.tokens import Tokens as Tokens
+from specd.data.tools import read_tools, without_nulls
+from specd.data.turns import Turn as Turn
+from specd.data.turns import Turns, read_turns
+from specd.errors import ConfigError
 
-Turn = dict[str, Any]
-"""What a chat template reads of a turn: `role`, `content` and whatever else (tool_calls, reasoning_content, …)."""
-
-ROLES = {
-    "system": "system",
-    "developer": "system",
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "model": "assistant",
-    "tool": "tool",
-    "function": "tool",
-    "observation": "tool",
-}
-"""Role names in use, and the role of the chat template each one means."""
+TURNS = ("messages", "conversations", "conversation")
+PROMPTS = ("prompt", "instruction", "question", "query")
+COMPLETIONS = ("completion", "response", "output", "answer", "chosen")
+BESIDE = ("input", "history", "system", "system_prompt", "tools", "functions", "finish_reason", "chat_template_kwargs")
+"""Columns that are read beside a prompt or turns."""
+COLUMNS = (*TURNS, *PROMPTS, *COMPLETIONS, *BESIDE, "text", "input_ids", "labels", *MASKS, "attention_mask", "form")
+"""The names of columns that specd reads."""
+FORMS = (
+    "`messages` or `conversations` (a conversation), `prompt` and `completion` (also `instruction`, `question` or "
+    "`query`, and `output`, `response` or `answer`), `chosen`, `text`, or `input_ids` (with `labels` or `loss_mask`)"
+)
 
 
 class Conversation(msgspec.Struct, frozen=True, kw_only=True):
     """turns: of known roles, without specd's own keys. tools: what the template gets beside them, or None.
 
     cut: places of answers that ended at a length limit, so that the target did not write their end. context: places of
-    answers that are no labels, as the row asks.
+    answers that are no labels, as the row asks. options: variables of the template for this row alone.
     """
 
     turns: list[Turn]
     tools: list[Any] | None = None
     cut: frozenset[int] = frozenset()
     context: frozenset[int] = frozenset()
+    options: dict[str, Any] = {}
 
 
 class Text(msgspec.Struct, frozen=True, kw_only=True):
-    """A text: one that already went through the chat template, or a plain document."""
+    """A text: one that already went through the chat template, or a plain document.
+
+    prompt: characters at its begin that were given, and are no labels.
+    """
 
     text: str
-
-
-class Tokens(msgspec.Struct, frozen=True, kw_only=True):
-    """Token ids [N] int64 and their labels [N] bool, not yet held against a vocabulary."""
-
-    ids: NDArray[np.int64]
-    loss_mask: NDArray[np.bool_]
+    prompt: int = 0
 
 
 Form = Conversation | Text | Tokens
 
-_COLUMNS = {"tokens": ("input_ids",), "conversations": ("messages", "conversations"), "text": ("text",)}
+
+def check(config: DataConfig) -> None:
+    """Raise ConfigError for names in `data.columns` that specd does not read."""
+    unknown = [name for name in config.columns if name not in COLUMNS]
+    if unknown:
+        raise ConfigError(
+            f"data.columns maps {', '.join(map(repr, unknown))}: expected a name that specd reads, and then the "
+            f"file's own, as {{prompt: question}}; specd reads {', '.join(COLUMNS)}"
+        )
 
 
 def read(row: Mapping[str, Any], where: str, config: DataConfig) -> Form:
     """What `row` holds, by its columns or as `config.format` says. where: its place, for messages.
 
-    Raises RowError for a row that cannot be used.
+    Raises RowError for a row that cannot be used, ConfigError as `check`.
     """
-    readers: dict[str, Callable[[Mapping[str, Any], str], Form]]
-    readers = {"tokens": tokens, "conversations": conversation, "text": text}
-    for kind, columns in _COLUMNS.items():
-        if config.format in ("auto", kind) and any(row.get(column) is not None for column in columns):
-            return readers[kind](row, where)
-    wanted = "a conversation (`messages` or `conversations`), `text`, or `input_ids` with `loss_mask`"
-    if config.format != "auto":
-        wanted = f"data.format={config.format}, that is " + " or ".join(f"`{c}`" for c in _COLUMNS[config.format])
-    raise RowError(where, "unknown columns", f"has the columns {sorted(row)}; expected {wanted}")
+    if config.columns:
+        check(config)
+        row = {**row, **{name: row[column] for name, column in config.columns.items() if column in row}}
+    forms = _FORMATS[config.format]
+    if config.columns:  # what the user names goes first
+        forms = tuple(sorted(forms, key=lambda form: not any(name in config.columns for name in chain(*form[0]))))
+    for needed, reader in forms:
+        if all(any(row.get(name) is not None for name in names) for names in needed):
+            return reader(row, where)
+    raise _unknown(row, where, config)
 
 
 def conversation(row: Mapping[str, Any], where: str) -> Conversation:
-    """The conversation in `row`: OpenAI's `messages` or ShareGPT's `conversations`, as turns of known roles."""
-    column = "messages" if row.get("messages") is not None else "conversations"
-    items = row.get(column)
-    if not isinstance(items, list) or not items:
-        raise RowError(where, "no turns", f"{column!r} is {short(items)}; expected a list of at least one turn")
-    role_key, content_key = ("role", "content") if "role" in _mapping(items[0], where, column) else ("from", "value")
-    result: list[Turn] = []
-    cut: set[int] = set()
-    for number, item in enumerate(items, start=1):
-        turn = {key: value for key, value in _mapping(item, where, column).items() if value is not None}
-        role, content = turn.pop(role_key, None), turn.pop(content_key, None)
-        if not isinstance(role, str) or role not in ROLES:
-            known = ", ".join(ROLES)
-            raise RowError(
-                where, "unknown role", f"turn {number} has {role_key} {short(role)}; expected one of {known}"
-            )
-        if turn.pop("finish_reason", None) == "length":
-            cut.add(number - 1)
-        result.append({"role": ROLES[role], "content": _text(content, turn, where, number), **turn})
-    if row.get("finish_reason") == "length":
-        cut.add(len(result) - 1)
-    return Conversation(turns=result, tools=row.get("tools") or None, cut=frozenset(cut))
-
-
-def text(row: Mapping[str, Any], where: str) -> Text:
-    found = row["text"]
-    if not isinstance(found, str):
-        raise RowError(where, "no text", f"`text` holds a {type(found).__name__}; expected a string")
-    return Text(text=found)
-
-
-def tokens(row: Mapping[str, Any], where: str) -> Tokens:
-    arrays = []
-    for column, top in (("input_ids", 2**31 - 1), ("loss_mask", 1)):
-        try:
-            array = np.array(row.get(column))
-        except (ValueError, OverflowError):  # nested lists of unequal length, integers beyond 64 bits
-            array = np.array(None)
-        if (
-            array.ndim != 1
-            or array.dtype.kind not in "iub"
-            or (array.size and not 0 <= array.min() <= array.max() <= top)
-        ):
-            found = "missing" if row.get(column) is None else f"{row[column]!r}"[:60]
-            raise RowError(where, "no token ids", f"`{column}` is {found}; expected a list of integers from 0 to {top}")
-        arrays.append(array)
-    ids, mask = arrays
-    if ids.size != mask.size:
-        raise RowError(
-            where,
-            "no label for each token",
-            f"{ids.size} `input_ids` but {mask.size} in `loss_mask`; expected one for each token",
-        )
-    return Tokens(ids=ids.astype(np.int64), loss_mask=mask.astype(np.bool_))
+    """The conversation in `row`, by its turns, or its prompt with an answer or without. Raises RowError as `read`."""
+    form = read(row, where, DataConfig(format="conversations"))
+    assert isinstance(form, Conversation), "that format gives conversations alone"
+    return form
 
 
 def questions(talk: Conversation, where: str) -> list[list[Turn]]:
@@ -151,25 +108,131 @@ def questions(talk: Conversation, where: str) -> list[list[Turn]]:
     return asked
 
 
-def short(value: Any) -> str:
-    """A value for a message."""
-    found = repr(value)
-    return found if len(found) <= 60 else found[:57] + "…"
+def _of_turns(row: Mapping[str, Any], where: str) -> Conversation:
+    column = _first(row, TURNS)
+    return _conversation(row, where, read_turns(row[column], where, column))
 
 
-def _mapping(item: Any, where: str, column: str) -> dict[str, Any]:
-    if not isinstance(item, dict):
-        raise RowError(
-            where, "no turns", f"a turn in {column!r} is {short(item)}; expected an object with role and content"
-        )
-    return item
+def _answered(row: Mapping[str, Any], where: str) -> Conversation:
+    """A prompt and an answer, each a string or turns; or an answer that is a whole conversation, as `chosen` may be.
+
+    Answers in a prompt of turns are context.
+    """
+    asked, answered = _first(row, PROMPTS), _first(row, COMPLETIONS)
+    answer = row[answered]
+    reply = read_turns(
+        answer if isinstance(answer, list) else [{"role": "assistant", "content": answer}], where, answered
+    )
+    if reply.turns[0]["role"] != "assistant":
+        return _conversation(row, where, reply)
+    if not asked:
+        detail = f"`{answered}` is an answer alone; expected `prompt` beside it, or a whole conversation in it"
+        raise RowError(where, "no prompt", detail)
+    return _conversation(row, where, _joined(_prompt(row, where, asked), reply))
 
 
-def _text(content: Any, turn: Turn, where: str, number: int) -> str:
-    if isinstance(content, str):
-        return content
-    if content is None and turn.get("tool_calls"):
-        return ""
-    if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
-        return "".join(str(part.get("text", "")) for part in content)
-    raise RowError(where, "no content", f"turn {number} has content {short(content)}; expected a string")
+def _asked(row: Mapping[str, Any], where: str) -> Conversation:
+    """A prompt alone: nothing to learn, but to answer."""
+    missing = next((name for name in COMPLETIONS if name in row), None)
+    if missing is not None:
+        detail = f"`{missing}` is null; expected an answer, or no such column where prompts are all there is"
+        raise RowError(where, "no content", detail)
+    return _conversation(row, where, _prompt(row, where, _first(row, PROMPTS)))
+
+
+def _prompt(row: Mapping[str, Any], where: str, column: str) -> Turns:
+    prompt = row[column]
+    if isinstance(prompt, list):
+        given = read_turns(prompt, where, column)
+        places = (place for place, turn in enumerate(given.turns) if turn["role"] == "assistant")
+        return msgspec.structs.replace(given, context=frozenset(places))
+    if column == "instruction" and isinstance(prompt, str) and row.get("input"):
+        prompt = f"{prompt}\n{_string(row, 'input', where)}"
+    pairs = row.get("history") or []
+    if not isinstance(pairs, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
+        detail = f"`history` is {short(pairs)}; expected a list of pairs, each a question and its answer"
+        raise RowError(where, "no turns", detail)
+    said = [text for pair in pairs for text in pair] + [prompt]
+    roles = cycle(("user", "assistant"))
+    return read_turns([{"role": role, "content": text} for role, text in zip(roles, said, strict=False)], where, column)
+
+
+def _joined(first: Turns, then: Turns) -> Turns:
+    def moved(places: frozenset[int]) -> set[int]:
+        return {place + len(first.turns) for place in places}
+
+    return Turns(
+        turns=first.turns + then.turns, cut=first.cut | moved(then.cut), context=first.context | moved(then.context)
+    )
+
+
+def _conversation(row: Mapping[str, Any], where: str, read: Turns) -> Conversation:
+    """The turns with what stands beside them in `row`."""
+    system = row.get("system") or row.get("system_prompt")
+    if system and read.turns[0]["role"] != "system":
+        read = _joined(read_turns([{"role": "system", "content": system}], where, "system"), read)
+    cut = read.cut | {len(read.turns) - 1} if row.get("finish_reason") == "length" else read.cut
+    options = row.get("chat_template_kwargs") or {}
+    if not isinstance(options, dict):
+        detail = f"`chat_template_kwargs` is {short(options)}; expected an object of variables for the template"
+        raise RowError(where, "no template variables", detail)
+    return Conversation(
+        turns=read.turns,
+        tools=read_tools(row.get("tools") or row.get("functions"), where),
+        cut=cut,
+        context=read.context,
+        options=without_nulls(options),
+    )
+
+
+def _text(row: Mapping[str, Any], where: str) -> Text:
+    return Text(text=_string(row, "text", where))
+
+
+def _continued(row: Mapping[str, Any], where: str) -> Text:
+    """A prompt and its continuation as one text, for models that know no turns."""
+    prompt = _string(row, _first(row, PROMPTS), where)
+    answered = _first(row, COMPLETIONS)
+    return Text(text=prompt + (_string(row, answered, where) if answered else ""), prompt=len(prompt))
+
+
+def _string(row: Mapping[str, Any], column: str, where: str) -> str:
+    found = row[column]
+    if not isinstance(found, str):
+        raise RowError(where, "no text", f"`{column}` is {short(found)}; expected a string")
+    return found
+
+
+def _first(row: Mapping[str, Any], names: tuple[str, ...]) -> str:
+    """The first of the columns that `row` has, or the empty string."""
+    return next((name for name in names if row.get(name) is not None), "")
+
+
+Known = tuple[tuple[tuple[str, ...], ...], Callable[[Mapping[str, Any], str], Form]]
+"""A form: groups of columns, of each of which a row has one, and what reads it."""
+_TOKENS: Known = (("input_ids",),), read_tokens
+_CHATS: tuple[Known, ...] = ((TURNS,), _of_turns), ((("chosen",),), _answered), ((PROMPTS, COMPLETIONS), _answered)
+_TEXT: Known = (("text",),), _text
+_PROMPT: Known = (PROMPTS,), _asked
+_FORMATS: dict[str, tuple[Known, ...]] = {
+    "auto": (_TOKENS, *_CHATS, _TEXT, _PROMPT),
+    "tokens": (_TOKENS,),
+    "conversations": (*_CHATS, _PROMPT),
+    "text": (_TEXT, ((PROMPTS,), _continued)),
+}
+"""The forms of each `data.format`, in the order in which they are tried."""
+
+
+def _unknown(row: Mapping[str, Any], where: str, config: DataConfig) -> RowError:
+    columns = set(chain(*(names for needed, _ in _FORMATS[config.format] for names in needed)))
+    files = {name: f" (the file's {column!r})" for name, column in config.columns.items()}
+    empty = [f"`{name}`{files.get(name, '')} is null" for name in row if name in columns]
+    if empty:
+        return RowError(where, "nothing in it", f"{', '.join(empty)}; expected a value")
+    wanted = (
+        FORMS if config.format == "auto" else f"what data.format={config.format} reads: {', '.join(sorted(columns))}"
+    )
+    missing = [f"{name} to {column!r}" for name, column in config.columns.items() if column not in row]
+    maps = f"maps {', '.join(missing)}, which it does not have" if missing else "maps other names to these"
+    detail = f"has the columns {sorted(row)}; expected {wanted}; data.columns {maps}"
+    return RowError(where, "unknown columns", detail)

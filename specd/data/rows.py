@@ -1,21 +1,24 @@
-"""Rows of a data set: JSONL, JSON, Parquet or a hub name as mappings, each with its location."""
+"""Rows of a data set: a file, a folder or glob of files, or a hub name, as mappings, each with its place."""
 
 from __future__ import annotations
 
+import glob
 import hashlib
+import os
+import re
 from collections.abc import Iterator
 from importlib.resources import files
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import msgspec
 
 from specd.config.settings import DataConfig
-from specd.errors import ConfigError, DataError, missing_extra
-
-Row = tuple[str, dict[str, Any]]
-"""A row's location ("train.jsonl line 3"), for messages, and its columns."""
+from specd.data.files import Row as Row
+from specd.data.files import file_rows, kind, named_as_data
+from specd.data.hub import hub_digest, hub_rows
+from specd.errors import ConfigError, DataError
+from specd.paths import shown
 
 SHIPPED = "specd:"
 """Prefix of files that come with specd."""
@@ -24,14 +27,26 @@ DEMO = f"{SHIPPED}demo/train.jsonl"
 HELDOUT = f"{SHIPPED}demo/heldout.jsonl"
 """Held-out conversations of the same kind."""
 
+_NO_DATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
+"""What `datasets` writes beside data."""
+_SPLITS = {
+    "train": {"train", "training"},
+    "validation": {"validation", "valid", "val", "dev"},
+    "test": {"test", "testing", "eval", "heldout"},
+}
+
 
 class Source(msgspec.Struct, frozen=True, kw_only=True):
-    """Where rows come from. split, subset: of a hub data set. weight: how often an epoch trains each of its samples."""
+    """Where rows come from. split, subset: of a hub data set. weight: how often an epoch trains each of its samples.
+
+    whole_names: rows are placed by their file's whole path, because files of other sources are called alike.
+    """
 
     path: str
     split: str = "train"
     subset: str = ""
     weight: float = 1.0
+    whole_names: bool = False
 
     def __str__(self) -> str:
         return self.path
@@ -45,144 +60,123 @@ def sources(config: DataConfig) -> tuple[Source, ...]:
         raise ConfigError(
             f"data.weights has {len(weights)} numbers and data.path {len(paths)} paths: expected one for each path"
         )
+    names = [os.path.basename(path) for path in paths]
     return tuple(
-        Source(path=path, split=config.split, subset=config.subset, weight=weight)
-        for path, weight in zip(paths, weights, strict=True)
+        Source(path=path, split=config.split, subset=config.subset, weight=weight, whole_names=names.count(name) > 1)
+        for path, name, weight in zip(paths, names, weights, strict=True)
     )
 
 
-def locate(path: str) -> Path | None:
-    """The file `path` means, or None when it reads as a hub name (owner/name, neither a file nor a known suffix).
+def locate(path: str) -> tuple[Path, ...] | None:
+    """The files `path` means, in order, or None when it reads as a hub name (owner/name, and there is no such file).
 
-    Raises DataError when it is neither, and for an empty path.
+    A folder means the data files in it and below, `*`, `?` and `[…]` what they match, `shard-2` before `shard-10`.
+    Raises DataError when there is nothing, for a folder with several splits, and for a path that is not UTF-8.
     """
+    if shown(path) != path:
+        raise DataError(
+            f"data path '{shown(path)}' is not UTF-8, and a run has to write it down; rename it, or link it under "
+            f"another name"
+        )
     if path.startswith(SHIPPED):
         file = Path(str(files("specd.configs").joinpath(path.removeprefix(SHIPPED))))
     else:
-        file = Path(path).expanduser()
-    if path and file.is_file():
-        return file
-    if path and file.is_dir():
-        raise DataError(f"data path {path!r} is a directory; give one of its .jsonl or .parquet files")
-    if path.count("/") == 1 and not path.startswith((".", "/", "~", SHIPPED)) and not _suffix(path):
+        file = Path(os.path.expanduser(path))
+    if path and os.path.isfile(file):
+        return (file,)
+    if path and os.path.isdir(file):
+        return _folder(file, path)
+    if matched := _matched(file) if glob.has_magic(path) else ():
+        return matched
+    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path, re.ASCII) and not named_as_data(path):
         return None
     raise DataError(
-        f"no data file at {path!r}: expected a .jsonl, .json or .parquet file, or a hub name like owner/name; "
-        f"set data.path or give --data"
+        f"no data at {path!r}: expected a file (JSONL, JSON, Parquet, Arrow, CSV or text; with .gz or .zst, too), a "
+        f"folder or a pattern of them, or a hub name like owner/name; set data.path or give --data"
     )
 
 
 def read_rows(source: Source | str, *, limit: int = 0) -> Iterator[Row]:
-    """The rows of `source` in order, lazily; at most `limit` of them, 0 for all.
+    """The rows of `source` in order, lazily; at most `limit` of them, 0 for all. What is no row comes as its RowError.
 
-    Raises DataError that names an unreadable line, and when there is no row at all; ConfigError when a package for
-    Parquet or the hub is missing.
+    Raises DataError for a file that cannot be read, and when there is no row at all; ConfigError when a package for
+    Parquet, zstd or the hub is missing.
     """
     source = Source(path=source) if isinstance(source, str) else source
-    path = source.path
-    file = locate(path)
-    if file is None:
-        rows = _hub_rows(path, source.split)
-    elif file.suffix == ".parquet":
-        rows = _parquet_rows(file)
-    else:
-        rows = _json_rows(file)
+    rows = _source_rows(source)
     empty = True
     for row in islice(rows, limit or None):
         empty = False
         yield row
     if empty:
-        raise DataError(f"{path} has no rows: expected one JSON object a line, or a table with at least one row")
+        raise DataError(f"{source} has no rows: expected one JSON object a line, or a table with at least one row")
+
+
+def _source_rows(source: Source) -> Iterator[Row]:
+    found = locate(source.path)
+    if found is None:
+        yield from hub_rows(source.path, source.subset, source.split)
+        return
+    top = Path(os.path.commonpath([file.parent for file in found]))
+    for file in found:
+        yield from file_rows(file, shown(file if source.whole_names else file.relative_to(top)))
 
 
 def fingerprint(source: Source | str) -> str:
-    """Digest of the data of `source`: of a file's bytes, or of the files a hub data set is cached in."""
+    """Digest of the data of `source`: of the files' bytes, or of the files a hub data set is cached in."""
     source = Source(path=source) if isinstance(source, str) else source
-    path, split = source.path, source.split
     digest = hashlib.blake2b(digest_size=16)
-    file = locate(path)
     try:
-        if file is not None:
+        found = locate(source.path)
+        if found is None:
+            digest.update(hub_digest(source.path, source.subset, source.split))
+        for file in found or ():
+            digest.update(f"{kind(file.name)}:{file.stat().st_size}\n".encode())
             with file.open("rb") as stream:
                 while chunk := stream.read(1 << 20):
                     digest.update(chunk)
-        else:
-            for cached in _hub(path, split).cache_files:
-                state = Path(cached["filename"]).stat()
-                digest.update(f"{cached['filename']}:{state.st_size}:{state.st_mtime_ns}\n".encode())
     except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}") from None
+        raise DataError(f"cannot read {source}: {error.strerror}") from None
     return digest.hexdigest()
 
 
-def _suffix(path: str) -> bool:
-    return path.endswith((".jsonl", ".json", ".parquet", ".txt", ".csv", ".gz", ".zst"))
-
-
-def _json_rows(file: Path) -> Iterator[Row]:
-    """JSON objects, one a line, or (as ShareGPT files come) one array of them."""
-    try:
-        with file.open("rb") as stream:
-            if stream.peek(1)[:1] == b"[":
-                yield from _array_rows(file.name, stream.read())
-                return
-            for number, line in enumerate(stream, start=1):
-                if line.strip():
-                    yield _object(f"{file.name} line {number}", line)
-    except OSError as error:
-        raise DataError(f"cannot read {str(file)!r}: {error.strerror}") from None
-
-
-def _array_rows(name: str, data: bytes) -> Iterator[Row]:
-    try:
-        items = msgspec.json.decode(data, type=list[msgspec.Raw])
-    except msgspec.DecodeError as error:
-        raise DataError(f"{name} begins with '[' but is no JSON array: {error}") from None
-    for number, item in enumerate(items, start=1):
-        yield _object(f"{name} item {number}", bytes(item))
-
-
-def _object(where: str, text: bytes) -> Row:
-    try:
-        value = msgspec.json.decode(text)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        shown = text[:60].decode(errors="replace").strip()
-        raise DataError(f"{where} is not JSON ({error}): {shown!r}…; expected one object a line") from None
-    if not isinstance(value, dict):
-        raise DataError(f"{where} holds a JSON {type(value).__name__}; expected an object with the sample's columns")
-    return where, value
-
-
-def _parquet_rows(file: Path) -> Iterator[Row]:
-    try:
-        from pyarrow import ArrowException, parquet
-    except ImportError:
-        raise missing_extra("pyarrow", "hub") from None
-    number = 0
-    try:
-        for batch in parquet.ParquetFile(file).iter_batches(batch_size=1024):
-            for value in batch.to_pylist():
-                number += 1
-                yield f"{file.name} row {number}", value
-    except (ArrowException, OSError) as error:
-        raise DataError(f"cannot read {str(file)!r} as Parquet after row {number}: {error}") from None
-
-
-def _hub_rows(name: str, split: str) -> Iterator[Row]:
-    for number, value in enumerate(_hub(name, split), start=1):
-        yield f"{name} [{split}] row {number}", dict(value)
-
-
-def _hub(name: str, split: str) -> Any:
-    try:
-        import datasets
-    except ImportError:
-        raise missing_extra("datasets", "hub") from None
-    try:
-        return datasets.load_dataset(name, split=split)
-    except Exception as error:  # noqa: BLE001 - the hub's, httpx's and datasets' own errors share no base class
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+def _folder(folder: Path, path: str) -> tuple[Path, ...]:
+    """The data files in and below `folder`, hidden ones left out."""
+    found: list[Path] = []
+    for place, below, names in os.walk(folder):
+        below[:] = [name for name in below if not name.startswith(".")]
+        found += [Path(place, name) for name in names if _is_data(name) and os.path.isfile(os.path.join(place, name))]
+    if not found:
         raise DataError(
-            f"data set {name!r} (split {split!r}) cannot be loaded from the hub: {reason}; "
-            f"check the name, or give a .jsonl or .parquet file"
-        ) from None
+            f"folder {path!r} holds no data file: expected .jsonl, .json, .parquet, .arrow, .csv or .txt files (with "
+            f".gz or .zst, too) in or below it"
+        )
+    found.sort(key=lambda file: _natural(file.relative_to(folder)))
+    split_of = {split: file for file in found if (split := _split(file.relative_to(folder)))}
+    if len(split_of) > 1:
+        examples = " and ".join(repr(shown(file.relative_to(folder))) for file in split_of.values())
+        raise DataError(
+            f"folder {path!r} holds several splits, {examples}; give the folder or a pattern of one, as "
+            f"'folder/train-*.jsonl'"
+        )
+    return tuple(found)
+
+
+def _matched(pattern: Path) -> tuple[Path, ...]:
+    found = (Path(name) for name in glob.iglob(str(pattern), recursive=True))
+    return tuple(sorted((file for file in found if file.is_file()), key=_natural))
+
+
+def _is_data(name: str) -> bool:
+    return named_as_data(name) and not name.startswith(".") and name not in _NO_DATA
+
+
+def _split(file: Path) -> str:
+    """The split that a file's name, or a folder on the way to it, names as a word; else the empty string."""
+    words = set(re.split(r"[^a-z]+", shown(file).lower()))
+    return next((split for split, names in _SPLITS.items() if words & names), "")
+
+
+def _natural(file: Path) -> list[tuple[int, str]]:
+    """A key that sorts `shard-2` before `shard-10`."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"([0-9]+)", str(file))]

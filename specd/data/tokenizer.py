@@ -6,10 +6,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from specd.data.chat import Rendered
+from specd.data.template import Span
 from specd.errors import DataError, first_line
 
 if TYPE_CHECKING:
@@ -36,7 +38,11 @@ class Encoder:
         """Size of the vocabulary, added tokens included."""
 
     def encode(self, texts: Sequence[Rendered]) -> Iterator[tuple[NDArray[np.int32], NDArray[np.bool_]]]:
-        """(tokens int32, loss mask bool) of each text. A token is a label when it begins inside a span."""
+        """(tokens int32, loss mask bool) of each text. A token is a label when it begins inside a span.
+
+        A document gets what the tokenizer writes around one, as BOS, which are no labels; but no second BOS where the
+        text begins with it.
+        """
         coded: list[Any] = [None] * len(texts)
         for document in (False, True):
             places = [place for place, rendered in enumerate(texts) if rendered.document is document]
@@ -44,11 +50,24 @@ class Encoder:
             for place, encoding in zip(places, found, strict=True):
                 coded[place] = encoding
         for rendered, encoding in zip(texts, coded, strict=True):
-            begins = np.array([begin for begin, _ in encoding.offsets], np.int64)
-            mask = np.zeros(begins.size, np.bool_)
-            for start, end in rendered.spans:
-                mask |= (begins >= start) & (begins < end)
-            yield np.array(encoding.ids, np.int32), mask
+            tokens = np.array(encoding.ids, np.int32)
+            mask = _labels(np.array([begin for begin, _ in encoding.offsets], np.int64), rendered.spans)
+            if rendered.document and tokens.size:
+                added = np.array(encoding.special_tokens_mask, np.bool_)
+                mask &= ~added
+                if added[0] and tokens.size > 1 and tokens[1] == tokens[0]:
+                    tokens, mask = tokens[1:], mask[1:]
+            yield tokens, mask
+
+
+def _labels(begins: NDArray[np.int64], spans: Sequence[Span]) -> NDArray[np.bool_]:
+    """Which tokens begin inside a span. begins: the character that each one begins at. spans: ascending, apart."""
+    if not spans:
+        return np.zeros(begins.size, np.bool_)
+    starts, ends = np.array(spans, np.int64).T
+    place = np.searchsorted(starts, begins, side="right") - 1
+    labels: NDArray[np.bool_] = (place >= 0) & (begins < ends[place])
+    return labels
 
 
 def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
@@ -66,7 +85,20 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
         raise DataError(
             f"the tokenizer in {str(directory)!r} gives no character offsets; convert it to a tokenizer.json"
         )
+    if not tokenizer.chat_template:
+        tokenizer.chat_template = _processors_template(directory / "chat_template.json")
     return tokenizer
+
+
+def _processors_template(file: Path) -> str | dict[str, str] | None:
+    """The template as older checkpoints of several modalities keep it; transformers gives it to processors alone."""
+    try:
+        found: str | dict[str, str] = msgspec.json.decode(file.read_bytes())["chat_template"]
+    except FileNotFoundError:
+        return None
+    except (OSError, msgspec.DecodeError, KeyError, TypeError) as error:
+        raise DataError(f"{file} holds no `chat_template` ({first_line(error)}); fetch the checkpoint again") from None
+    return found
 
 
 def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -169,7 +169,8 @@ class Draft(Protocol):
 class Method(Protocol):
     """What a registry entry points to: a class with static facts and factories, never instantiated.
 
-    title: name and source, for people. settings: its own struct, which `draft` of a RunConfig becomes. free: settings
+    title: name and source, for people. settings: its own struct, which `draft` of a RunConfig becomes; where it has a
+    `mask_token_id`, the trainer chooses one for −1, and refuses one that the data has. free: settings
     that do not change what is computed, so that a resumed run may have others. consecutive_labels: a sample needs so
     many labels in a row to be trained at all. architectures: what its published config.json may name.
     """

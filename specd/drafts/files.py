@@ -17,6 +17,7 @@ from torch import Tensor
 
 from specd.drafts.directory import WEIGHTS
 from specd.errors import CheckpointError
+from specd.protocol.contract import is_file_name
 
 logger = logging.getLogger(__name__)
 
@@ -34,12 +35,14 @@ def write_draft(path: Path, config: dict[str, Any], weights: Mapping[str, Tensor
             new = scratch / "new"
             new.mkdir()
             for name, content in files.items():
-                (new / Path(name).name).write_bytes(content)
+                assert is_file_name(name), "the target's files are checked when they are fetched"
+                (new / name).parent.mkdir(exist_ok=True)
+                (new / name).write_bytes(content)
             (new / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
             save_file(tensors, new / WEIGHTS, metadata={"format": "pt"})
             # safetensors lets nobody else read it, but who serves a draft need not be who trained it.
             (new / WEIGHTS).chmod((new / "config.json").stat().st_mode)
-            for file in new.iterdir():
+            for file in new.rglob("*"):
                 sync(file)
             if path.exists():
                 path.rename(scratch / "old")

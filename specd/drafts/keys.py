@@ -23,9 +23,9 @@ HARMLESS = frozenset({
     "num_return_sequences", "num_target_layers", "output_attentions", "output_hidden_states", "output_scores",
     "pad_token_id", "prefix", "pretraining_tp", "problem_type", "pruned_heads", "remove_invalid_values",
     "repetition_penalty", "return_dict", "return_dict_in_generate", "sep_token_id", "speculators_config",
-    "speculators_version", "suppress_tokens", "target_model_type", "task_specific_params", "temperature",
-    "tf_legacy_loss", "tie_encoder_decoder", "tokenizer_class", "top_k", "top_p", "torch_dtype", "torchscript",
-    "transformers_version", "typical_p", "use_bfloat16", "use_cache",
+    "speculators_version", "suppress_tokens", "target_model_type", "target_num_hidden_layers",
+    "task_specific_params", "temperature", "tf_legacy_loss", "tie_encoder_decoder", "tokenizer_class", "top_k",
+    "top_p", "torch_dtype", "torchscript", "transformers_version", "typical_p", "use_bfloat16", "use_cache",
 })  # fmt: skip
 """Keys whose value changes nothing that a draft computes, and what `transformers` writes beside them."""
 
@@ -37,8 +37,8 @@ def flat(config: Mapping[str, Any], section: str) -> dict[str, Any]:
     inside = config.get(section) or {}
     if not isinstance(inside, Mapping):
         raise ConfigError(f"config.json: {section} is {inside!r}, expected an object")
-    merged = {key: value for key, value in config.items() if key != section} | dict(inside)
-    return {key: value for key, value in merged.items() if value is not None}
+    levels = ({key: value for key, value in config.items() if key != section}, inside)
+    return {key: value for level in levels for key, value in level.items() if value is not None}
 
 
 def check(config: Mapping[str, Any], where: str, *, read: Collection[str], only: Mapping[str, tuple[Any, ...]]) -> None:

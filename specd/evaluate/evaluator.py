@@ -7,14 +7,14 @@ from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
-from specd.data.chat import Chat
-from specd.data.forms import conversation, questions
-from specd.data.rows import HELDOUT, read_rows
+from specd.config.settings import DataConfig
+from specd.data.rows import HELDOUT, sources
 from specd.data.tokenizer import end_tokens
 from specd.drafts import registry
 from specd.drafts.directory import draft_directory
 from specd.errors import ConfigError
 from specd.evaluate.decode import evaluate, greedy
+from specd.evaluate.prompts import read_prompts
 from specd.evaluate.results import EvalFacts
 
 Progress = Callable[[str, int], contextlib.AbstractContextManager[Callable[[], None]]]
@@ -31,10 +31,9 @@ def evaluate_draft(
     draft: Path | str,
     model: Any,
     tokenizer: Any,
-    prompts: Path | str = HELDOUT,
+    prompts: DataConfig | Path | str = HELDOUT,
     *,
     name: str = "",
-    template: dict[str, Any] | None = None,
     limit: int = 0,
     max_new_tokens: int = 64,
     untrained: int | Path | None = None,
@@ -43,17 +42,18 @@ def evaluate_draft(
     """Decode prompts with a draft and without it: acceptance length, and whether every output is identical.
 
     draft: its directory, or that of the run that exported it. model, tokenizer: its target, a causal LM of
-    transformers. prompts: conversations, as a file or hub name; each first question is asked, the first `limit` of
-    them, 0 for all. name: of the target, for the record. template: variables of the chat template. untrained: the seed
-    of its training, or the draft that it began with, to decode with its initial weights, too. Returns the results by
-    name: `untrained` if asked for, `trained`.
+    transformers. prompts: what `read_prompts` makes prompts of, as a file or hub name, or as the settings to read it
+    with; the first `limit` of them, 0 for all. name: of the target, for the record. untrained: the seed of its
+    training, or the draft that it began with, to decode with its initial weights, too. Returns the results by name:
+    `untrained` if asked for, `trained`.
     Raises ConfigError for a draft that is not this target's, a target without a tokenizer or a limit below 0,
-    CheckpointError for a directory that holds no draft.
+    CheckpointError for a directory that holds no draft; what `read_prompts` raises.
     """
-    name, source, directory = name or str(getattr(model, "name_or_path", "")), str(prompts), draft_directory(draft)
+    data = prompts if isinstance(prompts, DataConfig) else DataConfig(path=str(prompts))
+    name, directory = name or str(getattr(model, "name_or_path", "")), draft_directory(draft)
     if tokenizer is None:
         raise ConfigError(
-            f"target {name!r} has no tokenizer: evaluation needs its chat template; add its tokenizer files"
+            f"target {name!r} has no tokenizer: evaluation needs it for the prompts; add its tokenizer files"
         )
     if limit < 0:
         raise ConfigError(f"limit={limit}: expected a number of prompts, or 0 for all")
@@ -65,7 +65,15 @@ def evaluate_draft(
     weights = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     depth = int(model.config.get_text_config().num_hidden_layers)
     drafters = {which: one.drafter(*weights, depth) for which, one in (drafts | {"trained": trained}).items()}
-    asked = encode_prompts(source, Chat(tokenizer, template or {}), limit)
+    positions = int(getattr(model.config.get_text_config(), "max_position_embeddings", 0) or 0)
+    found = read_prompts(
+        data,
+        tokenizer,
+        size=len(weights[0]),
+        limit=limit,
+        longest=max(positions - max_new_tokens, 1) if positions else 0,
+    )
+    asked = found.ids
     eos: Collection[int] = end_tokens(model, tokenizer)
     # The same target texts prove both drafts.
     with progress("target alone", len(asked)) as advance:
@@ -91,18 +99,9 @@ def evaluate_draft(
             untrained=which == "untrained",
             block_size=drafter.block_size,
             max_new_tokens=max_new_tokens,
-            source=source,
+            source=", ".join(map(str, sources(data))),
+            bad=found.bad,
             dtype=str(model.dtype).removeprefix("torch."),
             result=result,
         )
     return results
-
-
-def encode_prompts(source: str, chat: Chat, limit: int) -> list[list[int]]:
-    """Token ids of the first question of each conversation in `source`, up to where the target begins its answer."""
-    tokenizer: Any = chat.tokenizer
-    texts = [
-        chat.render(questions(conversation(row, where), where)[0], open_answer=True, tools=row.get("tools") or None)
-        for where, row in read_rows(source, limit=limit)
-    ]
-    return [list(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]

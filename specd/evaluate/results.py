@@ -7,6 +7,7 @@ from typing import TypeVar
 
 import msgspec
 
+from specd.data.faults import Fault
 from specd.errors import CheckpointError
 
 T = TypeVar("T")
@@ -83,7 +84,8 @@ EVALS = {"untrained": "eval-untrained.json", "trained": "eval.json"}
 class EvalFacts(msgspec.Struct, frozen=True, kw_only=True):
     """One evaluation by real decoding, and its settings.
 
-    untrained: the draft had its initial weights. source: the prompts, as they were given. dtype: the target's.
+    untrained: the draft had its initial weights. source: the prompts, as they were given. bad: the rows of it that
+    cannot be used. dtype: the target's.
     """
 
     model: str
@@ -92,6 +94,7 @@ class EvalFacts(msgspec.Struct, frozen=True, kw_only=True):
     block_size: int
     max_new_tokens: int
     source: str = ""
+    bad: tuple[Fault, ...] = ()
     dtype: str = ""
     result: Evaluation
 

@@ -17,6 +17,19 @@ from specd.protocol.limits import (
     Positive,
 )
 
+TEMPLATES = "additional_chat_templates"
+"""The one folder whose files may be artifacts: further chat templates of a tokenizer, as transformers saves them."""
+
+
+def is_file_name(name: str) -> bool:
+    """Whether an artifact may be written into a directory under its name: a plain one, or a template's in TEMPLATES."""
+    folder, slash, file = name.rpartition("/")
+    return (
+        not file.startswith(".")
+        and "\0" not in name
+        and (folder == TEMPLATES and file.endswith(".jinja") if slash else bool(file))
+    )
+
 
 class ArtifactRef(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A piece of the target a trainer can FETCH: a file's bytes, or a row-major tensor.
@@ -28,6 +41,12 @@ class ArtifactRef(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     shape: Annotated[tuple[U64, ...], Meta(max_length=MAX_DIMENSIONS)] = ()
     dtype: Annotated[str, Meta(max_length=MAX_NAME_CHARS)] = ""
     same_as: Annotated[str, Meta(max_length=MAX_NAME_CHARS)] = ""
+
+
+FINGERPRINT = (
+    "model_type", "hidden_size", "num_layers", "vocab_size", "dtype", "weights", "tokenizer", "chat_template",
+)  # fmt: skip
+"""The parts of a fingerprint, in order."""
 
 
 class TargetContract(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -55,8 +74,7 @@ class TargetContract(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     @property
     def fingerprint(self) -> str:
         """Identity of the target as far as states go: everything but the list of artifacts."""
-        identity = (self.model_type, self.hidden_size, self.num_layers, self.vocab_size, self.dtype, self.weights)
-        return ":".join(str(part) for part in (*identity, self.tokenizer, self.chat_template))
+        return ":".join(str(getattr(self, name)) for name in FINGERPRINT)
 
 
 class RingInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -164,6 +164,8 @@ def _evaluation(evals: Mapping[str, EvalFacts]) -> dict[str, Any]:
         rows[f"{name}: acceptance length"] = f"{result.acceptance_length:.3f}"
         source = f" of {facts.source}" if facts.source else ""
         rows[f"{name}: prompts"] = f"{facts.prompts}{source}, at most {facts.max_new_tokens} tokens each"
+        for fault in facts.bad:
+            rows[f"{name}: cannot be used, {fault.kind}"] = f"{fault.rows:,}, the first: {fault.first}"
         rows[f"{name}: identical outputs"] = f"{facts.identical} of {facts.prompts}{_ties(facts)}"
         rows[f"{name}: forwards"] = f"{result.forwards:,} for {result.new_tokens:,} tokens"
         rows[f"{name}: speed"] = f"{result.tokens_per_s:.1f} tokens/s, {result.greedy_tokens_per_s:.1f} without a draft"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import threading
 from typing import Any
@@ -11,7 +10,8 @@ import torch
 
 from specd.protocol.contract import ArtifactRef, TargetContract
 from specd.targets.base import tap_layers
-from specd.targets.source import TOKENIZER_FILES, Source
+from specd.targets.digest import text_digests
+from specd.targets.source import Source
 
 
 class Artifacts:
@@ -24,10 +24,7 @@ class Artifacts:
 
     def __init__(self, source: Source, config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
         """config: the content of `config.json`. The tokenizer's files are the source's."""
-        self.files = {"config.json": json.dumps(config, indent=2).encode()}
-        for name in TOKENIZER_FILES:
-            if (data := source.file(name)) is not None:
-                self.files[name] = data
+        self.files = {"config.json": json.dumps(config, indent=2).encode(), **source.files()}
         self._tensors = tensors
         self._bytes: dict[str, memoryview] = {}
         self._lock = threading.Lock()
@@ -53,11 +50,7 @@ class Artifacts:
                 dtype=str(tensor.dtype).removeprefix("torch."),
                 same_as="embedding" if tied and key == "lm_head" else "",
             )
-        template = self.files.get("chat_template.jinja", b"")
-        if not template and "tokenizer_config.json" in self.files:
-            inline = json.loads(self.files["tokenizer_config.json"]).get("chat_template")
-            template = json.dumps(inline).encode() if inline else b""
-        apart = {"config.json", "generation_config.json", "chat_template.jinja"}
+        tokenizer, chat_template = text_digests(self.files)
         return TargetContract(
             model=source.name,
             model_type=model_type,
@@ -66,8 +59,8 @@ class Artifacts:
             vocab_size=text_config.vocab_size,
             dtype=dtype,
             weights=weights,
-            tokenizer=_digest(*(data for file, data in sorted(self.files.items()) if file not in apart)),
-            chat_template=_digest(template) if template else "",
+            tokenizer=tokenizer,
+            chat_template=chat_template,
             tap_layers=tap_layers(getattr(text_config, "layer_types", None) or ()),
             artifacts=refs,
         )
@@ -76,14 +69,3 @@ class Artifacts:
         """Release the tensors. Idempotent."""
         with self._lock:
             self._tensors, self._bytes = {}, {}
-
-
-def _digest(*parts: bytes) -> str:
-    """Digest of some files' bytes; empty for none."""
-    if not parts:
-        return ""
-    digest = hashlib.blake2b(digest_size=16)
-    for part in parts:
-        digest.update(len(part).to_bytes(8, "little"))
-        digest.update(part)
-    return digest.hexdigest()

@@ -14,6 +14,8 @@ import msgspec
 
 from specd.config.presets import Preset, preset, presets
 from specd.errors import ConfigError, TargetError, first_line
+from specd.paths import shown
+from specd.protocol.contract import TEMPLATES
 from specd.targets.gguf import convert
 
 if TYPE_CHECKING:
@@ -34,9 +36,10 @@ TOKENIZER_FILES = (
     "merges.txt",
     "tokenizer.model",
     "chat_template.jinja",
+    "chat_template.json",
     "generation_config.json",
 )
-"""Files of a tokenizer and its chat template; a checkpoint has some of them."""
+"""Files of a tokenizer and its chat template; a checkpoint has some of them, and further templates in TEMPLATES."""
 
 
 class Source(msgspec.Struct, frozen=True, kw_only=True):
@@ -66,6 +69,14 @@ class Source(msgspec.Struct, frozen=True, kw_only=True):
         except (OSError, EOFError, zlib.error) as error:
             raise TargetError(f"{packed} cannot be unpacked: {error}; copy it here again") from None
 
+    def files(self) -> dict[str, bytes]:
+        """All the tokenizer's files, its chat templates among them, by name; none without a tokenizer."""
+        directory = self.tokenizer or self.path
+        further = sorted((directory / TEMPLATES).glob("*.jinja")) if directory else []
+        names = (*TOKENIZER_FILES, *(f"{TEMPLATES}/{file.name}" for file in further if not file.name.startswith(".")))
+        found = ((name, self.file(name)) for name in names)
+        return {name: data for name, data in found if data is not None}
+
 
 def with_tokenizer(source: Source, directory: str) -> Source:
     """`source` with the tokenizer of another directory; unchanged for an empty one.
@@ -74,7 +85,7 @@ def with_tokenizer(source: Source, directory: str) -> Source:
     """
     if not directory:
         return source
-    found = msgspec.structs.replace(source, tokenizer=Path(directory).expanduser())
+    found = msgspec.structs.replace(source, tokenizer=Path(os.path.expanduser(directory)))
     if not any(found.file(name) is not None for name in TOKENIZERS):
         raise ConfigError(
             f"tokenizer {directory!r}: no tokenizer there; expected a directory with {' or '.join(TOKENIZERS)}"
@@ -89,7 +100,7 @@ def resolve(model: str, *, need: Need = "weights") -> Source:
     is a directory is that directory. need: `tokenizer` and `shape` fetch no weights from a hub.
     Raises ConfigError when there is no such target, TargetError when it cannot be read or downloaded.
     """
-    directory = Path(model).expanduser()
+    directory = Path(os.path.expanduser(model))
     if os.sep in model and directory.is_dir():
         return _from_directory(directory, name=str(directory.resolve()))
     known = preset(model)
@@ -155,6 +166,11 @@ def pick_dtype(dtype: str, source: Source) -> torch.dtype:
 
 
 def _from_directory(path: Path, *, name: str, preset: Preset | None = None) -> Source:
+    for place in (str(path), name):
+        if shown(place) != place:
+            raise ConfigError(
+                f"model directory '{shown(place)}' is not UTF-8, as what reads weights and tokenizers needs; rename it"
+            )
     try:
         config = json.loads((path / "config.json").read_text(encoding="utf-8"))
     except OSError as error:
@@ -172,7 +188,7 @@ def _download(repo: str, need: Need) -> Path:
 
     patterns = ["config.json"]
     if need != "shape":
-        patterns += TOKENIZER_FILES
+        patterns += (*TOKENIZER_FILES, f"{TEMPLATES}/*.jinja")
     if need == "weights":
         patterns += ["*.safetensors", "*.safetensors.index.json"]
     try:

@@ -223,6 +223,10 @@ def _state(path: Path) -> _Manifest | None:
     return state if whole and state.format == FORMAT else None
 
 
+_BEFORE = {"data.columns": {}, "data.date": "", "data.long": "cut", "data.subset": "", "data.weights": []}
+"""Settings that runs of specd 0.1.0 do not name, and what they did."""
+
+
 def _compare(path: Path, old: Identity, new: Identity) -> None:
     if old.target != new.target:
         raise CheckpointError(
@@ -236,10 +240,9 @@ def _compare(path: Path, old: Identity, new: Identity) -> None:
         # Made by specd 0.1.0: DFlash was its only method, and the -1 of a mask token that its recipe chose is all that
         # it stored of it, so that one cannot be compared.
         keys -= {"method", "draft.mask_token_id"} if old.settings.get("draft.mask_token_id") == -1 else {"method"}
+    before = _BEFORE | old.settings
     changed = [
-        f"{key} was {old.settings.get(key)!r}, is {now.get(key)!r}"
-        for key in sorted(keys)
-        if old.settings.get(key) != now.get(key)
+        f"{key} was {before.get(key)!r}, is {now.get(key)!r}" for key in sorted(keys) if before.get(key) != now.get(key)
     ]
     if changed:
         raise CheckpointError(

@@ -13,12 +13,13 @@ from typing import Any
 
 import msgspec
 
+from specd.config.load import convert
 from specd.config.settings import Config, RunConfig
 from specd.drafts.directory import digest, draft_directory
 from specd.drafts.initial import FACT, began_with
 from specd.errors import CheckpointError, ConfigError, ProtocolError, writing
 from specd.evaluate.results import load_facts
-from specd.protocol.contract import TargetContract
+from specd.protocol.contract import TEMPLATES, TargetContract, is_file_name
 from specd.train.checkpoint import Identity
 from specd.train.journal import read
 from specd.train.owner import LOCK
@@ -30,7 +31,7 @@ FACTS, JOURNAL = "run.json", "metrics.jsonl"
 _NEW_FACTS = f".{FACTS}.new"
 
 FREE = {
-    "data": {"path", "cache_dir"},
+    "data": {"path", "cache_dir", "processes", "bad_rows"},
     "train": {"device", "threads", "save_every", "keep", "log_every"},
 }
 """Settings that a resumed run may change: they do not affect what is computed. All others of these sections are fixed.
@@ -93,6 +94,13 @@ class RunDirectory:
             )
         return False
 
+    def settings(self) -> RunConfig | None:
+        """The settings that its run began with, None where they cannot be read."""
+        try:
+            return convert(read_facts(self.path).config, RunConfig, FACTS)
+        except (CheckpointError, ConfigError):
+            return None
+
     def finished(self) -> RunFacts | None:
         """The facts of a run that was trained and exported to its end; None for any other."""
         try:
@@ -130,16 +138,20 @@ class RunDirectory:
 def target_files(contract: TargetContract, fetch: Callable[[str], bytes], directory: Path) -> dict[str, bytes]:
     """Fetch the target's files (config, tokenizer), write them into `directory` and return them by name.
 
-    Raises ProtocolError for a name that is a path.
+    Raises ProtocolError for a name that is a path, other than a chat template's.
     """
     files: dict[str, bytes] = {}
     for name, ref in contract.artifacts.items():
         if ref.dtype:
             continue
-        if Path(name).name != name or name.startswith("."):
-            raise ProtocolError(f"the daemon offers an artifact called {name!r}: expected a plain file name")
+        if not is_file_name(name):
+            raise ProtocolError(
+                f"the daemon offers an artifact called {name!r}: expected a plain file name, or a chat template's in "
+                f"{TEMPLATES}"
+            )
         files[name] = fetch(name)
         with writing(directory / name):
+            (directory / name).parent.mkdir(exist_ok=True)
             (directory / name).write_bytes(files[name])
     return files
 

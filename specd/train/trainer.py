@@ -29,7 +29,7 @@ from specd.config.presets import run_config
 from specd.config.settings import Config, RunConfig
 from specd.data import dataset as datasets
 from specd.data.batching import Loader
-from specd.data.dataset import Dataset, prepare
+from specd.data.dataset import Dataset
 from specd.data.rows import DEMO
 from specd.drafts import registry
 from specd.drafts.base import Objective, TargetParts
@@ -45,6 +45,7 @@ from specd.train.journal import read
 from specd.train.loop import out_of_memory, train
 from specd.train.optimizer import total_steps
 from specd.train.owner import owned
+from specd.train.preparation import data_facts, kept, prepared
 from specd.train.tensorboard import Scalars
 from specd.transports import registry as transports
 
@@ -136,13 +137,22 @@ def _train(
         contract = subscriber.contract
         known, draft = recipe(contract)
         settled = _with_data(_with_dtype(known, device), contract.model)
-        settled = replace(settled, draft=msgspec.to_builtins(draft), output=str(directory.path))
+        settled = replace(settled, output=str(directory.path))
         again = resume and directory.has_checkpoint(settled.train.save_every)
         if settled.train.threads:
             torch.set_num_threads(settled.train.threads)
         with tempfile.TemporaryDirectory(prefix="specd-target-") as scratch:
             files = target_files(contract, subscriber.artifact, Path(scratch))
-            dataset = prepare(settled.data, Path(scratch), consecutive_labels=method.consecutive_labels)
+            settled, draft, dataset = prepared(
+                settled,
+                draft,
+                Path(scratch),
+                contract.vocab_size,
+                contract.model,
+                consecutive_labels=method.consecutive_labels,
+                begun=directory.settings() if resume else None,
+                show=show,
+            )
         loader = Loader(dataset, dataset.plan(settled.data, settled.train.seed), epochs=settled.train.epochs)
         own = identity(settled, draft, method.free, contract, dataset.digest)
         checkpoints = Checkpoints(directory.checkpoints, own, settled.train.keep)
@@ -224,8 +234,10 @@ def _is_finished(directory: RunDirectory, settle: Settle, device: str) -> bool:
         first = convert(facts.config, RunConfig, "run.json")
         known = settle(str(facts.target["model"]))
         now = replace(_with_dtype(known, device), data=replace(known.data, path=known.data.path or DEMO))
+        now, draft = kept(now, registry.settings(now.method, now.draft, "settings"), first)
         free = registry.load(now.method).free
-        old, new = (fixed(run, registry.settings(run.method, run.draft, "settings"), free) for run in (first, now))
+        old = fixed(first, registry.settings(first.method, first.draft, "settings"), free)
+        new = fixed(now, draft, free)
     except (SpecdError, KeyError):  # whatever it is, a run that goes on says it better
         return False
     return (old, first.data.path, first.target) == (new, now.data.path, now.target)
@@ -284,7 +296,7 @@ def _with_data(config: RunConfig, target: str) -> RunConfig:
     logger.warning(
         "no data given: training on the conversations that come with specd (%s), whose answers are not %s's own, so "
         "this only shows the path; for a draft worth serving give --data FILE with answers of %s, as `specd data "
-        "regenerate --model %s --prompts FILE --output FILE` writes them",
+        "regenerate FILE --model %s --output FILE` writes them",
         DEMO, target, target, target,
     )  # fmt: skip
     return replace(config, data=replace(config.data, path=DEMO))
@@ -306,7 +318,6 @@ def _facts(
     objective: Objective,
     transports: dict[str, str],
 ) -> RunFacts:
-    report = dataset.report
     return RunFacts(
         started=utc(),
         target={
@@ -318,15 +329,7 @@ def _facts(
             "fingerprint": contract.fingerprint,
         },
         draft={"method": title, **objective.facts()},
-        data={
-            "path": config.data.path,
-            "samples": f"{report.samples:,}",
-            "tokens": f"{report.tokens:,}",
-            "trainable tokens": f"{report.trainable_tokens:,}",
-            "cut to max_length": report.cut,
-            "left out, without labels": report.without_labels,
-            "digest": dataset.digest,
-        },
+        data=data_facts(config.data.path, dataset),
         transports=transports,
         machine=machine_facts(),
         config=msgspec.to_builtins(config),

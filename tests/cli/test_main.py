@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import re
+import sys
 
 import pytest
 import typer
@@ -89,3 +91,16 @@ def test_logging_is_set_up_once() -> None:
         main.log_to_stderr(logging.DEBUG)
     logger = logging.getLogger("specd")
     assert (len(logger.handlers), logger.level, os.environ["SPECD_LOG"]) == (1, logging.DEBUG, "DEBUG")
+
+
+def test_logs_go_to_the_standard_error_of_the_moment(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As a bar has it, which takes lines above itself."""
+    main.log_to_stderr(logging.INFO)
+    with monkeypatch.context() as moment:
+        moment.setattr(sys, "stderr", above := io.StringIO())
+        logging.getLogger("specd.x").info("while")
+    logging.getLogger("specd.x").info("after")
+    assert above.getvalue().endswith("INFO specd.x: while\n")
+    assert capsys.readouterr().err.endswith("INFO specd.x: after\n")

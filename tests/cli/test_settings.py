@@ -61,7 +61,21 @@ def test_slots_hold_the_dtype_that_the_draft_asks_for() -> None:
 def test_data_is_the_methods_or_what_comes_with_specd(monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = Preset(name="owl", run={"toy": {"data": {"path": "owl.jsonl", "max_length": 7}}})
     monkeypatch.setattr(settings, "recipe_of", lambda preset, model: recipe)
-    found = settings.data_config("", "owl", [], method="toy")
+    found = settings.data_config([], "owl", [], method="toy")
     assert (found.path, found.max_length) == ("owl.jsonl", 7)
-    assert settings.data_config("", "owl", []).path == DEMO
-    assert settings.data_config("mine.jsonl", "owl", []).path == "mine.jsonl"
+    assert settings.data_config([], "owl", []).path == DEMO
+    assert settings.data_config(["mine.jsonl"], "owl", []).path == "mine.jsonl"
+    several = settings.data_config(["mine.jsonl", "yours.jsonl"], "owl", ["weights=[1, 2]"])
+    assert (several.path, several.weights) == (("mine.jsonl", "yours.jsonl"), (1.0, 2.0))
+
+
+def test_data_is_named_by_option_or_argument() -> None:
+    assert settings.named(["a", "b"], None, ["c"]) == ("a", "b", "c")
+    assert settings.named(None, []) == ()
+    assert settings.paths([]) == {}
+
+
+def test_a_target_that_must_be_named_is_asked_for_with_the_presets() -> None:
+    assert settings.needed("owl") == "owl"
+    with pytest.raises(ConfigError, match=r"no target given: expected --model with a preset \(.*smollm2-135m"):
+        settings.needed("")

@@ -200,7 +200,7 @@ def test_the_recipe_of_a_preset_is_used_as_a_whole(
 @pytest.mark.parametrize(
     ("where", "remedy"),
     [
-        ("specd.train.trainer.prepare", "give the same command again"),
+        ("specd.train.preparation.prepare", "give the same command again"),
         ("specd.train.trainer.train", "the same command and --resume"),
     ],
 )

@@ -124,3 +124,23 @@ def test_merge_leaves_its_arguments_alone() -> None:
     assert (base, over) == ({"a": {"b": 1}, "c": [1]}, {"a": {"d": 2}, "c": [2]})
     assert merge({"a": {"b": 1}}, {"a": 3}) == {"a": 3}
     assert merge({"a": 3}, {"a": {"b": 1}}) == {"a": {"b": 1}}
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (
+            {"method": "x", "output": "runs/caf\udce9"},
+            r"run: output 'runs/caf\\xe9' is not UTF-8, .*; give a path that is",
+        ),
+        (
+            {"method": "x", "data": {"path": ["a.jsonl", "\udcff.jsonl"]}},
+            r"run: data\.path '\\xff\.jsonl' is not UTF-8",
+        ),
+        ({"method": "x", "target": {"model": "\ud800"}}, r"run: target\.model '\\ud800' is not UTF-8"),
+    ],
+)
+def test_texts_that_no_file_can_hold_are_refused(data: dict[str, object], said: str) -> None:
+    """A path of bytes that are not UTF-8 is one; run.json and messages to a daemon are UTF-8."""
+    with pytest.raises(ConfigError, match=f"^{said}"):
+        convert(data, RunConfig, "run")

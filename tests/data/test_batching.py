@@ -46,6 +46,49 @@ def test_each_sample_once_an_epoch_and_each_batch_within_its_budget(
 
 
 @settings(deadline=None)
+@given(lengths, st.data(), st.integers(0, 2**63 - 1))
+def test_weights_are_kept_to_over_the_epochs_and_nearly_in_each(
+    sizes: list[int], data: st.DataObject, seed: int
+) -> None:
+    weight = st.floats(0.01, 3.5)
+    weights = data.draw(st.lists(weight, min_size=len(sizes), max_size=len(sizes)))
+    plan = BatchPlan(sizes, 100, seed=seed, weights=weights)
+    counts = np.zeros(len(sizes), np.int64)
+    for epoch in range(8):
+        batches = plan.epoch(epoch)
+        found = np.bincount([i for batch in batches for i in batch], minlength=len(sizes))
+        assert all(np.floor(weights) <= found)
+        assert all(found <= np.ceil(weights))
+        assert all(sum(sizes[i] for i in batch) <= 100 for batch in batches)
+        counts += found
+        assert all(abs(counts - np.array(weights) * (epoch + 1)) < 1 + 1e-6)
+    assert BatchPlan(sizes, 100, seed=seed, weights=weights).epoch(5) == plan.epoch(5)
+
+
+def test_half_of_the_samples_come_in_one_epoch_and_the_other_half_in_the_next() -> None:
+    plan = BatchPlan([4] * 1000, 40, seed=3, weights=[0.5] * 1000)
+    first, second, third = (set(chain.from_iterable(plan.epoch(epoch))) for epoch in range(3))
+    assert first | second == set(range(1000))
+    assert not first & second
+    assert first == third
+    assert 450 < len(first) < 550
+
+
+def test_a_weight_of_one_is_no_weight() -> None:
+    sizes = [4, 2, 3, 1, 5, 2] * 9
+    plain, weighted = BatchPlan(sizes, 12, seed=3), BatchPlan(sizes, 12, seed=3, weights=[1.0] * len(sizes))
+    assert [plain.epoch(epoch) for epoch in range(3)] == [weighted.epoch(epoch) for epoch in range(3)]
+
+
+def test_resuming_in_an_epoch_without_any_sample() -> None:
+    plan = BatchPlan([4], 12, weights=[0.3])
+    loader = Loader(Numbers([4]), plan, epochs=10)
+    found = list(loader)
+    assert len(found) == loader.num_batches == 3
+    assert [batch.epoch for batch in loader.remaining(found[0].epoch, 1)] == [batch.epoch for batch in found[1:]]
+
+
+@settings(deadline=None)
 @given(lengths, st.integers(1, 3), st.data())
 def test_resuming_anywhere_gives_the_tail(sizes: list[int], epochs: int, data: st.DataObject) -> None:
     plan = BatchPlan(sizes, 100, seed=7)

@@ -112,6 +112,7 @@ DFLASH: dict[str, Form] = {
         config | {"dflash_config": config["dflash_config"] | {"output_multiplier": 2.0, "final_logit_softcapping": 30}},
         weights,
     ),
+    "of AngelSpec": change(target_hidden_size=32, target_num_hidden_layers=8),
     "of transformers": change(_name_or_path="x", transformers_version="4.57.1", torch_dtype="bfloat16", id2label={}),
     "neutral values": change(is_neox_style=True, partial_rotary_factor=1.0, use_swa=False, mlp_bias=False),
     "prefixed": renamed(lambda name: "model." + name),
@@ -134,6 +135,17 @@ EAGLE3: dict[str, Form] = {
     ),
     "norms nested": inside("eagle_config", "norm_output", "norm_before_fc"),
     "no num_target_layers": change(num_target_layers=None),
+    "of ModelOpt": lambda config, weights: (
+        config
+        | {
+            "eagle_config": config["eagle_config"] | {
+                "use_input_layernorm_in_first_layer": True, "use_last_layernorm": True, "use_mtp_layernorm": False,
+                "next_layer_regular": True, "parallel_draft_step": 1, "has_lm_head": True, "head_dim": 8,
+            },
+            "position_embedding_type": "rope", "torch_dtype": "bfloat16", "eagle_aux_hidden_state_layer_ids": None,
+        },
+        weights,
+    ),
     "of vLLM": change(architectures=["Eagle3LlamaForCausalLM"]),
     "layers.0": renamed(lambda name: name.replace("midlayer.", "layers.0.")),
     "prefixed layers.0": renamed(

@@ -108,7 +108,7 @@ def test_it_trains_resumes_evaluates_and_exports(tmp_path: Path, capsys: pytest.
     assert (draft / "model.safetensors").read_bytes() == (tmp_path / "cut/draft/model.safetensors").read_bytes()
     assert type(read(draft)).__name__ == "ToyDraft"
     capsys.readouterr()
-    arguments = ["eval", "--draft", str(tmp_path / "whole"), "--prompts", data, "--limit", "3", "--max-new-tokens", "8"]
+    arguments = ["eval", "--draft", str(tmp_path / "whole"), "--data", data, "--limit", "3", "--max-new-tokens", "8"]
     assert run([*arguments, "--untrained", "--device", "cpu", "--dtype", "float32", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert [found[name]["block_size"] for name in ("untrained", "trained")] == [2, 2]

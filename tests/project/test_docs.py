@@ -23,7 +23,7 @@ def test_the_python_way_works_as_it_is_written(tmp_path: Path, monkeypatch: pyte
     code = code.replace('"smollm2-135m"', repr(str(target)))
     # What a preset's recipe would say of this target.
     code = code.replace(
-        '"train": {"max_steps": 4}', '"train": {"max_steps": 4}, "draft": {"mask_token_id": 2, "num_anchors": 4}'
+        '"train": {"max_steps": 4}', '"train": {"max_steps": 4}, "draft": {"mask_token_id": 0, "num_anchors": 4}'
     )
     said = io.StringIO()
     with contextlib.redirect_stdout(said):

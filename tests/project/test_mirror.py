@@ -12,7 +12,6 @@ EXCEPTIONS = {
     "specd/client/effects.py": "structs; tests/client/test_window.py looks at what the window returns",
     "specd/drafts/base.py": "contracts; specd/drafts/suite.py holds drafts to them",
     "specd/drafts/head_kernel.py": "runs on GPUs; tests/drafts/test_head.py",
-    "specd/targets/artifacts.py": "tests/targets/test_transformers.py and test_sglang.py read them over two backends",
     "specd/worker/messages.py": "structs between control and worker; tests/worker and tests/daemon send all of them",
 }
 """Modules without one, and where they are tested instead; at most 20, and the fewer the better."""

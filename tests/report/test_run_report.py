@@ -10,6 +10,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from specd.data.faults import Fault
 from specd.errors import CheckpointError, ConfigError, pip_install
 from specd.evaluate.results import EVALS, Mismatch
 from specd.report.run_report import comparable, key_figures, step_over_bound, write_report
@@ -86,9 +87,14 @@ def test_evaluations_are_compared_only_where_they_decoded_the_same_texts() -> No
 def test_every_evaluation_says_what_it_decoded(tmp_path: Path) -> None:
     make_run(tmp_path, steps=1)
     stale = msgspec.structs.replace(evaluation(True, 1.0, (0.0, 0.0, 0.0)), max_new_tokens=64, source="other.jsonl")
+    fault = Fault(kind="unknown role", rows=1200, first="other.jsonl line 3: turn 1 has role 'robot'")
+    stale = msgspec.structs.replace(stale, bad=(fault,))
     (tmp_path / EVALS["untrained"]).write_bytes(msgspec.json.encode(stale))
     words = Tags(write_report(tmp_path).read_text()).words
     assert "untrained: prompts2 of other.jsonl, at most 64 tokens each" in words
+    assert (
+        "untrained: cannot be used, unknown role1,200, the first: other.jsonl line 3: turn 1 has role 'robot'" in words
+    )
     assert "trained: prompts2, at most 41 tokens each" in words
     assert "1.00 untrained" not in words, "it stands beside nothing that decoded other texts"
 

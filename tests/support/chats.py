@@ -94,11 +94,43 @@ def write_tokenizer(directory: Path, template: str = CHATML) -> Path:
     return directory
 
 
-def write_target(directory: Path, num_layers: int = 4) -> Path:
-    """A tiny Llama of random weights with that tokenizer, saved to `directory`."""
+def data_model(directory: Path, template: str) -> Path:
+    """A target's directory as far as its data goes: that tokenizer and a config.json, without weights."""
+    write_tokenizer(directory, template)
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    shape |= {"vocab_size": 400, "max_position_embeddings": 512}
+    (directory / "config.json").write_text(json.dumps({"model_type": "llama", **shape}))
+    return directory
+
+
+def write_base(directory: Path, *, padded: int = 0, reserved: int = 0) -> Path:
+    """A base model's tokenizer, without a template: its post-processor writes BOS. And its config.json.
+
+    padded: rows that the embedding has beyond the tokenizer's tokens; negative, and it has fewer. reserved: tokens that
+    are kept for later, behind all others.
+    """
+    from tokenizers import Tokenizer, processors
+
+    write_tokenizer(directory)
+    core = Tokenizer.from_file(str(directory / "tokenizer.json"))
+    core.add_special_tokens(["<|begin|>", *(f"<|reserved_{number}|>" for number in range(reserved))])
+    begin = core.token_to_id("<|begin|>")
+    core.post_processor = processors.TemplateProcessing(single="<|begin|> $A", special_tokens=[("<|begin|>", begin)])
+    core.save(str(directory / "tokenizer.json"))
+    for file in directory.glob("chat_template*"):
+        file.unlink()
+    known = json.loads((directory / "tokenizer_config.json").read_bytes()) | {"bos_token": "<|begin|>"}
+    (directory / "tokenizer_config.json").write_text(json.dumps(known))
+    size = core.get_vocab_size() + padded
+    (directory / "config.json").write_text(json.dumps({"model_type": "llama", "vocab_size": size}))
+    return directory
+
+
+def write_target(directory: Path, num_layers: int = 4, template: str = CHATML, *, padded: int = 0) -> Path:
+    """A tiny Llama of random weights with that tokenizer, saved to `directory`. padded: see write_base."""
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-    size = len(AutoTokenizer.from_pretrained(write_tokenizer(directory)))
+    size = len(AutoTokenizer.from_pretrained(write_tokenizer(directory, template))) + padded
     config = LlamaConfig(
         hidden_size=32, intermediate_size=48, num_hidden_layers=num_layers, num_attention_heads=4,
         num_key_value_heads=2, vocab_size=size, max_position_embeddings=2048, initializer_range=0.25,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ from safetensors.torch import load_file, save_file
 
 from chats import write_tokenizer
 from specd.config.settings import TargetConfig
-from specd.errors import ConfigError, TargetError
+from specd.data.tokenizer import load_tokenizer as data_tokenizer
+from specd.errors import ConfigError, DataError, TargetError
 from specd.targets import digest
 from specd.targets import source as checkpoint
 from specd.targets.registry import load_target
@@ -92,6 +94,19 @@ def test_a_directory_must_hold_a_model(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "no-such-model"}')
     with pytest.raises(TargetError, match="no-such-model"):
         load.load_causal_lm(f"{tmp_path}/", load_format="dummy")
+
+
+def test_a_directory_whose_name_is_not_utf_8_is_refused_by_it(shape_only: Path) -> None:
+    odd = shape_only.rename(os.fsdecode(os.fsencode(shape_only.parent) + b"/caf\xe9"))
+    with pytest.raises(ConfigError, match=r"caf\\xe9' is not UTF-8, .*; rename it"):
+        checkpoint.resolve(str(odd))
+
+
+def test_a_home_that_nobody_knows_is_no_directory() -> None:
+    with pytest.raises(ConfigError, match="model '~no-such-user/model': expected a preset"):
+        checkpoint.resolve("~no-such-user/model")
+    with pytest.raises(ConfigError, match="tokenizer '~no-such-user': no tokenizer there"):
+        checkpoint.with_tokenizer(checkpoint.resolve("Qwen3-8B", need="shape"), "~no-such-user")
 
 
 def test_a_directory_without_weights_is_refused(shape_only: Path) -> None:
@@ -206,6 +221,22 @@ def test_a_tokenizer_may_come_from_a_directory_of_its_own(tmp_path: Path) -> Non
         found.file("tokenizer.json")
 
 
+def test_a_template_that_a_processor_has_is_the_tokenizers_too(tmp_path: Path, shape_only: Path) -> None:
+    shutil.copytree(write_tokenizer(tmp_path / "tokenizer"), shape_only, dirs_exist_ok=True)
+    own = (shape_only / "chat_template.jinja").read_text()
+    (shape_only / "chat_template.json").write_text(json.dumps({"chat_template": "other"}))
+    assert load.load_tokenizer(f"{shape_only}/").chat_template == own == data_tokenizer(shape_only).chat_template
+    (shape_only / "chat_template.jinja").unlink()
+    assert load.load_tokenizer(f"{shape_only}/").chat_template == "other" == data_tokenizer(shape_only).chat_template
+    (shape_only / "chat_template.json").write_text("[]")
+    with pytest.raises(DataError, match=r"chat_template\.json holds no `chat_template`"):
+        data_tokenizer(shape_only)
+    with pytest.raises(TargetError, match=r"its chat_template\.json holds no `chat_template`"):
+        load.load_tokenizer(f"{shape_only}/")
+    (shape_only / "chat_template.json").unlink()
+    assert data_tokenizer(shape_only).chat_template is None
+
+
 def test_a_target_of_made_up_weights_offers_the_tokenizer_it_was_given(tmp_path: Path, shape_only: Path) -> None:
     directory = write_tokenizer(tmp_path / "tokenizer")
     config = TargetConfig(model=f"{shape_only}/", load_format="dummy", tokenizer=str(directory), device="cpu")
@@ -214,3 +245,16 @@ def test_a_target_of_made_up_weights_offers_the_tokenizer_it_was_given(tmp_path:
     assert bytes(given.artifact("tokenizer.json")) == (directory / "tokenizer.json").read_bytes()
     assert bare.contract.fingerprint != given.contract.fingerprint
     assert given.contract.model == str(shape_only.resolve())
+
+
+def test_a_download_takes_all_chat_templates(monkeypatch: pytest.MonkeyPatch, shape_only: Path) -> None:
+    asked: list[str] = []
+
+    def snapshot(repo: str, *, allow_patterns: list[str]) -> str:
+        asked[:] = allow_patterns
+        return str(shape_only)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    checkpoint.resolve("someone/some-model", need="tokenizer")
+    assert {"chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja"} <= {*asked}
+    assert not any("safetensors" in pattern for pattern in asked)

@@ -7,11 +7,13 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from specd.config.settings import DataConfig
 from specd.errors import CheckpointError
 from specd.train import checkpoint
 from specd.train.checkpoint import Checkpoints, Identity, Position, RngStates
@@ -186,6 +188,16 @@ def test_a_run_of_0_1_0_resumes_whatever_its_recipes_mask_token_was(tmp_path: Pa
         resume({"draft.mask_token_id": 8})
     with pytest.raises(CheckpointError, match=r"draft\.mask_token_id was -1, is 9; method was 'mine', is 'dflash'"):
         resume({"method": "mine", "draft.mask_token_id": -1})
+
+
+def test_settings_that_a_run_of_0_1_0_does_not_name_are_what_it_did(tmp_path: Path) -> None:
+    own = {f"data.{name}": value for name, value in msgspec.to_builtins(DataConfig()).items()}
+    later = {"data.columns", "data.date", "data.long", "data.subset", "data.weights"}
+    old = Checkpoints(tmp_path, Identity(target="", settings={k: own[k] for k in own.keys() - later}))
+    path = old.save(Position(step=1), *trained(), RngStates.capture())
+    Checkpoints(tmp_path, Identity(target="", settings=own)).compare(path)
+    with pytest.raises(CheckpointError, match=r"data\.long was 'cut', is 'split': give"):
+        Checkpoints(tmp_path, Identity(target="", settings=own | {"data.long": "split"})).compare(path)
 
 
 def test_another_shape_is_refused_by_name(tmp_path: Path) -> None:

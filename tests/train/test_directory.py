@@ -10,7 +10,7 @@ import pytest
 from specd.config.settings import DataConfig, RunConfig, TrainConfig
 from specd.drafts.dflash.settings import DFlashConfig
 from specd.errors import CheckpointError, ConfigError, ProtocolError
-from specd.protocol.contract import ArtifactRef, TargetContract
+from specd.protocol.contract import TEMPLATES, ArtifactRef, TargetContract
 from specd.train import directory
 from specd.train.checkpoint import Identity
 from specd.train.directory import RunDirectory, target_files
@@ -104,7 +104,31 @@ def test_target_files_are_written_and_tensors_are_not_fetched(tmp_path: Path) ->
     assert (asked, [path.name for path in tmp_path.iterdir()]) == (["config.json"], ["config.json"])
 
 
-@pytest.mark.parametrize("name", ["../evil", "/etc/evil", "a/b", ".bashrc", ".."])
+def test_a_further_chat_template_is_written_where_transformers_looks(tmp_path: Path) -> None:
+    name = f"{TEMPLATES}/tool_use.jinja"
+    contract = msgspec.structs.replace(CONTRACT, artifacts={name: ArtifactRef(nbytes=1)})
+    assert target_files(contract, lambda name: b"x", tmp_path) == {name: b"x"}
+    assert (tmp_path / TEMPLATES / "tool_use.jinja").read_bytes() == b"x"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../evil",
+        "/etc/evil",
+        "a/b",
+        ".bashrc",
+        "..",
+        f"{TEMPLATES}/evil.py",
+        f"{TEMPLATES}/.jinja",
+        f"{TEMPLATES}/../a.jinja",
+        f"{TEMPLATES}/a/b.jinja",
+        f"../{TEMPLATES}/a.jinja",
+        f"/{TEMPLATES}/a.jinja",
+        f"{TEMPLATES}/",
+        "a\0b",
+    ],
+)
 def test_a_daemon_cannot_write_elsewhere(tmp_path: Path, name: str) -> None:
     contract = msgspec.structs.replace(CONTRACT, artifacts={name: ArtifactRef(nbytes=1)})
     (tmp_path / "into").mkdir()

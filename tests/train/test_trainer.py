@@ -19,7 +19,7 @@ import torch
 from chats import talk, write_rows, write_target
 from specd.cli.main import run
 from specd.client.subscriber import Subscriber
-from specd.config.settings import DaemonConfig, RingConfig, RunConfig, TargetConfig, TrainConfig
+from specd.config.settings import DaemonConfig, DataConfig, RingConfig, RunConfig, TargetConfig, TrainConfig
 from specd.daemon.serve import Embedded, embedded
 from specd.data.rows import DEMO
 from specd.drafts.dflash.objective import DFlash
@@ -28,7 +28,7 @@ from specd.errors import CheckpointError, ConfigError, DataError, SpecdError
 from specd.train.owner import owned
 from specd.train.trainer import train_draft
 
-DRAFT = {"mask_token_id": 2, "num_layers": 1, "num_taps": 2, "block_size": 4, "num_anchors": 4}
+DRAFT = {"mask_token_id": 0, "num_layers": 1, "num_taps": 2, "block_size": 4, "num_anchors": 4}
 TRAIN = {"max_steps": 2, "device": "cpu", "save_every": 0}
 
 
@@ -61,7 +61,7 @@ def test_without_data_it_trains_on_the_conversations_that_come_along_and_says_so
     done = train_draft(settings, host=host)
     assert done.steps == 2
     (said,) = [record.message for record in caplog.records if record.name == "specd.train.trainer"]
-    for part in (DEMO, f"not {model}'s own", "--data FILE", f"specd data regenerate --model {model}"):
+    for part in (DEMO, f"not {model}'s own", "--data FILE", f"specd data regenerate FILE --model {model}"):
         assert part in said
     assert "\n" not in said
     facts = json.loads((done.directory / "run.json").read_bytes())
@@ -142,7 +142,7 @@ def test_one_command_survives_being_started_again(settings: dict[str, Any], host
     for other in ({"max_steps": 3}, {"lr": 1e-9}):
         with pytest.raises(CheckpointError, match=f"train.{next(iter(other))} was .*give the old values back"):
             train_draft(settings | {"train": TRAIN | other}, host=host, resume=True)
-    with pytest.raises(DataError, match="no data file at 'none'"):
+    with pytest.raises(DataError, match="no data at 'none'"):
         train_draft(settings | {"data": {"path": "none"}}, host=host, resume=True)
     (done.directory / "metrics.jsonl").write_bytes((done.directory / "metrics.jsonl").read_bytes() * 2)
     with pytest.raises(CheckpointError, match="line 3 is step 1, expected step 3"):
@@ -213,9 +213,8 @@ def test_with_data_it_says_nothing_of_it(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"draft": {**DRAFT, "mask_token_id": -1}}, r"no mask token is known.*draft\.mask_token_id=ID.*--preset NAME"),
         ({"draft": {**DRAFT, "block_sise": 4}}, r"unknown field `block_sise` - at `\$\.draft`"),
-        ({"data": {"path": "no/such/file.jsonl"}}, "no data file at 'no/such/file.jsonl'"),
+        ({"data": {"path": "no/such/file.jsonl"}}, "no data at 'no/such/file.jsonl'"),
         ({"data": {"max_length": 1}}, r"data\.max_length=1"),
         ({"data": {"max_batch_sequences": -1}}, r"data\.max_batch_sequences=-1: expected"),
         ({"draft": {**DRAFT, "mask_token_id": 10**6}}, r"draft\.mask_token_id=1000000: expected a token of .*Qwen3-8B"),
@@ -251,9 +250,11 @@ def test_and_before_a_target_is_loaded(
     assert run(command) == 2
     assert f"no mask token is known for target '{model}'" in capsys.readouterr().err
     assert run([*command, "--preset", "smollm2-135m", "--data", "missing.jsonl"]) == 1
-    assert "no data file at 'missing.jsonl'" in capsys.readouterr().err
+    assert "no data at 'missing.jsonl'" in capsys.readouterr().err
     assert run([*command, "--preset", "smollm3"]) == 2
     assert "preset 'smollm3': expected one of Qwen3-30B-A3B-FP8" in capsys.readouterr().err
+    assert run([*command, "--set", "draft.mask_token_id=2"]) == 2
+    assert "draft.mask_token_id=2: it is the tokenizer's eos_token, '<|im_end|>'" in capsys.readouterr().err
 
 
 def test_a_recipe_of_another_preset_is_taken_by_name(
@@ -262,17 +263,46 @@ def test_a_recipe_of_another_preset_is_taken_by_name(
     command = [
         "--quiet", "train", "dflash", "--model", str(model), "--output", str(tmp_path / "run"), "--device", "cpu",
         "--preset", "smollm2-135m", "--max-steps", "1", "--set", "data.max_samples=20", "--set", "draft.num_taps=2",
+        "--set", "draft.mask_token_id=0",
     ]  # fmt: skip
     assert run(command) == 0, capsys.readouterr().err
     config = json.loads((tmp_path / "run" / "run.json").read_bytes())["config"]
-    assert (config["draft"]["mask_token_id"], config["draft"]["block_size"], config["data"]["path"]) == (9, 8, DEMO)
+    assert (config["draft"]["block_size"], config["data"]["path"]) == (8, DEMO)
 
 
 def test_a_run_config_is_taken_as_it_is(host: Embedded, tmp_path: Path) -> None:
-    config = RunConfig(method="dflash", output=str(tmp_path / "run"))
+    config = RunConfig(
+        method="dflash", output=str(tmp_path / "run"), draft={"num_taps": 2}, data=DataConfig(max_samples=4)
+    )
     for resume in (False, True):
         with pytest.raises(ConfigError, match="no mask token is known"):
             train_draft(config, host=host, resume=resume)
+        assert not (tmp_path / "run").exists(), "nothing is begun"
+
+
+def test_a_mask_token_that_is_in_the_data_is_refused_before_the_run_begins(
+    host: Embedded, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    path = write_rows(tmp_path / "a.jsonl", *[{"input_ids": [5, 9, 6, 9] * 4, "loss_mask": [1] * 16}] * 3)
+    settings["data"]["path"] = path
+    with pytest.raises(ConfigError, match=r"draft\.mask_token_id=9: the data has this token 24 times, first in row 1"):
+        train_draft(settings | {"draft": {**DRAFT, "mask_token_id": 9}}, host=host)
+    assert not Path(settings["output"]).exists()
+
+
+def test_bad_rows_are_in_the_facts_and_in_the_report(host: Embedded, settings: dict[str, Any], tmp_path: Path) -> None:
+    good = {"messages": talk("Hi", "Hello. " * 9)}
+    settings["data"]["path"] = write_rows(tmp_path / "a.jsonl", good, {"messages": []}, good, good)
+    with pytest.raises(DataError, match="1 of 4 rows cannot be used"):
+        train_draft(settings, host=host)
+    settings["data"]["bad_rows"] = "skip"
+    done = train_draft(settings, host=host)
+    facts = json.loads((done.directory / "run.json").read_bytes())["data"]
+    assert (facts["rows"], facts["samples"], facts["left out, cannot be used"]) == ("4", "3", 1)
+    (said,) = [value for name, value in facts.items() if name.startswith("cannot be used: ")]
+    assert said.startswith("1, the first: a.jsonl line 2")
+    assert run(["report", str(done.directory)]) == 0
+    assert "a.jsonl line 2" in (done.directory / "report.html").read_text()
 
 
 @pytest.mark.parametrize(

@@ -23,12 +23,12 @@ from specd.evaluate.results import EvalFacts
 from specd.train.directory import beginning, read_facts
 from specd.train.trainer import train_draft
 
-DRAFT = {"mask_token_id": 2, "num_layers": 1, "num_taps": 2, "block_size": 4, "num_anchors": 4}
+DRAFT = {"mask_token_id": 0, "num_layers": 1, "num_taps": 2, "block_size": 4, "num_anchors": 4}
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_target(tmp_path_factory.mktemp("targets") / "target", num_layers=6)
+    return write_target(tmp_path_factory.mktemp("targets") / "target", num_layers=8)
 
 
 @pytest.fixture(scope="module")
@@ -137,5 +137,22 @@ def test_a_published_draft_is_as_good_as_an_own_one(host: Embedded, tmp_path: Pa
     config["dflash_config"]["block_size"] = config.pop("block_size")
     config["rope_parameters"] = {"rope_theta": config.pop("rope_theta"), "rope_type": "default"}
     (first.draft / "config.json").write_text(json.dumps(config))
-    second = train_draft(settings(tmp_path, "second", 1, first.draft), host=host)
+    asked = settings(tmp_path, "second", 1, first.draft)
+    asked["draft"]["mask_token_id"] = -1  # which is its own, and none is chosen
+    second = train_draft(asked, host=host)
+    config = json.loads((second.draft / "config.json").read_text())
+    assert config["dflash_config"]["mask_token_id"] == DRAFT["mask_token_id"]
     assert registry.read(second.draft)
+
+
+def test_an_eagle3_draft_keeps_its_vocabulary_from_run_to_run(host: Embedded, tmp_path: Path) -> None:
+    draft = {"num_steps": 2, "draft_vocab_size": 50}
+    asked = settings(tmp_path, "first", 2, lr=1e-3) | {"method": "eagle3", "draft": draft}
+    first = train_draft(asked, host=host)
+    asked |= {"output": str(tmp_path / "second"), "draft": draft | {"init": str(first.directory)}}
+    asked["data"] = asked["data"] | {"max_samples": 9}  # whose most frequent labels are others
+    second = train_draft(asked, host=host)
+    ours, theirs = (load_file(path / "model.safetensors") for path in (second.draft, first.draft))
+    assert ours["d2t"].equal(theirs["d2t"])
+    assert not ours["lm_head.weight"].equal(theirs["lm_head.weight"])
+    assert read_facts(second.directory).draft["initial weights"].startswith(str(first.draft))

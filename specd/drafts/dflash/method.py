@@ -34,12 +34,8 @@ class DFlashMethod:
 
     @staticmethod
     def check(settings: DFlashConfig, target: str) -> None:
-        """Raise ConfigError where no mask token is known, or settings contradict each other; 0 is the target's."""
-        if initial_shape(settings) is None and settings.mask_token_id < 0:
-            raise ConfigError(
-                f"no mask token is known for target {target!r}: give --set draft.mask_token_id=ID, the id of a token "
-                f"that it never writes, or --preset NAME for the recipe of a target with the same tokenizer"
-            )
+        """Raise ConfigError where settings contradict each other, or the draft they begin with; 0 is the target's."""
+        initial_shape(settings)
         loss_decay(settings)
         layer_types(settings)
         kv = settings.num_kv_heads if settings.num_heads else 0

@@ -26,10 +26,10 @@ TAPS = "eagle_aux_hidden_state_layer_ids"
 SURPLUS = ("embed_tokens.weight", "rotary_emb.inv_freq", "verifier_norm.weight", "verifier_lm_head.weight", "t2d")
 """Ends of names of tensors that are the target's, or follow from others."""
 READ = frozenset({
-    "attention_bias", "draft_vocab_size", TAPS, "fc_norm", "head_dim", "hidden_size", "intermediate_size",
-    "layer_ids", "max_position_embeddings", "norm_before_fc", "norm_before_residual", "norm_output",
-    "num_attention_heads", "num_aux_hidden_states", "num_key_value_heads", "num_steps", "num_target_layers",
-    "rms_norm_eps", "sliding_window", "use_sliding_window", "vocab_size",
+    "attention_bias", "draft_vocab_size", TAPS, "fc_norm", "has_lm_head", "head_dim", "hidden_size",
+    "intermediate_size", "layer_ids", "max_position_embeddings", "norm_before_fc", "norm_before_residual",
+    "norm_output", "num_attention_heads", "num_aux_hidden_states", "num_key_value_heads", "num_steps",
+    "num_target_layers", "parallel_draft_heads_num_layers", "rms_norm_eps", "sliding_window", "vocab_size",
 })  # fmt: skip
 ONLY: dict[str, tuple[Any, ...]] = {
     "num_hidden_layers": (1,),
@@ -39,7 +39,14 @@ ONLY: dict[str, tuple[Any, ...]] = {
     "mlp_bias": (False,),
     "tie_word_embeddings": (False,),
     "embed_requires_grad": (False,),
+    "use_sliding_window": (False,),
     "use_aux_hidden_state": (True,),
+    "use_input_layernorm_in_first_layer": (True,),
+    "use_last_layernorm": (True,),
+    "use_mtp_layernorm": (False,),
+    "next_layer_regular": (True,),
+    "parallel_draft_step": (1,),
+    "position_embedding_type": ("rope",),
     "partial_rotary_factor": (1,),
     "layer_types": (["full_attention"],),
 }
@@ -153,12 +160,12 @@ def read_shape(config: dict[str, Any], where: str) -> Eagle3Shape:
         data = {
             "hidden_size": config["hidden_size"],
             "num_heads": config["num_attention_heads"],
-            "num_kv_heads": config["num_key_value_heads"],
+            "num_kv_heads": config.get("num_key_value_heads", config["num_attention_heads"]),
             "head_dim": config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"],
             "intermediate_size": config["intermediate_size"],
             "vocab_size": config["vocab_size"],
             "draft_vocab_size": config.get("draft_vocab_size", config["vocab_size"]),
-            "rms_norm_eps": config["rms_norm_eps"],
+            "rms_norm_eps": config.get("rms_norm_eps", 1e-6),
             "rope_theta": rope_theta(config),
             "rope_scaling": rope_scaling(config, where),
             "max_position_embeddings": config["max_position_embeddings"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import zlib
 from typing import TYPE_CHECKING, Any, Literal
@@ -123,4 +124,12 @@ def _read_tokenizer(source: Source) -> PreTrainedTokenizerBase:
             f"target {source.name}: no usable tokenizer in {source.path} ({first_line(error)}); "
             f"copy its tokenizer.json and tokenizer_config.json there"
         ) from error
+    if not tokenizer.chat_template and (kept := source.file("chat_template.json")):
+        # Older checkpoints of several modalities: transformers gives it to their processor alone.
+        try:
+            tokenizer.chat_template = json.loads(kept)["chat_template"]
+        except (ValueError, KeyError, TypeError):
+            raise TargetError(
+                f"target {source.name}: its chat_template.json holds no `chat_template`; fetch the checkpoint again"
+            ) from None
     return tokenizer

@@ -35,9 +35,9 @@ TARGET: dict[str, Any] = {
 }
 
 
-def make_draft(seed: int = 0, **changes: Any) -> DFlashDraft:
+def make_draft(seed: int = 0, shape: dict[str, Any] | None = None, **changes: Any) -> DFlashDraft:
     config = msgspec.structs.replace(DFlashConfig(num_layers=2, block_size=BLOCK, mask_token_id=3), **changes)
-    draft = DFlashDraft(draft_shape(config, TARGET, (1, 4, 9)), seed)
+    draft = DFlashDraft(msgspec.structs.replace(draft_shape(config, TARGET, (1, 4, 9)), **(shape or {})), seed)
     generator = torch.Generator().manual_seed(9)
     with torch.no_grad():
         for parameter in draft.parameters():
@@ -94,6 +94,12 @@ def test_config_has_the_published_keys(tmp_path: Path) -> None:
     assert not [name for name in weights if "embed" in name or "lm_head" in name]
 
 
+def test_chat_templates_lie_beside_a_draft_as_beside_its_target(tmp_path: Path) -> None:
+    name = "additional_chat_templates/tool_use.jinja"
+    save_draft(make_draft(), tmp_path / "draft", files={"chat_template.jinja": b"a", name: b"b"})
+    assert (tmp_path / "draft" / name).read_bytes() == b"b"
+
+
 def test_an_older_draft_is_replaced(tmp_path: Path) -> None:
     save_draft(make_draft(), tmp_path / "draft", files={"old.txt": b"x"})
     save_draft(make_draft(num_layers=1), tmp_path / "draft")
@@ -113,9 +119,27 @@ def test_a_directory_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> No
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["draft", "file"]
 
 
-@pytest.mark.parametrize("window", [0, 8])
-def test_one_block_equals_the_published_forward(tmp_path: Path, window: int) -> None:
-    draft = make_draft(sliding_window=window)
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
+LLAMA3 = {
+    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changes", "shape"),
+    [
+        ({}, {}),
+        ({"sliding_window": 8}, {}),
+        ({"sliding_window": 8, "sliding_causal": False}, {}),
+        ({"sliding_window": 8, "full_layers": 1}, {}),
+        ({"sliding_window": 8, "full_layers": 1}, {"is_causal": True}),
+        ({}, {"rope_scaling": YARN}),
+        ({}, {"rope_scaling": LLAMA3, "attention_bias": True}),
+    ],
+)
+def test_one_block_equals_the_published_forward(tmp_path: Path, changes: dict[str, Any], shape: dict[str, Any]) -> None:
+    draft = make_draft(shape=shape, **changes)
     save_draft(draft, tmp_path / "draft", dtype=torch.float32)
     theirs = published(tmp_path / "draft")
     assert {name: tuple(p.shape) for name, p in theirs.state_dict().items()} == {

@@ -42,7 +42,6 @@ def test_capture_spec_follows_the_target() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"mask_token_id": -1}, "no mask token is known"),
         ({"loss_decay": -3.0}, "loss_decay -3"),
         ({"num_heads": 6, "num_kv_heads": 4}, "num_heads 6 is not a multiple of num_kv_heads 4"),
         ({"head_dim": 7}, "head_dim 7"),

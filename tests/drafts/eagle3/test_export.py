@@ -60,6 +60,8 @@ def test_what_engines_read(tmp_path: Path) -> None:
         ({"rope_scaling": {"rope_type": "dynamic", "factor": 4}}, "rope_type is 'dynamic', expected default, "),
         ({"hidden_size": None}, "no key 'hidden_size'"),
         ({"embed_requires_grad": True}, "embed_requires_grad is True, expected False"),
+        ({"eagle_config": {"use_last_layernorm": False}}, "use_last_layernorm is False, expected True"),
+        ({"use_sliding_window": True}, "use_sliding_window is True, expected False"),
         ({"model_type": "qwen3"}, "model_type is 'qwen3', expected 'llama'"),
         ({"num_aux_hidden_states": 4}, "num_aux_hidden_states is 4, expected 3"),
         ({"is_neox_style": False}, "is_neox_style=False, which specd does not know"),

@@ -1,0 +1,113 @@
+"""What a run trains on: its data, prepared for its target, and the settings that follow from both."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgspec
+from msgspec.structs import replace
+
+from specd.config.settings import Config, RunConfig
+from specd.data import mask_token
+from specd.data.dataset import Dataset, dated, prepare
+from specd.data.portion import Report
+from specd.data.progress import progress
+
+logger = logging.getLogger(__name__)
+
+
+class Prepared(NamedTuple):
+    """The run's settings and its draft's, with nothing left to be chosen, and its samples."""
+
+    config: RunConfig
+    draft: Config
+    dataset: Dataset
+
+
+def prepared(
+    config: RunConfig,
+    draft: Config,
+    files: Path,
+    vocabulary: int,
+    target: str,
+    *,
+    consecutive_labels: int,
+    begun: RunConfig | None = None,
+    show: bool = False,
+) -> Prepared:
+    """The data of a run, for the target whose files lie in `files`.
+
+    vocabulary: rows of its embedding. target: its name. begun: the settings of the run as it began, which a date and a
+    mask token that are left to specd are taken from. show: a bar on the terminal.
+    Raises ConfigError for a mask token that cannot be one, and what `prepare` raises.
+    """
+    config, draft = kept(config, draft, begun)
+    config = replace(config, data=dated(config.data, files))
+    free = check_mask(draft, files, vocabulary, target) if begun is None or mask_of(draft) == -1 else []
+    with progress("preparing data", show) as on_rows:
+        dataset = prepare(config.data, files, consecutive_labels=consecutive_labels, on_rows=on_rows)
+    if free:
+        chosen = mask_token.choose(free, dataset)
+        logger.info("mask token %d: %s", chosen.id, chosen.reason)
+        draft = replace(draft, mask_token_id=chosen.id)
+    elif begun is None and (mask := mask_of(draft)) is not None:
+        mask_token.check_absent(mask, dataset)
+    return Prepared(replace(config, draft=msgspec.to_builtins(draft)), draft, dataset)
+
+
+def kept(config: RunConfig, draft: Config, begun: RunConfig | None) -> tuple[RunConfig, Config]:
+    """The settings, with the date and the mask token that the run began with where they are left to specd."""
+    if begun is None:
+        return config, draft
+    config = replace(config, data=replace(config.data, date=config.data.date or begun.data.date))
+    before = begun.draft.get("mask_token_id", -1)
+    if mask_of(draft) == -1 and isinstance(before, int) and before >= 0:
+        draft = replace(draft, mask_token_id=before)
+    return config, draft
+
+
+def check_mask(draft: Config, files: Path, vocabulary: int, target: str) -> list[mask_token.MaskToken]:
+    """The mask tokens to choose from, if that is left to specd; none for a draft that names one, or takes none.
+
+    Raises ConfigError for one that the target writes, or when none can be chosen.
+    """
+    mask = mask_of(draft)
+    if mask == -1:
+        return mask_token.candidates(files, vocabulary, target)
+    if mask is not None:
+        mask_token.check_unwritten(mask, files)
+    return []
+
+
+def mask_of(draft: Config) -> int | None:
+    """The mask token in the settings of a draft, −1 where it is to be chosen; None for a draft that takes none.
+
+    None, too, where it is that of the draft that this one begins with.
+    """
+    mask: int | None = getattr(draft, "mask_token_id", None)
+    init: str = getattr(draft, "init", "")
+    return None if mask == -1 and init else mask
+
+
+def data_facts(path: str | tuple[str, ...], dataset: Dataset) -> dict[str, Any]:
+    """The data of a run, for run.json and the report."""
+    report: Report = dataset.report
+    facts: dict[str, Any] = {
+        "path": path if isinstance(path, str) else ", ".join(path),
+        "rows": f"{report.rows:,}",
+        "samples": f"{report.samples:,}",
+        "tokens": f"{report.tokens:,}",
+        "trainable tokens": f"{report.trainable_tokens:,}",
+        "cut to max_length": report.cut,
+        "left out, without labels": report.without_labels,
+        "left out, cannot be used": report.num_bad,
+    }
+    for fault in report.bad:
+        facts[f"cannot be used: {fault.kind}"] = f"{fault.rows:,}, the first: {fault.first}"
+    if report.split:
+        facts["more samples of split documents"] = report.split
+    if report.dropped:
+        facts["answers in part left out by the template"] = report.dropped
+    return facts | {"digest": dataset.digest}
