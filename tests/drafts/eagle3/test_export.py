@@ -20,7 +20,8 @@ from specd.errors import CheckpointError, ConfigError
 
 
 def test_it_is_read_back_whole(tmp_path: Path) -> None:
-    for number, options in enumerate([{}, {"norm_output": True, "fc_norm": True}, {"draft_vocab_size": 0}]):
+    cases: list[dict[str, Any]] = [{}, {"norm_output": True, "fc_norm": True}, {"draft_vocab_size": 0}]
+    for number, options in enumerate(cases):
         objective = make_eagle(msgspec.structs.replace(CONFIG, **options))
         path = tmp_path / str(number)
         objective.export(path)
