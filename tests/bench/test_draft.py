@@ -67,7 +67,8 @@ def test_rows_of_a_tiny_draft_fit_together(result: DraftResult) -> None:
         assert row.mfu == pytest.approx(row.tflop_per_s / row.ceiling_tflop_per_s, rel=0.05)
         assert row.tflop_per_s == pytest.approx(sum(row.useful_tflop.values()) / row.step_ms * 1e3, rel=1e-3)
         assert set(row.phases_ms) == {"inputs", "forward", "head", "backward", "optimizer"}
-        assert sum(row.phases_ms.values()) == pytest.approx(row.step_ms, rel=0.5)
+        # Both are measured, one after the other, on a machine that may do other things meanwhile.
+        assert 0.2 < sum(row.phases_ms.values()) / row.step_ms < 5
         assert row.rows == 6 * 4 > row.predictions > 0
         assert row.parts_ms["attention"] > 0
     assert msgspec.json.decode(msgspec.json.encode(result), type=DraftResult).rows == result.rows

@@ -51,7 +51,14 @@ def sglang() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def vllm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """vLLM's modules, and a group of this process alone."""
-    with importable():
+    with importable(), pytest.MonkeyPatch.context() as patch:
+        models = peer("vllm.model_executor.models.registry")
+
+        def look(model: Any) -> Any:
+            """What a model's class can do. vLLM would ask another process, which has no peers."""
+            return models._ModelInfo.from_model_cls(model.load_model_cls())
+
+        patch.setattr(models._LazyRegisteredModel, "inspect_model_cls", look)
         state, config = peer("vllm.distributed.parallel_state"), peer("vllm.config")
         meeting = tmp_path_factory.mktemp("vllm") / "meeting"
         state.init_distributed_environment(1, 0, f"file://{meeting}", 0, "gloo")

@@ -108,7 +108,7 @@ def test_vllm(tmp_path: Path, settings: dict[str, Any], monkeypatch: pytest.Monk
             self.impl = types.SimpleNamespace(do_kv_cache_update=lambda _, key, value, *__: self.keep(key, value))
 
     speculative = as_vllm_reads(tmp_path / "draft", "dflash")
-    config = vllm_config(speculative, shape.num_target_layers, VOCAB)
+    config = vllm_config(speculative)
     monkeypatch.setattr(module, "Attention", Attention)
     monkeypatch.setattr(module, "get_draft_quant_config", lambda _: None)
     monkeypatch.setattr(type(config), "use_v2_model_runner", True)  # where layers differ it asks for that runner

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import types
 from pathlib import Path
 from typing import Any
@@ -28,8 +29,11 @@ def test_a_dflash_directory(tmp_path: Path) -> None:
     objective = make_draft(DFLASH)
     objective.export(tmp_path / "draft")
     parse = peer("sglang.srt.speculative.dflash_utils").parse_dflash_draft_config
-    found = parse(draft_hf_config=transformers.AutoConfig.from_pretrained(tmp_path / "draft"))
-    shape = objective.draft.shape
+    model = peer("sglang.srt.configs.model_config").ModelConfig
+    read = model(model_path=str(tmp_path / "draft"), is_draft_model=True, dtype="float32")
+    found, shape = parse(draft_hf_config=read.hf_config), objective.draft.shape
+    assert read.hf_config.architectures == ["DFlashDraftModel"]
+    assert (read.vocab_size, read.head_dim, read.context_len) == (VOCAB, shape.head_dim, 512)
     assert found.resolve_target_layer_ids(target_num_layers=8) == list(shape.taps)
     assert (found.block_size, found.mask_token_id) == (shape.block_size, shape.mask_token_id)
     assert (found.num_hidden_layers, found.num_target_layers) == (shape.num_layers, 8)
@@ -38,26 +42,21 @@ def test_a_dflash_directory(tmp_path: Path) -> None:
 def test_an_eagle3_directory_names_its_taps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     objective = make_eagle()
     objective.export(tmp_path / "draft")
-    config = transformers.AutoConfig.from_pretrained(tmp_path / "draft")
     module = peer("sglang.srt.model_executor.model_runner_components.spec_aux_hidden_state")
-    read = Space(
-        hf_config=config,
-        num_nextn_predict_layers=None,
-        num_hidden_layers=1,
-        num_attention_layers=1,
-        is_hybrid_swa=False,
-    )
-    monkeypatch.setattr(module, "ModelConfig", Space(from_server_args=lambda *_, **__: read))
-    path = str(tmp_path / "draft")
+    read = functools.partial(peer("sglang.srt.configs.model_config").ModelConfig, dtype="float32")
+    path = Space(speculative_draft_model_path=str(tmp_path / "draft"), speculative_draft_model_revision=None)
     monkeypatch.setattr(
-        module, "get_spec", lambda: Space(speculative_draft_model_path=path, speculative_draft_model_revision=None)
+        module, "ModelConfig", Space(from_server_args=lambda _, model_revision, **settings: read(**settings))
     )
+    monkeypatch.setattr(module, "get_spec", lambda: path)
     found = module.SpecAuxHiddenStateConfig(is_dspark=False)
     algorithm = Space(is_eagle=lambda: True, is_eagle3=lambda: True, is_standalone=lambda: False)
     module._resolve_eagle_aux_hidden_state(
         config=found, server_args=None, model_config=None, spec_algorithm=algorithm, is_draft_worker=False
     )
     assert found.eagle_use_aux_hidden_state is True
+    assert found.eagle_draft_num_layers == 1
+    assert found.draft_model_config.hf_config.architectures == ["LlamaForCausalLMEagle3"]
     target = Space(model=Space(), pp_group=Space(is_last_rank=True), config=Space(num_hidden_layers=8))
     peer("sglang.srt.models.llama").LlamaForCausalLM.set_eagle3_layers_to_capture(
         target, found.eagle_aux_hidden_state_layer_ids

@@ -69,7 +69,7 @@ def test_its_eagle3_computes_the_same(
     monkeypatch.setattr(peer("vllm.model_executor.models.llama"), "Attention", Attention)
     monkeypatch.setattr(module, "get_draft_quant_config", lambda _: None)
     speculative = as_vllm_reads(tmp_path / "draft", "eagle3")
-    config = vllm_config(speculative, shape.num_target_layers, VOCAB)
+    config = vllm_config(speculative)
     with torch.no_grad(), peer("vllm.config").set_current_vllm_config(config):
         draft = module.Eagle3LlamaForCausalLM(vllm_config=config)
         for parameter in draft.parameters():

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import functools
-import types
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor, nn
 
-from drafts import make_batch
+from drafts import TARGET, make_batch
 from eagle import deliver
 from peers import peer
 from specd.drafts.eagle3.model import Eagle3Draft
@@ -148,29 +147,25 @@ def run_natively(model: Any) -> None:
 
 
 def as_vllm_reads(path: Path, method: str) -> Any:
-    """What vLLM makes of the draft directory `path`, as its speculative settings hold it."""
-    read = transformers.AutoConfig.from_pretrained(path)
-    config = peer("vllm.transformers_utils.configs.eagle").EAGLEConfig(read, method=method, model_type="eagle")
-    held = types.SimpleNamespace(hf_config=config, model=str(path), revision=None)
-    return types.SimpleNamespace(
-        draft_model_config=held, method=method, num_speculative_tokens=3, parallel_drafting=False
+    """vLLM's settings for the draft directory `path`, beside a target like that of the tests."""
+    target = path.with_name("target")
+    target.mkdir()
+    described = {**TARGET, "architectures": ["LlamaForCausalLM"], "model_type": "llama"}
+    (target / "config.json").write_text(json.dumps(described), encoding="utf-8")
+    config = peer("vllm.config")
+    return config.SpeculativeConfig(
+        model=str(path),
+        method=method,
+        num_speculative_tokens=3,
+        target_model_config=config.ModelConfig(model=str(target), skip_tokenizer_init=True, dtype="float32"),
+        target_parallel_config=config.ParallelConfig(),
     )
 
 
-def vllm_config(speculative: Any, num_target_layers: int, vocab_size: int) -> Any:
-    """vLLM's configuration with these speculative settings, beside a target of this size."""
-    target = types.SimpleNamespace(
-        dtype=torch.float32,
-        get_total_num_hidden_layers=lambda: num_target_layers,
-        get_vocab_size=lambda: vocab_size,
-        hf_config=speculative.draft_model_config.hf_config.model,
-        head_dtype=None,
-        is_moe=False,
-        enforce_eager=True,
-        quantization=None,
-        max_model_len=512,
-    )
+def vllm_config(speculative: Any) -> Any:
+    """vLLM's configuration with these speculative settings."""
     config = peer("vllm.config").VllmConfig()
-    for name, value in (("model_config", target), ("speculative_config", speculative), ("quant_config", None)):
-        object.__setattr__(config, name, value)  # it would check more of a target than there is of this one
+    # Given to its constructor, they would ask for a server's devices and kernels.
+    for name, value in (("model_config", speculative.target_model_config), ("speculative_config", speculative)):
+        object.__setattr__(config, name, value)
     return config
