@@ -18,6 +18,7 @@ def dense_flex(
     """
     assert return_aux.lse
     assert kernel_options == {"FORCE_USE_FLEX_ATTENTION": True}
+    assert block_mask.shape[0] == query.shape[0]
     rows, keys = query.shape[2], key.shape[2]
     row, column = torch.arange(rows)[:, None], torch.arange(keys)[None]
     visited = block_mask.to_dense()[0, 0].bool().repeat_interleave(128, 0).repeat_interleave(128, 1)

@@ -2,12 +2,13 @@
 
 Two implementations: plain torch ops sequence by sequence, and flex_attention over the keys of the first step, whose
 result is merged with the few later ones by its log-sum-exp.
-Shape legend: T tokens of a batch, R rows, Q query heads, K key-value heads, G = Q / K, D head size. For flex_attention's
-kernels T and R are whole tiles.
+Shape legend: T tokens of a batch, R rows, Q query heads, K key-value heads, G = Q / K, D head size. For
+flex_attention's kernels T and R are whole tiles.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -75,17 +76,17 @@ def flex_attention(rows: Ints, starts: Ints, device: torch.device) -> Attend:
 
     rows: those of every step, in whole tiles, and `starts` of whole tiles of tokens, as of `rows.in_tiles`.
     """
-    mask = sequence_mask(rows, starts, device)
+    masks, num_rows = functools.cache(lambda copies: sequence_mask(rows, starts, device, copies)), rows.size
     kernel, together = _flex, merge
     if device.type == "cuda":
         kernel, together = compiled(_flex, INSTEAD), compiled(merge, INSTEAD)
 
     def attend(query: Tensor, rows: Ints, context: KeyValue, later: Sequence[KeyValue]) -> Tensor:
-        assert rows.size == mask.shape[-2], "the same rows at every step"
+        assert rows.size == num_rows, "the same rows at every step"
         grouped = in_tiles(query, query.shape[0]).unflatten(2, (context[0].shape[1], -1))
         keys, values = (in_tiles(part, part.shape[0]) for part in context)
         _known_but_rows(grouped, keys, values)
-        found, lse = kernel(grouped, keys, values, mask)
+        found, lse = kernel(grouped, keys, values, masks(grouped.shape[3]))
         if not later:
             return found  # type: ignore[no-any-return]
         flat = [part for pair in later for part in pair]
@@ -134,21 +135,25 @@ def merge(query: Tensor, found: Tensor, lse: Tensor, keys: Sequence[Tensor], val
     scores = [(grouped * key.float()[:, :, None]).sum(-1) for key in keys]
     seen = lse.unflatten(1, (kv, -1))
     total = torch.stack((seen, *scores)).logsumexp(0)
-    out = found.float().unflatten(1, (kv, -1)) * (seen - total).exp()[..., None]
+    # Summed in the shape that is returned: a view of another would be compiled for apart by whoever takes it.
+    out = found.float() * (seen - total).exp().flatten(1)[..., None]
     for score, value in zip(scores, values, strict=True):
-        out = out + (score - total).exp()[..., None] * value.float()[:, :, None]
-    return out.flatten(1, 2).to(query.dtype)
+        out = out + ((score - total).exp()[..., None] * value.float()[:, :, None]).flatten(1, 2)
+    return out.to(query.dtype)
 
 
-def sequence_mask(rows: Ints, starts: Ints, device: torch.device) -> Any:
-    """flex_attention's BlockMask of `rows` over all tokens: each sees its own sequence up to itself. Whole tiles both."""
+def sequence_mask(rows: Ints, starts: Ints, device: torch.device, copies: int = 1) -> Any:
+    """flex_attention's BlockMask of `rows` over all tokens: each sees its own sequence up to itself.
+
+    copies: the size of its batch.
+    """
     partial, full = tiles(rows, starts)
     first, last = (to_device(part.astype(np.int32), device) for part in (starts[rows], rows))
 
     def visible(_batch: Tensor, _head: Tensor, row: Tensor, key: Tensor) -> Tensor:
         return (key >= first[row]) & (key <= last[row])
 
-    return tiled_mask(partial, full, visible, device)
+    return tiled_mask(partial, full, visible, device, copies)
 
 
 def tiles(rows: Ints, starts: Ints) -> tuple[Bools, Bools]:

@@ -80,7 +80,7 @@ class Eagle3Drafter:
             else:
                 context = self._with(own)
             assert context is not None, "it has the row just added"
-            attended = attend(query, rows, context, later).flatten(1)
+            attended = attend(query, rows, context, later)
             states, read = self._draft.after(residual, attended)
             token = int(self._draft.vocabulary[self._draft.lm_head(read).argmax(-1)])
             guesses.append(token)

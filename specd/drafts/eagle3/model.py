@@ -236,9 +236,9 @@ class Eagle3Draft(nn.Module):
         return queries(self.midlayer.self_attn, joined, rope)
 
     def after(self, states: Tensor, attended: Tensor) -> tuple[Tensor, Tensor]:
-        """States [rows, H] and what attention gave [rows, Q·D] -> as `finish`."""
+        """States [rows, H] and what attention gave [rows, Q, D] -> as `finish`."""
         leave = compiled(Eagle3Draft._leave, INSTEAD) if self.compiled else Eagle3Draft._leave
         return leave(self, states, attended)
 
     def _leave(self, states: Tensor, attended: Tensor) -> tuple[Tensor, Tensor]:
-        return self.finish(self.midlayer.leave(states, attended))
+        return self.finish(self.midlayer.leave(states, attended.flatten(1)))

@@ -121,13 +121,13 @@ class Eagle3:
             else:
                 later.append((own[0], own[1]))
             attended = attend(draft.queries(joined, rope), now, context, later)
-            states, normed = draft.after(states, attended.flatten(1))
+            states, normed = draft.after(states, attended)
             read.append(normed.index_select(0, to_device(rows.counting[step], self.device)))
             old = now
         return torch.cat(read)
 
     def warm_up(self, dtype: torch.dtype) -> None:
-        """Train on a batch of made-up tokens and forget it, see DFlash: kernels are shaped by the sizes they meet first.
+        """Train on a batch of made-up tokens and forget it: kernels are shaped by the sizes they meet first.
 
         dtype: of taps and final state.
         """

@@ -21,7 +21,7 @@ Ints = NDArray[np.int64]
 class Rows(NamedTuple):
     """Rows of one batch, all ascending.
 
-    starts: first token of the sequence of each token, [T]; of filled-up batches more. teachers: tokens whose final state teaches, [U].
+    starts: first token of the sequence of each token, [T]. teachers: tokens whose final state teaches, [U].
     queries: for each step the rows that predict at it or a later one; each holds the next. counting: for each step, the
     places in `queries` of those that predict at it. taught: for each step, the places in `teachers` of their teachers.
     """

@@ -48,7 +48,7 @@ def attended(flex: bool, rows: Rows, states: list[Tensor], steps: int, device: t
 def definition(rows: Ints, starts: Ints) -> np.ndarray[Any, np.dtype[np.bool_]]:
     """One score at a time: bool [rows, tokens]."""
     seen = np.zeros((rows.size, starts.size), np.bool_)
-    for place, row in enumerate(rows):
+    for place, row in enumerate(rows.tolist()):
         seen[place, starts[row] : row + 1] = True
     return seen
 
@@ -112,11 +112,12 @@ def test_a_mask_visits_every_visible_tile_and_takes_no_hidden_score_whole(
     for seen, visited in zip(by_tile.any((1, 3)), partial | full, strict=True):
         places = np.flatnonzero(seen)
         assert np.array_equal(np.flatnonzero(visited), np.arange(places[0], places[-1] + 1))
-    mask = sequence_mask(rows.queries[0], rows.starts, CPU)
+    mask = sequence_mask(rows.queries[0], rows.starts, CPU, copies=2)
     row, key = torch.arange(truth.shape[0])[:, None], torch.arange(truth.shape[1])[None]
     assert np.array_equal(mask.mask_mod(row, row, row, key).numpy(), truth)
-    assert mask.shape == (1, 1, *truth.shape)
-    assert np.array_equal(mask.to_dense()[0, 0].numpy().astype(np.bool_), partial | full)
+    assert mask.shape == (2, 1, *truth.shape)
+    for copy in mask.to_dense():
+        assert np.array_equal(copy[0].numpy().astype(np.bool_), partial | full)
 
 
 def test_flex_attention_is_traced_once_for_all_batches_with_lengths_known_to_be_whole_tiles(
