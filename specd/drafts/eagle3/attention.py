@@ -83,12 +83,14 @@ def flex_attention(rows: Ints, starts: Ints, device: torch.device) -> Attend:
 
     def attend(query: Tensor, rows: Ints, context: KeyValue, later: Sequence[KeyValue]) -> Tensor:
         assert rows.size == num_rows, "the same rows at every step"
-        grouped = in_tiles(query, query.shape[0]).unflatten(2, (context[0].shape[1], -1))
+        kv, size = context[0].shape[1:]
+        grouped = in_tiles(query, num_rows).reshape(-1, TILE, kv, query.shape[1] // kv, size)
         keys, values = (in_tiles(part, part.shape[0]) for part in context)
         _known_but_rows(grouped, keys, values)
+        found: Tensor
         found, lse = kernel(grouped, keys, values, masks(grouped.shape[3]))
         if not later:
-            return found  # type: ignore[no-any-return]
+            return found
         flat = [part for pair in later for part in pair]
         _known_but_rows(query, found, lse, *flat)
         merged: Tensor = together(query, found, lse, flat[::2], flat[1::2])
@@ -121,6 +123,7 @@ def _flex(query: Tensor, keys: Tensor, values: Tensor, mask: Any) -> tuple[Tenso
         # Its kernel for short queries does not take this mask, and a batch of a few rows is short.
         kernel_options={"FORCE_USE_FLEX_ATTENTION": True},
     )
+    assert aux.lse is not None, "asked for"
     return found.permute(2, 1, 0, 3).flatten(1, 2), aux.lse.permute(2, 1, 0).flatten(1, 2)
 
 
@@ -130,13 +133,14 @@ def merge(query: Tensor, found: Tensor, lse: Tensor, keys: Sequence[Tensor], val
     query, found [R, Q, D]; lse [R, Q] float32, the log-sum-exp of the scores behind `found`. keys, values: one more of
     each row, [R, K, D] each. Computed in float32.
     """
-    kv, scale = keys[0].shape[1], query.shape[-1] ** -0.5
-    grouped = query.float().unflatten(1, (kv, -1)) * scale
+    rows, heads, size = query.shape
+    kv = keys[0].shape[1]
+    grouped = query.float().reshape(rows, kv, heads // kv, size) * size**-0.5
     scores = [(grouped * key.float()[:, :, None]).sum(-1) for key in keys]
-    seen = lse.unflatten(1, (kv, -1))
+    seen = lse.reshape(rows, kv, heads // kv)
     total = torch.stack((seen, *scores)).logsumexp(0)
     # Summed in the shape that is returned: a view of another would be compiled for apart by whoever takes it.
-    out = found.float() * (seen - total).exp().flatten(1)[..., None]
+    out: Tensor = found.float() * (seen - total).exp().flatten(1)[..., None]
     for score, value in zip(scores, values, strict=True):
         out = out + ((score - total).exp()[..., None] * value.float()[:, :, None]).flatten(1, 2)
     return out.to(query.dtype)

@@ -109,9 +109,10 @@ def test_a_mask_visits_every_visible_tile_and_takes_no_hidden_score_whole(
     assert not (partial & full).any()
     assert np.array_equal(by_tile.all((1, 3)), full)
     # What is visited for nothing lies between tiles that are seen.
-    for seen, visited in zip(by_tile.any((1, 3)), partial | full, strict=True):
-        places = np.flatnonzero(seen)
-        assert np.array_equal(np.flatnonzero(visited), np.arange(places[0], places[-1] + 1))
+    seen, visited = np.asarray(by_tile.any((1, 3))), partial | full
+    for tile in range(len(seen)):
+        places = np.flatnonzero(seen[tile])
+        assert np.array_equal(np.flatnonzero(visited[tile]), np.arange(places[0], places[-1] + 1))
     mask = sequence_mask(rows.queries[0], rows.starts, CPU, copies=2)
     row, key = torch.arange(truth.shape[0])[:, None], torch.arange(truth.shape[1])[None]
     assert np.array_equal(mask.mask_mod(row, row, row, key).numpy(), truth)
