@@ -11,9 +11,9 @@ from typing import Any, Literal
 import msgspec
 from torch import Tensor, nn
 
-from specd.drafts.block_attention import INSTEAD
 from specd.drafts.compile import compiled
 from specd.drafts.dflash.settings import DFlashConfig
+from specd.drafts.flex import INSTEAD
 from specd.drafts.layers import MLP, Attend, KeyValue, Linear, RMSNorm, Rope, Rotations, draw, rotate
 from specd.drafts.rope import Scaling, rope_theta
 from specd.errors import ConfigError

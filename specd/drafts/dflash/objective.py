@@ -19,13 +19,15 @@ from torch.nn import functional as F
 
 from specd.config.settings import AttentionKind
 from specd.drafts.base import Loss, TargetParts, Tuning
-from specd.drafts.block_attention import TILE, BlockLayout, block_attention, in_whole_tiles, to_device, uses_flex
+from specd.drafts.block_attention import BlockLayout, block_attention
 from specd.drafts.blocks import Blocks, make_blocks, sample_anchors
 from specd.drafts.compile import compiling_for
+from specd.drafts.device import to_device
 from specd.drafts.dflash.export import model_card, save_draft
 from specd.drafts.dflash.model import DraftShape
 from specd.drafts.dflash.settings import DFlashConfig
 from specd.drafts.dflash.start import started
+from specd.drafts.flex import TILE, in_whole_tiles, trains_by_flex
 from specd.drafts.head import head_loss
 from specd.drafts.initial import FACT, provenance
 from specd.drafts.layers import Attend
@@ -66,20 +68,13 @@ class DFlash:
         tuning: Tuning | None = None,
     ) -> None:
         self.config, self.seed, self.device = config, seed, torch.device(device)
-        if config.attention == "flex" and self.device.type != "cuda":
-            raise ConfigError(
-                f"draft.attention=flex on {device}: torch has its gradients on GPUs only; use auto or sdpa"
-            )
         self.draft = started(config, target, seed).to(self.device)
         self._target = target.contract.model
         self._provenance = provenance(config.init) if config.init else ""
         self.decay = loss_decay(config)
-        tiny = (
-            config.attention == "auto" and self.draft.shape.head_dim < 16
-        )  # flex_attention's kernels want 16 at least
-        self._attention: AttentionKind = "sdpa" if tiny else config.attention
         self.tuning = tuning or Tuning()
-        self._flex = self.device.type == "cuda" and uses_flex(self._attention, self.device)
+        self._flex = trains_by_flex(config.attention, self.draft.shape.head_dim, self.device)
+        self._attention: AttentionKind = "flex" if self._flex else "sdpa"
         self.draft.compiled = self._flex if self.tuning.compiled is None else self.tuning.compiled
         self.module: torch.nn.Module = self.draft
         self._cold = self._flex or self.draft.compiled

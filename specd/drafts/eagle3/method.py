@@ -28,7 +28,7 @@ class Eagle3Method:
 
     title: ClassVar[str] = "EAGLE-3 (arXiv 2503.01840)"
     settings: ClassVar[type[Config]] = Eagle3Config
-    free: ClassVar[frozenset[str]] = frozenset({"loss_chunk"})
+    free: ClassVar[frozenset[str]] = frozenset({"attention", "loss_chunk"})
     consecutive_labels: ClassVar[int] = 2
     architectures: ClassVar[tuple[str, ...]] = ARCHITECTURES
 
@@ -62,7 +62,7 @@ class Eagle3Method:
         tuning: Tuning | None = None,
     ) -> Eagle3:
         """The draft that is trained."""
-        return Eagle3(settings, target, device, dtype, seed)
+        return Eagle3(settings, target, device, dtype, seed, tuning)
 
     @staticmethod
     def load(path: Path) -> TrainedEagle3:

@@ -28,11 +28,11 @@ from drafts import (
     taps_of,
 )
 from specd.drafts.base import TargetParts, Tuning
-from specd.drafts.block_attention import in_whole_tiles
 from specd.drafts.blocks import sample_anchors
 from specd.drafts.dflash.model import draft_shape
 from specd.drafts.dflash.objective import DFlash, loss_decay
 from specd.drafts.dflash.settings import DFlashConfig
+from specd.drafts.flex import in_whole_tiles
 from specd.drafts.layers import KeyValue
 from specd.errors import ConfigError
 from specd.protocol.batch import Batch, Delivery
