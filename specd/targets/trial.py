@@ -136,10 +136,7 @@ class _Trial:
             seen = f"the states {self._place(layer)} {what}, by up to {float(distance[layer].max()):.2g} of their norm"
             if limit == bound:
                 raise TargetError(f"{self.name}: {seen}, expected at most {bound:.2g}; take another --backend")
-            logger.warning(
-                "%s: %s, expected at most %.2g: a batch's states depend on what shares its forward; --exact runs each alone",
-                self.name, seen, limit,
-            )  # fmt: skip
+            logger.warning("%s: %s, expected at most %.2g; --exact gives each batch a forward", self.name, seen, limit)
             return
 
     def match(self, states: _Rows, plain: NDArray[np.float32], bound: float) -> None:
@@ -192,7 +189,8 @@ def _distance(states: _Rows, others: _Rows) -> NDArray[np.float64]:
     exact, other = states.astype(np.float64), others.astype(np.float64)
     with np.errstate(invalid="ignore", divide="ignore"):
         found = np.linalg.norm(exact - other, axis=2) / np.linalg.norm(other, axis=2)
-    return np.nan_to_num(found, nan=np.inf)
+    result: NDArray[np.float64] = np.nan_to_num(found, nan=np.inf)
+    return result
 
 
 def _bounds(target: Target) -> _Bounds:
