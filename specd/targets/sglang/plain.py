@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from specd.targets.sglang.engine import Engine
+from specd.targets.sglang.engine import Capture, Engine
 from specd.targets.sglang.setup import AT_HEAD
 
 
@@ -44,7 +44,7 @@ def handed_on(engine: Engine, tokens: NDArray[np.int32]) -> NDArray[np.float32] 
         if layer > 0
     ]
     try:
-        engine.forward(tokens, [int(tokens.size)], AT_HEAD, None)
+        engine.forward(tokens, [int(tokens.size)], AT_HEAD, Capture(taps={}, final=[]))
     finally:
         for handle in handles:
             handle.remove()

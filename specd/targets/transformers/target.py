@@ -90,7 +90,8 @@ class TransformersTarget:
         tokens = np.concatenate([fill.tokens for fill in fills]).astype(np.int64)
         on_gpu = self._device.type == "cuda"
         try:
-            with torch.inference_mode(), self._current():
+            # Kernels that are not torch's own are launched on whatever device is current.
+            with torch.inference_mode(), torch.cuda.device(self._device) if on_gpu else contextlib.nullcontext():
                 begin = 0
                 for packed in [[length] for length in lengths] if self._one_by_one else [lengths]:
                     self._forward(fills, spec, packed, tokens, begin)
@@ -104,9 +105,14 @@ class TransformersTarget:
                 torch.cuda.synchronize(self._device)
             raise TargetError(f"target {self._name}: a forward of {tokens.size} tokens failed: {error}") from error
 
+    def artifact(self, name: str) -> memoryview:
+        """See Target.artifact. Weights on a GPU are copied to the host on the first call, and kept there."""
+        return self._artifacts.read(name)
+
     def plain_states(self, tokens: NDArray[np.int32]) -> NDArray[np.float32] | None:
         """See trial.Witness: the hidden states that transformers itself gives."""
-        with torch.inference_mode(), self._current():
+        on_gpu = self._device.type == "cuda"
+        with torch.inference_mode(), torch.cuda.device(self._device) if on_gpu else contextlib.nullcontext():
             output = self._decoder(
                 input_ids=torch.from_numpy(tokens.astype(np.int64)).to(self._device)[None],
                 use_cache=False,
@@ -119,18 +125,10 @@ class TransformersTarget:
         # The first is the embedding's, the last is normed.
         return np.stack([rows[0].float().cpu().numpy() for rows in states[1:-1]])
 
-    def artifact(self, name: str) -> memoryview:
-        """See Target.artifact. Weights on a GPU are copied to the host on the first call, and kept there."""
-        return self._artifacts.read(name)
-
     def close(self) -> None:
         """See Target.close."""
         self._decoder, self._layers = None, ()
         self._artifacts.close()
-
-    def _current(self) -> contextlib.AbstractContextManager[object]:
-        # Kernels that are not torch's own are launched on whatever device is current.
-        return torch.cuda.device(self._device) if self._device.type == "cuda" else contextlib.nullcontext()
 
     def _try_out(self) -> None:
         """Run two sequences, twice: a model that cannot be hosted fails at the start, and kernels are loaded.
