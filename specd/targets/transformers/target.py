@@ -109,6 +109,22 @@ class TransformersTarget:
         """See Target.artifact. Weights on a GPU are copied to the host on the first call, and kept there."""
         return self._artifacts.read(name)
 
+    def plain_states(self, tokens: NDArray[np.int32]) -> NDArray[np.float32] | None:
+        """See trial.Witness: the hidden states that transformers itself gives."""
+        on_gpu = self._device.type == "cuda"
+        with torch.inference_mode(), torch.cuda.device(self._device) if on_gpu else contextlib.nullcontext():
+            output = self._decoder(
+                input_ids=torch.from_numpy(tokens.astype(np.int64)).to(self._device)[None],
+                use_cache=False,
+                packed=Packed([tokens.size], self._device),
+                output_hidden_states=True,
+            )
+        states = getattr(output, "hidden_states", None) or ()
+        if len(states) != len(self._layers) + 1:
+            return None
+        # The first is the embedding's, the last is normed.
+        return np.stack([rows[0].float().cpu().numpy() for rows in states[1:-1]])
+
     def close(self) -> None:
         """See Target.close."""
         self._decoder, self._layers = None, ()
