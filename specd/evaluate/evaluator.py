@@ -16,6 +16,7 @@ from specd.errors import ConfigError
 from specd.evaluate.decode import evaluate, greedy
 from specd.evaluate.prompts import read_prompts
 from specd.evaluate.results import EvalFacts
+from specd.targets.transforms import of_embedding
 
 Progress = Callable[[str, int], contextlib.AbstractContextManager[Callable[[], None]]]
 """From a title and the number of texts, a context that yields a callback for each finished text."""
@@ -62,9 +63,11 @@ def evaluate_draft(
     if untrained is not None:
         first = registry.read(untrained) if isinstance(untrained, Path) else trained.untrained(untrained)
         drafts["untrained"] = first
-    weights = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    embedding = model.get_input_embeddings()
+    weights = embedding.weight, model.get_output_embeddings().weight
+    scale = of_embedding(embedding, weights[0], model.config.get_text_config().to_dict()).get("embedding_scale", 0.0)
     depth = int(model.config.get_text_config().num_hidden_layers)
-    drafters = {which: one.drafter(*weights, depth) for which, one in (drafts | {"trained": trained}).items()}
+    drafters = {which: one.drafter(*weights, depth, scale) for which, one in (drafts | {"trained": trained}).items()}
     positions = int(getattr(model.config.get_text_config(), "max_position_embeddings", 0) or 0)
     found = read_prompts(
         data,
