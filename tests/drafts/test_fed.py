@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -36,7 +37,7 @@ FOLLOWS = np.random.default_rng(7).permutation(VOCAB - 1).astype(np.int32)
 """What comes behind each token; the last one is the mask."""
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
-    "gemma3_text": {"final_logit_softcapping": 3.0, "query_pre_attn_scalar": 16},
+    "gemma3_text": {"final_logit_softcapping": 12.0, "query_pre_attn_scalar": 16},
 }
 Feed = Callable[[Tensor], Tensor]
 
@@ -92,8 +93,9 @@ def host(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 def trained(objective: Objective, deliveries: list[Delivery]) -> None:
-    optimizer = torch.optim.AdamW(objective.module.parameters(), lr=4e-3)
+    optimizer = torch.optim.AdamW(objective.module.parameters())
     for step in range(STEPS):
+        optimizer.param_groups[0]["lr"] = 6e-3 * (1 - step / STEPS)
         loss = objective.loss(deliveries[step % len(deliveries)])
         (loss.sum / loss.weight).backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(objective.module.parameters(), 1.0)
@@ -105,7 +107,8 @@ def test_dflash_guesses_right_as_each_engine_feeds_it(host: Host, tmp_path: Path
     settings = DFlashConfig(num_layers=1, num_taps=2, block_size=2, num_anchors=64, mask_token_id=VOCAB - 1)
     spec = DFlashMethod.capture(settings, host.served.contract)
     objective = DFlashMethod.objective(settings, host.parts(), "cpu", torch.float32)
-    trained(objective, [host.deliver(spec, seed) for seed in range(12)])
+    seen, fresh = ([host.deliver(spec, seed) for seed in seeds] for seeds in (range(24), range(99, 103)))
+    trained(objective, seen)
     objective.export(tmp_path / "draft")
     config = json.loads((tmp_path / "draft" / "config.json").read_text())
     table = host.parts().embedding
@@ -117,19 +120,24 @@ def test_dflash_guesses_right_as_each_engine_feeds_it(host: Host, tmp_path: Path
         "z-lab": lambda tokens: F.embedding(tokens, table) * scale,
     }
     draft = load_draft(tmp_path / "draft")
-    fresh = host.deliver(spec, 99)
-    right = {}
-    for engine, feed in feeds.items():
-        right[engine] = sum(guesses_right(draft, objective, feed, fresh))
-    assert min(right.values()) >= 0.95 * TRIPLES, right
+    shares = {engine: share_right(draft, objective, feed, fresh) for engine, feed in feeds.items()}
+    assert min(shares.values()) >= 0.85, shares  # 0.98 for llama, 0.96 for gemma3_text when this was written
     if host.served.contract.embedding_scale != 1.0:
-        bare = sum(guesses_right(draft, objective, lambda tokens: F.embedding(tokens, table), fresh))
-        assert bare < 0.5 * TRIPLES, "which rows it is fed does not matter, so this proves nothing"
+        bare = msgspec.structs.replace(host.served.contract, embedding_scale=1.0)
+        objective = DFlashMethod.objective(settings, host.parts()._replace(contract=bare), "cpu", torch.float32)
+        trained(objective, seen)
+        share = share_right(objective.draft, objective, feeds["SGLang"], fresh)
+        assert share < 0.3, "what it is fed with does not matter, so this proves nothing"
 
 
 @torch.inference_mode()
+def share_right(draft: Any, objective: Any, feed: Feed, deliveries: list[Delivery]) -> float:
+    """Of the labels that the draft guesses, fed with `feed` and read with the target's bare lm_head."""
+    found = [guess for delivery in deliveries for guess in guesses_right(draft, objective, feed, delivery)]
+    return sum(found) / len(found)
+
+
 def guesses_right(draft: Any, objective: Any, feed: Feed, delivery: Delivery) -> list[bool]:
-    """Whether the draft guesses each label, fed with `feed` and read with the target's bare lm_head."""
     blocks = objective.draw(delivery.batch)
     columns = (blocks.tokens, blocks.positions, blocks.context_positions, blocks.rows, blocks.labels)
     tokens, positions, context, rows, labels = (torch.from_numpy(np.asarray(column)).long() for column in columns)
@@ -146,7 +154,7 @@ def test_eagle3_guesses_alike_from_bare_and_from_scaled_rows(host: Host) -> None
     settings = Eagle3Config(num_steps=1, draft_vocab_size=0)
     spec = Eagle3Method.capture(settings, host.served.contract)
     objective = Eagle3Method.objective(settings, host.parts(), "cpu", torch.float32)
-    trained(objective, [host.deliver(spec, seed) for seed in range(12)])
+    trained(objective, [host.deliver(spec, seed) for seed in range(24)])
     fresh = host.deliver(spec, 99)
     shares = []
     for table in (host.parts().embedding, host.network.get_input_embeddings()(torch.arange(VOCAB)).detach()):
