@@ -172,9 +172,7 @@ class Drafter(Protocol):
 class Draft(Protocol):
     """A draft as it was read from its published directory."""
 
-    def drafter(
-        self, embedding: Tensor, lm_head: Tensor, num_layers: int = 0, embedding_scale: float = 0.0
-    ) -> Drafter:
+    def drafter(self, embedding: Tensor, lm_head: Tensor, num_layers: int = 0, embedding_scale: float = 0.0) -> Drafter:
         """The draft for decoding beside a target, in the dtype of the target's embedding and lm_head, both [V, H].
 
         num_layers: of the target, 0 where the caller does not know. embedding_scale: as in its contract,

@@ -1,7 +1,7 @@
 """What a target does to rows of its embedding and to products with its lm_head, measured on its own modules.
 
-Drafts read the embedding and learn from the logits, and config.json names such factors differently in each family, or not
-at all. Shape legend: n probes, V vocabulary, H hidden size.
+Drafts read the embedding and learn from the logits, and config.json names such factors differently in each family, or
+not at all. Shape legend: n probes, V vocabulary, H hidden size.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def measured(network: Any) -> Transforms:
 
 @torch.inference_mode()
 def of_embedding(module: Callable[[Tensor], Any], weight: Tensor, config: Mapping[str, Any]) -> dict[str, Any]:
-    """`embedding_scale` or `odd_embedding` of a module int64 [n] -> [n, H] and its rows [V, H]. config: as of the target."""
+    """`embedding_scale`, or `odd_embedding`, of a module int64 [n] -> [n, H] and its rows [V, H]; config: its model's."""
     ids = probe_ids(weight.shape[0]).to(weight.device)
     return of_rows(weight[ids], module(ids), config)
 

@@ -32,12 +32,12 @@ from specd.protocol.capture import CaptureSpec
 from specd.targets.base import CaptureJob, Target, slot_tensors
 from specd.targets.registry import load_target
 
-VOCAB, HIDDEN, STEPS, TRIPLES = 48, 64, 240, 24
+VOCAB, HIDDEN, STEPS, TRIPLES = 24, 64, 240, 48
 FOLLOWS = np.random.default_rng(7).permutation(VOCAB - 1).astype(np.int32)
 """What comes behind each token; the last one is the mask."""
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
-    "gemma3_text": {"final_logit_softcapping": 12.0, "query_pre_attn_scalar": 16},
+    "gemma3_text": {"final_logit_softcapping": 30.0, "query_pre_attn_scalar": 16},
 }
 Feed = Callable[[Tensor], Tensor]
 
@@ -95,7 +95,7 @@ def host(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 def trained(objective: Objective, deliveries: list[Delivery]) -> None:
     optimizer = torch.optim.AdamW(objective.module.parameters())
     for step in range(STEPS):
-        optimizer.param_groups[0]["lr"] = 6e-3 * (1 - step / STEPS)
+        optimizer.param_groups[0]["lr"] = 3e-3 * (1 - step / STEPS)
         loss = objective.loss(deliveries[step % len(deliveries)])
         (loss.sum / loss.weight).backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(objective.module.parameters(), 1.0)
@@ -121,7 +121,7 @@ def test_dflash_guesses_right_as_each_engine_feeds_it(host: Host, tmp_path: Path
     }
     draft = load_draft(tmp_path / "draft")
     shares = {engine: share_right(draft, objective, feed, fresh) for engine, feed in feeds.items()}
-    assert min(shares.values()) >= 0.85, shares  # 0.98 for llama, 0.96 for gemma3_text when this was written
+    assert min(shares.values()) >= 0.85, shares
     if host.served.contract.embedding_scale != 1.0:
         bare = msgspec.structs.replace(host.served.contract, embedding_scale=1.0)
         objective = DFlashMethod.objective(settings, host.parts()._replace(contract=bare), "cpu", torch.float32)

@@ -184,7 +184,7 @@ def test_published_forms_load(tmp_path: Path, name: str) -> None:
     objective.export(tmp_path)
     rewrite(tmp_path, DFLASH[name])
     # Where nothing says how deep the target is, it is as deep as its last tap needs.
-    unknown = {"num_target_layers": 7} if name in ("no num_target_layers", "speculators") else {}
+    unknown: dict[str, Any] = {"num_target_layers": 7} if name in ("no num_target_layers", "speculators") else {}
     if name == "speculators":
         unknown["tie_word_embeddings"] = True
     if name == "of a target that transforms":
@@ -294,7 +294,10 @@ def test_scaled_rotations_and_biases_come_back(tmp_path: Path, scaling: dict[str
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"input_embedding_scale": 0}, "input_embedding_scale 0.0, output_multiplier 1.0 and final_logit_softcapping 0.0"),
+        (
+            {"input_embedding_scale": 0},
+            "input_embedding_scale 0.0, output_multiplier 1.0 and final",
+        ),
         ({"use_swa": True, "swa_window_size": 2048}, "use_swa is True, expected False"),
         ({"swa_window_size": 2048}, "swa_window_size=2048, which specd does not know"),
         ({"sample_from_anchor": True}, "sample_from_anchor is True, expected False"),

@@ -45,9 +45,7 @@ def make_batch(lengths: tuple[int, ...] = LENGTHS, density: float = 0.8, seed: i
     )
 
 
-def parts(
-    head: torch.Tensor | None = None, figures: Mapping[str, Any] | None = None, **changes: Any
-) -> TargetParts:
+def parts(head: torch.Tensor | None = None, figures: Mapping[str, Any] | None = None, **changes: Any) -> TargetParts:
     """The target of the tests, its embedding and head one tensor. figures: changes of its contract."""
     if head is None:
         head = torch.randn(VOCAB, HIDDEN, generator=torch.Generator().manual_seed(1))

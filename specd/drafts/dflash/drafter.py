@@ -23,9 +23,7 @@ class DFlashDrafter:
     embedding_scale: what the target makes of a row of its embedding, 0 where that is not known.
     """
 
-    def __init__(
-        self, draft: DFlashDraft, embedding: Tensor, lm_head: Tensor, embedding_scale: float = 0.0
-    ) -> None:
+    def __init__(self, draft: DFlashDraft, embedding: Tensor, lm_head: Tensor, embedding_scale: float = 0.0) -> None:
         shape = draft.shape
         if embedding.shape != (shape.vocab_size, shape.hidden_size):
             raise ConfigError(

@@ -22,9 +22,9 @@ from specd.targets.artifacts import Artifacts
 from specd.targets.base import CaptureJob, Launched, check, recurrent, slot_tensors
 from specd.targets.digest import dummy_digest, weights_digest
 from specd.targets.source import dummy_config, resolve, with_tokenizer
-from specd.targets.transforms import measured
 from specd.targets.transformers.load import load_network
 from specd.targets.transformers.packed_attention import ATTENTION, Packed, packed_attention
+from specd.targets.transforms import measured
 
 logger = logging.getLogger(__name__)
 
