@@ -56,7 +56,7 @@ def measured(network: Any) -> Transforms:
 
 @torch.inference_mode()
 def of_embedding(module: Callable[[Tensor], Any], weight: Tensor, config: Mapping[str, Any]) -> dict[str, Any]:
-    """`embedding_scale`, or `odd_embedding`, of a module int64 [n] -> [n, H] and its rows [V, H]; config: its model's."""
+    """`embedding_scale` or `odd_embedding` of a module, int64 [n] -> [n, H], and its rows [V, H]."""
     ids = probe_ids(weight.shape[0]).to(weight.device)
     return of_rows(weight[ids], module(ids), config)
 

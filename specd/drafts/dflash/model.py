@@ -30,7 +30,8 @@ class DraftShape(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     is_causal: whether a token sees only those of its block that are before it, in every layer; None, as most
     checkpoints, for in sliding layers alone. attention_bias: queries, keys, values and output have biases.
     input_embedding_scale: its block embeddings over the rows of the target's table. output_multiplier,
-    final_logit_softcapping: what it was trained to have done to its logits, 1 and 0 for nothing; no guess depends on it.
+    final_logit_softcapping: what it was trained to have done to its logits, 1 and 0 for nothing; no guess
+    depends on it.
     """
 
     hidden_size: int
