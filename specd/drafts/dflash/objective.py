@@ -102,12 +102,15 @@ class DFlash:
             for array in (blocks.tokens, blocks.positions, blocks.context_positions, blocks.rows, blocks.labels,
                           blocks.offsets, blocks.weights)
         )  # fmt: skip
-        noise = F.embedding(tokens, self.embedding)
+        noise = self.draft.scaled(F.embedding(tokens, self.embedding))
         features = taps.flatten(1).detach()  # or compilers would tell slots and staging buffers from other memory
         states = self.module(features, context, noise, positions, self.attention(blocks.layout))
         fused = self._flex if self.tuning.fused_head is None else self.tuning.fused_head
+        read = states.index_select(0, rows)
+        if shape.output_multiplier != 1.0:
+            read = read * shape.output_multiplier
         total, correct = head_loss(
-            states.index_select(0, rows), self.lm_head, labels, weights, self.config.loss_chunk, fused
+            read, self.lm_head, labels, weights, self.config.loss_chunk, fused, shape.final_logit_softcapping
         )
         by_offset = torch.zeros(2, shape.block_size - 1, device=self.device)
         by_offset.index_add_(1, offsets - 1, torch.stack((correct.float(), torch.ones_like(weights))))
@@ -143,8 +146,11 @@ class DFlash:
 
     def export(self, path: Path, files: Mapping[str, bytes] | None = None) -> None:
         """See Objective.export; its weights are written in the dtype it computes in."""
-        readme = model_card(self.draft.shape, self._target, self.facts())
-        save_draft(self.draft, path, dtype=self.embedding.dtype, files={**(files or {}), "README.md": readme})
+        shape, embedding = self.draft.shape, None
+        if shape.input_embedding_scale != 1.0:
+            embedding = self.draft.scaled(self.embedding)
+        files = {**(files or {}), "README.md": model_card(shape, self._target, self.facts())}
+        save_draft(self.draft, path, dtype=self.embedding.dtype, files=files, embedding=embedding)
 
 
 def made_up(shape: DraftShape, num_anchors: int) -> tuple[Batch, tuple[int, int]]:

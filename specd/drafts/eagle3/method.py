@@ -81,8 +81,10 @@ class TrainedEagle3:
     def __init__(self, network: Eagle3Draft, *, untrained: bool = False) -> None:
         self.network, self._untrained = network, untrained
 
-    def drafter(self, embedding: Tensor, lm_head: Tensor, num_layers: int = 0) -> Eagle3Drafter:
-        """See Draft.drafter."""
+    def drafter(
+        self, embedding: Tensor, lm_head: Tensor, num_layers: int = 0, embedding_scale: float = 0.0
+    ) -> Eagle3Drafter:
+        """See Draft.drafter. Engines give it bare rows, whatever the target makes of them; it norms what it reads."""
         drafter = Eagle3Drafter(self.network, embedding, num_layers)
         if self._untrained:
             self.network.start_head(lm_head)

@@ -30,7 +30,6 @@ from specd.drafts.eagle3.start import started
 from specd.drafts.flex import TILE, trains_by_flex
 from specd.drafts.initial import FACT, provenance
 from specd.drafts.layers import KeyValue
-from specd.drafts.logits import logit_transform
 from specd.drafts.taught import Teacher, taught_loss
 from specd.drafts.vocabulary import covered
 from specd.protocol.batch import Batch, Delivery
@@ -61,7 +60,7 @@ class Eagle3:
         self.config, self.device, self.dtype = config, torch.device(device), dtype
         self.draft = started(config, target, seed).to(self.device)
         self._target = contract.model
-        self.transform = logit_transform(target.config, contract.model)
+        self.transform = target.logit_transform()
         own, counts = self.draft.vocabulary.cpu().numpy(), target.label_counts
         self._covered = 1.0 if counts is None else covered(counts, own)
         self.module: torch.nn.Module = self.draft

@@ -89,7 +89,9 @@ class SGLangTarget:
             try:
                 with _explained(source.name, self.device):
                     self._engine: Engine | None = Engine(setup)
-                    self._artifacts = Artifacts(source, published, self._engine.weights())
+                    tensors = self._engine.weights()
+                    self._artifacts = Artifacts(source, published, tensors)
+                    transforms = self._engine.transforms(tensors["embedding"])
             except BaseException:
                 self._ranks.close()
                 raise
@@ -99,7 +101,8 @@ class SGLangTarget:
         else:
             digest = weights_digest(source.path)
         dtype = str(self._engine.runner.dtype).removeprefix("torch.")
-        self.contract = self._artifacts.contract(source, text, str(source.config["model_type"]), dtype, digest)
+        kind = str(source.config["model_type"])
+        self.contract = self._artifacts.contract(source, text, kind, dtype, digest, transforms)
 
     def run(self, fills: Sequence[CaptureJob]) -> Launched | None:
         """See Target.run. With several ranks a failed forward ends the process: the others would wait for ever."""

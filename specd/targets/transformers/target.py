@@ -24,6 +24,7 @@ from specd.targets.digest import dummy_digest, weights_digest
 from specd.targets.source import dummy_config, resolve, with_tokenizer
 from specd.targets.transformers.load import load_network
 from specd.targets.transformers.packed_attention import ATTENTION, Packed, packed_attention
+from specd.targets.transforms import measured
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +74,7 @@ class TransformersTarget:
         digest = dummy_digest(published, self._device.type) if dummy or not source.path else weights_digest(source.path)
         dtype = str(network.dtype).removeprefix("torch.")
         self.contract = self._artifacts.contract(
-            source, network.config.get_text_config(), network.config.model_type, dtype, digest
+            source, network.config.get_text_config(), network.config.model_type, dtype, digest, measured(network)
         )
         self._one_by_one = False
         if why := recurrent(network.config.get_text_config().to_dict()):

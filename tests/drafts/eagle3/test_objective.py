@@ -36,8 +36,8 @@ def gradients(objective: Eagle3, total: torch.Tensor) -> dict[str, torch.Tensor]
         ({"norm_output": True, "fc_norm": True}, {}),
         ({"draft_vocab_size": 0, "num_steps": 7}, {}),
         ({"num_heads": 2, "num_kv_heads": 1, "loss_decay": 1.0}, {}),
-        ({}, {"model_type": "granite", "logits_scaling": 4.0}),
-        ({}, {"model_type": "gemma2", "final_logit_softcapping": 3.0}),
+        ({}, {"figures": {"logit_scale": 0.25}}),
+        ({}, {"figures": {"logit_scale": 2.0, "logit_softcap": 3.0}}),
     ],
 )
 @pytest.mark.parametrize(("lengths", "density"), [((30,), 0.85), ((11, 1, 2, 17, 3), 0.8)])
@@ -142,8 +142,8 @@ def test_the_vocabulary_is_that_of_the_labels() -> None:
 def test_what_cannot_be_taught_is_refused() -> None:
     with pytest.raises(ConfigError, match="expected label counts of the training data"):
         Eagle3(CONFIG, parts()._replace(label_counts=None))
-    with pytest.raises(ConfigError, match=r"is a 'llama' with logits_scaling=2\.0"):
-        make_eagle(logits_scaling=2.0)
+    with pytest.raises(ConfigError, match="target tiny: its lm_head has a bias: a draft cannot learn its distribution"):
+        make_eagle(figures={"odd_logits": "its lm_head has a bias"})
     with pytest.raises(ConfigError, match="covers 8% of the labels: expected at least 50%"):
         Eagle3(Eagle3Config(draft_vocab_size=8), parts()._replace(label_counts=np.full(97, 5)))
 
