@@ -8,7 +8,6 @@ import msgspec
 
 from specd.errors import DataError
 
-
 TOO_DEEP = "holds lists and objects within each other more deeply than can be read; expected a conversation or a text"
 
 

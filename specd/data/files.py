@@ -265,19 +265,20 @@ def _parquet_rows(raw: io.BufferedReader, name: str) -> Iterator[Row]:
     number = 0
     try:
         for batch in parquet.ParquetFile(raw).iter_batches(batch_size=1024):
-            for number, row in enumerate(_batch_rows(batch, name, number), start=number + 1):
-                yield f"{name} row {number}", row
+            yield from _batch_rows(batch, name, number)
+            number += batch.num_rows
     except (ArrowException, OSError) as error:
         raise DataError(f"cannot read {name} as Parquet after row {number}: {error}") from None
 
 
-def _batch_rows(batch: Any, name: str, before: int) -> Iterator[dict[str, Any] | RowError]:
+def _batch_rows(batch: Any, name: str, before: int) -> Iterator[Row]:
     """The rows of a batch of Arrow's, `before` of the file before them; days that Python has not are null."""
+    places = (f"{name} row {number}" for number in range(before + 1, before + batch.num_rows + 1))
     try:
-        yield from batch.to_pylist()
+        yield from zip(places, batch.to_pylist(), strict=True)
     except (ValueError, OverflowError):  # of dates and times beyond Python's, unknown time zones, text that is no UTF-8
-        for place in range(batch.num_rows):
-            yield _cells(batch, place, f"{name} row {before + place + 1}")
+        for place, where in enumerate(places):
+            yield where, _cells(batch, place, where)
 
 
 def _cells(batch: Any, place: int, where: str) -> dict[str, Any] | RowError:
@@ -306,7 +307,7 @@ def _arrow_rows(raw: io.BufferedReader, name: str, *, in_blocks: bool) -> Iterat
         else:
             batches = ipc.open_stream(raw)
         for batch in batches:
-            for number, row in enumerate(_batch_rows(batch, name, number), start=number + 1):
-                yield f"{name} row {number}", row
+            yield from _batch_rows(batch, name, number)
+            number += batch.num_rows
     except (ArrowException, OSError) as error:
         raise DataError(f"cannot read {name} as Arrow after row {number}: {error}") from None
