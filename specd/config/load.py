@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import msgspec
 import yaml
@@ -27,7 +27,7 @@ def convert(data: Any, kind: type[T], where: str) -> T:
     try:
         return msgspec.convert(data, kind)
     except msgspec.ValidationError as error:
-        raise ConfigError(f"{where}: {_with_number(str(error), data)}") from None
+        raise ConfigError(f"{where}: {_with_choices(_with_number(str(error), data), kind)}") from None
 
 
 def _texts(data: Any, key: str = "") -> Iterator[tuple[str, str]]:
@@ -50,6 +50,18 @@ def _with_number(message: str, data: Any) -> str:
     for key, index in re.findall(r"\.(\w+)|\[(\d+)\]", path):
         data = data[key] if key else data[int(index)]
     return f"{expected}, got {data}{at}{path}"
+
+
+def _with_choices(message: str, kind: Any) -> str:
+    """msgspec's message; where a word is none of those of its setting, with these, which msgspec leaves out."""
+    wrong, at, path = message.partition(" - at `$")
+    if not wrong.startswith("Invalid enum value"):
+        return message
+    for key in re.findall(r"\.(\w+)", path):
+        known = msgspec.structs.fields(kind) if isinstance(kind, type) and issubclass(kind, msgspec.Struct) else ()
+        kind = next((field.type for field in known if field.encode_name == key), None)
+    choices = [choice for choice in get_args(kind) if isinstance(choice, str)]
+    return f"{wrong}, expected one of {', '.join(choices)}{at}{path}" if choices else message
 
 
 class _YamlLoader(yaml.SafeLoader):

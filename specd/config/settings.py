@@ -145,7 +145,7 @@ class DataConfig(Config, kw_only=True, frozen=True):
     """
 
     path: str | tuple[str, ...] = ""
-    weights: tuple[Annotated[float, Meta(gt=0)], ...] = ()
+    weights: tuple[Annotated[float, Meta(gt=0, le=1000)], ...] = ()
     split: str = "train"
     subset: str = ""
     format: Literal["auto", "conversations", "text", "tokens"] = "auto"

@@ -137,6 +137,11 @@ class Loader:
         self._samples, self._plan, self.epochs = samples, plan, epochs
         if epochs < 1:
             raise ConfigError(f"train.epochs={epochs}: expected at least 1")
+        if not any(map(plan.num_batches, range(epochs))):
+            raise ConfigError(
+                f"no sample is trained in {epochs} epochs with these data.weights; expected weights, epochs or samples "
+                f"that give at least one"
+            )
 
     def __repr__(self) -> str:
         return f"Loader({self._plan!r}, {self.epochs} epochs)"

@@ -143,7 +143,9 @@ class Chat:
             found = layout.answer(place, cut=place in talk.cut)
             if found and spans:
                 found = max(found[0], spans[-1][1]), found[1]
-            if found and found[0] < found[1]:
+            if found and found[0] >= found[1]:
+                found = None
+            if found:
                 spans.append(found)
             stands = text[slice(*layout.region(place))]
             if not said(talk.turns[place], stands):
@@ -153,8 +155,8 @@ class Chat:
 
     def _layout(self, row: Renderer, turns: list[Turn], text: str, *, open_answer: bool = False) -> Layout | None:
         """Where the texts of `turns` stand in `text`; None for a template that writes other text when it sees marks."""
-        for plain in (False, True):
-            marked = Marked(turns, text, plain=plain)
+        for blank, plain in ((True, False), (False, False), (False, True)):
+            marked = Marked(turns, text, blank=blank, plain=plain)
             try:
                 found, marks = marked.read(row.render(marked.turns, open_answer=open_answer))
             except RowError:

@@ -8,6 +8,8 @@ import msgspec
 
 from specd.errors import DataError
 
+TOO_DEEP = "holds lists and objects within each other more deeply than can be read; expected a conversation or a text"
+
 
 class RowError(DataError):
     """One row cannot be used. where: its place ("train.jsonl line 3"). detail: what is wrong with it.

@@ -18,7 +18,7 @@ from typing import Any
 
 import msgspec
 
-from specd.data.faults import RowError, short
+from specd.data.faults import TOO_DEEP, RowError, short
 from specd.errors import DataError, missing_extra
 
 Row = tuple[str, dict[str, Any] | RowError]
@@ -31,11 +31,15 @@ SUFFIXES = (".jsonl", ".ndjson", ".json", ".parquet", ".arrow", ".csv", ".tsv", 
 PART_CHARACTERS = 1 << 20
 """Longest document that a text file is read as."""
 
+_MARK = b"\xef\xbb\xbf"
+"""The byte order mark of UTF-8."""
 _PACKED_BEGINS = (b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"BZh", b"\xfd7zXZ\0")
 _FOREIGN = (
     (0, b"PK\x03\x04", "a ZIP archive", "unpack it"),
     (257, b"ustar", "a tar archive", "unpack it"),
     (0, b"PAR1", "Parquet inside of a compression", "decompress it"),
+    (0, b"ARROW1", "Arrow inside of a compression", "decompress it"),
+    (0, b"\xff\xff\xff\xff", "Arrow inside of a compression", "decompress it"),
     (0, b"%PDF", "a PDF file", "convert it to text"),
     (0, b"\xff\xfe", "UTF-16 text", "convert it with `iconv -f UTF-16 -t UTF-8`"),
     (0, b"\xfe\xff", "UTF-16 text", "convert it with `iconv -f UTF-16 -t UTF-8`"),
@@ -69,7 +73,7 @@ def file_rows(file: Path, name: str) -> Iterator[Row]:
         if head.startswith(b"PAR1"):
             yield from _parquet_rows(raw, name)
             return
-        if kind(name) == ".arrow" or head.startswith(b"ARROW1"):
+        if (kind(name) == ".arrow" and not head.startswith(_PACKED_BEGINS)) or head.startswith(b"ARROW1"):
             yield from _arrow_rows(raw, name, in_blocks=head.startswith(b"ARROW1"))
             return
         with _unpacked(raw, head) as stream:
@@ -79,9 +83,9 @@ def file_rows(file: Path, name: str) -> Iterator[Row]:
 def _text_rows(stream: io.BufferedReader, name: str) -> Iterator[Row]:
     """The rows of an unpacked file that is read as text, a byte order mark at its begin left out."""
     head = _head(stream)
-    if head.startswith(b"\xef\xbb\xbf"):
-        stream.read(3)
-        head = head[3:]
+    if head.startswith(_MARK):
+        stream.read(len(_MARK))
+        head = head[len(_MARK) :]
     _refuse_foreign(name, head)
     if kind(name) == ".parquet" and head:
         raise DataError(f"{name} is called Parquet and is text; call it .jsonl, .csv or .txt if that is what it is")
@@ -161,6 +165,8 @@ def _json_rows(stream: io.BufferedReader, name: str) -> Iterator[Row]:
 def _array_rows(data: bytes, name: str) -> Iterator[Row]:
     try:
         items = msgspec.json.decode(data, type=list[msgspec.Raw])
+    except RecursionError:
+        raise DataError(f"{name} begins with '[' and {TOO_DEEP}") from None
     except msgspec.DecodeError as error:
         raise DataError(
             f"{name} begins with '[' but is no JSON array: {error}; expected one array of objects, or one object a line"
@@ -170,8 +176,11 @@ def _array_rows(data: bytes, name: str) -> Iterator[Row]:
 
 
 def _object(where: str, text: bytes) -> Row:
+    text = text.removeprefix(_MARK)  # of files that were joined
     try:
         value = msgspec.json.decode(text)
+    except RecursionError:
+        return where, RowError(where, "nested too deeply", f"{short(text.decode(errors='replace'))} {TOO_DEEP}")
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         value = _lenient(text)
         if value is None:
@@ -208,20 +217,26 @@ def _table_rows(stream: io.BufferedReader, name: str) -> Iterator[Row]:
     An empty cell is null.
     """
     csv.field_size_limit(2**31 - 1)
+    number = 0
     with io.TextIOWrapper(stream, encoding="utf-8", newline="") as text:
         try:
             header = text.readline()
-            separator = max(",\t;", key=header.count)
-            names = next(csv.reader([header], delimiter=separator), [])
-            for number, cells in enumerate(filter(None, csv.reader(text, delimiter=separator)), start=1):
+            lines = csv.reader(chain([header], text), delimiter=max(",\t;", key=header.count), strict=True)
+            names = next(lines, [])
+            for number, cells in enumerate(filter(None, lines), start=1):
                 where = f"{name} row {number}"
                 if len(cells) == len(names):
                     yield where, {key: cell or None for key, cell in zip(names, cells, strict=True)}
                 else:
                     detail = f"has {len(cells)} cells; expected {len(names)}, one for each name in the first line"
                     yield where, RowError(where, "more or fewer cells than names", detail)
-        except (csv.Error, UnicodeDecodeError) as error:
-            raise DataError(f"{name} is no CSV in UTF-8: {error}") from None
+        except UnicodeDecodeError as error:
+            raise DataError(f"{name} is no CSV in UTF-8 behind row {number}: {error}") from None
+        except csv.Error as error:
+            raise DataError(
+                f"{name} is no CSV behind row {number}: {error}; a cell that begins with a quote has to end with one, "
+                f'and quotes in it are doubled: "say ""hi"""'
+            ) from None
 
 
 def _documents(stream: io.BufferedReader, name: str) -> Iterator[Row]:
@@ -250,11 +265,32 @@ def _parquet_rows(raw: io.BufferedReader, name: str) -> Iterator[Row]:
     number = 0
     try:
         for batch in parquet.ParquetFile(raw).iter_batches(batch_size=1024):
-            for value in batch.to_pylist():
-                number += 1
-                yield f"{name} row {number}", value
+            yield from _batch_rows(batch, name, number)
+            number += batch.num_rows
     except (ArrowException, OSError) as error:
         raise DataError(f"cannot read {name} as Parquet after row {number}: {error}") from None
+
+
+def _batch_rows(batch: Any, name: str, before: int) -> Iterator[Row]:
+    """The rows of a batch of Arrow's, `before` of the file before them; days that Python has not are null."""
+    places = (f"{name} row {number}" for number in range(before + 1, before + batch.num_rows + 1))
+    try:
+        yield from zip(places, batch.to_pylist(), strict=True)
+    except (ValueError, OverflowError):  # of dates and times beyond Python's, unknown time zones, text that is no UTF-8
+        for place, where in enumerate(places):
+            yield where, _cells(batch, place, where)
+
+
+def _cells(batch: Any, place: int, where: str) -> dict[str, Any] | RowError:
+    row: dict[str, Any] = {}
+    for column, values in zip(batch.schema.names, batch.columns, strict=True):
+        try:
+            row[column] = values[place].as_py()
+        except UnicodeDecodeError as wrong:
+            return RowError(where, "no UTF-8", f"byte {wrong.start + 1} of `{column}` is not UTF-8; expected text")
+        except (ValueError, OverflowError):
+            row[column] = None
+    return row
 
 
 def _arrow_rows(raw: io.BufferedReader, name: str, *, in_blocks: bool) -> Iterator[Row]:
@@ -271,8 +307,7 @@ def _arrow_rows(raw: io.BufferedReader, name: str, *, in_blocks: bool) -> Iterat
         else:
             batches = ipc.open_stream(raw)
         for batch in batches:
-            for value in batch.to_pylist():
-                number += 1
-                yield f"{name} row {number}", value
+            yield from _batch_rows(batch, name, number)
+            number += batch.num_rows
     except (ArrowException, OSError) as error:
         raise DataError(f"cannot read {name} as Arrow after row {number}: {error}") from None

@@ -9,12 +9,12 @@ from typing import Any
 import msgspec
 
 from specd.config.settings import DataConfig
-from specd.data.faults import RowError, short
+from specd.data.faults import TOO_DEEP, RowError, short
 from specd.data.tokens import MASKS, read_tokens
 from specd.data.tokens import Tokens as Tokens
 from specd.data.tools import read_tools, without_nulls
 from specd.data.turns import Turn as Turn
-from specd.data.turns import Turns, read_turns
+from specd.data.turns import Turns, listed, read_turns
 from specd.errors import ConfigError
 
 TURNS = ("messages", "conversations", "conversation")
@@ -80,7 +80,10 @@ def read(row: Mapping[str, Any], where: str, config: DataConfig) -> Form:
         forms = tuple(sorted(forms, key=lambda form: not any(name in config.columns for name in chain(*form[0]))))
     for needed, reader in forms:
         if all(any(row.get(name) is not None for name in names) for names in needed):
-            return reader(row, where)
+            try:
+                return reader(row, where)
+            except RecursionError:
+                raise RowError(where, "nested too deeply", TOO_DEEP) from None
     raise _unknown(row, where, config)
 
 
@@ -119,7 +122,7 @@ def _answered(row: Mapping[str, Any], where: str) -> Conversation:
     Answers in a prompt of turns are context.
     """
     asked, answered = _first(row, PROMPTS), _first(row, COMPLETIONS)
-    answer = row[answered]
+    answer = listed(row[answered])
     reply = read_turns(
         answer if isinstance(answer, list) else [{"role": "assistant", "content": answer}], where, answered
     )
@@ -141,7 +144,7 @@ def _asked(row: Mapping[str, Any], where: str) -> Conversation:
 
 
 def _prompt(row: Mapping[str, Any], where: str, column: str) -> Turns:
-    prompt = row[column]
+    prompt = listed(row[column])
     if isinstance(prompt, list):
         given = read_turns(prompt, where, column)
         places = (place for place, turn in enumerate(given.turns) if turn["role"] == "assistant")
@@ -226,7 +229,14 @@ _FORMATS: dict[str, tuple[Known, ...]] = {
 def _unknown(row: Mapping[str, Any], where: str, config: DataConfig) -> RowError:
     columns = set(chain(*(names for needed, _ in _FORMATS[config.format] for names in needed)))
     files = {name: f" (the file's {column!r})" for name, column in config.columns.items()}
-    empty = [f"`{name}`{files.get(name, '')} is null" for name in row if name in columns]
+    empty = [f"`{name}`{files.get(name, '')} is null" for name in row if name in columns and row[name] is None]
+    answer = _first(row, COMPLETIONS) if config.format != "tokens" else ""
+    if answer:
+        detail = (
+            f"`{answer}`{files.get(answer, '')} is an answer alone; expected `prompt` beside it; data.columns says "
+            f"which of {sorted(row)} is that"
+        )
+        return RowError(where, "no prompt", detail)
     if empty:
         return RowError(where, "nothing in it", f"{', '.join(empty)}; expected a value")
     wanted = (

@@ -34,18 +34,19 @@ class Mark(NamedTuple):
 class Marked:
     """Turns with marks. unmarked: places of turns without any."""
 
-    __slots__ = ("_codes", "_owners", "_plain", "_turn", "turns", "unmarked")
+    __slots__ = ("_blank", "_codes", "_owners", "_plain", "_turn", "turns", "unmarked")
 
-    def __init__(self, turns: list[Turn], text: str, *, plain: bool = False) -> None:
+    def __init__(self, turns: list[Turn], text: str, *, blank: bool = True, plain: bool = False) -> None:
         """text: the conversation as the template writes it; its characters are no marks.
 
-        plain: without marks in blank texts, or beside what templates look for at an end of a text, as <think>.
+        blank: with marks in blank texts. plain: without those beside what templates look for at an end of a text, as
+        <think>.
         """
         used = set(_PRIVATE.findall(text))
         codes: Iterator[int] = chain(*_PLANES)
         self._codes = (chr(code) for code in codes if chr(code) not in used) if used else map(chr, codes)
         self._owners: dict[str, int] = {}
-        self._plain = plain
+        self._blank, self._plain = blank, plain
         self.turns: list[Turn] = []
         self.unmarked: set[int] = set()
         for self._turn, turn in enumerate(turns):
@@ -83,7 +84,7 @@ class Marked:
             if isinstance(turn.get("tool_calls"), list):
                 result["tool_calls"] = [self._call(call) for call in turn["tool_calls"]]
         alone = result == turn
-        if turn["content"].strip() or (alone and not self._plain):
+        if turn["content"].strip() or (alone and self._blank):
             result["content"] = self._wrapped(turn["content"])
         return result
 

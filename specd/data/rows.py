@@ -29,6 +29,8 @@ HELDOUT = f"{SHIPPED}demo/heldout.jsonl"
 
 _NO_DATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
 """What `datasets` writes beside data."""
+_ABOUT = {"readme", "license", "licence", "notice", "changelog", "requirements", "checksums"}
+"""Text files that lie beside data, by the first word of their names."""
 _SPLITS = {
     "train": {"train", "training"},
     "validation": {"validation", "valid", "val", "dev"},
@@ -168,7 +170,8 @@ def _matched(pattern: Path) -> tuple[Path, ...]:
 
 
 def _is_data(name: str) -> bool:
-    return named_as_data(name) and not name.startswith(".") and name not in _NO_DATA
+    about = kind(name) == ".txt" and re.split(r"[^a-z]", name.lower())[0] in _ABOUT
+    return named_as_data(name) and not name.startswith(".") and name not in _NO_DATA and not about
 
 
 def _split(file: Path) -> str:

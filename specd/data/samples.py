@@ -128,6 +128,9 @@ class Maker:
             if isinstance(form, forms.Tokens):
                 return form
             if isinstance(form, forms.Conversation):
+                if config.bad_rows == "skip" and not self.encoder.tokenizer.chat_template:
+                    detail = "a conversation, and the target's tokenizer has no chat template; expected `text`"
+                    raise RowError(where, "no chat template", detail)
                 return self.chat.conversation(form, where, last_turn_only=config.last_turn_only)
             if form.prompt:  # given, with its continuation behind it
                 return document(form.text, form.prompt)
@@ -170,8 +173,11 @@ def trainable(mask: NDArray[np.bool_], consecutive_labels: int) -> bool:
 
 
 def pieces(size: int, most: int, least: int) -> list[tuple[int, int]]:
-    """[start, end) of the pieces of a document of `size` tokens: at most `most` each, and the last at least `least`."""
+    """[start, end) of the pieces of a document of `size` tokens: at most `most` each, and the last at least `least`.
+
+    Where `least` is more than `most`, all are too short.
+    """
     edges = [*range(0, size, most), size]
-    if len(edges) > 2 and edges[-1] - edges[-2] < least:
+    if len(edges) > 2 and least <= most and edges[-1] - edges[-2] < least:
         edges[-2] = size - least
     return list(pairwise(edges))

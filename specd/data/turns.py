@@ -125,6 +125,17 @@ def _text(content: Any, where: str, number: int, role: str) -> str:
     raise RowError(where, "no content", f"turn {number} ({role}) has content {short(content)}; expected a string")
 
 
+def listed(value: Any) -> Any:
+    """The turns whose JSON `value` is, else `value` itself: a prompt or an answer may be either."""
+    if isinstance(value, str) and value.lstrip().startswith("[{"):
+        found = _decoded(value)
+        if isinstance(found, list) and all(
+            isinstance(item, dict) and str(item.get("role") or item.get("from")) in ROLES for item in found
+        ):
+            return found
+    return value
+
+
 def _decoded(text: str) -> Any:
     try:
         return msgspec.json.decode(text)

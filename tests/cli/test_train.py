@@ -71,7 +71,10 @@ def test_a_hosted_target_runs_where_the_trainer_does_unless_told(tmp_path: Path,
     [
         ("target.exakt=true", "unknown field `exakt` - at `$.target`"),
         ("target.exact=3", "Expected `bool`, got `int` - at `$.target.exact`"),
-        ("target.dtype=int4", "Invalid enum value 'int4' - at `$.target.dtype`"),
+        (
+            "target.dtype=int4",
+            "Invalid enum value 'int4', expected one of auto, float32, bfloat16, float16 - at `$.target.dtype`",
+        ),
         ("target=exact", "Expected `object`, got `str` - at `$.target`"),
     ],
 )

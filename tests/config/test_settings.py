@@ -35,7 +35,11 @@ def test_configuration_is_frozen() -> None:
         ({"learning_rate": 1}, RunConfig, "conf: Object contains unknown field `learning_rate`"),
         ({"target": [1]}, RunConfig, "conf: Expected `object`, got `array` - at `$.target`"),
         ({}, TargetConfig, "conf: Object missing required field `model`"),
-        ({"model": "m", "load_format": "x"}, TargetConfig, "conf: Invalid enum value 'x' - at `$.load_format`"),
+        (
+            {"model": "m", "load_format": "x"},
+            TargetConfig,
+            "conf: Invalid enum value 'x', expected one of auto, dummy - at `$.load_format`",
+        ),
         ({"slots": "many"}, RingConfig, "conf: Expected `int`, got `str` - at `$.slots`"),
         ({"slots": 1.5}, RingConfig, r"conf: Expected `int`, got `float` - at `$.slots`"),
         ({"final": 1}, CaptureConfig, "conf: Expected `bool`, got `int` - at `$.final`"),

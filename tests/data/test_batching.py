@@ -80,6 +80,11 @@ def test_a_weight_of_one_is_no_weight() -> None:
     assert [plain.epoch(epoch) for epoch in range(3)] == [weighted.epoch(epoch) for epoch in range(3)]
 
 
+def test_weights_that_leave_no_sample_in_any_epoch_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"^no sample is trained in 2 epochs with these data\.weights; expected"):
+        Loader(Numbers([4]), BatchPlan([4], 12, weights=[0.001]), epochs=2)
+
+
 def test_resuming_in_an_epoch_without_any_sample() -> None:
     plan = BatchPlan([4], 12, weights=[0.3])
     loader = Loader(Numbers([4]), plan, epochs=10)

@@ -156,6 +156,39 @@ def test_numbers_that_are_none_are_null(tmp_path: Path) -> None:
     assert rows(tmp_path / "a.jsonl") == [{"text": "a", "score": None}, {"text": "NaN", "score": None}]
 
 
+def test_lists_within_lists_without_end_are_a_fault_of_their_row(tmp_path: Path) -> None:
+    deep = "[" * 5000 + "]" * 5000
+    path = tmp_path / "a.jsonl"
+    path.write_text(f'{{"text": {deep}}}\n{{"text": "a"}}\n{{"tools": {deep}, "x": NaN}}\n')
+    bad, good, other = rows(path)
+    assert good == {"text": "a"}
+    assert {error.kind for error in (bad, other)} == {"nested too deeply"}
+    assert str(bad).startswith("a.jsonl line 1: ")
+    path.write_text(f'[{{"text": {deep}}}, {{"text": "a"}}]')
+    with pytest.raises(DataError, match=r"a\.jsonl begins with '\[' and holds lists and objects within each other"):
+        rows(path)
+
+
+def test_byte_order_marks_within_files_that_were_joined(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl.gz").write_bytes(2 * gzip.compress(b'\xef\xbb\xbf{"text": "a"}\n'))
+    assert rows(tmp_path / "a.jsonl.gz") == [{"text": "a"}, {"text": "a"}]
+
+
+def test_cells_of_a_table_that_python_cannot_hold(tmp_path: Path) -> None:
+    odd = {
+        "day": pyarrow.array([1, 2**62], pyarrow.timestamp("us")),
+        "zone": pyarrow.array([1, 2], pyarrow.timestamp("us", tz="No/Where")),
+    }
+    parquet.write_table(pyarrow.table({"text": ["a", "b"], **odd}), tmp_path / "a.parquet")
+    assert [row["text"] for row in rows(tmp_path / "a.parquet")] == ["a", "b"]
+    assert rows(tmp_path / "a.parquet")[1]["day"] is None
+    latin = pyarrow.array([b"a", b"caf\xe9"], pyarrow.binary()).view(pyarrow.string())
+    parquet.write_table(pyarrow.table({"text": latin}), tmp_path / "b.parquet")
+    good, bad = rows(tmp_path / "b.parquet")
+    assert good == {"text": "a"}
+    assert (bad.kind, str(bad)) == ("no UTF-8", "b.parquet row 2: byte 4 of `text` is not UTF-8; expected text")
+
+
 def test_bad_items_of_an_array_and_bad_arrays(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     path.write_text(' [{"text": "a"}, 3]')
@@ -168,6 +201,26 @@ def test_bad_items_of_an_array_and_bad_arrays(tmp_path: Path) -> None:
     path.write_text('{\n  "data": [\n    {"text": "a"}\n  ]\n}\n')
     with pytest.raises(DataError, match=r"a\.json begins with a JSON object over several lines; .*`jq -c`"):
         rows(path)
+
+
+def test_arrow_inside_of_a_compression_is_called_that(tmp_path: Path) -> None:
+    for number, opened in enumerate((ipc.new_stream, ipc.new_file)):
+        arrow(tmp_path / "whole.arrow", opened)
+        (tmp_path / f"{number}.arrow.zst").write_bytes(zstd((tmp_path / "whole.arrow").read_bytes()))
+        with pytest.raises(
+            DataError, match=rf"{number}\.arrow\.zst is Arrow inside of a compression, .*; decompress it"
+        ):
+            rows(tmp_path / f"{number}.arrow.zst")
+
+
+def test_quotes_of_a_table_that_are_not_closed_do_not_swallow_its_rows(tmp_path: Path) -> None:
+    for name, cells in (("a.csv", 'a,"b\nc,d\n'), ("b.tsv", 'a\t"b\nc\t"d\n')):
+        header = "prompt,completion\nx,y\n" if name == "a.csv" else "prompt\tcompletion\nx\ty\n"
+        (tmp_path / name).write_text(header + cells)
+        with pytest.raises(DataError, match=rf"{name} is no CSV behind row 1: .*; a cell that begins with a quote"):
+            rows(tmp_path / name)
+    (tmp_path / "c.csv").write_text('"a\nb",text\n1,"say ""hi"""\n')
+    assert rows(tmp_path / "c.csv") == [{"a\nb": "1", "text": 'say "hi"'}]
 
 
 def test_tables_with_other_separators_and_bad_rows(tmp_path: Path) -> None:

@@ -36,6 +36,8 @@ def form(row: dict[str, Any], **settings: Any) -> Form:
         {"prompt": talk("Hi"), "completion": talk("Hi", "Hello.")[1:]},
         {"prompt": talk("Hi"), "completion": "Hello."},
         {"prompt": "Hi", "completion": talk("Hi", "Hello.")[1:]},
+        {"prompt": json.dumps(talk("Hi")), "completion": json.dumps(talk("Hi", "Hello.")[1:])},
+        {"prompt": "Hi", "chosen": json.dumps(talk("Hi", "Hello.")), "rejected": "[]"},
         {"prompt": "Hi", "response": "Hello."},
         {"instruction": "Hi", "output": "Hello."},
         {"instruction": "Hi", "input": "", "output": "Hello.", "text": "### Instruction:\nHi\n### Response:\nHello."},
@@ -188,6 +190,12 @@ def test_names_that_specd_does_not_read_are_a_wrong_setting() -> None:
         ({"prompt": "Hi", "completion": 3}, "no content", r"turn 1 \(assistant\) has content 3"),
         ({"prompt": "Hi", "completion": []}, "no turns", r"'completion' is \[\]"),
         ({"chosen": "Hello.", "rejected": "What?"}, "no prompt", "`chosen` is an answer alone; expected `prompt`"),
+        (
+            {"input": "Hi", "output": "Hello."},
+            "no prompt",
+            r"`output` is an answer alone; .*which of \['input', 'output'\]",
+        ),
+        ({"request": {}, "response": {"choices": []}}, "no prompt", "`response` is an answer alone; expected `prompt`"),
         ({"input_ids": [1], "labels": [2]}, "labels that are other tokens", "`labels` holds 2"),
     ],
 )
@@ -195,6 +203,20 @@ def test_what_is_no_form_is_named(row: dict[str, Any], kind: str, said: str) -> 
     with pytest.raises(RowError, match=f"^chats.jsonl line 7: {said}") as caught:
         read(row, "chats.jsonl line 7", AUTO)
     assert caught.value.kind == kind
+
+
+@pytest.mark.parametrize("said", ['[{"role": "clerk"}]', "[{", '[{"name": "a", "role": null}]', "[1]"])
+def test_json_that_is_no_turns_is_what_was_said(said: str) -> None:
+    assert form({"prompt": said, "completion": said}) == Conversation(turns=talk(said, said))
+
+
+def test_columns_within_each_other_without_end_are_a_fault() -> None:
+    tools: list[Any] = []
+    for _ in range(2000):
+        tools = [{"more": tools}]
+    with pytest.raises(RowError, match=r"^row 1: holds lists and objects within each other more deeply") as caught:
+        form({"messages": talk("Hi", "Hello."), "tools": tools})
+    assert caught.value.kind == "nested too deeply"
 
 
 def test_every_form_is_listed_to_whoever_has_none_of_them() -> None:

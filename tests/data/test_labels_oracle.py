@@ -14,7 +14,7 @@ from label_oracle import Target, as_it_stands, behind_the_prompt, places, taken,
 from specd.data.chat import Chat, Rendered
 from specd.data.faults import RowError
 from specd.data.forms import Conversation
-from talks import Talk, talks
+from talks import Talk, answer, talks, user
 
 
 @pytest.fixture(scope="session")
@@ -160,6 +160,15 @@ def test_an_answer_that_is_context_is_no_label(target: Callable[[Family], Target
         assert texts(rendered) == right[:number] + right[number + 1 :]
     rendered = model.chat.conversation(Conversation(turns=talk[0]), "row 1", last_turn_only=True)
     assert texts(rendered) == right[-1:]
+
+
+def test_answers_beside_texts_that_look_like_markup_are_told_apart(target: Callable[[Family], Target]) -> None:
+    model = target(next(family for family in FAMILIES if family.name == "glm4_5"))
+    turns = [user("`"), answer(""), user("\u200b"), answer("`"), user("\u200b"), answer("#")]
+    rendered = model.chat.conversation(Conversation(turns=turns), "row 1")
+    assert texts(rendered) == [as_it_stands(model, (turns, None), place) for place in (1, 3, 5)]
+    (last,) = texts(model.chat.conversation(Conversation(turns=turns), "row 1", last_turn_only=True))
+    assert last.endswith("#")
 
 
 def loses(target: Target, talk: Talk, place: int, text: str) -> bool:

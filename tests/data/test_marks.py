@@ -55,13 +55,14 @@ def test_thoughts_calls_and_arguments_have_marks_of_their_own() -> None:
 
 def test_plain_leaves_what_a_template_may_look_for_alone() -> None:
     turns = talk("/no_think Hi there.", "<think>\nWell.", "", "[1]", "One, two.")
-    marked = Marked(turns, "", plain=True)
+    marked = Marked(turns, "", blank=False, plain=True)
     contents = [turn["content"] for turn in marked.turns]
     assert contents[0].startswith("/no_think Hi there.")
     assert contents[1].startswith("<think>\nWell.")
     assert contents[1] != turns[1]["content"]
     assert contents[2:4] == ["", "[1]"]
     assert marked.unmarked == {2, 3}
+    assert Marked(turns, "", blank=False).unmarked == {2}
     assert not Marked(turns, "").unmarked
 
 

@@ -70,7 +70,8 @@ def test_a_folder_and_a_pattern_mean_their_files_in_natural_order(tmp_path: Path
     write(tmp_path / "set" / "shard-2.jsonl.gz", "two")
     parquet.write_table(pyarrow.Table.from_pylist([{"text": "three"}]), tmp_path / "set" / "shard-3.parquet")
     write(tmp_path / "set" / "more" / "shard-1.jsonl", "one", "one more")
-    for other in (".hidden.jsonl", ".cache/a.jsonl", "README.md", "dataset_info.json", "_SUCCESS", "empty.jsonl"):
+    hidden = (".hidden.jsonl", ".cache/a.jsonl", "dataset_info.json")
+    for other in (*hidden, "README.md", "README.txt", "LICENSE-data.txt.gz", "_SUCCESS", "empty.jsonl"):
         write(tmp_path / "set" / other)
     found = list(read_rows(str(tmp_path / "set")))
     assert found == [

@@ -54,6 +54,17 @@ def test_pieces_are_all_of_a_document_none_too_long_and_none_too_short(size: int
     assert all(end - start >= least for start, end in found) or size < least
 
 
+@given(st.integers(0, 50), st.integers(2, 6), st.integers(1, 9))
+def test_no_piece_is_longer_than_it_may_be_whatever_a_draft_needs(size: int, most: int, least: int) -> None:
+    assert all(end - start <= most for start, end in pieces(size, most, least))
+
+
+def test_conversations_among_the_documents_of_a_base_model_are_left_out_where_bad_rows_are(base: Path) -> None:
+    found = maker(base, bad_rows="skip").make(rows({"text": "Once upon"}, {"prompt": "2 +", "completion": " 2"}))
+    assert found.report.samples == 1
+    assert [(fault.kind, fault.rows) for fault in found.report.bad] == [("no chat template", 1)]
+
+
 def test_a_long_document_is_cut_or_split_and_no_token_lost(base: Path) -> None:
     row = {"text": "Once upon a time there was a tone. " * 9}
     whole = coded(base, row)
