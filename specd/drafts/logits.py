@@ -24,6 +24,9 @@ _OTHERS = ("dim_model_base", "mup_width_multiplier")
 """Keys of families whose logits are scaled outside of transformers."""
 _BIASED = ("phi", "gptj", "codegen", "ctrl")
 """Families whose lm_head has a bias, which trainers do not get."""
+_BIASES = {"lm_head_bias": "", "use_bias": "ernie4_5"}
+"""Keys that give an lm_head one, and the families where they do."""
+_CAPS = ("final_logit_softcapping", "logits_soft_cap")
 
 
 class LogitTransform(NamedTuple):
@@ -43,7 +46,7 @@ def logit_transform(target_config: dict[str, Any], model: str) -> LogitTransform
     """That of the target with this config.json. Raises ConfigError for one that cannot be computed here."""
     text = target_config.get("text_config") or target_config
     kind = str(text.get("model_type", ""))
-    if kind in _BIASED:
+    if kind in _BIASED or any(text.get(key) and kind.startswith(family) for key, family in _BIASES.items()):
         raise ConfigError(
             f"{model} is a {kind!r}, whose lm_head has a bias that trainers do not get: a draft cannot learn its "
             f"distribution; train one that needs none, as dflash"
@@ -60,4 +63,5 @@ def logit_transform(target_config: dict[str, Any], model: str) -> LogitTransform
                 f"changes its logits: a draft cannot learn its distribution; train one that needs none, as dflash"
             )
         scale *= float(value) ** _SCALES[key][family]
-    return LogitTransform(scale, float(text.get("final_logit_softcapping") or 0.0))
+    cap = next((float(text[key]) for key in _CAPS if text.get(key)), 0.0)
+    return LogitTransform(scale, cap)

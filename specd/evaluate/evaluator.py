@@ -60,8 +60,7 @@ def evaluate_draft(
     trained = registry.read(directory)
     drafts = {}
     if untrained is not None:
-        first = registry.read(untrained) if isinstance(untrained, Path) else trained.untrained(untrained)
-        drafts["untrained"] = first
+        drafts["untrained"] = trained.untrained(untrained)
     weights = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     depth = int(model.config.get_text_config().num_hidden_layers)
     drafters = {which: one.drafter(*weights, depth) for which, one in (drafts | {"trained": trained}).items()}

@@ -33,6 +33,7 @@ from specd.data.dataset import Dataset
 from specd.data.rows import DEMO
 from specd.drafts import registry
 from specd.drafts.base import Objective, TargetParts
+from specd.drafts.initial import initial_config
 from specd.errors import ConfigError, SpecdError, TransportError
 from specd.memory import cuda
 from specd.protocol.capture import CaptureSpec
@@ -100,6 +101,7 @@ def train_draft(
     with owned(directory.path):
         if (resume := directory.check(resume)) and _is_finished(directory, settle, device):
             return TrainedRun(directory.path, directory.draft, len(read(directory.journal)), was_finished=True)
+        _see_init(first)
         with host if isinstance(host, AbstractContextManager) else contextlib.nullcontext(host) as local:
             return _train(settle, first, device, directory, local, resume, interrupt or Interrupt(), show)
 
@@ -220,6 +222,12 @@ def _check_alone() -> None:
             f"trains in one process: start `specd train` without the launcher, or with WORLD_SIZE unset if this is the "
             f"only one"
         )
+
+
+def _see_init(config: RunConfig) -> None:
+    """Raise ConfigError or CheckpointError where the draft to begin with is not there; its shape is compared later."""
+    if init := getattr(registry.settings(config.method, config.draft, "settings"), "init", ""):
+        initial_config(init)
 
 
 def _is_finished(directory: RunDirectory, settle: Settle, device: str) -> bool:
