@@ -28,6 +28,7 @@ SIZES = {
         ("cohere2", {"logit_scale": 0.25}),
         ("gemma2", {"final_logit_softcapping": 2.0}),
         ("gemma3_text", {"final_logit_softcapping": 1.5}),
+        ("recurrent_gemma", {"logits_soft_cap": 1.5, "lru_width": 32, "block_types": ["recurrent", "attention"]}),
         ("falcon_h1", {"lm_head_multiplier": 0.3, "mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8}),
     ],
 )
@@ -54,6 +55,11 @@ def test_a_scale_of_an_unknown_family_is_refused() -> None:
         logit_transform(config, "target")
     with pytest.raises(ConfigError, match="whose lm_head has a bias"):
         logit_transform({"model_type": "phi"}, "target")
+    for family in ({"model_type": "phimoe", "lm_head_bias": True}, {"model_type": "ernie4_5_moe", "use_bias": True}):
+        with pytest.raises(ConfigError, match="whose lm_head has a bias"):
+            logit_transform(family, "target")
+    assert logit_transform({"model_type": "phimoe", "lm_head_bias": False}, "target") == LogitTransform()
+    assert logit_transform({"model_type": "glm", "use_bias": True}, "target") == LogitTransform()
     wrapped = {"model_type": "some_vision", "text_config": {"model_type": "granite", "logits_scaling": 4.0}}
     assert logit_transform(wrapped, "target") == LogitTransform(0.25)
     assert logit_transform({"model_type": "llama", "logit_scale": 1.0, "logits_scaling": None}, "target") == (1.0, 0.0)

@@ -156,3 +156,22 @@ def test_an_eagle3_draft_keeps_its_vocabulary_from_run_to_run(host: Embedded, tm
     assert ours["d2t"].equal(theirs["d2t"])
     assert not ours["lm_head.weight"].equal(theirs["lm_head.weight"])
     assert read_facts(second.directory).draft["initial weights"].startswith(str(first.draft))
+
+
+def test_an_eagle3_draft_is_compared_with_what_it_began_with_by_as_many_guesses(
+    host: Embedded, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    draft = {"num_steps": 2, "draft_vocab_size": 50}
+    asked = settings(tmp_path, "first", 1) | {"method": "eagle3", "draft": draft}
+    first = train_draft(asked, host=host)
+    asked |= {"output": str(tmp_path / "second"), "draft": draft | {"num_steps": 4, "init": str(first.directory)}}
+    second = train_draft(asked, host=host)
+    command = ["eval", "--draft", str(second.directory), "--model", str(model), "--untrained", "--limit", "1"]
+    capsys.readouterr()
+    assert run([*command, "--max-new-tokens", "4", "--device", "cpu"]) == 0
+    before, after = (
+        msgspec.json.decode((second.directory / file).read_bytes(), type=EvalFacts)
+        for file in ("eval-untrained.json", "eval.json")
+    )
+    assert before.texts == after.texts
+    assert (before.block_size, len(before.result.acceptance_by_offset)) == (5, 4)
