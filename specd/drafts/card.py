@@ -26,7 +26,9 @@ def card(title: str, target: str, facts: Mapping[str, str], serving: Mapping[str
 
 def sglang(target: str, options: str) -> str:
     """SGLang's command for a target with a draft."""
-    return f"python -m sglang.launch_server --model-path {_served(target)} --speculative-draft-model-path DRAFT {options}"
+    return (
+        f"python -m sglang.launch_server --model-path {_served(target)} --speculative-draft-model-path DRAFT {options}"
+    )
 
 
 def vllm(target: str, method: str, guesses: int) -> str:

@@ -65,7 +65,9 @@ def render(facts: RunFacts, records: Sequence[StepRecord], evals: Mapping[str, E
     ]  # fmt: skip
     if alike:
         shares = {name: one.result.acceptance_by_offset for name, one in alike.items()}
-        caption = "Share of the target's forwards with a guess k in which it accepted the first k guesses, in real decoding."
+        caption = (
+            "Share of the target's forwards with a guess k in which it accepted the first k guesses, in real decoding."
+        )
         picture = figures.svg(lambda axes: figures.acceptance(axes, shares))
         pictures.insert(1, ("Acceptance by offset", picture, caption))
     target = str(facts.target.get("model", ""))

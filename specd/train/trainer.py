@@ -12,7 +12,7 @@ import json
 import logging
 import os
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
@@ -42,7 +42,7 @@ from specd.train.checkpoint import Checkpoints
 from specd.train.directory import RunDirectory, RunFacts, fixed, identity, machine_facts, target_files, utc, write_facts
 from specd.train.display import Display
 from specd.train.interrupt import Interrupt
-from specd.train.journal import read
+from specd.train.journal import StepRecord, read
 from specd.train.loop import out_of_memory, train
 from specd.train.optimizer import total_steps
 from specd.train.owner import owned
@@ -188,6 +188,7 @@ def _train(
             interrupt=interrupt,
             resume=again,
         )
+        _tell_unless_trained(read(directory.journal), contract.model)
         with interrupt.shield():
             objective.export(directory.draft, {name: data for name, data in files.items() if name != "config.json"})
             directory.finish()
@@ -316,6 +317,17 @@ def _target_parts(subscriber: Subscriber, config: dict[str, object], dataset: Da
     tied = contract.artifacts["lm_head"].same_as == "embedding"
     lm_head = embedding if tied else subscriber.tensor("lm_head")
     return TargetParts(contract, config, embedding, lm_head, dataset.label_counts(contract.vocab_size))
+
+
+def _tell_unless_trained(steps: Sequence[StepRecord], target: str) -> None:
+    """Warn of a run whose steps all had nothing to learn: its draft is as it began."""
+    if steps and all(step.loss is None for step in steps):
+        logger.warning(
+            "none of the %d steps had a prediction to learn from, so the draft is as it began: the labels are too few, "
+            "or the tokens that %s itself would write there are none of the draft's vocabulary; train on its own "
+            "answers (`specd data regenerate`), or with a larger draft vocabulary",
+            len(steps), target,
+        )  # fmt: skip
 
 
 def _facts(

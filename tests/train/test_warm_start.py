@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import msgspec
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from chats import write_target
@@ -175,3 +177,16 @@ def test_an_eagle3_draft_is_compared_with_what_it_began_with_by_as_many_guesses(
     )
     assert before.texts == after.texts
     assert (before.block_size, len(before.result.acceptance_by_offset)) == (5, 4)
+
+
+def test_a_run_that_had_nothing_to_learn_is_told_of(
+    host: Embedded, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The target's most likely token is in no draft vocabulary, as if it spoke another language."""
+    caplog.set_level(logging.WARNING, "specd.train.trainer")
+    asked = settings(tmp_path, "first", 2) | {"method": "eagle3", "draft": {"num_steps": 2, "draft_vocab_size": 50}}
+    train_draft(asked, host=host)
+    assert "had a prediction to learn from" not in caplog.text
+    monkeypatch.setattr("specd.drafts.taught._inside", lambda tokens, vocabulary: torch.zeros(len(tokens)))
+    train_draft(asked | {"output": str(tmp_path / "second")}, host=host)
+    assert "none of the 2 steps had a prediction to learn from, so the draft is as it began" in caplog.text
