@@ -23,8 +23,8 @@ DEFINITIONS = {
         f"{ROUNDINGS} · epsilon · the largest logit"
     ),
     "teacher-forced accuracy": (
-        "share of predictions that are right when the draft is given true tokens: those of the data for a DFlash draft, "
-        "the target's most likely ones for EAGLE-3; it is a training signal, not the acceptance length"
+        "share of predictions that are right when the draft is given true tokens: those of the data for a DFlash "
+        "draft, the target's most likely ones for EAGLE-3; it is a training signal, not the acceptance length"
     ),
     "loss": (
         "cross-entropy, later offsets weighted less, averaged over an optimizer step: for a DFlash draft on the tokens "

@@ -62,7 +62,7 @@ def test_a_benchmark_that_was_cut_short_has_no_rates(tmp_path: Path, capsys: pyt
     assert "this benchmark ended before it had rates; run it again" in capsys.readouterr().err
 
 
-def a_run(path: Path, method: dict[str, object] | None = None, **times: float) -> str:
+def a_run(path: Path, method: dict[str, object] | None = None, /, **times: float) -> str:
     """A run directory of 20 co-located steps, the first two a hundred times as slow: they compile."""
     facts = RunFacts(
         started="",

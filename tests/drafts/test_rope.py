@@ -90,5 +90,5 @@ def test_a_scale_of_nothing_is_one() -> None:
 @pytest.mark.parametrize("theta", ["x", -1.0, float("nan"), float("inf"), True, [5]])
 def test_a_frequency_that_is_none_is_refused(theta: Any) -> None:
     for config in ({"rope_theta": theta}, {"rope_parameters": {"rope_theta": theta}}):
-        with pytest.raises(ConfigError, match="rope_theta is .*, expected a positive number"):
+        with pytest.raises(ConfigError, match=r"rope_theta is .*, expected a positive number"):
             rope_theta(config)

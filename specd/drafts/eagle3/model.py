@@ -19,7 +19,6 @@ from specd.drafts.rope import Scaling, rope_theta
 from specd.errors import ConfigError
 from specd.protocol.capture import CaptureSpec
 
-
 MOST_STEPS = 256
 """Guesses in a row, at most."""
 
