@@ -66,7 +66,9 @@ def plan(
         int | None, typer.Option(help="Of captured states; or give --model.", rich_help_panel=SIZES)
     ] = None,
     model: Annotated[str, typer.Option("--model", "-m", help="Preset of the target.", rich_help_panel=SIZES)] = "",
-    num_taps: Annotated[int, typer.Option(min=1, help="States of the target, with --model: taps, and 1 more for EAGLE-3's final state.", rich_help_panel=SIZES)] = 5,
+    num_taps: Annotated[
+        int, typer.Option(min=1, help="Taps, with --model; 4 for EAGLE-3: its final state, too.", rich_help_panel=SIZES)
+    ] = 5,
     samples: Annotated[int | None, typer.Option(help="Of the data set.", rich_help_panel=SIZES)] = None,
     tokens_per_sample: Annotated[float | None, typer.Option(help="On average.", rich_help_panel=SIZES)] = None,
     epochs: Annotated[float | None, typer.Option(help="Passes over it.", rich_help_panel=SIZES)] = None,
