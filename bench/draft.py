@@ -206,9 +206,10 @@ class _Trained(NamedTuple):
         generator, size = torch.Generator(device).manual_seed(0), (contract.vocab_size, contract.hidden_size)
         embedding, head = (torch.randn(size, device=device, dtype=dtype, generator=generator) * 0.02 for _ in range(2))
         method, settings = registry.load(name), _settings(name, target, way)
-        objective = method.objective(
-            settings, TargetParts(contract, target, embedding, head), device, dtype, tuning=way.tuning
-        )
+        # As frequent as words are: the n-th at 1 / n.
+        counts = 10**9 // np.arange(1, contract.vocab_size + 1)
+        target_parts = TargetParts(contract, target, embedding, head, counts)
+        objective = method.objective(settings, target_parts, device, dtype, tuning=way.tuning)
         spec = method.capture(settings, contract)
         return cls(method, objective, spec, contract.hidden_size, contract.vocab_size, dtype, device)
 
@@ -243,7 +244,7 @@ def _row(variant: str, trained: _Trained, num_context: int, steps: int) -> Draft
     taps, final = trained.states(num_context)
     optimizer = make_optimizer(objective.module, TrainConfig())
     halted, marks = torch.zeros((), device=device), []
-    # The forward's own stretch, without the inputs before and the head behind it.
+    # The forward's own stretch, without the inputs before and the head behind it; if the module is called as a whole.
     hooks = [
         objective.module.register_forward_pre_hook(lambda *_: marks.append(clock.mark())),
         objective.module.register_forward_hook(lambda *_: marks.append(clock.mark())),
@@ -276,10 +277,10 @@ def _row(variant: str, trained: _Trained, num_context: int, steps: int) -> Draft
             hook.remove()
     peak = torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else None
     whole = [clock.ms(before[-1], after[-1]) for before, after in itertools.pairwise(taken)]
-    names = ("inputs", "forward", "head", "backward", "optimizer")
+    loss = ("inputs", "forward", "head") if len(taken[0]) == 6 else ("loss",)
     phases = {
         part: round(statistics.median(clock.ms(marks[i], marks[i + 1]) for marks in taken[1:]), 3)
-        for i, part in enumerate(names)
+        for i, part in enumerate((*loss, "backward", "optimizer"))
     }
     work = trained.method.workload(objective, batch)
     useful = {part: flops / 1e12 for part, flops in work.flops.items()}

@@ -27,7 +27,7 @@ from specd.memory import segment
 from specd.train.interrupt import Interrupt
 from specd.train.owner import LOCK, owned
 
-EXAMPLES = "Examples: `specd demo` · `specd demo --quick --output runs/first-look`"
+EXAMPLES = "Examples: `specd demo` · `specd demo --method eagle3` · `specd demo --quick --output runs/first-look`"
 MODEL = "smollm2-135m"
 SETTLE_S = 20.0
 """Timeout of a child's orderly end; then it is killed."""
@@ -35,11 +35,15 @@ SETTLE_S = 20.0
 
 def demo(
     output: Annotated[Path, typer.Option("--output", "-o", help="Directory of the run.")] = Path("runs/demo"),
+    method: Annotated[
+        str, typer.Option("--method", help=f"Which draft: {', '.join(registry.BUILTIN)}, or a plug-in's.")
+    ] = registry.DEFAULT,
     quick: Annotated[bool, typer.Option("--quick", help="A few steps and prompts only, to show the path.")] = False,
 ) -> None:
     """Run everything once on two cores: daemon, answers by the target, training, evaluation, report."""
     from specd.targets.source import resolve
 
+    registry.load(method)  # before anything is done for it
     steps, prompts = (["--max-steps", "12"], 2) if quick else ([], 10)
     run = output / "run"
     answers = output / "answers.jsonl"
@@ -60,10 +64,8 @@ def demo(
                 *("--max-samples", "4", "--max-new-tokens", "64", "--output", str(answers), "--overwrite"),
             )
             stage.run("data", "show", str(answers), "--model", MODEL)
-        with stage.step("Train a draft on the daemon's hidden states"):
-            stage.run(
-                "train", registry.DEFAULT, "--endpoint", endpoint, "--transport", "auto", "--output", str(run), *steps
-            )
+        with stage.step(f"Train a draft ({method}) on the daemon's hidden states"):
+            stage.run("train", method, "--endpoint", endpoint, "--transport", "auto", "--output", str(run), *steps)
         with stage.step("Ask the daemon what it did, and stop it"):
             stage.run("status", "--endpoint", endpoint)
             stage.run("stop", "--endpoint", endpoint)

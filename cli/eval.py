@@ -83,6 +83,7 @@ def evaluate(
     from specd.evaluate.results import EVALS
     from specd.targets.source import TOKENIZERS
     from specd.targets.transformers.load import load_network
+    from specd.targets.transforms import measured
     from specd.train.directory import FACTS, beginning, read_facts
 
     directory = draft_directory(draft)
@@ -105,6 +106,7 @@ def evaluate(
         limit=limit,
         max_new_tokens=max_new_tokens,
         untrained=began if untrained else None,
+        embedding_scale=measured(network).embedding_scale,
         progress=lambda title, total: _progress(console, title, total),
     )
     if as_json:

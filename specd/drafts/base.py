@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from specd.config.settings import CaptureConfig, Config
+from specd.drafts.logits import LogitTransform
 from specd.errors import ConfigError
 from specd.protocol.batch import Batch, Delivery
 from specd.protocol.capture import CaptureSpec
@@ -92,6 +93,24 @@ class TargetParts(NamedTuple):
                 f"contract {sizes[0]} and {sizes[1]}"
             )
 
+    def embedding_scale(self) -> float:
+        """What a draft's inputs are, over the rows of `embedding`. Raises ConfigError where that is no figure."""
+        if why := self.contract.odd_embedding:
+            raise ConfigError(
+                f"target {self.contract.model}: {why}, so a draft would be trained on other inputs than it is served "
+                f"with; train one that reads no embedding, or take another target"
+            )
+        return self.contract.embedding_scale
+
+    def logit_transform(self) -> LogitTransform:
+        """The target's logits from products with lm_head. Raises ConfigError where that is not known."""
+        if why := self.contract.odd_logits:
+            raise ConfigError(
+                f"target {self.contract.model}: {why}: a draft cannot learn its distribution; train one that needs "
+                f"none, as dflash"
+            )
+        return LogitTransform(self.contract.logit_scale, self.contract.logit_softcap)
+
     def frozen(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Embedding and lm_head on `device` in `dtype`; one tensor still if they were one."""
         embedding = self.embedding.detach().to(device, dtype)
@@ -153,10 +172,11 @@ class Drafter(Protocol):
 class Draft(Protocol):
     """A draft as it was read from its published directory."""
 
-    def drafter(self, embedding: Tensor, lm_head: Tensor, num_layers: int = 0) -> Drafter:
+    def drafter(self, embedding: Tensor, lm_head: Tensor, num_layers: int = 0, embedding_scale: float = 0.0) -> Drafter:
         """The draft for decoding beside a target, in the dtype of the target's embedding and lm_head, both [V, H].
 
-        num_layers: of the target, 0 where the caller does not know. Raises ConfigError for a target that is not the
+        num_layers: of the target, 0 where the caller does not know. embedding_scale: as in its contract,
+        likewise. Raises ConfigError for a target that is not the
         draft's own.
         """
         ...

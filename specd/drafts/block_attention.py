@@ -19,16 +19,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn import functional as F
 
 from specd.config.settings import AttentionKind
 from specd.drafts.compile import compiled
+from specd.drafts.device import to_device
+from specd.drafts.flex import INSTEAD, TILE, in_tiles, in_whole_tiles, tiled_mask, uses_flex
 from specd.drafts.layers import Attend, KeyValue
-
-TILE = 128
-"""Rows and columns of a tile of flex_attention's block mask."""
-INSTEAD = "draft.attention=sdpa trains without them, but slower"
-"""What a machine without a compiler is told."""
 
 Ints = NDArray[np.int64]
 
@@ -59,12 +55,6 @@ class BlockLayout(msgspec.Struct, frozen=True, kw_only=True):
         return np.arange(1, size + 1) if causal else np.full(size, size)
 
 
-def to_device(array: NDArray[Any], device: torch.device) -> Tensor:
-    """`array` on `device`; from pinned memory and without waiting for the device if that is a GPU."""
-    tensor = torch.from_numpy(np.ascontiguousarray(array))
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
-
-
 def block_attention(kind: AttentionKind, layout: BlockLayout, device: torch.device, spread: bool = True) -> Attend:
     """The attention of `layout`'s blocks. `auto` is flex on CUDA and the plain path elsewhere.
 
@@ -73,11 +63,6 @@ def block_attention(kind: AttentionKind, layout: BlockLayout, device: torch.devi
     if uses_flex(kind, device):
         return flex_attention(layout, device, spread)
     return plain_attention(layout, device)
-
-
-def uses_flex(kind: AttentionKind, device: torch.device) -> bool:
-    """Whether `kind` means flex_attention on that device."""
-    return kind == "flex" or (kind == "auto" and device.type == "cuda")
 
 
 def plain_attention(layout: BlockLayout, device: torch.device) -> Attend:
@@ -157,9 +142,9 @@ def flex_attention(layout: BlockLayout, device: torch.device, spread: bool = Tru
         num_rows, num_heads, head_dim = query.shape
         kv = block[0].shape[1]
         group = num_heads // kv
-        grouped = _in_tiles(query, rows).reshape(-1, TILE, kv, group, head_dim)
-        context_k, context_v = (_in_tiles(x, context_rows) for x in context)
-        block_k, block_v = (_in_tiles(x, rows) for x in block)
+        grouped = in_tiles(query, rows).reshape(-1, TILE, kv, group, head_dim)
+        context_k, context_v = (in_tiles(x, context_rows) for x in context)
+        block_k, block_v = (in_tiles(x, rows) for x in block)
         # All but the number of tiles is known when it is compiled.
         for part in (grouped, context_k, context_v, block_k, block_v):
             torch._dynamo.mark_static(part, list(range(1, part.ndim)))
@@ -205,25 +190,11 @@ def _flex(
     return (out.permute(2, 1, 0, 3) if spread else out.permute(2, 0, 1, 3)).flatten(1, 2)
 
 
-def in_whole_tiles(size: int) -> int:
-    """`size` rows in whole tiles; two at least, because compilers take a length of one tile for a special case."""
-    return max(2, -(-size // TILE)) * TILE
-
-
-def _in_tiles(x: Tensor, size: int) -> Tensor:
-    """[rows, heads, D], filled up with zeros to `size` rows -> [tiles, TILE, heads, D]."""
-    missing = size - x.shape[0]
-    whole = F.pad(x, (0, 0, 0, 0, 0, missing)) if missing else x
-    return whole.reshape(-1, TILE, *x.shape[1:])
-
-
 def block_mask(layout: BlockLayout, window: int, device: torch.device, copies: int = 1, causal: bool = False) -> Any:
     """flex_attention's BlockMask of N' queries over T' + N' keys (context, then blocks), its tiles chosen on the host.
 
     copies: the size of its batch. Rows that only fill up see nothing of the context and no block.
     """
-    from torch.nn.attention.flex_attention import BlockMask
-
     rows, context = in_whole_tiles(len(layout.anchors) * layout.block_size), in_whole_tiles(layout.num_context)
     partial, full = tiles(layout, window, causal)
 
@@ -235,24 +206,10 @@ def block_mask(layout: BlockLayout, window: int, device: torch.device, copies: i
     first, last = of_rows(layout.visible_from(window)), of_rows(np.repeat(layout.anchors, layout.block_size))
     own_first, own_last = of_rows(np.repeat(own, layout.block_size)), of_rows(own + layout.seen_inside(causal))
 
-    # Tensors only, no Python numbers: those would be compiled in, and every new batch would compile again.
     def visible(_batch: Tensor, _head: Tensor, row: Tensor, key: Tensor) -> Tensor:
         return ((key >= first[row]) & (key < last[row])) | ((key >= own_first[row]) & (key < own_last[row]))
 
-    counts, indices, full_counts, full_indices = (
-        to_device(part, device).repeat(copies, *[1] * (part.ndim - 1))
-        for chosen in (partial, full)
-        for part in _tile_lists(chosen)
-    )
-    return BlockMask.from_kv_blocks(
-        counts,
-        indices,
-        full_counts,
-        full_indices,
-        BLOCK_SIZE=TILE,
-        mask_mod=visible,
-        seq_lengths=(rows, context + rows),
-    )
+    return tiled_mask(partial, full, visible, device, copies)
 
 
 def tiles(layout: BlockLayout, window: int, causal: bool = False) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
@@ -287,9 +244,3 @@ def tiles(layout: BlockLayout, window: int, causal: bool = False) -> tuple[NDArr
     whole = np.logical_and.reduce(by_tile(inside(low_all, high) | inside(own, own_all), True), axis=1)
     full: NDArray[np.bool_] = touched & whole
     return touched & ~full, full
-
-
-def _tile_lists(chosen: NDArray[np.bool_]) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-    """bool [query tiles, key tiles] -> counts [1, 1, query tiles] and, chosen first, key tiles [1, 1, …, key tiles]."""
-    order = np.argsort(~chosen, axis=1, kind="stable")
-    return chosen.sum(1, dtype=np.int32)[None, None], order.astype(np.int32)[None, None]

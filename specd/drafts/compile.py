@@ -50,8 +50,8 @@ def compiled(function: Function, instead: str) -> Function:
 
 
 @contextlib.contextmanager
-def compiling_for(*sizes: int) -> Iterator[None]:
-    """Where what is `compiled` meets its first arguments, of these sizes.
+def compiling_for(*sizes: int, graphs: int = 1) -> Iterator[None]:
+    """Where what is `compiled` meets its first arguments, of these sizes. graphs: a function needs at most, or so.
 
     Kernels are shaped by those sizes, but torch's caches on disk do not tell sizes apart: what a run with others left
     there could round differently, so it is kept apart.
@@ -63,5 +63,9 @@ def compiling_for(*sizes: int) -> Iterator[None]:
     dynamo: Any = torch._dynamo.config
     compiler: Any = torch.compiler.config
     # Numbers such as the norms' epsilon are constants: else each function is traced twice, to find out.
-    with dynamo.patch(specialize_float=True), compiler.patch(cache_key_tag=f"{compiler.cache_key_tag}{tag}"):
+    limit = max(dynamo.recompile_limit, graphs + 2)
+    with (
+        dynamo.patch(specialize_float=True, recompile_limit=limit),
+        compiler.patch(cache_key_tag=f"{compiler.cache_key_tag}{tag}"),
+    ):
         yield

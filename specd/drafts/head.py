@@ -20,11 +20,12 @@ class HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, head: Tensor, labels: Tensor, weights: Tensor, chunk: int, fused: bool
+        ctx: Any, hidden: Tensor, head: Tensor, labels: Tensor, weights: Tensor, chunk: int, fused: bool, softcap: float
     ) -> tuple[Tensor, Tensor]:
         """hidden [R, H] and head [V, H] of one dtype, labels int64 [R], weights float32 [R].
 
-        fused: one kernel turns the logits into their gradient in place, so they never exist in float32.
+        fused: one kernel turns the logits into their gradient in place, so they never exist in float32. softcap: c of
+        logits that are c · tanh(product / c), for which there is no such kernel; 0 for products as they are.
         Returns the weighted sum, float32, and bool [R]: whether the label had the highest logit.
         """
         num_rows = hidden.shape[0]
@@ -36,25 +37,29 @@ class HeadLoss(torch.autograd.Function):
             rows = slice(begin, min(begin + chunk, num_rows))
             logits = torch.mm(hidden[rows], head.T, out=buffer[: rows.stop - begin])
             part = grad[rows] if grad is not None else None
-            (_fused if fused else _plain)(logits, head, labels[rows], weights[rows], losses[rows], correct[rows], part)
+            chunked = logits, head, labels[rows], weights[rows], losses[rows], correct[rows], part
+            if fused and not softcap:
+                _fused(*chunked)
+            else:
+                _plain(*chunked, softcap)
         ctx.save_for_backward(grad)
         ctx.mark_non_differentiable(correct)
         return torch.dot(losses, weights), correct
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor, None, None, None, None, None]:
+    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:
         (grad,) = ctx.saved_tensors
-        return grad * grad_outputs[0], None, None, None, None, None
+        return grad * grad_outputs[0], *[None] * 6
 
 
 def head_loss(
-    hidden: Tensor, head: Tensor, labels: Tensor, weights: Tensor, chunk: int, fused: bool = False
+    hidden: Tensor, head: Tensor, labels: Tensor, weights: Tensor, chunk: int, fused: bool = False, softcap: float = 0.0
 ) -> tuple[Tensor, Tensor]:
     """`HeadLoss` with types: (weighted sum as a 0-d float32 tensor, correct bool [R]). No rows give an exact zero.
 
-    fused: by the kernel of `specd.drafts.head_kernel`, on CUDA and with triton only.
+    fused: by the kernel of `specd.drafts.head_kernel`, on CUDA and with triton only, and without a softcap.
     """
-    total, correct = HeadLoss.apply(hidden, head, labels, weights, chunk, fused)  # type: ignore[no-untyped-call]
+    total, correct = HeadLoss.apply(hidden, head, labels, weights, chunk, fused, softcap)  # type: ignore[no-untyped-call]
     return total, correct
 
 
@@ -70,18 +75,32 @@ def _fused(
 
 
 def _plain(
-    logits: Tensor, head: Tensor, labels: Tensor, weights: Tensor, losses: Tensor, correct: Tensor, grad: Tensor | None
+    logits: Tensor,
+    head: Tensor,
+    labels: Tensor,
+    weights: Tensor,
+    losses: Tensor,
+    correct: Tensor,
+    grad: Tensor | None,
+    softcap: float,
 ) -> None:
     """The same in torch's own operations, through a float32 copy of the logits."""
-    scores = logits.float()
+    scores, slope = logits.float(), None
     top, own = scores.amax(-1), scores.gather(1, labels[:, None])[:, 0]
+    correct.copy_(own >= top)  # of products, as those that a soft-cap bends may be equal
+    if softcap:
+        scores = torch.tanh(scores / softcap)
+        slope = 1 - scores.square()
+        scores.mul_(softcap)
+        top, own = scores.amax(-1), scores.gather(1, labels[:, None])[:, 0]
     # In place, because a chunk of logits is larger than any cache: exp(score − top), normalised at the end.
     total = scores.sub_(top[:, None]).exp_().sum(-1)
     losses.copy_(total.log() + top - own)
-    correct.copy_(own >= top)
     if grad is not None:
         # total · (softmax − one-hot); the label's entry before rounding to the head's dtype, or a nearly right
         # prediction would be lost in it.
         scores.scatter_(1, labels[:, None], ((own - top).exp() - total)[:, None])
+        if slope is not None:
+            scores.mul_(slope)
         product = torch.mm(scores.to(head.dtype), head)
         grad.copy_(product.float() * (weights / total)[:, None])

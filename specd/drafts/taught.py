@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from specd.drafts.block_attention import to_device
+from specd.drafts.device import to_device
 from specd.drafts.logits import LogitTransform
 
 Ints = NDArray[np.int64]
@@ -76,7 +76,7 @@ class TaughtLoss(torch.autograd.Function):
                     grad_head += slope.T @ hidden[rows]
         ctx.save_for_backward(grad, grad_head)
         ctx.mark_non_differentiable(counted, correct)
-        return torch.dot(sums, torch.tensor(weights, device=sums.device)), counted, correct
+        return torch.dot(sums, to_device(np.array(weights, np.float32), device)), counted, correct
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, Tensor | None, None, None, None]:

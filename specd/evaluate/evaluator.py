@@ -38,6 +38,7 @@ def evaluate_draft(
     limit: int = 0,
     max_new_tokens: int = 64,
     untrained: int | Path | None = None,
+    embedding_scale: float = 0.0,
     progress: Progress = unseen,
 ) -> dict[str, EvalFacts]:
     """Decode prompts with a draft and without it: acceptance length, and whether every output is identical.
@@ -45,8 +46,9 @@ def evaluate_draft(
     draft: its directory, or that of the run that exported it. model, tokenizer: its target, a causal LM of
     transformers. prompts: what `read_prompts` makes prompts of, as a file or hub name, or as the settings to read it
     with; the first `limit` of them, 0 for all. name: of the target, for the record. untrained: the seed of its
-    training, or the draft that it began with, to decode with its initial weights, too. Returns the results by name:
-    `untrained` if asked for, `trained`.
+    training, or the draft that it began with, to decode with its initial weights, too. embedding_scale: the target's,
+    as of a contract, for a warning where the draft has another; 0 for none. Returns the results by name: `untrained`
+    if asked for, `trained`.
     Raises ConfigError for a draft that is not this target's, a target without a tokenizer or a limit below 0,
     CheckpointError for a directory that holds no draft; what `read_prompts` raises.
     """
@@ -62,9 +64,10 @@ def evaluate_draft(
     drafts = {}
     if untrained is not None:
         drafts["untrained"] = trained.untrained(untrained)
+    drafts["trained"] = trained
     weights = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     depth = int(model.config.get_text_config().num_hidden_layers)
-    drafters = {which: one.drafter(*weights, depth) for which, one in (drafts | {"trained": trained}).items()}
+    drafters = {which: one.drafter(*weights, depth, embedding_scale) for which, one in drafts.items()}
     for drafter in drafters.values():
         if reason := CaptureSpec(taps=drafter.taps).problem(depth):
             raise ConfigError(f"draft {str(directory)!r} is for another target than {name!r}: {reason}")

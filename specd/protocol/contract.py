@@ -15,6 +15,8 @@ from specd.protocol.limits import (
     Int31,
     Name,
     Positive,
+    PositiveFloat,
+    Reason,
 )
 
 TEMPLATES = "additional_chat_templates"
@@ -56,6 +58,9 @@ class TargetContract(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     taps: the tap convention. tap_layers: the layers a draft's taps may be spread over, empty for all; if the target
     mixes full and linear attention, those with full attention. dtype: of the weights as they run. artifacts: what
     FETCH serves, by name (`config.json`, tokenizer files, `embedding` [V, H], `lm_head` [V, H]).
+    embedding_scale: what its embedding multiplies a row of `embedding` by. logit_scale, logit_softcap: its logits are
+    products of the final state with `lm_head` times the one, and c · tanh(… / c) of that where the other is c, not 0.
+    odd_embedding, odd_logits: why that does not describe them; empty if it does.
     """
 
     model: str
@@ -70,10 +75,15 @@ class TargetContract(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     taps: str = "residual-after-layer, 0-based"
     tap_layers: Annotated[tuple[Int31, ...], Meta(max_length=MAX_TAPS)] = ()
     artifacts: Annotated[dict[Name, ArtifactRef], Meta(max_length=1024)] = {}
+    embedding_scale: PositiveFloat = 1.0
+    logit_scale: PositiveFloat = 1.0
+    logit_softcap: Annotated[float, Meta(ge=0)] = 0.0
+    odd_embedding: Reason = ""
+    odd_logits: Reason = ""
 
     @property
     def fingerprint(self) -> str:
-        """Identity of the target as far as states go: everything but the list of artifacts."""
+        """Identity of the target as far as states go; what else the contract has follows from it."""
         return ":".join(str(getattr(self, name)) for name in FINGERPRINT)
 
 

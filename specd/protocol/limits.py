@@ -34,4 +34,5 @@ BatchId = Annotated[bytes, Meta(min_length=BATCH_ID_BYTES, max_length=BATCH_ID_B
 Int31 = Annotated[int, Meta(ge=0, le=MAX_INT31)]
 U64 = Annotated[int, Meta(ge=0)]  # msgpack has no larger integer
 Positive = Annotated[int, Meta(ge=1, le=MAX_INT31)]
+PositiveFloat = Annotated[float, Meta(gt=0)]
 Int32s = Annotated[bytes, Meta(min_length=4, max_length=MAX_MESSAGE_BYTES)]

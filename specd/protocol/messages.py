@@ -33,7 +33,7 @@ from specd.protocol.limits import (
     Reason,
 )
 
-VERSION = 3
+VERSION = 4
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="type"):

@@ -6,12 +6,14 @@ import json
 import threading
 from typing import Any
 
+import msgspec
 import torch
 
 from specd.protocol.contract import ArtifactRef, TargetContract
 from specd.targets.base import tap_layers
 from specd.targets.digest import text_digests
 from specd.targets.source import Source
+from specd.targets.transforms import Transforms
 
 
 class Artifacts:
@@ -39,7 +41,15 @@ class Artifacts:
                 self._bytes[name] = host.view(-1).view(torch.uint8).numpy().data.toreadonly()
             return self._bytes[name]
 
-    def contract(self, source: Source, text_config: Any, model_type: str, dtype: str, weights: str) -> TargetContract:
+    def contract(
+        self,
+        source: Source,
+        text_config: Any,
+        model_type: str,
+        dtype: str,
+        weights: str,
+        transforms: Transforms,
+    ) -> TargetContract:
         """The target's contract. text_config: transformers' config of the language model; weights: their digest."""
         refs = {file: ArtifactRef(nbytes=len(data)) for file, data in self.files.items()}
         tied = self._tensors["embedding"].data_ptr() == self._tensors["lm_head"].data_ptr()
@@ -63,6 +73,7 @@ class Artifacts:
             chat_template=chat_template,
             tap_layers=tap_layers(getattr(text_config, "layer_types", None) or ()),
             artifacts=refs,
+            **msgspec.structs.asdict(transforms),
         )
 
     def close(self) -> None:

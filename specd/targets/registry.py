@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from specd.config.settings import TargetConfig
 from specd.errors import ConfigError
 from specd.plugins import Family
+from specd.targets.trial import try_out
 
 if TYPE_CHECKING:
     from specd.targets.base import Target
@@ -31,7 +32,7 @@ def load_target(config: TargetConfig) -> Target:
 
     backend `auto`: models written `synthetic:…` are synthetic; all others run in SGLang where it is installed and a GPU
     is there, else in transformers. Raises ConfigError for an unknown target or backend, TargetError for a target that
-    cannot be loaded.
+    cannot be loaded, or whose states cannot be right.
     """
     backend = config.backend
     if backend == "auto":
@@ -40,6 +41,11 @@ def load_target(config: TargetConfig) -> Target:
     found = FAMILY.load(backend)
     _check_settings(config, backend, getattr(found, "settings", frozenset()))
     target: Target = found(config)
+    try:
+        try_out(target)
+    except BaseException:
+        target.close()
+        raise
     return target
 
 

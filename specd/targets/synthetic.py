@@ -102,6 +102,16 @@ class SyntheticTarget:
         on_gpu = self.device != "cpu" and fills[0].slot.is_cuda
         return Launched(fills[0].slot.device) if on_gpu else None
 
+    def plain_states(self, tokens: NDArray[np.int32]) -> NDArray[np.float32]:
+        """See trial.Witness."""
+        hidden = self._options.hidden
+        row = self._rows(tokens.astype(np.uint32), np.arange(tokens.size, dtype=np.uint32))
+        states = np.empty((self.contract.num_layers - 1, tokens.size, hidden), np.float32)
+        ref = TensorRef(name="layer", offset=0, shape=(tokens.size, hidden), dtype="float32")
+        for layer, out in enumerate(states):
+            _write(out.data.cast("B"), ref, row, self._columns((layer,)), 1.0)
+        return states
+
     def artifact(self, name: str) -> memoryview:
         """See Target.artifact."""
         if name == "config.json":

@@ -34,6 +34,7 @@ from specd.targets.base import CaptureJob, Completion, Target
 from specd.targets.registry import load_target
 from specd.transports.base import Server, ServerContext
 from specd.transports.checks import pattern
+from specd.worker import first_batches
 from specd.worker import messages as channel
 from specd.worker.ring_memory import open_ring
 
@@ -77,6 +78,7 @@ class Worker:
         """Forwards launched behind a running one, at most 1: later batches then share the next."""
         self._ended = os.eventfd(0)  # the target thread's: it could not start, or crashed
         self._failure = ""
+        self._first = first_batches.FirstBatches()
 
     def run(self) -> None:
         """Serve until told to stop."""
@@ -268,9 +270,15 @@ class Worker:
             outbox.send(channel.encode(failed))
             return
 
+        watched = [self._first.has(fill.spec) for fill in fills]
+
         def announce(pipe: zmq.Socket[bytes], took: float) -> None:
             micros = took * 1e6 / sum(len(task.tokens) for task in group)
-            for task in group:
+            for task, fill, watch in zip(group, fills, watched, strict=True):
+                if watch and (reason := first_batches.problem(fill)):
+                    failed = channel.FillFailed(slot=task.slot, generation=task.generation, reason=reason)
+                    pipe.send(channel.encode(failed))
+                    continue
                 arena.seal(task.slot, task.generation, task.layout.nbytes)
                 share = round(micros * len(task.tokens))
                 pipe.send(channel.encode(channel.Filled(slot=task.slot, generation=task.generation, target_us=share)))

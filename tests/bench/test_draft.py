@@ -75,6 +75,32 @@ def test_rows_of_a_tiny_draft_fit_together(result: DraftResult) -> None:
     assert result.draft["mask_token_id"] == TINY["vocab_size"] - 1
 
 
+def test_operations_of_eagle_are_those_that_torch_executes() -> None:
+    """All of its products but attention's; the teacher's rows and the prediction's are not in chunks of one size."""
+    trained = draft._Trained.made("eagle3", TINY, Variant({"num_steps": 3}), torch.device("cpu"), torch.float32)
+    batch = Batch(
+        tokens=np.arange(50, dtype=np.int32),
+        lengths=np.array([30, 20], np.int32),
+        loss_mask=np.arange(50) % 30 > 10,
+        samples=(0, 1),
+    )
+    with FlopCounterMode(display=False) as counter:
+        trained.objective.loss(Delivery(batch, *trained.states(50))).sum.backward()  # type: ignore[no-untyped-call]
+    counted = dict(trained.method.workload(trained.objective, batch).flops)
+    attention = counted.pop("attention")
+    executed = counter.get_flop_counts()["Global"]
+    assert executed[torch.ops.aten.mm] == sum(counted.values())
+    assert attention > 0
+
+
+def test_a_draft_whose_module_is_never_called_has_one_stretch_for_its_loss() -> None:
+    result = run(steps=2, context=[24, 70], device="cpu", name="eagle3")
+    for row in result.rows:
+        assert set(row.phases_ms) == {"loss", "backward", "optimizer"}
+        assert row.rows >= row.predictions > 0
+    assert render(result) is not None
+
+
 def test_the_table_names_every_row_and_the_ceiling(result: DraftResult) -> None:
     out = io.StringIO()
     Console(file=out, width=160).print(render(result))

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import typer
@@ -18,6 +19,7 @@ from daemons import specd_command, synthetic
 from specd.cli import demo
 from specd.cli.main import run
 from specd.client.ask import ask_status
+from specd.config.presets import preset
 from specd.train.interrupt import Interrupt
 from specd.train.owner import owned
 from step_records import make_run
@@ -110,3 +112,29 @@ def test_demo_ends_with_the_code_of_a_failed_command(capfd: pytest.CaptureFixtur
         stage.run("start", "--model", "smollm2-135m", "--set", "nonsense=1")
     assert end.value.exit_code == 2
     assert "nonsense" in capfd.readouterr().err
+
+
+def test_demo_refuses_a_draft_that_it_does_not_know(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["demo", "--quick", "--method", "pigeon", "--output", str(tmp_path / "out")]) == 2
+    assert "unknown draft method 'pigeon'" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("method", ["dflash", "eagle3"])
+def test_demo_trains_the_draft_that_is_asked_for(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the recipe of its target."""
+    ran: list[tuple[str, ...]] = []
+
+    def note(_stage: demo.Stage, *arguments: str) -> None:
+        ran.append(arguments)
+        if arguments[0] == "train":
+            raise typer.Exit(3)
+
+    monkeypatch.setattr(demo.Stage, "run", note)
+    monkeypatch.setattr(demo.Stage, "serve", lambda *_: None)
+    monkeypatch.setattr("specd.targets.source.resolve", lambda _: SimpleNamespace(path=tmp_path))
+    assert run(["demo", "--quick", "--method", method, "--output", str(tmp_path / "out")]) == 3
+    assert ran[-1][:2] == ("train", method)
+    known = preset(demo.MODEL)
+    assert known is not None
+    assert method in known.run

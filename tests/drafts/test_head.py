@@ -28,6 +28,22 @@ def test_chunked_loss_equals_cross_entropy(rows: int, chunk: int) -> None:
     torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-6, rtol=1e-5)
 
 
+def test_a_soft_cap_is_part_of_the_loss_and_changes_no_hit() -> None:
+    torch.manual_seed(0)
+    head, labels, weights = torch.randn(VOCAB, HIDDEN), torch.randint(VOCAB, (23,)), torch.rand(23)
+    ours, theirs = (torch.randn(23, HIDDEN, generator=torch.Generator().manual_seed(5)) for _ in range(2))
+    logits = theirs.requires_grad_() @ head.T
+    expected = (F.cross_entropy(2.5 * torch.tanh(logits / 2.5), labels, reduction="none") * weights).sum()
+    total, correct = head_loss(ours.requires_grad_(), head, labels, weights, 7, softcap=2.5)
+    torch.testing.assert_close(total, expected)
+    assert torch.equal(correct, logits.argmax(-1) == labels)
+    total.backward()  # type: ignore[no-untyped-call]
+    expected.backward()  # type: ignore[no-untyped-call]
+    torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-6, rtol=1e-5)
+    _, correct = head_loss(1e3 * head[labels], head, labels, weights, 7, softcap=1e-3)
+    assert correct.tolist() == ((1e3 * head[labels] @ head.T).argmax(-1) == labels).tolist(), "capped, all are equal"
+
+
 def test_chunked_loss_in_bfloat16_is_close_also_where_the_prediction_is_nearly_right() -> None:
     torch.manual_seed(0)
     head, labels = torch.randn(VOCAB, HIDDEN), torch.randint(VOCAB, (16,))

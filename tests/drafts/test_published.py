@@ -108,8 +108,12 @@ DFLASH: dict[str, Form] = {
         rope_theta=None,
         rope_parameters={"full_attention": {"rope_theta": 5000.0}, "sliding_attention": {"rope_theta": 1.0}},
     ),
-    "what changes no order": lambda config, weights: (
-        config | {"dflash_config": config["dflash_config"] | {"output_multiplier": 2.0, "final_logit_softcapping": 30}},
+    "of a target that transforms": lambda config, weights: (
+        config
+        | {
+            "dflash_config": config["dflash_config"]
+            | {"input_embedding_scale": 73.3, "output_multiplier": 2.0, "final_logit_softcapping": 30}
+        },
         weights,
     ),
     "of AngelSpec": change(target_hidden_size=32, target_num_hidden_layers=8),
@@ -180,9 +184,11 @@ def test_published_forms_load(tmp_path: Path, name: str) -> None:
     objective.export(tmp_path)
     rewrite(tmp_path, DFLASH[name])
     # Where nothing says how deep the target is, it is as deep as its last tap needs.
-    unknown = {"num_target_layers": 7} if name in ("no num_target_layers", "speculators") else {}
+    unknown: dict[str, Any] = {"num_target_layers": 7} if name in ("no num_target_layers", "speculators") else {}
     if name == "speculators":
         unknown["tie_word_embeddings"] = True
+    if name == "of a target that transforms":
+        unknown |= {"input_embedding_scale": 73.3, "output_multiplier": 2.0, "final_logit_softcapping": 30.0}
     equal(objective.draft, load_dflash(tmp_path), **unknown)
     assert registry.read(tmp_path).drafter(objective.embedding, objective.lm_head).taps == (1, 3, 5)
 
@@ -288,7 +294,10 @@ def test_scaled_rotations_and_biases_come_back(tmp_path: Path, scaling: dict[str
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"input_embedding_scale": 73.3}, "input_embedding_scale is 73.3, expected 1"),
+        (
+            {"input_embedding_scale": 0},
+            "input_embedding_scale 0.0, output_multiplier 1.0 and final",
+        ),
         ({"use_swa": True, "swa_window_size": 2048}, "use_swa is True, expected False"),
         ({"swa_window_size": 2048}, "swa_window_size=2048, which specd does not know"),
         ({"sample_from_anchor": True}, "sample_from_anchor is True, expected False"),

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from chats import talk, write_rows, write_target
+from specd.drafts import registry
 from specd.drafts.dflash.export import save_draft
 from specd.drafts.dflash.model import DFlashDraft, draft_shape
 from specd.drafts.dflash.settings import DFlashConfig
@@ -64,6 +65,29 @@ def test_both_drafts_are_decoded_beside_the_same_texts(
     same = [{**vars_of(facts.result), **times} for facts in (untrained, trained)]
     assert same[0] == same[1], "no step was trained"
     assert [*evaluate_draft(draft, *target, prompts, limit=1, max_new_tokens=4, name="mine")] == ["trained"]
+
+
+def test_a_draft_is_decoded_as_it_says_and_told_where_its_target_says_otherwise(
+    target: tuple[Any, Any], draft: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    prompts = write_rows(tmp_path / "asked.jsonl", {"messages": talk("Hi")})
+    evaluate_draft(draft, *target, prompts, max_new_tokens=4, embedding_scale=1.003)
+    assert not caplog.records
+    evaluate_draft(draft, *target, prompts, max_new_tokens=4, embedding_scale=8.0)
+    assert (
+        "times 1 (input_embedding_scale), which this target multiplies by 8: SGLang gives it the latter" in caplog.text
+    )
+    table, head = (getattr(target[0], f"get_{name}_embeddings")().weight for name in ("input", "output"))
+    config = json.loads((draft / "config.json").read_text())
+    guesses = []
+    for scale, rows in ((2.0, table), (1.0, 2 * table)):
+        config["dflash_config"]["input_embedding_scale"] = scale
+        (draft / "config.json").write_text(json.dumps(config))
+        drafter = registry.read(draft).drafter(rows, head)
+        with torch.inference_mode():
+            drafter.extend(torch.arange(5), torch.randn(5, 2 * rows.shape[1], generator=torch.manual_seed(0)))
+            guesses.append(drafter.propose(7).tolist())
+    assert guesses[0] == guesses[1]
 
 
 def test_a_run_and_a_path_are_taken_as_they_are(target: tuple[Any, Any], draft: Path, tmp_path: Path) -> None:

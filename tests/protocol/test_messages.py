@@ -94,7 +94,7 @@ def test_golden_bytes(tag: str) -> None:
 
 def test_a_golden_frame_by_hand() -> None:
     frame = (
-        b"\x03" + b"\x83" + b"\xa4type" + b"\xa7release" + b"\xa5epoch" + b"\xc4\x10" + EPOCH + b"\xa5lease" + b"\x07"
+        b"\x04" + b"\x83" + b"\xa4type" + b"\xa7release" + b"\xa5epoch" + b"\xc4\x10" + EPOCH + b"\xa5lease" + b"\x07"
     )
     assert wire.encode(wire.Release(epoch=EPOCH, lease=7)) == frame
 
@@ -120,10 +120,12 @@ shapes = st.lists(u64, max_size=4).map(tuple)
 tensors = st.builds(TensorRef, name=text, offset=u64, shape=shapes, dtype=text)
 layouts = st.builds(Layout, tensors=st.lists(tensors, max_size=2).map(tuple), nbytes=u64)
 artifacts = st.builds(ArtifactRef, nbytes=u64, shape=shapes, dtype=text, same_as=text)
+factors = st.floats(1e-6, 1e6)
 contracts = st.builds(
     TargetContract, model=text, model_type=text, hidden_size=positive, num_layers=positive, vocab_size=positive,
     dtype=text, weights=text, tokenizer=text, chat_template=text, taps=text,
-    artifacts=st.dictionaries(name, artifacts, max_size=3),
+    artifacts=st.dictionaries(name, artifacts, max_size=3), embedding_scale=factors, logit_scale=factors,
+    logit_softcap=factors | st.just(0.0), odd_embedding=text, odd_logits=text,
 )  # fmt: skip
 rings = st.builds(RingInfo, num_slots=positive, slot_bytes=st.integers(1, 2**64 - 1), slot_tokens=positive)
 finite = st.floats(allow_nan=False)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
+import msgspec
 import numpy as np
 import torch
 
@@ -43,11 +45,11 @@ def make_batch(lengths: tuple[int, ...] = LENGTHS, density: float = 0.8, seed: i
     )
 
 
-def parts(head: torch.Tensor | None = None, **changes: Any) -> TargetParts:
-    """The target of the tests, its embedding and head one tensor."""
+def parts(head: torch.Tensor | None = None, figures: Mapping[str, Any] | None = None, **changes: Any) -> TargetParts:
+    """The target of the tests, its embedding and head one tensor. figures: changes of its contract."""
     if head is None:
         head = torch.randn(VOCAB, HIDDEN, generator=torch.Generator().manual_seed(1))
-    return TargetParts(CONTRACT, {**TARGET, **changes}, head, head)
+    return TargetParts(msgspec.structs.replace(CONTRACT, **figures or {}), {**TARGET, **changes}, head, head)
 
 
 def make_draft(config: DFlashConfig = CONFIG, seed: int = 0, tuning: Tuning | None = None, **changes: Any) -> DFlash:

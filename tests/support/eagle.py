@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -22,10 +22,12 @@ CONFIG = Eagle3Config(num_steps=4, draft_vocab_size=60, loss_chunk=5)
 COUNTS = np.random.default_rng(3).integers(0, 50, VOCAB)
 
 
-def parts(**changes: Any) -> TargetParts:
+def parts(figures: Mapping[str, Any] | None = None, **changes: Any) -> TargetParts:
+    """figures: changes of the contract; others are of config.json."""
+    contract = msgspec.structs.replace(CONTRACT, **figures or {})
     generator = torch.Generator().manual_seed(1)
     embedding, head = (torch.randn(VOCAB, HIDDEN, generator=generator) for _ in range(2))
-    return TargetParts(CONTRACT, {**TARGET, "model_type": "llama", **changes}, embedding, head, COUNTS)
+    return TargetParts(contract, {**TARGET, "model_type": "llama", **changes}, embedding, head, COUNTS)
 
 
 def make_eagle(

@@ -14,6 +14,7 @@ from chats import CHATML, MARKED, write_tokenizer
 from specd.protocol.contract import TEMPLATES
 from specd.targets.artifacts import Artifacts
 from specd.targets.source import Source, resolve
+from specd.targets.transforms import Transforms
 
 SHAPE: dict[str, Any] = {
     "model_type": "llama",
@@ -40,7 +41,7 @@ def artifacts(directory: Path) -> Artifacts:
 def digests(directory: Path) -> tuple[str, str]:
     """Those of the tokenizer and the chat template, in the contract."""
     contract = artifacts(directory).contract(
-        Source(name="t", config=SHAPE), LlamaConfig(**SHAPE), "llama", "float32", "w"
+        Source(name="t", config=SHAPE), LlamaConfig(**SHAPE), "llama", "float32", "w", Transforms()
     )
     return contract.tokenizer, contract.chat_template
 

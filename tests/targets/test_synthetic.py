@@ -121,8 +121,9 @@ def test_synthetic_artifacts_have_the_size_the_contract_says(dtype: str) -> None
 
 def test_synthetic_targets_sleep_as_long_as_told(monkeypatch: pytest.MonkeyPatch) -> None:
     naps: list[float] = []
+    target = synthetic("hidden=64,vocab=256,ms=20,us_per_token=2.5")
     monkeypatch.setattr(time, "sleep", naps.append)
-    synthetic("hidden=64,vocab=256,ms=20,us_per_token=2.5").run([make_fill((4,)), make_fill((6,))])
+    target.run([make_fill((4,)), make_fill((6,))])
     assert naps == [pytest.approx(0.020 + 10 * 2.5e-6)]
 
 

@@ -2,27 +2,40 @@
 
 from __future__ import annotations
 
+import logging
+
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from specd.drafts.block_attention import BlockLayout, plain_attention
-from specd.drafts.dflash.model import DFlashDraft
+from specd.drafts.dflash.model import DFlashDraft, as_fed
 from specd.drafts.layers import KeyValue
 from specd.errors import ConfigError
 
+logger = logging.getLogger(__name__)
+
 
 class DFlashDrafter:
-    """A trained DFlash draft as a Drafter. embedding, lm_head: the target's [V, H], in the dtype to compute in."""
+    """A trained DFlash draft as a Drafter. embedding, lm_head: the target's [V, H], in the dtype to compute in.
 
-    def __init__(self, draft: DFlashDraft, embedding: Tensor, lm_head: Tensor) -> None:
+    embedding_scale: what the target makes of a row of its embedding, 0 where that is not known.
+    """
+
+    def __init__(self, draft: DFlashDraft, embedding: Tensor, lm_head: Tensor, embedding_scale: float = 0.0) -> None:
         shape = draft.shape
         if embedding.shape != (shape.vocab_size, shape.hidden_size):
             raise ConfigError(
                 f"the draft is for a target of vocabulary {shape.vocab_size} and hidden size {shape.hidden_size}, "
                 f"this one has {embedding.shape[0]} and {embedding.shape[1]}: evaluate it with its own target"
             )
+        if embedding_scale and not as_fed(shape, embedding_scale):
+            logger.warning(
+                "the draft wants rows of its target's embedding times %g (input_embedding_scale), which this target "
+                "multiplies by %g: SGLang gives it the latter, so that its guesses are worse there than here",
+                shape.input_embedding_scale, embedding_scale,
+            )  # fmt: skip
         self._draft = draft.to(embedding.device)
         self._embedding, self._lm_head = embedding, lm_head
         self._cache: list[KeyValue] = []
@@ -57,5 +70,6 @@ class DFlashDrafter:
         tokens[0] = token
         positions = torch.arange(known, known + shape.block_size, device=device)
         attend = plain_attention(layout, device)
-        states = self._draft.block(F.embedding(tokens, self._embedding), positions, self._cache, attend)
+        noise = self._draft.scaled(F.embedding(tokens, self._embedding))
+        states = self._draft.block(noise, positions, self._cache, attend)
         return F.linear(states[1:], self._lm_head).argmax(-1)

@@ -27,7 +27,8 @@ SURPLUS = ("embed_tokens.weight", "lm_head.weight", "rotary_emb.inv_freq", "veri
 """Ends of names of tensors that are the target's, or follow from config.json."""
 READ = frozenset({
     "attention_bias", "block_size", "causal", "final_logit_softcapping", "head_dim", "hidden_size",
-    "intermediate_size", "is_causal", "layer_types", "mask_token_id", "max_position_embeddings",
+    "input_embedding_scale", "intermediate_size", "is_causal", "layer_types", "logit_scale", "mask_token_id",
+    "max_position_embeddings",
     "num_attention_heads", "num_hidden_layers", "num_key_value_heads", "num_target_layers", "output_multiplier",
     "rms_norm_eps", "sliding_window", "target_layer_ids", "tie_word_embeddings", "use_sliding_window", "vocab_size",
 })  # fmt: skip
@@ -36,7 +37,6 @@ ONLY: dict[str, tuple[Any, ...]] = {
     "model_type": ("qwen3",),
     "hidden_act": ("silu",),
     "mlp_bias": (False,),
-    "input_embedding_scale": (1,),
     "use_swa": (False,),
     "sample_from_anchor": (False,),
     "is_neox_style": (True,),
@@ -66,12 +66,16 @@ def save_draft(
     *,
     dtype: torch.dtype = torch.bfloat16,
     files: Mapping[str, bytes] | None = None,
+    embedding: torch.Tensor | None = None,
 ) -> None:
     """Write `draft` to the directory `path`, its weights in `dtype`; `files` (tokenizer and the like) go beside them.
 
+    embedding: what it reads for each token [V, H], for readers that would take the target's bare rows otherwise.
     Raises CheckpointError when it cannot be written.
     """
     weights = {name: tensor.to(dtype) for name, tensor in draft.state_dict().items()}
+    if embedding is not None:
+        weights["embed_tokens.weight"] = embedding.to(dtype)
     write_draft(path, draft_config(draft.shape, dtype), weights, files or {})
 
 
@@ -107,6 +111,13 @@ def draft_config(shape: DraftShape, dtype: torch.dtype) -> dict[str, Any]:
         "use_sliding_window": sliding,
         "vocab_size": shape.vocab_size,
     }
+    if shape.input_embedding_scale != 1.0:
+        config["dflash_config"]["input_embedding_scale"] = shape.input_embedding_scale
+    if shape.output_multiplier != 1.0:
+        # The first is z-lab's and SGLang's name, the second vLLM's.
+        config["dflash_config"]["output_multiplier"] = config["logit_scale"] = shape.output_multiplier
+    if shape.final_logit_softcapping:
+        config["dflash_config"]["final_logit_softcapping"] = shape.final_logit_softcapping
     if shape.is_causal is not None:
         # Without it readers take sliding layers for causal ones, and full ones for others.
         config["is_causal"] = shape.is_causal
@@ -120,6 +131,11 @@ def model_card(shape: DraftShape, target: str, facts: Mapping[str, str]) -> byte
         "vLLM": vllm(target, "dflash", shape.block_size - 1),
     }
     notes = ["Give vLLM the method: it takes it from the path otherwise."]
+    if shape.input_embedding_scale != 1.0:
+        notes.append(
+            f"Its embed_tokens.weight is the target's embedding times {shape.input_embedding_scale:g}, as the target "
+            f"itself reads it, because vLLM gives a draft without one the bare rows."
+        )
     if "sliding_attention" in shape.layer_types:
         if shape.is_causal is not None:
             notes.append("SGLang from 0.5.18 on: older ones ignore is_causal, and guess worse without an error.")
@@ -175,6 +191,9 @@ def read_shape(config: dict[str, Any], where: str) -> DraftShape:
             "is_causal": config.get("is_causal", config.get("causal")),
             "attention_bias": config.get("attention_bias", False),
             "tie_word_embeddings": config.get("tie_word_embeddings", False),
+            "input_embedding_scale": config.get("input_embedding_scale", 1.0),
+            "output_multiplier": config.get("output_multiplier", config.get("logit_scale", 1.0)),
+            "final_logit_softcapping": config.get("final_logit_softcapping", 0.0),
         }
         shape = msgspec.convert(data, DraftShape)
     except KeyError as error:

@@ -88,9 +88,11 @@ class TrainedDFlash:
     def __init__(self, network: DFlashDraft) -> None:
         self.network = network
 
-    def drafter(self, embedding: Tensor, lm_head: Tensor, num_layers: int = 0) -> DFlashDrafter:
+    def drafter(
+        self, embedding: Tensor, lm_head: Tensor, num_layers: int = 0, embedding_scale: float = 0.0
+    ) -> DFlashDrafter:
         """See Draft.drafter."""
-        return DFlashDrafter(self.network, embedding, lm_head)
+        return DFlashDrafter(self.network, embedding, lm_head, embedding_scale)
 
     def untrained(self, began: int | Path) -> TrainedDFlash:
         """See Draft.untrained."""

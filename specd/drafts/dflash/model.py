@@ -12,9 +12,9 @@ from typing import Any, Literal
 import msgspec
 from torch import Tensor, nn
 
-from specd.drafts.block_attention import INSTEAD
 from specd.drafts.compile import compiled
 from specd.drafts.dflash.settings import DFlashConfig
+from specd.drafts.flex import INSTEAD
 from specd.drafts.layers import MLP, Attend, KeyValue, Linear, RMSNorm, Rope, Rotations, draw, rotate
 from specd.drafts.rope import Scaling, rope_theta
 from specd.errors import ConfigError
@@ -30,6 +30,9 @@ class DraftShape(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     the anchor included. sliding_window: how many positions back the sliding layers see, 0 where there are none.
     is_causal: whether a token sees only those of its block that are before it, in every layer; None, as most
     checkpoints, for in sliding layers alone. attention_bias: queries, keys, values and output have biases.
+    input_embedding_scale: its block embeddings over the rows of the target's table. output_multiplier,
+    final_logit_softcapping: what it was trained to have done to its logits, 1 and 0 for nothing; no guess
+    depends on it.
     """
 
     hidden_size: int
@@ -52,6 +55,9 @@ class DraftShape(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     is_causal: bool | None = None
     attention_bias: bool = False
     tie_word_embeddings: bool = False
+    input_embedding_scale: float = 1.0
+    output_multiplier: float = 1.0
+    final_logit_softcapping: float = 0.0
 
     def window(self, kind: LayerType) -> int:
         """How many positions back a layer of that kind sees, 0 for all."""
@@ -75,9 +81,19 @@ class DraftShape(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
                 f"mask_token_id {self.mask_token_id} is no token of a vocabulary of {self.vocab_size}: "
                 f"set draft.mask_token_id to one that the target never writes"
             )
+        if not min(self.input_embedding_scale, self.output_multiplier) > 0 or self.final_logit_softcapping < 0:
+            return (
+                f"input_embedding_scale {self.input_embedding_scale}, output_multiplier {self.output_multiplier} and "
+                f"final_logit_softcapping {self.final_logit_softcapping}: expected positive numbers, or 0 for the last"
+            )
         if len(self.layer_types) != self.num_layers:
             return f"{len(self.layer_types)} layer_types for {self.num_layers} layers"
         return CaptureSpec(taps=self.taps).problem(self.num_target_layers)
+
+
+def as_fed(shape: DraftShape, embedding_scale: float) -> bool:
+    """Whether a draft wants its embeddings as its target makes them; figures in config.json may be rounded."""
+    return abs(shape.input_embedding_scale / embedding_scale - 1) < 0.01
 
 
 def conflict(num_heads: int, num_kv_heads: int, head_dim: int, block_size: int, window: int | None) -> str | None:
@@ -216,6 +232,11 @@ class DFlashDraft(nn.Module):
         """What every layer attends to of the context: taps [T, n·H] and positions [T] -> keys and values a layer."""
         project = compiled(DFlashDraft._project, INSTEAD) if self.compiled else DFlashDraft._project
         return project(self, taps, self.rotary_emb(positions, taps.dtype))
+
+    def scaled(self, rows: Tensor) -> Tensor:
+        """Rows of the target's embedding as block embeddings."""
+        scale = self.shape.input_embedding_scale
+        return rows if scale == 1.0 else rows * scale
 
     def block(self, noise: Tensor, positions: Tensor, context: list[KeyValue], attend: Attend) -> Tensor:
         """Block embeddings [N, H] and positions [N] -> states [N, H] that lm_head reads."""

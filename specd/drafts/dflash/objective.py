@@ -19,13 +19,15 @@ from torch.nn import functional as F
 
 from specd.config.settings import AttentionKind
 from specd.drafts.base import Loss, TargetParts, Tuning
-from specd.drafts.block_attention import TILE, BlockLayout, block_attention, in_whole_tiles, to_device, uses_flex
+from specd.drafts.block_attention import BlockLayout, block_attention
 from specd.drafts.blocks import Blocks, make_blocks, sample_anchors
 from specd.drafts.compile import compiling_for
+from specd.drafts.device import to_device
 from specd.drafts.dflash.export import model_card, save_draft
 from specd.drafts.dflash.model import DraftShape
 from specd.drafts.dflash.settings import DFlashConfig
 from specd.drafts.dflash.start import started
+from specd.drafts.flex import TILE, in_whole_tiles, trains_by_flex
 from specd.drafts.head import head_loss
 from specd.drafts.initial import FACT, provenance
 from specd.drafts.layers import Attend
@@ -66,20 +68,13 @@ class DFlash:
         tuning: Tuning | None = None,
     ) -> None:
         self.config, self.seed, self.device = config, seed, torch.device(device)
-        if config.attention == "flex" and self.device.type != "cuda":
-            raise ConfigError(
-                f"draft.attention=flex on {device}: torch has its gradients on GPUs only; use auto or sdpa"
-            )
         self.draft = started(config, target, seed).to(self.device)
         self._target = target.contract.model
         self._provenance = provenance(config.init) if config.init else ""
         self.decay = loss_decay(config)
-        tiny = (
-            config.attention == "auto" and self.draft.shape.head_dim < 16
-        )  # flex_attention's kernels want 16 at least
-        self._attention: AttentionKind = "sdpa" if tiny else config.attention
         self.tuning = tuning or Tuning()
-        self._flex = self.device.type == "cuda" and uses_flex(self._attention, self.device)
+        self._flex = trains_by_flex(config.attention, self.draft.shape.head_dim, self.device)
+        self._attention: AttentionKind = "flex" if self._flex else "sdpa"
         self.draft.compiled = self._flex if self.tuning.compiled is None else self.tuning.compiled
         self.module: torch.nn.Module = self.draft
         self._cold = self._flex or self.draft.compiled
@@ -107,12 +102,15 @@ class DFlash:
             for array in (blocks.tokens, blocks.positions, blocks.context_positions, blocks.rows, blocks.labels,
                           blocks.offsets, blocks.weights)
         )  # fmt: skip
-        noise = F.embedding(tokens, self.embedding)
+        noise = self.draft.scaled(F.embedding(tokens, self.embedding))
         features = taps.flatten(1).detach()  # or compilers would tell slots and staging buffers from other memory
         states = self.module(features, context, noise, positions, self.attention(blocks.layout))
         fused = self._flex if self.tuning.fused_head is None else self.tuning.fused_head
+        read = states.index_select(0, rows)
+        if shape.output_multiplier != 1.0:
+            read = read * shape.output_multiplier
         total, correct = head_loss(
-            states.index_select(0, rows), self.lm_head, labels, weights, self.config.loss_chunk, fused
+            read, self.lm_head, labels, weights, self.config.loss_chunk, fused, shape.final_logit_softcapping
         )
         by_offset = torch.zeros(2, shape.block_size - 1, device=self.device)
         by_offset.index_add_(1, offsets - 1, torch.stack((correct.float(), torch.ones_like(weights))))
@@ -148,8 +146,11 @@ class DFlash:
 
     def export(self, path: Path, files: Mapping[str, bytes] | None = None) -> None:
         """See Objective.export; its weights are written in the dtype it computes in."""
-        readme = model_card(self.draft.shape, self._target, self.facts())
-        save_draft(self.draft, path, dtype=self.embedding.dtype, files={**(files or {}), "README.md": readme})
+        shape, embedding = self.draft.shape, None
+        if shape.input_embedding_scale != 1.0:
+            embedding = self.draft.scaled(self.embedding)
+        files = {**(files or {}), "README.md": model_card(shape, self._target, self.facts())}
+        save_draft(self.draft, path, dtype=self.embedding.dtype, files=files, embedding=embedding)
 
 
 def made_up(shape: DraftShape, num_anchors: int) -> tuple[Batch, tuple[int, int]]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import msgspec
 
 from specd.drafts.base import TargetParts
 from specd.drafts.dflash.export import load_draft, read_shape
-from specd.drafts.dflash.model import DFlashDraft, DraftShape, draft_shape
+from specd.drafts.dflash.model import DFlashDraft, DraftShape, as_fed, draft_shape
 from specd.drafts.dflash.settings import DFlashConfig
 from specd.drafts.initial import initial_config, same_shape
 from specd.drafts.taps import spread_taps
@@ -16,6 +17,7 @@ from specd.errors import ConfigError
 from specd.protocol.capture import CaptureSpec
 from specd.protocol.contract import TargetContract
 
+logger = logging.getLogger(__name__)
 SETTINGS = {
     "hidden_size": "", "vocab_size": "", "num_layers": "draft.num_layers", "num_heads": "draft.num_heads",
     "num_kv_heads": "draft.num_kv_heads", "head_dim": "draft.head_dim",
@@ -55,15 +57,28 @@ def started(config: DFlashConfig, target: TargetParts, seed: int) -> DFlashDraft
     found = initial_shape(config)
     if found is not None and config.mask_token_id < 0:
         config = msgspec.structs.replace(config, mask_token_id=found.mask_token_id)
-    asked = draft_shape(config, target.config, taps_of(config, target.contract))
+    asked = msgspec.structs.replace(
+        draft_shape(config, target.config, taps_of(config, target.contract)),
+        input_embedding_scale=target.embedding_scale(),
+        output_multiplier=target.contract.logit_scale,
+        final_logit_softcapping=target.contract.logit_softcap,
+    )
     target.check(asked.vocab_size, asked.hidden_size)
     if found is None:
         return DFlashDraft(asked, seed)
     same_shape(_facts(found), _facts(asked), SETTINGS, config.init)
     draft = load_draft(initial_config(config.init)[1])
-    draft.shape = msgspec.structs.replace(
-        found, num_target_layers=asked.num_target_layers, tie_word_embeddings=asked.tie_word_embeddings
-    )
+    if not as_fed(found, asked.input_embedding_scale):
+        logger.warning(
+            "draft.init=%r: its input_embedding_scale is %g, that of the target %g, with which it goes on: it has to "
+            "learn that first",
+            config.init, found.input_embedding_scale, asked.input_embedding_scale,
+        )  # fmt: skip
+    same = (
+        "num_target_layers", "tie_word_embeddings", "input_embedding_scale", "output_multiplier",
+        "final_logit_softcapping",
+    )  # fmt: skip
+    draft.shape = msgspec.structs.replace(found, **{name: getattr(asked, name) for name in same})
     return draft
 
 

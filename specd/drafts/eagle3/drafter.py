@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from specd.drafts.eagle3.attention import attend
+from specd.drafts.eagle3.attention import plain_attention
 from specd.drafts.eagle3.model import Eagle3Draft
 from specd.drafts.layers import KeyValue
 from specd.drafts.taps import eagle3_taps
@@ -70,7 +71,7 @@ class Eagle3Drafter:
         states, later, guesses = self._waiting, [], []
         assert states is not None, "the text has a token at least"
         context, known = self._context, self._known
-        rows, starts = torch.tensor([known]).numpy(), torch.zeros(known + 1, dtype=torch.int64).numpy()
+        rows, attend = np.array([known]), plain_attention(np.zeros(known + 1, np.int64))
         for step in range(self._draft.shape.num_steps):
             tokens = torch.tensor([token], device=self._embedding.device)
             query, own, residual = self._row(tokens, states, known + step)
@@ -79,8 +80,8 @@ class Eagle3Drafter:
             else:
                 context = self._with(own)
             assert context is not None, "it has the row just added"
-            attended = attend(query, rows, starts, context, later).flatten(1)
-            states, read = self._draft.finish(self._draft.midlayer.leave(residual, attended))
+            attended = attend(query, rows, context, later)
+            states, read = self._draft.after(residual, attended)
             token = int(self._draft.vocabulary[self._draft.lm_head(read).argmax(-1)])
             guesses.append(token)
         return torch.tensor(guesses)
@@ -93,9 +94,8 @@ class Eagle3Drafter:
         """Queries, keys and values of rows from `position` on, and their states."""
         positions = torch.arange(position, position + tokens.shape[0], device=tokens.device)
         rope = self._draft.rope(positions, states.dtype)
-        joined = self._draft.midlayer.join(F.embedding(tokens, self._embedding), states)
-        attention = self._draft.midlayer.self_attn
-        return attention.queries(joined, rope), attention.keys_values(joined, rope), states
+        joined, keys, values = self._draft.keyed(F.embedding(tokens, self._embedding), states, rope)
+        return self._draft.queries(joined, rope), (keys, values), states
 
     def _with(self, own: KeyValue) -> KeyValue:
         """The context with more rows behind it."""

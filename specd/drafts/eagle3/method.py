@@ -29,7 +29,7 @@ class Eagle3Method:
 
     title: ClassVar[str] = "EAGLE-3 (arXiv 2503.01840)"
     settings: ClassVar[type[Config]] = Eagle3Config
-    free: ClassVar[frozenset[str]] = frozenset({"loss_chunk"})
+    free: ClassVar[frozenset[str]] = frozenset({"attention", "loss_chunk"})
     consecutive_labels: ClassVar[int] = 2
     architectures: ClassVar[tuple[str, ...]] = ARCHITECTURES
 
@@ -63,7 +63,7 @@ class Eagle3Method:
         tuning: Tuning | None = None,
     ) -> Eagle3:
         """The draft that is trained."""
-        return Eagle3(settings, target, device, dtype, seed)
+        return Eagle3(settings, target, device, dtype, seed, tuning)
 
     @staticmethod
     def load(path: Path) -> TrainedEagle3:
@@ -82,8 +82,10 @@ class TrainedEagle3:
     def __init__(self, network: Eagle3Draft, *, untrained: bool = False) -> None:
         self.network, self._untrained = network, untrained
 
-    def drafter(self, embedding: Tensor, lm_head: Tensor, num_layers: int = 0) -> Eagle3Drafter:
-        """See Draft.drafter."""
+    def drafter(
+        self, embedding: Tensor, lm_head: Tensor, num_layers: int = 0, embedding_scale: float = 0.0
+    ) -> Eagle3Drafter:
+        """See Draft.drafter. Engines give it bare rows, whatever the target makes of them; it norms what it reads."""
         drafter = Eagle3Drafter(self.network, embedding, num_layers)
         if self._untrained:
             self.network.start_head(lm_head)

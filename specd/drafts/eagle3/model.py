@@ -13,7 +13,9 @@ import msgspec
 import torch
 from torch import Tensor, nn
 
+from specd.drafts.compile import compiled
 from specd.drafts.eagle3.settings import Eagle3Config
+from specd.drafts.flex import INSTEAD
 from specd.drafts.layers import MLP, KeyValue, Linear, RMSNorm, Rope, Rotations, draw, rotate
 from specd.drafts.rope import Scaling, rope_theta
 from specd.errors import ConfigError
@@ -149,6 +151,11 @@ class Layer(nn.Module):
         self.post_attention_layernorm = RMSNorm(shape.hidden_size, shape.rms_norm_eps)
         self.norm_before_residual = shape.norm_before_residual
 
+    def enter(self, embedded: Tensor, states: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
+        """Embeddings and states [rows, H] -> what queries are made from [rows, 2H], and keys and values."""
+        joined = self.join(embedded, states)
+        return joined, *self.self_attn.keys_values(joined, rope)
+
     def join(self, embedded: Tensor, states: Tensor) -> Tensor:
         """Embeddings and states [rows, H] -> [rows, 2H], what the projections read."""
         return torch.cat((self.input_layernorm(embedded), self.hidden_norm(states)), -1)
@@ -167,7 +174,8 @@ class Eagle3Draft(nn.Module):
 
     It computes in the dtype of the embeddings it is given. The embedding is the target's, the lm_head [W, H] its own.
     vocabulary: the target's ids of the tokens it guesses, int64 [W], ascending; kept as `d2t`, what to add to its own.
-    published_embedding: what its directory has beside it [V, H], if anything.
+    published_embedding: what its directory has beside it [V, H], if anything. `compiled`: the layer but its attention
+    runs through torch.compile, for any number of rows; off at first.
     """
 
     d2t: Tensor
@@ -176,6 +184,7 @@ class Eagle3Draft(nn.Module):
     def __init__(self, shape: Eagle3Shape, seed: int = 0, vocabulary: Tensor | None = None) -> None:
         super().__init__()
         self.shape = shape
+        self.compiled = False
         size, taps = shape.hidden_size, shape.num_taps
         if shape.fc_norm:
             self.fc_norm = nn.ModuleList(RMSNorm(size, shape.rms_norm_eps) for _ in range(taps))
@@ -223,3 +232,21 @@ class Eagle3Draft(nn.Module):
         """States [rows, H] after the layer -> those of the next step, and those that lm_head reads."""
         normed: Tensor = self.norm(states)
         return (normed if self.shape.norm_output else states), normed
+
+    def keyed(self, embedded: Tensor, states: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
+        """See Layer.enter."""
+        enter = compiled(Layer.enter, INSTEAD) if self.compiled else Layer.enter
+        return enter(self.midlayer, embedded, states, rope)
+
+    def queries(self, joined: Tensor, rope: Rope) -> Tensor:
+        """What `keyed` joined [rows, 2H] -> queries [rows, Q, D]."""
+        queries = compiled(Attention.queries, INSTEAD) if self.compiled else Attention.queries
+        return queries(self.midlayer.self_attn, joined, rope)
+
+    def after(self, states: Tensor, attended: Tensor) -> tuple[Tensor, Tensor]:
+        """States [rows, H] and what attention gave [rows, Q, D] -> as `finish`."""
+        leave = compiled(Eagle3Draft._leave, INSTEAD) if self.compiled else Eagle3Draft._leave
+        return leave(self, states, attended)
+
+    def _leave(self, states: Tensor, attended: Tensor) -> tuple[Tensor, Tensor]:
+        return self.finish(self.midlayer.leave(states, attended.flatten(1)))

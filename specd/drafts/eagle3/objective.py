@@ -7,6 +7,9 @@ vocabulary.
 
 from __future__ import annotations
 
+import itertools
+import logging
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -15,19 +18,25 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from specd.drafts.base import Loss, TargetParts
-from specd.drafts.block_attention import to_device
-from specd.drafts.eagle3.attention import attend
+from specd.drafts.base import Loss, TargetParts, Tuning
+from specd.drafts.compile import compiling_for
+from specd.drafts.device import to_device
+from specd.drafts.eagle3.attention import attention
 from specd.drafts.eagle3.export import model_card, save_draft
-from specd.drafts.eagle3.rows import Rows, rows_of
+from specd.drafts.eagle3.model import Eagle3Shape
+from specd.drafts.eagle3.rows import Rows, in_tiles, rows_of
 from specd.drafts.eagle3.settings import Eagle3Config
 from specd.drafts.eagle3.start import started
+from specd.drafts.flex import TILE, trains_by_flex
 from specd.drafts.initial import FACT, provenance
 from specd.drafts.layers import KeyValue
-from specd.drafts.logits import logit_transform
 from specd.drafts.taught import Teacher, taught_loss
 from specd.drafts.vocabulary import covered
 from specd.protocol.batch import Batch, Delivery
+
+logger = logging.getLogger(__name__)
+COMPILED_CONTEXT, COMPILED_ROWS = 24, 17
+"""Tiles of the batch that is compiled for: of its tokens, and of its rows; or a few more."""
 
 
 class Eagle3:
@@ -45,16 +54,21 @@ class Eagle3:
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
         seed: int = 0,
+        tuning: Tuning | None = None,
     ) -> None:
         contract = target.contract
         self.config, self.device, self.dtype = config, torch.device(device), dtype
         self.draft = started(config, target, seed).to(self.device)
         self._target = contract.model
-        self.transform = logit_transform(target.config, contract.model)
+        self.transform = target.logit_transform()
         own, counts = self.draft.vocabulary.cpu().numpy(), target.label_counts
         self._covered = 1.0 if counts is None else covered(counts, own)
         self.module: torch.nn.Module = self.draft
         self.embedding, self.lm_head = target.frozen(self.device, dtype)
+        self._flex = trains_by_flex(config.attention, self.draft.shape.head_dim, self.device)
+        asked = None if tuning is None else tuning.compiled
+        self.draft.compiled = self._flex if asked is None else asked
+        self._in_tiles = self._cold = self._flex or self.draft.compiled
         self._provenance = provenance(config.init) if config.init else ""
         if not config.init:
             self.draft.start_head(self.lm_head)
@@ -64,7 +78,10 @@ class Eagle3:
         batch, taps, final = delivery.batch, delivery.taps, delivery.final
         assert taps is not None, "the capture spec of an EAGLE-3 draft has taps"
         assert final is not None, "and the final state"
+        self.warm_up(taps.dtype)
         rows = rows_of(batch, self.config.num_steps)
+        if self._in_tiles:
+            rows = in_tiles(rows)
         read = self._steps(batch, rows, taps.flatten(1).detach().to(self.dtype))
         teacher = Teacher(
             self.lm_head,
@@ -79,38 +96,53 @@ class Eagle3:
 
     def _steps(self, batch: Batch, rows: Rows, taps: Tensor) -> Tensor:
         """Taps [T, n·H] -> what lm_head reads of all predictions, one step after the other."""
-        draft, layer = self.draft, self.draft.midlayer
-        attention = layer.self_attn
-        starts, tokens = rows.starts, np.append(batch.tokens, 0).astype(np.int64)
-        first = draft.enter(taps)
+        draft, starts, tokens = self.draft, rows.starts, np.append(batch.tokens, 0).astype(np.int64)
+        attend = attention(self._flex, rows.queries[0], starts, self.device)
+        first, everything = draft.enter(taps), np.arange(starts.size)
+        states = F.pad(first, (0, 0, 0, starts.size - batch.num_tokens))
         context: KeyValue | None = None
         later: list[KeyValue] = []
-        states, old, read = first, np.arange(batch.num_tokens), []
+        old, read = everything, []
         for step, now in enumerate(rows.queries):
             # Every row is a key of the first step, whether it predicts or not; of later ones only a row of its own.
-            keyed = np.arange(batch.num_tokens) if context is None else now
-            if context is not None:
+            keyed = everything if context is None else now
+            if context is not None and now is not old:
                 kept = to_device(np.searchsorted(old, now), self.device)
-                states = states[kept]
-                later = [(keys[kept], values[kept]) for keys, values in later]
+                states = states.index_select(0, kept)
+                later = [(keys.index_select(0, kept), values.index_select(0, kept)) for keys, values in later]
             following = to_device(tokens[np.minimum(keyed + 1 + step, batch.num_tokens)], self.device)
             rope = draft.rope(to_device(keyed - starts[keyed] + step, self.device), taps.dtype)
-            joined = layer.join(F.embedding(following, self.embedding), states)
-            own = attention.keys_values(joined, rope)
+            joined, *own = draft.keyed(F.embedding(following, self.embedding), states, rope)
             if context is None:
-                context, chosen = own, to_device(now, self.device)
-                joined, states = joined[chosen], states[chosen]
-                rope = rope[0][chosen], rope[1][chosen]
+                context, chosen = (own[0], own[1]), to_device(now, self.device)
+                joined, states = joined.index_select(0, chosen), states.index_select(0, chosen)
+                rope = rope[0].index_select(0, chosen), rope[1].index_select(0, chosen)
             else:
-                later.append(own)
-            query = attention.queries(joined, rope)
-            states, normed = draft.finish(layer.leave(states, attend(query, now, starts, context, later).flatten(1)))
-            read.append(normed[to_device(rows.counting[step], self.device)])
+                later.append((own[0], own[1]))
+            attended = attend(draft.queries(joined, rope), now, context, later)
+            states, normed = draft.after(states, attended)
+            read.append(normed.index_select(0, to_device(rows.counting[step], self.device)))
             old = now
         return torch.cat(read)
 
     def warm_up(self, dtype: torch.dtype) -> None:
-        """Nothing is compiled."""
+        """Train on a batch of made-up tokens and forget it: kernels are shaped by the sizes they meet first.
+
+        dtype: of taps and final state.
+        """
+        if not self._cold:
+            return
+        self._cold = False
+        logger.info("compiling the draft's step for %s: up to a minute, seconds from the next run on", self.device)
+        began = time.perf_counter()
+        shape, (batch, sizes) = self.draft.shape, made_up(self.draft.shape)
+        states = torch.zeros(batch.num_tokens, shape.num_taps + 1, shape.hidden_size, dtype=dtype, device=self.device)
+        # The attention's end is compiled for each number of steps behind it.
+        with torch.enable_grad(), compiling_for(*sizes, graphs=self.config.num_steps):
+            loss = self.loss(Delivery(batch, states[:, :-1], states[:, -1]))
+            loss.sum.backward()  # type: ignore[no-untyped-call]
+        self.module.zero_grad()
+        logger.info("compiled in %.0f s", time.perf_counter() - began)
 
     def facts(self) -> dict[str, str]:
         """See Objective.facts."""
@@ -128,3 +160,25 @@ class Eagle3:
         """See Objective.export; its weights are written in the dtype it computes in."""
         readme = model_card(self.draft.shape, self._target, self.facts())
         save_draft(self.draft, path, dtype=self.dtype, files={**(files or {}), "README.md": readme})
+
+
+def made_up(shape: Eagle3Shape) -> tuple[Batch, tuple[int, int]]:
+    """A batch that can be compiled for, and its R and T: whole tiles, and neither they nor their tiles a known size.
+
+    Sizes that are equal when a function is compiled are taken to be equal always.
+    """
+    heads, kv, hidden = shape.num_heads, shape.num_kv_heads, shape.hidden_size
+    known = {TILE, shape.num_taps * hidden, hidden, 2 * hidden, shape.intermediate_size, heads, kv, heads // kv}
+    known |= {shape.head_dim * count // 2 for count in (1, 2, 2 * heads, 2 * kv)}
+    for more_rows, more_context in itertools.product(range(64), repeat=2):
+        rows, context = TILE * (COMPILED_ROWS + more_rows), TILE * (COMPILED_CONTEXT + more_context)
+        if rows < context and len({part // unit for part in (rows, context) for unit in (1, TILE)} - known) == 4:
+            lengths = np.array([rows + 2, context - rows - 2], np.int32)
+            batch = Batch(
+                tokens=np.zeros(context, np.int32),
+                lengths=lengths,
+                loss_mask=np.arange(context) < lengths[0],
+                samples=(0, 1),
+            )
+            return batch, (rows, context)
+    raise AssertionError("64² sizes and fewer than 20 that are known")

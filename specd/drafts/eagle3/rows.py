@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from specd.drafts.flex import in_whole_tiles
 from specd.protocol.batch import Batch
 
 Ints = NDArray[np.int64]
@@ -54,4 +55,23 @@ def rows_of(batch: Batch, num_steps: int) -> Rows:
         tuple(queries),
         tuple(np.searchsorted(wide, rows) for wide, rows in zip(queries, predicting, strict=True)),
         tuple(place[rows + 1 + step] for step, rows in enumerate(predicting)),
+    )
+
+
+def in_tiles(rows: Rows) -> Rows:
+    """The same predictions, made from one set of rows at all steps, and tokens and rows filled up to whole tiles.
+
+    A few rows run on for steps at which they predict nothing. In return one mask serves every step, nothing is gathered
+    between them, and kernels meet one size a batch. Tokens that fill up are sequences of their own, rows that fill up
+    repeat the last one; neither counts.
+    """
+    asked, tokens = rows.queries[0], rows.starts.size
+    missing = in_whole_tiles(asked.size) - asked.size
+    filled = np.pad(asked, (0, missing), mode="edge") if asked.size else np.zeros(missing, np.int64)
+    return rows._replace(
+        starts=np.append(rows.starts, np.arange(tokens, in_whole_tiles(tokens))),
+        queries=(filled,) * len(rows.queries),
+        counting=tuple(
+            np.searchsorted(asked, of[places]) for of, places in zip(rows.queries, rows.counting, strict=True)
+        ),
     )

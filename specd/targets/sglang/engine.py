@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from specd.errors import ConfigError, TargetError
 from specd.targets.sglang.setup import AT_HEAD, RankSetup
 from specd.targets.sglang.touch_points import touch_points
+from specd.targets.transforms import Transforms, of_rows, probe_ids
 
 MAX_SEQUENCES: Final = 2048
 """Sequences in one forward: SGLang keeps a table of this many rows of context length, int32."""
@@ -155,6 +156,24 @@ class Engine:
                 weight = weight[:vocabulary].cpu() if self._setup.rank == 0 else weight[:0]
             found[name] = weight[:vocabulary]
         return found
+
+    def transforms(self, embedding: torch.Tensor) -> Transforms:
+        """What becomes of rows of `embedding`, as of `weights`, and of products with lm_head; a collective, too."""
+        config = self.runner.model_config.hf_text_config.to_dict()
+        ids = probe_ids(int(config["vocab_size"]))
+        with torch.inference_mode(), self._current():
+            given = self.model.get_input_embeddings()(ids.to(self._device))
+        if self._setup.rank:
+            return Transforms()
+        found = of_rows(embedding[ids.to(embedding.device)], given.to(embedding.device), config)
+        # What reads `final` is this module: models that scale states do so in front of it.
+        scale = getattr(self._head, "logit_scale", None)
+        found["logit_scale"] = 1.0 if scale is None else float(scale)
+        found["logit_softcap"] = float(getattr(self._head, "final_logit_softcapping", None) or 0.0)
+        bias = getattr(self.model.lm_head, "bias", None)
+        if bias is not None and bool(bias.any()):
+            found["odd_logits"] = "its lm_head has a bias, which trainers do not get"
+        return Transforms(**found)
 
     def close(self) -> None:
         """Free what SGLang holds, its process groups too. No other engine may live in this process."""

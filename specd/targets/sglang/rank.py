@@ -51,7 +51,7 @@ def main() -> None:
     from specd.targets.sglang.engine import Engine
 
     engine = Engine(setup)
-    engine.weights()
+    engine.transforms(engine.weights()["embedding"])
     while (frame := read_frame(stream)) is not None:
         step = msgspec.msgpack.decode(frame, type=Step)
         engine.forward(np.frombuffer(step.tokens, "<i4"), step.lengths, step.stop, None)

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Final
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from specd.config.settings import TargetConfig
 from specd.errors import ConfigError, TargetError
@@ -20,6 +21,7 @@ from specd.targets.artifacts import Artifacts
 from specd.targets.base import CaptureJob, Launched, check, recurrent, slot_tensors
 from specd.targets.digest import dummy_digest, weights_digest
 from specd.targets.sglang.engine import Capture, Engine
+from specd.targets.sglang.plain import handed_on
 from specd.targets.sglang.ranks import Ranks, free_port
 from specd.targets.sglang.setup import AT_HEAD, RankSetup, Step
 from specd.targets.sglang.touch_points import touch_points
@@ -87,7 +89,9 @@ class SGLangTarget:
             try:
                 with _explained(source.name, self.device):
                     self._engine: Engine | None = Engine(setup)
-                    self._artifacts = Artifacts(source, published, self._engine.weights())
+                    tensors = self._engine.weights()
+                    self._artifacts = Artifacts(source, published, tensors)
+                    transforms = self._engine.transforms(tensors["embedding"])
             except BaseException:
                 self._ranks.close()
                 raise
@@ -97,7 +101,8 @@ class SGLangTarget:
         else:
             digest = weights_digest(source.path)
         dtype = str(self._engine.runner.dtype).removeprefix("torch.")
-        self.contract = self._artifacts.contract(source, text, str(source.config["model_type"]), dtype, digest)
+        kind = str(source.config["model_type"])
+        self.contract = self._artifacts.contract(source, text, kind, dtype, digest, transforms)
 
     def run(self, fills: Sequence[CaptureJob]) -> Launched | None:
         """See Target.run. With several ranks a failed forward ends the process: the others would wait for ever."""
@@ -132,6 +137,12 @@ class SGLangTarget:
         if self._device.type != "cuda":
             return None
         return Launched(self._device)
+
+    def plain_states(self, tokens: NDArray[np.int32]) -> NDArray[np.float32] | None:
+        """See trial.Witness."""
+        assert self._engine is not None
+        self._ranks.send(Step(tokens=tokens.astype("<i4").tobytes(), lengths=[int(tokens.size)], stop=AT_HEAD))
+        return handed_on(self._engine, tokens)
 
     def artifact(self, name: str) -> memoryview:
         """See Target.artifact."""

@@ -24,6 +24,7 @@ from specd.targets.digest import dummy_digest, weights_digest
 from specd.targets.source import dummy_config, resolve, with_tokenizer
 from specd.targets.transformers.load import load_network
 from specd.targets.transformers.packed_attention import ATTENTION, Packed, packed_attention
+from specd.targets.transforms import measured
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +74,7 @@ class TransformersTarget:
         digest = dummy_digest(published, self._device.type) if dummy or not source.path else weights_digest(source.path)
         dtype = str(network.dtype).removeprefix("torch.")
         self.contract = self._artifacts.contract(
-            source, network.config.get_text_config(), network.config.model_type, dtype, digest
+            source, network.config.get_text_config(), network.config.model_type, dtype, digest, measured(network)
         )
         self._one_by_one = False
         if why := recurrent(network.config.get_text_config().to_dict()):
@@ -108,6 +109,22 @@ class TransformersTarget:
     def artifact(self, name: str) -> memoryview:
         """See Target.artifact. Weights on a GPU are copied to the host on the first call, and kept there."""
         return self._artifacts.read(name)
+
+    def plain_states(self, tokens: NDArray[np.int32]) -> NDArray[np.float32] | None:
+        """See trial.Witness: the hidden states that transformers itself gives."""
+        on_gpu = self._device.type == "cuda"
+        with torch.inference_mode(), torch.cuda.device(self._device) if on_gpu else contextlib.nullcontext():
+            output = self._decoder(
+                input_ids=torch.from_numpy(tokens.astype(np.int64)).to(self._device)[None],
+                use_cache=False,
+                packed=Packed([tokens.size], self._device),
+                output_hidden_states=True,
+            )
+        states = getattr(output, "hidden_states", None) or ()
+        if len(states) != len(self._layers) + 1:
+            return None
+        # The first is the embedding's, the last is normed.
+        return np.stack([rows[0].float().cpu().numpy() for rows in states[1:-1]])
 
     def close(self) -> None:
         """See Target.close."""

@@ -166,6 +166,22 @@ def test_one_block_equals_the_published_forward(tmp_path: Path, changes: dict[st
         torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-5)
 
 
+def test_the_published_package_feeds_it_what_its_target_reads(tmp_path: Path) -> None:
+    draft = make_draft(shape={"input_embedding_scale": 7.5, "output_multiplier": 0.5, "final_logit_softcapping": 9.0})
+    table = torch.randn(VOCAB, HIDDEN, generator=torch.Generator().manual_seed(4))
+    save_draft(draft, tmp_path / "draft", dtype=torch.float32, embedding=draft.scaled(table))
+    theirs = published(tmp_path / "draft")
+    module = pytest.importorskip("dflash.model", reason="the published implementation is a development dependency")
+    assert module._draft_value(theirs.config, "input_embedding_scale", 1.0) == 7.5
+    assert all(torch.equal(tensor, theirs.state_dict()[name]) for name, tensor in draft.state_dict().items())
+    hidden = torch.randn(3, HIDDEN, generator=torch.Generator().manual_seed(5))
+    products = hidden @ table.T
+    torch.testing.assert_close(
+        theirs.compute_logits(hidden, lambda x: x @ table.T), 9.0 * torch.tanh(products * 0.5 / 9.0)
+    )
+    assert load_draft(tmp_path / "draft").shape == draft.shape
+
+
 def test_a_packed_training_forward_equals_one_published_call_a_block(tmp_path: Path) -> None:
     draft = make_draft()
     save_draft(draft, tmp_path / "draft", dtype=torch.float32)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import functools
+import json
 import math
+from pathlib import Path
 from typing import Any
 
 import msgspec
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -28,11 +31,11 @@ from drafts import (
     taps_of,
 )
 from specd.drafts.base import TargetParts, Tuning
-from specd.drafts.block_attention import in_whole_tiles
 from specd.drafts.blocks import sample_anchors
 from specd.drafts.dflash.model import draft_shape
 from specd.drafts.dflash.objective import DFlash, loss_decay
 from specd.drafts.dflash.settings import DFlashConfig
+from specd.drafts.flex import in_whole_tiles
 from specd.drafts.layers import KeyValue
 from specd.errors import ConfigError
 from specd.protocol.batch import Batch, Delivery
@@ -258,6 +261,46 @@ def test_what_is_compiled_meets_the_same_sizes_first_whatever_the_first_batch_is
     assert [len(sizes) for sizes in met] == [3, 3]
     context, block = met[0][0]
     assert in_whole_tiles(context) != in_whole_tiles(block)
+
+
+def test_its_inputs_and_logits_are_those_of_its_target(tmp_path: Path) -> None:
+    figures = {"embedding_scale": 5.0, "logit_scale": 0.25, "logit_softcap": 3.0}
+    delivery = deliver(make_batch())
+    plain = make_draft()
+    drawn = plain.draw(delivery.batch)
+    tokens, positions, context, rows, labels, weights = (
+        torch.from_numpy(np.asarray(column))
+        for column in (drawn.tokens, drawn.positions, drawn.context_positions, drawn.rows, drawn.labels, drawn.weights)
+    )
+    noise = plain.embedding[tokens.long()] * 5.0
+    states = plain.module(taps_of(delivery).flatten(1), context, noise, positions, plain.attention(drawn.layout))
+    logits = 3.0 * torch.tanh(states[rows.long()] @ plain.lm_head.T * 0.25 / 3.0)
+    wanted = (F.cross_entropy(logits, labels.long(), reduction="none") * weights).sum()
+    wanted.backward()  # type: ignore[no-untyped-call]
+
+    objective = DFlash(CONFIG, parts(figures=figures))
+    loss = objective.loss(delivery)
+    loss.sum.backward()  # type: ignore[no-untyped-call]
+    torch.testing.assert_close(loss.sum, wanted)
+    for ours, theirs in zip(objective.module.parameters(), plain.module.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-5)
+
+    objective.export(tmp_path / "draft")
+    config = json.loads((tmp_path / "draft" / "config.json").read_text())
+    found = {key: config["dflash_config"][key] for key in config["dflash_config"].keys() - {"target_layer_ids"}}
+    assert found == {
+        "mask_token_id": MASK, "input_embedding_scale": 5.0, "output_multiplier": 0.25, "final_logit_softcapping": 3.0
+    }  # fmt: skip
+    assert config["logit_scale"] == 0.25
+    table = load_file(tmp_path / "draft" / "model.safetensors")["embed_tokens.weight"]
+    assert torch.equal(table, objective.embedding * 5.0)
+    assert "the target's embedding times 5" in (tmp_path / "draft" / "README.md").read_text()
+    plain.export(tmp_path / "plain")
+    assert "embed_tokens.weight" not in load_file(tmp_path / "plain" / "model.safetensors")
+
+    with pytest.raises(ConfigError, match="target tiny: its embedding is odd, so a draft would be trained on other"):
+        DFlash(CONFIG, parts(figures={"odd_embedding": "its embedding is odd"}))
+    assert DFlash(CONFIG, parts(figures={"odd_logits": "a bias"})).draft.shape.output_multiplier == 1.0
 
 
 def test_what_does_not_fit_the_target_is_refused() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import msgspec
@@ -9,9 +10,12 @@ import numpy as np
 import pytest
 import torch
 
+from dense_flex import dense_flex
 from drafts import make_batch
 from eagle import CONFIG, COUNTS, deliver, make_eagle, parts, reference
-from specd.drafts.eagle3.objective import Eagle3
+from specd.drafts.eagle3.attention import merge
+from specd.drafts.eagle3.objective import Eagle3, made_up
+from specd.drafts.eagle3.rows import in_tiles, rows_of
 from specd.drafts.eagle3.settings import Eagle3Config
 from specd.errors import ConfigError
 
@@ -32,8 +36,8 @@ def gradients(objective: Eagle3, total: torch.Tensor) -> dict[str, torch.Tensor]
         ({"norm_output": True, "fc_norm": True}, {}),
         ({"draft_vocab_size": 0, "num_steps": 7}, {}),
         ({"num_heads": 2, "num_kv_heads": 1, "loss_decay": 1.0}, {}),
-        ({}, {"model_type": "granite", "logits_scaling": 4.0}),
-        ({}, {"model_type": "gemma2", "final_logit_softcapping": 3.0}),
+        ({}, {"figures": {"logit_scale": 0.25}}),
+        ({}, {"figures": {"logit_scale": 2.0, "logit_softcap": 3.0}}),
     ],
 )
 @pytest.mark.parametrize(("lengths", "density"), [((30,), 0.85), ((11, 1, 2, 17, 3), 0.8)])
@@ -138,7 +142,92 @@ def test_the_vocabulary_is_that_of_the_labels() -> None:
 def test_what_cannot_be_taught_is_refused() -> None:
     with pytest.raises(ConfigError, match="expected label counts of the training data"):
         Eagle3(CONFIG, parts()._replace(label_counts=None))
-    with pytest.raises(ConfigError, match=r"is a 'llama' with logits_scaling=2\.0"):
-        make_eagle(logits_scaling=2.0)
+    with pytest.raises(ConfigError, match="target tiny: its lm_head has a bias: a draft cannot learn its distribution"):
+        make_eagle(figures={"odd_logits": "its lm_head has a bias"})
     with pytest.raises(ConfigError, match="covers 8% of the labels: expected at least 50%"):
         Eagle3(Eagle3Config(draft_vocab_size=8), parts()._replace(label_counts=np.full(97, 5)))
+
+
+def flexed(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> Eagle3:
+    """An objective that computes as on a GPU, but for kernels: flex_attention written out, rows in whole tiles."""
+    monkeypatch.setattr("torch.nn.attention.flex_attention.flex_attention", dense_flex)
+    objective = make_eagle(msgspec.structs.replace(CONFIG, **settings))
+    objective._flex = objective._in_tiles = True
+    return objective
+
+
+@pytest.mark.parametrize("settings", [{}, {"norm_output": True, "num_steps": 7}, {"num_heads": 2, "num_kv_heads": 1}])
+@pytest.mark.parametrize(("lengths", "density"), [((30,), 0.85), ((11, 1, 2, 17, 3), 0.8), ((140, 3, 150), 0.5)])
+def test_as_on_a_gpu_it_is_the_same(
+    settings: dict[str, Any], lengths: tuple[int, ...], density: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    delivery = deliver(make_batch(lengths, density))
+    plain = make_eagle(msgspec.structs.replace(CONFIG, **settings))
+    wanted = plain.loss(delivery)
+    objective = flexed(settings, monkeypatch)
+    loss = objective.loss(delivery)
+    torch.testing.assert_close(loss.sum.detach(), wanted.sum.detach(), rtol=1e-5, atol=1e-5)
+    assert loss.weight == wanted.weight
+    assert all(loss.metrics[name].tolist() == wanted.metrics[name].tolist() for name in ("counted", "correct"))
+    found, expected = gradients(objective, loss.sum), gradients(plain, wanted.sum)
+    assert found.keys() == expected.keys()
+    for name, gradient in found.items():
+        assert float((gradient - expected[name]).norm() / expected[name].norm()) < 2e-5, name
+
+
+def test_as_on_a_gpu_no_prediction_is_an_exact_zero_for_every_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+    objective = flexed({}, monkeypatch)
+    loss = objective.loss(deliver(make_batch((5, 1, 3), density=0)))
+    assert (float(loss.sum.detach()), float(loss.weight)) == (0.0, 0.0)
+    found = gradients(objective, loss.sum)
+    assert found.keys() == dict(objective.module.named_parameters()).keys()
+    assert not any(gradient.any() for gradient in found.values())
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's compiler warns about torch
+def test_nothing_is_compiled_after_warming_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Graphs are counted, not made into kernels; those of flex_attention itself: see test_attention."""
+    graphs: list[torch.fx.GraphModule] = []
+
+    def note(graph: torch.fx.GraphModule, _inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    made = functools.cache(lambda function, _instead: torch.compile(function, dynamic=True, backend=note))
+    monkeypatch.setattr("specd.drafts.eagle3.model.compiled", made)
+    monkeypatch.setattr("specd.drafts.eagle3.attention.merge", made(merge, ""))
+    monkeypatch.setattr("specd.drafts.eagle3.objective.COMPILED_ROWS", 5)  # in less time
+    monkeypatch.setattr("specd.drafts.eagle3.objective.COMPILED_CONTEXT", 7)
+    objective = flexed({"num_steps": 7}, monkeypatch)
+    objective.draft.compiled = objective._cold = True
+    before = [parameter.detach().clone() for parameter in objective.module.parameters()]
+    objective.warm_up(torch.float32)
+    assert all(torch.equal(old, new) for old, new in zip(before, objective.module.parameters(), strict=True))
+    assert all(parameter.grad is None for parameter in objective.module.parameters())
+    warmed = len(graphs)
+    assert warmed == 3 + 6  # before and behind the attention, queries, and an end for each number of steps behind it
+    rng = np.random.default_rng(0)
+    for seed in range(20):
+        lengths = tuple(rng.integers(1, 400, rng.integers(1, 4)).tolist())
+        loss = objective.loss(deliver(make_batch((*lengths, 3), density=float(rng.random()), seed=seed)))
+        loss.sum.backward()  # type: ignore[no-untyped-call]
+    assert len(graphs) == warmed
+
+
+def test_flex_attention_is_refused_on_a_cpu() -> None:
+    with pytest.raises(ConfigError, match=r"draft\.attention=flex on cpu: .* use auto or sdpa"):
+        make_eagle(msgspec.structs.replace(CONFIG, attention="flex"))
+
+
+@pytest.mark.parametrize(("num_heads", "head_dim"), [(17, 8), (24, 16), (32, 128)])
+def test_a_made_up_batch_has_sizes_like_nothing_else(num_heads: int, head_dim: int) -> None:
+    shape = msgspec.structs.replace(
+        make_eagle().draft.shape, num_heads=num_heads, num_kv_heads=1, head_dim=head_dim, hidden_size=17 * 128
+    )
+    batch, (rows, context) = made_up(shape)
+    filled = in_tiles(rows_of(batch, 4))
+    assert (filled.queries[0].size, filled.starts.size, batch.num_tokens) == (rows, context, context)
+    tiles = {rows // 128, context // 128}
+    assert len(tiles | {rows, context}) == 4
+    assert not (tiles | {rows, context}) & {num_heads, head_dim, 17 * 128, num_heads * head_dim, head_dim // 2}

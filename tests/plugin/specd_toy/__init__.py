@@ -77,7 +77,9 @@ class ToyDraft:
         self._module, self.taps, self._scale = module, (tap,), scale
         self._head = self._last = torch.empty(0)
 
-    def drafter(self, embedding: Tensor, lm_head: Tensor, num_layers: int = 0) -> ToyDraft:
+    def drafter(
+        self, embedding: Tensor, lm_head: Tensor, num_layers: int = 0, embedding_scale: float = 0.0
+    ) -> ToyDraft:
         """Itself, beside a target."""
         if lm_head.shape[1] != self._module.in_features:
             raise ConfigError(
