@@ -186,9 +186,7 @@ def show(console: Console, results: dict[str, EvalFacts]) -> None:
     table.add_column("draft")
     for heading in ("acceptance length", "target forwards", "tokens", "tokens/s", "without draft"):
         table.add_column(heading, justify="right")
-    accepted = Table(
-        box=box.SIMPLE_HEAD, pad_edge=False, title="guesses accepted at block offset", title_justify="left"
-    )
+    accepted = Table(box=box.SIMPLE_HEAD, pad_edge=False, title="guesses accepted at offset", title_justify="left")
     accepted.add_column("draft")
     for offset in offsets:
         accepted.add_column(str(offset), justify="right")

@@ -66,7 +66,9 @@ def plan(
         int | None, typer.Option(help="Of captured states; or give --model.", rich_help_panel=SIZES)
     ] = None,
     model: Annotated[str, typer.Option("--model", "-m", help="Preset of the target.", rich_help_panel=SIZES)] = "",
-    num_taps: Annotated[int, typer.Option(min=1, help="Taps, with --model.", rich_help_panel=SIZES)] = 5,
+    num_taps: Annotated[
+        int, typer.Option(min=1, help="Taps, with --model; 4 for EAGLE-3: its final state, too.", rich_help_panel=SIZES)
+    ] = 5,
     samples: Annotated[int | None, typer.Option(help="Of the data set.", rich_help_panel=SIZES)] = None,
     tokens_per_sample: Annotated[float | None, typer.Option(help="On average.", rich_help_panel=SIZES)] = None,
     epochs: Annotated[float | None, typer.Option(help="Passes over it.", rich_help_panel=SIZES)] = None,
@@ -166,11 +168,14 @@ def _of_run(path: Path, *, draft: bool) -> dict[str, Any]:
         raise ConfigError(f"--from {str(path)!r}: its journal has no step with a forward time yet")
     dtype = str(facts.target["dtype"])
     taps = str(facts.draft["taps"]).split(",")
+    method = str(facts.config.get("method", registry.DEFAULT))
+    asked = registry.settings(method, facts.config.get("draft", {}), f"--from {str(path)!r}")
+    states = len(taps) + registry.load(method).capture_config(asked).final
     known: dict[str, Any] = {
         "target_tokens_per_s": tokens / forward_s,
         "batch_tokens": tokens / batches,
         "tokens_per_sample": tokens / samples,
-        "bytes_per_token": len(taps) * int(facts.target["hidden size"]) * DTYPE_BYTES.get(dtype, 2),
+        "bytes_per_token": states * int(facts.target["hidden size"]) * DTYPE_BYTES.get(dtype, 2),
         "samples": int(str(facts.data["samples"]).replace(",", "")),
         "depth": facts.config["subscriber"]["depth"],
         "epochs": facts.config["train"]["epochs"],

@@ -15,7 +15,7 @@ EXAMPLES = f"Example: `specd report runs/{registry.DEFAULT}`"
 def report(
     run: Annotated[Path, typer.Argument(help="Directory of a run, the --output of `specd train`.", metavar="RUN")],
 ) -> None:
-    """Write RUN/report.html: loss, acceptance per block offset, where the time went, on what machine."""
+    """Write RUN/report.html: loss, acceptance by offset, where the time went, on what machine."""
     from specd.report.run_report import write_report
 
     typer.echo(f"report written to {write_report(run)}")

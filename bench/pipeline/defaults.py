@@ -9,6 +9,7 @@ import msgspec
 from specd.bench.pipeline.settings import Settings
 from specd.config.load import convert, merge
 from specd.config.presets import preset
+from specd.drafts import registry as drafts
 from specd.errors import ConfigError
 from specd.transports import registry
 
@@ -60,6 +61,9 @@ def defaults(quick: bool, daemons: int, model: str, given: dict[str, Any]) -> Se
         base |= {"lengths": ("fixed",), "depths": (0, 2), "steps": 8}
     if (recipe := preset(base["model"])) and not gpus:
         base["draft_config"] = base["draft_config"] | {"num_taps": recipe.capture.get("num_taps", 5)}
+    if "draft_config" in base:
+        known = drafts.load(_trained(given)).settings.__struct_fields__
+        base["draft_config"] = {key: value for key, value in base["draft_config"].items() if key in known}
     if not base["model"].startswith("synthetic"):
         given = given | {"target": {"load_format": "dummy"} | target}
     if "max_forward_tokens" in target:
@@ -67,6 +71,12 @@ def defaults(quick: bool, daemons: int, model: str, given: dict[str, Any]) -> Se
     settings = convert(msgspec.to_builtins(merge(base, given)), Settings, "specd bench pipeline")
     _check(settings)
     return settings
+
+
+def _trained(given: dict[str, Any]) -> str:
+    """The method whose settings apply; that of a draft that only takes time is the one it stands for."""
+    name = str(given.get("draft", drafts.DEFAULT))
+    return name if name in drafts.names() else drafts.DEFAULT
 
 
 def _best(device: str) -> tuple[str, ...]:

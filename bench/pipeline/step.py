@@ -106,7 +106,9 @@ def make_step(
     embedding = tensor("embedding")
     tied = contract.artifacts["lm_head"].same_as == "embedding"
     head = embedding if tied else tensor("lm_head")
-    parts = TargetParts(contract, json.loads(artifact("config.json")), embedding, head)
+    # As often as words are: a draft vocabulary of the most frequent ones holds most of them.
+    counts = np.maximum(contract.vocab_size // np.arange(1, contract.vocab_size + 1), 1)
+    parts = TargetParts(contract, json.loads(artifact("config.json")), embedding, head, counts)
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     objective = settings.method.objective(settings.draft_settings, parts, device, dtype, settings.seed)
     return OptimizerStep(objective, device, reduce)

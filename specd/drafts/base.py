@@ -181,8 +181,11 @@ class Draft(Protocol):
         """
         ...
 
-    def untrained(self, seed: int) -> Draft:
-        """The same draft with the weights that training with `seed` began with."""
+    def untrained(self, began: int | Path) -> Draft:
+        """The same draft with the weights that training began with: those of a seed, or of a draft's directory.
+
+        Raises ConfigError and CheckpointError for a directory as `Method.load`.
+        """
         ...
 
 

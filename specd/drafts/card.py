@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 
+from specd.config.presets import preset
 from specd.version import __version__
 
 
@@ -24,10 +26,18 @@ def card(title: str, target: str, facts: Mapping[str, str], serving: Mapping[str
 
 def sglang(target: str, options: str) -> str:
     """SGLang's command for a target with a draft."""
-    return f"python -m sglang.launch_server --model-path {target} --speculative-draft-model-path DRAFT {options}"
+    return (
+        f"python -m sglang.launch_server --model-path {_served(target)} --speculative-draft-model-path DRAFT {options}"
+    )
 
 
 def vllm(target: str, method: str, guesses: int) -> str:
     """vLLM's command for a target with a draft."""
     settings = f'{{"method": "{method}", "model": "DRAFT", "num_speculative_tokens": {guesses}}}'
-    return f"vllm serve {target} --speculative-config '{settings}'"
+    return f"vllm serve {_served(target)} --speculative-config '{settings}'"
+
+
+def _served(target: str) -> str:
+    """What engines call a target, for a shell: they do not know presets, but the repository that holds one."""
+    known = preset(target)
+    return shlex.quote(known.hub if known and known.hub else target)

@@ -41,6 +41,16 @@ def flat(config: Mapping[str, Any], section: str) -> dict[str, Any]:
     return {key: value for level in levels for key, value in level.items() if value is not None}
 
 
+def check_architecture(config: Mapping[str, Any], where: str, known: Collection[str]) -> None:
+    """Raise ConfigError unless a config.json names one of the `known` architectures."""
+    found = config.get("architectures")
+    if not (isinstance(found, list) and any(name in known for name in found)):
+        raise ConfigError(
+            f"draft {where!r}: architectures is {found!r}, expected one of {', '.join(known)}; it is no draft of this "
+            f"method"
+        )
+
+
 def check(config: Mapping[str, Any], where: str, *, read: Collection[str], only: Mapping[str, tuple[Any, ...]]) -> None:
     """Raise ConfigError for keys of a flat config that are not known, and for values that cannot be computed.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -26,6 +27,7 @@ _MAY = {
 }  # fmt: skip
 _HARMLESS = {"rope_type", "type", "rope_theta", "mrope_section", "mrope_interleaved"}
 """Sections of multimodal positions among them: those of a text's tokens are equal in all sections."""
+_FLAGS = frozenset({"truncate"})
 _FULL = "full_attention"
 
 
@@ -33,9 +35,12 @@ def rope_theta(config: Mapping[str, Any]) -> float:
     """The base frequency of a model's rotary embedding. Raises ConfigError where it has several and none is `_FULL`'s.
 
     Newer configs keep it inside `rope_parameters`, some one for each type of layer: a draft takes that of layers that
-    see everything.
+    see everything. Raises ConfigError, too, for one that is no positive number.
     """
-    return float(_settings(config).get("rope_theta") or config.get("rope_theta") or 10000.0)
+    found = _settings(config).get("rope_theta") or config.get("rope_theta") or 10000.0
+    if not _is_positive(found):
+        raise ConfigError(f"config.json: rope_theta is {found!r}, expected a positive number")
+    return float(found)
 
 
 def rope_scaling(config: Mapping[str, Any], where: str) -> Scaling | None:
@@ -64,6 +69,11 @@ def rope_scaling(config: Mapping[str, Any], where: str) -> Scaling | None:
             f"draft {where!r}: rope_parameters of type {kind!r} with {', '.join(sorted(found)) or 'no keys'}: expected "
             f"{', '.join(sorted(allowed)) or 'none'}; specd cannot run this draft"
         )
+    for key, value in found.items():
+        neutral = key.startswith("mscale") and value == 0
+        if not (isinstance(value, bool) if key in _FLAGS else neutral or _is_positive(value)):
+            expected = "true or false" if key in _FLAGS else "a positive number"
+            raise ConfigError(f"draft {where!r}: {key} of its rope_parameters is {value!r}, expected {expected}")
     return None if kind == "default" else {"rope_type": str(kind), **found}
 
 
@@ -83,6 +93,10 @@ def frequencies(
     )
     inverse, factor = ROPE_INIT_FUNCTIONS[str(scaling["rope_type"])](config, torch.device("cpu"))
     return inverse.float(), float(factor)
+
+
+def _is_positive(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
 
 
 def _settings(config: Mapping[str, Any]) -> dict[str, Any]:

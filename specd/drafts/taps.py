@@ -27,7 +27,11 @@ def spread_taps(num_layers: int, num_taps: int, eligible: tuple[int, ...] = ()) 
 
 
 def eagle3_taps(num_layers: int) -> tuple[int, ...]:
-    """The three EAGLE-3 taps (arXiv 2503.01840): early, middle, late."""
+    """The three EAGLE-3 taps (arXiv 2503.01840): early, middle, late. Raises ConfigError for a target too shallow."""
+    if num_layers < 7:
+        raise ConfigError(
+            f"EAGLE-3 reads three layers of its target: expected one of 7 layers at least, not {num_layers}"
+        )
     return _distinct([1, num_layers // 2 - 1, num_layers - 4], num_layers, 3)
 
 

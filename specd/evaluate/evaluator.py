@@ -16,6 +16,7 @@ from specd.errors import ConfigError
 from specd.evaluate.decode import evaluate, greedy
 from specd.evaluate.prompts import read_prompts
 from specd.evaluate.results import EvalFacts
+from specd.protocol.capture import CaptureSpec
 
 Progress = Callable[[str, int], contextlib.AbstractContextManager[Callable[[], None]]]
 """From a title and the number of texts, a context that yields a callback for each finished text."""
@@ -62,12 +63,14 @@ def evaluate_draft(
     trained = registry.read(directory)
     drafts = {}
     if untrained is not None:
-        first = registry.read(untrained) if isinstance(untrained, Path) else trained.untrained(untrained)
-        drafts["untrained"] = first
+        drafts["untrained"] = trained.untrained(untrained)
     drafts["trained"] = trained
     weights = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     depth = int(model.config.get_text_config().num_hidden_layers)
     drafters = {which: one.drafter(*weights, depth, embedding_scale) for which, one in drafts.items()}
+    for drafter in drafters.values():
+        if reason := CaptureSpec(taps=drafter.taps).problem(depth):
+            raise ConfigError(f"draft {str(directory)!r} is for another target than {name!r}: {reason}")
     positions = int(getattr(model.config.get_text_config(), "max_position_embeddings", 0) or 0)
     found = read_prompts(
         data,

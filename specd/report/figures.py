@@ -1,4 +1,4 @@
-"""The pictures of a report: loss, teacher-forced accuracy, acceptance by block offset, time of a step."""
+"""The pictures of a report: loss, teacher-forced accuracy, acceptance by offset, time of a step."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ def loss(axes: Axes, records: Sequence[StepRecord]) -> None:
     if values and values[0] > 1.5 * top:
         axes.set_ylim(0, top)
         _beyond(axes, f"{values[0]:.1f} at step {steps[0]}", 0.98)
-    axes.set_ylabel("loss (nats per predicted token)")
+    axes.set_ylabel("loss (nats)")
     _steps(axes, records)
 
 
 def accuracy(axes: Axes, records: Sequence[StepRecord]) -> None:
-    """Draw the teacher-forced accuracy of the first block offset, of the last, and of all together."""
+    """Draw the teacher-forced accuracy of the first offset, of the last, and of all together."""
     last = max((len(record.teacher_forced_by_offset) for record in records), default=0)
     series: list[tuple[str, str, list[tuple[int, float | None]]]] = [
         ("all offsets", BLUE, [(record.step, record.teacher_forced_accuracy) for record in records])
@@ -63,7 +63,7 @@ def accuracy(axes: Axes, records: Sequence[StepRecord]) -> None:
 
 
 def acceptance(axes: Axes, runs: Mapping[str, Sequence[float]]) -> None:
-    """Draw the share of drafted blocks whose first k tokens the target accepted; one line per named evaluation."""
+    """Draw the share of proposals whose first k tokens the target accepted; one line per named evaluation."""
     longest = max(len(shares) for shares in runs.values())
     for (name, shares), colour in zip(runs.items(), (GREY, RED, BLUE, GREEN), strict=False):
         offsets, percent = range(1, len(shares) + 1), [100 * share for share in shares]
@@ -72,8 +72,8 @@ def acceptance(axes: Axes, runs: Mapping[str, Sequence[float]]) -> None:
     axes.set_xlim(0.6, longest + 0.4)
     top = max(5.0, *(110 * share for shares in runs.values() for share in shares))
     axes.set_ylim(-0.03 * top, top)
-    axes.set_xlabel("block offset k")
-    axes.set_ylabel("blocks accepted up to k (%)")
+    axes.set_xlabel("offset k (guesses in a row)")
+    axes.set_ylabel("accepted up to guess k (%)")
     axes.grid(axis="y")
     axes.legend(loc="upper right")
 

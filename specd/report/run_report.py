@@ -23,10 +23,14 @@ DEFINITIONS = {
         f"{ROUNDINGS} · epsilon · the largest logit"
     ),
     "teacher-forced accuracy": (
-        "share of predicted tokens that equal the data when the draft is given true context; "
-        "it is a training signal, not the acceptance length"
+        "share of predictions that are right when the draft is given true tokens: those of the data for a DFlash "
+        "draft, the target's most likely ones for EAGLE-3; it is a training signal, not the acceptance length"
     ),
-    "loss": "cross-entropy on the next tokens, weighted by block offset, averaged over an optimizer step",
+    "loss": (
+        "cross-entropy, later offsets weighted less, averaged over an optimizer step: for a DFlash draft on the tokens "
+        "of the data, over the weights of all predictions; for EAGLE-3 on the target's distribution, the sum of its "
+        "steps over the number of first guesses"
+    ),
     "time split": (
         "target: the trainer waited while its next batch was being computed; wire: it waited while the batch was ready "
         "but not fetched; trainer: everything else of the step"
@@ -61,9 +65,11 @@ def render(facts: RunFacts, records: Sequence[StepRecord], evals: Mapping[str, E
     ]  # fmt: skip
     if alike:
         shares = {name: one.result.acceptance_by_offset for name, one in alike.items()}
-        caption = "Share of verified blocks of which the target accepted the first k guesses, in real decoding."
+        caption = (
+            "Share of the target's forwards with a guess k in which it accepted the first k guesses, in real decoding."
+        )
         picture = figures.svg(lambda axes: figures.acceptance(axes, shares))
-        pictures.insert(1, ("Acceptance by block offset", picture, caption))
+        pictures.insert(1, ("Acceptance by offset", picture, caption))
     target = str(facts.target.get("model", ""))
     method = str(facts.draft.get("method", "")).partition(" (")[0]
     heading = f"{method} draft for {target}" if method else f"Draft for {target}"
@@ -169,7 +175,7 @@ def _evaluation(evals: Mapping[str, EvalFacts]) -> dict[str, Any]:
         rows[f"{name}: identical outputs"] = f"{facts.identical} of {facts.prompts}{_ties(facts)}"
         rows[f"{name}: forwards"] = f"{result.forwards:,} for {result.new_tokens:,} tokens"
         rows[f"{name}: speed"] = f"{result.tokens_per_s:.1f} tokens/s, {result.greedy_tokens_per_s:.1f} without a draft"
-        rows[f"{name}: block size"] = facts.block_size
+        rows[f"{name}: guesses in a row"] = facts.block_size - 1
         if facts.dtype:
             rows[f"{name}: target computes in"] = facts.dtype
     return rows

@@ -12,7 +12,7 @@ import json
 import logging
 import os
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
@@ -33,6 +33,7 @@ from specd.data.dataset import Dataset
 from specd.data.rows import DEMO
 from specd.drafts import registry
 from specd.drafts.base import Objective, TargetParts
+from specd.drafts.initial import initial_config
 from specd.errors import ConfigError, SpecdError, TransportError
 from specd.memory import cuda
 from specd.protocol.capture import CaptureSpec
@@ -41,7 +42,7 @@ from specd.train.checkpoint import Checkpoints
 from specd.train.directory import RunDirectory, RunFacts, fixed, identity, machine_facts, target_files, utc, write_facts
 from specd.train.display import Display
 from specd.train.interrupt import Interrupt
-from specd.train.journal import read
+from specd.train.journal import StepRecord, read
 from specd.train.loop import out_of_memory, train
 from specd.train.optimizer import total_steps
 from specd.train.owner import owned
@@ -100,6 +101,7 @@ def train_draft(
     with owned(directory.path):
         if (resume := directory.check(resume)) and _is_finished(directory, settle, device):
             return TrainedRun(directory.path, directory.draft, len(read(directory.journal)), was_finished=True)
+        _see_init(first)
         with host if isinstance(host, AbstractContextManager) else contextlib.nullcontext(host) as local:
             return _train(settle, first, device, directory, local, resume, interrupt or Interrupt(), show)
 
@@ -186,6 +188,7 @@ def _train(
             interrupt=interrupt,
             resume=again,
         )
+        _tell_unless_trained(read(directory.journal), contract.model)
         with interrupt.shield():
             objective.export(directory.draft, {name: data for name, data in files.items() if name != "config.json"})
             directory.finish()
@@ -220,6 +223,12 @@ def _check_alone() -> None:
             f"trains in one process: start `specd train` without the launcher, or with WORLD_SIZE unset if this is the "
             f"only one"
         )
+
+
+def _see_init(config: RunConfig) -> None:
+    """Raise ConfigError or CheckpointError where the draft to begin with is not there; its shape is compared later."""
+    if init := getattr(registry.settings(config.method, config.draft, "settings"), "init", ""):
+        initial_config(init)
 
 
 def _is_finished(directory: RunDirectory, settle: Settle, device: str) -> bool:
@@ -308,6 +317,17 @@ def _target_parts(subscriber: Subscriber, config: dict[str, object], dataset: Da
     tied = contract.artifacts["lm_head"].same_as == "embedding"
     lm_head = embedding if tied else subscriber.tensor("lm_head")
     return TargetParts(contract, config, embedding, lm_head, dataset.label_counts(contract.vocab_size))
+
+
+def _tell_unless_trained(steps: Sequence[StepRecord], target: str) -> None:
+    """Warn of a run whose steps all had nothing to learn: its draft is as it began."""
+    if steps and all(step.loss is None for step in steps):
+        logger.warning(
+            "none of the %d steps had a prediction to learn from, so the draft is as it began: the labels are too few, "
+            "or the tokens that %s itself would write there are none of the draft's vocabulary; train on its own "
+            "answers (`specd data regenerate`), or with a larger draft vocabulary",
+            len(steps), target,
+        )  # fmt: skip
 
 
 def _facts(

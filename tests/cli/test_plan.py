@@ -62,7 +62,7 @@ def test_a_benchmark_that_was_cut_short_has_no_rates(tmp_path: Path, capsys: pyt
     assert "this benchmark ended before it had rates; run it again" in capsys.readouterr().err
 
 
-def a_run(path: Path, **times: float) -> str:
+def a_run(path: Path, method: dict[str, object] | None = None, /, **times: float) -> str:
     """A run directory of 20 co-located steps, the first two a hundred times as slow: they compile."""
     facts = RunFacts(
         started="",
@@ -71,7 +71,7 @@ def a_run(path: Path, **times: float) -> str:
         data={"samples": "1,200"},
         transports={"inproc://x": "inproc"},
         machine={},
-        config={"subscriber": {"depth": 3}, "train": {"epochs": 2}},
+        config={"subscriber": {"depth": 3}, "train": {"epochs": 2}, **(method or {})},
     )
     write_facts(path, facts)
     with Journal(path / "metrics.jsonl") as journal:
@@ -87,6 +87,14 @@ def test_a_run_gives_the_rates_of_its_steps(tmp_path: Path, capsys: pytest.Captu
     assert found.colocated_target_tokens_per_s == found.target_tokens_per_s
     assert found.draft_tokens_per_s == pytest.approx(400 / 0.05)
     assert (found.batch_tokens, found.tokens_per_sample, found.bytes_per_token) == (400, 200, 3 * 64 * 4)
+
+
+def test_a_run_of_a_draft_that_reads_the_final_state_costs_it_too(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    eagle: dict[str, object] = {"method": "eagle3", "draft": {"num_steps": 3}}
+    found = plan(capsys, "--from", a_run(tmp_path, eagle, forward_s=0.02, draft_s=0.05, train_s=0.05)).work
+    assert found.bytes_per_token == (3 + 1) * 64 * 4
     assert (found.samples, found.epochs, found.depth) == (1200, 2, 3)
 
 

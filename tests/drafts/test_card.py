@@ -11,6 +11,7 @@ import pytest
 from drafts import CONFIG as DRAFT
 from drafts import make_draft
 from eagle import make_eagle
+from specd.drafts.card import sglang, vllm
 
 WINDOW = {"sliding_window": 6}
 
@@ -72,3 +73,12 @@ def test_whoever_may_read_the_config_may_read_the_weights(tmp_path: Path) -> Non
     assert len(set(modes.values())) == 1
     (tmp_path / "new").touch()
     assert modes["model.safetensors"] == (tmp_path / "new").stat().st_mode
+
+
+@pytest.mark.parametrize(
+    ("target", "served"),
+    [("qwen3-8b", "Qwen/Qwen3-8B"), ("Qwen/Qwen3-8B", "Qwen/Qwen3-8B"), ("/my models/it's", "'/my models/it'\"'\"'s'")],
+)
+def test_engines_are_given_a_target_that_they_know(target: str, served: str) -> None:
+    assert f" --model-path {served} --spec" in sglang(target, "")
+    assert f"vllm serve {served} --spec" in vllm(target, "eagle3", 3)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from specd.drafts.keys import check, flat
+from specd.drafts.keys import check, check_architecture, flat
 from specd.errors import ConfigError
 
 
@@ -34,3 +34,10 @@ def test_what_is_not_known_is_named(config: dict[str, Any], reason: str) -> None
 def test_what_is_known_passes() -> None:
     config = {"kind": 1.0, "size": 3, "transformers_version": "5", "rope_theta": 1.0, "torch_dtype": "float16"}
     check(config, "here", read={"size"}, only={"kind": ("a", 1), "never": ()})
+
+
+@pytest.mark.parametrize("found", [None, 5, "A", [], [["A"]], [3], ["B"]])
+def test_another_architecture_is_refused(found: Any) -> None:
+    with pytest.raises(ConfigError, match=r"architectures is .*, expected one of A, A2; it is no draft of this method"):
+        check_architecture({"architectures": found}, "here", ("A", "A2"))
+    check_architecture({"architectures": ["B", "A2"]}, "here", ("A", "A2"))

@@ -70,8 +70,25 @@ def test_what_changes_nothing_for_text_is_no_scaling(kind: str | None) -> None:
         ({"rope_type": "yarn", "factor": 2.0, "low_freq_factor": 1.0}, "type 'yarn' with factor, low_freq_factor"),
         ({"rope_type": "llama3", "factor": 2.0}, "type 'llama3' with factor: expected factor, high_freq_factor"),
         ([1], "rope_parameters is .1., expected an object"),
+        ({"rope_type": "yarn", "factor": "x"}, "factor of its rope_parameters is 'x', expected a positive number"),
+        ({"rope_type": "linear", "factor": 0}, "factor of its rope_parameters is 0, expected"),
+        ({"rope_type": "linear", "factor": float("nan")}, "factor of its rope_parameters is nan, expected"),
+        ({"rope_type": "yarn", "factor": 2, "beta_fast": -1}, "beta_fast of its rope_parameters is -1, expected"),
+        ({"rope_type": "yarn", "factor": 2, "truncate": 1}, "truncate of its rope_parameters is 1, expected true or"),
     ],
 )
 def test_rotations_that_nobody_here_computes_are_refused(rope: Any, reason: str) -> None:
     with pytest.raises(ConfigError, match=reason):
         rope_scaling({"rope_parameters": rope}, "here")
+
+
+def test_a_scale_of_nothing_is_one() -> None:
+    settings = {"rope_type": "yarn", "factor": 2.0, "mscale": 1.0, "mscale_all_dim": 0}
+    assert rope_scaling({"rope_parameters": settings}, "here") == settings
+
+
+@pytest.mark.parametrize("theta", ["x", -1.0, float("nan"), float("inf"), True, [5]])
+def test_a_frequency_that_is_none_is_refused(theta: Any) -> None:
+    for config in ({"rope_theta": theta}, {"rope_parameters": {"rope_theta": theta}}):
+        with pytest.raises(ConfigError, match=r"rope_theta is .*, expected a positive number"):
+            rope_theta(config)

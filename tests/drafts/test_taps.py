@@ -69,5 +69,6 @@ def test_every_number_of_taps_is_legal_or_refused(num_layers: int) -> None:
 def test_eagle3_taps() -> None:
     assert eagle3_taps(48) == (1, 23, 44)
     assert eagle3_taps(36) == (1, 17, 32)
-    with pytest.raises(ConfigError, match="3 distinct taps do not fit a target of 4 layers"):
-        eagle3_taps(4)
+    assert eagle3_taps(7) == (1, 2, 3)
+    with pytest.raises(ConfigError, match="reads three layers of its target: expected one of 7 layers at least, not 6"):
+        eagle3_taps(6)

@@ -126,3 +126,11 @@ def test_what_is_no_draft_of_this_target_is_refused(
     save_draft(DFlashDraft(shape, 3), draft, dtype=torch.float32)
     with pytest.raises(ConfigError, match=r"vocabulary 50 .*evaluate it with its own target"):
         evaluate_draft(draft, *target, prompts)
+    same, depth = json.loads((directory / "config.json").read_text()), target[0].config.num_hidden_layers
+    for deep in (depth - 1, depth, depth + 5):  # the last layer's state would be a normed one
+        shape = draft_shape(
+            DFlashConfig(num_layers=1, block_size=4, mask_token_id=2), same | {"num_hidden_layers": 99}, (1, deep)
+        )
+        save_draft(DFlashDraft(shape, 3), draft, dtype=torch.float32)
+        with pytest.raises(ConfigError, match=rf"is for another target than .*taps \[1, {deep}\] leave the legal"):
+            evaluate_draft(draft, *target, prompts)

@@ -226,6 +226,7 @@ def test_with_data_it_says_nothing_of_it(
         ({"draft": {"block_size": object()}}, "expected numbers, strings, paths"),
         ({"train": {**TRAIN, "device": "cuda:99"}}, r"train\.device"),
         ({"method": "eagle9"}, "unknown draft method 'eagle9'"),
+        ({"draft": {**DRAFT, "init": "/nowhere"}}, "'/nowhere' is no draft directory"),
     ],
 )
 def test_what_can_be_checked_is_before_a_transport_is_attached(
@@ -236,7 +237,7 @@ def test_what_can_be_checked_is_before_a_transport_is_attached(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("specd.client.handshake.load", lambda name: pytest.fail(f"{name} was attached"))
-    with pytest.raises((ConfigError, DataError), match=message):
+    with pytest.raises((ConfigError, DataError, CheckpointError), match=message):
         train_draft(settings | change, host=host)
     assert not Path(settings["output"]).exists(), "nothing is begun"
 

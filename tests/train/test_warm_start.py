@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import msgspec
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from chats import write_target
@@ -156,3 +158,35 @@ def test_an_eagle3_draft_keeps_its_vocabulary_from_run_to_run(host: Embedded, tm
     assert ours["d2t"].equal(theirs["d2t"])
     assert not ours["lm_head.weight"].equal(theirs["lm_head.weight"])
     assert read_facts(second.directory).draft["initial weights"].startswith(str(first.draft))
+
+
+def test_an_eagle3_draft_is_compared_with_what_it_began_with_by_as_many_guesses(
+    host: Embedded, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    draft = {"num_steps": 2, "draft_vocab_size": 50}
+    asked = settings(tmp_path, "first", 1) | {"method": "eagle3", "draft": draft}
+    first = train_draft(asked, host=host)
+    asked |= {"output": str(tmp_path / "second"), "draft": draft | {"num_steps": 4, "init": str(first.directory)}}
+    second = train_draft(asked, host=host)
+    command = ["eval", "--draft", str(second.directory), "--model", str(model), "--untrained", "--limit", "1"]
+    capsys.readouterr()
+    assert run([*command, "--max-new-tokens", "4", "--device", "cpu"]) == 0
+    before, after = (
+        msgspec.json.decode((second.directory / file).read_bytes(), type=EvalFacts)
+        for file in ("eval-untrained.json", "eval.json")
+    )
+    assert before.texts == after.texts
+    assert (before.block_size, len(before.result.acceptance_by_offset)) == (5, 4)
+
+
+def test_a_run_that_had_nothing_to_learn_is_told_of(
+    host: Embedded, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The target's most likely token is in no draft vocabulary, as if it spoke another language."""
+    caplog.set_level(logging.WARNING, "specd.train.trainer")
+    asked = settings(tmp_path, "first", 2) | {"method": "eagle3", "draft": {"num_steps": 2, "draft_vocab_size": 50}}
+    train_draft(asked, host=host)
+    assert "had a prediction to learn from" not in caplog.text
+    monkeypatch.setattr("specd.drafts.taught._inside", lambda tokens, vocabulary: torch.zeros(len(tokens)))
+    train_draft(asked | {"output": str(tmp_path / "second")}, host=host)
+    assert "none of the 2 steps had a prediction to learn from, so the draft is as it began" in caplog.text

@@ -13,7 +13,7 @@ from specd.drafts.card import card, sglang, vllm
 from specd.drafts.dflash.model import DFlashDraft, DraftShape
 from specd.drafts.directory import read_config
 from specd.drafts.files import write_draft
-from specd.drafts.keys import check, flat
+from specd.drafts.keys import check, check_architecture, flat
 from specd.drafts.rope import rope_scaling, rope_theta
 from specd.drafts.speculators import unwrapped
 from specd.drafts.taps import spread_taps
@@ -161,11 +161,7 @@ def read_shape(config: dict[str, Any], where: str) -> DraftShape:
 
     Keys stand inside `dflash_config` or at the top, and in Speculators' form of their own.
     """
-    if not set(config.get("architectures") or ()) & set(ARCHITECTURES):
-        raise ConfigError(
-            f"draft {where!r}: architectures is {config.get('architectures')!r}, expected one of "
-            f"{', '.join(ARCHITECTURES)}; specd cannot run this draft"
-        )
+    check_architecture(config, where, ARCHITECTURES)
     config = flat(unwrapped(config, "dflash", where), "dflash_config")
     only = ONLY | {"target_hidden_size": (config.get("hidden_size"),), "draft_vocab_size": (config.get("vocab_size"),)}
     check(config, where, read=READ, only=only)
@@ -202,7 +198,7 @@ def read_shape(config: dict[str, Any], where: str) -> DraftShape:
         shape = msgspec.convert(data, DraftShape)
     except KeyError as error:
         raise ConfigError(f"draft {where!r}: its config.json has no key {error}") from None
-    except (msgspec.ValidationError, TypeError, ValueError) as error:
+    except (msgspec.ValidationError, TypeError, ValueError, ArithmeticError) as error:
         raise ConfigError(f"draft {where!r}: config.json: {error}") from None
     if reason := shape.problem():
         raise ConfigError(f"draft {where!r}: {reason}")

@@ -94,6 +94,6 @@ class TrainedDFlash:
         """See Draft.drafter."""
         return DFlashDrafter(self.network, embedding, lm_head, embedding_scale)
 
-    def untrained(self, seed: int) -> TrainedDFlash:
+    def untrained(self, began: int | Path) -> TrainedDFlash:
         """See Draft.untrained."""
-        return TrainedDFlash(DFlashDraft(self.network.shape, seed))
+        return TrainedDFlash(load_draft(began) if isinstance(began, Path) else DFlashDraft(self.network.shape, began))

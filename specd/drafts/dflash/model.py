@@ -6,6 +6,7 @@ Module names are those of published checkpoints (arXiv 2602.06036), so state dic
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal
 
 import msgspec
@@ -70,6 +71,8 @@ class DraftShape(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         """Why no draft of this shape can exist, or None if it can."""
         if min(self.hidden_size, self.num_layers, self.num_kv_heads, self.intermediate_size, self.vocab_size) < 1:
             return "sizes and numbers of layers and heads must be positive"
+        if not (math.isfinite(self.rms_norm_eps) and self.rms_norm_eps >= 0):
+            return f"rms_norm_eps {self.rms_norm_eps} is no number from 0 on"
         window = self.sliding_window if "sliding_attention" in self.layer_types else None
         if reason := conflict(self.num_heads, self.num_kv_heads, self.head_dim, self.block_size, window):
             return reason

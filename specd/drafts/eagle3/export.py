@@ -13,7 +13,7 @@ from specd.drafts.card import card, sglang, vllm
 from specd.drafts.directory import read_config
 from specd.drafts.eagle3.model import Eagle3Draft, Eagle3Shape
 from specd.drafts.files import write_draft
-from specd.drafts.keys import check, flat
+from specd.drafts.keys import check, check_architecture, flat
 from specd.drafts.rope import rope_scaling, rope_theta
 from specd.drafts.speculators import unwrapped
 from specd.drafts.weights import fill, read_weights
@@ -139,7 +139,7 @@ def load_draft(path: str | Path) -> Eagle3Draft:
     draft = Eagle3Draft(shape)
     draft.published_embedding = weights.pop("embed_tokens.weight", None)
     if shape.draft_vocab_size == shape.vocab_size:
-        weights["d2t"] = torch.zeros(shape.vocab_size, dtype=torch.int64)
+        weights.setdefault("d2t", torch.zeros(shape.vocab_size, dtype=torch.int64))
     fill(draft, weights, str(path))
     ids = draft.vocabulary
     if not (int(ids[0]) >= 0 and int(ids[-1]) < shape.vocab_size and bool((ids[1:] > ids[:-1]).all())):
@@ -149,6 +149,7 @@ def load_draft(path: str | Path) -> Eagle3Draft:
 
 def read_shape(config: dict[str, Any], where: str) -> Eagle3Shape:
     """The shape in a draft's config.json. `where` names it in errors. Raises ConfigError, see load_draft."""
+    check_architecture(config, where, ARCHITECTURES)
     taps = read_taps(config, where)
     speculators = "transformer_layer_config" in config
     config = flat(unwrapped(config, "eagle3", where), "eagle_config")
@@ -182,7 +183,7 @@ def read_shape(config: dict[str, Any], where: str) -> Eagle3Shape:
         shape = msgspec.convert(data, Eagle3Shape)
     except KeyError as error:
         raise ConfigError(f"draft {where!r}: its config.json has no key {error}") from None
-    except (msgspec.ValidationError, TypeError) as error:
+    except (msgspec.ValidationError, TypeError, ValueError, ArithmeticError) as error:
         raise ConfigError(f"draft {where!r}: config.json: {error}") from None
     if reason := shape.problem():
         raise ConfigError(f"draft {where!r}: {reason}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import ClassVar, cast
 
+import msgspec
 import torch
 from torch import Tensor
 
@@ -90,6 +91,10 @@ class TrainedEagle3:
             self.network.start_head(lm_head)
         return drafter
 
-    def untrained(self, seed: int) -> TrainedEagle3:
-        """See Draft.untrained."""
-        return TrainedEagle3(Eagle3Draft(self.network.shape, seed, self.network.vocabulary), untrained=True)
+    def untrained(self, began: int | Path) -> TrainedEagle3:
+        """See Draft.untrained. It guesses as many tokens in a row as this one, so that both can be compared."""
+        if isinstance(began, Path):
+            network = load_draft(began)
+            network.shape = msgspec.structs.replace(network.shape, num_steps=self.network.shape.num_steps)
+            return TrainedEagle3(network)
+        return TrainedEagle3(Eagle3Draft(self.network.shape, began, self.network.vocabulary), untrained=True)

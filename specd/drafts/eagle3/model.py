@@ -6,6 +6,7 @@ heads, V target vocabulary, W draft vocabulary. Module names are those of publis
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import msgspec
@@ -19,6 +20,9 @@ from specd.drafts.layers import MLP, KeyValue, Linear, RMSNorm, Rope, Rotations,
 from specd.drafts.rope import Scaling, rope_theta
 from specd.errors import ConfigError
 from specd.protocol.capture import CaptureSpec
+
+MOST_STEPS = 256
+"""Guesses in a row, at most."""
 
 
 class Eagle3Shape(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -61,6 +65,10 @@ class Eagle3Shape(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         sizes = (self.hidden_size, self.num_kv_heads, self.intermediate_size, self.draft_vocab_size, self.num_steps)
         if min(sizes) < 1:
             return "sizes and numbers of heads and steps must be positive"
+        if self.num_steps > MOST_STEPS:
+            return f"num_steps {self.num_steps} exceeds {MOST_STEPS}, more guesses in a row than any engine takes"
+        if not (math.isfinite(self.rms_norm_eps) and self.rms_norm_eps >= 0):
+            return f"rms_norm_eps {self.rms_norm_eps} is no number from 0 on"
         if self.num_heads < 1 or self.num_heads % self.num_kv_heads:
             return f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}"
         if self.head_dim < 2 or self.head_dim % 2:

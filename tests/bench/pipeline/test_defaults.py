@@ -17,6 +17,9 @@ def test_what_is_asked_for_stands_beside_the_defaults() -> None:
     settings = defaults(True, 1, TINY, {"draft_config": {"num_layers": 2}})
     assert settings.draft_config == SMALL["draft_config"] | {"num_layers": 2}
     assert defaults(True, 1, TINY, {"target": {"max_forward_tokens": 512}}).forward_tokens == 512
+    eagle = defaults(True, 1, TINY, {"draft": "eagle3", "draft_config": {"num_steps": 2}})
+    assert eagle.draft_config == {"loss_chunk": 128, "num_steps": 2}, "what a method does not know is left out"
+    assert defaults(True, 1, TINY, {"draft": "synthetic:ms=1"}).draft_config == SMALL["draft_config"]
 
 
 def test_daemons_and_trainer_get_gpus_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -40,6 +40,13 @@ def test_a_real_draft_learns_on_given_states() -> None:
     assert all(changed)
 
 
+def test_a_draft_that_chooses_a_vocabulary_gets_one() -> None:
+    target = load_target(TargetConfig(model=TINY))
+    settings = defaults(True, 1, TINY, {"draft": "eagle3", "draft_config": {"num_steps": 2, "draft_vocab_size": 16}})
+    step = make_step(settings, target.contract, lambda name: bytes(target.artifact(name)), "cpu")
+    assert 16 * 32 in [parameter.numel() for parameter in step.parameters]
+
+
 def test_the_clock_leaves_warm_up_out() -> None:
     drawn = batches(SETTINGS, "fixed", 64, 5, 1)
     seen: list[int] = []

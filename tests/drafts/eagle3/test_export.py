@@ -67,6 +67,12 @@ def test_what_engines_read(tmp_path: Path) -> None:
         ({"num_aux_hidden_states": 4}, "num_aux_hidden_states is 4, expected 3"),
         ({"is_neox_style": False}, "is_neox_style=False, which specd does not know"),
         ({"eagle_aux_hidden_state_layer_ids": [1, 3, 4]}, "names different layers"),
+        ({"architectures": ["DFlashDraftModel"]}, "architectures is .'DFlashDraftModel'., expected one of Llama"),
+        ({"head_dim": None, "num_attention_heads": 0}, "config.json: integer division or modulo by zero"),
+        ({"rope_theta": "x"}, "rope_theta is 'x', expected a positive number"),
+        ({"rms_norm_eps": -1.0}, "rms_norm_eps -1.0 is no number from 0 on"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps nan is no number from 0 on"),
+        ({"num_steps": 10**9}, "num_steps 1000000000 exceeds 256"),
         ({"draft_vocab_size": 200}, "draft_vocab_size 200 exceeds the target's vocabulary of 97"),
         ({"eagle_aux_hidden_state_layer_ids": 3}, "must be lists of numbers"),
     ],
@@ -88,7 +94,23 @@ def test_other_tensors_are_refused(tmp_path: Path) -> None:
         ({"extra": torch.zeros(2)}, "'extra': found .2., expected none"),
         ({"d2t": weights["d2t"].flip(0).contiguous()}, "d2t is no ascending map"),
         ({"d2t": weights["d2t"] + 90}, "d2t is no ascending map"),
+        ({"d2t": weights["d2t"].float()}, "d2t is float32, expected int64, int32"),
+        ({"norm.weight": weights["norm.weight"].to(torch.float8_e4m3fn)}, "norm.weight is float8_e4m3fn, expected fl"),
+        ({"fc.weight": weights["fc.weight"].int()}, "fc.weight is int32, expected float32"),
+        ({"fc.weight": weights["fc.weight"] / 0}, "fc.weight has values that are no finite"),
+        ({"fc.weight": weights["fc.weight"].double() * 1e300}, "fc.weight has values that are no finite"),
     ):
         save_file(weights | changed, path)
         with pytest.raises(CheckpointError, match=reason):
             load_draft(tmp_path)
+
+
+def test_a_map_beside_the_whole_vocabulary_has_to_say_so(tmp_path: Path) -> None:
+    make_eagle(msgspec.structs.replace(CONFIG, draft_vocab_size=0)).export(tmp_path)
+    path = tmp_path / "model.safetensors"
+    weights = load_file(path)
+    save_file(weights | {"d2t": torch.zeros(VOCAB, dtype=torch.int32)}, path)
+    assert torch.equal(load_draft(tmp_path).vocabulary, torch.arange(VOCAB))
+    save_file(weights | {"d2t": torch.ones(VOCAB, dtype=torch.int64)}, path)
+    with pytest.raises(CheckpointError, match="d2t is no ascending map"):
+        load_draft(tmp_path)
