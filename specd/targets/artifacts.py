@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 from specd.protocol.contract import ArtifactRef, TargetContract
-from specd.targets.base import tap_layers
 from specd.targets.digest import text_digests
 from specd.targets.source import Source
 
@@ -61,7 +60,6 @@ class Artifacts:
             weights=weights,
             tokenizer=tokenizer,
             chat_template=chat_template,
-            tap_layers=tap_layers(getattr(text_config, "layer_types", None) or ()),
             artifacts=refs,
         )
 

@@ -1,0 +1,160 @@
+"""Tiny random models of every causal LM type that the installed transformers has."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import torch
+import transformers
+from transformers.models.auto import modeling_auto
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from specd.config.settings import TargetConfig
+from specd.errors import SpecdError
+from specd.protocol.batch import slot_layout
+from specd.protocol.capture import CaptureSpec
+from specd.targets.base import CaptureJob, slot_tensors
+from specd.targets.registry import load_target
+
+HIDDEN, LAYERS, VOCAB = 64, 6, 256
+SIZES: dict[str, Any] = {
+    **dict.fromkeys(("hidden_size", "d_model", "n_embd", "embed_dim", "dim", "lru_width", "encoder_hidden_size"), HIDDEN),
+    **dict.fromkeys(("hidden_size_per_layer_input", "embedding_size", "attention_hidden_size", "pronunciation_embed_dim"), HIDDEN),
+    **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "decoder_layers", "encoder_layers"), LAYERS),
+    **dict.fromkeys(("num_layers", "num_decoder_layers", "num_encoder_layers"), LAYERS),
+    **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads"), 4),
+    **dict.fromkeys(("decoder_attention_heads", "encoder_attention_heads"), 4),
+    **dict.fromkeys(("num_key_value_heads", "num_kv_heads", "num_global_key_value_heads"), 2),
+    **dict.fromkeys(("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size", "dense_ffn_hidden_size"), 96),
+    **dict.fromkeys(("decoder_ffn_dim", "encoder_ffn_dim", "d_inner", "dff", "dense_intermediate_size"), 96),
+    **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size", "moe_shared_expert_intermediate_size"), 32),
+    **dict.fromkeys(("expert_ffn_hidden_size", "shared_intermediate_size", "intermediate_size_mlp"), 32),
+    **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input", "bigram_vocab_size"), VOCAB),
+    **dict.fromkeys(("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx", "max_sequence_length"), 512),
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 4),
+    **dict.fromkeys(("num_experts_per_tok", "moe_k", "num_experts_per_token", "moe_topk"), 2),
+    **dict.fromkeys(("n_group", "topk_group", "n_shared_experts", "num_shared_experts", "moe_num_shared_experts"), 1),
+    **dict.fromkeys(("head_dim", "global_head_dim", "kv_channels", "d_kv", "v_head_dim", "qk_nope_head_dim"), 16),
+    **dict.fromkeys(("mamba_d_head", "mamba_head_dim", "linear_key_head_dim", "linear_value_head_dim", "dhead"), 16),
+    **dict.fromkeys(("mamba_n_heads", "mamba_num_heads", "n_mamba_heads"), 8),
+    **dict.fromkeys(("linear_num_key_heads", "linear_num_value_heads"), 4),
+    **dict.fromkeys(("mamba_d_state", "ssm_state_size", "mamba_dt_rank", "state_size"), 8),
+    **dict.fromkeys(("mamba_d_ssm", "mamba_intermediate_size"), 128),
+    **dict.fromkeys(("qk_rope_head_dim",), 8),
+    **dict.fromkeys(("q_lora_rank", "kv_lora_rank", "o_lora_rank", "index_head_dim"), 24),
+    "rotary_dim": 8, "index_n_heads": 2, "index_topk": 64, "layer_types": None, "rwkv_hidden_size": HIDDEN,
+    "sliding_window": 33, "local_window_size": 33, "attention_window_size": 33, "window_size": 33,
+    "use_mamba_kernels": False, "use_cache": False, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+    "conv_kernel": 4, "num_mem_blocks": 1, "is_decoder": True, "first_k_dense_replace": 1, "laurel_rank": 8,
+    "num_kv_shared_layers": 2, "chunk_size": 32, "mamba_chunk_size": 32, "attention_chunk_size": 40,
+    "attention_window": 33, "mamba_n_groups": 1, "n_groups": 1, "max_window_layers": 3,
+}  # fmt: skip
+"""What a configuration is given of the names that it has."""
+
+OWN: dict[str, dict[str, Any]] = {
+    "gpt_neo": {"attention_types": [[["global", "local"], 3]]},
+    "lfm2_moe": {"layer_types": ["conv", "conv", "full_attention"] * 2},
+    "gemma3n_text": {"layer_types": ["sliding_attention", "full_attention"] * 3},
+    "gemma4_text": {"layer_types": ["sliding_attention", "full_attention"] * 3},
+    "gemma4_unified_text": {"layer_types": ["sliding_attention", "full_attention"] * 3},
+    "cohere_compass_text": {"layer_types": ["sliding_attention", "full_attention"] * 3},
+    "gemma2": {"attn_logit_softcapping": 0.5},
+    "mamba2": {"num_heads": 8, "head_dim": 16, "expand": 2},
+    "zamba2": {"layers_block_type": ["mamba", "hybrid"] * 3},
+    "longrope": {"rope_parameters": {
+        "rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 64,
+        "short_factor": [1.0] * 8, "long_factor": [4.0] * 8,
+    }},
+    "dynamic": {
+        "max_position_embeddings": 64,
+        "rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0},
+    },
+}  # fmt: skip
+"""What some types need besides."""
+VARIANTS = {"phi3-longrope": ("phi3", "longrope"), "llama-dynamic": ("llama", "dynamic")}
+"""Further kinds of a type: its name, and the key of OWN."""
+WRAPPERS = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "mistral3", "llava", "internvl", "idefics3", "glm4v", "paligemma")
+"""Types with images whose language model is served."""
+LENGTHS = (7, 150, 40)
+
+
+def names() -> list[str]:
+    """All causal LM types of the installed transformers, variants of some, and wrappers of language models."""
+    return sorted({*modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *VARIANTS, *WRAPPERS})
+
+
+def tiny(config_class: Any, extra: dict[str, Any] | None = None) -> Any:
+    """A small configuration of a class of transformers."""
+    known = {field.name for field in dataclasses.fields(config_class)}
+    settings = {key: value for key, value in SIZES.items() if key in known}
+    if "qk_rope_head_dim" in known and "head_dim" in settings:
+        settings["head_dim"] = settings["qk_rope_head_dim"]
+    for part, part_class in (getattr(config_class, "sub_configs", None) or {}).items():
+        if part in known and hasattr(part_class, "model_type"):
+            settings[part] = tiny(part_class).to_dict()
+    return config_class(**settings | OWN.get(getattr(config_class, "model_type", ""), {}) | (extra or {}))
+
+
+def make(name: str, folder: Path) -> None:
+    """Write a tiny random checkpoint of type `name` to `folder`. Raises what transformers raises where it cannot."""
+    kind, extra = VARIANTS.get(name, (name, ""))
+    config = tiny(CONFIG_MAPPING[kind], OWN.get(extra))
+    factory: Any = transformers.AutoModelForImageTextToText if kind in WRAPPERS else transformers.AutoModelForCausalLM
+    torch.manual_seed(0)
+    model = factory.from_config(config, dtype=torch.float32).eval()
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.ndim > 1:
+                weight.normal_(0, 0.1)
+    model.save_pretrained(folder)
+
+
+def plain(name: str, folder: Path, taps: tuple[int, ...], tokens: torch.Tensor) -> dict[str, torch.Tensor]:
+    """taps and final as transformers has them: a model of its own for each sequence, eager attention, no padding."""
+    factory: Any = transformers.AutoModelForImageTextToText if name in WRAPPERS else transformers.AutoModelForCausalLM
+    found: dict[str, list[torch.Tensor]] = {"taps": [], "final": []}
+    for ids in tokens.split(LENGTHS):
+        model = factory.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+        with torch.no_grad():
+            states = model(input_ids=ids[None].long(), output_hidden_states=True, use_cache=False).hidden_states
+        found["taps"].append(torch.stack([states[tap + 1][0] for tap in taps], dim=1))
+        found["final"].append(states[-1][0])
+    return {key: torch.cat(parts) for key, parts in found.items()}
+
+
+class Outcome(msgspec.Struct, frozen=True):
+    """What the transformers backend makes of a type. how: packed, alone, refused, or none (no tiny model of it)."""
+
+    name: str
+    how: str
+    why: str = ""
+    error: float = 0.0
+
+
+def outcome(name: str, folder: Path) -> Outcome:
+    """Serve packed sequences of a tiny `name`, and compare with one sequence at a time."""
+    try:
+        make(name, folder)
+    except Exception as error:  # noqa: BLE001  configurations of transformers raise what they like
+        return Outcome(name, "none", f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}")
+    try:
+        target: Any = load_target(TargetConfig(model=f"{folder}/", device="cpu", dtype="float32"))
+    except SpecdError as error:
+        return Outcome(name, "refused", str(error).replace(str(folder), name))
+    taps = (0, target.contract.num_layers // 2, target.contract.num_layers - 2)
+    taps = tuple(sorted({tap for tap in taps if tap >= 0}))
+    spec = CaptureSpec(taps=taps, final=True, dtype="float32")
+    ids = np.random.default_rng(0).integers(3, min(VOCAB, target.contract.vocab_size), sum(LENGTHS)).astype(np.int32)
+    layout = slot_layout(spec, target.contract.hidden_size, ids.size)
+    slot = memoryview(bytearray(layout.nbytes))
+    job = CaptureJob(tokens=ids, lengths=np.array(LENGTHS, np.int32), spec=spec, layout=layout, slot=slot)
+    target.run([job])
+    expected = plain(name, folder, taps, torch.from_numpy(ids))
+    error = max(
+        float((slot_tensors(job)[key] - rows).abs().max() / rows.abs().max()) for key, rows in expected.items()
+    )
+    return Outcome(name, "alone" if target.alone else "packed", target.alone, error)
