@@ -53,8 +53,8 @@ class TargetContract(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     """Identity and shape of a target. Targets with equal `fingerprint` deliver the same states.
 
     weights: digest of the weights. tokenizer, chat_template: digests of those files, empty if there is none.
-    taps: the tap convention. tap_layers: the layers a draft's taps may be spread over, empty for all; if the target
-    mixes full and linear attention, those with full attention. dtype: of the weights as they run. artifacts: what
+    taps: the tap convention. tap_layers: the layers a draft's taps may be spread over, empty for all, as of every
+    backend of specd's own: a residual stream runs through linear attention, too. dtype: of the weights as they run. artifacts: what
     FETCH serves, by name (`config.json`, tokenizer files, `embedding` [V, H], `lm_head` [V, H]).
     """
 

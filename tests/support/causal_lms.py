@@ -46,7 +46,7 @@ SIZES: dict[str, Any] = {
     **dict.fromkeys(("mamba_d_ssm", "mamba_intermediate_size"), 128),
     **dict.fromkeys(("qk_rope_head_dim",), 8),
     **dict.fromkeys(("q_lora_rank", "kv_lora_rank", "o_lora_rank", "index_head_dim"), 24),
-    "rotary_dim": 8, "index_n_heads": 2, "index_topk": 64, "layer_types": None, "rwkv_hidden_size": HIDDEN,
+    "rotary_dim": 8, "linear_head_dim": 16, "linear_num_heads": 4, "depth": 2, "index_n_heads": 2, "index_topk": 64, "layer_types": None, "rwkv_hidden_size": HIDDEN,
     "sliding_window": 33, "local_window_size": 33, "attention_window_size": 33, "window_size": 33,
     "use_mamba_kernels": False, "use_cache": False, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
     "conv_kernel": 4, "num_mem_blocks": 1, "is_decoder": True, "first_k_dense_replace": 1, "laurel_rank": 8,
@@ -55,14 +55,16 @@ SIZES: dict[str, Any] = {
 }  # fmt: skip
 """What a configuration is given of the names that it has."""
 
+MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}}
 OWN: dict[str, dict[str, Any]] = {
     "gpt_neo": {"attention_types": [[["global", "local"], 3]]},
     "lfm2_moe": {"layer_types": ["conv", "conv", "full_attention"] * 2},
     "gemma3n_text": {"layer_types": ["sliding_attention", "full_attention"] * 3},
     "gemma4_text": {"layer_types": ["sliding_attention", "full_attention"] * 3},
     "gemma4_unified_text": {"layer_types": ["sliding_attention", "full_attention"] * 3},
-    "cohere_compass_text": {"layer_types": ["sliding_attention", "full_attention"] * 3},
+    "cohere_compass_text": {"layer_types": None, "sliding_window_pattern": 2},
     "gemma2": {"attn_logit_softcapping": 0.5},
+    **dict.fromkeys(("qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text", "qwen3_vl_moe_text", "glm4v_text"), MROPE),
     "mamba2": {"num_heads": 8, "head_dim": 16, "expand": 2},
     "zamba2": {"layers_block_type": ["mamba", "hybrid"] * 3},
     "longrope": {"rope_parameters": {
@@ -77,8 +79,16 @@ OWN: dict[str, dict[str, Any]] = {
 """What some types need besides."""
 VARIANTS = {"phi3-longrope": ("phi3", "longrope"), "llama-dynamic": ("llama", "dynamic")}
 """Further kinds of a type: its name, and the key of OWN."""
-WRAPPERS = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "mistral3", "llava", "internvl", "idefics3", "glm4v", "paligemma")
-"""Types with images whose language model is served."""
+WRAPPERS = {
+    "qwen2_vl": {}, "qwen2_5_vl": {}, "qwen3_vl": {}, "qwen3_vl_moe": {}, "glm4v": {},
+    "mistral3": {"text_config": "mistral", "vision_config": "pixtral"},
+    "llava": {"text_config": "llama", "vision_config": "clip_vision_model"},
+    "internvl": {"text_config": "qwen2"},
+    "paligemma": {"text_config": "gemma", "vision_config": "siglip_vision_model"},
+}  # fmt: skip
+"""Types with images whose language model is served, and what their parts are where they take any."""
+MOST_WEIGHTS = 60_000_000
+"""Larger ones have sizes of their own, which the test leaves alone."""
 LENGTHS = (7, 150, 40)
 
 
@@ -93,8 +103,12 @@ def tiny(config_class: Any, extra: dict[str, Any] | None = None) -> Any:
     settings = {key: value for key, value in SIZES.items() if key in known}
     if "qk_rope_head_dim" in known and "head_dim" in settings:
         settings["head_dim"] = settings["qk_rope_head_dim"]
+    if "qk_rope_head_dim" in known and "num_key_value_heads" in settings:
+        settings["num_key_value_heads"] = settings["num_attention_heads"]
     for part, part_class in (getattr(config_class, "sub_configs", None) or {}).items():
-        if part in known and hasattr(part_class, "model_type"):
+        chosen = WRAPPERS.get(getattr(config_class, "model_type", ""), {}).get(part)
+        part_class = CONFIG_MAPPING[chosen] if chosen else part_class
+        if part in known and dataclasses.is_dataclass(part_class):
             settings[part] = tiny(part_class).to_dict()
     return config_class(**settings | OWN.get(getattr(config_class, "model_type", ""), {}) | (extra or {}))
 
@@ -104,6 +118,10 @@ def make(name: str, folder: Path) -> None:
     kind, extra = VARIANTS.get(name, (name, ""))
     config = tiny(CONFIG_MAPPING[kind], OWN.get(extra))
     factory: Any = transformers.AutoModelForImageTextToText if kind in WRAPPERS else transformers.AutoModelForCausalLM
+    with torch.device("meta"):
+        size = sum(weight.numel() for weight in factory.from_config(config).parameters())
+    if size > MOST_WEIGHTS:
+        raise ValueError(f"{size:,} weights, expected at most {MOST_WEIGHTS:,}")
     torch.manual_seed(0)
     model = factory.from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():

@@ -46,7 +46,7 @@ def load_causal_lm(
         num_layers=num_layers,
         trust_remote_code=trust_remote_code,
     )
-    return network, _read_tokenizer(source) if _has_tokenizer(source) else None
+    return network, _read_tokenizer(source, trust_remote_code) if _has_tokenizer(source) else None
 
 
 def load_network(
@@ -94,7 +94,10 @@ def _read_model(source: Source, dtype: torch.dtype, trust_remote_code: bool) -> 
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # a model's own code raises what it likes
-        raise TargetError(f"target {source.name}: cannot load {source.path}: {first_line(error)}") from error
+        raise TargetError(
+            f"target {source.name}: cannot load {source.path}: {first_line(error)}; fetch its files again, or take another "
+            f"target or backend (--backend sglang)"
+        ) from error
     return network
 
 
@@ -150,13 +153,15 @@ def _has_tokenizer(source: Source) -> bool:
     return source.path is not None and any((source.path / name).is_file() for name in TOKENIZERS)
 
 
-def _read_tokenizer(source: Source) -> PreTrainedTokenizerBase:
+def _read_tokenizer(source: Source, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     try:
         if not _has_tokenizer(source):  # transformers would make up an empty one from config.json
             raise OSError("there is none")
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source.path, local_files_only=True)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            source.path, local_files_only=True, trust_remote_code=trust_remote_code
+        )
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise TargetError(
             f"target {source.name}: no usable tokenizer in {source.path} ({first_line(error)}); "

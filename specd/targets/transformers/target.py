@@ -75,8 +75,8 @@ class TransformersTarget:
             raise
         except Exception as error:
             raise TargetError(
-                f"target {source.name}: {type(network).__name__} does not run as a decoder of packed tokens, nor of one "
-                f"sequence ({type(error).__name__}: {first_line(error)}); take another target, or try --backend sglang"
+                f"target {source.name}: {type(network).__name__} of transformers does not run as a decoder of tokens alone "
+                f"({type(error).__name__}: {first_line(error)}); take another target, or try --backend sglang"
             ) from error
 
     def _adopt(self, network: PreTrainedModel, source: Source, published: dict[str, Any], dummy: bool) -> None:
@@ -155,7 +155,7 @@ class TransformersTarget:
         """Decide whether sequences may be packed, and compare the states with those of plain forwards."""
         exact = self.contract.dtype == "float32"
         settings = network.config.get_text_config(decoder=True).to_dict()
-        why = recurrent(settings) or _strange(settings)
+        known = recurrent(settings) or _strange(settings)
         packed: list[trial.States] = []
         self._attend(ATTENTION)
         try:
@@ -164,22 +164,21 @@ class TransformersTarget:
             self._separate(error)
         except Exception as error:  # noqa: BLE001  models raise what they like where they know no packing
             self._separate(Unpackable(f"it takes no packed sequences ({first_line(error)})"))
-        if why and packed:
-            self._separate(Unpackable(why))
+        if known and packed:
+            self._separate(Unpackable(known))
         behind = [states.final[len(trial.FIRST) :] for states in packed]
-        together = bool(packed) and not self.alone
-        self._attend(self._own_attention)
-        self.alone = self.alone or "a trial"
-        alone = self._states(trial.FIRST)
-        expected = [
-            trial.plain(network, self._ids(part), self.contract.num_layers, self._name)
-            for part in (trial.FIRST, trial.SECOND)
-        ]
-        taps, final = (torch.cat([getattr(part, key) for part in expected]) for key in ("taps", "final"))
-        trial.check_taps(alone, trial.States(taps, final), exact=exact, name=self._name)
-        if not together:
+        why, self.alone = self.alone, "a trial"
+        try:
+            alone = self._compared(network, self._own_attention, exact)
+        except TargetError:
+            if self._own_attention == "eager":
+                raise
+            self._own_attention = "eager"  # some models mask their tokens there alone
+            alone = self._compared(network, self._own_attention, exact)
+            why = why or "its attention is right in transformers' eager form alone"
+        self.alone = why
+        if why:
             return
-        self.alone = ""
         # A mixture of experts may round differently: what its experts multiply depends on all tokens.
         limit = float(behind[0].abs().max()) * (1e-5 if exact else 3e-2)
         if not torch.allclose(behind[0], behind[1], rtol=0, atol=limit, equal_nan=True):
@@ -188,6 +187,18 @@ class TransformersTarget:
             self._separate(Unpackable("packed into one forward, sequences have other states than alone"))
         else:
             self._attend(ATTENTION)
+
+    def _compared(self, network: PreTrainedModel, attention: str, exact: bool) -> trial.States:
+        """The states of the two sequences, one by one. Raises TargetError where plain forwards have other ones."""
+        self._attend(attention)
+        expected = [
+            trial.plain(network, self._ids(part), self.contract.num_layers, self._name)
+            for part in (trial.FIRST, trial.SECOND)
+        ]
+        taps, final = (torch.cat([getattr(part, key) for part in expected]) for key in ("taps", "final"))
+        alone = self._states(trial.FIRST)
+        trial.check_taps(alone, trial.States(taps, final), exact=exact, name=self._name)
+        return alone
 
     def _states(self, first: Sequence[int]) -> trial.States:
         """The states of a sequence and of trial.SECOND behind it, as a trainer gets them: of all layers, in float32."""
