@@ -81,8 +81,8 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     except (OSError, ValueError, KeyError, ImportError) as error:
         if "trust_remote_code" in str(error):
             raise DataError(
-                f"the tokenizer in {str(directory)!r} is Python code that came with its checkpoint, which trainers do not "
-                f"run: write it as a tokenizer.json, and start the target with --tokenizer DIR"
+                f"the tokenizer in {str(directory)!r} is Python code that came with its checkpoint, which trainers "
+                f"do not run: write it as a tokenizer.json, and start the target with --tokenizer DIR"
             ) from None
         raise DataError(
             f"no usable tokenizer in {str(directory)!r} ({first_line(error)}): conversations need the target's; "

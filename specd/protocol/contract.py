@@ -54,8 +54,8 @@ class TargetContract(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 
     weights: digest of the weights. tokenizer, chat_template: digests of those files, empty if there is none.
     taps: the tap convention. tap_layers: the layers a draft's taps may be spread over, empty for all, as of every
-    backend of specd's own: a residual stream runs through linear attention, too. dtype: of the weights as they run. artifacts: what
-    FETCH serves, by name (`config.json`, tokenizer files, `embedding` [V, H], `lm_head` [V, H]).
+    backend of specd's own: a residual stream runs through linear attention, too. dtype: of the weights as they run.
+    artifacts: what FETCH serves, by name (`config.json`, tokenizer files, `embedding` [V, H], `lm_head` [V, H]).
     """
 
     model: str

@@ -97,7 +97,8 @@ def resolve(model: str, *, need: Need = "weights", code: bool = False) -> Source
     """Find `model`: a preset of configs/, a local directory, or a hub name (owner/name).
 
     A preset whose weights come in a Python package is converted once, to specd's cache. A string with a slash that
-    is a directory is that directory. need: `tokenizer` and `shape` fetch no weights from a hub. code: its Python files are fetched, too.
+    is a directory is that directory. need: `tokenizer` and `shape` fetch no weights from a hub. code: its Python files
+    are fetched, too.
     Raises ConfigError when there is no such target, TargetError when it cannot be read or downloaded.
     """
     directory = Path(os.path.expanduser(model))

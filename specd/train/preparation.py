@@ -69,13 +69,13 @@ def warn_of_length(longest: int, target: Mapping[str, Any], name: str) -> None:
     before = text.get("original_max_position_embeddings") or rope.get("original_max_position_embeddings") or 0
     if made_for and longest > made_for:
         logger.warning(
-            "the longest sample has %d tokens, and %s was made for up to %d: its states beyond are not those of a target in "
-            "use; lower data.max_length", longest, name, made_for,
+            "the longest sample has %d tokens, and %s was made for up to %d: its states beyond are not those of a "
+            "target in use; lower data.max_length", longest, name, made_for,
         )  # fmt: skip
     elif rope.get("rope_type", rope.get("type")) in ("longrope", "dynamic") and before and longest > before:
         logger.warning(
-            "the longest sample has %d tokens, and %s turns to other rotary frequencies beyond %d: a draft sees both, each "
-            "sample by its own length; data.max_length=%d keeps to one", longest, name, before, before,
+            "the longest sample has %d tokens, and %s turns to other rotary frequencies beyond %d: a draft sees both, "
+            "each sample by its own length; data.max_length=%d keeps to one", longest, name, before, before,
         )  # fmt: skip
 
 

@@ -189,7 +189,9 @@ class Worker:
                 log.log(logging.DEBUG if known else logging.ERROR, "worker start failed", exc_info=True)
                 reason = str(error) or repr(error)
                 if not known:
-                    reason = f"the target failed to start: {type(error).__name__}: {first_line(error)}; see its log above"
+                    reason = (
+                        f"the target failed to start: {type(error).__name__}: {first_line(error)}; see its log above"
+                    )
                 outbox.send(channel.encode(channel.StartFailed(reason=reason)))
                 if not self._config.parent_pid:  # a process waits to be killed, so that the reason arrives first
                     os.eventfd_write(self._ended, 1)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
+import tempfile
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -21,43 +24,54 @@ from specd.targets.base import CaptureJob, slot_tensors
 from specd.targets.registry import load_target
 
 HIDDEN, LAYERS, VOCAB = 64, 6, 256
-SIZES: dict[str, Any] = {
-    **dict.fromkeys(("hidden_size", "d_model", "n_embd", "embed_dim", "dim", "lru_width", "encoder_hidden_size"), HIDDEN),
-    **dict.fromkeys(("hidden_size_per_layer_input", "embedding_size", "attention_hidden_size", "pronunciation_embed_dim"), HIDDEN),
-    **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "decoder_layers", "encoder_layers"), LAYERS),
-    **dict.fromkeys(("num_layers", "num_decoder_layers", "num_encoder_layers"), LAYERS),
-    **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads"), 4),
-    **dict.fromkeys(("decoder_attention_heads", "encoder_attention_heads"), 4),
-    **dict.fromkeys(("num_key_value_heads", "num_kv_heads", "num_global_key_value_heads"), 2),
-    **dict.fromkeys(("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size", "dense_ffn_hidden_size"), 96),
-    **dict.fromkeys(("decoder_ffn_dim", "encoder_ffn_dim", "d_inner", "dff", "dense_intermediate_size"), 96),
-    **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size", "moe_shared_expert_intermediate_size"), 32),
-    **dict.fromkeys(("expert_ffn_hidden_size", "shared_intermediate_size", "intermediate_size_mlp"), 32),
-    **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input", "bigram_vocab_size"), VOCAB),
-    **dict.fromkeys(("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx", "max_sequence_length"), 512),
-    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 4),
-    **dict.fromkeys(("num_experts_per_tok", "moe_k", "num_experts_per_token", "moe_topk"), 2),
-    **dict.fromkeys(("n_group", "topk_group", "n_shared_experts", "num_shared_experts", "moe_num_shared_experts"), 1),
-    **dict.fromkeys(("head_dim", "global_head_dim", "kv_channels", "d_kv", "v_head_dim", "qk_nope_head_dim"), 16),
-    **dict.fromkeys(("mamba_d_head", "mamba_head_dim", "linear_key_head_dim", "linear_value_head_dim", "dhead"), 16),
-    **dict.fromkeys(("mamba_n_heads", "mamba_num_heads", "n_mamba_heads"), 8),
-    **dict.fromkeys(("linear_num_key_heads", "linear_num_value_heads"), 4),
-    **dict.fromkeys(("mamba_d_state", "ssm_state_size", "mamba_dt_rank", "state_size"), 8),
-    **dict.fromkeys(("mamba_d_ssm", "mamba_intermediate_size"), 128),
-    **dict.fromkeys(("qk_rope_head_dim",), 8),
-    **dict.fromkeys(("q_lora_rank", "kv_lora_rank", "o_lora_rank", "index_head_dim"), 24),
-    "rotary_dim": 8, "linear_head_dim": 16, "linear_num_heads": 4, "depth": 2, "index_n_heads": 2, "index_topk": 64, "layer_types": None, "rwkv_hidden_size": HIDDEN,
-    "sliding_window": 33, "local_window_size": 33, "attention_window_size": 33, "window_size": 33,
-    "use_mamba_kernels": False, "use_cache": False, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
-    "conv_kernel": 4, "num_mem_blocks": 1, "is_decoder": True, "first_k_dense_replace": 1, "laurel_rank": 8,
-    "num_kv_shared_layers": 2, "chunk_size": 32, "mamba_chunk_size": 32, "attention_chunk_size": 40,
-    "attention_window": 33, "mamba_n_groups": 1, "n_groups": 1, "max_window_layers": 3,
-}  # fmt: skip
+_SIZES: tuple[tuple[Any, str], ...] = (
+    (HIDDEN,
+     "hidden_size d_model n_embd embed_dim dim lru_width encoder_hidden_size hidden_size_per_layer_input "
+     "embedding_size attention_hidden_size pronunciation_embed_dim index_topk rwkv_hidden_size"),
+    (LAYERS,
+     "num_hidden_layers n_layer n_layers decoder_layers encoder_layers num_layers num_decoder_layers "
+     "num_encoder_layers"),
+    (4,
+     "num_attention_heads n_head n_heads num_heads decoder_attention_heads encoder_attention_heads "
+     "num_experts num_local_experts n_routed_experts moe_num_experts linear_num_key_heads "
+     "linear_num_value_heads linear_num_heads conv_kernel"),
+    (2,
+     "num_key_value_heads num_kv_heads num_global_key_value_heads num_experts_per_tok moe_k "
+     "num_experts_per_token moe_topk depth index_n_heads eos_token_id num_kv_shared_layers"),
+    (96,
+     "intermediate_size ffn_dim n_inner ffn_hidden_size dense_ffn_hidden_size decoder_ffn_dim "
+     "encoder_ffn_dim d_inner dff dense_intermediate_size"),
+    (32,
+     "moe_intermediate_size shared_expert_intermediate_size moe_shared_expert_intermediate_size "
+     "expert_ffn_hidden_size shared_intermediate_size intermediate_size_mlp chunk_size mamba_chunk_size"),
+    (VOCAB, "vocab_size vocab_size_per_layer_input bigram_vocab_size"),
+    (512, "max_position_embeddings n_positions max_seq_len n_ctx max_sequence_length"),
+    (1,
+     "n_group topk_group n_shared_experts num_shared_experts moe_num_shared_experts bos_token_id "
+     "num_mem_blocks first_k_dense_replace mamba_n_groups n_groups"),
+    (16,
+     "head_dim global_head_dim kv_channels d_kv v_head_dim qk_nope_head_dim mamba_d_head mamba_head_dim "
+     "linear_key_head_dim linear_value_head_dim dhead linear_head_dim"),
+    (8,
+     "mamba_n_heads mamba_num_heads n_mamba_heads mamba_d_state ssm_state_size mamba_dt_rank state_size "
+     "qk_rope_head_dim rotary_dim laurel_rank"),
+    (128, "mamba_d_ssm mamba_intermediate_size"),
+    (24, "q_lora_rank kv_lora_rank o_lora_rank index_head_dim"),
+    (None, "layer_types"),
+    (33, "sliding_window local_window_size attention_window_size window_size attention_window"),
+    (False, "use_mamba_kernels use_cache"),
+    (0, "pad_token_id"),
+    (True, "is_decoder"),
+    (40, "attention_chunk_size"),
+    (3, "max_window_layers"),
+)  # fmt: skip
+SIZES: dict[str, Any] = {key: value for value, keys in _SIZES for key in keys.split()}
 """What a configuration is given of the names that it has."""
 
 MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}}
 OWN: dict[str, dict[str, Any]] = {
     "gpt_neo": {"attention_types": [[["global", "local"], 3]]},
+    "lfm2": {"layer_types": ["conv", "conv", "full_attention"] * 2},
     "lfm2_moe": {"layer_types": ["conv", "conv", "full_attention"] * 2},
     "gemma3n_text": {"layer_types": ["sliding_attention", "full_attention"] * 3},
     "gemma4_text": {"layer_types": ["sliding_attention", "full_attention"] * 3},
@@ -89,6 +103,8 @@ WRAPPERS = {
 """Types with images whose language model is served, and what their parts are where they take any."""
 MOST_WEIGHTS = 60_000_000
 """Larger ones have sizes of their own, which the test leaves alone."""
+MOST_ERROR = 1e-4
+"""The largest difference of states, relative to the largest state."""
 LENGTHS = (7, 150, 40)
 
 
@@ -134,9 +150,10 @@ def make(name: str, folder: Path) -> None:
 def plain(name: str, folder: Path, taps: tuple[int, ...], tokens: torch.Tensor) -> dict[str, torch.Tensor]:
     """taps and final as transformers has them: a model of its own for each sequence, eager attention, no padding."""
     factory: Any = transformers.AutoModelForImageTextToText if name in WRAPPERS else transformers.AutoModelForCausalLM
+    attention = "sdpa" if name == "moshi" else "eager"  # whose eager attention sees later tokens
     found: dict[str, list[torch.Tensor]] = {"taps": [], "final": []}
-    for ids in tokens.split(LENGTHS):
-        model = factory.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    for ids in torch.split(tokens, LENGTHS)  :  # type: ignore[no-untyped-call]
+        model = factory.from_pretrained(folder, dtype=torch.float32, attn_implementation=attention).eval()
         with torch.no_grad():
             states = model(input_ids=ids[None].long(), output_hidden_states=True, use_cache=False).hidden_states
         found["taps"].append(torch.stack([states[tap + 1][0] for tap in taps], dim=1))
@@ -163,8 +180,8 @@ def outcome(name: str, folder: Path) -> Outcome:
         target: Any = load_target(TargetConfig(model=f"{folder}/", device="cpu", dtype="float32"))
     except SpecdError as error:
         return Outcome(name, "refused", str(error).replace(str(folder), name))
-    taps = (0, target.contract.num_layers // 2, target.contract.num_layers - 2)
-    taps = tuple(sorted({tap for tap in taps if tap >= 0}))
+    last = target.contract.num_layers - 2
+    taps = tuple(sorted({0, last // 2 + 1, last}))
     spec = CaptureSpec(taps=taps, final=True, dtype="float32")
     ids = np.random.default_rng(0).integers(3, min(VOCAB, target.contract.vocab_size), sum(LENGTHS)).astype(np.int32)
     layout = slot_layout(spec, target.contract.hidden_size, ids.size)
@@ -172,7 +189,35 @@ def outcome(name: str, folder: Path) -> Outcome:
     job = CaptureJob(tokens=ids, lengths=np.array(LENGTHS, np.int32), spec=spec, layout=layout, slot=slot)
     target.run([job])
     expected = plain(name, folder, taps, torch.from_numpy(ids))
-    error = max(
-        float((slot_tensors(job)[key] - rows).abs().max() / rows.abs().max()) for key, rows in expected.items()
-    )
-    return Outcome(name, "alone" if target.alone else "packed", target.alone, error)
+    worst = max(float((slot_tensors(job)[key] - rows).abs().max() / rows.abs().max()) for key, rows in expected.items())
+    return Outcome(name, "alone" if target.alone else "packed", target.alone, worst)
+
+
+SAID = {"packed": "exact", "alone": "exact, one sequence a forward", "refused": "refused"}
+"""How the table puts an outcome."""
+
+
+def row(found: Outcome) -> str:
+    """Its row of the table in docs/targets.md."""
+    why = found.why.partition(f"target {found.name}: ")[2] or found.why
+    return f"| {found.name} | {SAID[found.how]} | {why} |"
+
+
+def main() -> None:
+    """Print the rows of the table in docs/targets.md."""
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore")
+    transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    logging.disable()
+    for name in names():
+        with tempfile.TemporaryDirectory() as folder:
+            found = outcome(name, Path(folder))
+        if found.error > MOST_ERROR:
+            raise SystemExit(f"{name} is {found.how}, and wrong by {found.error:.1e}")
+        if found.how != "none":
+            print(row(found), flush=True)
+
+
+if __name__ == "__main__":
+    main()

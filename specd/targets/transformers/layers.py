@@ -7,12 +7,20 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-
 from transformers import PreTrainedModel
 
 from specd.errors import TargetError, first_line
 
 logger = logging.getLogger(__name__)
+
+
+def find_decoder(network: PreTrainedModel) -> Any:
+    """The part of a model that makes hidden states of token ids, without its lm_head and its encoders."""
+    found: Any = network.get_decoder()  # type: ignore[no-untyped-call]
+    if found is not network and isinstance(found, PreTrainedModel):
+        return found
+    inner = network.base_model  # some take another part for the decoder, as what they call their head
+    return getattr(network, "model", network) if inner is network else inner
 
 
 def find_layers(decoder: torch.nn.Module, num_layers: int, name: str) -> Sequence[torch.nn.Module]:
@@ -40,7 +48,7 @@ def residual(output: Any, name: str) -> torch.Tensor:
 
     Raises TargetError where that is no stream of one vector a token.
     """
-    hidden = output[0] if isinstance(output, tuple) else output
+    hidden = output[0] if isinstance(output, tuple | list) else output
     if not isinstance(hidden, torch.Tensor) or hidden.ndim != 3 or hidden.shape[0] != 1:
         shape = tuple(hidden.shape) if isinstance(hidden, torch.Tensor) else type(hidden).__name__
         raise TargetError(

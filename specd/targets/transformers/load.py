@@ -33,8 +33,9 @@ def load_causal_lm(
     dtype: `auto` is the preset's, else the checkpoint's. device: `auto` is cuda where there is one.
     load_format: `dummy` needs config.json alone and draws normal(0, 0.02) weights from a fixed seed, the same for
     every depth. num_layers: keeps the first layers only (dummy weights). trust_remote_code: runs Python code that comes
-    with the checkpoint, of which some models consist. A model with images gives its language model. Block-quantised FP8 weights are expanded to
-    `dtype`, because transformers gets its FP8 kernels from a hub at run time.
+    with the checkpoint, of which some models consist. A model with images is loaded whole; its language model is one.
+    Block-quantised FP8 weights are expanded to `dtype`, because transformers gets its FP8 kernels from a hub at run
+    time.
     Raises ConfigError for an impossible request, TargetError when the checkpoint cannot be loaded.
     """
     source = resolve(model, need="shape" if load_format == "dummy" else "weights", code=trust_remote_code)
@@ -95,8 +96,8 @@ def _read_model(source: Source, dtype: torch.dtype, trust_remote_code: bool) -> 
         raise
     except Exception as error:  # a model's own code raises what it likes
         raise TargetError(
-            f"target {source.name}: cannot load {source.path}: {first_line(error)}; fetch its files again, or take another "
-            f"target or backend (--backend sglang)"
+            f"target {source.name}: cannot load {source.path}: {first_line(error)}; fetch its files again, or take "
+            f"another target or backend (--backend sglang)"
         ) from error
     return network
 

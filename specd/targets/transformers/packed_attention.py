@@ -40,10 +40,10 @@ class Packed:
     """How the tokens of one forward divide into sequences; travels as a keyword argument to every attention layer.
 
     bounds: where each sequence begins, and the end. offsets: the same on the GPU, if its varlen kernel is to be used.
-    seen: whether any attention layer used it.
+    seen: whether any attention layer used it. windowed: whether any named a window.
     """
 
-    __slots__ = ("bounds", "longest", "masks", "offsets", "seen")
+    __slots__ = ("bounds", "longest", "masks", "offsets", "seen", "windowed")
 
     def __init__(self, lengths: Sequence[int], device: torch.device) -> None:
         self.bounds = tuple(accumulate(lengths, initial=0))
@@ -51,7 +51,7 @@ class Packed:
         short = device.type == "cuda" and self.bounds[-1] < SHORT_TOKENS * len(lengths) and len(lengths) > 1
         self.offsets = torch.tensor(self.bounds, dtype=torch.int32, device=device) if short else None
         self.masks: dict[tuple[int, int], torch.Tensor] = {}
-        self.seen = False
+        self.seen = self.windowed = False
 
     def window_mask(self, length: int, window: int, device: torch.device) -> torch.Tensor:
         """bool [length, length]: the last `window` tokens up to each, made once a forward for all layers."""
@@ -92,6 +92,7 @@ def packed_attention(
     if strange := sorted(key for key, value in others.items() if value is not None and key not in PLAIN):
         raise Unpackable(f"its attention wants {', '.join(strange)}")
     packed.seen = True
+    packed.windowed |= sliding_window is not None
     half = query.dtype in (torch.bfloat16, torch.float16) and value.shape[-1] == query.shape[-1] <= 256
     varlen = _varlen_attention() if packed.offsets is not None and half else None
     if varlen is not None:

@@ -24,7 +24,7 @@ from specd.targets.digest import dummy_digest, weights_digest
 from specd.targets.quiet import no_warnings
 from specd.targets.source import Source, dummy_config, resolve, with_tokenizer
 from specd.targets.transformers import trial
-from specd.targets.transformers.layers import artifact_tensors, find_layers, residual, use_grouped_experts
+from specd.targets.transformers.layers import artifact_tensors, find_decoder, find_layers, residual, use_grouped_experts
 from specd.targets.transformers.load import load_network
 from specd.targets.transformers.packed_attention import ATTENTION, Packed, Unpackable, packed_attention
 from specd.targets.transformers.rope import Rope
@@ -75,17 +75,18 @@ class TransformersTarget:
             raise
         except Exception as error:
             raise TargetError(
-                f"target {source.name}: {type(network).__name__} of transformers does not run as a decoder of tokens alone "
-                f"({type(error).__name__}: {first_line(error)}); take another target, or try --backend sglang"
+                f"target {source.name}: {type(network).__name__} of transformers does not run as a decoder of tokens "
+                f"alone ({type(error).__name__}: {first_line(error)}); take another target, or try --backend sglang"
             ) from error
 
     def _adopt(self, network: PreTrainedModel, source: Source, published: dict[str, Any], dummy: bool) -> None:
         AttentionInterface.register(ATTENTION, packed_attention)
         use_grouped_experts(network)
-        self._decoder: Any = network.get_decoder()  # type: ignore[no-untyped-call]
+        self._decoder: Any = find_decoder(network)
         text_config = network.config.get_text_config(decoder=True)
         self._layers = find_layers(self._decoder, text_config.num_hidden_layers, source.name)
-        self._own_attention = self._decoder.config._attn_implementation
+        self._own_attention: str = self._decoder.config._attn_implementation
+        self._has_window = _window(text_config.to_dict())
         self._rope = Rope(self._decoder)
         self._device = network.device
         self.device = str(network.device)
@@ -126,8 +127,8 @@ class TransformersTarget:
                     raise
                 torch.cuda.synchronize(self._device)
             raise TargetError(
-                f"target {self._name}: a forward of {tokens.size} tokens failed, {max(lengths)} in its longest sequence: "
-                f"{error}"
+                f"target {self._name}: a forward of {tokens.size} tokens failed, {max(lengths)} in its longest "
+                f"sequence: {error}"
             ) from error
 
     def _shares(self, lengths: Sequence[int]) -> list[list[int]]:
@@ -138,8 +139,9 @@ class TransformersTarget:
             return [list(lengths)]
         # Where frequencies follow from the length, only sequences that leave them alone may share a forward.
         shares: list[list[int]] = []
-        for short, run in groupby(lengths, lambda length: length < self._rope.limit):
-            shares += [list(run)] if short else [[length] for length in run]
+        for short, together in groupby(lengths, lambda length: length < self._rope.limit):
+            run = list(together)
+            shares += [run] if short else [[length] for length in run]
         return shares
 
     def artifact(self, name: str) -> memoryview:
@@ -183,7 +185,9 @@ class TransformersTarget:
         limit = float(behind[0].abs().max()) * (1e-5 if exact else 3e-2)
         if not torch.allclose(behind[0], behind[1], rtol=0, atol=limit, equal_nan=True):
             self._separate(Unpackable("a sequence changes the states of the one packed behind it"))
-        elif not all(trial.near(getattr(packed[0], key), getattr(alone, key), exact=exact) for key in ("taps", "final")):
+        elif not all(
+            trial.near(getattr(packed[0], key), getattr(alone, key), exact=exact) for key in ("taps", "final")
+        ):
             self._separate(Unpackable("packed into one forward, sequences have other states than alone"))
         else:
             self._attend(ATTENTION)
@@ -221,9 +225,7 @@ class TransformersTarget:
         self.alone = str(why)
         if why.eager:
             self._own_attention = "eager"
-        logger.warning(
-            "%s: %s, so its sequences run one by one, not packed into one forward", self._name, self.alone
-        )
+        logger.warning("%s: %s, so its sequences run one by one, not packed into one forward", self._name, self.alone)
         self._attend(self._own_attention)
 
     def _attend(self, attention: str) -> None:
@@ -264,7 +266,9 @@ class TransformersTarget:
 
         self._rope.reset()
         # Alone, a sequence is given as a user of transformers would: no positions, no packing.
-        how = {} if self.alone else {"position_ids": torch.from_numpy(positions).to(self._device)[None], "packed": packed}
+        how = (
+            {} if self.alone else {"position_ids": torch.from_numpy(positions).to(self._device)[None], "packed": packed}
+        )
         handles = [self._layers[tap].register_forward_hook(copy_tap(tap, k)) for k, tap in enumerate(spec.taps)]
         try:
             output = self._decoder(
@@ -282,12 +286,21 @@ class TransformersTarget:
                 handle.remove()
         if not packed.seen and not self.alone:
             raise Unpackable("its attention ignores how sequences are packed")
+        if self._has_window and not packed.windowed and not self.alone:
+            raise Unpackable("its attention has a window in its mask alone")
 
     def _use_threads(self) -> None:
         # OpenMP keeps its thread count per calling thread, so it is set where the forwards run.
         if self._threads > 0 and self._thread != threading.get_ident():
             torch.set_num_threads(self._threads)
             self._thread = threading.get_ident()
+
+
+def _window(settings: dict[str, Any]) -> bool:
+    """Whether layers see so many tokens back alone."""
+    kinds = settings.get("layer_types")
+    used = settings.get("use_sliding_window", True) and (not kinds or "sliding_attention" in kinds)
+    return bool(settings.get("sliding_window") and used)
 
 
 def _strange(settings: dict[str, Any]) -> str:
