@@ -152,7 +152,7 @@ def plain(name: str, folder: Path, taps: tuple[int, ...], tokens: torch.Tensor) 
     factory: Any = transformers.AutoModelForImageTextToText if name in WRAPPERS else transformers.AutoModelForCausalLM
     attention = "sdpa" if name == "moshi" else "eager"  # whose eager attention sees later tokens
     found: dict[str, list[torch.Tensor]] = {"taps": [], "final": []}
-    for ids in torch.split(tokens, LENGTHS)  :  # type: ignore[no-untyped-call]
+    for ids in torch.split(tokens, list(LENGTHS)):
         model = factory.from_pretrained(folder, dtype=torch.float32, attn_implementation=attention).eval()
         with torch.no_grad():
             states = model(input_ids=ids[None].long(), output_hidden_states=True, use_cache=False).hidden_states
