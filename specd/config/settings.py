@@ -28,7 +28,8 @@ class TargetConfig(Config, kw_only=True, frozen=True):
     load_format: `auto` reads the weights, `dummy` draws random ones for config.json. num_layers: 0 keeps the model's
     depth, any other number cuts it (dummy weights only). threads: CPU threads of a forward, 0 for torch's choice.
     max_forward_tokens: several small batches share one forward up to this many tokens. exact: one batch a forward,
-    so that results are bit-identical to a local run.
+    so that results are bit-identical to a local run. trust_remote_code: run Python code that comes with the checkpoint,
+    of which some models consist (transformers backend).
     Of the SGLang backend alone: tp, over how many GPUs of this host it is spread, from `device` on; memory_fraction of
     a GPU's free memory that weights and KV cache may take, 0 for specd's choice; attention_backend, `auto` for its own.
     """
@@ -43,6 +44,7 @@ class TargetConfig(Config, kw_only=True, frozen=True):
     threads: NotNegative = 0
     max_forward_tokens: int = 16384
     exact: bool = False
+    trust_remote_code: bool = False
     tp: int = 1
     memory_fraction: float = 0.0
     attention_backend: str = "auto"

@@ -75,8 +75,15 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            directory, local_files_only=True, trust_remote_code=False
+        )
     except (OSError, ValueError, KeyError, ImportError) as error:
+        if "trust_remote_code" in str(error):
+            raise DataError(
+                f"the tokenizer in {str(directory)!r} is Python code that came with its checkpoint, which trainers "
+                f"do not run: write it as a tokenizer.json, and start the target with --tokenizer DIR"
+            ) from None
         raise DataError(
             f"no usable tokenizer in {str(directory)!r} ({first_line(error)}): conversations need the target's; "
             f"put its tokenizer.json there, or start the target with --tokenizer DIR"

@@ -55,9 +55,9 @@ class TargetContract(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     """Identity and shape of a target. Targets with equal `fingerprint` deliver the same states.
 
     weights: digest of the weights. tokenizer, chat_template: digests of those files, empty if there is none.
-    taps: the tap convention. tap_layers: the layers a draft's taps may be spread over, empty for all; if the target
-    mixes full and linear attention, those with full attention. dtype: of the weights as they run. artifacts: what
-    FETCH serves, by name (`config.json`, tokenizer files, `embedding` [V, H], `lm_head` [V, H]).
+    taps: the tap convention. tap_layers: the layers a draft's taps may be spread over, empty for all, as of every
+    backend of specd's own: a residual stream runs through linear attention, too. dtype: of the weights as they run.
+    artifacts: what FETCH serves, by name (`config.json`, tokenizer files, `embedding` [V, H], `lm_head` [V, H]).
     embedding_scale: what its embedding multiplies a row of `embedding` by. logit_scale, logit_softcap: its logits are
     products of the final state with `lm_head` times the one, and c · tanh(… / c) of that where the other is c, not 0.
     odd_embedding, odd_logits: why that does not describe them; empty if it does.

@@ -10,7 +10,6 @@ import msgspec
 import torch
 
 from specd.protocol.contract import ArtifactRef, TargetContract
-from specd.targets.base import tap_layers
 from specd.targets.digest import text_digests
 from specd.targets.source import Source
 from specd.targets.transforms import Transforms
@@ -71,7 +70,6 @@ class Artifacts:
             weights=weights,
             tokenizer=tokenizer,
             chat_template=chat_template,
-            tap_layers=tap_layers(getattr(text_config, "layer_types", None) or ()),
             artifacts=refs,
             **msgspec.structs.asdict(transforms),
         )

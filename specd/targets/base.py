@@ -84,22 +84,6 @@ class Target(Protocol):
         """Free the target. Idempotent."""
 
 
-def tap_layers(kinds: Sequence[str]) -> tuple[int, ...]:
-    """The contract's `tap_layers`. kinds: `layer_types` of the target's config, may be empty.
-
-    Hybrid targets (Qwen3.5 and its like) mix full and linear attention; only full-attention layers carry a tap. The
-    last layer is left out, as everywhere. Raises TargetError when there is none.
-    """
-    if "linear_attention" not in kinds:
-        return ()
-    layers = tuple(layer for layer, kind in enumerate(kinds[:-1]) if kind == "full_attention")
-    if not layers:
-        raise TargetError(
-            f"the target's layers are {', '.join(kinds)}: expected one with full attention before the last, to tap"
-        )
-    return layers
-
-
 _KINDS = ("layer_types", "layers_block_type", "block_types")
 """Keys of a config.json that list the kind of each layer."""
 _RECURRENT = (

@@ -1,4 +1,4 @@
-"""Transformers without its progress bars, which would break the caller's display."""
+"""Transformers without its progress bars and warnings, which would break the caller's display."""
 
 from __future__ import annotations
 
@@ -20,3 +20,17 @@ def no_bars() -> Iterator[None]:
     finally:
         if shown:
             bars.enable_progress_bar()
+
+
+@contextlib.contextmanager
+def no_warnings() -> Iterator[None]:
+    """Let transformers log errors alone."""
+    from transformers.utils import logging
+
+    log: Any = logging  # untyped
+    level = log.get_verbosity()
+    log.set_verbosity_error()
+    try:
+        yield
+    finally:
+        log.set_verbosity(level)

@@ -93,11 +93,12 @@ def with_tokenizer(source: Source, directory: str) -> Source:
     return found
 
 
-def resolve(model: str, *, need: Need = "weights") -> Source:
+def resolve(model: str, *, need: Need = "weights", code: bool = False) -> Source:
     """Find `model`: a preset of configs/, a local directory, or a hub name (owner/name).
 
     A preset whose weights come in a Python package is converted once, to specd's cache. A string with a slash that
-    is a directory is that directory. need: `tokenizer` and `shape` fetch no weights from a hub.
+    is a directory is that directory. need: `tokenizer` and `shape` fetch no weights from a hub. code: its Python files
+    are fetched, too.
     Raises ConfigError when there is no such target, TargetError when it cannot be read or downloaded.
     """
     directory = Path(os.path.expanduser(model))
@@ -107,12 +108,12 @@ def resolve(model: str, *, need: Need = "weights") -> Source:
     if known is not None and ("/" not in model or model.lower() == known.hub.lower()):
         if need == "shape" and known.config:
             return Source(name=known.name, config=known.config, preset=known)
-        path = convert(known) if known.package else _download(known.hub, need)
+        path = convert(known) if known.package else _download(known.hub, need, code)
         return _from_directory(path, name=known.name, preset=known)
     if directory.is_dir():
         return _from_directory(directory, name=str(directory.resolve()))
     if model.count("/") == 1 and not model.startswith((".", "/", "~")):
-        return _from_directory(_download(model, need), name=model)
+        return _from_directory(_download(model, need, code), name=model)
     raise ConfigError(
         f"model {model!r}: expected a preset ({', '.join(presets())}), a directory with a config.json, "
         f"or a hub name like owner/name"
@@ -182,13 +183,15 @@ def _from_directory(path: Path, *, name: str, preset: Preset | None = None) -> S
     return Source(name=name, config=config, path=path, preset=preset)
 
 
-def _download(repo: str, need: Need) -> Path:
+def _download(repo: str, need: Need, code: bool) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 
     patterns = ["config.json"]
     if need != "shape":
         patterns += (*TOKENIZER_FILES, f"{TEMPLATES}/*.jinja")
+    if code:
+        patterns.append("*.py")
     if need == "weights":
         patterns += ["*.safetensors", "*.safetensors.index.json"]
     try:

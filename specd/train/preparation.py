@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +15,9 @@ from specd.data import mask_token
 from specd.data.dataset import Dataset, dated, prepare
 from specd.data.portion import Report
 from specd.data.progress import progress
+
+_LENGTHS = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "seq_length")
+"""How configs call the number of positions that a model was trained for."""
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +59,24 @@ def prepared(
     elif begun is None and (mask := mask_of(draft)) is not None:
         mask_token.check_absent(mask, dataset)
     return Prepared(replace(config, draft=msgspec.to_builtins(draft)), draft, dataset)
+
+
+def warn_of_length(longest: int, target: Mapping[str, Any], name: str) -> None:
+    """Warn where samples are longer than what a target was trained for. longest: in tokens; target: its config.json."""
+    text = {**target, **(target.get("text_config") or {})}
+    rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
+    made_for = next((text[key] for key in _LENGTHS if isinstance(text.get(key), int)), 0)
+    before = text.get("original_max_position_embeddings") or rope.get("original_max_position_embeddings") or 0
+    if made_for and longest > made_for:
+        logger.warning(
+            "the longest sample has %d tokens, and %s was made for up to %d: its states beyond are not those of a "
+            "target in use; lower data.max_length", longest, name, made_for,
+        )  # fmt: skip
+    elif rope.get("rope_type", rope.get("type")) in ("longrope", "dynamic") and before and longest > before:
+        logger.warning(
+            "the longest sample has %d tokens, and %s turns to other rotary frequencies beyond %d: a draft sees both, "
+            "each sample by its own length; data.max_length=%d keeps to one", longest, name, before, before,
+        )  # fmt: skip
 
 
 def kept(config: RunConfig, draft: Config, begun: RunConfig | None) -> tuple[RunConfig, Config]:

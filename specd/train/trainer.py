@@ -46,7 +46,7 @@ from specd.train.journal import StepRecord, read
 from specd.train.loop import out_of_memory, train
 from specd.train.optimizer import total_steps
 from specd.train.owner import owned
-from specd.train.preparation import data_facts, kept, prepared
+from specd.train.preparation import data_facts, kept, prepared, warn_of_length
 from specd.train.tensorboard import Scalars
 from specd.transports import registry as transports
 
@@ -163,7 +163,9 @@ def _train(
         steps, done = total_steps(settled.train, loader.num_batches), checkpoints.step() if again else 0
         dtype: torch.dtype = getattr(torch, settled.train.dtype)
         try:
-            parts = _target_parts(subscriber, json.loads(files["config.json"]), dataset)
+            published = json.loads(files["config.json"])
+            warn_of_length(int(dataset.lengths.max()), published, contract.model)
+            parts = _target_parts(subscriber, published, dataset)
             objective = method.objective(draft, parts, device, dtype, settled.train.seed)
             objective.warm_up(getattr(torch, subscriber.spec.dtype))
         except torch.OutOfMemoryError as error:

@@ -23,7 +23,7 @@ import numpy as np
 import zmq
 
 from specd.config.settings import DaemonConfig
-from specd.errors import SpecdError, TransportError
+from specd.errors import SpecdError, TransportError, first_line
 from specd.memory.arena import HostArena
 from specd.memory.device_arena import DeviceArena
 from specd.parent import when_parent_dies
@@ -186,9 +186,15 @@ class Worker:
         try:
             try:
                 started = self._start()
-            except (SpecdError, MemoryError) as error:
-                log.debug("worker start failed", exc_info=True)
-                outbox.send(channel.encode(channel.StartFailed(reason=str(error) or repr(error))))
+            except Exception as error:  # what a build raises once, it would raise at the next load, too
+                known = isinstance(error, SpecdError | MemoryError)
+                log.log(logging.DEBUG if known else logging.ERROR, "worker start failed", exc_info=True)
+                reason = str(error) or repr(error)
+                if not known:
+                    reason = (
+                        f"the target failed to start: {type(error).__name__}: {first_line(error)}; see its log above"
+                    )
+                outbox.send(channel.encode(channel.StartFailed(reason=reason)))
                 if not self._config.parent_pid:  # a process waits to be killed, so that the reason arrives first
                     os.eventfd_write(self._ended, 1)
                 return

@@ -87,6 +87,20 @@ def test_a_failed_restart_is_retried(lives: Lives) -> None:
         assert list(served(host)) == list(range(5))
 
 
+def test_a_build_that_raises_is_tried_once(lives: Lives, caplog: pytest.LogCaptureFixture) -> None:
+    loads = []
+
+    def raises(config: TargetConfig) -> Target:
+        loads.append(config)
+        raise AttributeError("no layers")
+
+    lives(raises)
+    with pytest.raises(DaemonError, match="the target failed to start: AttributeError: no layers"), embedded(SETTINGS):
+        pass
+    assert len(loads) == 1
+    assert any(record.exc_info for record in caplog.records if "worker start failed" in record.msg)
+
+
 def test_the_back_off_grows_until_the_batch_that_ends_every_worker_is_found(
     lives: Lives, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -1,4 +1,4 @@
-"""What backends share: the layers that a hybrid target is tapped at, and the checks of a job."""
+"""What backends share: which targets carry a state from token to token."""
 
 from __future__ import annotations
 
@@ -6,16 +6,7 @@ from typing import Any
 
 import pytest
 
-from specd.drafts.taps import spread_taps
-from specd.targets.base import recurrent, tap_layers
-
-
-def test_hybrid_targets_are_tapped_at_full_attention_only() -> None:
-    kinds = ["linear_attention", "linear_attention", "linear_attention", "full_attention"] * 4
-    assert tap_layers(kinds) == (3, 7, 11)
-    assert spread_taps(16, 2, tap_layers(kinds)) == (3, 11)
-    assert tap_layers(["full_attention", "sliding_attention"]) == ()
-    assert tap_layers([]) == ()
+from specd.targets.base import recurrent
 
 
 @pytest.mark.parametrize(

@@ -325,11 +325,8 @@ def test_a_closed_target_says_so(models: dict[str, Path]) -> None:
         target.run([make_fill((4,))])
 
 
-def test_attention_of_another_kind_is_refused(tmp_path: Path) -> None:
-    config = {"model_type": "qwen3", "layer_types": ["full_attention"] * 5 + ["chunked_attention"]}
-    (tmp_path / "config.json").write_text(json.dumps(SMALL | config))
-    with pytest.raises(TargetError, match="layers of kind chunked_attention cannot run packed sequences"):
-        load_target(TargetConfig(model=f"{tmp_path}/", load_format="dummy", device="cpu"))
+def test_hybrids_are_tapped_at_any_layer(targets: dict[str, Target]) -> None:
+    assert targets["qwen3_next"].contract.tap_layers == ()
 
 
 @pytest.mark.parametrize(("family", "one_by_one"), [("qwen3_next", True), ("jamba", True), ("qwen3_moe", False)])
@@ -339,7 +336,7 @@ def test_a_state_that_runs_into_the_next_sequence_is_found_though_no_config_says
 ) -> None:
     monkeypatch.setattr("specd.targets.transformers.target.recurrent", lambda config: "")
     target: Any = load_target(TargetConfig(model=f"{models[family]}/", device="cpu", load_format=load_format))
-    assert target._one_by_one is one_by_one
+    assert bool(target.alone) is one_by_one
     packed, last = make_fill(LENGTHS), make_fill(LENGTHS[-1:])
     last.tokens[:] = packed.tokens[-LENGTHS[-1] :]
     target.run([packed])

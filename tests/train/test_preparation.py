@@ -20,7 +20,7 @@ from specd.data.faults import Fault
 from specd.data.portion import Report
 from specd.drafts.dflash.settings import DFlashConfig
 from specd.errors import CheckpointError, ConfigError
-from specd.train.preparation import data_facts, kept, mask_of, prepared
+from specd.train.preparation import data_facts, kept, mask_of, prepared, warn_of_length
 from specd.train.trainer import TrainedRun, train_draft
 
 DRAFT = {"num_layers": 1, "num_taps": 2, "block_size": 4, "num_anchors": 4}
@@ -142,3 +142,38 @@ def test_facts_name_what_is_left_out() -> None:
     assert facts["cannot be used: unknown role"] == "1,200, the first: a.jsonl line 3: turn 1 …"
     assert facts["more samples of split documents"] == 5
     assert list(facts)[-1] == "digest"
+
+
+@pytest.mark.parametrize(
+    ("target", "longest", "says"),
+    [
+        ({"max_position_embeddings": 2048}, 2048, ""),
+        ({"max_position_embeddings": 2048}, 2049, "2049 tokens, and tiny was made for up to 2048"),
+        ({"text_config": {"max_position_embeddings": 64}}, 65, "made for up to 64"),
+        ({"n_positions": 1024}, 1025, "made for up to 1024"),
+        ({}, 1 << 20, ""),
+        (
+            {
+                "max_position_embeddings": 131072,
+                "original_max_position_embeddings": 4096,
+                "rope_scaling": {"type": "longrope"},
+            },
+            8192,
+            "turns to other rotary frequencies beyond 4096",
+        ),
+        (
+            {
+                "max_position_embeddings": 131072,
+                "rope_parameters": {"rope_type": "llama3", "original_max_position_embeddings": 8192},
+            },
+            9000,
+            "",
+        ),
+    ],
+)
+def test_samples_beyond_what_a_target_was_made_for_are_told_of(
+    caplog: pytest.LogCaptureFixture, target: dict[str, Any], longest: int, says: str
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        warn_of_length(longest, target, "tiny")
+    assert [says in record.getMessage() for record in caplog.records] == ([True] if says else [])

@@ -10,8 +10,6 @@ from typing import Any
 
 import torch
 
-from specd.errors import TargetError
-
 ATTENTION = "specd_packed"
 """The name under which `packed_attention` is registered with transformers."""
 
@@ -20,14 +18,32 @@ SHORT_TOKENS = 512
 tokens 201 against 246 ms, 16 × 512 alike, 1 × 12,288 525 against 447 (sdpa has the faster kernel there)."""
 
 
+PLAIN = frozenset({
+    "dropout", "is_causal", "position_ids", "cache_position", "use_cache", "output_attentions", "output_hidden_states",
+    "return_dict", "output_router_logits", "logits_to_keep", "layer_idx",
+})  # fmt: skip
+"""Keyword arguments of an attention layer that say nothing about which token sees which."""
+
+
+class Unpackable(Exception):
+    """Why an attention layer cannot run packed sequences; its model can run them one by one.
+
+    eager: only transformers' own eager attention computes what the layer asks for.
+    """
+
+    def __init__(self, why: str, *, eager: bool = False) -> None:
+        super().__init__(why)
+        self.eager = eager
+
+
 class Packed:
     """How the tokens of one forward divide into sequences; travels as a keyword argument to every attention layer.
 
     bounds: where each sequence begins, and the end. offsets: the same on the GPU, if its varlen kernel is to be used.
-    seen: whether any attention layer used it.
+    seen: whether any attention layer used it. windowed: whether any named a window.
     """
 
-    __slots__ = ("bounds", "longest", "masks", "offsets", "seen")
+    __slots__ = ("bounds", "longest", "masks", "offsets", "seen", "windowed")
 
     def __init__(self, lengths: Sequence[int], device: torch.device) -> None:
         self.bounds = tuple(accumulate(lengths, initial=0))
@@ -35,7 +51,7 @@ class Packed:
         short = device.type == "cuda" and self.bounds[-1] < SHORT_TOKENS * len(lengths) and len(lengths) > 1
         self.offsets = torch.tensor(self.bounds, dtype=torch.int32, device=device) if short else None
         self.masks: dict[tuple[int, int], torch.Tensor] = {}
-        self.seen = False
+        self.seen = self.windowed = False
 
     def window_mask(self, length: int, window: int, device: torch.device) -> torch.Tensor:
         """bool [length, length]: the last `window` tokens up to each, made once a forward for all layers."""
@@ -58,20 +74,25 @@ def packed_attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
-    **_kwargs: Any,
+    **others: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attend inside each of the packed sequences; signature and layouts as AttentionInterface wants them.
 
     query: [1, heads, T, head_dim]. key, value: [1, kv_heads, T, …]. Returns [1, T, heads, head_dim]. No mask function
-    is registered under this name, so transformers makes no mask. Raises TargetError for soft-capping and sinks.
+    is registered under this name, so transformers makes no mask. Raises Unpackable for whatever else a layer wants.
     """
-    if packed is None:
-        raise TargetError(
-            f"{type(module).__name__} was not told how its tokens are packed; this model cannot be hosted"
-        )
     if softcap is not None or s_aux is not None:
-        raise TargetError(f"{type(module).__name__} wants soft-capping or attention sinks, which sdpa does not have")
+        raise Unpackable("its attention has soft-capping or sinks, which sdpa has not", eager=True)
+    if packed is None:
+        raise Unpackable("its attention is not told which tokens are one sequence")
+    if attention_mask is not None:
+        raise Unpackable("its attention makes a mask of its own")
+    if others.get("is_causal") is False or getattr(module, "is_causal", True) is False:
+        raise Unpackable("its attention is not causal")
+    if strange := sorted(key for key, value in others.items() if value is not None and key not in PLAIN):
+        raise Unpackable(f"its attention wants {', '.join(strange)}")
     packed.seen = True
+    packed.windowed |= sliding_window is not None
     half = query.dtype in (torch.bfloat16, torch.float16) and value.shape[-1] == query.shape[-1] <= 256
     varlen = _varlen_attention() if packed.offsets is not None and half else None
     if varlen is not None:
