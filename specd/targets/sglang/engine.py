@@ -159,7 +159,7 @@ class Engine:
 
     def transforms(self, embedding: torch.Tensor) -> Transforms:
         """What becomes of rows of `embedding`, as of `weights`, and of products with lm_head; a collective, too."""
-        config = self.runner.model_config.hf_text_config.to_dict()
+        config = vars(self.runner.model_config.hf_text_config)
         ids = probe_ids(int(config["vocab_size"]))
         with torch.inference_mode(), self._current():
             given = self.model.get_input_embeddings()(ids.to(self._device))

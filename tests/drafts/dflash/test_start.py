@@ -45,6 +45,13 @@ def test_it_begins_where_another_ended(tmp_path: Path, config: Any) -> None:
     assert "initial weights" not in first.facts()
 
 
+def test_it_goes_on_with_the_embedding_of_its_target(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    make_draft(CONFIG).export(tmp_path / "draft")
+    config = msgspec.structs.replace(CONFIG, init=str(tmp_path / "draft"))
+    assert DFlash(config, parts(figures={"embedding_scale": 8.0})).draft.shape.input_embedding_scale == 8.0
+    assert "its input_embedding_scale is 1, that of the target 8, with which it goes on" in caplog.text
+
+
 def make_same(draft: DFlash, seed: int) -> DFlash:
     """A new objective that draws its anchors by `seed`, with the weights of `draft`."""
     found = make_draft(draft.config, seed=seed)
