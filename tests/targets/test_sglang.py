@@ -255,7 +255,9 @@ def test_residuals_that_are_no_addition_are_refused_without_such_a_capture(
 ) -> None:
     monkeypatch.setattr(fake_sglang.Layer, "update", Gated())
     monkeypatch.delattr(fake_sglang.Model, "set_dflash_layers_to_capture")
-    with pytest.raises(TargetError, match=r"residual stream by Gated, expected an addition; use --backend transformers"):
+    with pytest.raises(
+        TargetError, match=r"residual stream by Gated, expected an addition; use --backend transformers"
+    ):
         load_target(config)
 
 
