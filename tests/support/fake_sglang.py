@@ -47,20 +47,21 @@ class Layer(torch.nn.Module):
     def forward(self, hidden: Any, residual: torch.Tensor | None, *, batch: Any) -> Any:
         self.calls += 1
         stream = batch.residual_stream if Process.version >= PUBLISHED else None
+        before: torch.Tensor
         if stream is not None:
-            residual = stream.prepare(hidden)
+            before = stream.prepare(hidden)
         else:
-            residual = hidden if residual is None else hidden + residual
+            before = hidden if residual is None else hidden + residual
         runner = self.runner[0]
-        runner.cache[batch.out_cache_loc if stream is None else batch.plan] = residual
-        mixed = torch.empty_like(residual)
+        runner.cache[batch.out_cache_loc if stream is None else batch.plan] = before
+        mixed = torch.empty_like(before)
         for row, start, length in zip(
             batch.req_pool_indices.tolist(), batch.extend_start_loc.tolist(), batch.extend_seq_lens_cpu, strict=True
         ):
             seen = runner.cache[runner.req_to_token_pool.req_to_token[row, :length].long()]
             mixed[start : start + length] = seen.cumsum(0) / (batch.positions[start : start + length, None] + 1)
         added = torch.tanh(self.mix(mixed))
-        return self.output(added, residual) if stream is None else stream.record(added, self.update)
+        return self.output(added, before) if stream is None else stream.record(added, self.update)
 
     def output(self, hidden: torch.Tensor, residual: torch.Tensor) -> Any:
         return hidden, residual

@@ -23,8 +23,8 @@ TESTED: Final = {
 """torch and transformers by SGLang: its own pins, but for the first, which is tested with the torch of `make test`."""
 IMPORTED: Final = (
     "aiohttp", "apache-tvm-ffi==0.1.11", "av==16.1.0", "compressed-tensors", "dill", "distro", "einops",
-    "fastapi<0.120", "gguf", "interegular", "IPython", "loguru", "numba", "numpy<2.4", "nvidia-ml-py", "openai", "orjson",
-    "partial-json-parser", "pillow", "prometheus-client", "psutil", "pybase64", "python-multipart", "scipy",
+    "fastapi<0.120", "gguf", "interegular", "IPython", "loguru", "numba", "numpy<2.4", "nvidia-ml-py", "openai",
+    "orjson", "partial-json-parser", "pillow", "prometheus-client", "psutil", "pybase64", "python-multipart", "scipy",
     "sentencepiece", "setproctitle", "tiktoken", "uvicorn", "zstandard",
 )  # fmt: skip
 TESTING: Final = ("hypothesis", "pytest", "pytest-timeout")

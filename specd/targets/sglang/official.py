@@ -53,9 +53,10 @@ class Official:
     def states(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[torch.Tensor]:
         """The captured states, [T, H] each, from what logits_processor was called with. Raises TargetError."""
         given = args[4] if len(args) > 4 else kwargs.get("aux_hidden_states")
-        num_tokens, hidden = args[1].shape
+        final: torch.Tensor = args[1] if len(args) > 1 else kwargs["hidden_states"]
+        num_tokens, hidden = final.shape
         if isinstance(given, torch.Tensor) and given.shape == (num_tokens, hidden * len(self._layers)):
-            return list(given.split(hidden, dim=1))  # packed, as DeepSeek's
+            return list(torch.split(given, hidden, dim=1))  # packed, as DeepSeek's
         found = [] if given is None or isinstance(given, torch.Tensor) else list(given)
         shapes = {tuple(states.shape) for states in found}
         if len(found) != len(self._layers) or shapes != {(num_tokens, hidden)}:
