@@ -13,14 +13,14 @@ import venv
 from pathlib import Path
 from typing import Final
 
-TORCH: Final = {"2.11.0": "0.26.0", "2.13.0": "0.28.0", "2.14.1": "0.29.1"}
+TORCH: Final = {"2.11.0": "0.26.0", "2.14.1": "0.29.1"}
 """torchvision by torch."""
 TESTED: Final = {
-    "0.5.14": ("2.13.0", "5.8.1"),
+    "0.5.14": ("2.11.0", "5.8.1"),
     "0.5.17": ("2.11.0", "5.12.1"),
     "0.5.23": ("2.14.1", "5.19.0"),
 }
-"""torch and transformers by SGLang: its own pins, but for the first, which is tested with the torch of `make test`."""
+"""torch and transformers by SGLang: what it pins."""
 IMPORTED: Final = (
     "aiohttp", "apache-tvm-ffi==0.1.11", "av==16.1.0", "compressed-tensors", "dill", "distro", "einops",
     "fastapi<0.120", "gguf", "interegular", "IPython", "loguru", "numba", "numpy<2.4", "nvidia-ml-py", "openai",

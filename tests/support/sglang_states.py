@@ -35,15 +35,6 @@ EXTRA: dict[str, dict[str, Any]] = {
         "query_pre_attn_scalar": 16,
         "tie_word_embeddings": True,
     },
-    "glm4_moe": {
-        "n_routed_experts": 16,
-        "num_experts_per_tok": 4,
-        "n_shared_experts": 1,
-        "first_k_dense_replace": 1,
-        "n_group": 1,
-        "topk_group": 1,
-        "tie_word_embeddings": False,
-    },
 }
 NAMES = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim")
 SHAPES = {"cpu": (64, 96, 4, 2, 16), "cuda": (2048, 1024, 32, 4, 128)}
@@ -57,7 +48,7 @@ def checkpoint(family: str, path: Path, kind: str) -> None:
         "vocab_size": 1024,
         "max_position_embeddings": 256,
     }
-    if family.endswith("_moe"):
+    if family == "qwen3_moe":
         shape["moe_intermediate_size"] = MOE_SIZE[kind]
     config = transformers.AutoConfig.for_model(family, **shape, **EXTRA[family])
     factory: Any = transformers.AutoModelForCausalLM

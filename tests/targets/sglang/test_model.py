@@ -28,7 +28,7 @@ TOP: dict[str, Any] = {"lm_head": "lm_head", "logits_processor": "head"}
     ids=["bare", "inner wrapper", "a causal LM inside", "a decoder inside", "thinker"],
 )
 def test_parts_are_found_bare_and_wrapped(model: Any) -> None:
-    found = parts(model)
+    found: Any = parts(model)
     assert (found.layers, found.norm, found.embedding) == (["layer"], "norm", "embedding")
     assert (found.lm_head, found.head) == ("lm_head", "head")
 
