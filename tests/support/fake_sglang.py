@@ -1,7 +1,8 @@
 """What specd touches of SGLang, with a tiny decoder behind it: enough to run the backend where SGLang is not installed.
 
-Its layers return (hidden, residual) as SGLang's do, and attend causally within each sequence through the KV cache's
-slots and the request table, so that wrong positions, slots or lengths change the states.
+Its layers return (hidden, residual) as SGLang's do, or as from 0.5.22 on leave the residual in the batch's stream. They
+attend causally within each sequence through the KV cache's slots and the request table, so that wrong positions, slots
+or lengths change the states.
 """
 
 from __future__ import annotations
@@ -15,13 +16,27 @@ from typing import Any
 import pytest
 import torch
 
+from fake_sglang_stream import Addition, ResidualStream
 from specd.targets.sglang.touch_points import TOUCH_POINTS
+from specd.targets.sglang.versions import PUBLISHED, WRAPPED, Version, version_of
 
 HIDDEN, VOCAB, LAYERS = 64, 256, 5
+VERSIONS = ("0.5.14", "0.5.17", "0.5.23")
+"""One of each form."""
+
+
+class Process:
+    """What SGLang keeps for the whole process."""
+
+    version: Version = (0, 5, 14)
+    published: Any = None
+    groups: list[str] = []  # noqa: RUF012  # replaced by install
 
 
 class Layer(torch.nn.Module):
     """Mixes each token with the mean of what its sequence's slots hold up to it; then SGLang's residual convention."""
+
+    update: Any = Addition()
 
     def __init__(self, runner: ModelRunner) -> None:
         super().__init__()
@@ -29,18 +44,24 @@ class Layer(torch.nn.Module):
         self.runner = (runner,)
         self.calls = 0
 
-    def forward(self, hidden: torch.Tensor, residual: torch.Tensor | None, batch: ForwardBatch) -> Any:
+    def forward(self, hidden: Any, residual: torch.Tensor | None, *, batch: Any) -> Any:
         self.calls += 1
-        residual = hidden if residual is None else hidden + residual
+        stream = batch.residual_stream if Process.version >= PUBLISHED else None
+        before: torch.Tensor
+        if stream is not None:
+            before = stream.prepare(hidden)
+        else:
+            before = hidden if residual is None else hidden + residual
         runner = self.runner[0]
-        runner.cache[batch.out_cache_loc] = residual
-        mixed = torch.empty_like(residual)
+        runner.cache[batch.out_cache_loc if stream is None else batch.plan] = before
+        mixed = torch.empty_like(before)
         for row, start, length in zip(
             batch.req_pool_indices.tolist(), batch.extend_start_loc.tolist(), batch.extend_seq_lens_cpu, strict=True
         ):
             seen = runner.cache[runner.req_to_token_pool.req_to_token[row, :length].long()]
             mixed[start : start + length] = seen.cumsum(0) / (batch.positions[start : start + length, None] + 1)
-        return self.output(torch.tanh(self.mix(mixed)), residual)
+        added = torch.tanh(self.mix(mixed))
+        return self.output(added, before) if stream is None else stream.record(added, self.update)
 
     def output(self, hidden: torch.Tensor, residual: torch.Tensor) -> Any:
         return hidden, residual
@@ -67,22 +88,36 @@ class Decoder(torch.nn.Module):
 
 
 class Model(torch.nn.Module):
+    """off_by: what its own capture of layers is wrong by, in layers."""
+
+    off_by = 0
+
     def __init__(self, runner: ModelRunner, layer: type[Layer]) -> None:
         super().__init__()
         self.model = Decoder(runner, layer)
         self.lm_head = torch.nn.Linear(HIDDEN, VOCAB + 64, bias=False)  # padded, as SGLang's are
         self.logits_processor = LogitsProcessor()
+        self.capture_aux_hidden_states = False
 
-    def get_input_embeddings(self) -> torch.nn.Embedding:
-        return self.model.embed_tokens
+    def set_dflash_layers_to_capture(self, layers: list[int]) -> None:
+        self.capture_aux_hidden_states = True
+        for layer in layers:  # a second set adds to the first, as with Qwen3-MoE
+            self.model.layers[layer + 1 + self.off_by]._is_layer_to_capture = True  # type: ignore[assignment]
 
-    def forward(self, batch: ForwardBatch) -> Any:
-        hidden, residual = self.model.embed_tokens(batch.input_ids), None
+    def forward(self, batch: Any) -> Any:
+        if Process.version >= PUBLISHED:
+            batch.residual_stream = ResidualStream()
+        hidden, residual, aux = self.model.embed_tokens(batch.input_ids), None, []
         for layer in self.model.layers:
-            output = layer(hidden, residual, batch)
+            if getattr(layer, "_is_layer_to_capture", False):
+                aux.append(hidden + residual if residual is not None else batch.residual_stream.snapshot(hidden))
+            output = layer(hidden, residual, batch=batch)
             hidden, residual = output[:2] if isinstance(output, tuple) else (output, None)
+        if Process.version >= PUBLISHED:
+            hidden = batch.residual_stream.prepare(hidden)
         normed = self.model.norm(hidden, residual)
-        return self.logits_processor(batch.input_ids, normed[0] if isinstance(normed, tuple) else normed, None, batch)
+        given = (batch.input_ids, normed[0] if isinstance(normed, tuple) else normed, None, batch)
+        return self.logits_processor(*given, aux) if self.capture_aux_hidden_states else self.logits_processor(*given)
 
 
 class ServerArgs:
@@ -96,11 +131,17 @@ class ModelRunner:
     layer: type[Layer] = Layer
     fail: Exception | None = None
 
-    def __init__(self, *, server_args: ServerArgs, **_: Any) -> None:
+    def __init__(self, *, server_args: ServerArgs, **given: Any) -> None:
+        assert ("ps" in given) == (WRAPPED <= Process.version < PUBLISHED)
+        assert ("pp_size" in given) == (Process.version < WRAPPED)
+        if Process.version >= PUBLISHED:
+            assert Process.published is server_args
+            assert Process.groups == ["parallel", "layers"]
+            self.kv_index_translator = Translator()
         self.args = server_args
         self.dtype = torch.float32
         text = types.SimpleNamespace(hidden_size=HIDDEN, num_hidden_layers=LAYERS, vocab_size=VOCAB)
-        self.model_config = types.SimpleNamespace(hf_text_config=text)
+        self.model_config = types.SimpleNamespace(hf_text_config=text, model_is_mrope=False)
         torch.manual_seed(0)
         self.model = Model(self, type(self).layer)
 
@@ -116,14 +157,68 @@ class ModelRunner:
 
     def init_cuda_graphs(self) -> None: ...
 
-    def forward(self, batch: ForwardBatch) -> Any:
+    def forward(self, batch: Any) -> Any:
         if (failure := type(self).fail) is not None:
             raise failure
-        return self.model(batch)
+        return self.model(dataclasses.replace(batch))  # SGLang's runner works on a copy
 
 
-@dataclasses.dataclass
-class ForwardBatch:
+class Translator:
+    """Says which slots a forward writes; a forward without its plan writes none."""
+
+    def own_plan(self, batch: Any) -> Any:
+        def bind(bound: Any, translator: Translator) -> None:
+            assert (bound, translator) == (batch, self)
+            batch.plan = batch.out_cache_loc
+
+        return types.SimpleNamespace(bind=bind)
+
+
+class ParallelState:
+    def __init__(
+        self,
+        tp_rank: int,
+        tp_size: int,
+        attn_tp_rank: int,
+        attn_tp_size: int,
+        dp_rank: None,
+        moe_dp_rank: None,
+        gpu_id: int,
+    ) -> None:
+        assert (tp_rank, tp_size) == (attn_tp_rank, attn_tp_size) == (0, 1)
+
+    @classmethod
+    def trivial(cls, **given: Any) -> ParallelState:
+        return cls(**given)
+
+
+class SpawnRanks:
+    def __init__(self, *, world_rank: int, gpu_id: int) -> None:
+        assert world_rank == 0
+
+
+def publish(server_args: ServerArgs, *, role: str, ranks: SpawnRanks) -> None:
+    assert role == "scheduler"
+    Process.published, Process.groups = server_args, []
+
+
+def init_parallel_runtime(*, server_args: ServerArgs, device: str, dist_port: int) -> None:
+    assert Process.published is server_args
+    Process.groups.append("parallel")
+
+
+def init_layer_runtime(*, model_config: Any) -> None:
+    Process.groups.append("layers")
+
+
+def initialize(*given: Any) -> None:
+    """Of every kind of kernel: takes the settings until they are published."""
+    assert len(given) == (Process.version < PUBLISHED)
+    assert Process.version < PUBLISHED or Process.published is not None
+
+
+@dataclasses.dataclass(kw_only=True, eq=False)
+class Batch:
     forward_mode: Any
     batch_size: int
     input_ids: torch.Tensor
@@ -143,21 +238,41 @@ class ForwardBatch:
     extend_logprob_start_lens_cpu: list[int]
     spec_algorithm: Any
     capture_hidden_mode: Any
-    num_token_non_padded_cpu: int
     is_extend_in_batch: bool
     lora_ids: list[None]
     rids: list[str]
+    mrope_positions: torch.Tensor | None = None
 
 
-def install(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Put a package `sglang` 0.5.14 of these pieces in place; symbols that are only called get a function."""
+@dataclasses.dataclass(kw_only=True, eq=False)
+class EarlyBatch(Batch):
+    num_token_non_padded_cpu: int
+
+
+@dataclasses.dataclass(kw_only=True, eq=False)
+class LateBatch(Batch):
+    global_num_token_non_padded_cpu: int
+    residual_stream: Any = None
+    plan: Any = None
+
+
+def install(monkeypatch: pytest.MonkeyPatch, version: str = "0.5.14") -> None:
+    """Put a package `sglang` of these pieces in place; symbols that are only called get a function."""
     monkeypatch.setattr(ModelRunner, "layer", Layer)
     monkeypatch.setattr(ModelRunner, "fail", None)
+    monkeypatch.setattr(Process, "version", version_of(version))
+    monkeypatch.setattr(Process, "published", None)
+    monkeypatch.setattr(Process, "groups", [])
     package: Any = types.ModuleType("sglang")
-    package.__version__ = "0.5.14"
+    package.__version__ = version
     monkeypatch.setitem(sys.modules, "sglang", package)
-    pieces = {piece.__name__: piece for piece in (ServerArgs, ModelRunner, ForwardBatch, LogitsProcessor)}
+    classes = (ServerArgs, ModelRunner, LogitsProcessor, ParallelState, SpawnRanks, ResidualStream)
+    functions = (publish, init_parallel_runtime, init_layer_runtime)
+    pieces: dict[str, Any] = {piece.__name__: piece for piece in (*classes, *functions)}
+    pieces["ForwardBatch"] = LateBatch if Process.version >= PUBLISHED else EarlyBatch
     for touch in TOUCH_POINTS:
+        if not touch.used(Process.version):
+            continue
         if touch.module not in sys.modules:
             for depth in range(2, touch.module.count(".") + 2):
                 name = ".".join(touch.module.split(".")[:depth])
@@ -166,8 +281,10 @@ def install(monkeypatch: pytest.MonkeyPatch) -> None:
                     continue
                 monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
         found: Any = pieces.get(touch.symbol)
-        if found is None and touch.symbol[0].islower():
-            found = lambda server_args=None: None  # noqa: E731
+        if found is None and touch.symbol.startswith("initialize_"):
+            found = initialize
+        elif found is None and touch.symbol[0].islower():
+            found = lambda: None  # noqa: E731
         elif found is None:
             found = type(touch.symbol, (), {})
         for name in touch.names:

@@ -26,8 +26,15 @@ from specd.targets.registry import load_target
 LENGTHS = (7, 1, 23, 16)
 TAPS = (0, 2, 3)
 EXTRA: dict[str, dict[str, Any]] = {
+    "llama": {"tie_word_embeddings": False},
     "qwen3": {"tie_word_embeddings": True},
     "qwen3_moe": {"num_experts": 16, "num_experts_per_tok": 4, "tie_word_embeddings": False},
+    "gemma3_text": {
+        "sliding_window": 8,
+        "layer_types": ["sliding_attention", "full_attention"] * 2 + ["sliding_attention"],
+        "query_pre_attn_scalar": 16,
+        "tie_word_embeddings": True,
+    },
 }
 NAMES = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim")
 SHAPES = {"cpu": (64, 96, 4, 2, 16), "cuda": (2048, 1024, 32, 4, 128)}

@@ -17,7 +17,8 @@ import pytest
 import torch
 
 import fake_sglang
-from fake_sglang import HIDDEN, LAYERS, VOCAB, ModelRunner
+from fake_sglang import HIDDEN, LAYERS, VERSIONS, VOCAB, ModelRunner
+from fake_sglang_stream import Gated
 from fills import draw_tokens, make_fill, read
 from specd.cli import start as start_verb
 from specd.config.load import convert
@@ -42,9 +43,9 @@ def checkpoint(tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.fixture
-def config(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> TargetConfig:
-    fake_sglang.install(monkeypatch)
+@pytest.fixture(params=VERSIONS)
+def config(request: pytest.FixtureRequest, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> TargetConfig:
+    fake_sglang.install(monkeypatch, request.param)
     monkeypatch.setenv("SGLANG_USE_CPU_ENGINE", "1")
     return TargetConfig(model=f"{checkpoint}/", backend="sglang", device="cpu", max_forward_tokens=100)
 
@@ -148,6 +149,7 @@ def test_a_closed_target_says_so(config: TargetConfig) -> None:
         target.run([make_fill((3,), SPEC)])
 
 
+@pytest.mark.parametrize("config", ["0.5.14", "0.5.17"], indirect=True)
 def test_a_model_with_another_residual_convention_is_refused(
     config: TargetConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -165,13 +167,97 @@ def test_a_model_with_another_residual_convention_is_refused(
         load_target(config)
 
 
-def test_layers_of_another_form_are_refused(config: TargetConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Triple(fake_sglang.Layer):
-        def output(self, hidden: torch.Tensor, residual: torch.Tensor) -> Any:
-            return hidden, residual, None
+class Triple(fake_sglang.Layer):
+    """As DeepSeek's with sparse attention."""
 
+    def output(self, hidden: torch.Tensor, residual: torch.Tensor) -> Any:
+        return hidden, residual, None
+
+
+@pytest.mark.parametrize("config", ["0.5.14", "0.5.17"], indirect=True)
+def test_a_third_output_is_none_of_the_states(config: TargetConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ModelRunner, "layer", Triple)
+    target = load_target(config)
+    fill = make_fill((6, 2), SPEC)
+    target.run([fill])
+    assert isinstance(target, SGLangTarget)
+    torch.testing.assert_close(read(fill), plain(target, fill))
+    target.close()
+
+
+@pytest.mark.parametrize("config", ["0.5.14", "0.5.17"], indirect=True)
+def test_layers_of_another_form_are_refused(config: TargetConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Quadruple(fake_sglang.Layer):
+        def output(self, hidden: torch.Tensor, residual: torch.Tensor) -> Any:
+            return hidden, residual, None, None
+
+    monkeypatch.setattr(ModelRunner, "layer", Quadruple)
     with pytest.raises(TargetError, match="neither"):
+        load_target(config)
+
+
+def test_the_check_against_sglangs_own_capture_leaves_no_trace(
+    target: SGLangTarget, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert target._engine is not None
+    model: Any = target._engine.model
+    assert not caplog.records
+    assert model.capture_aux_hidden_states is False
+    assert not any(hasattr(layer, "_is_layer_to_capture") for layer in model.model.layers)
+
+
+def test_a_draft_that_would_be_fed_other_states_is_told_of(
+    config: TargetConfig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(fake_sglang.Model, "off_by", 1)
+    target = load_target(config)
+    assert [record.getMessage()[:8] for record in caplog.records] == ["layer 0:", "layer 2:"]
+    assert "what SGLang's Model feeds to a draft differs by" in caplog.text
+    target.run([make_fill((3,), SPEC)])
+    target.close()
+
+
+def test_a_capture_that_fails_is_told_of(
+    config: TargetConfig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(fake_sglang.Model, "off_by", 10)
+    target = load_target(config)
+    assert "SGLang's own capture of layers [0, 2] fails" in caplog.text
+    fill = make_fill((3,), SPEC)
+    target.run([fill])
+    assert isinstance(target, SGLangTarget)
+    torch.testing.assert_close(read(fill), plain(target, fill))
+    target.close()
+
+
+@pytest.mark.parametrize("config", ["0.5.23"], indirect=True)
+def test_residuals_that_are_no_addition_come_from_sglangs_own_capture(
+    config: TargetConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fake_sglang.Layer, "update", Gated())
+    target = load_target(config)
+    assert isinstance(target, SGLangTarget)
+    for spec in (SPEC, TAPS_ONLY, CaptureSpec(taps=(), final=True, dtype="float32")):
+        fills = [make_fill((5, 9), spec), make_fill((4,), spec, seed=3)]
+        target.run(fills)
+        for fill in fills:
+            expected = plain(target, fill)
+            torch.testing.assert_close(read(fill), {name: expected[name] for name in read(fill)})
+    other = make_fill((7,), CaptureSpec(taps=(1,), dtype="float32"))
+    target.run([other])
+    assert not torch.equal(read(other)["taps"], plain(target, other)["taps"][:, :1])
+    target.close()
+
+
+@pytest.mark.parametrize("config", ["0.5.23"], indirect=True)
+def test_residuals_that_are_no_addition_are_refused_without_such_a_capture(
+    config: TargetConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fake_sglang.Layer, "update", Gated())
+    monkeypatch.delattr(fake_sglang.Model, "set_dflash_layers_to_capture")
+    with pytest.raises(
+        TargetError, match=r"residual stream by Gated, expected an addition; use --backend transformers"
+    ):
         load_target(config)
 
 
@@ -190,13 +276,16 @@ def test_recurrent_layers_are_refused_before_anything_is_loaded(
 
 
 def test_all_touch_points_are_found(config: TargetConfig) -> None:
-    assert set(touch_points()) == {touch.symbol for touch in TOUCH_POINTS}
+    found = touch_points()
+    assert set(found.symbols) == {touch.symbol for touch in TOUCH_POINTS if touch.used(found.version)}
 
 
-@pytest.mark.parametrize("version", ["0.5.13", "0.5.16", "0.6.0.dev1", "0.4.9.post1"])
+@pytest.mark.parametrize("config", ["0.5.17"], indirect=True)
+@pytest.mark.parametrize("version", ["0.5.13", "0.5.19", "0.5.21", "0.5.24", "0.6.0.dev1", "0.4.9.post1"])
 def test_another_version_is_refused(config: TargetConfig, monkeypatch: pytest.MonkeyPatch, version: str) -> None:
     monkeypatch.setattr("sglang.__version__", version)
-    with pytest.raises(ConfigError, match=rf"sglang {version} is installed, expected 0.5.14 to 0.5.15; .*sglang\]"):
+    expected = rf"sglang {version} is installed, expected 0.5.14 to 0.5.18 or 0.5.22 to 0.5.23; .*sglang\]"
+    with pytest.raises(ConfigError, match=expected):
         touch_points()
 
 

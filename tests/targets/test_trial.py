@@ -156,7 +156,7 @@ def test_a_hook_on_the_wrong_layer_of_transformers_is_seen(tmp_path: Path, monke
 
     monkeypatch.setattr(TransformersTarget, "_forward", forward)
     path = write_target(tmp_path / "model")
-    with pytest.raises(TargetError, match="captured as layer 0's are those of layer 1"):
+    with pytest.raises(TargetError, match="what its layer 0 puts out is not the state that transformers reports"):
         load_target(TargetConfig(model=f"{path}/", device="cpu"))
 
 

@@ -1,16 +1,16 @@
 """The SGLang backend: prefill-only forwards of SGLang's model runner, each tap added by a hook straight into its slot.
 
-SGLang stays unmodified and is called here only: its internals in use are listed in TOUCH_POINTS and checked at start.
-Its scheduler, radix cache, sampler and lm_head are not used. A forward owns the whole KV cache: its tokens take slots
-1…T (slot 0 is SGLang's padding), so nothing is allocated or freed between forwards.
+SGLang stays unmodified: its internals in use are listed in TOUCH_POINTS and checked at start; versions.py has what
+differs between its versions. Its scheduler, radix cache, sampler and lm_head are not used. A forward owns the whole KV
+cache: its tokens take slots 1…T (slot 0 is SGLang's padding), so nothing is allocated or freed between forwards.
 """
 
 from __future__ import annotations
 
 import contextlib
 import gc
+import logging
 import os
-import zlib
 from collections.abc import Callable, Sequence
 from itertools import accumulate
 from typing import Any, Final
@@ -21,9 +21,14 @@ import torch
 from numpy.typing import NDArray
 
 from specd.errors import ConfigError, TargetError
+from specd.targets.sglang.model import liven, parts
+from specd.targets.sglang.official import Official
 from specd.targets.sglang.setup import AT_HEAD, RankSetup
 from specd.targets.sglang.touch_points import touch_points
+from specd.targets.sglang.versions import UnusualResidual, layer_output, make_batch, start_runner, uses_mrope
 from specd.targets.transforms import Transforms, of_rows, probe_ids
+
+log = logging.getLogger(__name__)
 
 MAX_SEQUENCES: Final = 2048
 """Sequences in one forward: SGLang keeps a table of this many rows of context length, int32."""
@@ -74,32 +79,15 @@ class Engine:
             grammar_backend="none",
             enforce_disable_flashinfer_allreduce_fusion=True,  # else a layer's output may still lack its all-reduce
         )
-        for name in ("initialize_moe_config", "initialize_fp8_gemm_config", "initialize_fp4_gemm_config"):
-            sg[name](args)
-        self.runner = sg["ModelRunner"](
-            model_config=sg["ModelConfig"].from_server_args(args),
-            mem_fraction_static=args.mem_fraction_static,
-            gpu_id=setup.gpu + setup.rank if on_gpu else setup.rank,
-            tp_rank=setup.rank,
-            tp_size=setup.tp,
-            moe_ep_rank=0,
-            moe_ep_size=1,
-            pp_rank=0,
-            pp_size=1,
-            nccl_port=setup.port,
-            server_args=args,
-        )
+        self.runner = start_runner(sg, args, setup, setup.gpu + setup.rank if on_gpu else setup.rank)
         self.model = self.runner.model
-        try:
-            self.layers: Sequence[torch.nn.Module] = self.model.model.layers
-            self._norm, self._head = self.model.model.norm, self.model.logits_processor
-        except AttributeError as error:
-            raise TargetError(
-                f"SGLang's {type(self.model).__name__} is not laid out as expected ({error}): expected model.layers, "
-                f"model.norm and logits_processor; use --backend transformers"
-            ) from error
+        self._parts = parts(self.model)
+        self.layers = self._parts.layers
+        self._official = Official(self.model)
+        self._source: Official | None = None  # of the taps; None: our hooks
+        self._mrope = uses_mrope(self.runner)
         if setup.load_format == "dummy":
-            _liven(self.model, setup.rank)
+            liven(self.model, setup.rank)
         self.runner.alloc_memory_pool()
         self.runner.init_attention_backends()
         self.runner.init_cuda_graphs()  # there are none: it makes the eager runner
@@ -115,22 +103,41 @@ class Engine:
         self._rows = torch.arange(1, self.max_sequences + 1, dtype=torch.int64, device=self._device)
         self._zeros = torch.zeros(self.max_sequences, dtype=torch.int32, device=self._device)
         self._table: torch.Tensor = self.runner.req_to_token_pool.req_to_token
-        self._check_convention()
+        try:
+            self._check_convention()
+        except UnusualResidual:
+            if not self._official.exact:
+                raise
+            self._source = self._official
+        self._check_official()
 
-    def forward(self, tokens: NDArray[np.int32], lengths: Sequence[int], stop: int, capture: Capture | None) -> None:
-        """Launch one prefill of `lengths` packed sequences up to layer `stop`, or with AT_HEAD up to the lm_head."""
+    def forward(self, tokens: NDArray[np.int32], lengths: Sequence[int], stop: int, capture: Capture) -> None:
+        """Launch one prefill of `lengths` packed sequences up to layer `stop`, or with AT_HEAD up to the lm_head.
+
+        Every rank gives the same taps: a tap may have to finish a layer's all-reduce.
+        """
+        self._launch(tokens, lengths, stop, capture, self._source if capture.taps else None)
+
+    def _launch(
+        self, tokens: NDArray[np.int32], lengths: Sequence[int], stop: int, capture: Capture, source: Official | None
+    ) -> None:
         handles = []
 
         def end(*_: Any) -> None:
             raise _AllCaptured
 
         try:
-            for tap, sink in capture.taps.items() if capture else ():
-                handles.append(self.layers[tap].register_forward_hook(_layer_hook(sink, tokens.size)))
-            if stop != AT_HEAD:
+            if source is not None:
+                source.use(sorted(capture.taps))
+            else:
+                for tap, sink in capture.taps.items():
+                    hook = _layer_hook(sink, tokens.size)
+                    handles.append(self.layers[tap].register_forward_hook(hook, with_kwargs=True))
+            if stop != AT_HEAD and source is None:
                 handles.append(self.layers[stop].register_forward_hook(end))
             else:
-                handles.append(self._head.register_forward_pre_hook(_head_hook(capture.final if capture else None)))
+                hook = _head_hook(capture, source)
+                handles.append(self._parts.head.register_forward_pre_hook(hook, with_kwargs=True))
             with torch.inference_mode(), self._current():
                 self.runner.forward(self._batch(tokens, list(lengths)))
             raise TargetError("SGLang's forward ended without a call of the layer or the logits_processor it ends at")
@@ -143,7 +150,7 @@ class Engine:
     def weights(self) -> dict[str, torch.Tensor]:
         """`embedding` and `lm_head`, unsharded, [V, H], on the host if tp > 1; a collective: every rank calls it."""
         vocabulary = int(self.runner.model_config.hf_text_config.vocab_size)
-        modules = {"embedding": self.model.get_input_embeddings(), "lm_head": self.model.lm_head}
+        modules: dict[str, Any] = {"embedding": self._parts.embedding, "lm_head": self._parts.lm_head}
         found: dict[str, torch.Tensor] = {}
         for name, module in modules.items():
             if name == "lm_head" and module is modules["embedding"]:
@@ -162,22 +169,22 @@ class Engine:
         config = vars(self.runner.model_config.hf_text_config)
         ids = probe_ids(int(config["vocab_size"]))
         with torch.inference_mode(), self._current():
-            given = self.model.get_input_embeddings()(ids.to(self._device))
+            given = self._parts.embedding(ids.to(self._device))
         if self._setup.rank:
             return Transforms()
         found = of_rows(embedding[ids.to(embedding.device)], given.to(embedding.device), config)
         # What reads `final` is this module: models that scale states do so in front of it.
-        scale = getattr(self._head, "logit_scale", None)
+        scale = getattr(self._parts.head, "logit_scale", None)
         found["logit_scale"] = 1.0 if scale is None else float(scale)
-        found["logit_softcap"] = float(getattr(self._head, "final_logit_softcapping", None) or 0.0)
-        bias = getattr(self.model.lm_head, "bias", None)
+        found["logit_softcap"] = float(getattr(self._parts.head, "final_logit_softcapping", None) or 0.0)
+        bias = getattr(self._parts.lm_head, "bias", None)
         if bias is not None and bool(bias.any()):
             found["odd_logits"] = "its lm_head has a bias, which trainers do not get"
         return Transforms(**found)
 
     def close(self) -> None:
         """Free what SGLang holds, its process groups too. No other engine may live in this process."""
-        del self.runner, self.model, self.layers, self._norm, self._head, self._table
+        del self.runner, self.model, self.layers, self._parts, self._official, self._table
         self._sg["destroy_model_parallel"]()
         self._sg["destroy_distributed_environment"]()
         gc.collect()
@@ -205,31 +212,32 @@ class Engine:
         short = torch.stack([seq_lens, starts]).to(torch.int32)
         cache_slots = self._cache_slots[:size]
         self._table[rows, positions] = cache_slots.to(self._table.dtype)
-        return self._sg["ForwardBatch"](
-            forward_mode=self._sg["ForwardMode"].EXTEND,
-            batch_size=count,
-            input_ids=ids,
-            req_pool_indices=self._rows[:count],
-            seq_lens=seq_lens,
-            out_cache_loc=cache_slots,
-            seq_lens_sum=size,
-            orig_seq_lens=short[0],
-            seq_lens_cpu=seq_lens_cpu,
-            positions=positions,
-            extend_num_tokens=size,
-            extend_seq_lens=short[0],
-            extend_prefix_lens=self._zeros[:count],
-            extend_start_loc=short[1],
-            extend_prefix_lens_cpu=[0] * count,
-            extend_seq_lens_cpu=lengths,
-            extend_logprob_start_lens_cpu=lengths,
-            spec_algorithm=self._sg["SpeculativeAlgorithm"].NONE,
-            capture_hidden_mode=self._sg["CaptureHiddenMode"].NULL,
-            num_token_non_padded_cpu=size,
-            is_extend_in_batch=True,
-            lora_ids=[None] * count,
-            rids=[str(row) for row in range(count)],
-        )
+        fields: dict[str, Any] = {
+            "forward_mode": self._sg["ForwardMode"].EXTEND,
+            "batch_size": count,
+            "input_ids": ids,
+            "req_pool_indices": self._rows[:count],
+            "seq_lens": seq_lens,
+            "out_cache_loc": cache_slots,
+            "seq_lens_sum": size,
+            "orig_seq_lens": short[0],
+            "seq_lens_cpu": seq_lens_cpu,
+            "positions": positions,
+            "extend_num_tokens": size,
+            "extend_seq_lens": short[0],
+            "extend_prefix_lens": self._zeros[:count],
+            "extend_start_loc": short[1],
+            "extend_prefix_lens_cpu": [0] * count,
+            "extend_seq_lens_cpu": lengths,
+            "extend_logprob_start_lens_cpu": lengths,
+            "spec_algorithm": self._sg["SpeculativeAlgorithm"].NONE,
+            "capture_hidden_mode": self._sg["CaptureHiddenMode"].NULL,
+            "is_extend_in_batch": True,
+            "lora_ids": [None] * count,
+            "rids": [str(row) for row in range(count)],
+            "mrope_positions": positions.expand(3, -1) if self._mrope else None,
+        }
+        return make_batch(self._sg, self.runner, size, fields)
 
     def _check_convention(self) -> None:
         """Refuse a model whose layers do not return the residual stream as expected: the norm of the last layer's tap
@@ -239,7 +247,7 @@ class Engine:
         capture = Capture(taps={len(self.layers) - 1: [(0, 8, last)]}, final=[(0, 8, final)])
         self.forward(np.arange(8, dtype=np.int32), [5, 3], AT_HEAD, capture)
         with torch.inference_mode(), self._current():
-            normed = self._norm(last.clone())
+            normed = self._parts.norm(last.clone())
         normed = (normed[0] if isinstance(normed, tuple) else normed).float()
         largest = float(final.float().abs().max())
         if not torch.allclose(normed, final.float(), rtol=0, atol=SELF_CHECK * largest, equal_nan=True):
@@ -248,6 +256,42 @@ class Engine:
                 f"SGLang's {type(self.model).__name__} does not end in norm(hidden + residual) of its last layer: "
                 f"they differ by {difference:.3g}, expected at most {SELF_CHECK * largest:.3g}; use another backend"
             )
+
+    def _check_official(self) -> None:
+        """Warn where SGLang's own capture differs from our taps: a draft that it serves sees other states than one that
+        is trained here. Raises TargetError where that capture is the only source and does not work."""
+        count, hidden = len(self.layers), int(self.runner.model_config.hf_text_config.hidden_size)
+        taps = sorted({0, count // 2} - {count - 1})
+        if not (self._official.setter and taps):
+            return
+        ours, theirs = (
+            torch.empty(len(taps), 8, hidden, dtype=self.runner.dtype, device=self._device) for _ in range(2)
+        )
+        tokens = np.arange(8, dtype=np.int32)
+
+        def take(states: torch.Tensor, source: Official | None) -> None:
+            sinks = {tap: [(0, 8, states[k])] for k, tap in enumerate(taps)}
+            self._launch(tokens, [5, 3], AT_HEAD, Capture(taps=sinks, final=[]), source)
+
+        if self._source is not None:
+            take(theirs, self._source)
+            return
+        try:
+            take(theirs, self._official)
+        except (TargetError, LookupError, TypeError, ValueError, AttributeError, NotImplementedError) as error:
+            log.warning("SGLang's own capture of layers %s fails, nothing to compare with: %s", taps, error)
+            return
+        finally:
+            self._official.off()
+        take(ours, None)
+        for tap, our, their in zip(taps, ours.float(), theirs.float(), strict=True):
+            difference, largest = float((our - their).abs().max()), float(our.abs().max())
+            if not difference <= SELF_CHECK * largest and self._setup.rank == 0:
+                log.warning(
+                    "layer %d: what SGLang's %s feeds to a draft differs by %.3g from its output (up to %.3g), which "
+                    "drafts are trained on here",
+                    tap, type(self.model).__name__, difference, largest,
+                )  # fmt: skip
 
 
 Sink = list[tuple[int, int, torch.Tensor]]
@@ -261,9 +305,9 @@ class Capture(msgspec.Struct, frozen=True, kw_only=True):
     final: Sink
 
 
-def _layer_hook(sink: Sink, num_tokens: int) -> Callable[..., None]:
-    def hook(_module: torch.nn.Module, _args: Any, output: Any) -> None:
-        hidden, residual = output if isinstance(output, tuple) and len(output) == 2 else (output, None)
+def _layer_hook(sink: Sink, num_tokens: int) -> Callable[..., Any]:
+    def hook(_module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        hidden, residual, returned = layer_output(args, kwargs, output)
         if not isinstance(hidden, torch.Tensor) or hidden.ndim != 2 or hidden.shape[0] != num_tokens:
             raise TargetError(
                 "SGLang's layers return neither (hidden, residual) nor hidden; use --backend transformers"
@@ -273,29 +317,21 @@ def _layer_hook(sink: Sink, num_tokens: int) -> Callable[..., None]:
                 out.copy_(hidden[start:end])
             else:
                 torch.add(hidden[start:end], residual[start:end], out=out)
+        return returned
 
     return hook
 
 
-def _head_hook(sink: Sink | None) -> Callable[..., None]:
-    def hook(_module: torch.nn.Module, args: tuple[Any, ...]) -> None:
+def _head_hook(capture: Capture, source: Official | None) -> Callable[..., None]:
+    def hook(_module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if len(args) < 2 or not isinstance(args[1], torch.Tensor):
             raise TargetError("SGLang's logits_processor got no (input_ids, hidden, …); use --backend transformers")
-        for start, end, out in sink or ():
+        for start, end, out in capture.final:
             out.copy_(args[1][start:end])
+        if source is not None:
+            for tap, states in zip(sorted(capture.taps), source.states(args, kwargs), strict=True):
+                for start, end, out in capture.taps[tap]:
+                    out.copy_(states[start:end])
         raise _AllCaptured
 
     return hook
-
-
-def _liven(model: torch.nn.Module, rank: int) -> None:
-    """Redraw dummy weights: SGLang's are uniform ±1e-3, its norms too, so that states vanish and all tokens take the
-    same experts."""
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if name.endswith("norm.weight"):
-                weight.fill_(1)
-            elif name.endswith(("mlp.gate.weight", "embed_tokens.weight", "lm_head.weight")):
-                shard = 0 if name.endswith("gate.weight") else rank  # every rank has the whole router
-                seed = zlib.crc32(name.encode(), shard)
-                weight.normal_(0, 0.02, generator=torch.Generator(weight.device).manual_seed(seed))

@@ -18,7 +18,7 @@ def handed_on(engine: Engine, tokens: NDArray[np.int32]) -> NDArray[np.float32] 
 
     They can where layers take `residual`, which is to be added to what they take besides.
     """
-    layers = list(engine.model.model.layers)
+    layers = list(engine.layers)
     signatures = [inspect.signature(layer.forward) for layer in layers]
     if not all("residual" in signature.parameters for signature in signatures):
         return None

@@ -48,13 +48,14 @@ def main() -> None:
         return
     setup = msgspec.json.decode(frame, type=RankSetup)
     die_with(setup.parent_pid)
-    from specd.targets.sglang.engine import Engine
+    from specd.targets.sglang.engine import Capture, Engine
 
     engine = Engine(setup)
     engine.transforms(engine.weights()["embedding"])
     while (frame := read_frame(stream)) is not None:
         step = msgspec.msgpack.decode(frame, type=Step)
-        engine.forward(np.frombuffer(step.tokens, "<i4"), step.lengths, step.stop, None)
+        capture = Capture(taps={tap: [] for tap in step.taps}, final=[])
+        engine.forward(np.frombuffer(step.tokens, "<i4"), step.lengths, step.stop, capture)
     engine.close()
 
 

@@ -32,8 +32,10 @@ class RankSetup(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
 
 class Step(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One forward: little-endian int32 tokens, lengths of the sequences, and the layer it ends after, or AT_HEAD."""
+    """One forward: little-endian int32 tokens, lengths of the sequences, the layer it ends after, or AT_HEAD, and the
+    tapped layers: every rank finishes their outputs."""
 
     tokens: bytes
     lengths: list[int]
     stop: int
+    taps: tuple[int, ...] = ()

@@ -123,7 +123,7 @@ class SGLangTarget:
         )
         stop = AT_HEAD if spec.final else spec.taps[-1]
         try:
-            self._ranks.send(Step(tokens=tokens.astype("<i4").tobytes(), lengths=lengths, stop=stop))
+            self._ranks.send(Step(tokens=tokens.astype("<i4").tobytes(), lengths=lengths, stop=stop, taps=spec.taps))
             self._engine.forward(tokens, lengths, stop, capture)
         except RuntimeError as error:
             if self._tp > 1:

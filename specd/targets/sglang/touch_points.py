@@ -6,24 +6,30 @@ import contextlib
 import dataclasses
 import importlib
 import inspect
-import re
 from typing import Any, Final
 
 import msgspec
 
 from specd.errors import ConfigError, missing_extra, pip_install
-
-VERSIONS: Final = ((0, 5, 14), (0, 5, 15))
-"""The first and the last SGLang with these touch points; 0.5.14 is tested."""
+from specd.targets.sglang.versions import PUBLISHED, WRAPPED, SGLang, Version, series, supported, version_of
 
 
 class Touch(msgspec.Struct, frozen=True):
-    """One undocumented SGLang API. names: its parameters, fields or members that are used."""
+    """One undocumented SGLang API. names: its parameters, fields or members that are used.
+
+    versions: that have it. since, until: the first and last version of which it is used.
+    """
 
     module: str
     symbol: str
     names: tuple[str, ...]
     versions: str
+    since: Version = (0, 0, 0)
+    until: Version = (9, 9, 9)
+
+    def used(self, version: Version) -> bool:
+        """Whether it is used of a version."""
+        return self.since <= version <= self.until
 
 
 _SRT = "sglang.srt."
@@ -34,45 +40,85 @@ TOUCH_POINTS: Final = (
          "max_running_requests", "max_total_tokens", "context_length", "page_size", "chunked_prefill_size",
          "disable_radix_cache", "disable_cuda_graph", "disable_overlap_schedule", "skip_tokenizer_init",
          "attention_backend", "sampling_backend", "grammar_backend", "enforce_disable_flashinfer_allreduce_fusion"),
-        "0.5.14–0.5.15",
+        "0.5.14–0.5.23",
     ),
     Touch(_SRT + "configs.model_config", "ModelConfig", ("from_server_args",), "0.5.9–0.5.23"),
     Touch(
         _SRT + "model_executor.model_runner", "ModelRunner",
         ("model_config", "mem_fraction_static", "gpu_id", "tp_rank", "tp_size", "moe_ep_rank", "moe_ep_size", "pp_rank",
          "pp_size", "nccl_port", "server_args"),
-        "0.5.10–0.5.15",
+        "0.5.10–0.5.15", until=(0, 5, 15),
     ),
     Touch(
         _SRT + "model_executor.model_runner", "ModelRunner",
-        ("alloc_memory_pool", "init_attention_backends", "init_cuda_graphs", "forward"), "0.5.14–0.5.15",
+        ("model_config", "mem_fraction_static", "gpu_id", "ps", "nccl_port", "server_args"),
+        "0.5.16–0.5.20", since=WRAPPED, until=(0, 5, 18),
+    ),
+    Touch(
+        _SRT + "distributed.parallel_state_wrapper", "ParallelState",
+        ("trivial", "tp_rank", "tp_size", "attn_tp_rank", "attn_tp_size", "dp_rank", "moe_dp_rank", "gpu_id"),
+        "0.5.16–0.5.20", since=WRAPPED, until=(0, 5, 18),
+    ),
+    Touch(
+        _SRT + "model_executor.model_runner", "ModelRunner",
+        ("model_config", "mem_fraction_static", "gpu_id", "nccl_port", "server_args"),
+        "0.5.21–0.5.23", since=PUBLISHED,
+    ),
+    Touch(_SRT + "runtime_context", "publish", ("server_args", "role", "ranks"), "0.5.22–0.5.23", since=PUBLISHED),
+    Touch(_SRT + "runtime_context", "SpawnRanks", ("world_rank", "gpu_id"), "0.5.22–0.5.23", since=PUBLISHED),
+    Touch(
+        _SRT + "distributed.bootstrap", "init_parallel_runtime", ("server_args", "device", "dist_port"),
+        "0.5.22–0.5.23", since=PUBLISHED,
+    ),
+    Touch(_SRT + "distributed.bootstrap", "init_layer_runtime", ("model_config",), "0.5.22–0.5.23", since=PUBLISHED),
+    Touch(
+        _SRT + "layers.layer_boundary.residual.stream", "ResidualStream", ("residual", "pending", "complete"),
+        "0.5.22–0.5.23", since=PUBLISHED,
+    ),
+    Touch(_SRT + "mem_cache.kv_index_translator", "KVIndexTranslator", ("own_plan",), "0.5.22–0.5.23", since=PUBLISHED),
+    Touch(
+        _SRT + "model_executor.model_runner", "ModelRunner",
+        ("alloc_memory_pool", "init_attention_backends", "init_cuda_graphs", "forward"), "0.5.14–0.5.23",
     ),
     Touch(
         _SRT + "model_executor.forward_batch_info", "ForwardBatch",
         ("forward_mode", "batch_size", "input_ids", "req_pool_indices", "seq_lens", "out_cache_loc", "seq_lens_sum",
          "orig_seq_lens", "seq_lens_cpu", "positions", "extend_num_tokens", "extend_seq_lens", "extend_prefix_lens",
          "extend_start_loc", "extend_prefix_lens_cpu", "extend_seq_lens_cpu", "extend_logprob_start_lens_cpu",
-         "spec_algorithm", "capture_hidden_mode", "num_token_non_padded_cpu", "is_extend_in_batch", "lora_ids", "rids"),
-        "0.5.14–0.5.15",
+         "spec_algorithm", "capture_hidden_mode", "is_extend_in_batch", "lora_ids", "rids", "mrope_positions"),
+        "0.5.14–0.5.23",
+    ),
+    Touch(
+        _SRT + "model_executor.forward_batch_info", "ForwardBatch", ("num_token_non_padded_cpu",), "0.5.14–0.5.18",
+        until=(0, 5, 18),
+    ),
+    Touch(
+        _SRT + "model_executor.forward_batch_info", "ForwardBatch",
+        ("global_num_token_non_padded_cpu", "residual_stream"), "0.5.22–0.5.23", since=PUBLISHED,
     ),
     Touch(_SRT + "model_executor.forward_batch_info", "ForwardMode", ("EXTEND",), "0.5.9–0.5.23"),
     Touch(_SRT + "model_executor.forward_batch_info", "CaptureHiddenMode", ("NULL",), "0.5.9–0.5.23"),
     Touch(_SRT + "speculative.spec_info", "SpeculativeAlgorithm", ("NONE",), "0.5.9–0.5.23"),
     Touch(_SRT + "layers.logits_processor", "LogitsProcessor", ("forward",), "0.5.9–0.5.23"),
-    Touch(_SRT + "layers.moe", "initialize_moe_config", ("server_args",), "0.5.14–0.5.15"),
-    Touch(_SRT + "layers.quantization.fp8_utils", "initialize_fp8_gemm_config", ("server_args",), "0.5.14–0.5.15"),
-    Touch(_SRT + "layers.quantization.fp4_utils", "initialize_fp4_gemm_config", ("server_args",), "0.5.14–0.5.15"),
+    Touch(_SRT + "layers.moe", "initialize_moe_config", (), "0.5.14–0.5.23"),
+    Touch(_SRT + "layers.quantization.fp8_utils", "initialize_fp8_gemm_config", (), "0.5.14–0.5.23"),
+    Touch(_SRT + "layers.quantization.fp4_utils", "initialize_fp4_gemm_config", (), "0.5.14–0.5.23"),
+    Touch(
+        _SRT + "layers.quantization.unquant", "initialize_bf16_gemm_config", (), "0.5.17–0.5.23", since=(0, 5, 17)
+    ),
     Touch(_SRT + "distributed.parallel_state", "get_tp_group", (), "0.5.9–0.5.23"),
     Touch(_SRT + "distributed.parallel_state", "destroy_model_parallel", (), "0.5.9–0.5.23"),
     Touch(_SRT + "distributed.parallel_state", "destroy_distributed_environment", (), "0.5.9–0.5.23"),
 )  # fmt: skip
-"""And of a loaded model: `model.layers` (each returns (hidden, residual), or hidden), `model.norm`,
-`logits_processor(input_ids, hidden, …)`, `get_input_embeddings().weight`, `lm_head.weight`; of the runner: `model`,
-`req_to_token_pool.req_to_token`, `max_total_num_tokens`, `max_running_requests`, `page_size`."""
+"""And of a loaded model: `model.layers` (each returns (hidden, residual), or hidden; from 0.5.22 on hidden, the rest
+is in `ForwardBatch.residual_stream`), `model.norm`, `logits_processor(input_ids, hidden, lm_head, batch, aux)`,
+`embed_tokens.weight`, `lm_head.weight`, the setters of official.py and their flags; of the runner: `model`,
+`req_to_token_pool.req_to_token`, `max_total_num_tokens`, `max_running_requests`, `page_size`, and from 0.5.22 on
+`kv_index_translator`; whether positions have three axes: `model_config.model_is_mrope`, up to 0.5.15 the runner's."""
 
 
-def touch_points() -> dict[str, Any]:
-    """Import all TOUCH_POINTS; returns them by symbol.
+def touch_points() -> SGLang:
+    """Import those TOUCH_POINTS that are used of the installed SGLang.
 
     Raises ConfigError when SGLang is not installed, has another version, or has changed.
     """
@@ -85,13 +131,14 @@ def touch_points() -> dict[str, Any]:
             f"sglang cannot be imported ({error}); install it whole, with {pip_install('sglang')}, or use "
             f"--backend transformers"
         ) from error
-    first, last = (".".join(map(str, version)) for version in VERSIONS)
     remedy = f"install a fitting one with {pip_install('sglang')}, or use --backend transformers"
-    numbers = tuple(int(part) for part in re.findall(r"\d+", found_version)[:3])
-    if not VERSIONS[0] <= numbers <= VERSIONS[1]:
-        raise ConfigError(f"sglang {found_version} is installed, expected {first} to {last}; {remedy}")
+    version = version_of(found_version)
+    if not supported(version):
+        raise ConfigError(f"sglang {found_version} is installed, expected {series()}; {remedy}")
     symbols: dict[str, Any] = {}
     for touch in TOUCH_POINTS:
+        if not touch.used(version):
+            continue
         try:
             symbols[touch.symbol] = found = getattr(importlib.import_module(touch.module), touch.symbol)
         except (ImportError, AttributeError) as error:
@@ -104,7 +151,7 @@ def touch_points() -> dict[str, Any]:
                 f"sglang {found_version}: {touch.module}.{touch.symbol} has no {', '.join(lost)}, which specd uses of "
                 f"{touch.versions}; {remedy}"
             )
-    return symbols
+    return SGLang(version=version, symbols=symbols)
 
 
 def _members(found: Any) -> set[str]:
