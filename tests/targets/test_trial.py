@@ -164,7 +164,7 @@ def test_taps_of_sglang_at_the_wrong_layer_are_seen(tmp_path: Path, monkeypatch:
     sound = Engine.forward
 
     def forward(self: Any, tokens: Any, lengths: Any, stop: int, capture: Any) -> None:
-        if capture is not None and 0 in capture.taps:
+        if 0 in capture.taps:
             later = {tap + 1: sink for tap, sink in capture.taps.items()}
             capture = type(capture)(taps=later, final=capture.final)
         sound(self, tokens, lengths, stop, capture)

@@ -157,8 +157,8 @@ class TransformersTarget:
             output = self._decoder(
                 input_ids=torch.from_numpy(tokens.astype(np.int64)).to(self._device)[None],
                 use_cache=False,
-                packed=Packed([tokens.size], self._device),
                 output_hidden_states=True,
+                **({} if self.alone else {"packed": Packed([tokens.size], self._device)}),
             )
         states = getattr(output, "hidden_states", None) or ()
         if len(states) != len(self._layers) + 1:
