@@ -21,7 +21,7 @@ _GONE = (FileNotFoundError, NotADirectoryError, PermissionError)
 
 def authorized_path(path: str = "") -> Path:
     """`path`, or the file `authorized` among this user's keys."""
-    return Path(path).expanduser() if path else config_dir() / "authorized"
+    return Path(os.path.expanduser(path)) if path else config_dir() / "authorized"
 
 
 def parse(lines: Iterable[str], where: str) -> tuple[dict[str, str], list[str]]:

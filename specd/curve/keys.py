@@ -99,7 +99,7 @@ def load(key: str) -> Pair:
     if _Z85.fullmatch(key) and not Path(key).exists():  # which may have a / in it
         raise ConfigError("a key itself was given: expected its name or the path of its file; commands can be seen")
     named = not (os.sep in key or key.endswith(".key"))
-    path = config_dir() / f"{check_name(key)}.key" if named else Path(key).expanduser()
+    path = config_dir() / f"{check_name(key)}.key" if named else Path(os.path.expanduser(key))
     remedy = f"make it with `specd keys new {key}`" if named else "make one with `specd keys new NAME`"
     lines = [line for line in read_lines(path, "key file", 0o077, remedy) if not line.startswith("# ")]
     if len(lines) == 1 and _Z85.fullmatch(lines[0]):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 import re
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -156,7 +157,7 @@ def prepare(
     """
     check(config)
     job = Job(dated(config, tokenizer_dir), tokenizer_dir, consecutive_labels)
-    home = Path(config.cache_dir).expanduser() if config.cache_dir else cache_dir() / "data"
+    home = Path(os.path.expanduser(config.cache_dir)) if config.cache_dir else cache_dir() / "data"
     key = _key(job)
     stored = store.load(home / key) or _build(job, home, key, on_rows or (lambda rows: None))
     report, path = stored.report, _path(config)

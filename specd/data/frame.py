@@ -34,11 +34,11 @@ class Frame(msgspec.Struct, frozen=True, kw_only=True):
     """generation: the generation prompt; empty if the template has none of its own (Llama 2's ends the question).
 
     header: what begins every answer, with thoughts or without. begins: finds it, and what begins one behind a tool's
-    results where that is another. leads: what the template writes before an answer of
-    content alone, the longest first. rest: what else belongs to the header of such an answer, because the generation
-    prompt stops within it (gpt-oss). end: finds a token that can end an answer. closing: what follows the content of a
-    last answer, its end token included. tokens: added tokens that the template writes. structure: finds one of them,
-    or a special token: what a plain document does not have.
+    results where that is another. leads: what the template writes before an answer of content alone, the longest
+    first. rest: what else belongs to the header of such an answer, because the generation prompt stops within it
+    (gpt-oss). end: finds a token that can end an answer. closing: what follows the content of a last answer, its end
+    token included. tokens: added tokens that the template writes. structure: finds one of them, or a special token:
+    what a plain document does not have.
     """
 
     generation: str

@@ -6,8 +6,11 @@ nothing right and shows no other sign of it.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
+
+import msgspec
 
 from specd.errors import ConfigError
 
@@ -68,3 +71,14 @@ def check(config: Mapping[str, Any], where: str, *, read: Collection[str], only:
             f"draft {where!r}: its config.json has {named}, which specd does not know: expected only keys whose "
             f"meaning it knows, as others may change what the draft computes; remove them from a copy if they do not"
         )
+
+
+@contextmanager
+def reading(where: str) -> Iterator[None]:
+    """Turn what a block that makes a shape of a config.json raises into a ConfigError that names `where`."""
+    try:
+        yield
+    except KeyError as error:
+        raise ConfigError(f"draft {where!r}: its config.json has no key {error}") from None
+    except (msgspec.ValidationError, TypeError, ValueError, ArithmeticError) as error:
+        raise ConfigError(f"draft {where!r}: config.json: {error}") from None

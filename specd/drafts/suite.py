@@ -140,7 +140,8 @@ class DraftConformance:
         added = [weight.grad for weight in self.trained(objective)]
         for mine, theirs in zip(gradients, added, strict=True):
             assert theirs is not None
-            assert float((mine - theirs).norm() / theirs.norm().clamp(min=1e-12)) < 1e-4, "gradients do not add up"
+            size = max(1.0, float(theirs.abs().max()))  # sums of large terms are rounded as these are
+            torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5 * size)
 
     @pytest.mark.parametrize("labels", ["none", "too few in a row"])
     def test_a_batch_without_a_prediction_weighs_nothing(self, labels: str) -> None:

@@ -55,7 +55,8 @@ def test_counted_operations_are_those_that_torch_executes(window: int) -> None:
 
 @pytest.fixture(scope="module")
 def result() -> DraftResult:
-    return run(steps=3, context=[24, 70], device="cpu", variants={"one": Variant(SETTINGS), "two": Variant(SETTINGS)})
+    # Of fifteen steps: with a few, one that the machine held up moves the medians of stretches and whole apart.
+    return run(steps=15, context=[24, 70], device="cpu", variants={"one": Variant(SETTINGS), "two": Variant(SETTINGS)})
 
 
 def test_rows_of_a_tiny_draft_fit_together(result: DraftResult) -> None:
@@ -67,8 +68,7 @@ def test_rows_of_a_tiny_draft_fit_together(result: DraftResult) -> None:
         assert row.mfu == pytest.approx(row.tflop_per_s / row.ceiling_tflop_per_s, rel=0.05)
         assert row.tflop_per_s == pytest.approx(sum(row.useful_tflop.values()) / row.step_ms * 1e3, rel=1e-3)
         assert set(row.phases_ms) == {"inputs", "forward", "head", "backward", "optimizer"}
-        # Both are measured, one after the other, on a machine that may do other things meanwhile.
-        assert 0.2 < sum(row.phases_ms.values()) / row.step_ms < 5
+        assert sum(row.phases_ms.values()) == pytest.approx(row.step_ms, rel=0.5)
         assert row.rows == 6 * 4 > row.predictions > 0
         assert row.parts_ms["attention"] > 0
     assert msgspec.json.decode(msgspec.json.encode(result), type=DraftResult).rows == result.rows

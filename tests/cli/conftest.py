@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from chats import CHATML, data_model
 from daemons import REPORT, answering, specd_command
 
 STUBBORN = """
@@ -29,6 +30,20 @@ PLUGIN = Path(__file__).parents[1] / "plugin"
 @pytest.fixture(autouse=True)
 def wide_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "200")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A target's directory as far as its data goes."""
+    return data_model(tmp_path_factory.mktemp("model"), CHATML)
+
+
+@pytest.fixture
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cache that no other test has, and a terminal without wishes for colour."""
+    monkeypatch.setenv("SPECD_CACHE", str(tmp_path / "cache"))
+    for name in ("FORCE_COLOR", "NO_COLOR"):
+        monkeypatch.delenv(name, raising=False)
 
 
 @pytest.fixture

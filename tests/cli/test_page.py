@@ -7,24 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from chats import CHATML, TRIMMED, data_model, talk, write_rows
+from chats import TRIMMED, data_model, talk, write_rows
+from shown_rows import HELLO, shown
 from specd.cli.main import run
 from specd.cli.page import visible
 
-HELLO = {"messages": talk("Hi", "Hello.")}
-ODD = {"messages": [{"role": "robot", "content": "Hi"}]}
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return data_model(tmp_path_factory.mktemp("model"), CHATML)
-
-
-@pytest.fixture(autouse=True)
-def plain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SPECD_CACHE", str(tmp_path / "cache"))
-    for name in ("FORCE_COLOR", "NO_COLOR"):
-        monkeypatch.delenv(name, raising=False)
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 @pytest.fixture
@@ -33,11 +21,6 @@ def terminal(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("TERM", "xterm")
     return monkeypatch
-
-
-def shown(capsys: pytest.CaptureFixture[str], *arguments: object, code: int = 0) -> str:
-    assert run(["data", "show", *map(str, arguments)]) == code
-    return capsys.readouterr().out
 
 
 def test_labels_are_coloured(

@@ -7,30 +7,13 @@ from typing import Any
 
 import pytest
 
-from chats import CHATML, data_model, talk, write_rows
+from chats import talk, write_rows
+from shown_rows import HELLO, ODD, shown
 from specd.cli.main import run
 from specd.cli.show import numbers
 from specd.errors import ConfigError
 
-HELLO = {"messages": talk("Hi", "Hello.")}
-ODD = {"messages": [{"role": "robot", "content": "Hi"}]}
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return data_model(tmp_path_factory.mktemp("model"), CHATML)
-
-
-@pytest.fixture(autouse=True)
-def plain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SPECD_CACHE", str(tmp_path / "cache"))
-    for name in ("FORCE_COLOR", "NO_COLOR"):
-        monkeypatch.delenv(name, raising=False)
-
-
-def shown(capsys: pytest.CaptureFixture[str], *arguments: object, code: int = 0) -> str:
-    assert run(["data", "show", *map(str, arguments)]) == code
-    return capsys.readouterr().out
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def test_several_rows_are_shown_each_as_what_it_is(

@@ -9,21 +9,11 @@ from typing import Any
 
 import pytest
 
-from chats import CHATML, data_model, talk, write_rows, write_target
+from chats import CHATML, talk, write_rows, write_target
+from shown_rows import HELLO, ODD
 from specd.cli.main import run
 
-HELLO = {"messages": talk("Hi", "Hello.")}
-ODD = {"messages": [{"role": "robot", "content": "Hi"}]}
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return data_model(tmp_path_factory.mktemp("model"), CHATML)
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SPECD_CACHE", str(tmp_path / "cache"))
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def stats(capsys: pytest.CaptureFixture[str], *arguments: object, code: int = 0) -> str:

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import specd.drafts.block_attention
+from dense_flex import noting
 from specd.drafts.block_attention import (
     BlockLayout,
     block_attention,
@@ -145,19 +146,9 @@ def test_flex_attention_is_traced_once_for_all_layouts_with_lengths_known_to_be_
     spread: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A new graph for each batch would compile for ever, and unknown lengths cost bound checks in the kernels."""
-    from torch.fx.experimental.symbolic_shapes import statically_known_true
-
     known: list[bool] = []
-
-    def note(graph: torch.fx.GraphModule, _inputs: Any) -> Any:
-        for node in graph.graph.nodes:
-            if "flex_attention" in str(node.target):
-                shapes = [argument.meta["example_value"].shape for argument in node.args[:2]]
-                known.append(all(statically_known_true(shape[2] % 128 == 0) for shape in shapes))
-        return graph.forward
-
     torch._dynamo.reset()
-    kernel = torch.compile(specd.drafts.block_attention._flex, dynamic=True, backend=note)
+    kernel = torch.compile(specd.drafts.block_attention._flex, dynamic=True, backend=noting(known))
     monkeypatch.setattr("specd.drafts.block_attention._flex", kernel)
     with torch.no_grad():
         # First one whose numbers of tiles are no number of heads: a compiler takes equal lengths for the same one.

@@ -1,11 +1,13 @@
-"""What torch's flex_attention computes, score by score, with the gradients that it has on GPUs only."""
+"""What torch's flex_attention computes, score by score, with the gradients that it has on GPUs only; and its graphs."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.nn.attention.flex_attention import AuxOutput, AuxRequest
 
 
@@ -26,3 +28,16 @@ def dense_flex(
     scores = (query @ key.mT * query.shape[-1] ** -0.5).float().masked_fill(~visible, -torch.inf)
     lse = scores.logsumexp(-1)
     return ((scores - lse[..., None]).exp().to(value.dtype) @ value), AuxOutput(lse=lse)
+
+
+def noting(known: list[bool]) -> Callable[[torch.fx.GraphModule, Any], Any]:
+    """A compiler that compiles nothing, and notes for each graph of flex_attention whether lengths are whole tiles."""
+
+    def note(graph: torch.fx.GraphModule, _inputs: Any) -> Any:
+        for node in graph.graph.nodes:
+            if "flex_attention" in str(node.target):
+                shapes = [argument.meta["example_value"].shape for argument in node.args[:2]]
+                known.append(all(statically_known_true(shape[2] % 128 == 0) for shape in shapes))
+        return graph.forward
+
+    return note

@@ -13,7 +13,7 @@ from specd.drafts.card import card, sglang, vllm
 from specd.drafts.dflash.model import DFlashDraft, DraftShape
 from specd.drafts.directory import read_config
 from specd.drafts.files import write_draft
-from specd.drafts.keys import check, check_architecture, flat
+from specd.drafts.keys import check, check_architecture, flat, reading
 from specd.drafts.rope import rope_scaling, rope_theta
 from specd.drafts.speculators import unwrapped
 from specd.drafts.taps import spread_taps
@@ -165,7 +165,7 @@ def read_shape(config: dict[str, Any], where: str) -> DraftShape:
     config = flat(unwrapped(config, "dflash", where), "dflash_config")
     only = ONLY | {"target_hidden_size": (config.get("hidden_size"),), "draft_vocab_size": (config.get("vocab_size"),)}
     check(config, where, read=READ, only=only)
-    try:
+    with reading(where):
         taps = config.get("target_layer_ids")
         if taps is None:
             taps = spread_taps(config["num_target_layers"], config["num_hidden_layers"])
@@ -196,10 +196,6 @@ def read_shape(config: dict[str, Any], where: str) -> DraftShape:
             "final_logit_softcapping": config.get("final_logit_softcapping", 0.0),
         }
         shape = msgspec.convert(data, DraftShape)
-    except KeyError as error:
-        raise ConfigError(f"draft {where!r}: its config.json has no key {error}") from None
-    except (msgspec.ValidationError, TypeError, ValueError, ArithmeticError) as error:
-        raise ConfigError(f"draft {where!r}: config.json: {error}") from None
     if reason := shape.problem():
         raise ConfigError(f"draft {where!r}: {reason}")
     return shape

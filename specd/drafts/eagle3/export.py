@@ -13,7 +13,7 @@ from specd.drafts.card import card, sglang, vllm
 from specd.drafts.directory import read_config
 from specd.drafts.eagle3.model import Eagle3Draft, Eagle3Shape
 from specd.drafts.files import write_draft
-from specd.drafts.keys import check, check_architecture, flat
+from specd.drafts.keys import check, check_architecture, flat, reading
 from specd.drafts.rope import rope_scaling, rope_theta
 from specd.drafts.speculators import unwrapped
 from specd.drafts.weights import fill, read_weights
@@ -158,7 +158,7 @@ def read_shape(config: dict[str, Any], where: str) -> Eagle3Shape:
         "num_aux_hidden_states": (len(taps) or 3,),
     }
     check(config, where, read=READ, only=only)
-    try:
+    with reading(where):
         data = {
             "hidden_size": config["hidden_size"],
             "num_heads": config["num_attention_heads"],
@@ -181,10 +181,6 @@ def read_shape(config: dict[str, Any], where: str) -> Eagle3Shape:
             "attention_bias": config.get("attention_bias", False),
         }
         shape = msgspec.convert(data, Eagle3Shape)
-    except KeyError as error:
-        raise ConfigError(f"draft {where!r}: its config.json has no key {error}") from None
-    except (msgspec.ValidationError, TypeError, ValueError, ArithmeticError) as error:
-        raise ConfigError(f"draft {where!r}: config.json: {error}") from None
     if reason := shape.problem():
         raise ConfigError(f"draft {where!r}: {reason}")
     return shape

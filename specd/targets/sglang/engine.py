@@ -184,7 +184,7 @@ class Engine:
 
     def close(self) -> None:
         """Free what SGLang holds, its process groups too. No other engine may live in this process."""
-        del self.runner, self.model, self.layers, self._parts, self._official, self._table
+        del self.runner, self.model, self.layers, self._parts, self._official, self._source, self._table
         self._sg["destroy_model_parallel"]()
         self._sg["destroy_distributed_environment"]()
         gc.collect()

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import specd.drafts.eagle3.attention as module
-from dense_flex import dense_flex
+from dense_flex import dense_flex, noting
 from drafts import make_batch
 from specd.drafts.eagle3.attention import attention, flex_attention, merge, sequence_mask, tiles
 from specd.drafts.eagle3.rows import Ints, Rows, in_tiles, rows_of
@@ -125,19 +125,9 @@ def test_flex_attention_is_traced_once_for_all_batches_with_lengths_known_to_be_
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A new graph for each batch would compile for ever, and unknown lengths cost bound checks in the kernels."""
-    from torch.fx.experimental.symbolic_shapes import statically_known_true
-
     known: list[bool] = []
-
-    def note(graph: torch.fx.GraphModule, _inputs: Any) -> Any:
-        for node in graph.graph.nodes:
-            if "flex_attention" in str(node.target):
-                shapes = [argument.meta["example_value"].shape for argument in node.args[:2]]
-                known.append(all(statically_known_true(shape[2] % 128 == 0) for shape in shapes))
-        return graph.forward
-
     torch._dynamo.reset()
-    monkeypatch.setattr(module, "_flex", torch.compile(module._flex, dynamic=True, backend=note))
+    monkeypatch.setattr(module, "_flex", torch.compile(module._flex, dynamic=True, backend=noting(known)))
     with torch.no_grad():
         # First one whose numbers of tiles are no number of heads: a compiler takes equal lengths for the same one.
         for lengths in ((1500, 700), (30,), (300, 31), (1, 700, 900), (256,), (1024, 1024)):

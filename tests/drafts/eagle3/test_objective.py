@@ -18,6 +18,7 @@ from specd.drafts.eagle3.objective import Eagle3, made_up
 from specd.drafts.eagle3.rows import in_tiles, rows_of
 from specd.drafts.eagle3.settings import Eagle3Config
 from specd.errors import ConfigError
+from specd.protocol.batch import Delivery
 
 
 def gradients(objective: Eagle3, total: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -27,6 +28,22 @@ def gradients(objective: Eagle3, total: torch.Tensor) -> dict[str, torch.Tensor]
     }
     objective.module.zero_grad()
     return found
+
+
+def check_definition(objective: Eagle3, delivery: Delivery) -> None:
+    """Loss, weight, counts and every gradient of a batch that has predictions."""
+    total, counted, correct = reference(objective, delivery)
+    assert counted[0] > 2
+    wanted = gradients(objective, total)
+    loss = objective.loss(delivery)
+    torch.testing.assert_close(loss.sum.detach(), total.detach(), rtol=1e-5, atol=1e-5)
+    assert loss.weight == counted[0]
+    assert loss.metrics["counted"].tolist() == counted.tolist()
+    assert loss.metrics["correct"].tolist() == correct.tolist()
+    found = gradients(objective, loss.sum)
+    assert found.keys() == wanted.keys()
+    for name, gradient in found.items():
+        assert float((gradient - wanted[name]).norm() / wanted[name].norm()) < 2e-5, name
 
 
 @pytest.mark.parametrize(
@@ -46,18 +63,7 @@ def test_it_is_its_definition(
 ) -> None:
     objective = make_eagle(msgspec.structs.replace(CONFIG, **settings), **target)
     delivery = deliver(make_batch(lengths, density))
-    total, counted, correct = reference(objective, delivery)
-    assert counted[0] > 2
-    wanted = gradients(objective, total)
-    loss = objective.loss(delivery)
-    torch.testing.assert_close(loss.sum.detach(), total.detach(), rtol=1e-5, atol=1e-5)
-    assert loss.weight == counted[0]
-    assert loss.metrics["counted"].tolist() == counted.tolist()
-    assert loss.metrics["correct"].tolist() == correct.tolist()
-    found = gradients(objective, loss.sum)
-    assert found.keys() == wanted.keys()
-    for name, gradient in found.items():
-        assert float((gradient - wanted[name]).norm() / wanted[name].norm()) < 2e-5, name
+    check_definition(objective, delivery)
 
 
 @pytest.mark.parametrize(
@@ -70,16 +76,7 @@ def test_it_is_its_definition(
 )
 def test_what_only_drafts_of_others_have_is_its_definition_too(shape: dict[str, Any]) -> None:
     objective, delivery = make_eagle(shape=shape), deliver(make_batch((11, 2, 9)))
-    total, counted, correct = reference(objective, delivery)
-    wanted = gradients(objective, total)
-    loss = objective.loss(delivery)
-    torch.testing.assert_close(loss.sum.detach(), total.detach(), rtol=1e-5, atol=1e-5)
-    assert loss.metrics["counted"].tolist() == counted.tolist()
-    assert loss.metrics["correct"].tolist() == correct.tolist()
-    found = gradients(objective, loss.sum)
-    assert found.keys() == wanted.keys()
-    for name, gradient in found.items():
-        assert float((gradient - wanted[name]).norm() / wanted[name].norm()) < 2e-5, name
+    check_definition(objective, delivery)
 
 
 def test_other_sequences_of_a_batch_are_never_seen() -> None:
