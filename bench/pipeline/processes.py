@@ -33,6 +33,13 @@ class Child(NamedTuple):
     says: IO[bytes]
     log: IO[bytes]
 
+    def tell(self, order: msgspec.Struct) -> None:
+        """Write `order` as a line to its standard input; one that has ended says so when it is asked for its answer."""
+        assert self.process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.write(msgspec.json.encode(order) + b"\n")
+            self.process.stdin.flush()
+
     def answer(self, kind: type[T]) -> T:
         """Its next line of JSON. Raises DaemonError when it ends, or says nothing for START_S."""
         return msgspec.json.decode(self.line(), type=kind)
@@ -114,10 +121,9 @@ def child(module: str, job: msgspec.Struct) -> Iterator[Child]:
         assert process.stdin is not None
         assert process.stdout is not None
         try:
-            with contextlib.suppress(BrokenPipeError):  # its answer says why
-                process.stdin.write(msgspec.json.encode(job) + b"\n")
-                process.stdin.flush()
-            yield Child(process, process.stdout, log)
+            made = Child(process, process.stdout, log)
+            made.tell(job)
+            yield made
         finally:
             with contextlib.suppress(BrokenPipeError):
                 process.stdin.close()
