@@ -19,7 +19,7 @@ class Graph(TorchDispatchMode):
     current: Graph | None = None
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.steps: list[tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any], Any]] = []
         self.paused = False
 
@@ -31,12 +31,12 @@ class Graph(TorchDispatchMode):
 
     def __enter__(self) -> Graph:
         Graph.current = self
-        super().__enter__()
+        super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *error: Any) -> None:
         Graph.current = None
-        super().__exit__(*error)
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
 
     def replay(self, batch: Any) -> None:
         """Do it again. batch: for the parts it is broken at."""

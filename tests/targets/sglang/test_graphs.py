@@ -13,6 +13,7 @@ import torch
 
 import fake_sglang
 from fake_sglang import LAYERS, Layer, ModelRunner
+from fake_sglang_graphs import PrefillCudaGraphRunner
 from fake_sglang_stream import Gated
 from fills import make_fill, read
 from specd.config.settings import TargetConfig
@@ -59,32 +60,25 @@ def parts(target: SGLangTarget) -> tuple[Any, Any, list[Any]]:
     return target._engine._graphs, target._engine.runner.prefill_cuda_graph_runner, list(target._engine.layers)
 
 
-@pytest.mark.parametrize("spec", [SPEC, TAPS_ONLY])
-@pytest.mark.parametrize(
-    ("lengths", "bucket"),
-    [
-        ((64,), 128),
-        ((60, 1, 49), 128),
-        ((64, 64), 128),
-        ((63, 64, 64, 10), 256),
-        ((63,), None),
-        ((64,) * 4 + (1,), None),
-    ],
-)
-def test_a_replay_gives_the_states_of_no_graph(
-    target: SGLangTarget, spec: CaptureSpec, lengths: tuple[int, ...], bucket: int | None
-) -> None:
+CASES = (
+    ((64,), 128), ((60, 1, 49), 128), ((64, 64), 128), ((63, 64, 64, 10), 256), ((63,), None), ((64,) * 4 + (1,), None),
+)  # fmt: skip
+"""Lengths of a batch, and the graph that it is replayed with: none for one padded to more than twice, or too long."""
+
+
+def test_a_replay_gives_the_states_of_no_graph(target: SGLangTarget) -> None:
     graphs, theirs, layers = parts(target)
-    eager, replayed = make_fill(lengths, spec), make_fill(lengths, spec)
-    with graphs.off():
-        target.run([eager])
-    ran, before = list(theirs.replayed), [layer.calls for layer in layers]
-    target.run([replayed])
-    assert theirs.replayed == ran + ([] if bucket is None else [bucket])
-    if bucket is not None:
-        assert [layer.calls for layer in layers] == before
-    assert not any(layer._forward_hooks for layer in layers)
-    torch.testing.assert_close(read(replayed), read(eager))
+    for spec in (SPEC, TAPS_ONLY):
+        for lengths, bucket in CASES:
+            eager, replayed = make_fill(lengths, spec), make_fill(lengths, spec)
+            with graphs.off():
+                target.run([eager])
+            ran, before = list(theirs.replayed), [layer.calls for layer in layers]
+            target.run([replayed])
+            assert theirs.replayed == ran + ([] if bucket is None else [bucket])
+            assert ([layer.calls for layer in layers] == before) is (bucket is not None)
+            assert not any(layer._forward_hooks for layer in layers)
+            torch.testing.assert_close(read(replayed), read(eager))
 
 
 def test_padding_never_reaches_a_slot(target: SGLangTarget) -> None:
@@ -112,16 +106,15 @@ def test_replays_follow_one_another(target: SGLangTarget) -> None:
 
 @pytest.mark.parametrize("config", ["0.5.17"], indirect=True)
 def test_replays_that_are_wrong_are_refused_at_the_start(config: TargetConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Stale(fake_sglang.PrefillCudaGraphRunner):
-        """It replays what it recorded with: another layer's attention never sees the batch."""
+    class Incomplete(PrefillCudaGraphRunner):
+        """Its graphs lack an operation of each layer."""
 
         def execute(self, batch: Any) -> Any:
-            self.graphs[128][0].steps = [
-                step for step in self.graphs[128][0].steps if step[0].__name__ != "tanh.default"
-            ]
+            graph, _ = self.graphs[128]
+            graph.steps = [step for step in graph.steps if step[0].__name__ != "tanh.default"]
             return super().execute(batch)
 
-    monkeypatch.setattr(fake_sglang, "PrefillCudaGraphRunner", Stale)
+    monkeypatch.setattr(fake_sglang, "PrefillCudaGraphRunner", Incomplete)
     with pytest.raises(
         TargetError, match=r"graphs of Model give other states after layer 0 .* turn target.prefill_graphs off"
     ):
