@@ -42,8 +42,14 @@ class Graph(TorchDispatchMode):
         """Do it again. batch: for the parts it is broken at."""
         for action, args, kwargs, output in self.steps:
             again = action(*args, batch) if action.__name__ == "attend" else action(*args, **kwargs)
-            if isinstance(output, torch.Tensor) and again.data_ptr() != output.data_ptr():
-                output.copy_(again)
+            for memory, new in zip(_tensors(output), _tensors(again), strict=True):
+                if new.data_ptr() != memory.data_ptr():
+                    memory.copy_(new)
+
+
+def _tensors(output: Any) -> list[torch.Tensor]:
+    several = output if isinstance(output, (tuple, list)) else (output,)
+    return [one for one in several if isinstance(one, torch.Tensor)]
 
 
 def broken(attend: Callable[..., torch.Tensor], before: torch.Tensor, batch: Any) -> torch.Tensor:
