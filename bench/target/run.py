@@ -34,6 +34,8 @@ from specd.errors import ConfigError, SpecdError, TargetError
 from specd.transports.registry import load
 
 SIZES: Final = (512, 1024, 2048, 3072, 4096, 8192)
+PATIENCE_S: Final = 60.0
+"""Longest wait for a bare target to load or to answer, where `limit_s` is not longer."""
 MORE: Final = 2
 """A daemon's row takes this many times the forwards of a bare one: its batches arrive in bursts."""
 
@@ -130,11 +132,12 @@ class Found:
     def join(self, way: Way, process: Child) -> None:
         """Take a bare target that has loaded. Raises SpecdError when `bare` has not."""
         try:
-            answer = _answer(process)
+            answer = self._answer(process)
         except SpecdError as error:
             if way == "bare":
                 raise
             self.skipped[way] = str(error)
+            process.process.kill()  # it may still be at work on the device
             return
         self._children[way] = process
         self._target = self._target or answer.target
@@ -211,7 +214,13 @@ class Found:
         )
         process = self._children[way]
         process.tell(ask)
-        return _answer(process)
+        return self._answer(process)
+
+    def _answer(self, process: Child) -> BareAnswer:
+        answer = process.answer(BareAnswer, max(PATIENCE_S, self._plan.limit_s))
+        if answer.error:
+            raise TargetError(answer.error)
+        return answer
 
     def _daemon(self, tokens: int, share: int) -> Sequence[float]:
         """Seconds between deliveries to a trainer that does nothing, without those while its queue fills or empties."""
@@ -233,13 +242,6 @@ class Found:
             timeout_s=apart.CONNECT_S,
         )
         return Subscriber(link, settings.capture, device=settings.trainer, name="bench")
-
-
-def _answer(process: Child) -> BareAnswer:
-    answer = process.answer(BareAnswer)
-    if answer.error:
-        raise TargetError(answer.error)
-    return answer
 
 
 def _row(way: Way, tokens: int, share: int, rates: Sequence[float], seconds: Sequence[float]) -> TargetRow:

@@ -64,8 +64,8 @@ def install(sizes: Sequence[int]) -> None:
                 yield
 
         def capture_one(self, shape_key: Any, forward_fn: Callable[[], Any], **_: Any) -> None:
-            for _run in range(2):
-                warm = forward_fn()
+            forward_fn()  # it warms up
+            warm = forward_fn()
             if self._buffer is None:
                 self._buffer = self._alloc_full_buffer(warm, shape_key.size)
             recording = Recording()
