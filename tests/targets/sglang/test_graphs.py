@@ -20,7 +20,8 @@ from specd.config.settings import TargetConfig
 from specd.errors import ConfigError, TargetError
 from specd.protocol.capture import CaptureSpec
 from specd.targets.registry import load_target
-from specd.targets.sglang.graphs import BUCKETS, buckets, compare
+from specd.targets.sglang.graphs import BUCKETS, PrefillGraphs, buckets, compare
+from specd.targets.sglang.setup import RankSetup
 from specd.targets.sglang.target import SGLangTarget
 from specd.targets.sglang.versions import SGLang
 
@@ -173,3 +174,24 @@ def test_a_layer_is_told_from_its_neighbours_and_its_rounding_forgiven() -> None
     for states, place in ((shifted, "layer 2"), (dead, "the final norm"), (broken, "layer 4")):
         with pytest.raises(TargetError, match=f"after {place} than"):
             compare(states, eager, "a model")
+
+
+def test_other_ranks_keep_no_states() -> None:
+    given: dict[str, Any] = {
+        "path": "",
+        "load_format": "auto",
+        "dtype": "float32",
+        "device": "cpu",
+        "gpu": 0,
+        "port": 0,
+    }
+    given |= {"memory_fraction": 0.9, "attention_backend": "", "max_tokens": 300, "context": 64}
+    layers = [torch.nn.Linear(1, 1)] * 2
+    second = PrefillGraphs(None, layers, RankSetup(tp=2, rank=1, prefill_graphs=(128,), **given))
+    second.use((0, 1))
+    assert [states.numel() for states in second.states((), {})] == [0, 0]
+    with second.recorded():
+        layers[0](torch.zeros(3, 1))
+        with pytest.raises(TargetError, match="return neither"):
+            layers[0](torch.zeros(1))
+    layers[0](torch.zeros(1))
