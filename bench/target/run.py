@@ -17,6 +17,7 @@ from typing import Any, Final, NamedTuple
 
 import msgspec
 import numpy as np
+import torch
 
 from specd.bench.machine import machine
 from specd.bench.pipeline import apart
@@ -84,6 +85,8 @@ def run(
 
     keep: is given the result so far after each round. Raises SpecdError when the bare target cannot run.
     """
+    if settings.trainer != "cpu":
+        torch.cuda.set_device(settings.trainer)
     timeline = Timeline(progress)
     found = Found(settings, plan, timeline)
     with tempfile.TemporaryDirectory(prefix="specd-", dir="/tmp") as name, ExitStack() as stack:
