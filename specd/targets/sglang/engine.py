@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from specd.errors import ConfigError, TargetError
 from specd.targets.sglang.model import liven, parts
 from specd.targets.sglang.official import Official
+from specd.targets.sglang.recurrent import States, plan
 from specd.targets.sglang.setup import AT_HEAD, RankSetup
 from specd.targets.sglang.touch_points import touch_points
 from specd.targets.sglang.versions import UnusualResidual, layer_output, make_batch, start_runner, uses_mrope
@@ -88,6 +89,7 @@ class Engine:
         self._mrope = uses_mrope(self.runner)
         if setup.load_format == "dummy":
             liven(self.model, setup.rank)
+        plan(sg, self.runner, self._device, sequences)
         self.runner.alloc_memory_pool()
         self.runner.init_attention_backends()
         self.runner.init_cuda_graphs()  # there are none: it makes the eager runner
@@ -101,6 +103,7 @@ class Engine:
         capacity = int(self.runner.max_total_num_tokens)
         self._cache_slots = torch.arange(1, capacity + 1, dtype=torch.int64, device=self._device)
         self._rows = torch.arange(1, self.max_sequences + 1, dtype=torch.int64, device=self._device)
+        self.states = States(self.runner, self._rows)
         self._zeros = torch.zeros(self.max_sequences, dtype=torch.int32, device=self._device)
         self._table: torch.Tensor = self.runner.req_to_token_pool.req_to_token
         try:
@@ -110,6 +113,7 @@ class Engine:
                 raise
             self._source = self._official
         self._check_official()
+        self.states.check(2, type(self.model).__name__)
 
     def forward(self, tokens: NDArray[np.int32], lengths: Sequence[int], stop: int, capture: Capture) -> None:
         """Launch one prefill of `lengths` packed sequences up to layer `stop`, or with AT_HEAD up to the lm_head.
@@ -184,7 +188,7 @@ class Engine:
 
     def close(self) -> None:
         """Free what SGLang holds, its process groups too. No other engine may live in this process."""
-        del self.runner, self.model, self.layers, self._parts, self._official, self._source, self._table
+        del self.runner, self.model, self.layers, self._parts, self._official, self._source, self._table, self.states
         self._sg["destroy_model_parallel"]()
         self._sg["destroy_distributed_environment"]()
         gc.collect()
@@ -211,6 +215,7 @@ class Engine:
         seq_lens, starts = device[3 * size :].view(2, count)
         short = torch.stack([seq_lens, starts]).to(torch.int32)
         cache_slots = self._cache_slots[:size]
+        self.states.clear(count)
         self._table[rows, positions] = cache_slots.to(self._table.dtype)
         fields: dict[str, Any] = {
             "forward_mode": self._sg["ForwardMode"].EXTEND,
@@ -303,6 +308,21 @@ class Capture(msgspec.Struct, frozen=True, kw_only=True):
 
     taps: dict[int, Sink]
     final: Sink
+
+    def rows(self, start: int, end: int) -> Capture:
+        """The part of rows [start, end), for a forward of these alone."""
+        return Capture(
+            taps={tap: _within(sink, start, end) for tap, sink in self.taps.items()},
+            final=_within(self.final, start, end),
+        )
+
+
+def _within(sink: Sink, start: int, end: int) -> Sink:
+    return [
+        (max(low, start) - start, min(high, end) - start, out[max(start - low, 0) : end - low])
+        for low, high, out in sink
+        if low < end and high > start
+    ]
 
 
 def _layer_hook(sink: Sink, num_tokens: int) -> Callable[..., Any]:
