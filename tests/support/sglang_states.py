@@ -56,8 +56,12 @@ EXTRA: dict[str, dict[str, Any]] = {
     "gpt_oss": SINKS,
     "qwen3_5_text": DELTA | {"tie_word_embeddings": False},
     "qwen3_5_moe_text": SHARED,
+    "qwen3_5": DELTA | {"tie_word_embeddings": False},
+    "qwen3_5_moe": SHARED,
     "qwen3_next": SHARED,
 }
+WRAPPED = ("qwen3_5", "qwen3_5_moe")
+"""Wrappers for images; no test sends any."""
 TRITON = ("gpt_oss",)
 """Families that need SGLang's Triton attention, on the CPU by TRITON_INTERPRET=1."""
 NAMES = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim")
@@ -75,8 +79,10 @@ def checkpoint(family: str, path: Path, kind: str) -> None:
     }
     if not any("experts" in key for key in EXTRA[family]) or family == "gpt_oss":
         del shape["moe_intermediate_size"]
-    config = transformers.AutoConfig.for_model(family, **shape, **EXTRA[family])
+    config = transformers.AutoConfig.for_model(family, **settings(family, shape | EXTRA[family]))
     factory: Any = transformers.AutoModelForCausalLM
+    if hasattr(config, "vision_config"):
+        factory = transformers.AutoModelForImageTextToText
     torch.manual_seed(0)
     with torch.device(kind):
         model = factory.from_config(config, dtype=torch.float32 if kind == "cpu" else torch.bfloat16)
@@ -88,9 +94,29 @@ def checkpoint(family: str, path: Path, kind: str) -> None:
                 weight.normal_(0, 1.2 * shape["hidden_size"] ** -0.5)
     model.save_pretrained(path)
     published = json.loads((path / "config.json").read_text())
-    if "linear_attention" in (published.get("layer_types") or ()):
-        published["full_attention_interval"] = 3  # published ones have it, and SGLang reads it
+    text = published.get("text_config") or published
+    if "linear_attention" in (text.get("layer_types") or ()):
+        text["full_attention_interval"] = 3  # published ones have it, and SGLang reads it
+        published.get("vision_config", {})["deepstack_visual_indexes"] = []
         (path / "config.json").write_text(json.dumps(published))
+
+
+def settings(family: str, text: dict[str, Any]) -> dict[str, Any]:
+    """Of a configuration: the language model's, or inside a wrapper for images."""
+    if family not in WRAPPED:
+        return text
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.25, "mrope_interleaved": True}
+    pairs = text["head_dim"] // 8
+    rope["mrope_section"] = [pairs - 2 * (pairs // 3), pairs // 3, pairs // 3]
+    vision = {
+        "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "depth": 1, "out_hidden_size": text["hidden_size"],
+        "patch_size": 4, "num_position_embeddings": 16,
+    }  # fmt: skip
+    tokens = {
+        f"{name}_token_id": text["vocab_size"] - last
+        for last, name in enumerate(("image", "video", "vision_start", "vision_end"), start=1)
+    }
+    return {"text_config": text | {"rope_parameters": rope}, "vision_config": vision, **tokens}
 
 
 def fills(target: Target, groups: tuple[tuple[int, ...], ...], spec: CaptureSpec) -> list[CaptureJob]:
@@ -140,6 +166,8 @@ def main() -> None:
         )
     )  # fmt: skip
     found: dict[str, Any] = {"fingerprint": target.contract == reference.contract}
+    if not found["fingerprint"]:
+        print(target.contract, reference.contract, sep="\n", file=sys.stderr)
     found["artifacts"] = all(
         bytes(target.artifact(key)) == bytes(reference.artifact(key)) for key in reference.contract.artifacts
     )

@@ -131,7 +131,8 @@ is in `ForwardBatch.residual_stream`), `model.norm`, `logits_processor(input_ids
 `embed_tokens.weight`, `lm_head.weight`, the setters of official.py and their flags; of the runner: `model`,
 `req_to_token_pool.req_to_token`, of hybrids also `mamba_pool.mamba_cache` and `req_index_to_mamba_index_mapping` there
 and their config's `mamba2_cache_params.mamba_cache_per_req`, `max_total_num_tokens`, `max_running_requests`,
-`page_size`, and from 0.5.22 on `kv_index_translator`; whether positions have three axes: `model_config.model_is_mrope`, up to 0.5.15 the runner's."""
+`page_size`, and from 0.5.22 on `kv_index_translator`; whether positions have three axes:
+`model_config.model_is_mrope`, up to 0.5.15 the runner's."""
 
 
 def touch_points() -> SGLang:
