@@ -105,8 +105,8 @@ def _alone(made: Sequence[CaptureJob]) -> list[CaptureJob]:
 
 def distances(these: torch.Tensor, those: torch.Tensor) -> torch.Tensor:
     """Of each row, relative to its norm: [rows, taps + final]."""
-    off: torch.Tensor = torch.linalg.vector_norm(these - those, dim=2)
-    return off / torch.linalg.vector_norm(those, dim=2)
+    found: torch.Tensor = torch.linalg.vector_norm(these - those, dim=2) / torch.linalg.vector_norm(those, dim=2)
+    return found
 
 
 def test_memory_is_as_planned(target: SGLangTarget, used: dict[str, float]) -> None:

@@ -151,7 +151,7 @@ def test_a_model_with_another_residual_convention_is_refused(
 
     monkeypatch.setattr(ModelRunner, "layer", Negated)
     monkeypatch.setattr(fake_sglang, "Norm", Odd)
-    with pytest.raises(TargetError, match="does not end in norm"):
+    with pytest.raises(TargetError, match="does not end in the norm of its last layer"):
         load_target(config)
 
 

@@ -25,6 +25,7 @@ from specd.targets.sglang.model import liven, parts
 from specd.targets.sglang.official import Official
 from specd.targets.sglang.recurrent import States, plan
 from specd.targets.sglang.setup import AT_HEAD, RankSetup
+from specd.targets.sglang.stream import residual_is_ignored
 from specd.targets.sglang.touch_points import touch_points
 from specd.targets.sglang.versions import UnusualResidual, layer_output, make_batch, start_runner, uses_mrope
 from specd.targets.transforms import Transforms, of_rows, probe_ids
@@ -86,6 +87,7 @@ class Engine:
         self.layers = self._parts.layers
         self._official = Official(self.model)
         self._source: Official | None = None  # of the taps; None: our hooks
+        self.hidden_alone = False  # is the stream, whatever layers return besides
         self._mrope = uses_mrope(self.runner)
         if setup.load_format == "dummy":
             liven(self.model, setup.rank)
@@ -135,7 +137,7 @@ class Engine:
                 source.use(sorted(capture.taps))
             else:
                 for tap, sink in capture.taps.items():
-                    hook = _layer_hook(sink, tokens.size)
+                    hook = _layer_hook(sink, tokens.size, self.hidden_alone)
                     handles.append(self.layers[tap].register_forward_hook(hook, with_kwargs=True))
             if stop != AT_HEAD and source is None:
                 handles.append(self.layers[stop].register_forward_hook(end))
@@ -249,8 +251,14 @@ class Engine:
         must be what lm_head reads. It also loads the kernels."""
         hidden = int(self.runner.model_config.hf_text_config.hidden_size)
         last, final = (torch.empty(8, hidden, dtype=self.runner.dtype, device=self._device) for _ in range(2))
-        capture = Capture(taps={len(self.layers) - 1: [(0, 8, last)]}, final=[(0, 8, final)])
-        self.forward(np.arange(8, dtype=np.int32), [5, 3], AT_HEAD, capture)
+        tokens = np.arange(8, dtype=np.int32)
+
+        def run(taps: dict[int, Sink]) -> torch.Tensor:
+            self.forward(tokens, [5, 3], AT_HEAD, Capture(taps=taps, final=[(0, 8, final)]))
+            return final.clone()
+
+        self.hidden_alone = residual_is_ignored(self.layers, lambda: run({}), SELF_CHECK)
+        run({len(self.layers) - 1: [(0, 8, last)]})
         with torch.inference_mode(), self._current():
             normed = self._parts.norm(last.clone())
         normed = (normed[0] if isinstance(normed, tuple) else normed).float()
@@ -258,7 +266,7 @@ class Engine:
         if not torch.allclose(normed, final.float(), rtol=0, atol=SELF_CHECK * largest, equal_nan=True):
             difference = float((normed - final.float()).abs().max())
             raise TargetError(
-                f"SGLang's {type(self.model).__name__} does not end in norm(hidden + residual) of its last layer: "
+                f"SGLang's {type(self.model).__name__} does not end in the norm of its last layer's output: "
                 f"they differ by {difference:.3g}, expected at most {SELF_CHECK * largest:.3g}; use another backend"
             )
 
@@ -325,7 +333,7 @@ def _within(sink: Sink, start: int, end: int) -> Sink:
     ]
 
 
-def _layer_hook(sink: Sink, num_tokens: int) -> Callable[..., Any]:
+def _layer_hook(sink: Sink, num_tokens: int, hidden_alone: bool) -> Callable[..., Any]:
     def hook(_module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         hidden, residual, returned = layer_output(args, kwargs, output)
         if not isinstance(hidden, torch.Tensor) or hidden.ndim != 2 or hidden.shape[0] != num_tokens:
@@ -333,7 +341,7 @@ def _layer_hook(sink: Sink, num_tokens: int) -> Callable[..., Any]:
                 "SGLang's layers return neither (hidden, residual) nor hidden; use --backend transformers"
             )
         for start, end, out in sink:
-            if residual is None:
+            if residual is None or hidden_alone:
                 out.copy_(hidden[start:end])
             else:
                 torch.add(hidden[start:end], residual[start:end], out=out)

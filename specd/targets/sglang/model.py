@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 import torch
 
 from specd.errors import TargetError
+
+NORMS: Final = ("norm", "norm_f", "final_layernorm", "embedding_norm")
+"""What models call their last norm."""
 
 
 class Parts(msgspec.Struct, frozen=True):
@@ -29,10 +32,11 @@ def parts(model: Any) -> Parts:
     for name in ("model", "language_model", "model"):
         if not hasattr(decoder, "layers"):
             decoder = getattr(decoder, name, decoder)
+    norm = next((name for name in NORMS if hasattr(decoder, name)), "norm")
     try:
         return Parts(
             layers=decoder.layers,
-            norm=decoder.norm,
+            norm=getattr(decoder, norm),
             embedding=decoder.embed_tokens,
             lm_head=outer.lm_head if hasattr(outer, "lm_head") else model.lm_head,
             head=outer.logits_processor if hasattr(outer, "logits_processor") else model.logits_processor,
