@@ -215,6 +215,16 @@ def _explained(name: str, device: str) -> Iterator[None]:
         raise TargetError(
             f"target {name} does not fit in the memory of {device}: {error}; free some, or spread it with --tp"
         ) from None
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, AssertionError, AttributeError) as error:
+    except (
+        OSError,
+        ValueError,
+        LookupError,
+        NameError,
+        TypeError,
+        RuntimeError,
+        ImportError,
+        AssertionError,
+        AttributeError,
+    ) as error:
         line = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise TargetError(f"target {name}: SGLang cannot load it: {line}") from error
