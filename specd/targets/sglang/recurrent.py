@@ -64,10 +64,8 @@ class States:
             return
         cache = self._pool.mamba_cache
         written: set[int] = set()
-        for tensor in (*cache.conv, cache.temporal):
-            if tensor.numel():
-                slots = tensor.transpose(0, 1).flatten(1).any(dim=1)
-                written |= set(slots.nonzero().flatten().tolist())
+        for layer in (layer for part in (*cache.conv, cache.temporal) if part.numel() for layer in part):
+            written |= set(layer.flatten(1).any(dim=1).nonzero().flatten().tolist())
         if written != set(range(1, count + 1)):
             raise TargetError(
                 f"SGLang's {name} left the recurrent states of {count} sequences in slots {sorted(written)}, expected "
