@@ -61,7 +61,7 @@ def test_calls_that_share_a_rounded_weight_compute_what_others_do(dtype: torch.d
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda part: part):
             out = mlp(mlp(x))
-        return out, list(torch.autograd.grad(out.float().square().sum(), mlp.parameters())), kept
+        return out, list(torch.autograd.grad(out.float().square().sum(), list(mlp.parameters()))), kept
 
     apart, slopes, many = run()
     with sharing(mlp, dtype):
