@@ -78,9 +78,11 @@ def checkpoint(family: str, path: Path, kind: str) -> None:
         "max_position_embeddings": 256,
         "moe_intermediate_size": MOE_SIZE[kind],
     }
+    if kind == "cuda" and "linear_key_head_dim" in EXTRA[family]:
+        shape |= {"linear_key_head_dim": 128, "linear_value_head_dim": 128}
     if not any("experts" in key for key in EXTRA[family]) or family == "gpt_oss":
         del shape["moe_intermediate_size"]
-    config = transformers.AutoConfig.for_model(family, **settings(family, shape | EXTRA[family]))
+    config = transformers.AutoConfig.for_model(family, **settings(family, EXTRA[family] | shape))
     factory: Any = transformers.AutoModelForCausalLM
     if hasattr(config, "vision_config"):
         factory = transformers.AutoModelForImageTextToText

@@ -25,7 +25,7 @@ from specd.targets.registry import load_target
 from specd.targets.sglang.recurrent import SHARE, States
 from specd.targets.sglang.target import SGLangTarget
 
-pytestmark = [pytest.mark.gpu(1), pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.gpu(1), pytest.mark.timeout(900), pytest.mark.filterwarnings("ignore")]
 
 TAPS = (1, 10, 19, 28, 37)
 TOKENS = 8192
