@@ -28,7 +28,7 @@ from specd.drafts.dflash.model import DraftShape
 from specd.drafts.dflash.settings import DFlashConfig
 from specd.drafts.dflash.start import started
 from specd.drafts.flex import TILE, in_whole_tiles, trains_by_flex
-from specd.drafts.head import head_loss
+from specd.drafts.head import row_head
 from specd.drafts.initial import FACT, provenance
 from specd.drafts.layers import Attend
 from specd.errors import ConfigError
@@ -109,12 +109,14 @@ class DFlash:
         read = states.index_select(0, rows)
         if shape.output_multiplier != 1.0:
             read = read * shape.output_multiplier
-        total, correct = head_loss(
-            read, self.lm_head, labels, weights, self.config.loss_chunk, fused, shape.final_logit_softcapping
+        scores = row_head(
+            read, self.lm_head, labels, self.config.loss_chunk, fused=fused, softcap=shape.final_logit_softcapping
         )
         by_offset = torch.zeros(2, shape.block_size - 1, device=self.device)
-        by_offset.index_add_(1, offsets - 1, torch.stack((correct.float(), torch.ones_like(weights))))
-        return Loss(total, weights.sum(), {"correct": by_offset[0], "counted": by_offset[1]})
+        by_offset.index_add_(1, offsets - 1, torch.stack((scores.correct.float(), torch.ones_like(weights))))
+        return Loss(
+            torch.dot(scores.losses, weights), weights.sum(), {"correct": by_offset[0], "counted": by_offset[1]}
+        )
 
     def warm_up(self, dtype: torch.dtype) -> None:
         """Train on a batch of made-up tokens and forget it, because kernels are shaped by the sizes they meet first.
