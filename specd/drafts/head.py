@@ -16,8 +16,9 @@ STRIP = 128
 
 
 class Scores(NamedTuple):
-    """losses: −log softmax(hidden · headᵀ)[label] of each row, float32 [R]. correct: its label scored highest, bool [R].
+    """What the head says of each row.
 
+    losses: −log softmax(hidden · headᵀ)[label], float32 [R]. correct: its label scored highest, bool [R].
     values, ids: the K highest logits, float32 [R, K], the highest first, and their tokens, int64. Losses and values
     can be weighted by anything, also by what depends on them, and have gradients.
     """
@@ -115,7 +116,7 @@ def best(logits: Tensor, maxima: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
 def strip_maxima(logits: Tensor) -> Tensor:
     """The highest of each STRIP columns of logits [R, V]; the last strip may be shorter."""
     whole = logits.shape[1] // STRIP * STRIP
-    parts = [logits[:, :whole].unflatten(1, (-1, STRIP)).amax(-1)] if whole else []
+    parts = [logits[:, :whole].reshape(len(logits), -1, STRIP).amax(-1)] if whole else []
     if whole < logits.shape[1]:
         parts.append(logits[:, whole:].amax(-1, keepdim=True))
     return torch.cat(parts, 1)

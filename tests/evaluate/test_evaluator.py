@@ -12,9 +12,10 @@ import pytest
 import torch
 
 from chats import talk, write_rows, write_target
+from drafts import save_draft
 from specd.drafts import registry
-from specd.drafts.dflash.export import save_draft
-from specd.drafts.dflash.model import DFlashDraft, draft_shape
+from specd.drafts.backbone.network import Backbone
+from specd.drafts.backbone.shape import draft_shape
 from specd.drafts.dflash.settings import DFlashConfig
 from specd.errors import CheckpointError, ConfigError
 from specd.evaluate.evaluator import evaluate_draft
@@ -36,7 +37,7 @@ def draft(directory: Path, tmp_path: Path) -> Path:
     """One that was trained from seed 3 without a step."""
     config = DFlashConfig(num_layers=1, block_size=4, mask_token_id=2)
     shape = draft_shape(config, json.loads((directory / "config.json").read_text()), (1, 2))
-    save_draft(DFlashDraft(shape, 3), tmp_path / "draft", dtype=torch.float32)
+    save_draft(Backbone(shape, 3), tmp_path / "draft", dtype=torch.float32)
     return tmp_path / "draft"
 
 
@@ -123,7 +124,7 @@ def test_what_is_no_draft_of_this_target_is_refused(
         evaluate_draft(draft, *target, prompts)
     other = json.loads((directory / "config.json").read_text()) | {"vocab_size": 50}
     shape = draft_shape(DFlashConfig(num_layers=1, block_size=4, mask_token_id=2), other, (1, 2))
-    save_draft(DFlashDraft(shape, 3), draft, dtype=torch.float32)
+    save_draft(Backbone(shape, 3), draft, dtype=torch.float32)
     with pytest.raises(ConfigError, match=r"vocabulary 50 .*evaluate it with its own target"):
         evaluate_draft(draft, *target, prompts)
     same, depth = json.loads((directory / "config.json").read_text()), target[0].config.num_hidden_layers
@@ -131,6 +132,6 @@ def test_what_is_no_draft_of_this_target_is_refused(
         shape = draft_shape(
             DFlashConfig(num_layers=1, block_size=4, mask_token_id=2), same | {"num_hidden_layers": 99}, (1, deep)
         )
-        save_draft(DFlashDraft(shape, 3), draft, dtype=torch.float32)
+        save_draft(Backbone(shape, 3), draft, dtype=torch.float32)
         with pytest.raises(ConfigError, match=rf"is for another target than .*taps \[1, {deep}\] leave the legal"):
             evaluate_draft(draft, *target, prompts)

@@ -11,13 +11,12 @@ import torch
 import transformers
 
 from drafts import CONFIG as DRAFT
-from drafts import make_batch, make_draft
+from drafts import draft_config, make_batch, make_draft
+from drafts import load_draft as load_dflash
 from eagle import CONFIG, deliver, make_eagle
 from peer_eagle import layer_config, of_specd, of_speculators, take
 from peers import peer
 from specd.drafts import registry
-from specd.drafts.dflash.export import draft_config
-from specd.drafts.dflash.export import load_draft as load_dflash
 from specd.drafts.eagle3.export import load_draft as load_eagle3
 
 LLAMA3 = {

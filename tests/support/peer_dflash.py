@@ -9,10 +9,9 @@ import transformers
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from drafts import taps_of
+from drafts import draft_config, taps_of
 from peers import peer
 from specd.drafts.blocks import sample_anchors
-from specd.drafts.dflash.export import draft_config
 from specd.drafts.dflash.objective import DFlash
 from specd.protocol.batch import Delivery
 
