@@ -44,8 +44,8 @@ class BlockMethod:
         if reason := conflict(settings.num_heads, kv or 1, settings.head_dim or 2, settings.block_size, window):
             raise ConfigError(f"draft: {reason}")
 
-    @classmethod
-    def capture_config(cls, settings: Any) -> CaptureConfig:
+    @staticmethod
+    def capture_config(settings: Any) -> CaptureConfig:
         """Taps alone."""
         return CaptureConfig(num_taps=settings.num_taps)
 
@@ -65,8 +65,8 @@ class BlockMethod:
         """Read a draft's directory."""
         return TrainedBlocks(cls.form, load_network(cls.form, path))
 
-    @classmethod
-    def workload(cls, objective: Any, batch: Batch) -> Workload:
+    @staticmethod
+    def workload(objective: Any, batch: Batch) -> Workload:
         """What a training step of `batch` costs."""
         return workload(objective, batch)
 
