@@ -38,7 +38,7 @@ def weighted(config: BlockConfig, blocks: Blocks, losses: Tensor, rows: Tensor) 
         return weights, weights.sum()
     size = blocks.layout.block_size
     there = np.unique(blocks.rows // size).size
-    total = to_device(np.array(there, np.float32), losses.device)
+    total = to_device(np.array([there], np.float32), losses.device)[0]
     return dpace(losses.detach(), rows, len(blocks.tokens), size, config.dpace_alpha), total
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+import msgspec
+
 from specd.config.settings import Config
 from specd.drafts.base import Method
 from specd.drafts.dflash.method import DFlashMethod
@@ -16,3 +18,7 @@ class TestDFlash(DraftConformance):
     settings: ClassVar[Config] = DFlashConfig(
         num_layers=2, num_taps=3, block_size=4, num_anchors=5, loss_chunk=7, mask_token_id=3
     )
+
+
+class TestDFlashWithDpace(TestDFlash):
+    settings: ClassVar[Config] = msgspec.structs.replace(TestDFlash.settings, loss="dpace")
