@@ -88,3 +88,8 @@ class TrainedBlocks:
         shape = self.network.shape
         first = first_network(began, self.form, shape) if isinstance(began, Path) else self.form.network(shape, began)
         return TrainedBlocks(self.form, first)
+
+    def unary(self) -> TrainedBlocks | None:
+        """See Reduced.unary."""
+        alone = self.form._replace(drafter=BlockDrafter)
+        return None if self.form.drafter is BlockDrafter else TrainedBlocks(alone, self.network)

@@ -12,13 +12,9 @@ from specd.drafts.logits import LogitTransform
 
 
 class DFlash2Drafter(BlockDrafter):
-    """A trained DFlash2 draft as a Drafter. selects: whether the selector is asked, or each place guessed by itself."""
-
-    selects = True
+    """A trained DFlash2 draft as a Drafter. A BlockDrafter of it leaves the selector out."""
 
     def _guess(self, token: int, states: Tensor) -> Tensor:
-        if not self.selects:
-            return super()._guess(token, states)
         draft, shape = self._draft, self._draft.shape
         assert isinstance(draft, DFlash2Draft)
         assert isinstance(shape, DFlash2Shape)

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from dflash2 import CONFIG, make_dflash2, strong
 from drafts import CONFIG as DFLASH
 from drafts import CONTRACT, HIDDEN, deliver, make_batch, make_draft, parts
+from specd.drafts.backbone.drafter import BlockDrafter
 from specd.drafts.dflash2.drafter import DFlash2Drafter
 from specd.drafts.dflash2.method import DFlash2Method
 from specd.drafts.dflash2.objective import DFlash2
@@ -29,7 +30,7 @@ def begin(path: Path, seed: int = 1, **changes: Any) -> DFlash2:
     return DFlash2(config, parts(), seed=seed)
 
 
-def proposals(drafter: DFlash2Drafter) -> list[list[int]]:
+def proposals(drafter: BlockDrafter) -> list[list[int]]:
     taps = torch.randn(9, 3 * HIDDEN, generator=torch.Generator().manual_seed(4))
     found = []
     with torch.inference_mode():
@@ -64,10 +65,7 @@ def test_a_dflash_becomes_its_backbone(tmp_path: Path) -> None:
     strong(grown).export(tmp_path / "grown")
     trained, target = DFlash2Method.load(tmp_path / "grown"), (grown.embedding, grown.lm_head)
     untrained = trained.untrained(tmp_path / "draft").drafter(*target)
-    assert isinstance(untrained, DFlash2Drafter)
-    first = grown.form.drafter(begin(tmp_path, seed=5).draft, *target)
-    assert isinstance(first, DFlash2Drafter)
-    assert proposals(untrained) == proposals(first)
+    assert proposals(untrained) == proposals(DFlash2Drafter(begin(tmp_path, seed=5).draft, *target))
 
 
 def test_it_goes_on_from_a_dflash2(tmp_path: Path) -> None:
@@ -106,13 +104,11 @@ def test_its_directory_is_the_published_one(tmp_path: Path) -> None:
     draft = DFlash2Method.load(tmp_path / "draft")
     assert draft.network.shape == objective.draft.shape
     target = (objective.embedding, objective.lm_head)
-    drafter, own = draft.drafter(*target), objective.form.drafter(objective.draft, *target)
-    assert isinstance(drafter, DFlash2Drafter)
-    assert isinstance(own, DFlash2Drafter)
-    selected = proposals(drafter)
-    assert selected == proposals(own)
-    drafter.selects = False
-    assert proposals(drafter) != selected
+    selected, unary = proposals(draft.drafter(*target)), draft.unary()
+    assert selected == proposals(DFlash2Drafter(objective.draft, *target))
+    assert unary is not None
+    assert proposals(unary.drafter(*target)) == proposals(BlockDrafter(objective.draft, *target)) != selected
+    assert unary.unary() is None, "there is nothing more to leave out"
 
 
 def test_a_directory_without_its_parts_is_refused(tmp_path: Path) -> None:
