@@ -186,9 +186,7 @@ def made_up(shape: BlockShape, num_anchors: int) -> tuple[Batch, tuple[int, int]
     Sizes that are equal when a function is compiled are taken to be equal always: N that is the hidden size by chance,
     or as many tiles as heads share keys, would be compiled for again at the first batch where it is not.
     """
-    heads, kv, size = shape.num_heads, shape.num_kv_heads, shape.block_size
-    known = {TILE, size, shape.hidden_size, len(shape.taps) * shape.hidden_size, shape.intermediate_size}
-    known |= {heads, kv, heads // kv, *(shape.head_dim * count // 2 for count in (1, 2, 2 * heads, 2 * kv))}
+    size, known = shape.block_size, {TILE, *shape.sizes()}
     step = TILE // math.gcd(TILE, size)  # so many blocks are whole tiles
     least = max(2 * TILE, min(num_anchors * size, COMPILED_ROWS * TILE))
     for more_rows, more_context in itertools.product(range(64), repeat=2):
@@ -200,7 +198,7 @@ def made_up(shape: BlockShape, num_anchors: int) -> tuple[Batch, tuple[int, int]
         sizes = {part // unit for part in (rows, context, rows + context) for unit in (1, TILE)}
         if len(sizes - known) == 6:
             return _labelled(anchors, context), (rows, context)
-    raise AssertionError("64² sizes and fewer than 20 that are known")
+    raise AssertionError("64² sizes and fewer than 30 that are known")
 
 
 def _labelled(anchors: list[int], num_tokens: int) -> Batch:

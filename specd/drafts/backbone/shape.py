@@ -65,6 +65,20 @@ class BlockShape(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         """Whether a token in a layer of that kind sees only what is before it in its block."""
         return kind == "sliding_attention" if self.is_causal is None else self.is_causal
 
+    def sizes(self) -> set[int]:
+        """Of dimensions of its tensors and states, other than numbers of tokens."""
+        heads, kv, hidden = self.num_heads, self.num_kv_heads, self.hidden_size
+        halves = {self.head_dim * count // 2 for count in (1, 2, 2 * heads, 2 * kv)}
+        return halves | {
+            heads,
+            kv,
+            heads // kv,
+            hidden,
+            len(self.taps) * hidden,
+            self.intermediate_size,
+            self.block_size,
+        }
+
     def problem(self) -> str | None:
         """Why no draft of this shape can exist, or None if it can."""
         if min(self.hidden_size, self.num_layers, self.num_kv_heads, self.intermediate_size, self.vocab_size) < 1:

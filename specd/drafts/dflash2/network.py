@@ -27,6 +27,12 @@ class DFlash2Shape(BlockShape, kw_only=True, frozen=True, forbid_unknown_fields=
     selector_rank: int
     selector_top_k: int
 
+    def sizes(self) -> set[int]:
+        """See BlockShape.sizes."""
+        taps, group = self.conv_kernel_size, self.conv_group_size
+        groups = self.hidden_size // group
+        return super().sizes() | {taps, group, groups, 2 * taps * groups, taps * groups}
+
     def problem(self) -> str | None:
         """Why no draft of this shape can exist, or None if it can."""
         taps, group = self.conv_kernel_size, self.conv_group_size
