@@ -149,7 +149,7 @@ def of_automodel(objective: DFlash2, delivery: Any) -> tuple[float, dict[str, Te
     """Its loss of the same weights and anchors, gradients, recall and hits of the selector; sequences side by side."""
     batch, config, shape = delivery.batch, objective.config, objective.draft.shape
     assert isinstance(config, DFlash2Config)
-    described = objective.config_json() | {"attn_implementation": "sdpa"}
+    described: dict[str, Any] = objective.config_json() | {"attn_implementation": "sdpa"}
     package = "nemo_automodel.components.speculative.dflash"
     draft = peer(f"{package}.draft_qwen3_dflash2").Qwen3DFlash2DraftModel(transformers.Qwen3Config(**described)).eval()
     draft.load_state_dict(objective.module.state_dict())

@@ -100,9 +100,9 @@ def test_speculators_dflash(tmp_path: Path, causal: bool, full: int) -> None:
 def test_speculators_dflash2(tmp_path: Path, window: int) -> None:
     objective = strong(make_dflash2(msgspec.structs.replace(DFLASH2, sliding_window=window)))
     own = objective.draft.shape
-    layers = transformers.Qwen3Config(**draft_config(own, torch.float32) | {"attn_implementation": "eager"})
+    eager: dict[str, Any] = draft_config(own, torch.float32) | {"attn_implementation": "eager"}
     settings = peer("speculators.models.dflash2.config").DFlash2SpeculatorConfig(
-        transformer_layer_config=layers,
+        transformer_layer_config=transformers.Qwen3Config(**eager),
         draft_vocab_size=own.vocab_size,
         block_size=own.block_size,
         aux_hidden_state_layer_ids=[tap + 1 for tap in own.taps],

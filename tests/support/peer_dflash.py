@@ -83,7 +83,8 @@ def of_speculators(objective: DFlash, delivery: Delivery) -> Result:
     """
     shape, batch, config = objective.draft.shape, delivery.batch, objective.config
     core, losses = peer("speculators.models.dflash.core"), peer("speculators.losses")
-    layers = transformers.Qwen3Config(**draft_config(shape, torch.float32) | {"attn_implementation": "eager"})
+    eager: dict[str, Any] = draft_config(shape, torch.float32) | {"attn_implementation": "eager"}
+    layers = transformers.Qwen3Config(**eager)
     described = peer("speculators.models.dflash.config").DFlashSpeculatorConfig(
         transformer_layer_config=layers, draft_vocab_size=shape.vocab_size, block_size=shape.block_size,
         mask_token_id=shape.mask_token_id, aux_hidden_state_layer_ids=[tap + 1 for tap in shape.taps],
