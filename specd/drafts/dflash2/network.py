@@ -8,14 +8,13 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from specd.drafts.backbone.network import Backbone, Layer
 from specd.drafts.backbone.shape import BlockShape
-from specd.drafts.layers import KeyValue, Linear, Rope, draw
+from specd.drafts.layers import KeyValue, Linear, Rope, beside, draw
 
 
 class DFlash2Shape(BlockShape, kw_only=True, frozen=True, forbid_unknown_fields=True):
@@ -140,6 +139,4 @@ class DFlash2Draft(Backbone):
         for layer in self.layers:
             assert isinstance(layer, ConvolvedLayer)
             layer.attention_conv, layer.mlp_conv = Convolution(shape), Convolution(shape)
-        # Other numbers than the backbone's of the same seed.
-        own = int(np.random.SeedSequence([seed % 2**64, 1]).generate_state(1)[0])
-        self.candidate_selector = Selector(shape, own)
+        self.candidate_selector = Selector(shape, beside(seed))
