@@ -87,6 +87,8 @@ class DaemonConfig(Config, kw_only=True, frozen=True):
     has work and finishes none for so long, and for 20 times the usual, is replaced; ten times as long for its first.
     auth: keys, for a TCP endpoint. insecure: without keys, trainers need not be of this user, nor on this host.
     insecure_data: with keys, also serve transports beyond this host that do not encrypt states (nccl, nixl).
+    metrics: PORT or ADDRESS:PORT of a page for Prometheus, for this machine alone where no address is named; empty for
+    none.
     """
 
     target: TargetConfig
@@ -98,6 +100,7 @@ class DaemonConfig(Config, kw_only=True, frozen=True):
     auth: DaemonAuth | None = None
     insecure: bool = False
     insecure_data: bool = False
+    metrics: str = ""
 
 
 class TrainerAuth(Config, kw_only=True, frozen=True):
