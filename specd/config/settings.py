@@ -192,6 +192,20 @@ class TrainConfig(Config, kw_only=True, frozen=True):
     log_every: Positive = 1
 
 
+class LogConfig(Config, kw_only=True, frozen=True):
+    """Where a run's progress goes, beside its journal, which is always written.
+
+    to: tensorboard, wandb, mlflow, trackio, or several. project: of trackers that have some; MLflow's experiment. name:
+    of the run there; empty for that of its directory. metrics: as a daemon's: PORT or ADDRESS:PORT of a page for
+    Prometheus, empty for none.
+    """
+
+    to: tuple[str, ...] = ()
+    project: Annotated[str, Meta(min_length=1)] = "specd"
+    name: str = ""
+    metrics: str = ""
+
+
 class RunConfig(Config, kw_only=True, frozen=True):
     """All settings of one `specd train METHOD`.
 
@@ -207,4 +221,5 @@ class RunConfig(Config, kw_only=True, frozen=True):
     data: DataConfig = DataConfig()
     draft: dict[str, Any] = {}
     train: TrainConfig = TrainConfig()
+    log: LogConfig = LogConfig()
     subscriber: SubscriberConfig = SubscriberConfig()
