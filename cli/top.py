@@ -11,6 +11,7 @@ import typer
 from specd import units
 from specd.cli.rates import Rates, rates, who_waits
 from specd.cli.settings import Key, servers_of
+from specd.cli.trainers import gb, trainers
 from specd.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -105,7 +106,7 @@ def page(reading: Reading, before: StatusReport | None) -> RenderableType:
     found = rates(report, None if report is before else before)
     for name, value in _facts(report, found):
         facts.add_row(name, value)
-    return Group(facts, *([_trainers(report, found)] if report.sessions else []), Text())
+    return Group(facts, *([trainers(report, found)] if report.sessions else []), Text())
 
 
 def _facts(report: StatusReport, found: Rates) -> Iterator[tuple[str, RenderableType]]:
@@ -120,9 +121,9 @@ def _facts(report: StatusReport, found: Rates) -> Iterator[tuple[str, Renderable
     bar.append("░" * (BAR - len(bar)), style="dim")
     yield "ring", Text.assemble(bar, f"  {busy}/{slots} busy")
     yield "", units.printable(f"{parts or 'no slots'}; {report.queued} waiting for one")
-    ways = ", ".join(f"{name} {nbytes / 1e9:.2f}" for name, nbytes in found.transports.items() if nbytes)
+    ways = ", ".join(f"{name} {gb(nbytes)}" for name, nbytes in found.transports.items() if nbytes)
     yield "speed", f"{found.pace.tokens:,.0f} tokens/s   {found.pace.batches:,.1f} batches/s"
-    yield "states", units.printable(f"{found.pace.nbytes / 1e9:.2f} GB/s{f'   by {ways}' if ways else ''}")
+    yield "states", units.printable(f"{gb(found.pace.nbytes)} GB/s{f'   by {ways}' if ways else ''}")
     yield "time", _split(found.shares)
     yield "", "   ".join(f"{word} {share:.0%}" for word, share in found.shares.items() if share >= 0.005)
     yield "", f"{who_waits(found.shares)}; forwards {found.forward:.0%}"
@@ -138,27 +139,3 @@ def _split(shares: dict[str, float]) -> RenderableType:
     for word, share in shares.items():
         bar.append("█" * round(BAR * share), style=COLOURS[word])
     return bar
-
-
-def _trainers(report: StatusReport, found: Rates) -> RenderableType:
-    """A table whose figures are whole at any width: only names are folded."""
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False, header_style="dim")
-    table.add_column("trainer", overflow="fold")
-    table.add_column("via", overflow="fold")
-    for name in ("tokens/s", "batches/s", "GB/s", "in flight", "holds", "since"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for session in report.sessions:
-        pace = found.trainers[session.session]
-        table.add_row(
-            units.printable(f"{session.name} {session.session[:8]}"),
-            units.printable(session.transport or "–"),
-            f"{pace.tokens:,.0f}",
-            f"{pace.batches:,.1f}",
-            f"{pace.nbytes / 1e9:.2f}",
-            f"{session.outstanding}/{session.credits}",
-            str(session.leases),
-            units.duration(session.age_s),
-        )
-    return table
