@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Annotated
 
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 EXAMPLES = "Examples: `specd top` · `specd top -e tcp://gpu1:7070 -e tcp://gpu2:7070` · `specd top --once`"
 COLOURS = {"filling": "green", "no slot": "yellow", "no request": "blue", "down": "red"}
 BAR = 30
+WINDOW_S = 10.0
+"""Rates that renew themselves are over so long: batches may take seconds."""
 
 
 def top(
@@ -68,12 +71,13 @@ def _show(read: Callable[[], list[Reading]], every_s: float, once: bool) -> bool
     console = Console(markup=False, emoji=False, highlight=False)
     before = read()
     if console.is_terminal and not once:
+        earlier = deque([before], maxlen=max(1, round(WINDOW_S / every_s)))
         with Live(_pages(before, before), console=console, screen=True, auto_refresh=False) as live:
             while True:
                 time.sleep(every_s)
                 now = read()
-                live.update(_pages(before, now), refresh=True)
-                before = now
+                live.update(_pages(earlier[0], now), refresh=True)
+                earlier.append(now)
     while True:
         time.sleep(every_s)
         now = read()

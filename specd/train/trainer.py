@@ -178,7 +178,15 @@ def _train(
         sinks: list[Sink] = []
         if show:
             title = f"{settled.method} draft for {contract.model} → {directory.path}"
-            sinks.append(stack.enter_context(Display(title, done, steps, lambda: subscriber.stats().transports)))
+            shown = Display(
+                title,
+                done,
+                steps,
+                lambda: subscriber.stats().transports,
+                checkpoints=directory.checkpoints,
+                device=device,
+            )
+            sinks.append(stack.enter_context(shown))
         sinks += stack.enter_context(opened(settled, directory, contract.model, done, steps))
         train(
             settled.train,
