@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 import msgspec
+import numpy as np
 import torch
 
 from specd.config.settings import TrainConfig
@@ -64,10 +65,10 @@ class StateSource(Protocol):
 class _StepBatches:
     """The batches of one optimizer step and their sums, which stay on the device until they are logged.
 
-    watch: times its work on the device.
+    watch: times its work on the device. measured: what the draft measures beside correct and counted predictions.
     """
 
-    __slots__ = ("_counts", "_losses", "_weights", "batches", "tokens", "watch")
+    __slots__ = ("_counts", "_losses", "_weights", "batches", "measured", "tokens", "watch")
 
     def __init__(self, device: str) -> None:
         self.watch = Stopwatch(device)
@@ -76,6 +77,7 @@ class _StepBatches:
         self._losses: list[torch.Tensor] = []
         self._weights: list[torch.Tensor] = []
         self._counts: list[torch.Tensor] = []
+        self.measured: tuple[str, ...] = ()
 
     def add(self, batch: Batch, loss: Loss) -> None:
         """Accumulate a batch's gradients."""
@@ -85,7 +87,9 @@ class _StepBatches:
         self.tokens += batch.num_tokens
         self._losses.append(loss.sum.detach().double())
         self._weights.append(loss.weight.detach().double())
-        self._counts.append(torch.stack([loss.metrics["correct"], loss.metrics["counted"]]).double())
+        self.measured = tuple(sorted(loss.metrics.keys() - {"correct", "counted"}))
+        names = "correct", "counted", *self.measured
+        self._counts.append(torch.stack([loss.metrics[name].double() for name in names]))
 
     @property
     def weight(self) -> torch.Tensor:
@@ -99,7 +103,7 @@ class _StepBatches:
 
     @property
     def counts(self) -> torch.Tensor:
-        """Correct and counted predictions, float64 [2, K]."""
+        """Correct and counted predictions, then what is `measured` of them, float64 [2 or more, K]."""
         return torch.stack(self._counts).sum(0)
 
 
@@ -125,7 +129,7 @@ class _UnloggedStep:
         weight, norm = values[0], values[1]
         losses = values[2 : 2 + len(self.window.batches)]
         counts = values[2 + len(losses) :]
-        correct, counted = counts[: len(counts) // 2], counts[len(counts) // 2 :]
+        correct, counted, *others = np.array(counts).reshape(2 + len(self.window.measured), -1).tolist()
         for batch, loss in zip(self.window.batches, losses, strict=True):
             if not math.isfinite(loss):
                 raise _not_finite(self.facts.step, f"the loss is {loss}", [batch])
@@ -138,10 +142,14 @@ class _UnloggedStep:
             grad_norm=norm,
             weight=weight,
             teacher_forced_accuracy=sum(correct) / sum(counted) if sum(counted) else None,
-            teacher_forced_by_offset=tuple(
-                right / of if of else None for right, of in zip(correct, counted, strict=True)
-            ),
+            teacher_forced_by_offset=_means(correct, counted),
+            by_offset={name: _means(sums, counted) for name, sums in zip(self.window.measured, others, strict=True)},
         )
+
+
+def _means(sums: Sequence[float], counted: Sequence[float]) -> tuple[float | None, ...]:
+    """Of each offset; None where nothing counted."""
+    return tuple(total / of if of else None for total, of in zip(sums, counted, strict=True))
 
 
 class _Run:
