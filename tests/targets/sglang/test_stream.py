@@ -68,6 +68,6 @@ def test_a_model_that_adds_such_a_residual_at_its_end_is_refused(config: TargetC
 
 
 def test_other_ranks_hear_only_of_forwards_that_run() -> None:
-    """Layers that take no residual, as from 0.5.22 on, cannot be read: a rank that ran the forward would wait for us."""
+    """Layers that take no residual, as from 0.5.22 on, cannot be read: a rank that ran it would wait for us."""
     engine: Any = SimpleNamespace(layers=[torch.nn.Linear(2, 2)])
     assert handed_on(engine, np.arange(5, dtype=np.int32), lambda: pytest.fail("it was announced")) is None
