@@ -150,8 +150,8 @@ class SGLangTarget:
     def plain_states(self, tokens: NDArray[np.int32]) -> NDArray[np.float32] | None:
         """See trial.Witness."""
         assert self._engine is not None
-        self._ranks.send(Step(tokens=tokens.astype("<i4").tobytes(), lengths=[int(tokens.size)], stop=AT_HEAD))
-        return handed_on(self._engine, tokens)
+        step = Step(tokens=tokens.astype("<i4").tobytes(), lengths=[int(tokens.size)], stop=AT_HEAD)
+        return handed_on(self._engine, tokens, lambda: self._ranks.send(step))
 
     def artifact(self, name: str) -> memoryview:
         """See Target.artifact."""
