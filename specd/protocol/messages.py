@@ -73,7 +73,7 @@ class Hello(Message, kw_only=True, frozen=True, tag="hello"):
     """Open or reopen a session. name: for people. pid: 0 if unknown. host: identity of kernel and namespaces.
 
     credits: how many batches the trainer wants outstanding. fingerprint: the target it must be, empty for any.
-    run: equal on all ranks of one training, empty for a trainer of its own. ranks: how many of them come to this daemon.
+    run: equal on all ranks of one training, empty for one alone. ranks: how many of them come to this daemon.
     """
 
     name: Name
