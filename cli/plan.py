@@ -241,7 +241,7 @@ def render(found: Balance) -> list[RenderableType]:
         f"{ring.slot_bytes:,} bytes = {ring.nbytes / 1e9:.2f} GB at depth {work.depth}",
         f"{judged.name} trains {judged.over_one:.2f} × the samples/s of {_gpus(found.colocated.gpus)} co-located, and "
         f"{judged.over_parallel:.2f} × those of {_gpus(judged.gpus)}, as many as it has",
-        f"co-locate unless a batch alone takes the target over {found.pays_from_s * 1e3:,.1f} ms: here it takes "
+        f"co-locate unless a target that runs batches alone takes over {found.pays_from_s * 1e3:,.1f} ms for one: here "
         f"{found.colocated_target_s * 1e3:,.1f} ms",
         f"verdict: {found.better}",
         *(f"· {reason}" for reason in found.why),

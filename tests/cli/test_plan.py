@@ -48,7 +48,7 @@ def test_daemons_and_trainers_are_judged_as_asked(capsys: pytest.CaptureFixture[
     assert run(["plan", *options]) == 0
     out = " ".join(capsys.readouterr().out.split())
     assert "2 : 1 trains 2.16 × the samples/s of 1 GPU co-located, and 0.72 × those of 3 GPUs" in out
-    assert "co-locate unless a batch alone takes the target over 120.5 ms: here it takes 70.1 ms" in out
+    assert "co-locate unless a target that runs batches alone takes over 120.5 ms for one: here 70.1 ms" in out
 
 
 def test_a_benchmark_gives_the_rates_and_flags_win(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
