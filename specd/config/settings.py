@@ -115,8 +115,10 @@ class SubscriberConfig(Config, kw_only=True, frozen=True):
 
     timeout_s: longest wait for one batch. connect_s: longest time without any usable daemon.
     borrow: read the daemon's slots in place, without a copy, where trainer and target share one GPU; a slot then stays
-    taken until its batch was trained. auth: keys, for TCP endpoints. insecure_data: with keys, also take transports
-    from another host that do not encrypt states (nccl, nixl).
+    taken until its batch was trained. place: which daemons a rank takes where a training has several ranks. `near`:
+    those on its own host, or all if none is, shared evenly among the ranks, and the rest only while none of these is
+    up. `all`: every one. auth: keys, for TCP endpoints. insecure_data: with keys, also take transports from another
+    host that do not encrypt states (nccl, nixl).
     """
 
     endpoints: tuple[str, ...] = ("auto",)
@@ -125,6 +127,7 @@ class SubscriberConfig(Config, kw_only=True, frozen=True):
     timeout_s: Annotated[float, Meta(gt=0)] = 300.0
     connect_s: Annotated[float, Meta(ge=0)] = 120.0
     borrow: bool = False
+    place: Literal["near", "all"] = "near"
     auth: TrainerAuth | None = None
     insecure_data: bool = False
 
