@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from specd.bench.pipeline.colocated import ColocatedAnswer, ColocatedTimes, Reduction
 
 from specd.bench.pipeline import colocated
-from specd.bench.pipeline.colocated import ColocatedAnswer, ColocatedTimes, Reduction
 from specd.bench.pipeline.process_group import joined
 from specd.bench.pipeline.step import Clocked
 from specd.errors import DaemonError
