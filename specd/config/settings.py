@@ -10,6 +10,9 @@ from msgspec import Meta
 AttentionKind = Literal["auto", "flex", "sdpa"]
 """How a draft attends: flex_attention, plain torch ops, or whichever suits the device."""
 
+Collectives = Literal["auto", "gloo", "nccl"]
+"""By what the ranks of a training exchange gradients."""
+
 Positive = Annotated[int, Meta(ge=1)]
 NotNegative = Annotated[int, Meta(ge=0)]
 Decay = Annotated[float, Meta(ge=0, lt=1)]
@@ -173,6 +176,9 @@ class TrainConfig(Config, kw_only=True, frozen=True):
 
     save_every: steps between checkpoints. keep: how many stay. dtype: of the draft's forward; master weights are
     float32.
+    Of several ranks, which share the batches of a step: collectives, by what they sum gradients: `auto` is nccl on
+    GPUs, one for each rank, and gloo on CPUs; gloo also has ranks share a GPU. peer_patience_s: how long a rank may
+    show no life before the others end, 0 for 5 s on one host and 30 s on several.
     """
 
     lr: Annotated[float, Meta(gt=0)] = 6e-4
@@ -190,6 +196,8 @@ class TrainConfig(Config, kw_only=True, frozen=True):
     save_every: NotNegative = 500
     keep: Positive = 2
     log_every: Positive = 1
+    collectives: Collectives = "auto"
+    peer_patience_s: Annotated[float, Meta(ge=0)] = 0.0
 
 
 class RunConfig(Config, kw_only=True, frozen=True):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -132,7 +133,7 @@ class BatchPlan:
         yield tuple(batch)
 
 
-class Place(NamedTuple):
+class Place(msgspec.Struct, frozen=True):
     """A batch of the plan, before it is packed. tokens: how many it has."""
 
     epoch: int

@@ -1,8 +1,8 @@
 """The ranks of a data-parallel run: how they meet, what each trains, what they exchange, and how they end together.
 
 Batch k of an optimizer step is trained by rank k mod W. Gradients are sums, divided once by the weight of the whole
-step, and the sums of all batches are added up in the order of the plan on every rank: the numbers of a run do not depend
-on W, but for the order in which gradients are summed.
+step, and the sums of all batches are added up in the order of the plan on every rank: the numbers of a run do not
+depend on W, but for the order in which gradients are summed.
 """
 
 from __future__ import annotations
@@ -17,64 +17,42 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from types import TracebackType
-from typing import Any, Literal, NamedTuple, Self, TypeVar
+from typing import Any, Final, Self, TypeVar
 
 import msgspec
 import torch
 
+from specd.config.settings import Collectives
 from specd.endpoints import host_id
 from specd.errors import ConfigError, PeerError, SpecdError, first_line
+from specd.memory import cuda
 from specd.train.gradients import Gradients
+from specd.train.launcher import Launch, launched
 from specd.train.peers import HEARD, Ending, Member, Watch, tell
 
 logger = logging.getLogger(__name__)
 
-Collectives = Literal["auto", "gloo", "nccl"]
 Value = TypeVar("Value")
-POLL_S = 0.02
-MEET_S = 600.0
+POLL_S: Final = 0.02
+MEET_S: Final = 600.0
 """How long the ranks of a launcher may take from the first to the last."""
-REASON_S = 1.0
+REASON_S: Final = 1.0
 """How long a rank that was signalled, or met a broken connection, waits to hear of a reason."""
-
-
-class Launch(NamedTuple):
-    """What a launcher such as torchrun says of this process. local, here: rank and number of ranks on this host."""
-
-    rank: int = 0
-    size: int = 1
-    local: int = 0
-    here: int = 1
-    restarts: int = 0
-
-
-def launch() -> Launch:
-    """This process in its launcher's environment; one of one without a launcher. Raises ConfigError for half of one."""
-    size = os.environ.get("WORLD_SIZE", "").strip()
-    if not size.isdecimal() or int(size) < 2:
-        return Launch()
-    needed = ("RANK", "MASTER_ADDR", "MASTER_PORT")
-    if missing := [name for name in needed if not os.environ.get(name, "").strip()]:
-        raise ConfigError(
-            f"WORLD_SIZE={size} in the environment and no {', '.join(missing)}: start {size} trainers with `torchrun "
-            f"--nproc-per-node {size} -m specd train …`, which sets them, or one with WORLD_SIZE unset"
-        )
-    rank = int(os.environ["RANK"])
-    local, here = (int(os.environ.get(name, default)) for name, default in (
-        ("LOCAL_RANK", rank), ("LOCAL_WORLD_SIZE", int(size))))  # fmt: skip
-    return Launch(rank, int(size), local, here, int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")))
+STARTING_S: Final = 60.0
+"""How long a rank may show no life before the first step: what it loads may hold the interpreter."""
 
 
 class Ranks:
     """This rank among those of a run; a context manager, which others end with. One rank alone costs nothing.
 
-    store: the launcher's, None for one rank alone. patience_s: how long a rank may show no life.
+    store: the launcher's, None for one rank alone.
     """
 
-    def __init__(self, launch: Launch = Launch(), store: Any = None, patience_s: float = 5.0) -> None:  # noqa: B008
-        assert (launch.size > 1) == (store is not None), "several ranks meet in a store"
-        self.rank, self.size, self.local, self.here, _ = launch
-        self._launch, self._store, self._patience_s = launch, store, patience_s
+    def __init__(self, launch: Launch | None = None, store: Any = None) -> None:
+        self.launch = launch or Launch()
+        assert (self.launch.size > 1) == (store is not None), "several ranks meet in a store"
+        self.rank, self.size = self.launch.rank, self.launch.size
+        self._store = store
         self.members: list[Member] = []
         self.run = b""
         """16 bytes that all ranks of a run share."""
@@ -85,20 +63,21 @@ class Ranks:
         self._device = "cpu"
 
     @classmethod
-    def launched(cls, patience_s: float = 5.0) -> Self:
+    def launched(cls) -> Self:
         """This process among those of its launcher. Raises ConfigError where they cannot meet."""
-        if (found := launch()).size == 1:
+        if (found := launched()).size == 1:
             return cls()
         import torch.distributed as dist
 
+        distributed: Any = dist  # not all of it is exported for checkers
         try:
-            store, _, _ = next(dist.rendezvous("env://", timeout=datetime.timedelta(seconds=MEET_S)))
+            store, _, _ = next(distributed.rendezvous("env://", timeout=datetime.timedelta(seconds=MEET_S)))
         except (RuntimeError, ValueError) as error:
             raise ConfigError(
                 f"rank {found.rank} of {found.size} does not reach the others at {os.environ['MASTER_ADDR']}:"
                 f"{os.environ['MASTER_PORT']} ({first_line(error)}): see that this address is right on every host"
             ) from None
-        return cls(found, store, patience_s)
+        return cls(found, store)
 
     def __repr__(self) -> str:
         return f"Ranks({self.rank} of {self.size})"
@@ -113,6 +92,12 @@ class Ranks:
         return len({member.host for member in self.members}) or 1
 
     @property
+    def title(self) -> str:
+        """What a line about the run adds; nothing for one rank alone."""
+        hosts = self.num_hosts
+        return f" · {self.size} ranks on {hosts} host{'s' * (hosts > 1)}" if self.size > 1 else ""
+
+    @property
     def restarts(self) -> int:
         """How often the launcher has started the run again; each host's own count may lack some."""
         return max((member.restarts for member in self.members), default=0)
@@ -121,13 +106,13 @@ class Ranks:
         if self._store is not None:
             me = Member(
                 rank=self.rank, host=socket.gethostname(), host_id=host_id(), pid=os.getpid(),
-                restarts=self._launch.restarts,
+                restarts=self.launch.restarts,
             )  # fmt: skip
             self._store.set(f"beat/{self.rank}", "0")
             self._put(f"member/{self.rank}", me)
             self.members = [msgspec.convert(self._wait(f"member/{rank}"), Member) for rank in range(self.size)]
-            self._watch = Watch(self._store.clone(), me, self.members, self._patience_s)
-            self._watch.__enter__()
+            self._watch = Watch(self._store.clone(), me, self.members, STARTING_S)
+            self._watch.start()
             self.run = bytes.fromhex(self.decide("run", lambda: secrets.token_hex(16)))
         return self
 
@@ -137,8 +122,8 @@ class Ranks:
         if self._watch is None:
             return
         watch, self._watch = self._watch, None
-        with watch:
-            instead = self._leave(watch, error) if error is not None else None
+        instead = self._leave(watch, error) if error is not None else None
+        watch.close()
         if error is None:
             self._group = None
             with contextlib.suppress(RuntimeError):  # the launcher may be gone, and so may we
@@ -201,7 +186,7 @@ class Ranks:
         if self.size == 1:
             return work()
         key = f"turn/{name}/{self.members[self.rank].host}"
-        if self.local:
+        if self.launch.local:
             self._wait(key)
             return work()
         value = work()
@@ -222,18 +207,23 @@ class Ranks:
                         f"{found[0].get(name)}: give all ranks the same {name}"
                     )
 
-    def join(self, device: str, timeout_s: float, collectives: Collectives = "auto") -> None:
+    def join(
+        self, device: str, timeout_s: float, *, collectives: Collectives = "auto", patience_s: float = 0.0
+    ) -> None:
         """Connect to the others for collectives. Raises ConfigError where that fails.
 
         device: of what is exchanged. timeout_s: of one exchange: longer than any rank may wait for its batch.
+        patience_s: how long a rank may show no life from now on, 0 for 5 s on one host and 30 s on several.
         """
         if self.size == 1:
             return
         import torch.distributed as dist
 
-        distributed: Any = dist  # its classes are not all typed
+        distributed: Any = dist
         timeout = datetime.timedelta(seconds=timeout_s)
         self._device, self._nccl = device, collectives == "nccl" or (collectives == "auto" and device != "cpu")
+        if self._nccl:
+            self._check_devices(device)
         meeting = distributed.PrefixStore("group", self._store)
         try:
             if self._nccl:
@@ -256,7 +246,20 @@ class Ranks:
                 f"{'NCCL' if self._nccl else 'GLOO'}_SOCKET_IFNAME"
             ) from None
         assert self._watch is not None, "entered"
+        self._watch.patience_s = patience_s or (5.0 if self.num_hosts == 1 else 30.0)
         self._watch.at_end(self._abort)
+
+    def _check_devices(self, device: str) -> None:
+        """Raise ConfigError for two ranks on one GPU."""
+        self._put(f"device/{self.rank}", cuda.uuid(device))
+        seen: dict[str, int] = {}
+        for rank in range(self.size):
+            if (other := seen.setdefault(self._wait(f"device/{rank}"), rank)) != rank:
+                raise ConfigError(
+                    f"ranks {other} and {rank} on {self.members[rank].host} have one GPU, and nccl wants one each: "
+                    f"start torchrun with --nproc-per-node {torch.cuda.device_count()}, or have them share it with "
+                    f"train.collectives=gloo, which is slow"
+                )
 
     def deal(self, step: Sequence[Value]) -> Sequence[Value]:
         """Which of a step's batches this rank trains; there may be none."""
@@ -344,7 +347,7 @@ class Ranks:
 
     def _broken(self, error: RuntimeError | None) -> PeerError:
         if self._watch is not None:
-            self._watch.wait(self._patience_s + REASON_S)
+            self._watch.wait(self._watch.patience_s + REASON_S)
             if (found := self._watch.error()) is not None:
                 return found
         why = first_line(error) if error else "it was not whole"

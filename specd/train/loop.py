@@ -227,9 +227,10 @@ def train(
     """Train to the end, from the start or from the newest checkpoint; returns the last position.
 
     journal: path of the step records. ranks: this process among those that train together, None for one alone; rank 0
-    alone reads and writes what the run leaves, and the others begin with its weights. On a SpecdError (running out of GPU memory becomes one) or a KeyboardInterrupt
-    the last optimizer step is checkpointed, unless the error is a non-finite loss or gradient, which no weight has
-    seen, or came between the weights and the position of a step. So it is when another rank ends (PeerError).
+    alone reads and writes what the run leaves, and the others begin with its weights. On a SpecdError (running out of
+    GPU memory becomes one), also of another rank (PeerError), or a KeyboardInterrupt the last optimizer step is
+    checkpointed, unless the error is a non-finite loss or gradient, which no weight has seen, or came between the
+    weights and the position of a step.
     """
     interrupt, ranks = interrupt or Interrupt(), ranks or Ranks()
     optimizer = make_optimizer(objective.module, config)

@@ -6,7 +6,7 @@ import math
 from itertools import chain
 
 import torch
-from torch.optim.adamw import adamw
+from torch.optim import adamw
 
 from specd.config.settings import TrainConfig
 
@@ -76,10 +76,11 @@ def _update(optimizer: torch.optim.AdamW, scale: torch.Tensor, skipped: torch.Te
         states = [optimizer.state[parameter] for parameter in trained]
         beta1, beta2 = group["betas"]
         with torch.no_grad():
-            adamw(
+            adamw.adamw(
                 trained,
-                [parameter.grad for parameter in trained],
-                *([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq")),
+                [parameter.grad for parameter in trained if parameter.grad is not None],
+                [state["exp_avg"] for state in states],
+                [state["exp_avg_sq"] for state in states],
                 max_exp_avg_sqs=[],
                 state_steps=[state["step"] for state in states],
                 fused=True,

@@ -13,8 +13,7 @@ import select
 import threading
 import time
 from collections.abc import Callable
-from types import TracebackType
-from typing import Any, Final, Literal, Self
+from typing import Any, Final, Literal
 
 import msgspec
 
@@ -68,7 +67,7 @@ class Watch:
     """
 
     def __init__(self, store: Any, me: Member, members: list[Member], patience_s: float) -> None:
-        self._store, self._me, self._patience_s = store, me, patience_s
+        self._store, self._me, self.patience_s = store, me, patience_s
         self._others = {member.rank: member for member in members if member.rank != me.rank}
         self._every_s = BEAT_S if len(members) < MANY_RANKS else 1.0
         self._pidfds: dict[int, int] = {}
@@ -80,17 +79,16 @@ class Watch:
         self._at_end: list[Callable[[], None]] = []
         self._thread = threading.Thread(target=self._run, name="specd-peers", daemon=True)
 
-    def __enter__(self) -> Self:
+    def start(self) -> None:
+        """Begin to watch."""
         for rank, member in self._others.items():
             if member.host_id and member.host_id == self._me.host_id:
                 with contextlib.suppress(OSError):  # it is dead already, and shows no life
                     self._pidfds[os.pidfd_open(member.pid)] = rank
         self._thread.start()
-        return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def close(self) -> None:
+        """End the thread."""
         self._stopping = True
         os.write(self._stop, b"x")
         self._thread.join(5)
@@ -159,8 +157,8 @@ class Watch:
                 lost[rank] = "its process is dead"
             elif beat != beats[rank][0]:
                 beats[rank] = beat, now
-            elif now - beats[rank][1] > self._patience_s:
-                lost[rank] = f"no sign of life for {self._patience_s:g} s (train.peer_patience_s)"
+            elif now - beats[rank][1] > self.patience_s:
+                lost[rank] = f"no sign of life for {self.patience_s:g} s (train.peer_patience_s)"
         if not lost:
             return None
         rank, why = min(lost.items())

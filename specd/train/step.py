@@ -132,7 +132,7 @@ class UnloggedStep:
         if self._copied is not None:
             self._copied.synchronize()
         (weight,), (norm,), (intact,), losses, counts, *told = (
-            part.tolist() for part in self._values.split(self._shapes)
+            part.tolist() for part in torch.split(self._values, self._shapes)
         )
         if not intact:
             raise Torn

@@ -76,7 +76,7 @@ class Plan:
             yield Place(epoch, index, samples, sum(3 + s % 4 for s in samples))
 
     def pack(self, place: Place) -> Batch:
-        epoch, index, samples, _ = place
+        epoch, index, samples = place.epoch, place.index, place.samples
         tokens = np.concatenate([np.arange(3 + s % 4, dtype=np.int32) * 3 + s + epoch for s in samples])
         return Batch(
             tokens=tokens,
