@@ -88,7 +88,8 @@ def daemon(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON 
 
 @app.command(
     epilog="Examples: `specd bench pipeline --quick` · `specd bench pipeline --json --chart pipeline.png > "
-    "pipeline.json`, then `specd plan --from pipeline.json` · `specd bench pipeline --model Qwen3-4B --daemons 2 --trainers 6`"
+    "pipeline.json`, then `specd plan --from pipeline.json` · `specd bench pipeline --model Qwen3-4B --daemons 2 "
+    "--trainers 6`"
 )
 def pipeline(
     model: Annotated[

@@ -53,7 +53,7 @@ def subscribed(
         name="bench",
         run=ranks.run,
         ranks=ranks.size,
-        seat=Seat(ranks.rank, ranks.local, ranks.here),
+        seat=Seat(ranks.rank, ranks.launch.local, ranks.launch.here),
     )
 
 

@@ -29,12 +29,11 @@ from specd.config.settings import SubscriberConfig
 from specd.daemon.serve import Embedded, embedded
 from specd.errors import DaemonError, SpecdError
 from specd.protocol.batch import Batch
-from specd.train.distributed import Launch, Ranks
+from specd.train.distributed import Ranks
+from specd.train.launcher import Launch
 from specd.transports.registry import WITHIN_PROCESS
 
 NONCE: Final = 2_000_000
-PATIENCE_S: Final = 60.0
-"""How long a rank may show no life: it may be compiling, on a machine that is busy."""
 
 
 class RanksJob(msgspec.Struct, frozen=True, kw_only=True):
@@ -135,7 +134,7 @@ def met(job: RanksJob, name: str, size: int) -> Iterator[Ranks]:
 
     distributed: Any = dist  # its classes are not all typed
     store = distributed.FileStore(f"{job.store}-{name}", size)
-    with Ranks(Launch(job.rank, size, job.rank, size), store, PATIENCE_S) as ranks:
+    with Ranks(Launch(job.rank, size, job.rank, size), store) as ranks:
         yield ranks
 
 

@@ -1,7 +1,8 @@
 """How close does a pipeline come to its bound, next to co-location and to `origin`, the protocol it replaces?
 
 Daemons and a trainer first, each transport, lengths and depth a row, or one trainer and several over the first one;
-then `origin`, whose process also times the bare target; then target and draft in one process. Each phase returns or yields what it finds, and a `Record` keeps it.
+then `origin`, whose process also times the bare target; then target and draft in one process. Each phase returns or
+yields what it finds, and a `Record` keeps it.
 """
 
 from __future__ import annotations

@@ -138,7 +138,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         return max(len(tokens[part]) for part in self.forwards(tokens, most))
 
     def under_way(self, depth: int, trainers: int) -> int:
-        """How many batches may wait at one daemon when so many trainers have `depth` under way beside the one in use."""
+        """How many batches may wait at one daemon, of trainers that have `depth` under way beside the one in use."""
         return depth if trainers == 1 else -(-max(1, depth) * trainers // len(self.devices))
 
     def fed(self, tokens: int) -> int:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 TIMES = ("mode", "depth", "over", "ms", "bound", "eff.", "samples/s", "GPU·s", "× origin")
 WAITS = ("mode", "depth", "over", "devices", "target wait", "wire wait", "trains", "MB")
 RATES = ("batches", "depth", "a forward", "tokens/s", "next to", "tokens/s", "ratio", "bar")
-RATIOS = ("mode", "depth", "over", "devices", "samples/s", "× one co-located", "× as many co-located")
+RATIOS = ("mode", "depth", "over", "devices", "samples/s", "× one", "× as many")
 WORDS = ("mode", "over", "batches", "next to")
 WRAPPED = "next to"
 """The one column that may take several lines: no figure is cut at 80 columns."""
@@ -23,8 +23,9 @@ LEGEND = (
     "bound: max(W · target / daemons, draft), or their sum on one device · "
     "eff.: bound over measured · GPU·s, MB: of a sample; devices × seconds, and bytes sent · "
     "× origin: samples/s over `origin`, the protocol of SpecForge's pull request 569, at depth 0 without overlap, else "
-    "at its best · × one co-located, × as many co-located: samples/s over those of one device, and of as many that "
-    "train together, each with its own target · memory: in use at the end on all GPUs of a side, beyond what was in use before. "
+    "at its best · × one, × as many: samples/s over those of one co-located device, and of as many that train "
+    "together, each with its own target · memory: in use at the end on all GPUs of a side, beyond what was in use "
+    "before. "
     "On a CPU a process counts as a device, and its memory is its peak resident size."
 )
 

@@ -99,12 +99,13 @@ def test_a_daemon_that_is_not_reached_is_an_error(monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_trainer_is_linked_as_the_row_says(monkeypatch: pytest.MonkeyPatch) -> None:
-    def subscriber(link: SubscriberConfig, capture: Any, device: str, name: str) -> Any:
+    def subscriber(link: SubscriberConfig, capture: Any, device: str, name: str, **run: Any) -> Any:
         assert capture == SETTINGS.capture
-        return link, device
+        return link, device, run
 
     monkeypatch.setattr(apart, "Subscriber", subscriber)
-    link, device = cast(Any, apart.subscribed(SETTINGS, ["ipc:///a", "ipc:///b"], "bytes", 4))
+    link, device, run = cast(Any, apart.subscribed(SETTINGS, ["ipc:///a", "ipc:///b"], "bytes", 4))
+    assert (run["run"], run["ranks"]) == (b"", 1)
     assert (link.endpoints, link.transport, link.depth) == (("ipc:///a", "ipc:///b"), "bytes", 4)
     assert (link.connect_s, link.timeout_s, device) == (apart.CONNECT_S, apart.CONNECT_S, "cpu")
 
