@@ -135,7 +135,9 @@ class _Latencies:
         """Measure one block; the first tenth warms up."""
         from specd.client.ask import dial
 
-        begins, batches, answers = [], [], []
+        begins: list[float] = []
+        batches: list[float] = []
+        answers: list[float] = []
 
         def source() -> Iterator[Batch]:
             for number in numbers:

@@ -18,6 +18,7 @@ from specd.errors import DaemonError
 from specd.metrics import Stats
 from specd.protocol.batch import Batch, Delivery
 from specd.protocol.capture import CaptureSpec
+from specd.train.distributed import Ranks
 
 SETTINGS = msgspec.structs.replace(
     defaults(True, 1, "synthetic:hidden=32,layers=8,vocab=64", {}), lengths=("fixed", "log-normal"),
@@ -55,6 +56,8 @@ class Counted:
     def __init__(self) -> None:
         self.parameters: list[Any] = []
         self.waited: list[bool] = []
+
+    def join(self, ranks: Ranks) -> None: ...
 
     def __call__(self, delivery: Delivery, wait: bool) -> None:
         self.waited.append(wait)
