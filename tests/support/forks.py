@@ -41,7 +41,7 @@ class Nursery:
         self._process.communicate(timeout=60)
 
     def start(self, log: Path, arguments: Sequence[str], environment: Mapping[str, str] | None = None) -> Fork:
-        asked = {"log": str(log), "arguments": [*arguments], "environment": environment or {}}
+        asked: dict[str, object] = {"log": str(log), "arguments": [*arguments], "environment": environment or {}}
         return Fork(self, self.ask(asked), log)
 
     def ask(self, what: dict[str, object]) -> int:
