@@ -11,31 +11,27 @@ import contextlib
 import datetime
 import logging
 import os
-import secrets
-import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from types import TracebackType
 from typing import Any, Final, Self, TypeVar
 
-import msgspec
 import torch
+import torch.distributed
 
 from specd.config.settings import Collectives
-from specd.endpoints import host_id
 from specd.errors import ConfigError, PeerError, SpecdError, first_line
 from specd.memory import cuda
 from specd.train.gradients import Gradients
 from specd.train.launcher import Launch, launched
-from specd.train.peers import HEARD, Ending, Member, Watch, tell
+from specd.train.meeting import MEET_S, POLL_S, meet, put, read
+from specd.train.peers import HEARD, Ending, Member, Watch, exit_code, tell
 
 logger = logging.getLogger(__name__)
 
+distributed: Any = torch.distributed  # not all of it is exported for checkers
 Value = TypeVar("Value")
-POLL_S: Final = 0.02
-MEET_S: Final = 600.0
-"""How long the ranks of a launcher may take from the first to the last."""
 REASON_S: Final = 1.0
 """How long a rank that was signalled, or met a broken connection, waits to hear of a reason."""
 STARTING_S: Final = 60.0
@@ -67,9 +63,6 @@ class Ranks:
         """This process among those of its launcher. Raises ConfigError where they cannot meet."""
         if (found := launched()).size == 1:
             return cls()
-        import torch.distributed as dist
-
-        distributed: Any = dist  # not all of it is exported for checkers
         try:
             store, _, _ = next(distributed.rendezvous("env://", timeout=datetime.timedelta(seconds=MEET_S)))
         except (RuntimeError, ValueError) as error:
@@ -104,16 +97,9 @@ class Ranks:
 
     def __enter__(self) -> Self:
         if self._store is not None:
-            me = Member(
-                rank=self.rank, host=socket.gethostname(), host_id=host_id(), pid=os.getpid(),
-                restarts=self.launch.restarts,
-            )  # fmt: skip
-            self._store.set(f"beat/{self.rank}", "0")
-            self._put(f"member/{self.rank}", me)
-            self.members = [msgspec.convert(self._wait(f"member/{rank}"), Member) for rank in range(self.size)]
-            self._watch = Watch(self._store.clone(), me, self.members, STARTING_S)
+            self._store, self.run, self.members = meet(self._store, self.launch)
+            self._watch = Watch(self._store.clone(), self.members[self.rank], self.members, STARTING_S)
             self._watch.start()
-            self.run = bytes.fromhex(self.decide("run", lambda: secrets.token_hex(16)))
         return self
 
     def __exit__(
@@ -140,7 +126,7 @@ class Ranks:
             watch.wait(REASON_S)
             if (found := watch.error()) is not None and not found.interrupted:
                 return found
-        code = 130 if isinstance(error, KeyboardInterrupt) else 2 if isinstance(error, ConfigError) else 1
+        code = exit_code(error)
         reason = str(error) if isinstance(error, SpecdError) else f"{type(error).__name__}: {first_line(error)}"
         interrupted = isinstance(error, KeyboardInterrupt)
         ending = Ending(
@@ -176,7 +162,7 @@ class Ranks:
             return work()
         if self.leads:
             value = work()
-            self._put(f"decided/{name}", value)
+            put(self._store, f"decided/{name}", value)
             return value
         found: Value = self._wait(f"decided/{name}")
         return found
@@ -185,19 +171,19 @@ class Ranks:
         """`work` of every rank: first of one on each host, whose files the others there find. `name` is used once."""
         if self.size == 1:
             return work()
-        key = f"turn/{name}/{self.members[self.rank].host}"
+        key = f"turn/{name}/{self.members[self.rank].host_id}"
         if self.launch.local:
             self._wait(key)
             return work()
         value = work()
-        self._put(key, True)
+        put(self._store, key, True)
         return value
 
     def agree(self, facts: Mapping[str, str]) -> None:
         """Raise ConfigError unless every rank has the same facts. Asked once."""
         if self.size == 1:
             return
-        self._put(f"facts/{self.rank}", facts)
+        put(self._store, f"facts/{self.rank}", facts)
         found: list[dict[str, str]] = [self._wait(f"facts/{rank}") for rank in range(self.size)]
         for member, theirs in zip(self.members, found, strict=True):
             for name, value in theirs.items():
@@ -217,9 +203,6 @@ class Ranks:
         """
         if self.size == 1:
             return
-        import torch.distributed as dist
-
-        distributed: Any = dist
         timeout = datetime.timedelta(seconds=timeout_s)
         self._device, self._nccl = device, collectives == "nccl" or (collectives == "auto" and device != "cpu")
         if self._nccl:
@@ -251,7 +234,7 @@ class Ranks:
 
     def _check_devices(self, device: str) -> None:
         """Raise ConfigError for two ranks on one GPU."""
-        self._put(f"device/{self.rank}", cuda.uuid(device))
+        put(self._store, f"device/{self.rank}", cuda.uuid(device))
         seen: dict[str, int] = {}
         for rank in range(self.size):
             if (other := seen.setdefault(self._wait(f"device/{rank}"), rank)) != rank:
@@ -359,21 +342,10 @@ class Ranks:
         if self._nccl:
             self._group.abort()
 
-    # The store
-
-    def _put(self, key: str, value: object) -> None:
-        self._store.set(key, msgspec.json.encode(value).decode())
-
     def _wait(self, key: str) -> Any:
-        """A value that another rank puts there."""
-        limit = time.monotonic() + MEET_S
+        """A value that another rank puts there; of a rank that lives."""
+        assert self._watch is not None, "entered"
         while not self._store.check([key]):
-            if self._watch is None and time.monotonic() > limit:
-                raise ConfigError(
-                    f"rank {self.rank} of {self.size}: nothing of {key} for {MEET_S:g} s: see what keeps that rank"
-                )
-            if self._watch is None:
-                time.sleep(POLL_S)
-            elif self._watch.wait(POLL_S):
+            if self._watch.wait(POLL_S):
                 self._check()
-        return msgspec.json.decode(self._store.get(key))
+        return read(self._store, key)

@@ -17,7 +17,7 @@ from typing import Any, Final, Literal
 
 import msgspec
 
-from specd.errors import PeerError
+from specd.errors import ConfigError, PeerError, RejectedError
 
 logger = logging.getLogger(__name__)
 
@@ -30,13 +30,17 @@ HEARD: Final = "heard"
 
 
 class Member(msgspec.Struct, frozen=True, kw_only=True):
-    """One rank. host_id: equal where its process can be watched. restarts: of its launcher, as far as it knows."""
+    """One rank. host_id: equal where its process can be watched. restarts: of its launcher, as far as it knows.
+
+    nonce: of this process alone.
+    """
 
     rank: int
     host: str
     host_id: str
     pid: int
     restarts: int = 0
+    nonce: str = ""
 
 
 class Ending(msgspec.Struct, frozen=True, kw_only=True):
@@ -175,6 +179,11 @@ class Watch:
                 call()
             except RuntimeError as error:
                 logger.debug("while the run ends: %s", error)
+
+
+def exit_code(error: BaseException) -> int:
+    """What a rank ends with: 2 where it was started wrongly, for its daemon, too."""
+    return 130 if isinstance(error, KeyboardInterrupt) else 2 if isinstance(error, ConfigError | RejectedError) else 1
 
 
 def tell(store: Any, ending: Ending) -> Ending:

@@ -182,7 +182,7 @@ def _train(
             ))  # fmt: skip
         loader = Loader(dataset, dataset.plan(settled.data, settled.train.seed), epochs=settled.train.epochs)
         own = identity(settled, draft, method.free, contract, dataset.digest)
-        _agree(ranks, own, device)
+        _agree(ranks, own, device, settled)
         checkpoints = Checkpoints(directory.checkpoints, own, settled.train.keep)
         if again and ranks.leads:
             checkpoints.compare(checkpoints.latest())
@@ -253,10 +253,11 @@ def _settings(data: object) -> RunConfig | None:
     return data if data is None or isinstance(data, RunConfig) else convert(data, RunConfig, "run.json")
 
 
-def _agree(ranks: Ranks, own: Identity, device: str) -> None:
+def _agree(ranks: Ranks, own: Identity, device: str, config: RunConfig) -> None:
     """Raise ConfigError unless all ranks train the same."""
-    settings = {name: str(value) for name, value in own.settings.items()}
-    ranks.agree({"specd": __version__, "target": own.target, "train.device": device.partition(":")[0]} | settings)
+    facts = {"specd": __version__, "target": own.target, "train.device": device.partition(":")[0]}
+    facts |= {name: str(value) for name, value in own.settings.items() if name != "data.digest"}
+    ranks.agree(facts | {"train.collectives": config.train.collectives, "data": str(own.settings["data.digest"])})
 
 
 def output_of(config: RunConfig) -> RunDirectory:
