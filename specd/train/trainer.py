@@ -44,13 +44,14 @@ from specd.train.directory import RunDirectory, RunFacts, fixed, identity, machi
 from specd.train.display import Display
 from specd.train.distributed import Ranks
 from specd.train.interrupt import Interrupt
-from specd.train.journal import StepRecord, read
+from specd.train.journal import Sink, StepRecord, read
 from specd.train.launcher import Launch
 from specd.train.loop import out_of_memory, train
 from specd.train.optimizer import total_steps
 from specd.train.owner import owned
 from specd.train.preparation import data_facts, kept, prepared, warn_of_length, with_date
-from specd.train.tensorboard import Scalars
+from specd.train.sinks import check as check_log
+from specd.train.sinks import opened
 from specd.transports import registry as transports
 from specd.version import __version__
 
@@ -202,12 +203,20 @@ def _train(
         if not again and ranks.leads:
             facts = _facts(settled, method.title, contract, dataset, objective, subscriber.stats().transports, ranks)
             write_facts(directory.path, facts)
-        sinks: list[Display | Scalars] = []
+        sinks: list[Sink] = []
         if show and ranks.leads:
             title = f"{settled.method} draft for {contract.model} → {directory.path}{ranks.title}"
-            sinks.append(stack.enter_context(Display(title, done, steps, lambda: subscriber.stats().transports)))
+            shown = Display(
+                title,
+                done,
+                steps,
+                lambda: subscriber.stats().transports,
+                checkpoints=directory.checkpoints,
+                device=device,
+            )
+            sinks.append(stack.enter_context(shown))
         if ranks.leads:
-            sinks.append(stack.enter_context(Scalars(directory.tensorboard, done)))
+            sinks += stack.enter_context(opened(settled, directory, contract.model, done, steps))
         end = train(
             settled.train,
             objective,
@@ -271,6 +280,7 @@ def check(config: RunConfig, launch: Launch | None = None) -> str:
     Raises ConfigError, DataError for data that is not there.
     """
     registry.settings(config.method, config.draft, "settings")
+    check_log(config.log)
     if config.data.path:
         datasets.check(config.data)
     if (asked := config.subscriber.transport) not in (known := ["auto", *transports.names()]):
