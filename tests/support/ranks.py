@@ -44,8 +44,9 @@ class Launched:
         method: str = "dflash",
         own: Mapping[int, Sequence[str]] | None = None,
         restarts: int = 0,
+        launcher: str = "",
     ) -> None:
-        """own: more arguments for some ranks."""
+        """own: more arguments for some ranks. restarts: of the launcher, which is known by the output's name."""
         self.output, self.size = output, size
         self._store = distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False,
                                            timeout=timedelta(seconds=60))  # fmt: skip
@@ -58,7 +59,7 @@ class Launched:
                 "RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(size),
                 "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(self._store.port),
                 "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": str(restarts),
-                "TORCHELASTIC_RUN_ID": output.name,
+                "TORCHELASTIC_RUN_ID": launcher or output.name,
             }  # fmt: skip
             log = output.with_name(f"{output.name}-{rank}.log")
             log.unlink(missing_ok=True)
