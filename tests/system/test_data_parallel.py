@@ -161,9 +161,8 @@ def test_daemons_that_serve_ranks(
         run.wait_for(3)
         two.process.kill()
         assert_alike(run.finish(), alone["dflash"])
-        many = Launched(
-            nursery, 5, tmp_path / "many", [*data[:2], "--endpoint", one.endpoint], {"train.accumulation": 5}
-        )
+        taken = [*data[:2], "--endpoint", one.endpoint]
+        many = Launched(nursery, 5, tmp_path / "many", taken, {"train.accumulation": 5})
         assert many.wait() == [2] * 5, many.logs
         (said,) = many.said()
         assert "takes 4 sessions (ring.max_sessions), and this run has 5 ranks" in said

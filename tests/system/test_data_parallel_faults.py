@@ -50,7 +50,7 @@ def assert_alike(found: list[StepRecord], expected: list[StepRecord]) -> None:
 def test_ranks_end_at_random_moments_and_go_on_with_another_number(
     nursery: Nursery, data: list[str], tmp_path: Path, alone: list[StepRecord]
 ) -> None:
-    """Each time one of them is killed, stopped or told to end: all others go at once, and only rank 0 can lose steps."""
+    """Each time one is killed, stopped or told to end: all others go at once, and only rank 0 can lose steps."""
     rng, output, size = random.Random(SEED), tmp_path / "run", 2
     for _ in range(ASKED or 2):
         run = Launched(nursery, size, output, [*data, "--resume"], {"train.epochs": 4, "train.save_every": 3})
