@@ -318,6 +318,18 @@ class Ranks:
 
     # The end
 
+    def part(self) -> None:
+        """After the last exchange: disconnect, once every rank has had it."""
+        if self._group is None:
+            return
+        with contextlib.suppress(PeerError, RuntimeError):  # whoever goes now takes nothing along
+            put(self._store, f"parted/{self.rank}", True)
+            for rank in range(self.size):
+                self._wait(f"parted/{rank}")
+        group, self._group = self._group, None
+        if self._nccl:
+            group.abort()
+
     def tell(self, reason: str) -> None:
         """End the run on every rank."""
         if self._store is not None:
@@ -344,7 +356,7 @@ class Ranks:
     def _abort(self) -> None:
         """End exchanges under way. On the watching thread."""
         self._alive.zero_()
-        if self._nccl:
+        if self._nccl and self._group is not None:
             self._group.abort()
 
     def _wait(self, key: str) -> Any:

@@ -58,4 +58,4 @@ def together(
                 ranks.join("cpu", limit_s)
             return work(ranks)
 
-    return on_threads(*(lambda rank=rank: one(rank) for rank in range(size)))  # type: ignore[misc]
+    return on_threads(*(lambda rank=rank: one(rank) for rank in range(size)))

@@ -129,7 +129,6 @@ def test_a_run_goes_on_with_another_number_of_ranks(
     [
         ({"train.accumulation": 2}, {}, "train.accumulation=2 batches a step cannot be shared by 3 ranks"),
         ({}, {1: {"data.max_length": 30}}, "rank 1 on .* has data.max_length 30, rank 0 on .* 40: give all"),
-        ({}, {2: {"data.max_samples": 9}}, "rank 2 on .* has data.max_samples 9, rank 0 on .* 0: give all"),
         ({}, {2: {"train.lr": -1}}, "rank 2 on .*: settings: Expected `float` > 0.0, got -1"),
         ({"draft.block_size": -3}, {}, "specd: error: settings: Expected `int` >= 2, got -3"),
     ],

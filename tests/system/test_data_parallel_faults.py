@@ -1,6 +1,6 @@
 """Ranks that die at random moments, and torchrun itself: no step is lost or trained twice, and the numbers stay.
 
-Each test disturbs its runs once or twice, or as often as SPECD_FAULTS says.
+Each test disturbs its runs once or twice, or as often as SPECD_FAULTS says (`make test-faults`).
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from forks import Nursery
 from ranks import DFLASH, SETTINGS, Launched
 from specd.train.journal import StepRecord, read
 
+pytestmark = pytest.mark.slow
 TARGET = "synthetic:hidden=32,layers=8,vocab=256,ms=2"
 
 
@@ -78,7 +79,6 @@ def test_ranks_end_at_random_moments_and_go_on_with_another_number(
     assert_alike(Launched(nursery, size, output, [*data, "--resume"], {"train.epochs": 4}).finish(), alone)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("number", range(ASKED or 1))
 def test_a_rank_that_is_killed_before_the_first_step_ends_all(
     nursery: Nursery, data: list[str], tmp_path: Path, number: int
@@ -98,7 +98,6 @@ def test_a_rank_that_is_killed_before_the_first_step_ends_all(
         assert run.said() == [f"specd: error: rank {rank} on {os.uname().nodename}: its process is dead"] or run.steps()
 
 
-@pytest.mark.slow
 def test_torchrun_starts_a_killed_run_again(data: list[str], tmp_path: Path, alone: list[StepRecord]) -> None:
     output = tmp_path / "run"
     with torchrun(tmp_path / "log", output, data, "--max-restarts", "2") as process:
@@ -109,7 +108,6 @@ def test_torchrun_starts_a_killed_run_again(data: list[str], tmp_path: Path, alo
     assert_alike(read(output / "metrics.jsonl"), alone)
 
 
-@pytest.mark.slow
 def test_a_signal_to_torchrun_ends_the_run_with_its_step_saved(data: list[str], tmp_path: Path) -> None:
     output = tmp_path / "run"
     with torchrun(tmp_path / "log", output, data) as process:

@@ -19,8 +19,9 @@ class Net(torch.nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        for name in ("shared", "left", "right", "last"):
-            self.register_parameter(name, torch.nn.Parameter(torch.full((5,), 2.0, dtype=torch.float64)))
+        self.shared, self.left, self.right, self.last = (
+            torch.nn.Parameter(torch.full((5,), 2.0, dtype=torch.float64)) for _ in range(4)
+        )
 
     def loss(self, x: float, *, right: bool) -> torch.Tensor:
         side = self.right if right else self.left
