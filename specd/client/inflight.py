@@ -305,11 +305,14 @@ class InFlight:
         self._lock.notify_all()
 
     def _lose(self, link: Link, reason: str) -> None:
-        """Hang up a session that is over, retry its batches, and open it anew."""
-        log.warning("lost %s: %s", link.endpoint, reason)
+        """Hang up a session that is over, retry its batches, and open it anew; one that stands by only when needed."""
+        left = link.place.standby and self._links.near
+        log.log(
+            logging.INFO if left else logging.WARNING, "%s %s: %s", "left" if left else "lost", link.endpoint, reason
+        )
         session = self._links.hang_up(link, reason)
         self._fetcher.retire(session)
-        self._stats.reconnects += 1
+        self._stats.reconnects += not left
         self._carry_out(self._window.lost(session, reason))
         link.dialled = False
         if not link.place.standby:

@@ -113,8 +113,8 @@ class Front:
             return None
         quota = "" if most == places else f", of which a key may have {most}"
         return (
-            f"this daemon takes {places} sessions (ring.max_sessions){quota}, and this run has {ranks} ranks here: "
-            f"start it with `specd start … --trainers {ranks + places - most}`"
+            f"this daemon takes {places} session{'s' * (places > 1)} (ring.max_sessions){quota}, and this run has "
+            f"{ranks} ranks here: start it with `specd start … --trainers {ranks + places - most}`"
         )
 
     def over_quota(self, connection: Connection | None, taken: Collection[Connection]) -> str | None:

@@ -102,6 +102,7 @@ def test_a_daemon_that_stands_by_serves_only_while_the_own_one_is_down(
             wait_for(lambda: list(source.stats().transports) == [own.endpoint])
             train(own, 2)
             assert len(other.hellos) == 1
+            assert source.stats().reconnects == 1, "that it was left is none"
 
 
 def test_a_batch_that_fits_no_own_daemon_is_refused_though_others_stand_by(
