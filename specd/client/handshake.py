@@ -44,8 +44,9 @@ class Terms(NamedTuple):
     """What a trainer asks of a daemon.
 
     spec: of the capture, given the target. device: `cpu` or one with its index. borrow: read slots in place.
-    fingerprint: empty for any target. payloads: names of what sequences bring beside their tokens. identity: who the trainer is over TCP, None without keys. insecure_data: whether
-    states may come from another host in the clear although there are keys.
+    fingerprint: empty for any target. payloads: names of what sequences bring beside their tokens. identity: who the
+    trainer is over TCP, None without keys. insecure_data: whether states may come from another host in the clear
+    although there are keys.
     """
 
     name: str

@@ -23,6 +23,14 @@ class Samples(Protocol):
     def loss_mask(self, i: int) -> NDArray[np.bool_]: ...
 
 
+class Payloads(Protocol):
+    """What makes the payloads of samples."""
+
+    def beside(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """The same batches, with what their samples bring."""
+        ...
+
+
 def check_budget(batch_tokens: int, max_batch_sequences: int) -> None:
     """Raise ConfigError for a budget of batches that nothing can meet."""
     if batch_tokens < 1 or max_batch_sequences < 0:
@@ -131,10 +139,11 @@ class BatchPlan:
 class Loader:
     """The batches of `epochs` epochs. Iterating over it gives all of them, from the first on."""
 
-    __slots__ = ("_plan", "_samples", "epochs")
+    __slots__ = ("_payloads", "_plan", "_samples", "epochs")
 
-    def __init__(self, samples: Samples, plan: BatchPlan, *, epochs: int = 1) -> None:
-        self._samples, self._plan, self.epochs = samples, plan, epochs
+    def __init__(self, samples: Samples, plan: BatchPlan, *, epochs: int = 1, payloads: Payloads | None = None) -> None:
+        """payloads: what samples bring for the target beside their tokens, made ahead; None for text alone."""
+        self._samples, self._plan, self.epochs, self._payloads = samples, plan, epochs, payloads
         if epochs < 1:
             raise ConfigError(f"train.epochs={epochs}: expected at least 1")
         if not any(map(plan.num_batches, range(epochs))):
@@ -160,8 +169,8 @@ class Loader:
     def batches(self, epoch: int, index: int = 0) -> Iterator[Batch]:
         """The batches of one epoch (from 0), from number `index` on; none from the epoch's length on."""
         plan = self._plan.epoch(epoch)
-        for number in range(index, len(plan)):
-            yield self._pack(plan[number], epoch, number)
+        batches = (self._pack(plan[number], epoch, number) for number in range(index, len(plan)))
+        yield from self._payloads.beside(batches) if self._payloads else batches
 
     def remaining(self, epoch: int, index: int) -> Iterator[Batch]:
         """All batches of the run from number `index` of `epoch` on; `index` may be the length of that epoch."""

@@ -30,6 +30,7 @@ from specd.config.settings import Config, RunConfig
 from specd.data import dataset as datasets
 from specd.data.batching import Loader
 from specd.data.dataset import Dataset
+from specd.data.payloads import ImagePayloads
 from specd.data.rows import DEMO
 from specd.drafts import registry
 from specd.drafts.base import Objective, TargetParts
@@ -52,6 +53,8 @@ from specd.transports import registry as transports
 
 logger = logging.getLogger(__name__)
 
+TARGETS_OWN = ("config.json", "preprocessor_config.json")
+"""Files of a target that are not its draft's: that reads no images."""
 Settle = Callable[[str], RunConfig]
 """A run's settings, given the name of its target: recipes go by that name."""
 
@@ -155,7 +158,11 @@ def _train(
                 begun=directory.settings() if resume else None,
                 show=show,
             )
-        loader = Loader(dataset, dataset.plan(settled.data, settled.train.seed), epochs=settled.train.epochs)
+            images = ImagePayloads(dataset, Path(scratch), contract) if dataset.illustrated else None
+        if images:
+            images.check(contract, subscriber.ring, settled.data.batch_tokens)
+        plan = dataset.plan(settled.data, settled.train.seed)
+        loader = Loader(dataset, plan, epochs=settled.train.epochs, payloads=images)
         own = identity(settled, draft, method.free, contract, dataset.digest)
         checkpoints = Checkpoints(directory.checkpoints, own, settled.train.keep)
         if again:
@@ -192,7 +199,7 @@ def _train(
         )
         _tell_unless_trained(read(directory.journal), contract.model)
         with interrupt.shield():
-            objective.export(directory.draft, {name: data for name, data in files.items() if name != "config.json"})
+            objective.export(directory.draft, {name: data for name, data in files.items() if name not in TARGETS_OWN})
             directory.finish()
     return TrainedRun(directory.path, directory.draft, len(read(directory.journal)))
 

@@ -23,7 +23,7 @@ import numpy as np
 import zmq
 
 from specd.config.settings import DaemonConfig
-from specd.errors import SpecdError, TargetError, TransportError, first_line
+from specd.errors import SpecdError, TransportError, first_line
 from specd.memory.arena import HostArena
 from specd.memory.device_arena import DeviceArena
 from specd.parent import when_parent_dies
@@ -219,10 +219,7 @@ class Worker:
         self._target = target = load_target(config.target)
         contract = target.contract
         if config.ring.payload_mib and not contract.payloads:
-            raise TargetError(
-                f"ring.payload_mib={config.ring.payload_mib}: {contract.model} takes text alone here; leave it out, or "
-                f"start a target that takes images (--backend transformers)"
-            )
+            log.info("ring.payload_mib is not used: %s takes text alone here", contract.model)
         nbytes = slot_bytes(capture_of(config, contract), contract.hidden_size, config.ring.slot_tokens)
         self._arena, self._servers, self._on_host = open_ring(
             config, nbytes, target.device, self._config.epoch, self._config.serving
@@ -233,7 +230,7 @@ class Worker:
                 num_slots=config.ring.slots,
                 slot_bytes=nbytes,
                 slot_tokens=config.ring.slot_tokens,
-                payload_bytes=config.ring.payload_mib << 20,
+                payload_bytes=config.ring.payload_mib << 20 if contract.payloads else 0,
             ),
             transports=tuple(self._servers),
             segment=self._arena.path,

@@ -13,7 +13,7 @@ import vision
 from specd.client.subscriber import Subscriber
 from specd.config.settings import DaemonConfig, RingConfig, SubscriberConfig, TargetConfig
 from specd.daemon.serve import Embedded, embedded
-from specd.errors import BatchError, DaemonError, RejectedError
+from specd.errors import BatchError, RejectedError
 from specd.protocol import payload
 from specd.protocol.batch import Batch
 from specd.protocol.capture import CaptureSpec
@@ -100,8 +100,8 @@ def test_a_trainer_with_images_is_refused_where_text_alone_is_taken(folder: Path
         subscriber(host, ()).close()
 
 
-def test_a_target_without_images_is_not_started_for_them() -> None:
+def test_a_target_without_images_says_so_however_the_daemon_is_set() -> None:
     ring = RingConfig(slots=4, max_sessions=2, slot_tokens=64, payload_mib=1)
     config = DaemonConfig(target=TargetConfig(model="synthetic:hidden=16,layers=6,vocab=128"), ring=ring)
-    with pytest.raises(DaemonError, match=r"ring\.payload_mib=1: .* takes text alone"), embedded(config):
-        pass
+    with embedded(config) as host, pytest.raises(RejectedError, match="takes text alone here: train on text"):
+        subscriber(host)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from causal_lms import HIDDEN as HIDDEN
 from causal_lms import VOCAB, tiny
+from chats import write_tokenizer
 from specd.protocol import payload
 from specd.targets.base import payload_tensor
 
@@ -34,15 +37,17 @@ GRID = (1, 4, 6)
 """Patches of an image: frames, rows, columns; four of a frame are one token."""
 
 
-def write(kind: str, folder: Path) -> Path:
-    """A checkpoint of a tiny model of `kind` with random weights."""
+def write(kind: str, folder: Path, **changes: Any) -> Path:
+    """A checkpoint of a tiny model of `kind` with random weights. changes: of its token ids; vocab_size."""
     own: dict[str, Any] = {key: value for key, value in TOKENS.items() if hasattr(CONFIG_MAPPING[kind](), key)}
+    own |= {key: value for key, value in changes.items() if key in own}
     if kind == "gemma3":
         own["mm_tokens_per_image"] = 4
     config = tiny(CONFIG_MAPPING[kind], own)
     for key, value in VISION[kind].items():
         setattr(config.vision_config, key, value)
     text = config.text_config
+    text.vocab_size = changes.get("vocab_size", VOCAB)
     text.pad_token_id = 0
     if kind == "qwen3_5":
         text.layer_types = LAYER_TYPES
@@ -60,6 +65,45 @@ def write(kind: str, folder: Path) -> Path:
                 weight.normal_(0, 0.1)
     model.save_pretrained(folder)
     return folder
+
+
+CHAT = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n"
+    "{% if message.content is string %}{{ message.content }}{% else %}{% for part in message.content %}"
+    "{% if part.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part.text }}{% endif %}"
+    "{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+"""A template that writes images as Qwen's do."""
+
+
+def write_chat(folder: Path, kind: str = "qwen2_5_vl") -> Path:
+    """The same with a tokenizer, a chat template and an image processor."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(write_tokenizer(folder, CHAT))
+    names = ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
+    tokenizer.add_special_tokens({"additional_special_tokens": names})
+    tokenizer.save_pretrained(folder)
+    ids: Any = tokenizer.convert_tokens_to_ids(names)
+    start, end, image, video = ids
+    settings = {"image_processor_type": "Qwen2VLImageProcessor", "patch_size": 14 if kind == "qwen2_5_vl" else 16,
+                "temporal_patch_size": 2, "merge_size": 2, "min_pixels": 784, "max_pixels": 12845056}  # fmt: skip
+    (folder / "preprocessor_config.json").write_text(json.dumps(settings))
+    return write(
+        kind, folder, vocab_size=len(tokenizer), vision_start_token_id=start, vision_end_token_id=end,
+        image_token_id=image, video_token_id=video,
+    )  # fmt: skip
+
+
+def png(path: Path | None = None, size: tuple[int, int] = (84, 56), seed: int = 0) -> bytes:
+    """An image of noise, written to `path` if there is one."""
+    from PIL import Image
+
+    stream = io.BytesIO()
+    noise = np.random.default_rng(seed).integers(0, 255, (size[1], size[0], 3)).astype(np.uint8)
+    Image.fromarray(noise).save(stream, "png")
+    if path is not None:
+        path.write_bytes(stream.getvalue())
+    return stream.getvalue()
 
 
 def array(values: torch.Tensor) -> payload.Array:
