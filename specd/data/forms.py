@@ -232,10 +232,15 @@ def _illustrated(row: Mapping[str, Any], where: str, read: Turns) -> tuple[list[
             for turn in turns
         ]
         named = [None] * sum(turn["content"].count(PLACE) for turn in turns)
+    if not named:  # as TRL has it: before what the user says first
+        first = next((place for place, turn in enumerate(turns) if turn["role"] == "user"), 0)
+        named = [None] * len(beside)
+        turns = list(turns)
+        turns[first] = {**turns[first], "content": PLACE * len(beside) + turns[first]["content"]}
     if len(beside) != named.count(None):
         detail = (
             f"{len(beside)} images beside the turns, and {named.count(None)} places for them; expected a part of type "
-            f"image that names no file, or <image> in the text, for each"
+            f"image that names no file, or <image> in the text, for each, or for none"
         )
         raise RowError(where, "images without a place", detail)
     others, folder = iter(beside), str(row.get(FOLDER) or "")

@@ -64,6 +64,8 @@ WAYS: dict[str, Any] = {
         ],
         "image": "one.png",
     },
+    "TRL": lambda data: {"messages": [{"role": "user", "content": "what?"}, ANSWER], "images": ["one.png"]},
+    "a question": lambda data: {"question": "what?", "answer": "a red house", "image": url(data)},
     "a folder": lambda data: row({"type": "image", "image": "one.png"}, said("what?"), image_folder="."),
 }  # fmt: skip
 
@@ -160,7 +162,6 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "no base64": (row({"type": "image", "image": "data:image/png;base64,§"}), "is no data: URL in base64"),
     "no image": (row({"type": "image", "image": url(b"text")}), "is none that can be used"),
     "one too many": (row({"type": "image"}, images=["a.png", "b.png"]), "2 images beside the turns, and 1 places"),
-    "no place": (row(said("hello"), images=["a.png"]), "1 images beside the turns, and 0 places"),
     "in an answer": (
         {"messages": [{"role": "user", "content": "draw"}, {"role": "assistant", "content": [{"type": "image"}]}]},
         "turn 2 has content of type 'image'; expected text alone in an answer",
