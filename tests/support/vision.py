@@ -17,7 +17,7 @@ from causal_lms import HIDDEN as HIDDEN
 from causal_lms import VOCAB, tiny
 from chats import write_tokenizer
 from specd.protocol import payload
-from specd.targets.base import payload_tensor
+from specd.targets.base import payload_tensor as payload_tensor
 
 IMAGE, VIDEO, START, END = 250, 251, 252, 253
 """Token ids: of a piece of an image or a video, and around it."""
@@ -53,9 +53,13 @@ def write(kind: str, folder: Path, **changes: Any) -> Path:
         text.layer_types = LAYER_TYPES
         text.rope_parameters = {
             "rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5, "mrope_section": [2, 1, 1],
+            "mrope_interleaved": True,
         }  # fmt: skip
     elif kind.startswith("qwen"):
-        text.rope_parameters = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
+        text.rope_parameters = {
+            "rope_type": "default", "rope_theta": 10000.0, "mrope_interleaved": kind == "qwen3_vl",
+            "mrope_section": [4, 2, 2] if kind == "qwen3_vl" else [2, 3, 3],
+        }  # fmt: skip
     torch.manual_seed(0)
     factory: Any = transformers.AutoModelForImageTextToText
     model = factory.from_config(config, dtype=torch.float32).eval()
@@ -130,6 +134,14 @@ def sequence(kind: str, before: int, after: int, seed: int = 0) -> tuple[NDArray
         "pixel_values": array(pixels),
         "image_grid_thw": array(torch.tensor([GRID])),
         "mm_token_type_ids": array(types),
+    }
+
+
+def joined(one: payload.Payload, other: payload.Payload) -> payload.Payload:
+    """What a sequence of two brings, one behind the other."""
+    return {
+        name: array(torch.cat([payload_tensor(each[name]) for each in (one, other)], dim=int(name.endswith("ids"))))
+        for name in one
     }
 
 

@@ -11,12 +11,14 @@ from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any, ClassVar, Final
 
+import msgspec
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from specd.config.settings import TargetConfig
 from specd.errors import ConfigError, TargetError
+from specd.protocol import payload
 from specd.targets.artifacts import Artifacts
 from specd.targets.base import CaptureJob, Launched, check, recurrent, slot_tensors
 from specd.targets.digest import dummy_digest, weights_digest
@@ -102,7 +104,8 @@ class SGLangTarget:
             digest = weights_digest(source.path)
         dtype = str(self._engine.runner.dtype).removeprefix("torch.")
         kind = str(source.config["model_type"])
-        self.contract = self._artifacts.contract(source, text, kind, dtype, digest, transforms)
+        contract = self._artifacts.contract(source, text, kind, dtype, digest, transforms)
+        self.contract = msgspec.structs.replace(contract, payloads=self._engine.images.names)
 
     def run(self, fills: Sequence[CaptureJob]) -> Launched | None:
         """See Target.run. With several ranks a failed forward ends the process: the others would wait for ever."""
@@ -111,6 +114,8 @@ class SGLangTarget:
         spec = check(self.contract, fills)
         lengths = [int(length) for fill in fills for length in fill.lengths]
         self._admit(lengths)
+        brought = [each for fill in fills for each in fill.payloads or ({},) * fill.lengths.size]
+        brought = brought if any(brought) else []
         tokens = np.concatenate([fill.tokens for fill in fills])
         bounds = list(pairwise(accumulate((int(fill.tokens.size) for fill in fills), initial=0)))
         slots = list(zip(bounds, map(slot_tensors, fills), strict=True))
@@ -123,14 +128,20 @@ class SGLangTarget:
         )
         stop = AT_HEAD if spec.final else spec.taps[-1]
         try:
-            self._ranks.send(Step(tokens=tokens.astype("<i4").tobytes(), lengths=lengths, stop=stop, taps=spec.taps))
-            self._engine.forward(tokens, lengths, stop, capture)
+            packed: tuple[bytes, ...] = ()
+            if self._tp > 1 and brought:
+                self._engine.images.inputs(tokens, lengths, brought)  # what is refused there would end the other ranks
+                packed = tuple(map(payload.pack, brought))
+            ids = tokens.astype("<i4").tobytes()
+            self._ranks.send(Step(tokens=ids, lengths=lengths, stop=stop, taps=spec.taps, payloads=packed))
+            self._engine.forward(tokens, lengths, stop, capture, brought)
         except RuntimeError as error:
             if self._tp > 1:
                 raise
             if self._device.type == "cuda":
-                # A CUDA fault poisons the process: only running out of memory leaves the target alive there.
-                if not isinstance(error, torch.OutOfMemoryError):
+                # A CUDA fault poisons the process: only running out of memory leaves the target alive there, and
+                # images that the encoder does not take, after which the device still answers.
+                if not isinstance(error, torch.OutOfMemoryError) and not brought:
                     raise
                 torch.cuda.synchronize(self._device)
             raise TargetError(f"target {self._name}: a forward of {tokens.size} tokens failed: {error}") from error
