@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from specd.config.settings import TargetConfig
 from specd.errors import ConfigError, TargetError
 from specd.protocol import payload
+from specd.protocol.payload import Payload
 from specd.targets.artifacts import Artifacts
 from specd.targets.base import CaptureJob, Launched, check, recurrent, slot_tensors
 from specd.targets.digest import dummy_digest, weights_digest
@@ -128,12 +129,7 @@ class SGLangTarget:
         )
         stop = AT_HEAD if spec.final else spec.taps[-1]
         try:
-            packed: tuple[bytes, ...] = ()
-            if self._tp > 1 and brought:
-                self._engine.images.inputs(tokens, lengths, brought)  # what is refused there would end the other ranks
-                packed = tuple(map(payload.pack, brought))
-            ids = tokens.astype("<i4").tobytes()
-            self._ranks.send(Step(tokens=ids, lengths=lengths, stop=stop, taps=spec.taps, payloads=packed))
+            self._send(tokens, lengths, stop, spec.taps, brought)
             self._engine.forward(tokens, lengths, stop, capture, brought)
         except RuntimeError as error:
             if self._tp > 1:
@@ -148,6 +144,19 @@ class SGLangTarget:
         if self._device.type != "cuda":
             return None
         return Launched(self._device)
+
+    def _send(
+        self, tokens: NDArray[np.int32], lengths: list[int], stop: int, taps: tuple[int, ...], brought: list[Payload]
+    ) -> None:
+        """Have the other ranks run a forward. Raises TargetError for images that would end them."""
+        assert self._engine is not None
+        if self._tp == 1:
+            return
+        if brought:
+            self._engine.images.inputs(tokens, lengths, brought)
+        payloads = tuple(map(payload.pack, brought))
+        ids = tokens.astype("<i4").tobytes()
+        self._ranks.send(Step(tokens=ids, lengths=lengths, stop=stop, taps=taps, payloads=payloads))
 
     def plain_states(self, tokens: NDArray[np.int32]) -> NDArray[np.float32] | None:
         """See trial.Witness."""
