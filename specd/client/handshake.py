@@ -44,8 +44,9 @@ class Terms(NamedTuple):
     """What a trainer asks of a daemon.
 
     spec: of the capture, given the target. device: `cpu` or one with its index. borrow: read slots in place.
-    fingerprint: empty for any target. identity: who the trainer is over TCP, None without keys. insecure_data: whether
-    states may come from another host in the clear although there are keys. run, ranks: as in a HELLO.
+    fingerprint: empty for any target. payloads: names of what sequences bring beside their tokens. identity: who the
+    trainer is over TCP, None without keys. insecure_data: whether states may come from another host in the clear
+    although there are keys. run, ranks: as in a HELLO.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Terms(NamedTuple):
     insecure_data: bool = False
     run: bytes = b""
     ranks: int = 1
+    payloads: tuple[str, ...] = ()
 
 
 class Session(NamedTuple):
@@ -149,6 +151,7 @@ class _Handshake:
             fingerprint=terms.fingerprint,
             run=terms.run,
             ranks=terms.ranks,
+            payloads=terms.payloads,
         )
         answer = self._daemon.ask(hello, wire.Welcome, wire.Reject)
         if isinstance(answer, wire.Reject):

@@ -268,6 +268,7 @@ class InFlight:
                     session,
                     session.welcome.credits,
                     session.welcome.ring.slot_bytes,
+                    session.welcome.ring.payload_bytes,
                     borrow=session.borrow,
                     announce=session.needs_recv_ready,
                 )

@@ -32,7 +32,8 @@ class Subscriber:
     """A trainer's source of hidden states.
 
     spec: what to capture, or a function that gives it for the target. device: where deliveries go. fingerprint: the
-    target it must be, empty for any. context: of embedded daemons. run: 16 bytes that are equal on all `ranks` of one
+    target it must be, empty for any. payloads: names of the arrays that batches bring for the target beside their
+    tokens (`specd.protocol.payload`). context: of embedded daemons. run: 16 bytes that are equal on all `ranks` of one
     training, each of which has a subscriber; empty for one alone. seat: which of them this is, for `subscriber.place`;
     without it, every daemon is taken. Raises DaemonError when no daemon is reached within `connect_s`, RejectedError
     when one refuses, TransportError when the transport asked for cannot be used, ConfigError for keys that cannot be.
@@ -48,6 +49,7 @@ class Subscriber:
         *,
         device: str = "cpu",
         fingerprint: str = "",
+        payloads: tuple[str, ...] = (),
         name: str = "trainer",
         context: zmq.Context[zmq.Socket[bytes]] | None = None,
         run: bytes = b"",
@@ -74,6 +76,7 @@ class Subscriber:
             fingerprint=fingerprint,
             identity=trainer,
             insecure_data=config.insecure_data,
+            payloads=payloads,
             run=run,
         )
         endpoints = [resolve_endpoint(endpoint) for endpoint in config.endpoints]
@@ -175,7 +178,7 @@ class Subscriber:
         fresh: list[Item] = []
         while len(self._in_flight) + len(fresh) < size and (batch := next(source, None)) is not None:
             layout = slot_layout(self.spec, self.contract.hidden_size, batch.num_tokens)
-            identity = batch_id(self.contract.fingerprint, self.spec, batch.tokens, batch.lengths)
+            identity = batch_id(self.contract.fingerprint, self.spec, batch.tokens, batch.lengths, batch.payloads)
             fresh.append(Pending(batch, identity, layout))
         if fresh:
             self._in_flight.submit(fresh)

@@ -146,14 +146,22 @@ class Window(Generic[S, B]):
     # Sessions
 
     def opened(
-        self, daemon: int, session: S, credits: int, slot_bytes: int, *, borrow: bool = False, announce: bool = False
+        self,
+        daemon: int,
+        session: S,
+        credits: int,
+        slot_bytes: int,
+        payload_bytes: int = 0,
+        *,
+        borrow: bool = False,
+        announce: bool = False,
     ) -> list[Effect[S, B]]:
         """A session with a daemon, given by its place among the endpoints, is up.
 
-        slot_bytes: most that a batch may have. borrow: its slots are read in place. announce: its transport sends only
-        after RECV_READY.
+        slot_bytes: most that a batch may have. payload_bytes: most that its payloads may. borrow: its slots are read in
+        place. announce: its transport sends only after RECV_READY.
         """
-        self._peers[daemon].open(session, credits, slot_bytes, borrow=borrow, announce=announce)
+        self._peers[daemon].open(session, credits, slot_bytes, payload_bytes, borrow=borrow, announce=announce)
         return self._settle()
 
     def lost(self, session: S, reason: str) -> list[Effect[S, B]]:

@@ -57,11 +57,13 @@ class RingConfig(Config, kw_only=True, frozen=True):
     """The ring. slots: how many. slot_tokens: the longest batch, in tokens of the daemon's own capture.
 
     max_sessions: trainers at once; each always has one slot of its own, the other slots − max_sessions are shared.
+    payload_mib: MiB that the images of a batch may bring for the target, 0 to take text alone.
     """
 
     slots: Positive = 8
     slot_tokens: Positive = 4096
     max_sessions: Positive = 4
+    payload_mib: Annotated[int, Meta(ge=0, le=256)] = 0
     lease_ttl_s: Annotated[float, Meta(ge=0.05, le=86_400)] = 30.0
 
 

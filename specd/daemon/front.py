@@ -179,14 +179,17 @@ class Front:
 
 
 def largest_request(settings: DaemonConfig) -> int:
-    """Bytes of the largest frame that a daemon takes: a SUBMIT of as many tokens as fit a slot, all sequences short.
+    """Bytes of the largest frame that a daemon takes: a SUBMIT of as many tokens as fit a slot, all sequences short,
+    with as many bytes of payloads as it takes.
 
     A trainer that captures less than the slots are sized for fits more tokens than `ring.slot_tokens`.
     """
     capture = settings.capture
     halves = 1 if capture.dtype in ("bfloat16", "float16") else 2
     tokens = settings.ring.slot_tokens * max(1, capture.num_taps + capture.final) * halves
-    return min(limits.MAX_MESSAGE_BYTES, 8 * tokens + limits.MAX_REQUEST_BYTES)
+    payloads = settings.ring.payload_mib << 20
+    a_token = 8 + (5 if payloads else 0)  # its id, a length, and how long a payload is
+    return min(limits.MAX_MESSAGE_BYTES, a_token * tokens + limits.MAX_REQUEST_BYTES) + payloads
 
 
 def raise_file_limit(max_sessions: int) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Protocol
 
 import msgspec
@@ -22,6 +22,14 @@ class Samples(Protocol):
     def tokens(self, i: int) -> NDArray[np.int32]: ...
 
     def loss_mask(self, i: int) -> NDArray[np.bool_]: ...
+
+
+class Payloads(Protocol):
+    """What makes the payloads of samples."""
+
+    def beside(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """The same batches, with what their samples bring."""
+        ...
 
 
 def check_budget(batch_tokens: int, max_batch_sequences: int) -> None:
@@ -145,10 +153,11 @@ class Place(msgspec.Struct, frozen=True):
 class Loader:
     """The batches of `epochs` epochs. Iterating over it gives all of them, from the first on."""
 
-    __slots__ = ("_plan", "_samples", "epochs")
+    __slots__ = ("_payloads", "_plan", "_samples", "epochs")
 
-    def __init__(self, samples: Samples, plan: BatchPlan, *, epochs: int = 1) -> None:
-        self._samples, self._plan, self.epochs = samples, plan, epochs
+    def __init__(self, samples: Samples, plan: BatchPlan, *, epochs: int = 1, payloads: Payloads | None = None) -> None:
+        """payloads: what samples bring for the target beside their tokens, made ahead; None for text alone."""
+        self._samples, self._plan, self.epochs, self._payloads = samples, plan, epochs, payloads
         if epochs < 1:
             raise ConfigError(f"train.epochs={epochs}: expected at least 1")
         if not any(map(plan.num_batches, range(epochs))):
@@ -173,19 +182,23 @@ class Loader:
 
     def batches(self, epoch: int, index: int = 0) -> Iterator[Batch]:
         """The batches of one epoch (from 0), from number `index` on; none from the epoch's length on."""
-        yield from map(self.pack, self._places(epoch, index))
+        yield from self.packed(self._places(epoch, index))
 
     def remaining(self, epoch: int, index: int) -> Iterator[Batch]:
         """All batches of the run from number `index` of `epoch` on; `index` may be the length of that epoch."""
-        yield from map(self.pack, self.places(epoch, index))
+        yield from self.packed(self.places(epoch, index))
 
     def places(self, epoch: int, index: int) -> Iterator[Place]:
         """The same, not packed."""
         for current in range(epoch, self.epochs):
             yield from self._places(current, index if current == epoch else 0)
 
-    def pack(self, place: Place) -> Batch:
-        """The batch of a place."""
+    def packed(self, places: Iterable[Place]) -> Iterator[Batch]:
+        """The batches of places, with what their samples bring."""
+        batches = map(self._pack, places)
+        yield from self._payloads.beside(batches) if self._payloads else batches
+
+    def _pack(self, place: Place) -> Batch:
         members = place.samples
         tokens = [self._samples.tokens(i) for i in members]
         return Batch(

@@ -23,6 +23,7 @@ from specd.protocol.limits import (
     MAX_MESSAGE_BYTES,
     MAX_NAME_CHARS,
     MAX_OFFER_BYTES,
+    MAX_PAYLOAD_BYTES,
     RUN_BYTES,
     U64,
     BatchId,
@@ -30,6 +31,7 @@ from specd.protocol.limits import (
     Int32s,
     Name,
     Names,
+    Payloads,
     Positive,
     Reason,
 )
@@ -74,7 +76,8 @@ class Hello(Message, kw_only=True, frozen=True, tag="hello"):
     """Open or reopen a session. name: for people. pid: 0 if unknown. host: identity of kernel and namespaces.
 
     credits: how many batches the trainer wants outstanding. fingerprint: the target it must be, empty for any.
-    run: equal on all ranks of one training, empty for one alone. ranks: how many of them come to this daemon.
+    payloads: names of the arrays that its sequences bring; none for text alone. run: equal on all ranks of one
+    training, empty for one alone. ranks: how many of them come to this daemon.
     """
 
     name: Name
@@ -85,6 +88,7 @@ class Hello(Message, kw_only=True, frozen=True, tag="hello"):
     spec: CaptureSpec
     credits: Positive
     fingerprint: Annotated[str, Meta(max_length=1000)] = ""
+    payloads: Names = ()
     run: Annotated[bytes, Meta(max_length=RUN_BYTES)] = b""
     ranks: Positive = 1
 
@@ -112,12 +116,16 @@ class Probe(Message, kw_only=True, frozen=True, tag="probe"):
 
 
 class Submit(Message, kw_only=True, frozen=True, tag="submit"):
-    """Ask for one batch. seq: the trainer's number for it, echoed back. tokens, lengths: int32 little-endian."""
+    """Ask for one batch. seq: the trainer's number for it, echoed back. tokens, lengths: int32 little-endian.
+
+    payloads: one for each sequence, empty for one that has none; none at all if no sequence has any.
+    """
 
     seq: U64
     batch_id: BatchId
     tokens: Int32s
     lengths: Int32s
+    payloads: Payloads = ()
 
 
 class RecvReady(Message, kw_only=True, frozen=True, tag="recv_ready"):
@@ -277,12 +285,11 @@ _replies: msgspec.msgpack.Decoder[ToTrainer] = msgspec.msgpack.Decoder(ToTrainer
 
 
 def encode(message: Message) -> bytes:
-    """The frame of one message. Raises ProtocolError when it exceeds MAX_MESSAGE_BYTES, which no peer accepts."""
+    """The frame of one message. Raises ProtocolError when it exceeds what no peer accepts."""
     frame = bytes((VERSION,)) + _encoder.encode(message)
-    if len(frame) > MAX_MESSAGE_BYTES:
-        raise ProtocolError(
-            f"a {type(message).__name__} of {len(frame)} bytes exceeds the limit of {MAX_MESSAGE_BYTES} a message"
-        )
+    limit = MAX_MESSAGE_BYTES + (MAX_PAYLOAD_BYTES if isinstance(message, Submit) and message.payloads else 0)
+    if len(frame) > limit:
+        raise ProtocolError(f"a {type(message).__name__} of {len(frame)} bytes exceeds the limit of {limit} a message")
     return frame
 
 

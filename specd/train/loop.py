@@ -50,8 +50,8 @@ class Feed(Protocol):
         """All batches from number `index` of `epoch` on, not packed; `index` may be the length of that epoch."""
         ...
 
-    def pack(self, place: Place) -> Batch:
-        """The batch of a place."""
+    def packed(self, places: Iterable[Place]) -> Iterator[Batch]:
+        """The batches of places."""
         ...
 
 
@@ -243,7 +243,7 @@ def train(
     with Journal(journal, position.step) if ranks.leads else contextlib.nullcontext() as lines:
         run = _Run(config, objective, source, checkpoints, lines, sinks, optimizer, position, steps, ranks)
         try:
-            deliveries = source.stream(feed.pack(place) for step in ahead for place in ranks.deal(step))
+            deliveries = source.stream(feed.packed(place for step in ahead for place in ranks.deal(step)))
             for places in coming:
                 _train_step(run, objective, deliveries, places, left, interrupt)
                 left -= len(places)

@@ -31,6 +31,7 @@ from specd.config.settings import Config, RunConfig
 from specd.data import dataset as datasets
 from specd.data.batching import Loader
 from specd.data.dataset import Dataset
+from specd.data.payloads import ImagePayloads
 from specd.data.rows import DEMO
 from specd.drafts import registry
 from specd.drafts.base import Objective, TargetParts
@@ -58,6 +59,8 @@ from specd.version import __version__
 
 logger = logging.getLogger(__name__)
 
+TARGETS_OWN = ("config.json", "preprocessor_config.json")
+"""Files of a target that are not its draft's: that reads no images."""
 Settle = Callable[[str], RunConfig]
 """A run's settings, given the name of its target: recipes go by that name."""
 
@@ -185,7 +188,11 @@ def _train(
                 begun=before,
                 show=show,
             ))  # fmt: skip
-        loader = Loader(dataset, dataset.plan(settled.data, settled.train.seed), epochs=settled.train.epochs)
+            images = ImagePayloads(dataset, Path(scratch), contract) if dataset.illustrated else None
+        if images:
+            images.check(contract, subscriber.ring, settled.data.batch_tokens)
+        plan = dataset.plan(settled.data, settled.train.seed)
+        loader = Loader(dataset, plan, epochs=settled.train.epochs, payloads=images)
         own = identity(settled, draft, method.free, contract, dataset.digest)
         _agree(ranks, own, device, settled)
         checkpoints = Checkpoints(directory.checkpoints, own, settled.train.keep)
@@ -237,7 +244,7 @@ def _train(
             return TrainedRun(directory.path, directory.draft, end.step, ranks=ranks.size)
         _tell_unless_trained(read(directory.journal), contract.model)
         with interrupt.shield():
-            objective.export(directory.draft, {name: data for name, data in files.items() if name != "config.json"})
+            objective.export(directory.draft, {name: data for name, data in files.items() if name not in TARGETS_OWN})
             directory.finish()
     return TrainedRun(directory.path, directory.draft, len(read(directory.journal)), ranks=ranks.size)
 

@@ -6,7 +6,7 @@ import contextlib
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -56,7 +56,10 @@ class Feed:
             tokens = int(np.random.default_rng(number).integers(10, 60, 3).sum())
             yield Place(0, number, tuple(range(3 * number, 3 * number + 3)), tokens)
 
-    def pack(self, place: Place) -> Batch:
+    def packed(self, places: Iterable[Place]) -> Iterator[Batch]:
+        yield from map(self._pack, places)
+
+    def _pack(self, place: Place) -> Batch:
         rng = np.random.default_rng(place.index)
         lengths = rng.integers(10, 60, 3).astype(np.int32)
         total = int(lengths.sum())

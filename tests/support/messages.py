@@ -30,16 +30,17 @@ CONTRACT = contract.TargetContract(
         "lm_head": contract.ArtifactRef(nbytes=113246208, shape=(49152, 576), dtype="float32", same_as="embedding"),
     },
 )
-RING = contract.RingInfo(num_slots=8, slot_bytes=12288, slot_tokens=4096)
+RING = contract.RingInfo(num_slots=8, slot_bytes=12288, slot_tokens=4096, payload_bytes=64 << 20)
 SAMPLES: tuple[wire.Message, ...] = (
     wire.Hello(
         epoch=EPOCH, name="trainer", host="h1", pid=4242, gpus=("GPU-0",), transports=("shm", "bytes"), spec=SPEC,
-        credits=3, fingerprint="llama:576", run=BATCH, ranks=2,
+        credits=3, fingerprint="llama:576", payloads=("pixel_values",), run=BATCH, ranks=2,
     ),
     wire.Attach(epoch=EPOCH, transport="shm", hello=b"\x01\x02"),
     wire.Probe(epoch=EPOCH, seq=0, nonce=bytes(range(16)), nbytes=65536),
     wire.Submit(
-        epoch=EPOCH, seq=1, batch_id=BATCH, tokens=struct.pack("<3i", 5, 6, 49151), lengths=struct.pack("<2i", 1, 2)
+        epoch=EPOCH, seq=1, batch_id=BATCH, tokens=struct.pack("<3i", 5, 6, 49151), lengths=struct.pack("<2i", 1, 2),
+        payloads=(b"", b"\x80"),
     ),
     wire.RecvReady(epoch=EPOCH, lease=7),
     wire.Borrow(epoch=EPOCH, lease=8),

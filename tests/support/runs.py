@@ -75,7 +75,10 @@ class Plan:
             samples = tuple(range(index * self.size, (index + 1) * self.size))
             yield Place(epoch, index, samples, sum(3 + s % 4 for s in samples))
 
-    def pack(self, place: Place) -> Batch:
+    def packed(self, places: Iterable[Place]) -> Iterator[Batch]:
+        yield from map(self._pack, places)
+
+    def _pack(self, place: Place) -> Batch:
         epoch, index, samples = place.epoch, place.index, place.samples
         tokens = np.concatenate([np.arange(3 + s % 4, dtype=np.int32) * 3 + s + epoch for s in samples])
         return Batch(

@@ -20,7 +20,7 @@ from specd.errors import pip_install
 
 pytestmark = pytest.mark.timeout(600)
 
-PROGRAM = Path(__file__).parents[1] / "support" / "sglang_states.py"
+SUPPORT = Path(__file__).parents[1] / "support"
 
 FLOAT32_LARGEST = 1e-4
 """On the CPU, float32, states of size 1 to 15: the largest difference seen is 3e-6 for most, 1e-5 for two
@@ -41,7 +41,7 @@ def sglang() -> None:
         pytest.skip(reason)
 
 
-def states(family: str, path: Path, tp: int) -> dict[str, Any]:
+def states(family: str, path: Path, tp: int, program: str = "sglang_states.py") -> dict[str, Any]:
     kind = "cuda" if torch.cuda.is_available() else "cpu"
     # SGLang's CPU engine binds each rank to cores of its own.
     environment = os.environ | {"SGLANG_CPU_OMP_THREADS_BIND": "|".join(map(str, range(tp)))}
@@ -51,7 +51,8 @@ def states(family: str, path: Path, tp: int) -> dict[str, Any]:
             environment["TRITON_INTERPRET"] = "1"
     if kind == "cuda":
         environment.pop("SGLANG_USE_CPU_ENGINE", None)
-    command = [sys.executable, str(PROGRAM), family, str(path / family), kind, str(tp)]
+    where = [kind] if program == "sglang_states.py" else []
+    command = [sys.executable, str(SUPPORT / program), family, str(path / family), *where, str(tp)]
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=550)
     assert ended.returncode == 0, ended.stderr[-4000:]
     found: dict[str, Any] = json.loads(ended.stdout.strip().splitlines()[-1])
@@ -88,3 +89,16 @@ def test_states_agree_with_transformers(tmp_path: Path, family: str, tp: int) ->
                 assert distance["largest"] <= FLOAT32_LARGEST
             else:
                 assert distance["rms"] <= BFLOAT16_RMS
+
+
+@pytest.mark.parametrize(("kind", "tp"), [("qwen2_5_vl", 1), ("qwen2_5_vl", 2), ("qwen3_vl", 1)])
+def test_states_of_images_agree_with_transformers(tmp_path: Path, kind: str, tp: int) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("compared in float32, on the CPU")
+    found = states(kind, tmp_path, tp, "sglang_images.py")
+    assert found["fingerprint"]
+    assert found["takes"] == ["image_grid_thw", "mm_token_type_ids", "pixel_values"]
+    assert found["again"], "a second run gave other bits"
+    assert "are not the patches of image_grid_thw" in found["refused"]
+    for what in ("apart", "merged", "after"):
+        assert max(found[what].values()) <= FLOAT32_LARGEST, what

@@ -21,6 +21,8 @@ import torch
 from numpy.typing import NDArray
 
 from specd.errors import ConfigError, TargetError
+from specd.protocol.payload import Payload
+from specd.targets.sglang.images import Images
 from specd.targets.sglang.model import liven, parts
 from specd.targets.sglang.official import Official
 from specd.targets.sglang.recurrent import States, plan
@@ -89,6 +91,7 @@ class Engine:
         self._source: Official | None = None  # of the taps; None: our hooks
         self.hidden_alone = False  # is the stream, whatever layers return besides
         self._mrope = uses_mrope(self.runner)
+        self.images = Images(self.runner)
         if setup.load_format == "dummy":
             liven(self.model, setup.rank)
         plan(sg, self.runner, self._device, sequences)
@@ -117,15 +120,29 @@ class Engine:
         self._check_official()
         self.states.check(2, type(self.model).__name__)
 
-    def forward(self, tokens: NDArray[np.int32], lengths: Sequence[int], stop: int, capture: Capture) -> None:
+    def forward(
+        self,
+        tokens: NDArray[np.int32],
+        lengths: Sequence[int],
+        stop: int,
+        capture: Capture,
+        brought: Sequence[Payload] = (),
+    ) -> None:
         """Launch one prefill of `lengths` packed sequences up to layer `stop`, or with AT_HEAD up to the lm_head.
 
-        Every rank gives the same taps: a tap may have to finish a layer's all-reduce.
+        brought: by each of them, for images; () if none brings anything. Every rank gives the same taps: a tap may have
+        to finish a layer's all-reduce.
         """
-        self._launch(tokens, lengths, stop, capture, self._source if capture.taps else None)
+        self._launch(tokens, lengths, stop, capture, self._source if capture.taps else None, brought)
 
     def _launch(
-        self, tokens: NDArray[np.int32], lengths: Sequence[int], stop: int, capture: Capture, source: Official | None
+        self,
+        tokens: NDArray[np.int32],
+        lengths: Sequence[int],
+        stop: int,
+        capture: Capture,
+        source: Official | None,
+        brought: Sequence[Payload] = (),
     ) -> None:
         handles = []
 
@@ -145,7 +162,7 @@ class Engine:
                 hook = _head_hook(capture, source)
                 handles.append(self._parts.head.register_forward_pre_hook(hook, with_kwargs=True))
             with torch.inference_mode(), self._current():
-                self.runner.forward(self._batch(tokens, list(lengths)))
+                self.runner.forward(self._batch(tokens, list(lengths), brought))
             raise TargetError("SGLang's forward ended without a call of the layer or the logits_processor it ends at")
         except _AllCaptured:
             pass
@@ -200,13 +217,14 @@ class Engine:
     def _current(self) -> contextlib.AbstractContextManager[object]:
         return torch.cuda.device(self._device) if self._device.type == "cuda" else contextlib.nullcontext()
 
-    def _batch(self, tokens: NDArray[np.int32], lengths: list[int]) -> Any:
+    def _batch(self, tokens: NDArray[np.int32], lengths: list[int], brought: Sequence[Payload] = ()) -> Any:
         """SGLang's ForwardBatch of a prefill without prefix: one copy to the device, no wait."""
         size, count = int(tokens.size), len(lengths)
         on_gpu = self._device.type == "cuda"
         host = torch.empty(3 * size + 2 * count, dtype=torch.int64, pin_memory=on_gpu)
         view = host.numpy()
-        view[:size] = tokens
+        ids_of, inputs, axes = self.images.inputs(tokens, lengths, brought) if brought else (tokens, None, None)
+        view[:size] = ids_of
         view[size : 2 * size] = np.concatenate([np.arange(length) for length in lengths])
         view[2 * size : 3 * size] = np.repeat(np.arange(1, count + 1), lengths)
         view[3 * size : 3 * size + count] = lengths
@@ -244,6 +262,8 @@ class Engine:
             "rids": [str(row) for row in range(count)],
             "mrope_positions": positions.expand(3, -1) if self._mrope else None,
         }
+        if axes is not None:
+            fields |= {"mm_inputs": inputs, "mrope_positions": torch.from_numpy(axes).to(self._device)}
         return make_batch(self._sg, self.runner, size, fields)
 
     def _check_convention(self) -> None:
