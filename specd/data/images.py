@@ -170,6 +170,11 @@ def encode(pictures: Sequence[Picture]) -> bytes:
     return msgspec.msgpack.encode(pictures) if pictures else b""
 
 
+def content(kept: bytes) -> bytes:
+    """A digest of what the images that `encode` kept show, wherever they lie."""
+    return _digest(b"".join(one.digest for one in decode(kept)))
+
+
 def decode(data: bytes) -> tuple[Picture, ...]:
     """The images that `encode` kept."""
     return msgspec.msgpack.decode(data, type=tuple[Picture, ...]) if data else ()

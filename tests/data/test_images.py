@@ -117,6 +117,16 @@ def test_payloads_are_what_the_processor_makes_and_belong_to_their_sample(target
     assert first
 
 
+def test_the_identity_of_samples_is_what_their_images_show_wherever_they_lie(target: Path, tmp_path: Path) -> None:
+    digests = []
+    for folder, name, seed in (("a", "one.png", 0), ("b", "two.png", 0), ("c", "one.png", 1)):
+        (tmp_path / folder).mkdir()
+        vision.png(tmp_path / folder / name, seed=seed)
+        file = write_rows(tmp_path / folder / "rows.jsonl", row({"type": "image", "image": name}, said("what?")))
+        digests.append(prepare(config(file), target).digest)
+    assert digests[0] == digests[1] != digests[2]
+
+
 def _with(**changes: Any) -> TargetContract:
     import msgspec
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -119,3 +120,34 @@ def test_what_does_not_belong_together_fails_and_the_target_lives_on(served: Any
     fill = job(sound)
     target.run([fill])
     check(folder, fill, sound)
+
+
+@pytest.mark.gpu(1)
+@pytest.mark.parametrize("kind", ["qwen2_5_vl", "qwen3_5"])
+def test_on_a_gpu_images_are_right_and_those_that_are_not_cost_one_batch(kind: str, tmp_path: Path) -> None:
+    folder = vision.write(kind, tmp_path / kind)
+    target: Any = load_target(TargetConfig(model=f"{folder}/", device="cuda:0", dtype="float32"))
+    sequences = [text(11, 1), vision.sequence(kind, 5, 9), text(7, 2), vision.sequence(kind, 2, 20, seed=1)]
+
+    def run(given: Sequences) -> CaptureJob:
+        fill = job(given)
+        slot = torch.zeros(fill.layout.nbytes, dtype=torch.uint8, device="cuda:0")
+        target.run([msgspec.structs.replace(fill, slot=slot)]).wait()
+        fill.slot[: fill.layout.nbytes] = slot.cpu().numpy().data
+        return fill
+
+    def right(fill: CaptureJob) -> bool:
+        final, begin = read(fill)["final"], 0
+        for ids, brought in sequences:
+            states = vision.plain(folder, ids, brought)[-1]
+            if not torch.allclose(final[begin : begin + ids.size], states, atol=0.02 * float(states.abs().max())):
+                return False
+            begin += ids.size
+        return True
+
+    assert right(run(sequences))
+    ids, brought = sequences[1]
+    narrow = {**brought, "pixel_values": vision.array(payload_tensor(brought["pixel_values"])[:, 1:])}
+    with pytest.raises(TargetError):
+        run([(ids, narrow)])
+    assert right(run(sequences)), "the target lives on"
