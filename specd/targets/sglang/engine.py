@@ -22,6 +22,8 @@ from numpy.typing import NDArray
 
 from specd.errors import ConfigError, TargetError
 from specd.targets.sglang.graphs import Source, record
+from specd.protocol.payload import Payload
+from specd.targets.sglang.images import Images
 from specd.targets.sglang.model import liven, parts
 from specd.targets.sglang.official import Official
 from specd.targets.sglang.recurrent import States, plan
@@ -97,6 +99,7 @@ class Engine:
         self._source: Official | None = None  # of the taps; None: our hooks
         self.hidden_alone = False  # is the stream, whatever layers return besides
         self._mrope = uses_mrope(self.runner)
+        self.images = Images(self.runner)
         if setup.load_format == "dummy":
             liven(self.model, setup.rank)
         plan(sg, self.runner, self._device, sequences)
@@ -127,19 +130,33 @@ class Engine:
         if self._graphs is not None:
             self._graphs.check(self._all_states)
 
-    def forward(self, tokens: NDArray[np.int32], lengths: Sequence[int], stop: int, capture: Capture) -> None:
+    def forward(
+        self,
+        tokens: NDArray[np.int32],
+        lengths: Sequence[int],
+        stop: int,
+        capture: Capture,
+        brought: Sequence[Payload] = (),
+    ) -> None:
         """Launch one prefill of `lengths` packed sequences up to layer `stop`, or with AT_HEAD up to the lm_head.
 
-        Every rank gives the same taps: a tap may have to finish a layer's all-reduce.
+        brought: by each of them, for images; () if none brings anything. Every rank gives the same taps: a tap may have
+        to finish a layer's all-reduce.
         """
-        self._launch(tokens, lengths, stop, capture, self._source if capture.taps else None)
+        self._launch(tokens, lengths, stop, capture, self._source if capture.taps else None, brought)
 
     def _launch(
-        self, tokens: NDArray[np.int32], lengths: Sequence[int], stop: int, capture: Capture, source: Source | None
+        self,
+        tokens: NDArray[np.int32],
+        lengths: Sequence[int],
+        stop: int,
+        capture: Capture,
+        source: Source | None,
+        brought: Sequence[Payload] = (),
     ) -> None:
         handles = []
-        batch = self._batch(tokens, list(lengths))
-        if source is None and self._graphs is not None and self._graphs.replays(batch):
+        batch = self._batch(tokens, list(lengths), brought)
+        if source is None and not brought and self._graphs is not None and self._graphs.replays(batch):
             source = self._graphs
 
         def end(*_: Any) -> None:
@@ -224,13 +241,14 @@ class Engine:
     def _current(self) -> contextlib.AbstractContextManager[object]:
         return torch.cuda.device(self._device) if self._device.type == "cuda" else contextlib.nullcontext()
 
-    def _batch(self, tokens: NDArray[np.int32], lengths: list[int]) -> Any:
+    def _batch(self, tokens: NDArray[np.int32], lengths: list[int], brought: Sequence[Payload] = ()) -> Any:
         """SGLang's ForwardBatch of a prefill without prefix: one copy to the device, no wait."""
         size, count = int(tokens.size), len(lengths)
         on_gpu = self._device.type == "cuda"
         host = torch.empty(3 * size + 2 * count, dtype=torch.int64, pin_memory=on_gpu)
         view = host.numpy()
-        view[:size] = tokens
+        ids_of, inputs, axes = self.images.inputs(tokens, lengths, brought) if brought else (tokens, None, None)
+        view[:size] = ids_of
         view[size : 2 * size] = np.concatenate([np.arange(length) for length in lengths])
         view[2 * size : 3 * size] = np.repeat(np.arange(1, count + 1), lengths)
         view[3 * size : 3 * size + count] = lengths
@@ -268,6 +286,8 @@ class Engine:
             "rids": [str(row) for row in range(count)],
             "mrope_positions": positions.expand(3, -1) if self._mrope else None,
         }
+        if axes is not None:
+            fields |= {"mm_inputs": inputs, "mrope_positions": torch.from_numpy(axes).to(self._device)}
         return make_batch(self._sg, self.runner, size, fields)
 
     def _check_convention(self) -> None:
