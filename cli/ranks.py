@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 import typer
 
-from specd.errors import ConfigError, PeerError, SpecdError
+from specd.errors import PeerError, SpecdError
 
 if TYPE_CHECKING:
     from specd.train.distributed import Ranks
@@ -33,6 +33,7 @@ def as_rank(work: Callable[[Ranks, Interrupt], None], interrupted: Callable[[], 
     """
     from specd.train.distributed import Ranks
     from specd.train.interrupt import Interrupt
+    from specd.train.peers import exit_code
 
     try:
         with Interrupt() as interrupt:
@@ -45,7 +46,7 @@ def as_rank(work: Callable[[Ranks, Interrupt], None], interrupted: Callable[[], 
     except PeerError as error:
         _end(error.code, "" if error.said else f"specd: error: {error}")
     except SpecdError as error:
-        _end(2 if isinstance(error, ConfigError) else 1, f"specd: error: {error}")
+        _end(exit_code(error), f"specd: error: {error}")
     except Exception:  # noqa: BLE001  # it is shown as Python does, without the end of Python
         _end(1, traceback.format_exc().rstrip())
 

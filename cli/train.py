@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shlex
 from contextlib import AbstractContextManager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from msgspec.structs import replace
@@ -125,14 +126,18 @@ def train(
         "data": paths(data or []),
         "train": {"max_steps": max_steps, "device": device},
     }
-    asked = merge(merge(load_yaml(config) if config else {}, given(flags)), overrides(settings or []))
-    if (other := asked.setdefault("method", method)) != method:
-        raise ConfigError(f"settings: method={other!r}: expected {method!r}, as the command says; leave it out")
-    if method not in registry.names():
-        raise ConfigError(f"unknown draft method {method!r}; known here: {', '.join(registry.names())}")
+
+    @functools.cache
+    def asked() -> dict[str, Any]:
+        found = merge(merge(load_yaml(config) if config else {}, given(flags)), overrides(settings or []))
+        if (other := found.setdefault("method", method)) != method:
+            raise ConfigError(f"settings: method={other!r}: expected {method!r}, as the command says; leave it out")
+        if method not in registry.names():
+            raise ConfigError(f"unknown draft method {method!r}; known here: {', '.join(registry.names())}")
+        return found
 
     def settle(target: str) -> RunConfig:
-        run = run_config(asked, target or model, preset=preset)
+        run = run_config(asked(), target or model, preset=preset)
         return replace(run, target={"model": model} | run.target) if model else run
 
     def work(ranks: Ranks | None, interrupt: Interrupt) -> None:

@@ -11,35 +11,33 @@ import contextlib
 import datetime
 import logging
 import os
-import secrets
-import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from types import TracebackType
 from typing import Any, Final, Self, TypeVar
 
-import msgspec
 import torch
+import torch.distributed
 
 from specd.config.settings import Collectives
-from specd.endpoints import host_id
 from specd.errors import ConfigError, PeerError, SpecdError, first_line
 from specd.memory import cuda
 from specd.train.gradients import Gradients
 from specd.train.launcher import Launch, launched
-from specd.train.peers import HEARD, Ending, Member, Watch, tell
+from specd.train.meeting import MEET_S, POLL_S, meet, put, read
+from specd.train.peers import HEARD, Ending, Member, Watch, exit_code, tell
 
 logger = logging.getLogger(__name__)
 
+distributed: Any = torch.distributed  # not all of it is exported for checkers
 Value = TypeVar("Value")
-POLL_S: Final = 0.02
-MEET_S: Final = 600.0
-"""How long the ranks of a launcher may take from the first to the last."""
 REASON_S: Final = 1.0
 """How long a rank that was signalled, or met a broken connection, waits to hear of a reason."""
 STARTING_S: Final = 60.0
 """How long a rank may show no life before the first step: what it loads may hold the interpreter."""
+_LEFT: Final[list[Any]] = []
+"""Groups with exchanges under way: their end would wait for the ranks that they have lost."""
 
 
 class Ranks:
@@ -67,9 +65,6 @@ class Ranks:
         """This process among those of its launcher. Raises ConfigError where they cannot meet."""
         if (found := launched()).size == 1:
             return cls()
-        import torch.distributed as dist
-
-        distributed: Any = dist  # not all of it is exported for checkers
         try:
             store, _, _ = next(distributed.rendezvous("env://", timeout=datetime.timedelta(seconds=MEET_S)))
         except (RuntimeError, ValueError) as error:
@@ -104,16 +99,9 @@ class Ranks:
 
     def __enter__(self) -> Self:
         if self._store is not None:
-            me = Member(
-                rank=self.rank, host=socket.gethostname(), host_id=host_id(), pid=os.getpid(),
-                restarts=self.launch.restarts,
-            )  # fmt: skip
-            self._store.set(f"beat/{self.rank}", "0")
-            self._put(f"member/{self.rank}", me)
-            self.members = [msgspec.convert(self._wait(f"member/{rank}"), Member) for rank in range(self.size)]
-            self._watch = Watch(self._store.clone(), me, self.members, STARTING_S)
+            self._store, self.run, self.members = meet(self._store, self.launch)
+            self._watch = Watch(self._store.clone(), self.members[self.rank], self.members, STARTING_S)
             self._watch.start()
-            self.run = bytes.fromhex(self.decide("run", lambda: secrets.token_hex(16)))
         return self
 
     def __exit__(
@@ -124,8 +112,10 @@ class Ranks:
         watch, self._watch = self._watch, None
         instead = self._leave(watch, error) if error is not None else None
         watch.close()
-        if error is None:
-            self._group = None
+        group, self._group = self._group, None
+        if error is not None:
+            _LEFT.append(group)
+        else:
             with contextlib.suppress(RuntimeError):  # the launcher may be gone, and so may we
                 self._store.set(f"beat/{self.rank}", "done")
         if instead is not None:
@@ -140,7 +130,7 @@ class Ranks:
             watch.wait(REASON_S)
             if (found := watch.error()) is not None and not found.interrupted:
                 return found
-        code = 130 if isinstance(error, KeyboardInterrupt) else 2 if isinstance(error, ConfigError) else 1
+        code = exit_code(error)
         reason = str(error) if isinstance(error, SpecdError) else f"{type(error).__name__}: {first_line(error)}"
         interrupted = isinstance(error, KeyboardInterrupt)
         ending = Ending(
@@ -149,6 +139,7 @@ class Ranks:
             kind="interrupt" if interrupted else "error",
             reason="it was interrupted" if interrupted else reason,
             code=code,
+            teller=self.rank,
         )
         with contextlib.suppress(RuntimeError):
             tell(self._store, ending)
@@ -176,7 +167,7 @@ class Ranks:
             return work()
         if self.leads:
             value = work()
-            self._put(f"decided/{name}", value)
+            put(self._store, f"decided/{name}", value)
             return value
         found: Value = self._wait(f"decided/{name}")
         return found
@@ -185,19 +176,19 @@ class Ranks:
         """`work` of every rank: first of one on each host, whose files the others there find. `name` is used once."""
         if self.size == 1:
             return work()
-        key = f"turn/{name}/{self.members[self.rank].host}"
+        key = f"turn/{name}/{self.members[self.rank].host_id}"
         if self.launch.local:
             self._wait(key)
             return work()
         value = work()
-        self._put(key, True)
+        put(self._store, key, True)
         return value
 
     def agree(self, facts: Mapping[str, str]) -> None:
         """Raise ConfigError unless every rank has the same facts. Asked once."""
         if self.size == 1:
             return
-        self._put(f"facts/{self.rank}", facts)
+        put(self._store, f"facts/{self.rank}", facts)
         found: list[dict[str, str]] = [self._wait(f"facts/{rank}") for rank in range(self.size)]
         for member, theirs in zip(self.members, found, strict=True):
             for name, value in theirs.items():
@@ -217,9 +208,6 @@ class Ranks:
         """
         if self.size == 1:
             return
-        import torch.distributed as dist
-
-        distributed: Any = dist
         timeout = datetime.timedelta(seconds=timeout_s)
         self._device, self._nccl = device, collectives == "nccl" or (collectives == "auto" and device != "cpu")
         if self._nccl:
@@ -251,7 +239,7 @@ class Ranks:
 
     def _check_devices(self, device: str) -> None:
         """Raise ConfigError for two ranks on one GPU."""
-        self._put(f"device/{self.rank}", cuda.uuid(device))
+        put(self._store, f"device/{self.rank}", cuda.uuid(device))
         seen: dict[str, int] = {}
         for rank in range(self.size):
             if (other := seen.setdefault(self._wait(f"device/{rank}"), rank)) != rank:
@@ -330,11 +318,23 @@ class Ranks:
 
     # The end
 
+    def part(self) -> None:
+        """After the last exchange: disconnect, once every rank has had it."""
+        if self._group is None:
+            return
+        with contextlib.suppress(PeerError, RuntimeError):  # whoever goes now takes nothing along
+            put(self._store, f"parted/{self.rank}", True)
+            for rank in range(self.size):
+                self._wait(f"parted/{rank}")
+        group, self._group = self._group, None
+        if self._nccl:
+            group.abort()
+
     def tell(self, reason: str) -> None:
         """End the run on every rank."""
         if self._store is not None:
             host = self.members[self.rank].host
-            tell(self._store, Ending(rank=self.rank, host=host, kind="error", reason=reason))
+            tell(self._store, Ending(rank=self.rank, host=host, kind="error", reason=reason, teller=self.rank))
 
     def _check(self) -> None:
         """Raise PeerError when the run ends for a peer."""
@@ -356,24 +356,13 @@ class Ranks:
     def _abort(self) -> None:
         """End exchanges under way. On the watching thread."""
         self._alive.zero_()
-        if self._nccl:
+        if self._nccl and self._group is not None:
             self._group.abort()
 
-    # The store
-
-    def _put(self, key: str, value: object) -> None:
-        self._store.set(key, msgspec.json.encode(value).decode())
-
     def _wait(self, key: str) -> Any:
-        """A value that another rank puts there."""
-        limit = time.monotonic() + MEET_S
+        """A value that another rank puts there; of a rank that lives."""
+        assert self._watch is not None, "entered"
         while not self._store.check([key]):
-            if self._watch is None and time.monotonic() > limit:
-                raise ConfigError(
-                    f"rank {self.rank} of {self.size}: nothing of {key} for {MEET_S:g} s: see what keeps that rank"
-                )
-            if self._watch is None:
-                time.sleep(POLL_S)
-            elif self._watch.wait(POLL_S):
+            if self._watch.wait(POLL_S):
                 self._check()
-        return msgspec.json.decode(self._store.get(key))
+        return read(self._store, key)

@@ -248,6 +248,7 @@ def train(
                 _train_step(run, objective, deliveries, places, left, interrupt)
                 left -= len(places)
             next(deliveries, None)  # it takes back the last one
+            ranks.part()
         except (KeyboardInterrupt, SpecdError) as error:
             if run.savable:
                 with interrupt.shield():

@@ -6,7 +6,7 @@ import math
 from itertools import chain
 
 import torch
-from torch.optim import adamw
+from torch.optim.adamw import adamw
 
 from specd.config.settings import TrainConfig
 
@@ -76,7 +76,7 @@ def _update(optimizer: torch.optim.AdamW, scale: torch.Tensor, skipped: torch.Te
         states = [optimizer.state[parameter] for parameter in trained]
         beta1, beta2 = group["betas"]
         with torch.no_grad():
-            adamw.adamw(
+            adamw(
                 trained,
                 [parameter.grad for parameter in trained if parameter.grad is not None],
                 [state["exp_avg"] for state in states],

@@ -36,6 +36,7 @@ from specd.drafts import registry
 from specd.drafts.base import Objective, TargetParts
 from specd.drafts.initial import initial_config
 from specd.errors import ConfigError, SpecdError
+from specd.memory.streams import on_device
 from specd.protocol.capture import CaptureSpec
 from specd.protocol.contract import TargetContract
 from specd.train import launcher
@@ -109,6 +110,8 @@ def train_draft(
     settle = _settle(config)
     first = settle("")
     device = check(first, ranks.launch)
+    if ranks.size > 1:
+        on_device(device)
     directory = output_of(first)
     with owned(directory.path) if ranks.leads else contextlib.nullcontext():
         begun, done = ranks.decide("begin", partial(_begun, directory, settle, device, resume, ranks))
@@ -163,7 +166,8 @@ def _train(
         settled = _with_data(_with_dtype(known, device), contract.model)
         settled = replace(settled, output=str(directory.path))
         again = ranks.decide("again", lambda: resume and directory.has_checkpoint(settled.train.save_every))
-        before = _settings(ranks.decide("settings", lambda: directory.settings() if resume else None))
+        told = ranks.decide("settings", lambda: msgspec.to_builtins(directory.settings() if resume else None))
+        before = None if told is None else convert(told, RunConfig, "run.json")
         if settled.train.threads:
             torch.set_num_threads(settled.train.threads)
         with tempfile.TemporaryDirectory(prefix="specd-target-") as scratch:
@@ -182,7 +186,7 @@ def _train(
             ))  # fmt: skip
         loader = Loader(dataset, dataset.plan(settled.data, settled.train.seed), epochs=settled.train.epochs)
         own = identity(settled, draft, method.free, contract, dataset.digest)
-        _agree(ranks, own, device)
+        _agree(ranks, own, device, settled)
         checkpoints = Checkpoints(directory.checkpoints, own, settled.train.keep)
         if again and ranks.leads:
             checkpoints.compare(checkpoints.latest())
@@ -248,15 +252,11 @@ def _connect(
     return Subscriber(link, spec, device=device, name=name, run=ranks.run, ranks=ranks.size, seat=seat)
 
 
-def _settings(data: object) -> RunConfig | None:
-    """Settings as rank 0 told them."""
-    return data if data is None or isinstance(data, RunConfig) else convert(data, RunConfig, "run.json")
-
-
-def _agree(ranks: Ranks, own: Identity, device: str) -> None:
+def _agree(ranks: Ranks, own: Identity, device: str, config: RunConfig) -> None:
     """Raise ConfigError unless all ranks train the same."""
-    settings = {name: str(value) for name, value in own.settings.items()}
-    ranks.agree({"specd": __version__, "target": own.target, "train.device": device.partition(":")[0]} | settings)
+    facts = {"specd": __version__, "target": own.target, "train.device": device.partition(":")[0]}
+    facts |= {name: str(value) for name, value in own.settings.items() if name != "data.digest"}
+    ranks.agree(facts | {"train.collectives": config.train.collectives, "data": str(own.settings["data.digest"])})
 
 
 def output_of(config: RunConfig) -> RunDirectory:
