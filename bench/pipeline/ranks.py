@@ -190,11 +190,11 @@ def run(job: RanksJob, answer: Callable[[msgspec.Struct], None]) -> None:
         trainer = Trainer(job, host)
         with met(job, "loaded", job.world):
             pass  # nobody compiles any more while another is timed
-        for size in job.sizes:
+        for number, size in enumerate(job.sizes):
             if job.rank >= size:
                 answer(RanksAnswer())
                 continue
-            with met(job, str(size), size) as ranks:
+            with met(job, f"{number}-{size}", size) as ranks:
                 ranks.join(device, START_S)
                 found = tuple(trainer.timed(ranks))
             answer(RanksAnswer(timed=found, memory_bytes=memory(device) - before))

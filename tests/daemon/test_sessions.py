@@ -234,8 +234,9 @@ def test_the_first_rank_keeps_places_for_all_of_its_run(tmp_path: Path) -> None:
         assert runs[0] == runs[2] == (runs[0][0], 3), "two ranks, one run"
         assert runs[1] == ("", 1)
         assert one.hex()[:8] not in runs[0][0], "whoever reads it must not be able to join the run"
-        first.tell("Bye")
-        second.tell("Bye")
+        for rank in (first, second):
+            rank.tell("Bye")
+            rank.ask("Status")  # answered once its BYE was heard
         assert isinstance(other.hello(run=two, ranks=2), wire.Welcome)
 
 

@@ -87,3 +87,17 @@ def test_daemons_feed_one_trainer_and_then_two(tmp_path: Path) -> None:
             assert (row.mode, row.parallel, row.devices) == ("disaggregated", size, 1 + size)
             assert row.samples_per_s == pytest.approx(size * 4 / row.iteration_ms * 1e3, rel=1e-3)
             assert clocked.stats.batches == 3, "of its own, whoever else trains"
+
+
+@pytest.mark.gpu(2)
+def test_two_gpus_train_together_after_one_did_alone(tmp_path: Path) -> None:
+    """Over nccl, twice in one process: gradients of the first group are nothing to the second one's."""
+    asked = {"target": {"num_layers": 8}, "steps": 3, "depths": (0, 2), "lengths": ("fixed",), "batch_tokens": 1024,
+             "sample_tokens": 512, "draft_config": {"num_taps": 3}}  # fmt: skip
+    settings = defaults(False, 1, "Qwen3-4B", asked)
+    places = ["cuda:0", "cuda:1"]
+    with ranks.processes(settings, places, (1, 2, 2), settings.depths, tmp_path) as children:
+        for size in (1, 2, 2):
+            rows, _ = ranks.timed(children, settings, size, fed=False)
+            assert [(row.parallel, row.depth) for row in rows] == [(size, 0), (size, 2)]
+            assert all(row.samples_per_s > 0 for row in rows)
