@@ -161,21 +161,31 @@ def pipeline(
         typer.echo(f"chart: {chart}", err=True)
 
 
-@app.command(epilog="Examples: `specd bench draft` · `specd bench draft --context 1024,10240 --json`")
+@app.command(
+    epilog="Examples: `specd bench draft` · `specd bench draft --method dflash2 --set draft.block_size=16 --json`"
+)
 def draft(
     method: Annotated[
         str, typer.Option("--method", help=f"Which draft: {', '.join(registry.BUILTIN)}, or a plug-in's.")
     ] = registry.DEFAULT,
     steps: Annotated[int | None, typer.Option(min=1, help="Optimizer steps timed.")] = None,
     context: Annotated[str, typer.Option(help="Context tokens of a batch, comma-separated.")] = "",
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="Of the draft, e.g. --set draft.block_size=8.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """How fast is a training step of a draft, next to the matmuls this device can do?"""
     from rich.console import Console
 
-    from specd.bench.draft import render, run
+    from specd.bench.draft import Variant, defaults_of, render, run
 
     asked: dict[str, Any] = {"name": method} | ({} if steps is None else {"steps": steps})
+    given = overrides(settings or [])
+    if given.keys() - {"draft"} or not isinstance(given.get("draft", {}), dict):
+        raise ConfigError(f"--set {', '.join(settings or [])}: expected draft.KEY=VALUE")
+    if own := given.get("draft"):
+        asked["variants"] = {", ".join(settings or []): Variant(defaults_of(method) | own)}
     if contexts := [_whole(tokens, "--context") for tokens in _names(context)]:
         asked["context"] = contexts
     result = run(**asked)
