@@ -93,6 +93,8 @@ class DaemonConfig(Config, kw_only=True, frozen=True):
     has work and finishes none for so long, and for 20 times the usual, is replaced; ten times as long for its first.
     auth: keys, for a TCP endpoint. insecure: without keys, trainers need not be of this user, nor on this host.
     insecure_data: with keys, also serve transports beyond this host that do not encrypt states (nccl, nixl).
+    metrics: PORT or ADDRESS:PORT of a page for Prometheus, for this machine alone where no address is named; empty for
+    none.
     """
 
     target: TargetConfig
@@ -104,6 +106,7 @@ class DaemonConfig(Config, kw_only=True, frozen=True):
     auth: DaemonAuth | None = None
     insecure: bool = False
     insecure_data: bool = False
+    metrics: str = ""
 
 
 class TrainerAuth(Config, kw_only=True, frozen=True):
@@ -203,6 +206,20 @@ class TrainConfig(Config, kw_only=True, frozen=True):
     peer_patience_s: Annotated[float, Meta(ge=0)] = 0.0
 
 
+class LogConfig(Config, kw_only=True, frozen=True):
+    """Where a run's progress goes, beside its journal, which is always written.
+
+    to: tensorboard, wandb, mlflow, trackio, or several. project: of trackers that have some; MLflow's experiment. name:
+    of the run there; empty for that of its directory. metrics: as a daemon's: PORT or ADDRESS:PORT of a page for
+    Prometheus, empty for none.
+    """
+
+    to: tuple[str, ...] = ()
+    project: Annotated[str, Meta(min_length=1)] = "specd"
+    name: str = ""
+    metrics: str = ""
+
+
 class RunConfig(Config, kw_only=True, frozen=True):
     """All settings of one `specd train METHOD`.
 
@@ -218,4 +235,5 @@ class RunConfig(Config, kw_only=True, frozen=True):
     data: DataConfig = DataConfig()
     draft: dict[str, Any] = {}
     train: TrainConfig = TrainConfig()
+    log: LogConfig = LogConfig()
     subscriber: SubscriberConfig = SubscriberConfig()

@@ -12,7 +12,7 @@ import json
 import logging
 import os
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
@@ -45,13 +45,14 @@ from specd.train.directory import RunDirectory, RunFacts, fixed, identity, machi
 from specd.train.display import Display
 from specd.train.distributed import Ranks
 from specd.train.interrupt import Interrupt
-from specd.train.journal import StepRecord, read
+from specd.train.journal import Sink, read, tell_unless_trained
 from specd.train.launcher import Launch
 from specd.train.loop import out_of_memory, train
 from specd.train.optimizer import total_steps
 from specd.train.owner import owned
 from specd.train.preparation import data_facts, kept, prepared, warn_of_length, with_date
-from specd.train.tensorboard import Scalars
+from specd.train.sinks import check as check_log
+from specd.train.sinks import opened
 from specd.transports import registry as transports
 from specd.version import __version__
 
@@ -206,12 +207,20 @@ def _train(
         if not again and ranks.leads:
             facts = _facts(settled, method.title, contract, dataset, objective, subscriber.stats().transports, ranks)
             write_facts(directory.path, facts)
-        sinks: list[Display | Scalars] = []
+        sinks: list[Sink] = []
         if show and ranks.leads:
             title = f"{settled.method} draft for {contract.model} → {directory.path}{ranks.title}"
-            sinks.append(stack.enter_context(Display(title, done, steps, lambda: subscriber.stats().transports)))
+            shown = Display(
+                title,
+                done,
+                steps,
+                lambda: subscriber.stats().transports,
+                checkpoints=directory.checkpoints,
+                device=device,
+            )
+            sinks.append(stack.enter_context(shown))
         if ranks.leads:
-            sinks.append(stack.enter_context(Scalars(directory.tensorboard, done)))
+            sinks += stack.enter_context(opened(settled, directory, contract.model, done, steps))
         end = train(
             settled.train,
             objective,
@@ -226,7 +235,7 @@ def _train(
         )
         if not ranks.leads:
             return TrainedRun(directory.path, directory.draft, end.step, ranks=ranks.size)
-        _tell_unless_trained(read(directory.journal), contract.model)
+        tell_unless_trained(read(directory.journal), contract.model)
         with interrupt.shield():
             objective.export(directory.draft, {name: data for name, data in files.items() if name != "config.json"})
             directory.finish()
@@ -270,6 +279,7 @@ def check(config: RunConfig, launch: Launch | None = None) -> str:
     Raises ConfigError, DataError for data that is not there.
     """
     registry.settings(config.method, config.draft, "settings")
+    check_log(config.log)
     if config.data.path:
         datasets.check(config.data)
     if (asked := config.subscriber.transport) not in (known := ["auto", *transports.names()]):
@@ -358,17 +368,6 @@ def _target_parts(subscriber: Subscriber, config: dict[str, object], dataset: Da
     tied = contract.artifacts["lm_head"].same_as == "embedding"
     lm_head = embedding if tied else subscriber.tensor("lm_head")
     return TargetParts(contract, config, embedding, lm_head, dataset.label_counts(contract.vocab_size))
-
-
-def _tell_unless_trained(steps: Sequence[StepRecord], target: str) -> None:
-    """Warn of a run whose steps all had nothing to learn: its draft is as it began."""
-    if steps and all(step.loss is None for step in steps):
-        logger.warning(
-            "none of the %d steps had a prediction to learn from, so the draft is as it began: the labels are too few, "
-            "or the tokens that %s itself would write there are none of the draft's vocabulary; train on its own "
-            "answers (`specd data regenerate`), or with a larger draft vocabulary",
-            len(steps), target,
-        )  # fmt: skip
 
 
 def _facts(

@@ -68,7 +68,7 @@ SAMPLES: tuple[wire.Message, ...] = (
         sessions=(
             wire.SessionStatus(
                 session="00ff", name="trainer", transport="shm", gpus=("GPU-0",), credits=3, outstanding=1, leases=1,
-                batches=2, nbytes=24576, age_s=0.5, run="7f3a91c2", ranks=2,
+                batches=2, nbytes=24576, age_s=0.5, tokens=512, run="7f3a91c2", ranks=2,
             ),
         ),
         counters={"batches": 2}, endpoints=("ipc:///run/s.sock",), transports=("shm", "bytes"),
