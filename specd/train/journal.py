@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from io import FileIO
 from pathlib import Path
@@ -88,6 +88,17 @@ def bound(target_s: float, wire_s: float, train_s: float) -> Bound:
     if train_s >= target_s and train_s >= wire_s:
         return "trainer"
     return "target" if target_s >= wire_s else "wire"
+
+
+def tell_unless_trained(steps: Sequence[StepRecord], target: str) -> None:
+    """Warn of a run whose steps all had nothing to learn: its draft is as it began."""
+    if steps and all(step.loss is None for step in steps):
+        logger.warning(
+            "none of the %d steps had a prediction to learn from, so the draft is as it began: the labels are too few, "
+            "or the tokens that %s itself would write there are none of the draft's vocabulary; train on its own "
+            "answers (`specd data regenerate`), or with a larger draft vocabulary",
+            len(steps), target,
+        )  # fmt: skip
 
 
 class Journal:

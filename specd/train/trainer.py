@@ -12,7 +12,7 @@ import json
 import logging
 import os
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
@@ -46,7 +46,7 @@ from specd.train.directory import RunDirectory, RunFacts, fixed, identity, machi
 from specd.train.display import Display
 from specd.train.distributed import Ranks
 from specd.train.interrupt import Interrupt
-from specd.train.journal import Sink, StepRecord, read
+from specd.train.journal import Sink, read, tell_unless_trained
 from specd.train.launcher import Launch
 from specd.train.loop import out_of_memory, train
 from specd.train.optimizer import total_steps
@@ -242,7 +242,7 @@ def _train(
         )
         if not ranks.leads:
             return TrainedRun(directory.path, directory.draft, end.step, ranks=ranks.size)
-        _tell_unless_trained(read(directory.journal), contract.model)
+        tell_unless_trained(read(directory.journal), contract.model)
         with interrupt.shield():
             objective.export(directory.draft, {name: data for name, data in files.items() if name not in TARGETS_OWN})
             directory.finish()
@@ -375,17 +375,6 @@ def _target_parts(subscriber: Subscriber, config: dict[str, object], dataset: Da
     tied = contract.artifacts["lm_head"].same_as == "embedding"
     lm_head = embedding if tied else subscriber.tensor("lm_head")
     return TargetParts(contract, config, embedding, lm_head, dataset.label_counts(contract.vocab_size))
-
-
-def _tell_unless_trained(steps: Sequence[StepRecord], target: str) -> None:
-    """Warn of a run whose steps all had nothing to learn: its draft is as it began."""
-    if steps and all(step.loss is None for step in steps):
-        logger.warning(
-            "none of the %d steps had a prediction to learn from, so the draft is as it began: the labels are too few, "
-            "or the tokens that %s itself would write there are none of the draft's vocabulary; train on its own "
-            "answers (`specd data regenerate`), or with a larger draft vocabulary",
-            len(steps), target,
-        )  # fmt: skip
 
 
 def _facts(
