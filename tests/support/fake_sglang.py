@@ -16,9 +16,10 @@ from typing import Any
 import pytest
 import torch
 
+from fake_sglang_recurrent import STATE_BYTES, Memory, Pool
 from fake_sglang_stream import Addition, ResidualStream
 from specd.targets.sglang.touch_points import TOUCH_POINTS
-from specd.targets.sglang.versions import PUBLISHED, WRAPPED, Version, version_of
+from specd.targets.sglang.versions import OVERRIDDEN, PUBLISHED, WRAPPED, Version, version_of
 
 HIDDEN, VOCAB, LAYERS = 64, 256, 5
 VERSIONS = ("0.5.14", "0.5.17", "0.5.23")
@@ -31,12 +32,14 @@ class Process:
     version: Version = (0, 5, 14)
     published: Any = None
     groups: list[str] = []  # noqa: RUF012  # replaced by install
+    states: int | None = None
 
 
 class Layer(torch.nn.Module):
     """Mixes each token with the mean of what its sequence's slots hold up to it; then SGLang's residual convention."""
 
     update: Any = Addition()
+    memory: Memory | None = None
 
     def __init__(self, runner: ModelRunner) -> None:
         super().__init__()
@@ -59,7 +62,8 @@ class Layer(torch.nn.Module):
             batch.req_pool_indices.tolist(), batch.extend_start_loc.tolist(), batch.extend_seq_lens_cpu, strict=True
         ):
             seen = runner.cache[runner.req_to_token_pool.req_to_token[row, :length].long()]
-            mixed[start : start + length] = seen.cumsum(0) / (batch.positions[start : start + length, None] + 1)
+            sums = seen.cumsum(0) if self.memory is None else self.memory.summed(row, seen)
+            mixed[start : start + length] = sums / (batch.positions[start : start + length, None] + 1)
         added = torch.tanh(self.mix(mixed))
         return self.output(added, before) if stream is None else stream.record(added, self.update)
 
@@ -121,14 +125,40 @@ class Model(torch.nn.Module):
 
 
 class ServerArgs:
+    max_mamba_cache_size: int | None = None
+
     def __init__(self, **given: Any) -> None:
         self.__dict__.update(given)
 
+    def override(self, source: str, *, max_mamba_cache_size: int) -> None:
+        assert source == "specd"
+        self.max_mamba_cache_size = max_mamba_cache_size
+
+
+class Context:
+    """Where settings are changed from 0.5.17 on."""
+
+    def override(self, source: str, *, max_mamba_cache_size: int) -> None:
+        assert source == "specd"
+        Process.states = max_mamba_cache_size
+
+
+def get_context() -> Context:
+    return Context()
+
+
+def mambaish_config(model_config: Any) -> Any:
+    """What is known of a hybrid's states; None for another model."""
+    if not ModelRunner.hybrid:
+        return None
+    return types.SimpleNamespace(mamba2_cache_params=types.SimpleNamespace(mamba_cache_per_req=STATE_BYTES))
+
 
 class ModelRunner:
-    """What tests set: the kind of layer, and what a forward raises."""
+    """What tests set: the kind of layer, whether layers have states, and what a forward raises."""
 
     layer: type[Layer] = Layer
+    hybrid = False
     fail: Exception | None = None
 
     def __init__(self, *, server_args: ServerArgs, **given: Any) -> None:
@@ -138,7 +168,8 @@ class ModelRunner:
             assert Process.published is server_args
             assert Process.groups == ["parallel", "layers"]
             self.kv_index_translator = Translator()
-        self.args = server_args
+        self.args = self.server_args = server_args
+        self.mambaish_config = mambaish_config(None)
         self.dtype = torch.float32
         text = types.SimpleNamespace(hidden_size=HIDDEN, num_hidden_layers=LAYERS, vocab_size=VOCAB)
         self.model_config = types.SimpleNamespace(hf_text_config=text, model_is_mrope=False)
@@ -151,7 +182,21 @@ class ModelRunner:
         self.max_running_requests = args.max_running_requests
         table = torch.zeros(self.max_running_requests + 1, args.context_length, dtype=torch.int32)
         self.req_to_token_pool = types.SimpleNamespace(req_to_token=table)
+        if type(self).hybrid:
+            self._keep_states()
         self.cache = torch.full((self.max_total_num_tokens + 1, HIDDEN), torch.nan)
+
+    def _keep_states(self) -> None:
+        count = Process.states if Process.version >= OVERRIDDEN else self.args.max_mamba_cache_size
+        assert count is not None
+        self.max_running_requests = min(self.max_running_requests, count)
+        self.req_to_token_pool.mamba_pool = Pool(LAYERS, count, HIDDEN)
+        self.req_to_token_pool.req_index_to_mamba_index_mapping = torch.zeros(
+            len(self.req_to_token_pool.req_to_token), dtype=torch.int32
+        )
+        for index in (0, 2, 3):
+            layer: Any = self.model.model.layers[index]
+            layer.memory = Memory(self.req_to_token_pool, index)
 
     def init_attention_backends(self) -> None: ...
 
@@ -256,18 +301,36 @@ class LateBatch(Batch):
     plan: Any = None
 
 
+def plain(model: Model, fill: Any) -> dict[str, torch.Tensor]:
+    """taps 0 and 2, and final, from the weights, one sequence at a time."""
+    taps, final = [], []
+    for piece in torch.split(torch.from_numpy(fill.tokens.astype("int64")), fill.lengths.tolist()):
+        with torch.no_grad():
+            stream, states = model.model.embed_tokens(piece), []
+            for layer in model.model.layers:
+                mean = stream.cumsum(0) / torch.arange(1, len(piece) + 1)[:, None]
+                mix: Any = layer.mix
+                stream = stream + torch.tanh(mix(mean))
+                states.append(stream)
+            taps.append(torch.stack([states[0], states[2]], dim=1))
+            final.append(model.model.norm(stream))
+    return {"taps": torch.cat(taps), "final": torch.cat(final)}
+
+
 def install(monkeypatch: pytest.MonkeyPatch, version: str = "0.5.14") -> None:
     """Put a package `sglang` of these pieces in place; symbols that are only called get a function."""
     monkeypatch.setattr(ModelRunner, "layer", Layer)
     monkeypatch.setattr(ModelRunner, "fail", None)
+    monkeypatch.setattr(ModelRunner, "hybrid", False)
     monkeypatch.setattr(Process, "version", version_of(version))
     monkeypatch.setattr(Process, "published", None)
     monkeypatch.setattr(Process, "groups", [])
+    monkeypatch.setattr(Process, "states", None)
     package: Any = types.ModuleType("sglang")
     package.__version__ = version
     monkeypatch.setitem(sys.modules, "sglang", package)
     classes = (ServerArgs, ModelRunner, LogitsProcessor, ParallelState, SpawnRanks, ResidualStream)
-    functions = (publish, init_parallel_runtime, init_layer_runtime)
+    functions = (publish, init_parallel_runtime, init_layer_runtime, get_context, mambaish_config)
     pieces: dict[str, Any] = {piece.__name__: piece for piece in (*classes, *functions)}
     pieces["ForwardBatch"] = LateBatch if Process.version >= PUBLISHED else EarlyBatch
     for touch in TOUCH_POINTS:

@@ -23,8 +23,10 @@ pytestmark = pytest.mark.timeout(600)
 SUPPORT = Path(__file__).parents[1] / "support"
 
 FLOAT32_LARGEST = 1e-4
-"""On the CPU, float32, states of size 1 to 15: the largest difference seen is 0 for one rank and one batch a forward,
-3e-6 for merged batches, 1e-5 for two ranks (other summation order)."""
+"""On the CPU, float32, states of size 1 to 15: the largest difference seen is 3e-6 for most, 1e-5 for two
+ranks (other summation order), 2e-5 with recurrent layers, 8e-5 for gpt-oss."""
+INTERPRETED = ("gpt_oss", "qwen3_5", "qwen3_5_moe", "lfm2")
+"""Families of which SGLang runs Triton kernels on the CPU, too."""
 BFLOAT16_RMS = 0.02
 """On an H200, bfloat16, relative to the states' own root mean square: 0.007 to 0.010 is what was seen, dense and MoE.
 A single element may be further off: a router's near tie falls the other way."""
@@ -45,6 +47,8 @@ def states(family: str, path: Path, tp: int, program: str = "sglang_states.py") 
     environment = os.environ | {"SGLANG_CPU_OMP_THREADS_BIND": "|".join(map(str, range(tp)))}
     if kind == "cpu":
         environment["SGLANG_NCCL_SO_PATH"] = "none"  # a torch for GPUs would have it look for one
+        if family in INTERPRETED:
+            environment["TRITON_INTERPRET"] = "1"
     if kind == "cuda":
         environment.pop("SGLANG_USE_CPU_ENGINE", None)
     where = [kind] if program == "sglang_states.py" else []
@@ -57,7 +61,20 @@ def states(family: str, path: Path, tp: int, program: str = "sglang_states.py") 
 
 @pytest.mark.parametrize(
     ("family", "tp"),
-    [("llama", 1), ("qwen3", 1), ("qwen3", 2), ("qwen3_moe", 1), ("qwen3_moe", 2), ("gemma3_text", 1)],
+    [
+        ("llama", 1),
+        ("qwen3", 1),
+        ("qwen3", 2),
+        ("qwen3_moe", 1),
+        ("qwen3_moe", 2),
+        ("gemma3_text", 1),
+        ("glm4_moe", 1),
+        ("gpt_oss", 1),
+        ("qwen3_5", 1),
+        ("qwen3_5", 2),
+        ("qwen3_5_moe", 1),
+        ("lfm2", 1),
+    ],
 )
 def test_states_agree_with_transformers(tmp_path: Path, family: str, tp: int) -> None:
     if torch.cuda.is_available() and torch.cuda.device_count() < tp:

@@ -28,7 +28,7 @@ from specd.targets.sglang.plain import handed_on
 from specd.targets.sglang.ranks import Ranks, free_port
 from specd.targets.sglang.setup import AT_HEAD, RankSetup, Step
 from specd.targets.sglang.touch_points import touch_points
-from specd.targets.source import dummy_config, pick_device, pick_dtype, resolve, with_tokenizer
+from specd.targets.source import Source, dummy_config, pick_device, pick_dtype, resolve, with_tokenizer
 
 DEFAULT_FRACTION: Final = 0.9
 """Share of the GPU's free memory for weights and KV cache; max_forward_tokens bounds the cache."""
@@ -47,7 +47,6 @@ class SGLangTarget:
     settings: ClassVar[frozenset[str]] = frozenset({"tokenizer", "tp", "memory_fraction", "attention_backend"})
 
     def __init__(self, config: TargetConfig) -> None:
-        _refuse_recurrent(config.model)
         touch_points()
         dummy = config.load_format == "dummy"
         source = with_tokenizer(resolve(config.model, need="shape" if dummy else "weights"), config.tokenizer)
@@ -92,6 +91,7 @@ class SGLangTarget:
             try:
                 with _explained(source.name, self.device):
                     self._engine: Engine | None = Engine(setup)
+                    self._check_states(source)
                     tensors = self._engine.weights()
                     self._artifacts = Artifacts(source, published, tensors)
                     transforms = self._engine.transforms(tensors["embedding"])
@@ -129,8 +129,13 @@ class SGLangTarget:
         )
         stop = AT_HEAD if spec.final else spec.taps[-1]
         try:
-            self._send(tokens, lengths, stop, spec.taps, brought)
-            self._engine.forward(tokens, lengths, stop, capture, brought)
+            first = 0
+            for start, end, share in _shares(lengths, self._engine.max_sequences):
+                part, own = tokens[start:end], brought[first : first + len(share)]
+                first += len(share)
+                own = own if any(own) else []
+                self._send(part, share, stop, spec.taps, own)
+                self._engine.forward(part, share, stop, capture.rows(start, end), own)
         except RuntimeError as error:
             if self._tp > 1:
                 raise
@@ -177,25 +182,29 @@ class SGLangTarget:
             engine.close()
             self._ranks.close()
 
-    def _admit(self, lengths: Sequence[int]) -> None:
+    def _check_states(self, source: Source) -> None:
         assert self._engine is not None
+        if not self._engine.states and (why := recurrent(source.config)):
+            raise TargetError(
+                f"target {source.name} has recurrent layers ({why}), for which this SGLang has no pool of states: its "
+                f"sequences would share one; use --backend transformers, where they run one by one"
+            )
+
+    def _admit(self, lengths: Sequence[int]) -> None:
         for what, seen, most, remedy in (
             ("tokens", sum(lengths), self._max_tokens, "raise target.max_forward_tokens or send smaller batches"),
-            ("sequences", len(lengths), self._engine.max_sequences, "send fewer in one batch"),
             ("tokens in one sequence", max(lengths), self._context, "cut the samples (data.max_length)"),
         ):
             if seen > most:
                 raise TargetError(f"target {self._name}: {seen} {what}, at most {most} fit its forward; {remedy}")
 
 
-def _refuse_recurrent(model: str) -> None:
-    """Raise TargetError for a target whose sequences would share one recurrent state, before its weights are read."""
-    source = resolve(model, need="shape")
-    if why := recurrent(source.config):
-        raise TargetError(
-            f"target {source.name} has recurrent layers ({why}), whose state the SGLang backend does not keep apart "
-            f"between sequences: use --backend transformers, where its sequences run one by one"
-        )
+def _shares(lengths: list[int], most: int) -> Iterator[tuple[int, int, list[int]]]:
+    """Forwards of up to `most` sequences each: first token, end and lengths."""
+    start = 0
+    for first in range(0, len(lengths), most):
+        share = lengths[first : first + most]
+        yield start, (start := start + sum(share)), share
 
 
 def _place(place: torch.device, tp: int) -> int:
@@ -229,6 +238,16 @@ def _explained(name: str, device: str) -> Iterator[None]:
         raise TargetError(
             f"target {name} does not fit in the memory of {device}: {error}; free some, or spread it with --tp"
         ) from None
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, AssertionError, AttributeError) as error:
+    except (
+        OSError,
+        ValueError,
+        LookupError,
+        NameError,
+        TypeError,
+        RuntimeError,
+        ImportError,
+        AssertionError,
+        AttributeError,
+    ) as error:
         line = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise TargetError(f"target {name}: SGLang cannot load it: {line}") from error

@@ -98,7 +98,7 @@ class TransformersTarget:
         self._artifacts = Artifacts(source, published, tensors)
         digest = dummy_digest(published, self._device.type) if dummy or not source.path else weights_digest(source.path)
         dtype = str(network.dtype).removeprefix("torch.")
-        kind = network.config.model_type
+        kind = str(source.config["model_type"])  # of a wrapper for images, too, as other backends have it
         self._encoders = Encoders(network, self._decoder)
         contract = self._artifacts.contract(source, text_config, kind, dtype, digest, measured(network))
         self.contract = msgspec.structs.replace(contract, payloads=self._encoders.names)
