@@ -85,6 +85,14 @@ def start(
         bool | None,
         typer.Option("--insecure-data", help="With a key: also nccl and nixl, unencrypted.", rich_help_panel=PLACE),
     ] = None,
+    metrics: Annotated[
+        str,
+        typer.Option(
+            "--metrics",
+            help="Prometheus metrics at PORT of this machine, or ADDRESS:PORT.",
+            rich_help_panel=PLACE,
+        ),
+    ] = "",
     detach: Annotated[
         bool, typer.Option("--detach/--foreground", help="Return once it is ready; it logs to a file.")
     ] = False,
@@ -117,6 +125,7 @@ def start(
         "insecure": insecure,
         "auth": {"key": key},
         "insecure_data": insecure_data,
+        "metrics": metrics,
     }
     daemon = daemon_config(load_yaml(config) if config else {}, given(flags), settings or [], preset=preset)
     if detach:

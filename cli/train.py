@@ -95,6 +95,18 @@ def train(
         int | None, typer.Option(min=0, help="Optimizer steps, 0 for all epochs.", rich_help_panel=RUN)
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.", rich_help_panel=RUN)] = "",
+    logger: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--logger", help="Also log to tensorboard, wandb, mlflow or trackio; again for more.", rich_help_panel=RUN
+        ),
+    ] = None,
+    metrics: Annotated[
+        str,
+        typer.Option(
+            "--metrics", help="Prometheus metrics at PORT of this machine, or ADDRESS:PORT.", rich_help_panel=RUN
+        ),
+    ] = "",
     config: Annotated[
         Path | None, typer.Option("--config", "-c", help="YAML file of a RunConfig; flags win over it.")
     ] = None,
@@ -121,6 +133,7 @@ def train(
         },
         "data": paths(data or []),
         "train": {"max_steps": max_steps, "device": device},
+        "log": {"to": logger, "metrics": metrics},
     }
     asked = merge(merge(load_yaml(config) if config else {}, given(flags)), overrides(settings or []))
     if (other := asked.setdefault("method", method)) != method:

@@ -31,7 +31,9 @@ class TargetConfig(Config, kw_only=True, frozen=True):
     so that results are bit-identical to a local run. trust_remote_code: run Python code that comes with the checkpoint,
     of which some models consist (transformers backend).
     Of the SGLang backend alone: tp, over how many GPUs of this host it is spread, from `device` on; memory_fraction of
-    a GPU's free memory that weights and KV cache may take, 0 for specd's choice; attention_backend, `auto` for its own.
+    a GPU's free memory that weights and KV cache may take, 0 for specd's choice; attention_backend, `auto` for its own;
+    prefill_graphs, forwards of few tokens as CUDA graphs, which cost the memory of all layers' states: true, or a list
+    of their tokens.
     """
 
     model: str
@@ -48,6 +50,7 @@ class TargetConfig(Config, kw_only=True, frozen=True):
     tp: int = 1
     memory_fraction: float = 0.0
     attention_backend: str = "auto"
+    prefill_graphs: bool | tuple[Positive, ...] = False
 
 
 class RingConfig(Config, kw_only=True, frozen=True):
@@ -89,6 +92,8 @@ class DaemonConfig(Config, kw_only=True, frozen=True):
     has work and finishes none for so long, and for 20 times the usual, is replaced; ten times as long for its first.
     auth: keys, for a TCP endpoint. insecure: without keys, trainers need not be of this user, nor on this host.
     insecure_data: with keys, also serve transports beyond this host that do not encrypt states (nccl, nixl).
+    metrics: PORT or ADDRESS:PORT of a page for Prometheus, for this machine alone where no address is named; empty for
+    none.
     """
 
     target: TargetConfig
@@ -100,6 +105,7 @@ class DaemonConfig(Config, kw_only=True, frozen=True):
     auth: DaemonAuth | None = None
     insecure: bool = False
     insecure_data: bool = False
+    metrics: str = ""
 
 
 class TrainerAuth(Config, kw_only=True, frozen=True):
@@ -191,6 +197,20 @@ class TrainConfig(Config, kw_only=True, frozen=True):
     log_every: Positive = 1
 
 
+class LogConfig(Config, kw_only=True, frozen=True):
+    """Where a run's progress goes, beside its journal, which is always written.
+
+    to: tensorboard, wandb, mlflow, trackio, or several. project: of trackers that have some; MLflow's experiment. name:
+    of the run there; empty for that of its directory. metrics: as a daemon's: PORT or ADDRESS:PORT of a page for
+    Prometheus, empty for none.
+    """
+
+    to: tuple[str, ...] = ()
+    project: Annotated[str, Meta(min_length=1)] = "specd"
+    name: str = ""
+    metrics: str = ""
+
+
 class RunConfig(Config, kw_only=True, frozen=True):
     """All settings of one `specd train METHOD`.
 
@@ -206,4 +226,5 @@ class RunConfig(Config, kw_only=True, frozen=True):
     data: DataConfig = DataConfig()
     draft: dict[str, Any] = {}
     train: TrainConfig = TrainConfig()
+    log: LogConfig = LogConfig()
     subscriber: SubscriberConfig = SubscriberConfig()

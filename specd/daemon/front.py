@@ -133,8 +133,14 @@ class Front:
 
     def send(self, key: bytes, message: Message) -> str:
         """Send to one peer, never blocking; returns why it cannot be reached, empty if it was sent."""
+        frames = [key, wire.encode(message)]
         try:
-            self._socket.send_multipart([key, wire.encode(message)], zmq.NOBLOCK)
+            try:
+                self._socket.send_multipart(frames, zmq.NOBLOCK)
+            except zmq.Again:
+                # libzmq may not have looked yet at what was read meanwhile; asked for its events, it does.
+                self._socket.get(zmq.EVENTS)
+                self._socket.send_multipart(frames, zmq.NOBLOCK)
         except zmq.Again:
             return "it does not read its messages"
         except zmq.ZMQError as error:

@@ -16,6 +16,7 @@ from specd.daemon.connections import Connection
 from specd.daemon.ring import Ring
 from specd.endpoints import host_id
 from specd.protocol import messages as wire
+from specd.protocol.batch import Layout
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +31,7 @@ class TrainerSession:
 
     __slots__ = (
         "batches", "connection", "credits", "gpus", "key", "label", "name", "nbytes", "opened", "pidfd", "requests",
-        "spec", "transport",
+        "spec", "tokens", "transport",
     )  # fmt: skip
 
     def __init__(
@@ -48,11 +49,16 @@ class TrainerSession:
         self.pidfd = pidfd
         self.transport = ""
         self.requests: dict[int, Request] = {}
-        self.batches = 0
-        self.nbytes = 0
+        self.batches = self.tokens = self.nbytes = 0
 
     def __str__(self) -> str:
         return f"{self.label[:8]} of {self.name}"
+
+    def served(self, layout: Layout) -> None:
+        """Count a batch that was announced to it."""
+        self.batches += 1
+        self.tokens += layout.tensors[0].shape[0]
+        self.nbytes += layout.nbytes
 
     def status(self, ring: Ring, now: float) -> wire.SessionStatus:
         """This session as STATUS shows it."""
@@ -65,6 +71,7 @@ class TrainerSession:
             outstanding=ring.outstanding(self.key),
             leases=len(ring.leases(self.key)),
             batches=self.batches,
+            tokens=self.tokens,
             nbytes=self.nbytes,
             age_s=now - self.opened,
         )

@@ -63,6 +63,7 @@ class SessionStatus(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     batches: int
     nbytes: int
     age_s: float
+    tokens: int = 0
 
 
 # Trainer → daemon

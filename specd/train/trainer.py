@@ -43,12 +43,13 @@ from specd.train.checkpoint import Checkpoints
 from specd.train.directory import RunDirectory, RunFacts, fixed, identity, machine_facts, target_files, utc, write_facts
 from specd.train.display import Display
 from specd.train.interrupt import Interrupt
-from specd.train.journal import StepRecord, read
+from specd.train.journal import Sink, StepRecord, read
 from specd.train.loop import out_of_memory, train
 from specd.train.optimizer import total_steps
 from specd.train.owner import owned
 from specd.train.preparation import data_facts, kept, prepared, warn_of_length
-from specd.train.tensorboard import Scalars
+from specd.train.sinks import check as check_log
+from specd.train.sinks import opened
 from specd.transports import registry as transports
 
 logger = logging.getLogger(__name__)
@@ -181,11 +182,19 @@ def _train(
         if not again:
             facts = _facts(settled, method.title, contract, dataset, objective, subscriber.stats().transports)
             write_facts(directory.path, facts)
-        sinks: list[Display | Scalars] = []
+        sinks: list[Sink] = []
         if show:
             title = f"{settled.method} draft for {contract.model} → {directory.path}"
-            sinks.append(stack.enter_context(Display(title, done, steps, lambda: subscriber.stats().transports)))
-        sinks.append(stack.enter_context(Scalars(directory.tensorboard, done)))
+            shown = Display(
+                title,
+                done,
+                steps,
+                lambda: subscriber.stats().transports,
+                checkpoints=directory.checkpoints,
+                device=device,
+            )
+            sinks.append(stack.enter_context(shown))
+        sinks += stack.enter_context(opened(settled, directory, contract.model, done, steps))
         train(
             settled.train,
             objective,
@@ -216,6 +225,7 @@ def check(config: RunConfig) -> str:
     """
     _check_alone()
     registry.settings(config.method, config.draft, "settings")
+    check_log(config.log)
     if config.data.path:
         datasets.check(config.data)
     if (asked := config.subscriber.transport) not in (known := ["auto", *transports.names()]):

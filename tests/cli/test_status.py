@@ -143,3 +143,16 @@ def test_no_daemon_is_one_clear_line(verb: str, tmp_path: Path, capsys: pytest.C
     assert endpoint in error
     assert "specd start" in error
     assert error.count("\n") == 1
+
+
+def test_every_figure_is_whole_at_80_columns(
+    daemon: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    assert run(["status", "--endpoint", daemon]) == 0
+    text = capsys.readouterr().out
+    trainer = ("trainer-1", "shm, GPU-5e7a", "541,577", "0.77", "1,234", "5 GiB", "2/3", "7.0 s")
+    for part in (*trainer, "102.8 batches/s", "0.00 GB/s", "filling 0%", "1 quarantined"):
+        assert part in text, part
+    assert "…" not in text
+    assert max(map(len, text.splitlines())) <= 80

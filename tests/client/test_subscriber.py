@@ -236,7 +236,7 @@ def test_draining_serves_what_is_outstanding_and_refuses_the_rest(monkeypatch: p
             next(stream)
     thread.join(20)
     assert not thread.is_alive()
-    control.ending.close()
+    control.close()
     context.destroy(linger=0)
 
 

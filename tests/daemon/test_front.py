@@ -105,6 +105,25 @@ def test_a_peer_that_does_not_read_is_told_of_not_waited_for(
     assert front.send(b"nobody", wire.Renewed()) == "its connection is gone"
 
 
+def test_a_peer_that_has_just_read_is_sent_more_at_once(context: zmq.Context[zmq.Socket[bytes]], front: Front) -> None:
+    """As many messages as may wait for it, over and over, each round as soon as it has read the one before."""
+    with dealer(context, front) as peer:
+        peer.send(wire.encode(wire.Status()))
+        poller = zmq.Poller()
+        front.register(poller)
+        messages: list[tuple[bytes, object, object]] = []
+        while not messages:
+            assert poller.poll(20_000)
+            messages = list(front.messages())
+        key = messages[0][0]
+        for turn in range(200):
+            for _ in range(32):
+                assert front.send(key, wire.Renewed()) == "", turn
+            for _ in range(32):
+                assert peer.poll(20_000)
+                peer.recv()
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "auto"])
 @pytest.mark.parametrize("capture", [(5, False), (1, True), (0, True)])
 def test_every_batch_that_fits_a_slot_can_be_asked_for(dtype: str, capture: tuple[int, bool]) -> None:

@@ -122,7 +122,7 @@ def daemon(directory: Path, slots: int, max_sessions: int, ttl_s: float = 30.0) 
         finally:
             control.ending.stop()
             loop.join()
-            control.ending.close()
+            control.close()
 
 
 @contextlib.contextmanager

@@ -69,7 +69,7 @@ SAMPLES: tuple[wire.Message, ...] = (
         sessions=(
             wire.SessionStatus(
                 session="00ff", name="trainer", transport="shm", gpus=("GPU-0",), credits=3, outstanding=1, leases=1,
-                batches=2, nbytes=24576, age_s=0.5,
+                batches=2, nbytes=24576, age_s=0.5, tokens=512,
             ),
         ),
         counters={"batches": 2}, endpoints=("ipc:///run/s.sock",), transports=("shm", "bytes"),

@@ -1,6 +1,6 @@
 """How far SGLang's states of sequences with images are from transformers'; a program: SGLang fills a process.
 
-    python tests/support/sglang_images.py KIND CHECKPOINT TP
+    python tests/support/sglang_images.py KIND CHECKPOINT cpu TP
 
 prints one JSON line. The checkpoint, a tiny random one of KIND, is made there unless it exists. On the CPU.
 """
@@ -65,11 +65,16 @@ def largest(these: list[CaptureJob], those: list[CaptureJob]) -> dict[str, float
         expected = read(other)
         for name, rows in read(one).items():
             found[name] = max(found.get(name, 0.0), float((rows - expected[name]).abs().max()))
+            if "-v" in sys.argv:
+                print(
+                    name, [f"{float(x):.1e}" for x in (rows - expected[name]).abs().flatten(1).amax(1)], file=sys.stderr
+                )
+                print("by tap", (rows - expected[name]).abs().amax(dim=(0, -1)), file=sys.stderr)
     return found
 
 
 def main() -> None:
-    kind, path, tp = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
+    kind, path, tp = sys.argv[1], Path(sys.argv[2]), int(sys.argv[4])
     if not path.is_dir():
         vision.write(kind, path)
     common: dict[str, Any] = {"model": f"{path}/", "device": "cpu", "dtype": "float32"}

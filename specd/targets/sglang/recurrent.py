@@ -66,7 +66,7 @@ class States:
         written: set[int] = set()
         for layer in (layer for part in (*cache.conv, cache.temporal) if part.numel() for layer in part):
             written |= set(layer.flatten(1).any(dim=1).nonzero().flatten().tolist())
-        if written != set(range(1, count + 1)):
+        if written - {0} != set(range(1, count + 1)):  # what graphs are recorded with writes the padding's
             raise TargetError(
                 f"SGLang's {name} left the recurrent states of {count} sequences in slots {sorted(written)}, expected "
                 f"slots 1…{count}: it does not keep them apart; use --backend transformers"
