@@ -65,11 +65,6 @@ def largest(these: list[CaptureJob], those: list[CaptureJob]) -> dict[str, float
         expected = read(other)
         for name, rows in read(one).items():
             found[name] = max(found.get(name, 0.0), float((rows - expected[name]).abs().max()))
-            if "-v" in sys.argv:
-                print(
-                    name, [f"{float(x):.1e}" for x in (rows - expected[name]).abs().flatten(1).amax(1)], file=sys.stderr
-                )
-                print("by tap", (rows - expected[name]).abs().amax(dim=(0, -1)), file=sys.stderr)
     return found
 
 

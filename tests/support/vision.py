@@ -51,6 +51,7 @@ def write(kind: str, folder: Path, **changes: Any) -> Path:
     text.pad_token_id = 0
     if kind == "qwen3_5":
         text.layer_types, text.full_attention_interval = LAYER_TYPES, 3
+        text.partial_rotary_factor = 0.5
         text.rope_parameters = {
             "rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5, "mrope_section": [2, 1, 1],
             "mrope_interleaved": True,
