@@ -115,7 +115,7 @@ def test_prefill_graphs_give_the_same_states(tmp_path: Path, family: str) -> Non
                 assert distance["rms"] <= BFLOAT16_RMS
 
 
-@pytest.mark.parametrize(("kind", "tp"), [("qwen2_5_vl", 1), ("qwen2_5_vl", 2), ("qwen3_vl", 1)])
+@pytest.mark.parametrize(("kind", "tp"), [("qwen2_5_vl", 1), ("qwen2_5_vl", 2), ("qwen3_vl", 1), ("qwen3_5", 1)])
 def test_states_of_images_agree_with_transformers(tmp_path: Path, kind: str, tp: int) -> None:
     if torch.cuda.is_available():
         pytest.skip("compared in float32, on the CPU")
