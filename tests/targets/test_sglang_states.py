@@ -24,8 +24,6 @@ pytestmark = pytest.mark.timeout(600)
 
 PROGRAM = Path(__file__).parents[1] / "support" / "sglang_states.py"
 GRAPHS_PROGRAM = PROGRAM.with_name("sglang_graphs.py")
-IMAGES_PROGRAM = PROGRAM.with_name("sglang_images.py")
-KIND = "cuda" if torch.cuda.is_available() else "cpu"
 
 FLOAT32_LARGEST = 1e-4
 """On the CPU, float32, states of size 1 to 15: the largest difference seen is 3e-6 for most, 1e-5 for two
@@ -47,24 +45,25 @@ def sglang() -> None:
 
 
 def states(family: str, path: Path, tp: int) -> dict[str, Any]:
-    return measured(PROGRAM, family, path, tp, KIND, tp)
+    return measured(PROGRAM, family, path, tp, tp)
 
 
-def measured(program: Path, family: str, path: Path, tp: int, *more: int | str) -> dict[str, Any]:
-    """What one of the programs prints. more: what it takes after family and checkpoint."""
+def measured(program: Path, family: str, path: Path, tp: int, *more: int) -> dict[str, Any]:
+    """What one of the programs prints. more: what it takes after family, checkpoint and device."""
+    kind = "cuda" if torch.cuda.is_available() else "cpu"
     # SGLang's CPU engine binds each rank to cores of its own.
     environment = os.environ | {"SGLANG_CPU_OMP_THREADS_BIND": "|".join(map(str, range(tp)))}
-    if KIND == "cpu":
+    if kind == "cpu":
         environment["SGLANG_NCCL_SO_PATH"] = "none"  # a torch for GPUs would have it look for one
         if family in INTERPRETED:
             environment["TRITON_INTERPRET"] = "1"
-    if KIND == "cuda":
+    if kind == "cuda":
         environment.pop("SGLANG_USE_CPU_ENGINE", None)
-    command = [sys.executable, str(program), family, str(path / family), *map(str, more)]
+    command = [sys.executable, str(program), family, str(path / family), kind, *map(str, more)]
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=550)
     assert ended.returncode == 0, ended.stderr[-4000:]
     found: dict[str, Any] = json.loads(ended.stdout.strip().splitlines()[-1])
-    return found | {"kind": KIND}
+    return found | {"kind": kind}
 
 
 @pytest.mark.parametrize(
@@ -105,7 +104,7 @@ def test_prefill_graphs_give_the_same_states(tmp_path: Path, family: str) -> Non
         pytest.skip(f"SGLang {installed} records none that specd uses")
     if family == "qwen3_moe" and not torch.cuda.is_available():
         pytest.skip("on a CPU its experts are chosen in Python, which no recording sees")
-    found = measured(GRAPHS_PROGRAM, family, tmp_path, 1, KIND)
+    found = measured(GRAPHS_PROGRAM, family, tmp_path, 1)
     kind = found.pop("kind")
     for what, seen in found.items():
         assert seen["replayed"] == ([401] if "merged" in what else [100, 110, 128])
@@ -116,11 +115,11 @@ def test_prefill_graphs_give_the_same_states(tmp_path: Path, family: str) -> Non
                 assert distance["rms"] <= BFLOAT16_RMS
 
 
-@pytest.mark.parametrize(("kind", "tp"), [("qwen2_5_vl", 1), ("qwen2_5_vl", 2), ("qwen3_vl", 1)])
+@pytest.mark.parametrize(("kind", "tp"), [("qwen2_5_vl", 1), ("qwen2_5_vl", 2), ("qwen3_vl", 1), ("qwen3_5", 1)])
 def test_states_of_images_agree_with_transformers(tmp_path: Path, kind: str, tp: int) -> None:
     if torch.cuda.is_available():
         pytest.skip("compared in float32, on the CPU")
-    found = measured(IMAGES_PROGRAM, kind, tmp_path, tp, tp)
+    found = measured(PROGRAM.with_name("sglang_images.py"), kind, tmp_path, tp, tp)
     assert found["fingerprint"]
     assert found["takes"] == ["image_grid_thw", "mm_token_type_ids", "pixel_values"]
     assert found["again"], "a second run gave other bits"

@@ -21,8 +21,8 @@ import torch
 from numpy.typing import NDArray
 
 from specd.errors import ConfigError, TargetError
-from specd.targets.sglang.graphs import Source, record
 from specd.protocol.payload import Payload
+from specd.targets.sglang.graphs import Source, record
 from specd.targets.sglang.images import Images
 from specd.targets.sglang.model import liven, parts
 from specd.targets.sglang.official import Official
@@ -130,33 +130,20 @@ class Engine:
         if self._graphs is not None:
             self._graphs.check(self._all_states)
 
-    def forward(
-        self,
-        tokens: NDArray[np.int32],
-        lengths: Sequence[int],
-        stop: int,
-        capture: Capture,
-        brought: Sequence[Payload] = (),
-    ) -> None:
+    def forward(self, tokens: NDArray[np.int32], lengths: Sequence[int], stop: int, capture: Capture) -> None:
         """Launch one prefill of `lengths` packed sequences up to layer `stop`, or with AT_HEAD up to the lm_head.
 
-        brought: by each of them, for images; () if none brings anything. Every rank gives the same taps: a tap may have
-        to finish a layer's all-reduce.
+        Every rank gives the same taps: a tap may have to finish a layer's all-reduce.
         """
-        self._launch(tokens, lengths, stop, capture, self._source if capture.taps else None, brought)
+        self._launch(tokens, lengths, stop, capture, self._source if capture.taps else None)
 
     def _launch(
-        self,
-        tokens: NDArray[np.int32],
-        lengths: Sequence[int],
-        stop: int,
-        capture: Capture,
-        source: Source | None,
-        brought: Sequence[Payload] = (),
+        self, tokens: NDArray[np.int32], lengths: Sequence[int], stop: int, capture: Capture, source: Source | None
     ) -> None:
         handles = []
-        batch = self._batch(tokens, list(lengths), brought)
-        if source is None and not brought and self._graphs is not None and self._graphs.replays(batch):
+        batch = self._batch(tokens, list(lengths), capture.brought)
+        # A graph's embeddings are of tokens alone.
+        if source is None and self._graphs is not None and not capture.brought and self._graphs.replays(batch):
             source = self._graphs
 
         def end(*_: Any) -> None:
@@ -356,16 +343,18 @@ Sink = list[tuple[int, int, torch.Tensor]]
 
 
 class Capture(msgspec.Struct, frozen=True, kw_only=True):
-    """Where a forward's states go. taps: by layer. final: empty if not captured."""
+    """Where a forward's states go. taps: by layer. final: empty if not captured. brought: by each sequence, or ()."""
 
     taps: dict[int, Sink]
     final: Sink
+    brought: Sequence[Payload] = ()
 
-    def rows(self, start: int, end: int) -> Capture:
+    def rows(self, start: int, end: int, brought: Sequence[Payload] = ()) -> Capture:
         """The part of rows [start, end), for a forward of these alone."""
         return Capture(
             taps={tap: _within(sink, start, end) for tap, sink in self.taps.items()},
             final=_within(self.final, start, end),
+            brought=brought,
         )
 
 

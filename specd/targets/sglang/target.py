@@ -136,12 +136,13 @@ class SGLangTarget:
         )
         stop = AT_HEAD if spec.final else spec.taps[-1]
         try:
-            done = 0
+            first = 0
             for start, end, share in _shares(lengths, self._engine.max_sequences):
-                part, images = tokens[start:end], brought[done : done + len(share)]
-                images, done = images if any(images) else [], done + len(share)
-                self._send(part, list(share), stop, spec.taps, images)
-                self._engine.forward(part, share, stop, capture.rows(start, end), images)
+                part, own = tokens[start:end], brought[first : first + len(share)]
+                first += len(share)
+                own = own if any(own) else []
+                self._send(part, share, stop, spec.taps, own)
+                self._engine.forward(part, share, stop, capture.rows(start, end, own))
         except RuntimeError as error:
             if self._tp > 1:
                 raise
