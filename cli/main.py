@@ -11,7 +11,7 @@ from typing import Annotated, Any, TextIO
 import typer
 from typer.core import TyperGroup
 
-from specd.cli import bench, data, demo, doctor, eval, keys, plan, report, start, status, stop, train
+from specd.cli import bench, data, demo, doctor, eval, keys, plan, report, start, status, stop, top, train
 from specd.drafts import registry
 from specd.errors import ConfigError, SpecdError
 from specd.version import __version__
@@ -22,7 +22,21 @@ SERVE, TRAIN, DATA, LOOK = "Serve", "Train", "Data", "Look"
 class Verbs(TyperGroup):
     """The verbs in the order in which a newcomer meets them: typer would list groups after all commands."""
 
-    ORDER = ("start", "status", "stop", "keys", "train", "eval", "report", "data", "doctor", "plan", "bench", "demo")
+    ORDER = (
+        "start",
+        "status",
+        "top",
+        "stop",
+        "keys",
+        "train",
+        "eval",
+        "report",
+        "data",
+        "doctor",
+        "plan",
+        "bench",
+        "demo",
+    )
 
     def list_commands(self, ctx: Any) -> list[str]:
         return sorted(super().list_commands(ctx), key=self.ORDER.index)
@@ -49,6 +63,7 @@ app = typer.Typer(
 )
 app.command("start", rich_help_panel=SERVE, epilog=start.EXAMPLES)(start.start)
 app.command("status", rich_help_panel=SERVE, epilog=status.EXAMPLES)(status.status)
+app.command("top", rich_help_panel=SERVE, epilog=top.EXAMPLES)(top.top)
 app.command("stop", rich_help_panel=SERVE, epilog=stop.EXAMPLES)(stop.stop)
 app.add_typer(keys.app, name="keys", rich_help_panel=SERVE)
 app.command("train", rich_help_panel=TRAIN, epilog=train.EXAMPLES, no_args_is_help=True)(train.train)

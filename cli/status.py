@@ -10,10 +10,12 @@ import msgspec
 import typer
 
 from specd import units
+from specd.cli.rates import Rates, rates
 from specd.cli.settings import Key, ServerKey, asker
+from specd.cli.trainers import gb, trainers
 
 if TYPE_CHECKING:
-    from specd.protocol.messages import StatusReport
+    from specd.protocol.messages import SessionStatus, StatusReport
 
 EXAMPLES = "Examples: `specd status` · `specd status --endpoint tcp://127.0.0.1:7070 --json`"
 
@@ -49,29 +51,26 @@ def _show(report: StatusReport) -> None:
     facts = Table(box=None, show_header=False, pad_edge=False)
     facts.add_column(style="bold")
     facts.add_column(overflow="fold")
-    for name, value in _facts(report):
+    found = rates(report)
+    for name, value in (*_facts(report), *_rates(found)):
         facts.add_row(name, units.printable(value))
     console.print(facts)
     if not report.sessions:
         console.print("no trainers")
         return
-    sessions = Table(
-        "trainer", "GPU", "transport", "credits", "outstanding", "leases", "batches", "bytes served", "age"
-    )
+    console.print(trainers(report, found))
+    console.print("rates are means since a trainer, or the daemon, came; `specd top` shows them now", style="dim")
+
+
+def _runs(report: StatusReport) -> Iterator[str]:
+    """Each run of several ranks: how many of them are here, and what they were served."""
+    runs: dict[str, list[SessionStatus]] = {}
     for session in report.sessions:
-        row = (
-            f"{session.name} {session.session[:8]}",
-            ", ".join(gpu[:12] for gpu in session.gpus) or "–",
-            session.transport or "–",
-            str(session.credits),
-            str(session.outstanding),
-            str(session.leases),
-            f"{session.batches:,}",
-            units.size(session.nbytes),
-            f"{session.age_s:.0f} s",
-        )
-        sessions.add_row(*map(units.printable, row))
-    console.print(sessions)
+        if session.run:
+            runs.setdefault(session.run, []).append(session)
+    for run, ranks in runs.items():
+        come = max(rank.ranks for rank in ranks)
+        yield f"run {run}: {len(ranks)} of {come} ranks, {sum(rank.batches for rank in ranks):,} batches"
 
 
 def _facts(report: StatusReport) -> Iterator[tuple[str, str]]:
@@ -89,4 +88,14 @@ def _facts(report: StatusReport) -> Iterator[tuple[str, str]]:
         yield "ring", f"{ring.num_slots} slots × {ring.slot_tokens:,} tokens, {size}"
     yield "slots", ", ".join(f"{count} {state}" for state, count in report.slots.items()) or "–"
     yield "queued", str(report.queued)
-    yield "counters", ", ".join(f"{name} {count:,}" for name, count in report.counters.items()) or "–"
+    yield "sessions", f"{len(report.sessions)} of {report.max_sessions}" + "".join(f"; {run}" for run in _runs(report))
+    counts = {name: count for name, count in report.counters.items() if not name.endswith("_us")}
+    yield "counters", ", ".join(f"{name} {count:,}" for name, count in counts.items()) or "–"
+
+
+def _rates(found: Rates) -> Iterator[tuple[str, str]]:
+    """How fast the daemon was until now, and where its worker's time went."""
+    pace = found.pace
+    yield "speed", f"{pace.tokens:,.0f} tokens/s, {pace.batches:,.1f} batches/s, {gb(pace.nbytes)} GB/s"
+    spent = ", ".join(f"{word} {share:.0%}" for word, share in found.shares.items())
+    yield "worker", f"{spent}; forwards {found.forward:.0%} of the time"

@@ -6,7 +6,6 @@ One thread, one poll loop, no torch. It never waits for a forward, a transfer or
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections.abc import Callable
 from typing import Any
@@ -14,40 +13,38 @@ from typing import Any
 import zmq
 
 from specd.config.settings import DaemonConfig
+from specd.daemon.account import Account
 from specd.daemon.admission import Unfit, admit_batch, admit_probe, check_fetch, check_hello
 from specd.daemon.connections import Connection
 from specd.daemon.dispatch import Dispatch, Fill
 from specd.daemon.ending import Ending
 from specd.daemon.front import Front
+from specd.daemon.questions import Questions
 from specd.daemon.reads import Reads
+from specd.daemon.report import status_report
 from specd.daemon.ring import Ring
 from specd.daemon.sessions import Sessions, TrainerSession
 from specd.daemon.slots import Lease
 from specd.daemon.supervisor import Supervisor
 from specd.errors import ProtocolError
-from specd.metrics import Counters
 from specd.protocol import limits
 from specd.protocol import messages as wire
 from specd.protocol.messages import Message
 from specd.transports.base import SlotRef
-from specd.version import __version__
 from specd.worker import messages as channel
 
 log = logging.getLogger(__name__)
 
 RETRY_MS = 300
 """Retry delay sent with a REJECT that may succeed later."""
-COUNTERS = (
-    "batches", "bytes", "failed", "refused_messages", "revoked_sessions", "idle_connections", "worker_restarts",
-)  # fmt: skip
 
 
 class Control:
     """The control loop of one daemon.
 
     endpoints: what to bind, ipc, tcp or inproc. supervisor: starts workers. on_ready: called once with the status when
-    the first worker serves. ending: asks it to end; close that last. Raises DaemonError from `run` when no worker can
-    be started.
+    the first worker serves. ending: asks it to end. questions: asks what it is doing. Raises DaemonError from `run`
+    when no worker can be started.
     """
 
     def __init__(
@@ -62,20 +59,21 @@ class Control:
         self._supervisor = supervisor
         self._on_ready = on_ready
         self._clock = time.monotonic
-        self._began = self._clock()
-        self.ending = Ending()
+        self.ending, self.questions = Ending(), Questions()
         ring = settings.ring
         self._ring = Ring(ring.slots, ring.max_sessions, ring.lease_ttl_s, self._clock)
         self._dispatch: Dispatch[channel.FillSlot] = Dispatch(settings.hang_s, self._clock)
         self._started: channel.Started | None = None
         self._reads = Reads()
         self._served = False
-        self.counters = Counters(COUNTERS)
+        self._account = Account(self._clock)
+        self.counters = self._account.counters
         self._poller = zmq.Poller()
         self._sessions = Sessions(self._poller, self._ring)
         self._front = Front(settings, endpoints, context, self._clock)
         self.endpoints = self._front.endpoints
-        self._poller.register(self.ending.fd, zmq.POLLIN)
+        for fd in (self.ending.fd, self.questions.fd):
+            self._poller.register(fd, zmq.POLLIN)
         self._front.register(self._poller)
 
     # The loop
@@ -107,6 +105,10 @@ class Control:
                     self._end(key, "its lease expired", expired=True)
                 self.counters.add("idle_connections", self._front.tidy(self._sessions.connections()))
                 self._schedule()
+                self._account.turn(
+                    up=self._started is not None, filling=self._dispatch.busy, queued=self._ring.queued() > 0
+                )
+                self.questions.answer(events, self.status)
                 if self.ending.draining and not any(self._ring.outstanding(session.key) for session in self._sessions):
                     break
         finally:
@@ -120,6 +122,11 @@ class Control:
             self._hung_at(),
         )
         return max(0, int((min(at for at in times if at is not None) - self._clock()) * 1000) + 1)
+
+    def close(self) -> None:
+        """Close what other threads wake it by. Nothing may be asked after it."""
+        self.ending.close()
+        self.questions.close()
 
     def _close(self) -> None:
         for session in self._sessions:
@@ -186,7 +193,8 @@ class Control:
             state = "draining" if self.ending.draining else "starting its worker"
             reason = f"the daemon is {state}"
             return wire.Reject(epoch=self._epoch, reason=reason, retry_ms=RETRY_MS, loading_ms=self._loading_ms())
-        if problem := self._front.stranger(connection) or check_hello(hello, started.contract):
+        stranger, many = self._front.stranger(connection), self._front.too_many(connection, hello.ranks)
+        if problem := stranger or many or check_hello(hello, started.contract, started.ring):
             return wire.Reject(epoch=self._epoch, reason=problem)
         over = self._front.over_quota(connection, self._sessions.connections())
         session = over or self._sessions.open(key, hello, connection, self._clock())
@@ -269,10 +277,9 @@ class Control:
             return
         layout = session.requests[lease.seq].layout
         if layout.tensors:  # a probe is no batch
-            session.batches += 1
-            session.nbytes += layout.nbytes
-            self.counters.add("batches")
-            self.counters.add("bytes", layout.nbytes)
+            session.served(layout)
+            for name, amount in (("batches", 1), ("tokens", layout.tensors[0].shape[0]), ("bytes", layout.nbytes)):
+                self.counters.add(name, amount)
             self._supervisor.productive()
         self._send(
             lease.holder,
@@ -337,6 +344,7 @@ class Control:
             case channel.StartFailed():
                 self._supervisor.failed(note.reason)
             case channel.Filled():
+                self.counters.add("forward_us", note.target_us)
                 self._dispatch.done(note.slot, note.generation)
                 for lease in self._ring.filled(note.slot, note.generation):
                     self._announce(lease, note.target_us)
@@ -375,22 +383,13 @@ class Control:
 
     def status(self) -> wire.StatusReport:
         """What `specd status` shows."""
-        now = self._clock()
-        state = "draining" if self.ending.draining else "starting" if self._started is None else "serving"
-        return wire.StatusReport(
-            epoch=self._epoch,
-            state=state,
-            version=__version__,
-            pid=os.getpid(),
-            worker_pid=self._supervisor.worker_pid,
-            uptime_s=now - self._began,
-            contract=self._started.contract if self._started else None,
-            ring=self._started.ring if self._started else None,
-            slots=self._ring.counts(),
-            queued=self._ring.queued(),
-            sessions=tuple(session.status(self._ring, now) for session in self._sessions),
-            counters={**self.counters.values(), **self._ring.counters},
-            endpoints=self.endpoints,
-            transports=self._started.transports if self._started else (),
-            loading_ms=self._loading_ms(),
+        return status_report(
+            self._account,
+            self._ring,
+            self._sessions,
+            self._supervisor,
+            self.ending,
+            self.endpoints,
+            self._started,
+            self._loading_ms(),
         )

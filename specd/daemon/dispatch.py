@@ -54,6 +54,11 @@ class Dispatch(Generic[T]):
     def __repr__(self) -> str:
         return f"Dispatch({len(self._running)} running, {len(self._waiting)} waiting, {len(self._deaths)} suspects)"
 
+    @property
+    def busy(self) -> bool:
+        """Whether the worker has, or is to get, anything to fill."""
+        return bool(self._running or self._waiting)
+
     def started(self, load_s: float) -> None:
         """A worker serves, after so many seconds."""
         self._load_s = load_s

@@ -44,7 +44,7 @@ def serve(settings: DaemonConfig, on_ready: Callable[[StatusReport], None]) -> N
     """Run a daemon until SIGINT ends it at once or SIGTERM has drained it. Call it from the main thread.
 
     on_ready: called once, when batches can be submitted. Raises DaemonError when another daemon owns the endpoint, or
-    no worker can be started; ConfigError for an endpoint that may not be opened.
+    no worker can be started; ConfigError for an endpoint, or a page of metrics, that may not be opened.
     """
     endpoint = resolve_endpoint(settings.endpoint)
     host = interface(endpoint, settings.insecure, keyed=settings.auth is not None)
@@ -61,12 +61,22 @@ def serve(settings: DaemonConfig, on_ready: Callable[[StatusReport], None]) -> N
         try:
             signal.signal(signal.SIGINT, lambda *_: control.ending.stop())
             signal.signal(signal.SIGTERM, lambda *_: control.ending.drain())
-            control.run()
+            with _metrics(settings.metrics, control):
+                control.run()
         finally:
             signal.set_wakeup_fd(wakeup)
             for number, handler in previous.items():
                 signal.signal(number, handler)
-            control.ending.close()
+            control.close()
+
+
+def _metrics(address: str, control: Control) -> contextlib.AbstractContextManager[object]:
+    """The page of metrics, if one is asked for."""
+    if not address:
+        return contextlib.nullcontext()
+    from specd.daemon.exporter import exporting  # it takes a while to import
+
+    return exporting(address, control.questions)
 
 
 @contextlib.contextmanager
@@ -104,9 +114,10 @@ def embedded(settings: DaemonConfig, context: Context | None = None) -> Iterator
             ready.wait()
             if failure:
                 raise failure[0]
-            yield Embedded(endpoint, context)
+            with _metrics(settings.metrics, control):
+                yield Embedded(endpoint, context)
         finally:
             if thread.is_alive():
                 control.ending.stop()
             thread.join()
-            control.ending.close()
+            control.close()

@@ -7,9 +7,9 @@ import logging
 import math
 import sys
 import time
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from pathlib import Path
 from types import TracebackType
 from typing import Self, TextIO
 
@@ -23,9 +23,8 @@ from rich.text import Text
 
 from specd import units
 from specd.train.journal import StepRecord, bound
+from specd.train.summary import Totals, memory_use
 
-RECENT = 20
-"""Steps that the shown rates and shares are averaged over."""
 REFRESH_S = 0.1
 BLOCKS = "▁▂▃▄▅▆▇█"
 SHARES = (("target", "blue"), ("wire", "yellow"), ("trainer", "green"))
@@ -35,7 +34,8 @@ class Display:
     """Shows the steps of a run as they come; a context manager and a sink of the loop.
 
     title: what is trained, on what. first, steps: the step the run starts from and its last. transports: endpoint →
-    transport in use, read at each refresh. every_s: seconds between two plain lines.
+    transport in use, read at each refresh. every_s: seconds between two plain lines. checkpoints: their directory, if
+    the age of the newest is to be shown. device: the trainer's, whose memory is shown.
     """
 
     def __init__(
@@ -46,12 +46,18 @@ class Display:
         transports: Callable[[], Mapping[str, str]],
         console: Console | None = None,
         every_s: float = 10.0,
+        *,
+        checkpoints: Path | None = None,
+        device: str = "cpu",
     ) -> None:
         self.title, self.first, self.steps = title, first, steps
         self._transports = transports
         self._console = console or Console()
         self._every_s = every_s
-        self._recent: deque[StepRecord] = deque(maxlen=RECENT)
+        self._checkpoints, self._device = checkpoints, device
+        self._totals = Totals()
+        self._recent = self._totals.recent
+        self._began = time.monotonic()
         self._losses: list[float] = []
         self._live: Live | None = None
         self._said_at = -math.inf
@@ -75,6 +81,9 @@ class Display:
                 self._live.stop()
             self._live = None
             self._redirect(above, sys.__stderr__)
+        with suppress(OSError):
+            for line in self._totals.lines(time.monotonic() - self._began, memory_use(self._device)):
+                self._say(line)
 
     def _redirect(self, old: TextIO | None, new: TextIO | None) -> None:
         """Move log handlers from `old` to `new`: rich's replacement of stderr scrolls lines above the panel."""
@@ -84,7 +93,7 @@ class Display:
 
     def step(self, record: StepRecord) -> None:
         """Show one more optimizer step."""
-        self._recent.append(record)
+        self._totals.add(record)
         if record.loss is not None:
             self._losses.append(record.loss)
         every_s = REFRESH_S if self._live else self._every_s
@@ -102,10 +111,13 @@ class Display:
         last, shares = self._recent[-1], self._shares()
         split = ", ".join(f"{name} {share:.0%}" for (name, _), share in zip(SHARES, shares, strict=True))
         return (
-            f"step {last.step}/{self.steps} · epoch {last.epoch + 1} · loss {_number(last.loss, '.4f')} · "
-            f"teacher-forced {_number(self._accuracy(), '.1%')} · lr {last.lr:.2e} · "
+            f"step {last.step}/{self.steps} · epoch {last.epoch + 1} · loss {_number(last.loss, '.4f')} "
+            f"(mean of {len(self._recent)}: {_number(self._totals.mean_loss(), '.4f')}) · "
+            f"teacher-forced {_number(self._totals.accuracy(), '.1%')} · lr {last.lr:.2e} · "
+            f"grad norm {_number(last.grad_norm, '.3g')} · "
             f"{self._tokens_per_s():,.0f} tokens/s · ring {last.busy_slots}/{last.num_slots} · "
-            f"{bound(*shares)}-bound ({split}) · {self._left()}"
+            f"{bound(*shares)}-bound ({split}) · "
+            f"{units.duration(self._elapsed())} · {self._left()}"
         )
 
     def render(self) -> RenderableType:
@@ -114,25 +126,33 @@ class Display:
         rows.add_column(style="dim", no_wrap=True)
         rows.add_column(ratio=1)
         done = self._recent[-1].step if self._recent else self.first
-        rows.add_row("step", _bar(done, self.steps, f"{done:,} / {self.steps:,}   {self._left()}"))
+        rows.add_row("step", _bar(done, self.steps, f"{done:,} / {self.steps:,}"))
+        rows.add_row("elapsed", f"{units.duration(self._elapsed())}   {self._left()}")
         if not self._recent:
             rows.add_row("", Text("waiting for the first batch", style="dim"))
             return Panel(rows, title=self.title, title_align="left", box=box.ROUNDED)
         last = self._recent[-1]
-        rows.add_row(
-            "loss", Text.assemble((_number(last.loss, ".4f"), "bold"), "   ", (sparkline(self._losses, 48), "cyan"))
-        )
+        mean = f"   mean of the last {len(self._recent)}: {_number(self._totals.mean_loss(), '.4f')}"
+        rows.add_row("loss", Text.assemble((_number(last.loss, ".4f"), "bold"), mean))
+        rows.add_row("", Text(sparkline(self._losses, 48), style="cyan"))
         accuracy = Text.assemble(
-            (_number(self._accuracy(), ".1%"), "bold"), ("   of next tokens, given true context", "dim")
+            (_number(self._totals.accuracy(), ".1%"), "bold"), ("   of next tokens, given true context", "dim")
         )
         rows.add_row("teacher-forced", accuracy)
+        rows.add_row("gradient", f"norm {_number(last.grad_norm, '.3g')}   lr {last.lr:.2e}   epoch {last.epoch + 1}")
         pace = f"{self._tokens_per_s():,.0f} tokens/s   {units.duration(self._step_s())} a step"
-        rows.add_row("speed", f"{pace}   lr {last.lr:.2e}   epoch {last.epoch + 1}")
+        rows.add_row("speed", pace)
         rows.add_row("ring", _bar(last.busy_slots, last.num_slots, f"{last.busy_slots} / {last.num_slots} slots busy"))
         rows.add_row("time", self._split())
         ways = ", ".join(f"{name} ({endpoint})" for endpoint, name in self._transports().items()) or "reconnecting"
         rows.add_row("transport", Text(ways, overflow="ellipsis", no_wrap=True))
+        rows.add_row("memory", memory_use(self._device))
+        if self._checkpoints is not None:
+            rows.add_row("checkpoint", _newest(self._checkpoints))
         return Panel(rows, title=self.title, title_align="left", box=box.ROUNDED)
+
+    def _elapsed(self) -> float:
+        return time.monotonic() - self._began
 
     def _say(self, line: str) -> None:
         self._console.print(line, highlight=False, markup=False, soft_wrap=True)
@@ -143,9 +163,10 @@ class Display:
         bar = Text()
         for (_, colour), share in zip(SHARES, shares, strict=True):
             bar.append("█" * round(share * width), style=colour)
+        words = Text()
         for (name, colour), share in zip(SHARES, shares, strict=True):
-            bar.append(f"  {name} {share:.0%}", style=colour)
-        return Group(bar, Text(f"{bound(*shares)}-bound", style="bold"))
+            words.append(f"{name} {share:.0%}   ", style=colour)
+        return Group(bar, words.append(f"{bound(*shares)}-bound", style="bold"))
 
     def _shares(self) -> tuple[float, float, float]:
         """Shares of target, wire and trainer in the recent wall time."""
@@ -155,12 +176,6 @@ class Display:
         )
         total = (target + wire + train) or 1.0
         return target / total, wire / total, train / total
-
-    def _accuracy(self) -> float | None:
-        known = [
-            record.teacher_forced_accuracy for record in self._recent if record.teacher_forced_accuracy is not None
-        ]
-        return sum(known) / len(known) if known else None
 
     def _tokens_per_s(self) -> float:
         return sum(record.tokens for record in self._recent) / (sum(record.step_s for record in self._recent) or 1.0)
@@ -176,13 +191,18 @@ class Display:
 
 
 def sparkline(values: Sequence[float], width: int) -> str:
-    """At most `width` block characters, each the mean of an equal part of `values`; the lowest is the lowest block."""
+    """At most `width` block characters, each the mean of an equal part of `values`; the lowest is the lowest block.
+
+    The highest block is the highest of all but the first quarter, which is cut there: a loss falls so far at first that
+    nothing else would be seen.
+    """
     if not values:
         return ""
     width = min(width, len(values))
     edges = [round(i * len(values) / width) for i in range(width + 1)]
     means = [sum(values[a:b]) / (b - a) for a, b in itertools.pairwise(edges)]
-    low, span = min(means), (max(means) - min(means)) or 1.0
+    low = min(means)
+    span = (max(means[len(means) // 4 :]) - low) or 1.0
     return "".join(BLOCKS[min(len(BLOCKS) - 1, int((mean - low) / span * len(BLOCKS)))] for mean in means)
 
 
@@ -190,6 +210,18 @@ def _bar(part: int, whole: int, text: str) -> RenderableType:
     grid = Table.grid(padding=(0, 2))
     grid.add_row(ProgressBar(total=max(1, whole), completed=part, width=30), Text(text))
     return grid
+
+
+def _newest(checkpoints: Path) -> str:
+    """The newest checkpoint, and how long ago it was written."""
+    found = []
+    for path in checkpoints.glob("step-*"):
+        with suppress(OSError, ValueError):  # it may be removed just now
+            found.append((int(path.name.removeprefix("step-")), path.stat().st_mtime))
+    if not found:
+        return "none yet"
+    step, written = max(found)
+    return f"step {step:,}, {units.duration(max(0.0, time.time() - written))} old"
 
 
 def _number(value: float | None, form: str) -> str:

@@ -6,8 +6,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
-from specd.errors import writing
+from specd.errors import missing_extra, writing
 from specd.train.journal import StepRecord
+from specd.train.scalars import scalars
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -20,7 +21,10 @@ class Scalars:
     """
 
     def __init__(self, directory: Path, step: int = 0) -> None:
-        from torch.utils.tensorboard import SummaryWriter
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise missing_extra("tensorboard", "tensorboard") from None
 
         self.directory = directory
         with writing(directory):
@@ -28,24 +32,9 @@ class Scalars:
 
     def step(self, record: StepRecord) -> None:
         """Write one more optimizer step."""
-        scalars: dict[str, float | None] = {
-            "train/loss": record.loss,
-            "train/teacher_forced_accuracy": record.teacher_forced_accuracy,
-            "train/lr": record.lr,
-            "train/grad_norm": record.grad_norm,
-            "speed/tokens_per_s": record.tokens / record.step_s if record.step_s else None,
-            "time/step_s": record.step_s,
-            "time/target_wait_s": record.target_wait_s,
-            "time/wire_wait_s": record.wire_wait_s,
-            "time/train_s": record.train_s,
-            "ring/busy_slots": float(record.busy_slots),
-        }
-        for offset, value in enumerate(record.teacher_forced_by_offset, start=1):
-            scalars[f"teacher_forced_by_offset/{offset:02d}"] = value
         with writing(self.directory):
-            for name, value in scalars.items():
-                if value is not None:
-                    self._writer.add_scalar(name, value, record.step)
+            for name, value in scalars(record).items():
+                self._writer.add_scalar(name, value, record.step)
 
     def close(self) -> None:
         """Write out what is buffered. Idempotent."""

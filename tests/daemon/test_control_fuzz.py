@@ -179,7 +179,7 @@ def test_an_oversized_message_ends_only_its_own_connection(tmp_path: Path) -> No
         finally:
             control.ending.stop()
             loop.join()
-            control.ending.close()
+            control.close()
 
 
 def test_artifact_reads_beyond_the_limit_are_refused_and_probes_are_no_batches() -> None:

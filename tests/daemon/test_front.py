@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 import zmq
 
@@ -104,6 +105,25 @@ def test_a_peer_that_does_not_read_is_told_of_not_waited_for(
     assert front.send(b"nobody", wire.Renewed()) == "its connection is gone"
 
 
+def test_a_peer_that_has_just_read_is_sent_more_at_once(context: zmq.Context[zmq.Socket[bytes]], front: Front) -> None:
+    """As many messages as may wait for it, over and over, each round as soon as it has read the one before."""
+    with dealer(context, front) as peer:
+        peer.send(wire.encode(wire.Status()))
+        poller = zmq.Poller()
+        front.register(poller)
+        messages: list[tuple[bytes, object, object]] = []
+        while not messages:
+            assert poller.poll(20_000)
+            messages = list(front.messages())
+        key = messages[0][0]
+        for turn in range(200):
+            for _ in range(32):
+                assert front.send(key, wire.Renewed()) == "", turn
+            for _ in range(32):
+                assert peer.poll(20_000)
+                peer.recv()
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "auto"])
 @pytest.mark.parametrize("capture", [(5, False), (1, True), (0, True)])
 def test_every_batch_that_fits_a_slot_can_be_asked_for(dtype: str, capture: tuple[int, bool]) -> None:
@@ -120,8 +140,12 @@ def test_every_batch_that_fits_a_slot_can_be_asked_for(dtype: str, capture: tupl
     most = room // small.bytes_per_token(hidden)
     assert slot_layout(small, hidden, most).nbytes <= room
     ones = b"\1\0\0\0" * most
-    frame = wire.encode(wire.Submit(epoch=bytes(16), seq=2**64 - 1, batch_id=bytes(16), tokens=ones, lengths=ones))
-    assert len(frame) <= largest_request(settings)
+    asked = wire.Submit(epoch=bytes(16), seq=2**64 - 1, batch_id=bytes(16), tokens=ones, lengths=ones)
+    assert len(wire.encode(asked)) <= largest_request(settings)
+    images = msgspec.structs.replace(settings, ring=RingConfig(slot_tokens=512, payload_mib=1))
+    many = (bytes(300),) * (2**20 // 300)  # of a length that takes three bytes
+    brought = msgspec.structs.replace(asked, payloads=many + (b"",) * (most - len(many)))
+    assert largest_request(settings) < len(wire.encode(brought)) <= largest_request(images)
 
 
 def test_an_endpoint_in_use_is_named(context: zmq.Context[zmq.Socket[bytes]]) -> None:

@@ -129,7 +129,7 @@ def test_a_failed_launch_is_retried_and_named_when_it_never_works(lives: Lives) 
         control = control_over(launch, context)
         with pytest.raises(DaemonError, match=r"3 times before it served: .*Cannot allocate memory"):
             control.run()
-        control.ending.close()
+        control.close()
         assert len(attempts) == supervisor.MAX_EARLY_DEATHS
 
 
@@ -158,7 +158,7 @@ def test_a_thread_that_outlives_its_daemon_writes_to_no_other_file(
     assert loading.wait(30)
     control.ending.stop()
     thread.join(30)
-    control.ending.close()
+    control.close()
     with contextlib.ExitStack() as stack:
         for number in range(20):
             stack.enter_context((tmp_path / str(number)).open("wb"))

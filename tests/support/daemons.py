@@ -49,6 +49,7 @@ REPORT = StatusReport(
             batches=1234,
             nbytes=5 << 30,
             age_s=7.0,
+            tokens=3_791_040,
         ),
     ),
     counters={"batches": 1234},

@@ -69,7 +69,7 @@ class Keyed:
         finally:
             self.control.ending.stop()
             loop.join()
-            self.control.ending.close()
+            self.control.close()
 
     def allow(self, name: str, pair: keys.Pair) -> None:
         authorized.allow(self.authorized, name, pair.public)

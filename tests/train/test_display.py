@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import os
+import time
 from pathlib import Path
 
 import pytest
@@ -50,7 +52,8 @@ def test_panel_shows_the_state_of_the_run() -> None:
     assert isinstance(console.file, io.StringIO)
     shown = console.file.getvalue()
     for words in ("waiting for the first batch", "40 / 40", "0.2000", "25.0%", "250 tokens/s", "3 / 8 slots busy",
-                  "target 75%", "wire 5%", "trainer 20%", "target-bound", "shm (ipc:///x)", "▁"):  # fmt: skip
+                  "target 75%", "wire 5%", "trainer 20%", "target-bound", "shm (ipc:///x)", "▁", "norm 0.1", "memory",
+                  "mean of the last 20: 0.2723"):  # fmt: skip
         assert words in shown, words
 
 
@@ -62,11 +65,42 @@ def test_plain_lines_without_a_terminal() -> None:
     assert isinstance(console.file, io.StringIO)
     lines = console.file.getvalue().splitlines()
     assert lines[0] == "draft for tiny: steps 3 to 6"
-    assert [line.split(" · ")[0] for line in lines[1:]] == ["step 3/6", "step 6/6"], "the first, the last, none between"
-    assert "target-bound (target 75%, wire 5%, trainer 20%)" in lines[-1]
+    assert [line.split(" · ")[0] for line in lines[1:3]] == ["step 3/6", "step 6/6"], (
+        "the first, the last, none between"
+    )
+    assert "target-bound (target 75%, wire 5%, trainer 20%)" in lines[2]
+    assert lines[3].startswith("time    ")
+    assert "4 steps, 250 tokens/s, 2.0 s a step" in lines[3]
+    assert lines[4] == "loss    1.3333, mean of the last 4: 1.9000"
+    assert lines[6] == "went to target 75%, wire 5%, trainer 20%: target-bound"
 
 
 def test_sparkline_spans_the_blocks() -> None:
     assert sparkline([], 10) == ""
     assert sparkline([2.0], 10) == "▁"
     assert sparkline([float(i) for i in range(800)], 8) == "▁▂▃▄▅▆▇█"
+
+
+def test_a_loss_that_falls_from_far_up_still_shows_its_last_steps() -> None:
+    losses = [64.0, 30.0, 12.0, *(6.0 - step / 100 for step in range(100))]
+    shown = sparkline(losses, 48)
+    assert shown[0] == "█"
+    assert len(set(shown[12:])) == 8
+    assert list(shown[12:]) == sorted(shown[12:], reverse=True)
+
+
+def test_the_newest_checkpoint_has_an_age(tmp_path: Path) -> None:
+    console = Console(file=io.StringIO(), force_terminal=True, width=80, color_system=None)
+    display = Display("draft", 0, 9, dict, console, checkpoints=tmp_path)
+    display.step(record(1))
+    console.file = io.StringIO()
+    console.print(display.render())
+    for step in (9, 10):
+        (tmp_path / f"step-{step:08d}").mkdir()
+    os.utime(tmp_path / "step-00000010", (0, time.time() - 300))
+    console.print(display.render())
+    assert isinstance(console.file, io.StringIO)
+    shown = console.file.getvalue()
+    assert "none yet" in shown
+    assert "step 10, 5 min 00 s old" in shown
+    assert max(map(len, shown.splitlines())) <= 80

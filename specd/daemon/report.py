@@ -1,0 +1,46 @@
+"""What a daemon says of itself when it is asked: STATUS_REPORT."""
+
+from __future__ import annotations
+
+import os
+
+from specd.daemon.account import Account
+from specd.daemon.ending import Ending
+from specd.daemon.ring import Ring
+from specd.daemon.sessions import Sessions
+from specd.daemon.supervisor import Supervisor
+from specd.protocol.messages import StatusReport
+from specd.version import __version__
+from specd.worker.messages import Started
+
+
+def status_report(
+    account: Account,
+    ring: Ring,
+    sessions: Sessions,
+    supervisor: Supervisor,
+    ending: Ending,
+    endpoints: tuple[str, ...],
+    started: Started | None,
+    loading_ms: int,
+) -> StatusReport:
+    """The state of all parts of a daemon, now. started: its worker's, None without one."""
+    now = account.settle()
+    return StatusReport(
+        epoch=supervisor.epoch,
+        state="draining" if ending.draining else "starting" if started is None else "serving",
+        version=__version__,
+        pid=os.getpid(),
+        worker_pid=supervisor.worker_pid,
+        uptime_s=now - account.began,
+        contract=started.contract if started else None,
+        ring=started.ring if started else None,
+        slots=ring.counts(),
+        queued=ring.queued(),
+        sessions=tuple(session.status(ring, now) for session in sessions),
+        counters={**account.counters.values(), **ring.counters},
+        endpoints=endpoints,
+        transports=started.transports if started else (),
+        loading_ms=loading_ms,
+        max_sessions=ring.max_holders,
+    )

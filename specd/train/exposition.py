@@ -1,0 +1,80 @@
+"""A run's progress as Prometheus metrics: a sink of the loop that a page of metrics reads from another thread."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.metrics_core import Metric
+
+from specd.train.journal import StepRecord
+
+PARTS = ("target_wait", "wire_wait", "train")
+
+
+class Exposition:
+    """The last step of a run, and sums over this process's steps. labels: what the run is, as texts.
+
+    steps: the last step of the plan.
+    """
+
+    def __init__(self, steps: int, labels: dict[str, str]) -> None:
+        self._planned, self._labels = steps, labels
+        self._state: tuple[StepRecord | None, dict[str, float]] = (None, {})
+
+    def step(self, record: StepRecord) -> None:
+        """Take one more step."""
+        sums = dict(self._state[1])
+        for name, amount in _amounts(record):
+            sums[name] = sums.get(name, 0) + amount
+        self._state = (record, sums)  # at once: another thread reads it
+
+    def metrics(self) -> Iterator[Metric]:
+        """All metrics of the run, as of the last step that was logged."""
+        last, sums = self._state
+        info = GaugeMetricFamily("specd_train_info", "The run.", labels=list(self._labels))
+        info.add_metric(list(self._labels.values()), 1.0)
+        yield info
+        yield GaugeMetricFamily("specd_train_planned_steps", "The last step of the run.", value=self._planned)
+        for name, text in (
+            ("specd_train_steps", "Optimizer steps of this process."),
+            ("specd_train_tokens", "Tokens of the target that were trained on."),
+            ("specd_train_resubmitted_batches", "Batches that had to be asked for again."),
+            ("specd_train_reconnects", "Sessions opened after the first."),
+        ):
+            yield CounterMetricFamily(name, text, value=sums.get(name, 0))
+        seconds = CounterMetricFamily(
+            "specd_train_seconds",
+            "Time of the run, by what it went to: target_wait (not computed yet), wire_wait (not here yet), train.",
+            labels=["part"],
+        )
+        for part in PARTS:
+            seconds.add_metric([part], sums.get(part, 0))
+        yield seconds
+        if last is not None:
+            yield from _latest(last)
+
+
+def _amounts(record: StepRecord) -> Iterator[tuple[str, float]]:
+    yield "specd_train_steps", 1
+    yield "specd_train_tokens", record.tokens
+    yield "specd_train_resubmitted_batches", record.resubmitted
+    yield "specd_train_reconnects", record.reconnects
+    for part in PARTS:
+        yield part, getattr(record, f"{part}_s")
+
+
+def _latest(record: StepRecord) -> Iterator[Metric]:
+    """Gauges of the last step; one without a loss has none."""
+    for name, text, value in (
+        ("specd_train_step", "The last optimizer step.", record.step),
+        ("specd_train_epoch", "Its epoch, from 0.", record.epoch),
+        ("specd_train_loss", "Its loss, a weighted mean.", record.loss),
+        ("specd_train_teacher_forced_accuracy", "Share of its predictions that are right, given true tokens.",
+         record.teacher_forced_accuracy),
+        ("specd_train_learning_rate", "Its learning rate.", record.lr),
+        ("specd_train_gradient_norm", "Its gradient norm before clipping.", record.grad_norm),
+        ("specd_train_step_seconds", "Its wall time.", record.step_s),
+    ):  # fmt: skip
+        if value is not None:
+            yield GaugeMetricFamily(name, text, value=value)

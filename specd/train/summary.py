@@ -1,0 +1,81 @@
+"""What a run came to: time, speed, loss, memory, and where the time went."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Iterator
+from pathlib import Path
+
+from specd import units
+from specd.train.journal import StepRecord, bound
+
+RECENT = 20
+"""Steps that a recent mean is over."""
+
+
+class Totals:
+    """Sums over the steps of this process. recent: the last RECENT."""
+
+    def __init__(self) -> None:
+        self.recent: deque[StepRecord] = deque(maxlen=RECENT)
+        self.steps = self.tokens = self.resubmitted = self.reconnects = 0
+        self.step_s = self.target_s = self.wire_s = self.train_s = 0.0
+
+    def add(self, record: StepRecord) -> None:
+        """Take one more step."""
+        self.recent.append(record)
+        self.steps += 1
+        self.tokens += record.tokens
+        self.resubmitted += record.resubmitted
+        self.reconnects += record.reconnects
+        self.step_s += record.step_s
+        self.target_s += record.target_wait_s
+        self.wire_s += record.wire_wait_s
+        self.train_s += record.train_s
+
+    def mean_loss(self) -> float | None:
+        """The mean loss of the recent steps that had one."""
+        return _mean([record.loss for record in self.recent if record.loss is not None])
+
+    def accuracy(self) -> float | None:
+        """The mean teacher-forced accuracy of the recent steps."""
+        known = [record.teacher_forced_accuracy for record in self.recent]
+        return _mean([value for value in known if value is not None])
+
+    def lines(self, elapsed_s: float, memory: str) -> Iterator[str]:
+        """The summary, none of it wider than 80 columns. elapsed_s: wall time, what came before the first step too."""
+        if not self.recent:
+            return
+        speed = f"{self.tokens / (self.step_s or 1.0):,.0f} tokens/s, {units.duration(self.step_s / self.steps)} a step"
+        yield f"time    {units.duration(elapsed_s)}, {self.steps:,} steps, {speed}"
+        last, mean, accuracy = self.recent[-1], self.mean_loss(), self.accuracy()
+        if mean is not None:
+            loss = "–" if last.loss is None else f"{last.loss:.4f}"
+            yield f"loss    {loss}, mean of the last {len(self.recent)}: {mean:.4f}"
+        if accuracy is not None:
+            yield f"        {accuracy:.1%} of next tokens right, given true context"
+        total = (self.target_s + self.wire_s + self.train_s) or 1.0
+        parts = {"target": self.target_s, "wire": self.wire_s, "trainer": self.train_s}
+        split = ", ".join(f"{name} {spent / total:.0%}" for name, spent in parts.items())
+        yield f"went to {split}: {bound(*parts.values())}-bound"
+        yield f"memory  {memory}"
+        if self.reconnects or self.resubmitted:
+            yield f"faults  {self.reconnects} reconnects, {self.resubmitted} batches asked for again"
+
+
+def memory_use(device: str) -> str:
+    """The memory of this process: most of its GPU's that torch held, and what is resident on the host."""
+    parts = []
+    if device.startswith("cuda"):
+        import torch
+
+        whole = torch.cuda.get_device_properties(device).total_memory
+        peak = torch.cuda.max_memory_allocated(device)
+        parts.append(f"GPU {units.size(peak)} of {units.size(whole)} at most")
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return ", ".join([*parts, f"host {units.size(pages * os.sysconf('SC_PAGE_SIZE'))}"])
+
+
+def _mean(values: list[float]) -> float | None:
+    return sum(values) / len(values) if values else None

@@ -1,0 +1,52 @@
+"""What a run came to, at its end: whatever way it ends, and only if it did anything."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+from rich.console import Console
+
+from specd.train.display import Display
+from specd.train.summary import Totals, memory_use
+from step_records import record
+
+
+def stop(console: Console) -> None:
+    """A run that is interrupted after a step."""
+    with Display("draft", 0, 9, dict, console) as display:
+        display.step(record(1, reconnects=2, resubmitted=3))
+        raise KeyboardInterrupt
+
+
+def test_an_interrupted_run_is_summed_up_and_one_without_a_step_is_not() -> None:
+    console = Console(file=io.StringIO(), force_terminal=False, width=80)
+    with pytest.raises(KeyboardInterrupt):
+        stop(console)
+    with Display("other", 0, 9, dict, console):
+        pass
+    assert isinstance(console.file, io.StringIO)
+    shown = console.file.getvalue()
+    assert shown.count("tokens/s, 2.0 s a step") == 1
+    assert "2 reconnects, 3 batches asked for again" in shown
+
+
+def test_every_line_fits_80_columns() -> None:
+    totals = Totals()
+    for step in range(1, 60):
+        totals.add(record(step, loss=123.45678, tokens=98_765_432, target_wait_s=900.0, step_s=1000.0))
+    lines = list(totals.lines(123_456.0, "GPU 138.8 GiB of 139.8 GiB at most, host 123.4 GiB"))
+    assert max(map(len, lines)) <= 80
+    assert lines[0] == "time    34 h 17 min, 59 steps, 98,765 tokens/s, 16 min 40 s a step"
+    assert lines[1] == "loss    123.4568, mean of the last 20: 123.4568"
+
+
+def test_a_run_that_learnt_nothing_has_no_loss_to_show() -> None:
+    totals = Totals()
+    totals.add(record(1, loss=None, teacher_forced_accuracy=None))
+    assert not [line for line in totals.lines(1.0, "") if "loss" in line or "right" in line]
+
+
+def test_the_memory_of_a_process_without_a_gpu_is_its_hosts() -> None:
+    assert memory_use("cpu").startswith("host ")
+    assert memory_use("cpu").endswith("iB")
