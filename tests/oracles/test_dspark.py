@@ -86,7 +86,8 @@ def confidence(objective: DSpark) -> Tensor:
     draft, states = objective.draft, one_block(objective)[2]
     assert isinstance(draft, DSparkDraft)
     before = torch.tensor([ANCHOR, *walk(objective)[:-1]])
-    return draft.confidence_head(states, draft.markov_head.before(before, states.dtype)).sigmoid()
+    logits: Tensor = draft.confidence_head(states, draft.markov_head.before(before, states.dtype))
+    return logits.sigmoid()
 
 
 @pytest.mark.usefixtures("sglang")

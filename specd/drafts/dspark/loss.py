@@ -87,7 +87,8 @@ class DistanceLoss(torch.autograd.Function):
         for low, (known, _) in zip(bounds, parts, strict=True):
             own, begin, end = rows[low : low + teacher.chunk], end, end + known.size
             states, gained = hidden.index_select(0, own), before.index_select(0, own)
-            logits = torch.mm(states, head.T, out=logits_of[: own.shape[0]]).addmm_(gained, second.T)
+            logits = torch.mm(states, head.T, out=logits_of[: own.shape[0]])
+            torch.addmm(logits, gained, second.T, out=logits)
             taught = teacher.states.index_select(0, teachers[begin:end])
             taught = torch.mm(taught, head.T, out=taught_of[: known.size])
             of = places[low : low + teacher.chunk], labels[own], weights[own]
