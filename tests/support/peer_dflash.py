@@ -69,7 +69,8 @@ def of_specforge(objective: DFlash, delivery: Delivery) -> Result:
 
 def target_modules(objective: BlockObjective) -> tuple[nn.Embedding, nn.Linear]:
     """The target's embedding and lm_head."""
-    embedding, head = nn.Embedding(*objective.embedding.shape), nn.Linear(1, 1, bias=False)
+    shape = objective.draft.shape
+    embedding, head = nn.Embedding(shape.vocab_size, shape.hidden_size), nn.Linear(1, 1, bias=False)
     embedding.weight = nn.Parameter(objective.embedding, requires_grad=False)
     head.weight = nn.Parameter(objective.lm_head, requires_grad=False)
     return embedding, head
