@@ -11,7 +11,7 @@ from typing import Annotated, Any, TextIO
 import typer
 from typer.core import TyperGroup
 
-from specd.cli import bench, data, demo, doctor, eval, keys, plan, report, start, status, stop, train
+from specd.cli import bench, data, demo, doctor, eval, export, keys, plan, report, resume, start, status, stop, train
 from specd.drafts import registry
 from specd.errors import ConfigError, SpecdError
 from specd.version import __version__
@@ -22,7 +22,22 @@ SERVE, TRAIN, DATA, LOOK = "Serve", "Train", "Data", "Look"
 class Verbs(TyperGroup):
     """The verbs in the order in which a newcomer meets them: typer would list groups after all commands."""
 
-    ORDER = ("start", "status", "stop", "keys", "train", "eval", "report", "data", "doctor", "plan", "bench", "demo")
+    ORDER = (
+        "start",
+        "status",
+        "stop",
+        "keys",
+        "train",
+        "resume",
+        "eval",
+        "export",
+        "report",
+        "data",
+        "doctor",
+        "plan",
+        "bench",
+        "demo",
+    )
 
     def list_commands(self, ctx: Any) -> list[str]:
         return sorted(super().list_commands(ctx), key=self.ORDER.index)
@@ -52,7 +67,9 @@ app.command("status", rich_help_panel=SERVE, epilog=status.EXAMPLES)(status.stat
 app.command("stop", rich_help_panel=SERVE, epilog=stop.EXAMPLES)(stop.stop)
 app.add_typer(keys.app, name="keys", rich_help_panel=SERVE)
 app.command("train", rich_help_panel=TRAIN, epilog=train.EXAMPLES, no_args_is_help=True)(train.train)
+app.command("resume", rich_help_panel=TRAIN, epilog=resume.EXAMPLES)(resume.resume)
 app.command("eval", rich_help_panel=TRAIN, epilog=eval.EXAMPLES)(eval.evaluate)
+app.command("export", rich_help_panel=TRAIN, epilog=export.EXAMPLES)(export.export)
 app.command("report", rich_help_panel=TRAIN, epilog=report.EXAMPLES)(report.report)
 app.add_typer(data.app, name="data", rich_help_panel=DATA)
 app.command("doctor", rich_help_panel=LOOK, epilog=doctor.EXAMPLES)(doctor.doctor)
@@ -111,7 +128,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except SpecdError as error:
-        print(f"specd: error: {error}", file=sys.stderr)
+        print(f"specd: error: {error}", *getattr(error, "__notes__", ()), sep="\n", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
     return 0
 

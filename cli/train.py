@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-import json
-import shlex
-from contextlib import AbstractContextManager
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 from msgspec.structs import replace
 
-from specd.cli.settings import DATA, given, hosting_config, paths, servers_of
+from specd.cli.settings import DATA, given, paths, servers_of
+from specd.cli.training import go
 from specd.config.load import load_yaml, merge, overrides
-from specd.config.presets import run_config
-from specd.config.settings import Config, RunConfig, SubscriberConfig, TargetConfig
+from specd.config.presets import recipe_of, run_config
+from specd.config.settings import RunConfig
 from specd.drafts import registry
 from specd.errors import ConfigError
-from specd.transports.registry import WITHIN_PROCESS
-
-if TYPE_CHECKING:
-    from specd.train.trainer import LocalDaemon
 
 EXAMPLES = (
     f"Examples: `specd train {registry.DEFAULT} --data chats.jsonl --output runs/first` · "
@@ -130,81 +123,15 @@ def train(
 
     def settle(target: str) -> RunConfig:
         run = run_config(asked, target or model, preset=preset)
-        return replace(run, target={"model": model} | run.target) if model else run
+        if not model:
+            return run
+        recipe = recipe_of(preset, "") if preset else None  # `specd resume` knows no preset
+        return replace(run, target=(recipe.target if recipe else {}) | {"model": model} | run.target)
 
     first = settle("")
-    if model:
-        _check_link(first.subscriber, model)
     if first.target and not model:
         raise ConfigError(
             f"settings: target={first.target}: expected none, as a daemon's target is configured by `specd start`; "
             f"leave them out, or give --model NAME to host the target here"
         )
-    from specd.train.interrupt import Interrupt
-    from specd.train.trainer import output_of, train_draft
-
-    try:
-        with Interrupt() as interrupt:
-            host = _host(first, model, preset, resume) if model else None
-            done = train_draft(settle, host=host, resume=resume, interrupt=interrupt, show=True)
-    except KeyboardInterrupt:
-        run = output_of(first)
-        remedy = (
-            f"continue with the same command and --resume (output {run.path})"
-            if run.begun
-            else "nothing was trained yet: give the same command again"
-        )
-        typer.echo(f"specd: interrupted; {remedy}", err=True)
-        raise typer.Exit(130) from None
-    if done.was_finished:
-        typer.echo(f"{done.directory} is finished: {done.steps} steps trained; draft in {done.draft}")
-        return
-    typer.echo(f"{done.steps} steps trained; draft in {done.draft}")
-    draft, directory = (shlex.quote(str(path)) for path in (done.draft, done.directory))
-    typer.echo(f"next: specd eval --draft {draft} --untrained, then specd report {directory}")
-
-
-def _check_link(link: SubscriberConfig, model: str) -> None:
-    """Raise ConfigError for settings of a connection to a daemon, which hosting `model` here would ignore."""
-    if link.endpoints != SubscriberConfig().endpoints:
-        raise ConfigError(
-            f"--model {model} hosts the target here, --endpoint {link.endpoints[0]} uses a daemon: give one"
-        )
-    if link.transport not in ("auto", WITHIN_PROCESS):
-        raise ConfigError(
-            f"transport {link.transport!r}: expected auto or {WITHIN_PROCESS}, as --model {model} hosts the target "
-            f"here; leave it out, or give --endpoint of a daemon in place of --model"
-        )
-
-
-def _host(run: RunConfig, model: str, preset: str, resume: bool) -> AbstractContextManager[LocalDaemon]:
-    """Check all settings; the context then hosts `model` in this process."""
-    from specd.daemon.serve import embedded
-    from specd.train.trainer import check_recipe, output_of
-
-    daemon = hosting_config(run, model, preset=preset)
-    draft = check_recipe(run, model)
-    if not (resume and output_of(run).begun):  # a run that goes on keeps its mask token
-        _check_mask(draft, daemon.target)
-    return embedded(daemon)
-
-
-def _check_mask(draft: Config, target: TargetConfig) -> None:
-    """Raise ConfigError for a mask token that will not do, or when none can be chosen, before the target is loaded."""
-    from specd.data.samples import vocabulary
-    from specd.targets.source import TOKENIZER_FILES, resolve, with_tokenizer
-    from specd.train.preparation import check_mask, mask_of
-
-    if mask_of(draft) is None:
-        return
-    try:
-        found = resolve(target.model, need="shape" if target.load_format == "dummy" else "tokenizer")
-        source = with_tokenizer(found, target.tokenizer)
-    except ConfigError:  # not of a checkpoint: what its backend says of it is said by the trainer
-        return
-    with TemporaryDirectory(prefix="specd-target-") as scratch:
-        files = {"config.json": json.dumps(source.config).encode()}
-        files |= {name: data for name in TOKENIZER_FILES if (data := source.file(name)) is not None}
-        for name, data in files.items():
-            (Path(scratch) / name).write_bytes(data)
-        check_mask(draft, Path(scratch), vocabulary(Path(scratch)), target.model)
+    go(settle, first, model=model, preset=preset, resume=resume)

@@ -163,6 +163,10 @@ class Loader:
         for number in range(index, len(plan)):
             yield self._pack(plan[number], epoch, number)
 
+    def before(self, epoch: int, index: int) -> int:
+        """How many batches there are before number `index` of `epoch`, without gaps."""
+        return sum(map(self._plan.num_batches, range(epoch))) + index
+
     def remaining(self, epoch: int, index: int) -> Iterator[Batch]:
         """All batches of the run from number `index` of `epoch` on; `index` may be the length of that epoch."""
         for current in range(epoch, self.epochs):

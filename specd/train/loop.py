@@ -44,6 +44,10 @@ class Feed(Protocol):
         """How many batches there are."""
         ...
 
+    def before(self, epoch: int, index: int) -> int:
+        """How many batches there are before number `index` of `epoch`."""
+        ...
+
     def remaining(self, epoch: int, index: int) -> Iterator[Batch]:
         """All batches from number `index` of `epoch` on; `index` may be the length of that epoch."""
         ...
@@ -275,8 +279,9 @@ def train(
         position = checkpoints.restore(checkpoints.latest(), objective.module, optimizer)
         logger.info("resuming at step %d", position.step)
     batches = feed.num_batches
-    steps = total_steps(config, batches)
-    left = min(batches, steps * config.accumulation) - position.step * config.accumulation
+    trained = feed.before(position.epoch, position.index)
+    steps = total_steps(config, batches, position.step, trained)
+    left = min(batches - trained, (steps - position.step) * config.accumulation)
     with Journal(journal, position.step) as lines:
         run = _Run(config, objective, source, checkpoints, lines, sinks, optimizer, position, steps)
         try:

@@ -41,11 +41,12 @@ from specd.protocol.contract import TargetContract
 from specd.train.checkpoint import Checkpoints
 from specd.train.directory import RunDirectory, RunFacts, fixed, identity, machine_facts, target_files, utc, write_facts
 from specd.train.display import Display
+from specd.train.export import sign
 from specd.train.interrupt import Interrupt
 from specd.train.journal import StepRecord, read
 from specd.train.loop import out_of_memory, train
-from specd.train.optimizer import total_steps
 from specd.train.owner import owned
+from specd.train.plan import planned
 from specd.train.preparation import data_facts, kept, prepared, warn_of_length
 from specd.train.tensorboard import Scalars
 from specd.transports import registry as transports
@@ -158,9 +159,8 @@ def _train(
         loader = Loader(dataset, dataset.plan(settled.data, settled.train.seed), epochs=settled.train.epochs)
         own = identity(settled, draft, method.free, contract, dataset.digest)
         checkpoints = Checkpoints(directory.checkpoints, own, settled.train.keep)
-        if again:
-            checkpoints.compare(checkpoints.latest())
-        steps, done = total_steps(settled.train, loader.num_batches), checkpoints.step() if again else 0
+        plan = planned(checkpoints if again else None, loader, settled.train)
+        steps, done = plan.steps, plan.done
         dtype: torch.dtype = getattr(torch, settled.train.dtype)
         try:
             published = json.loads(files["config.json"])
@@ -171,9 +171,18 @@ def _train(
         except torch.OutOfMemoryError as error:
             what = f"no memory left on {device} for the draft and what it needs of {contract.model}"
             raise out_of_memory(what, error, "free some there or name another GPU in train.device") from None
-        if not again:
+        if again:
+            facts = directory.reopen(settled, plan.change)
+        else:
             facts = _facts(settled, method.title, contract, dataset, objective, subscriber.stats().transports)
             write_facts(directory.path, facts)
+        beside = {name: data for name, data in files.items() if name != "config.json"}
+
+        def export(path: Path, step: int) -> None:
+            objective.export(path, beside)
+            sign(path, facts, step, steps)
+
+        checkpoints.export = export
         sinks: list[Display | Scalars] = []
         if show:
             title = f"{settled.method} draft for {contract.model} → {directory.path}"
@@ -192,7 +201,7 @@ def _train(
         )
         _tell_unless_trained(read(directory.journal), contract.model)
         with interrupt.shield():
-            objective.export(directory.draft, {name: data for name, data in files.items() if name != "config.json"})
+            export(directory.draft, steps)
             directory.finish()
     return TrainedRun(directory.path, directory.draft, len(read(directory.journal)))
 
@@ -355,4 +364,5 @@ def _facts(
         transports=transports,
         machine=machine_facts(),
         config=msgspec.to_builtins(config),
+        directory=os.getcwd(),
     )

@@ -139,9 +139,8 @@ def test_one_command_survives_being_started_again(settings: dict[str, Any], host
         again = train_draft(settings | free, host=Unused(), resume=True)
         assert again == done._replace(was_finished=True)
     assert not [*done.directory.glob(".lock")]
-    for other in ({"max_steps": 3}, {"lr": 1e-9}):
-        with pytest.raises(CheckpointError, match=f"train.{next(iter(other))} was .*give the old values back"):
-            train_draft(settings | {"train": TRAIN | other}, host=host, resume=True)
+    with pytest.raises(CheckpointError, match=r"train.lr was .*give the old values back"):
+        train_draft(settings | {"train": TRAIN | {"lr": 1e-9}}, host=host, resume=True)
     with pytest.raises(DataError, match="no data at 'none'"):
         train_draft(settings | {"data": {"path": "none"}}, host=host, resume=True)
     (done.directory / "metrics.jsonl").write_bytes((done.directory / "metrics.jsonl").read_bytes() * 2)
@@ -182,7 +181,7 @@ def test_the_directory_is_owned_from_before_the_target_is_loaded_until_the_draft
 
     monkeypatch.setattr(DFlash, "export", exported)
     train_draft(settings, host=hosting())
-    assert seen == [f"{os.getpid()} {socket.gethostname()}\n"] * 2
+    assert seen == [f"{os.getpid()} {socket.gethostname()}\n"] * 3, "of the last checkpoint, too"
     assert not (output / ".lock").exists()
 
 

@@ -126,9 +126,10 @@ def draft_config(shape: DraftShape, dtype: torch.dtype) -> dict[str, Any]:
 
 def model_card(shape: DraftShape, target: str, facts: Mapping[str, str]) -> bytes:
     """The README of a draft for `target`. facts: as of Objective.facts."""
+    least = "0.5.18" if shape.is_causal is False and "sliding_attention" in shape.layer_types else "0.5.14"
     serving = {
-        "SGLang": sglang(target, "--speculative-algorithm DFLASH"),
-        "vLLM": vllm(target, "dflash", shape.block_size - 1),
+        f"SGLang, {least} or later": sglang(target, "--speculative-algorithm DFLASH"),
+        "vLLM, 0.33 or later": vllm(target, "dflash", shape.block_size - 1),
     }
     notes = ["Give vLLM the method: it takes it from the path otherwise."]
     if shape.input_embedding_scale != 1.0:
