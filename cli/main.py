@@ -11,7 +11,23 @@ from typing import Annotated, Any, TextIO
 import typer
 from typer.core import TyperGroup
 
-from specd.cli import bench, data, demo, doctor, eval, export, keys, plan, report, resume, start, status, stop, train
+from specd.cli import (
+    bench,
+    data,
+    demo,
+    doctor,
+    eval,
+    export,
+    keys,
+    plan,
+    push,
+    report,
+    resume,
+    start,
+    status,
+    stop,
+    train,
+)
 from specd.drafts import registry
 from specd.errors import ConfigError, SpecdError
 from specd.version import __version__
@@ -70,6 +86,7 @@ app.command("train", rich_help_panel=TRAIN, epilog=train.EXAMPLES, no_args_is_he
 app.command("resume", rich_help_panel=TRAIN, epilog=resume.EXAMPLES)(resume.resume)
 app.command("eval", rich_help_panel=TRAIN, epilog=eval.EXAMPLES)(eval.evaluate)
 app.command("export", rich_help_panel=TRAIN, epilog=export.EXAMPLES)(export.export)
+app.command("push", rich_help_panel=TRAIN, epilog=push.EXAMPLES)(push.push)
 app.command("report", rich_help_panel=TRAIN, epilog=report.EXAMPLES)(report.report)
 app.add_typer(data.app, name="data", rich_help_panel=DATA)
 app.command("doctor", rich_help_panel=LOOK, epilog=doctor.EXAMPLES)(doctor.doctor)

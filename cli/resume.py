@@ -68,7 +68,8 @@ def resume(
             },
         }
     )
-    asked: dict[str, Any] = merge(merge(facts.config, flags), overrides(settings or [])) | {"output": str(run.absolute())}
+    asked: dict[str, Any] = merge(merge(facts.config, flags), overrides(settings or []))
+    asked["output"] = str(run.absolute())
     target = asked.get("target") or {}
     hosted = model or ("" if endpoint else str(target.get("model", "")))
     asked["target"] = {**target, "model": hosted} if hosted else {}

@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from specd.config.presets import preset
 from specd.version import __version__
 
+_HERE = "DRAFT is this directory."
+
 
 def card(title: str, target: str, facts: Mapping[str, str], serving: Mapping[str, str], notes: Sequence[str]) -> bytes:
     """As Markdown, with the head that a hub reads. target: its name. facts: of the draft, as of Objective.facts.
@@ -18,7 +20,7 @@ def card(title: str, target: str, facts: Mapping[str, str], serving: Mapping[str
     about = f"For speculative decoding with this target alone. Trained by specd {__version__}."
     lines = [*_metadata(title, target), f"# {title} draft for {target}", "", about, ""]
     lines += ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in facts.items()), "", "## Serve", ""]
-    lines += ["DRAFT is this directory.", ""]
+    lines += [_HERE, ""]
     for engine, command in serving.items():
         lines += [f"{engine}:", "", f"    {command}", ""]
     lines += [f"- {note}" for note in notes]
@@ -37,6 +39,17 @@ def _metadata(title: str, target: str) -> list[str]:
     name = hub_name(target)
     base = [f"base_model: {name}"] if name else []
     return ["---", *base, "tags:", *(f"- {tag}" for tag in tags), "---", ""]
+
+
+def published(readme: str, repository: str, old: str, target: str) -> str:
+    """A README as it stands in a hub's repository, whose name engines take for the draft.
+
+    old: the target's name until now; target: the repository that holds it.
+    """
+    text = readme.replace(f"{_HERE}\n\n", "").replace(shlex.quote(old), target).replace(old, target)
+    if "\nbase_model: " not in text:
+        text = text.replace("---\n", f"---\nbase_model: {target}\n", 1)
+    return re.sub(r"\bDRAFT\b", repository, text)
 
 
 def hub_name(target: str) -> str:

@@ -29,6 +29,7 @@ VERBS = (
     ["resume"],
     ["eval"],
     ["export"],
+    ["push"],
     ["report"],
     ["data", "regenerate"],
     ["data", "show"],
