@@ -13,6 +13,7 @@ from typer.core import TyperGroup
 
 from specd.cli import (
     bench,
+    config,
     data,
     demo,
     doctor,
@@ -89,6 +90,7 @@ app.command("export", rich_help_panel=TRAIN, epilog=export.EXAMPLES)(export.expo
 app.command("push", rich_help_panel=TRAIN, epilog=push.EXAMPLES)(push.push)
 app.command("report", rich_help_panel=TRAIN, epilog=report.EXAMPLES)(report.report)
 app.add_typer(data.app, name="data", rich_help_panel=DATA)
+app.command("config", rich_help_panel=LOOK, epilog=config.EXAMPLES)(config.config)
 app.command("doctor", rich_help_panel=LOOK, epilog=doctor.EXAMPLES)(doctor.doctor)
 app.command("plan", rich_help_panel=LOOK, epilog=plan.EXAMPLES)(plan.plan)
 app.add_typer(bench.app, name="bench", rich_help_panel=LOOK)

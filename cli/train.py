@@ -8,9 +8,11 @@ from typing import Annotated
 import typer
 from msgspec.structs import replace
 
+from specd.cli.config import as_yaml, run_file
+from specd.cli.dry_run import rehearse
 from specd.cli.settings import DATA, given, paths, servers_of
 from specd.cli.training import go
-from specd.config.load import load_yaml, merge, overrides
+from specd.config.load import merge, overrides
 from specd.config.presets import recipe_of, run_config
 from specd.config.settings import RunConfig
 from specd.drafts import registry
@@ -89,11 +91,18 @@ def train(
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.", rich_help_panel=RUN)] = "",
     config: Annotated[
-        Path | None, typer.Option("--config", "-c", help="YAML file of a RunConfig; flags win over it.")
+        Path | None,
+        typer.Option("--config", "-c", help="File of settings, as `specd config` prints it, or a run.json; flags win."),
     ] = None,
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="Any setting by path, e.g. --set train.lr=3e-4.")
     ] = None,
+    print_config: Annotated[
+        bool, typer.Option("--print-config", help="Print the settings of this command as YAML, and do nothing.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything, print sizes and steps; no target is loaded.")
+    ] = False,
 ) -> None:
     """Train a draft on the hidden states of a target, and export it to OUTPUT/draft.
 
@@ -115,7 +124,10 @@ def train(
         "data": paths(data or []),
         "train": {"max_steps": max_steps, "device": device},
     }
-    asked = merge(merge(load_yaml(config) if config else {}, given(flags)), overrides(settings or []))
+    file = run_file(config) if config else {}
+    if not (model or endpoint):
+        model = str(file.get("target", {}).get("model", ""))
+    asked = merge(merge(file, given(flags)), overrides(settings or []))
     if (other := asked.setdefault("method", method)) != method:
         raise ConfigError(f"settings: method={other!r}: expected {method!r}, as the command says; leave it out")
     if method not in registry.names():
@@ -134,4 +146,10 @@ def train(
             f"settings: target={first.target}: expected none, as a daemon's target is configured by `specd start`; "
             f"leave them out, or give --model NAME to host the target here"
         )
+    if print_config:
+        typer.echo(as_yaml(first), nl=False)
+        return
+    if dry_run:
+        rehearse(settle, model=model, preset=preset, resume=resume)
+        return
     go(settle, first, model=model, preset=preset, resume=resume)

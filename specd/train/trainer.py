@@ -139,7 +139,7 @@ def _train(
         subscriber = stack.enter_context(Subscriber(link, spec, device=device, name=name, context=context))
         contract = subscriber.contract
         known, draft = recipe(contract)
-        settled = _with_data(_with_dtype(known, device), contract.model)
+        settled = with_data(with_dtype(known, device), contract.model)
         settled = replace(settled, output=str(directory.path))
         again = resume and directory.has_checkpoint(settled.train.save_every)
         if settled.train.threads:
@@ -253,7 +253,7 @@ def _is_finished(directory: RunDirectory, settle: Settle, device: str) -> bool:
     try:
         first = convert(facts.config, RunConfig, "run.json")
         known = settle(str(facts.target["model"]))
-        now = replace(_with_dtype(known, device), data=replace(known.data, path=known.data.path or DEMO))
+        now = replace(with_dtype(known, device), data=replace(known.data, path=known.data.path or DEMO))
         now, draft = kept(now, registry.settings(now.method, now.draft, "settings"), first)
         free = registry.load(now.method).free
         old = fixed(first, registry.settings(first.method, first.draft, "settings"), free)
@@ -301,7 +301,7 @@ def _device(asked: str) -> str:
     return device
 
 
-def _with_dtype(config: RunConfig, device: str) -> RunConfig:
+def with_dtype(config: RunConfig, device: str) -> RunConfig:
     """`config` with a dtype for `auto`: bfloat16 on a GPU and float32 on a CPU, where bfloat16 is emulated."""
     if config.train.dtype != "auto":
         return config
@@ -309,7 +309,7 @@ def _with_dtype(config: RunConfig, device: str) -> RunConfig:
     return replace(config, train=replace(config.train, dtype=dtype))
 
 
-def _with_data(config: RunConfig, target: str) -> RunConfig:
+def with_data(config: RunConfig, target: str) -> RunConfig:
     """`config` with specd's own conversations where it names no data, and one line that says so."""
     if config.data.path:
         return config

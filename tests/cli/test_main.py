@@ -34,6 +34,7 @@ VERBS = (
     ["data", "regenerate"],
     ["data", "show"],
     ["data", "stats"],
+    ["config"],
     ["doctor"],
     ["bench", "transport"],
     ["bench", "daemon"],
