@@ -10,7 +10,7 @@ from msgspec.structs import replace
 
 from specd.cli.config import as_yaml, run_file
 from specd.cli.dry_run import rehearse
-from specd.cli.settings import DATA, given, paths, servers_of
+from specd.cli.settings import DATA, complete_method, complete_preset, given, paths, servers_of
 from specd.cli.training import go
 from specd.config.load import merge, overrides
 from specd.config.presets import recipe_of, run_config
@@ -29,7 +29,12 @@ STATES, RUN = "Hidden states", "Run"
 
 def train(
     method: Annotated[
-        str, typer.Argument(metavar="METHOD", help=f"Which draft: {', '.join(registry.BUILTIN)}, or a plug-in's.")
+        str,
+        typer.Argument(
+            metavar="METHOD",
+            help=f"Which draft: {', '.join(registry.BUILTIN)}, or a plug-in's.",
+            autocompletion=complete_method,
+        ),
     ],
     endpoint: Annotated[
         list[str] | None,
@@ -39,7 +44,14 @@ def train(
         str, typer.Option(help="auto, or one by name: that one or an error.", rich_help_panel=STATES)
     ] = "",
     model: Annotated[
-        str, typer.Option("--model", "-m", help="Host this target here: no daemon needed.", rich_help_panel=STATES)
+        str,
+        typer.Option(
+            "--model",
+            "-m",
+            help="Host this target here: no daemon needed.",
+            rich_help_panel=STATES,
+            autocompletion=complete_preset,
+        ),
     ] = "",
     exact: Annotated[
         bool | None,
@@ -69,7 +81,13 @@ def train(
         int | None, typer.Option(help="Batches in flight beyond the one in use.", rich_help_panel=STATES)
     ] = None,
     preset: Annotated[
-        str, typer.Option("--preset", help="Take this preset's recipe; else the target's own.", rich_help_panel=RUN)
+        str,
+        typer.Option(
+            "--preset",
+            help="Take this preset's recipe; else the target's own.",
+            rich_help_panel=RUN,
+            autocompletion=complete_preset,
+        ),
     ] = "",
     data: Annotated[
         list[str] | None,
