@@ -121,8 +121,8 @@ class TargetParts(NamedTuple):
 class Tuning(msgspec.Struct, frozen=True, kw_only=True):
     """How the same loss is computed; None is the draft's own choice for the device.
 
-    compiled: the layers run through torch.compile. fused_head: see `head.head_loss`. spread_heads: see
-    `block_attention.flex_attention`.
+    compiled: the layers run through torch.compile. fused_head: see `head.head_loss` and `taught.taught_loss`.
+    spread_heads: see `block_attention.flex_attention`.
     """
 
     compiled: bool | None = None

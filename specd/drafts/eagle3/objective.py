@@ -66,8 +66,9 @@ class Eagle3:
         self.module: torch.nn.Module = self.draft
         self.embedding, self.lm_head = target.frozen(self.device, dtype)
         self._flex = trains_by_flex(config.attention, self.draft.shape.head_dim, self.device)
-        asked = None if tuning is None else tuning.compiled
-        self.draft.compiled = self._flex if asked is None else asked
+        asked = tuning or Tuning()
+        self.draft.compiled = self._flex if asked.compiled is None else asked.compiled
+        self._fused = self._flex if asked.fused_head is None else asked.fused_head
         self._in_tiles = self._cold = self._flex or self.draft.compiled
         self._provenance = provenance(config.init) if config.init else ""
         if not config.init:
@@ -91,7 +92,8 @@ class Eagle3:
             self.config.loss_chunk,
         )
         weights = [self.config.loss_decay**step for step in range(self.config.num_steps)]
-        total, counted, correct = taught_loss(read, self.draft.lm_head.weight, teacher, rows.taught, weights)
+        own = self.draft.lm_head.weight
+        total, counted, correct = taught_loss(read, own, teacher, rows.taught, weights, self._fused)
         return Loss(total, counted[0], {"correct": correct, "counted": counted})
 
     def _steps(self, batch: Batch, rows: Rows, taps: Tensor) -> Tensor:

@@ -16,7 +16,8 @@ class Eagle3Config(Config, kw_only=True, frozen=True):
     before. draft_vocab_size: tokens that it can guess, the most frequent labels of the training data; 0 for all of the
     target's. norm_output: it hands its normed state to the next step. fc_norm: each tap is normed before the taps are
     joined; both as SGLang and vLLM read these keys (EAGLE-3.1).
-    loss_chunk: teacher rows whose logits exist at a time. attention: `flex` needs a GPU.
+    loss_chunk: teacher rows whose logits exist at a time, with those of all steps that they teach.
+    attention: `flex` needs a GPU.
     num_heads, num_kv_heads, head_dim, intermediate_size: 0 takes the target's.
     init: directory of a draft, or of the run that exported it, whose weights and vocabulary training begins with.
     """
@@ -31,5 +32,5 @@ class Eagle3Config(Config, kw_only=True, frozen=True):
     num_kv_heads: NotNegative = 0
     head_dim: NotNegative = 0
     attention: AttentionKind = "auto"
-    loss_chunk: Positive = 1024
+    loss_chunk: Positive = 512
     init: str = ""
