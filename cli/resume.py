@@ -69,7 +69,7 @@ def resume(
         }
     )
     asked: dict[str, Any] = merge(merge(facts.config, flags), overrides(settings or []))
-    asked["output"] = str(run.absolute())
+    asked["output"] = str(run if Path(facts.directory) == Path.cwd() else run.absolute())
     target = asked.get("target") or {}
     hosted = model or ("" if endpoint else str(target.get("model", "")))
     asked["target"] = {**target, "model": hosted} if hosted else {}
