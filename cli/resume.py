@@ -71,10 +71,12 @@ def resume(
     asked: dict[str, Any] = merge(merge(facts.config, flags), overrides(settings or []))
     asked["output"] = str(run if Path(facts.directory) == Path.cwd() else run.absolute())
     target = asked.get("target") or {}
+    if model and endpoint:
+        raise ConfigError(f"--model {model} hosts the target here, --endpoint {endpoint[0]} uses a daemon: give one")
     hosted = model or ("" if endpoint else str(target.get("model", "")))
     asked["target"] = {**target, "model": hosted} if hosted else {}
-    if hosted and facts.config.get("subscriber", {}).get("endpoints"):
-        asked["subscriber"] = {**asked["subscriber"], "endpoints": ["auto"]}
+    if hosted:
+        asked["subscriber"] = {**(asked.get("subscriber") or {}), "endpoints": ["auto"], "transport": "auto"}
     config = convert(asked, RunConfig, "settings")
     with _place(facts.directory):
         go(lambda target: config, config, model=hosted, resume=True, shown=run)

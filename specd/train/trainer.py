@@ -91,7 +91,7 @@ def train_draft(
     not depend on it). Only whoever hosts a target reads the section `target`, so settings that are no function may not
     have it. host: a daemon of this process, or a context that makes one, which is entered once the run may begin.
     resume: go on from the newest checkpoint; begin where there is no run yet, and do nothing where it is finished under
-    the same settings. show: progress on the terminal.
+    the same settings; train.epochs and train.max_steps may be others by now. show: progress on the terminal.
     Raises ConfigError for settings that cannot work, and when another process trains in the same output; what
     `Subscriber`, `prepare` and `loop.train` raise.
     """

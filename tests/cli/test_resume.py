@@ -10,7 +10,10 @@ import pytest
 
 from chats import talk, write_rows, write_target
 from runs import curve
+from specd.cli import resume
 from specd.cli.main import run
+from specd.config.settings import RunConfig
+from specd.train.directory import RunFacts, write_facts
 from specd.train.export import find
 from specd.train.journal import read
 from specd.train.loop import _Run
@@ -113,3 +116,43 @@ def test_more_and_fewer_steps_are_a_new_plan_and_said(
     assert "train.lr was 0.0006, is 1" in capsys.readouterr().err
     assert run(["-q", "resume", "elsewhere"]) == 2
     assert "'elsewhere' holds no run: expected the --output of a `specd train`" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("began", "arguments", "model", "endpoints"),
+    [
+        ({"target": {"model": "a", "exact": True}}, [], "a", ("auto",)),
+        ({"target": {"model": "a", "exact": True}}, ["--endpoint", "ipc:///d"], "", ("ipc:///d",)),
+        ({"target": {"model": "a", "exact": True}}, ["--model", "b"], "b", ("auto",)),
+        ({"subscriber": {"endpoints": ["tcp://d:1"], "transport": "bytes"}}, [], "", ("tcp://d:1",)),
+        ({"subscriber": {"endpoints": ["tcp://d:1"], "transport": "bytes"}}, ["--model", "a"], "a", ("auto",)),
+    ],
+)
+def test_its_target_may_be_elsewhere_by_now(
+    began: dict[str, Any],
+    arguments: list[str],
+    model: str,
+    endpoints: tuple[str, ...],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config = {"method": "dflash", "train": {"lr": 0.5}} | began
+    facts = RunFacts(started="", target={}, draft={}, data={}, transports={}, machine={}, config=config)
+    write_facts(tmp_path, facts)
+    seen: list[tuple[RunConfig, str]] = []
+
+    def go(settle: Any, first: RunConfig, *, model: str, **_: Any) -> None:
+        seen.append((settle("x"), model))
+
+    monkeypatch.setattr(resume, "go", go)
+    assert run(["-q", "resume", str(tmp_path), "--set", "train.keep=5", *arguments]) == 0
+    ((settled, hosted),) = seen
+    assert (hosted, settled.subscriber.endpoints, settled.target.get("model", "")) == (model, endpoints, model)
+    assert (settled.train.lr, settled.train.keep, settled.output) == (0.5, 5, str(tmp_path))
+    assert settled.target.get("exact", False) == bool(model and "target" in began)
+
+
+def test_one_target_only(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_facts(tmp_path, RunFacts(started="", target={}, draft={}, data={}, transports={}, machine={}, config={}))
+    assert run(["-q", "resume", str(tmp_path), "--model", "a", "--endpoint", "ipc:///d"]) == 2
+    assert "--model a hosts the target here, --endpoint ipc:///d uses a daemon: give one" in capsys.readouterr().err
