@@ -136,7 +136,8 @@ def evaluate(
         refresh(found)
         if not as_json:
             name = shlex.quote(str(of_run or found.checkpoint or directory))
-            then(*([f"specd report {name}"] if of_run else []), f"specd export {name} --to DIR")
+            away = f"specd export {name} --to DIR" if of_run or found.checkpoint else f"specd push {name} OWNER/NAME"
+            then(*([f"specd report {name}"] if of_run else []), away)
     if any(result.different for result in results.values()):
         raise typer.Exit(1)
 
