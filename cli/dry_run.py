@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from specd import units
+from specd.cli.training import Job
 from specd.config.settings import RunConfig
 from specd.errors import ConfigError, DaemonError
 
@@ -19,15 +20,13 @@ if TYPE_CHECKING:
     from specd.train.rehearsal import Rehearsal
 
 
-def rehearse(
-    settle: Callable[[str], RunConfig], *, model: str, preset: str, resume: bool, as_json: bool = False
-) -> None:
-    """Check and print. model: hosted here, empty for a daemon's, which is asked for its name if it is there."""
+def rehearse(job: Job) -> None:
+    """Check and print. A daemon is asked for its target if it is there."""
     from specd.targets.source import pick_dtype
     from specd.train.rehearsal import rehearse
 
-    first = settle("")
-    source = _source(model or _of_daemon(first) or preset, first)
+    first = job.first
+    source = _source(job.model or _of_daemon(first) or job.preset, first)
     name = source.name
     asked = str(first.target.get("dtype", "auto"))
     dtype = str(pick_dtype(asked, source)).removeprefix("torch.")
@@ -36,7 +35,7 @@ def rehearse(
         for file, content in files.items():
             (Path(scratch) / file).parent.mkdir(exist_ok=True)
             (Path(scratch) / file).write_bytes(content)
-        found = rehearse(settle, name, source.config, Path(scratch), dtype, resume=resume, show=True)
+        found = rehearse(job.settle, name, source.config, Path(scratch), dtype, resume=job.resume, show=True)
     width = max(len(label) for label, _ in _rows(found))
     for label, value in _rows(found):
         typer.echo(f"{label:<{width}}  {value}")

@@ -8,12 +8,15 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
+from msgspec.structs import replace
+
 from specd.cli.settings import hosting_config
 from specd.config.settings import Config, RunConfig, SubscriberConfig, TargetConfig
 from specd.errors import ConfigError
 from specd.transports.registry import WITHIN_PROCESS
 
 if TYPE_CHECKING:
+    from specd.train.distributed import Ranks
     from specd.train.trainer import LocalDaemon
 
 
@@ -30,11 +33,15 @@ def check_link(link: SubscriberConfig, model: str) -> None:
         )
 
 
-def hosted(run: RunConfig, model: str, preset: str, resume: bool) -> AbstractContextManager[LocalDaemon]:
-    """Check all settings; the context then hosts `model` in this process."""
+def hosted(
+    run: RunConfig, model: str, preset: str, resume: bool, ranks: Ranks | None = None
+) -> AbstractContextManager[LocalDaemon]:
+    """Check all settings; the context then hosts `model` in this process, of several ranks on this one's device."""
     from specd.daemon.serve import embedded
-    from specd.train.trainer import check_recipe, output_of
+    from specd.train.trainer import check, check_recipe, output_of
 
+    if ranks is not None:
+        run = replace(run, train=replace(run.train, device=check(run, ranks.launch)))
     daemon = hosting_config(run, model, preset=preset)
     draft = check_recipe(run, model)
     if not (resume and output_of(run).begun):  # a run that goes on keeps its mask token

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from specd.cli.settings import given, servers_of
-from specd.cli.training import go
+from specd.cli.training import Job, go
 from specd.config.load import convert, merge, overrides
 from specd.config.settings import RunConfig
 from specd.drafts import registry
@@ -78,8 +78,9 @@ def resume(
     if hosted:
         asked["subscriber"] = {**(asked.get("subscriber") or {}), "endpoints": ["auto"], "transport": "auto"}
     config = convert(asked, RunConfig, "settings")
+    job = Job(settle=lambda target: config, first=config, model=hosted, resume=True, shown=run)
     with _place(facts.directory):
-        go(lambda target: config, config, model=hosted, resume=True, shown=run)
+        go(lambda: job)
 
 
 def _place(directory: str) -> contextlib.AbstractContextManager[None]:

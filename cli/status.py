@@ -13,7 +13,7 @@ from specd import units
 from specd.cli.settings import Key, ServerKey, asker
 
 if TYPE_CHECKING:
-    from specd.protocol.messages import StatusReport
+    from specd.protocol.messages import SessionStatus, StatusReport
 
 EXAMPLES = "Examples: `specd status` · `specd status --endpoint tcp://127.0.0.1:7070 --json`"
 
@@ -60,7 +60,7 @@ def _show(report: StatusReport) -> None:
     )
     for session in report.sessions:
         row = (
-            f"{session.name} {session.session[:8]}",
+            f"{session.name} {session.session[:8]}{f', run {session.run}' if session.run else ''}",
             ", ".join(gpu[:12] for gpu in session.gpus) or "–",
             session.transport or "–",
             str(session.credits),
@@ -72,6 +72,17 @@ def _show(report: StatusReport) -> None:
         )
         sessions.add_row(*map(units.printable, row))
     console.print(sessions)
+
+
+def _runs(report: StatusReport) -> Iterator[str]:
+    """Each run of several ranks: how many of them are here, and what they were served."""
+    runs: dict[str, list[SessionStatus]] = {}
+    for session in report.sessions:
+        if session.run:
+            runs.setdefault(session.run, []).append(session)
+    for run, ranks in runs.items():
+        come = max(rank.ranks for rank in ranks)
+        yield f"run {run}: {len(ranks)} of {come} ranks, {sum(rank.batches for rank in ranks):,} batches"
 
 
 def _facts(report: StatusReport) -> Iterator[tuple[str, str]]:
@@ -89,4 +100,5 @@ def _facts(report: StatusReport) -> Iterator[tuple[str, str]]:
         yield "ring", f"{ring.num_slots} slots × {ring.slot_tokens:,} tokens, {size}"
     yield "slots", ", ".join(f"{count} {state}" for state, count in report.slots.items()) or "–"
     yield "queued", str(report.queued)
+    yield "sessions", f"{len(report.sessions)} of {report.max_sessions}" + "".join(f"; {run}" for run in _runs(report))
     yield "counters", ", ".join(f"{name} {count:,}" for name, count in report.counters.items()) or "–"

@@ -11,7 +11,7 @@ from msgspec.structs import replace
 from specd.cli.config import as_yaml, run_file
 from specd.cli.dry_run import rehearse
 from specd.cli.settings import DATA, complete_method, complete_preset, given, paths, servers_of
-from specd.cli.training import go
+from specd.cli.training import Job, go
 from specd.config.load import merge, overrides
 from specd.config.presets import recipe_of, run_config
 from specd.config.settings import RunConfig
@@ -142,32 +142,34 @@ def train(
         "data": paths(data or []),
         "train": {"max_steps": max_steps, "device": device},
     }
-    file = run_file(config) if config else {}
-    if not (model or endpoint):
-        model = str(file.get("target", {}).get("model", ""))
-    asked = merge(merge(file, given(flags)), overrides(settings or []))
-    if (other := asked.setdefault("method", method)) != method:
-        raise ConfigError(f"settings: method={other!r}: expected {method!r}, as the command says; leave it out")
-    if method not in registry.names():
-        raise ConfigError(f"unknown draft method {method!r}; known here: {', '.join(registry.names())}")
 
-    def settle(target: str) -> RunConfig:
-        run = run_config(asked, target or model, preset=preset)
-        if not model:
-            return run
-        recipe = recipe_of(preset, "") if preset else None  # `specd resume` knows no preset
-        return replace(run, target=(recipe.target if recipe else {}) | {"model": model} | run.target)
+    def job() -> Job:
+        file = run_file(config) if config else {}
+        hosted = model if model or endpoint else str(file.get("target", {}).get("model", ""))
+        asked = merge(merge(file, given(flags)), overrides(settings or []))
+        if (other := asked.setdefault("method", method)) != method:
+            raise ConfigError(f"settings: method={other!r}: expected {method!r}, as the command says; leave it out")
+        if method not in registry.names():
+            raise ConfigError(f"unknown draft method {method!r}; known here: {', '.join(registry.names())}")
 
-    first = settle("")
-    if first.target and not model:
-        raise ConfigError(
-            f"settings: target={first.target}: expected none, as a daemon's target is configured by `specd start`; "
-            f"leave them out, or give --model NAME to host the target here"
-        )
+        def settle(target: str) -> RunConfig:
+            run = run_config(asked, target or hosted, preset=preset)
+            if not hosted:
+                return run
+            recipe = recipe_of(preset, "") if preset else None  # `specd resume` knows no preset
+            return replace(run, target=(recipe.target if recipe else {}) | {"model": hosted} | run.target)
+
+        first = settle("")
+        if first.target and not hosted:
+            raise ConfigError(
+                f"settings: target={first.target}: expected none, as a daemon's target is configured by `specd start`; "
+                f"leave them out, or give --model NAME to host the target here"
+            )
+        return Job(settle=settle, first=first, model=hosted, preset=preset, resume=resume)
+
     if print_config:
-        typer.echo(as_yaml(first), nl=False)
-        return
-    if dry_run:
-        rehearse(settle, model=model, preset=preset, resume=resume)
-        return
-    go(settle, first, model=model, preset=preset, resume=resume)
+        typer.echo(as_yaml(job().first), nl=False)
+    elif dry_run:
+        rehearse(job())
+    else:
+        go(job)

@@ -45,7 +45,7 @@ class Terms(NamedTuple):
 
     spec: of the capture, given the target. device: `cpu` or one with its index. borrow: read slots in place.
     fingerprint: empty for any target. identity: who the trainer is over TCP, None without keys. insecure_data: whether
-    states may come from another host in the clear although there are keys.
+    states may come from another host in the clear although there are keys. run, ranks: as in a HELLO.
     """
 
     name: str
@@ -57,6 +57,8 @@ class Terms(NamedTuple):
     fingerprint: str = ""
     identity: Identity | None = None
     insecure_data: bool = False
+    run: bytes = b""
+    ranks: int = 1
 
 
 class Session(NamedTuple):
@@ -145,6 +147,8 @@ class _Handshake:
             spec=spec,
             credits=terms.credits,
             fingerprint=terms.fingerprint,
+            run=terms.run,
+            ranks=terms.ranks,
         )
         answer = self._daemon.ask(hello, wire.Welcome, wire.Reject)
         if isinstance(answer, wire.Reject):

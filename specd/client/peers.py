@@ -10,7 +10,7 @@ only if all are.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from typing import Generic
 
 from specd.client.pace import KNOWN, Pace
@@ -19,13 +19,28 @@ from specd.errors import BatchError
 
 
 class Peer(Generic[S, B]):
-    """One daemon. session: None while it is down. pace: of this session. held: what takes its credits, by seq."""
+    """One daemon. standby: it may never be up. session: None while it is down. pace: of this session.
 
-    __slots__ = ("announce", "borrow", "credits", "endpoint", "held", "pace", "place", "session", "slot_bytes")
+    held: what takes its credits, by seq.
+    """
 
-    def __init__(self, place: int, endpoint: str) -> None:
+    __slots__ = (
+        "announce",
+        "borrow",
+        "credits",
+        "endpoint",
+        "held",
+        "pace",
+        "place",
+        "session",
+        "slot_bytes",
+        "standby",
+    )
+
+    def __init__(self, place: int, endpoint: str, standby: bool) -> None:
         self.place = place
         self.endpoint = endpoint
+        self.standby = standby
         self.session: S | None = None
         self.credits = self.slot_bytes = 0
         self.borrow = self.announce = False
@@ -55,10 +70,12 @@ class Peer(Generic[S, B]):
 
 
 class Peers(Generic[S, B]):
-    """All daemons of a window, by their place among its endpoints."""
+    """All daemons of a window, by their place among its endpoints. standby: places of those that may never be up."""
 
-    def __init__(self, endpoints: Sequence[str]) -> None:
-        self._peers: list[Peer[S, B]] = [Peer(place, endpoint) for place, endpoint in enumerate(endpoints)]
+    def __init__(self, endpoints: Sequence[str], standby: Container[int] = ()) -> None:
+        self._peers: list[Peer[S, B]] = [
+            Peer(place, endpoint, place in standby) for place, endpoint in enumerate(endpoints)
+        ]
 
     def __iter__(self) -> Iterator[Peer[S, B]]:
         return iter(self._peers)
@@ -90,7 +107,7 @@ class Peers(Generic[S, B]):
     def unfit(self, pending: Pending[S, B]) -> BatchError | None:
         """Why a batch never comes: all daemons are up, and it fits no slot of any."""
         nbytes, largest = pending.layout.nbytes, max(peer.slot_bytes for peer in self._peers)
-        if nbytes <= largest or any(peer.session is None for peer in self._peers):
+        if nbytes <= largest or any(peer.session is None and not peer.standby for peer in self._peers):
             return None
         return BatchError(
             f"{pending} needs {nbytes} bytes and the largest slot of any daemon has {largest}: start one with a larger "

@@ -10,6 +10,9 @@ from msgspec import Meta
 AttentionKind = Literal["auto", "flex", "sdpa"]
 """How a draft attends: flex_attention, plain torch ops, or whichever suits the device."""
 
+Collectives = Literal["auto", "gloo", "nccl"]
+"""By what the ranks of a training exchange gradients."""
+
 Positive = Annotated[int, Meta(ge=1)]
 NotNegative = Annotated[int, Meta(ge=0)]
 Decay = Annotated[float, Meta(ge=0, lt=1)]
@@ -126,9 +129,10 @@ class SubscriberConfig(Config, kw_only=True, frozen=True):
     endpoints: of the daemons, `auto` for this user's. transport: `auto`, or one by name: that one or an error. depth:
     batches in flight beyond the one in use; 0 requests on demand only. timeout_s: longest wait for one batch.
     connect_s: longest time without any usable daemon. borrow: read the daemon's slots in place, without a copy, where
-    trainer and target share one GPU; a slot then stays taken until its batch was trained. auth: keys, for TCP
-    endpoints. insecure_data: with keys, also take transports from another host that do not encrypt states (nccl,
-    nixl).
+    trainer and target share one GPU; a slot then stays taken until its batch was trained. place: which daemons a rank
+    takes where a training has several ranks. `near` means those on its own host, or all if none is, shared evenly among
+    the ranks, and the rest only while none of these is up; `all` means every one. auth: keys, for TCP endpoints.
+    insecure_data: with keys, also take transports from another host that do not encrypt states (nccl, nixl).
     """
 
     endpoints: tuple[str, ...] = ("auto",)
@@ -137,6 +141,7 @@ class SubscriberConfig(Config, kw_only=True, frozen=True):
     timeout_s: Annotated[float, Meta(gt=0)] = 300.0
     connect_s: Annotated[float, Meta(ge=0)] = 120.0
     borrow: bool = False
+    place: Literal["near", "all"] = "near"
     auth: TrainerAuth | None = None
     insecure_data: bool = False
 
@@ -186,7 +191,10 @@ class TrainConfig(Config, kw_only=True, frozen=True):
     `auto` is bfloat16 on a GPU; master weights are float32. device: cpu, cuda or cuda:N; `auto` is a GPU where there is
     one. threads: CPU threads of torch, 0 for its choice. seed: of initial weights, data order and what a draft draws.
     save_every: steps between checkpoints, 0 for none but the last. keep: how many checkpoints stay. log_every: steps
-    between two looks at the device's figures; it changes no number.
+    between two looks at the device's figures; it changes no number. collectives: by what several ranks, which share the
+    batches of a step, sum gradients; `auto` is nccl on GPUs, one for each rank, and gloo on CPUs; gloo also has ranks
+    share a GPU. peer_patience_s: how long a rank may show no life before the others end, 0 for 5 s on one host and 30 s
+    on several.
     """
 
     lr: Annotated[float, Meta(gt=0)] = 6e-4
@@ -204,6 +212,8 @@ class TrainConfig(Config, kw_only=True, frozen=True):
     save_every: NotNegative = 500
     keep: Positive = 2
     log_every: Positive = 1
+    collectives: Collectives = "auto"
+    peer_patience_s: Annotated[float, Meta(ge=0)] = 0.0
 
 
 class RunConfig(Config, kw_only=True, frozen=True):

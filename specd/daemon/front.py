@@ -105,6 +105,18 @@ class Front:
             return None
         return connection.stranger()
 
+    def too_many(self, connection: Connection | None, ranks: int) -> str | None:
+        """Why a run of so many ranks never fits, or None."""
+        places = self._settings.ring.max_sessions
+        most = places if connection is None or self.gate is None else self.gate.quota(places)
+        if ranks <= most:
+            return None
+        quota = "" if most == places else f", of which a key may have {most}"
+        return (
+            f"this daemon takes {places} sessions (ring.max_sessions){quota}, and this run has {ranks} ranks here: "
+            f"start it with `specd start … --trainers {ranks + places - most}`"
+        )
+
     def over_quota(self, connection: Connection | None, taken: Collection[Connection]) -> str | None:
         """Why a key may not have one more session, or None. taken: connections that have one."""
         if connection is None or self.gate is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -87,6 +88,10 @@ class BatchPlan:
             self._counts[epoch] = len(self.epoch(epoch))
         return self._counts[epoch]
 
+    def num_tokens(self, members: tuple[int, ...]) -> int:
+        """Tokens of a batch."""
+        return int(self._lengths[list(members)].sum())
+
     def _build(self, epoch: int) -> list[tuple[int, ...]]:
         chosen = self._chosen(epoch)
         if not chosen.size:
@@ -128,6 +133,15 @@ class BatchPlan:
         yield tuple(batch)
 
 
+class Place(msgspec.Struct, frozen=True):
+    """A batch of the plan, before it is packed. tokens: how many it has."""
+
+    epoch: int
+    index: int
+    samples: tuple[int, ...]
+    tokens: int
+
+
 class Loader:
     """The batches of `epochs` epochs. Iterating over it gives all of them, from the first on."""
 
@@ -159,9 +173,7 @@ class Loader:
 
     def batches(self, epoch: int, index: int = 0) -> Iterator[Batch]:
         """The batches of one epoch (from 0), from number `index` on; none from the epoch's length on."""
-        plan = self._plan.epoch(epoch)
-        for number in range(index, len(plan)):
-            yield self._pack(plan[number], epoch, number)
+        yield from map(self.pack, self._places(epoch, index))
 
     def before(self, epoch: int, index: int) -> int:
         """How many batches there are before number `index` of `epoch`, without gaps."""
@@ -169,19 +181,30 @@ class Loader:
 
     def remaining(self, epoch: int, index: int) -> Iterator[Batch]:
         """All batches of the run from number `index` of `epoch` on; `index` may be the length of that epoch."""
-        for current in range(epoch, self.epochs):
-            yield from self.batches(current, index if current == epoch else 0)
+        yield from map(self.pack, self.places(epoch, index))
 
-    def _pack(self, members: tuple[int, ...], epoch: int, index: int) -> Batch:
+    def places(self, epoch: int, index: int) -> Iterator[Place]:
+        """The same, not packed."""
+        for current in range(epoch, self.epochs):
+            yield from self._places(current, index if current == epoch else 0)
+
+    def pack(self, place: Place) -> Batch:
+        """The batch of a place."""
+        members = place.samples
         tokens = [self._samples.tokens(i) for i in members]
         return Batch(
             tokens=np.concatenate(tokens),
             lengths=np.array([part.size for part in tokens], np.int32),
             loss_mask=np.concatenate([self._samples.loss_mask(i) for i in members]),
             samples=members,
-            epoch=epoch,
-            index=index,
+            epoch=place.epoch,
+            index=place.index,
         )
+
+    def _places(self, epoch: int, index: int) -> Iterator[Place]:
+        plan = self._plan.epoch(epoch)
+        for number in range(index, len(plan)):
+            yield Place(epoch, number, plan[number], self._plan.num_tokens(plan[number]))
 
 
 def _keys(count: int, seed: int, epoch: int, purpose: int) -> NDArray[np.uint64]:

@@ -8,6 +8,7 @@ from msgspec import Meta
 
 EPOCH_BYTES = 16
 BATCH_ID_BYTES = 16
+RUN_BYTES = 16
 MAX_MESSAGE_BYTES = 8 << 20
 """Largest control frame either side accepts; a peer that sends more is disconnected by libzmq."""
 MAX_REQUEST_BYTES = 128 << 10

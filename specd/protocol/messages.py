@@ -23,6 +23,7 @@ from specd.protocol.limits import (
     MAX_MESSAGE_BYTES,
     MAX_NAME_CHARS,
     MAX_OFFER_BYTES,
+    RUN_BYTES,
     U64,
     BatchId,
     Int31,
@@ -33,7 +34,7 @@ from specd.protocol.limits import (
     Reason,
 )
 
-VERSION = 4
+VERSION = 5
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="type"):
@@ -48,7 +49,7 @@ class Message(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
 class SessionStatus(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One trainer as STATUS shows it. session: a name of it that opens nothing. gpus: as in its HELLO. counts are since
-    then.
+    then. run: a name of its run that opens nothing, empty for a trainer of its own. ranks: that run's, here.
     """
 
     session: str
@@ -61,6 +62,8 @@ class SessionStatus(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     batches: int
     nbytes: int
     age_s: float
+    run: str = ""
+    ranks: int = 1
 
 
 # Trainer → daemon
@@ -70,6 +73,7 @@ class Hello(Message, kw_only=True, frozen=True, tag="hello"):
     """Open or reopen a session. name: for people. pid: 0 if unknown. host: identity of kernel and namespaces.
 
     credits: how many batches the trainer wants outstanding. fingerprint: the target it must be, empty for any.
+    run: equal on all ranks of one training, empty for one alone. ranks: how many of them come to this daemon.
     """
 
     name: Name
@@ -80,6 +84,15 @@ class Hello(Message, kw_only=True, frozen=True, tag="hello"):
     spec: CaptureSpec
     credits: Positive
     fingerprint: Annotated[str, Meta(max_length=1000)] = ""
+    run: Annotated[bytes, Meta(max_length=RUN_BYTES)] = b""
+    ranks: Positive = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if len(self.run) not in (0, RUN_BYTES):
+            raise ValueError(f"a run of {len(self.run)} bytes: expected {RUN_BYTES}, or none")
+        if self.ranks > 1 and not self.run:
+            raise ValueError(f"{self.ranks} ranks of no run: expected its {RUN_BYTES} bytes, or 1 rank")
 
 
 class Attach(Message, kw_only=True, frozen=True, tag="attach"):
@@ -228,7 +241,7 @@ class Artifact(Message, kw_only=True, frozen=True, tag="artifact"):
 class StatusReport(Message, kw_only=True, frozen=True, tag="status_report"):
     """Answer to STATUS. state: starting, serving, draining. slots: how many are in each state.
 
-    transports: what the worker serves, empty while none does. loading_ms: as in Reject.
+    transports: what the worker serves, empty while none does. loading_ms: as in Reject. max_sessions: trainers at once.
     """
 
     state: str
@@ -245,6 +258,7 @@ class StatusReport(Message, kw_only=True, frozen=True, tag="status_report"):
     endpoints: tuple[str, ...]
     transports: tuple[str, ...]
     loading_ms: Int31 = 0
+    max_sessions: Int31 = 0
 
 
 class Error(Message, kw_only=True, frozen=True, tag="error"):

@@ -40,6 +40,8 @@ class StepRecord(msgspec.Struct, frozen=True, kw_only=True):
     wire_wait_s (computed, not fetched yet) + train_s (the rest). draft_s: the step's own time on its device, also the
     part during those waits; wall time on a CPU; 0 if not measured. forward_s: the daemons' forward time of its batches,
     overlapped or not. resubmitted, reconnects: in this step.
+    Of several ranks, waits are means, and forward_s, resubmitted and reconnects sums over all of them; ranks: how many.
+    slowest: what the slowest one needs over their mean, 0.1 for 10 % more, without its waits for the others.
     """
 
     step: int
@@ -62,6 +64,8 @@ class StepRecord(msgspec.Struct, frozen=True, kw_only=True):
     draft_s: float = 0.0
     resubmitted: int = 0
     reconnects: int = 0
+    ranks: int = 1
+    slowest: float = 0.0
 
     @property
     def bound(self) -> Bound:

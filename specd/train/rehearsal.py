@@ -19,8 +19,8 @@ from specd.protocol.capture import DTYPE_BYTES, StateDtype
 from specd.protocol.contract import TargetContract
 from specd.train.checkpoint import finished_checkpoints
 from specd.train.optimizer import total_steps
-from specd.train.preparation import prepared, warn_of_length
-from specd.train.trainer import Settle, check, check_recipe, output_of, with_data, with_dtype
+from specd.train.preparation import prepared, warn_of_length, with_data, with_dtype
+from specd.train.trainer import Settle, check, check_recipe, output_of
 
 
 class Rehearsal(msgspec.Struct, frozen=True, kw_only=True):

@@ -16,13 +16,14 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import msgspec
 import torch
 import zmq
 from msgspec.structs import replace
 
+from specd.client.seats import Seat
 from specd.client.subscriber import Subscriber
 from specd.config.load import convert
 from specd.config.presets import run_config
@@ -34,22 +35,25 @@ from specd.data.rows import DEMO
 from specd.drafts import registry
 from specd.drafts.base import Objective, TargetParts
 from specd.drafts.initial import initial_config
-from specd.errors import ConfigError, SpecdError, TransportError
-from specd.memory import cuda
+from specd.errors import ConfigError, SpecdError
 from specd.protocol.capture import CaptureSpec
 from specd.protocol.contract import TargetContract
-from specd.train.checkpoint import Checkpoints
+from specd.train import launcher
+from specd.train.checkpoint import Checkpoints, Identity
 from specd.train.directory import RunDirectory, RunFacts, fixed, identity, machine_facts, target_files, utc, write_facts
 from specd.train.display import Display
+from specd.train.distributed import Ranks
 from specd.train.export import sign
 from specd.train.interrupt import Interrupt
 from specd.train.journal import StepRecord, read
+from specd.train.launcher import Launch
 from specd.train.loop import out_of_memory, train
 from specd.train.owner import owned
-from specd.train.plan import planned
-from specd.train.preparation import data_facts, kept, prepared, warn_of_length
+from specd.train.plan import Plan, planned
+from specd.train.preparation import data_facts, kept, prepared, warn_of_length, with_data, with_date, with_dtype
 from specd.train.tensorboard import Scalars
 from specd.transports import registry as transports
+from specd.version import __version__
 
 logger = logging.getLogger(__name__)
 
@@ -74,6 +78,7 @@ class TrainedRun(NamedTuple):
     draft: Path
     steps: int
     was_finished: bool = False
+    ranks: int = 1
 
 
 def train_draft(
@@ -83,6 +88,7 @@ def train_draft(
     resume: bool = False,
     interrupt: Interrupt | None = None,
     show: bool = False,
+    ranks: Ranks | None = None,
 ) -> TrainedRun:
     """Train a draft on the hidden states of `host` or of `config.subscriber`'s daemons, and export it to OUTPUT/draft.
 
@@ -91,20 +97,38 @@ def train_draft(
     not depend on it). Only whoever hosts a target reads the section `target`, so settings that are no function may not
     have it. host: a daemon of this process, or a context that makes one, which is entered once the run may begin.
     resume: go on from the newest checkpoint; begin where there is no run yet, and do nothing where it is finished under
-    the same settings; train.epochs and train.max_steps may be others by now. show: progress on the terminal.
+    the same settings; train.epochs and train.max_steps may be others by now. show: progress on the terminal. ranks:
+    entered, if the caller has already met those that this process was started with, as torchrun does; they share the
+    batches of a step, and rank 0 alone writes and shows.
     Raises ConfigError for settings that cannot work, and when another process trains in the same output; what
-    `Subscriber`, `prepare` and `loop.train` raise.
+    `Subscriber`, `prepare` and `loop.train` raise; PeerError when another rank ends.
     """
+    if ranks is None:
+        with Ranks.launched() as ranks:
+            return train_draft(
+                config, host=host, resume=resume, interrupt=interrupt, show=show and ranks.leads, ranks=ranks
+            )
     settle = _settle(config)
     first = settle("")
-    device = check(first)
+    device = check(first, ranks.launch)
     directory = output_of(first)
-    with owned(directory.path):
-        if (resume := directory.check(resume)) and _is_finished(directory, settle, device):
-            return TrainedRun(directory.path, directory.draft, len(read(directory.journal)), was_finished=True)
+    with owned(directory.path) if ranks.leads else contextlib.nullcontext():
+        begun, done = ranks.decide("begin", partial(_begun, directory, settle, device, resume, ranks))
+        if done is not None:
+            return TrainedRun(directory.path, directory.draft, done, was_finished=True, ranks=ranks.size)
         _see_init(first)
         with host if isinstance(host, AbstractContextManager) else contextlib.nullcontext(host) as local:
-            return _train(settle, first, device, directory, local, resume, interrupt or Interrupt(), show)
+            return _train(settle, first, device, directory, local, begun, interrupt or Interrupt(), show, ranks)
+
+
+def _begun(directory: RunDirectory, settle: Settle, device: str, resume: bool, ranks: Ranks) -> tuple[bool, int | None]:
+    """Whether there is a run to go on with, and how many steps it has if it is finished.
+
+    A run that its launcher starts again goes on.
+    """
+    again = ranks.restarts > 0 and directory.began_by(launcher.identity())
+    begun = directory.check(resume or again)
+    return begun, len(read(directory.journal)) if begun and _is_finished(directory, settle, device) else None
 
 
 def _train(
@@ -116,8 +140,9 @@ def _train(
     resume: bool,
     interrupt: Interrupt,
     show: bool,
+    ranks: Ranks,
 ) -> TrainedRun:
-    """The run itself, in a directory that is owned."""
+    """The run itself, in a directory that rank 0 owns."""
     method = registry.load(first.method)
     recipes: dict[str, tuple[RunConfig, Config]] = {}
 
@@ -132,35 +157,40 @@ def _train(
         return method.capture(recipe(contract)[1], contract)
 
     with contextlib.ExitStack() as stack:
-        link, context = first.subscriber, None
-        if host is not None:
-            link, context = replace(link, endpoints=(host.endpoint,), transport=transports.WITHIN_PROCESS), host.context
-        name = directory.path.name
-        subscriber = stack.enter_context(Subscriber(link, spec, device=device, name=name, context=context))
+        subscriber = stack.enter_context(_connect(first, spec, device, directory.path.name, host, ranks))
         contract = subscriber.contract
         known, draft = recipe(contract)
+        if (idle := launcher.check_shares(known.train.accumulation, ranks.size)) and ranks.leads:
+            logger.warning("%s", idle)
         settled = with_data(with_dtype(known, device), contract.model)
         settled = replace(settled, output=str(directory.path))
-        again = resume and directory.has_checkpoint(settled.train.save_every)
+        again = ranks.decide("again", lambda: resume and directory.has_checkpoint(settled.train.save_every))
+        before = _settings(ranks.decide("settings", lambda: directory.settings() if resume else None))
         if settled.train.threads:
             torch.set_num_threads(settled.train.threads)
         with tempfile.TemporaryDirectory(prefix="specd-target-") as scratch:
             files = target_files(contract, subscriber.artifact, Path(scratch))
-            settled, draft, dataset = prepared(
+            settled = with_date(settled, draft, before, Path(scratch), ranks)
+            settled, draft, dataset = ranks.in_turn("data", partial(
+                prepared,
                 settled,
                 draft,
                 Path(scratch),
                 contract.vocab_size,
                 contract.model,
                 consecutive_labels=method.consecutive_labels,
-                begun=directory.settings() if resume else None,
+                begun=before,
                 show=show,
-            )
+            ))  # fmt: skip
         loader = Loader(dataset, dataset.plan(settled.data, settled.train.seed), epochs=settled.train.epochs)
         own = identity(settled, draft, method.free, contract, dataset.digest)
+        _agree(ranks, own, device, settled)
         checkpoints = Checkpoints(directory.checkpoints, own, settled.train.keep)
-        plan = planned(checkpoints if again else None, loader, settled.train)
+        old = checkpoints if again else None
+        plan = Plan(**ranks.decide("plan", lambda: planned(old, loader, settled.train)._asdict()))
         steps, done = plan.steps, plan.done
+        patience, wait = settled.train.peer_patience_s, first.subscriber.timeout_s + first.subscriber.connect_s + 60
+        ranks.join(device, wait, collectives=settled.train.collectives, patience_s=patience)
         dtype: torch.dtype = getattr(torch, settled.train.dtype)
         try:
             published = json.loads(files["config.json"])
@@ -171,24 +201,27 @@ def _train(
         except torch.OutOfMemoryError as error:
             what = f"no memory left on {device} for the draft and what it needs of {contract.model}"
             raise out_of_memory(what, error, "free some there or name another GPU in train.device") from None
-        if again:
-            facts = directory.reopen(settled, plan.change)
-        else:
-            facts = _facts(settled, method.title, contract, dataset, objective, subscriber.stats().transports)
-            write_facts(directory.path, facts)
-        beside = {name: data for name, data in files.items() if name != "config.json"}
 
         def export(path: Path, step: int) -> None:
-            objective.export(path, beside)
+            objective.export(path, {name: data for name, data in files.items() if name != "config.json"})
             sign(path, facts, step, steps)
 
-        checkpoints.export = export
+        if ranks.leads:
+            if again:
+                facts = directory.reopen(settled, plan.change)
+            else:
+                facts = _facts(
+                    settled, method.title, contract, dataset, objective, subscriber.stats().transports, ranks
+                )
+                write_facts(directory.path, facts)
+            checkpoints.export = export
         sinks: list[Display | Scalars] = []
-        if show:
-            title = f"{settled.method} draft for {contract.model} → {directory.path}"
+        if show and ranks.leads:
+            title = f"{settled.method} draft for {contract.model} → {directory.path}{ranks.title}"
             sinks.append(stack.enter_context(Display(title, done, steps, lambda: subscriber.stats().transports)))
-        sinks.append(stack.enter_context(Scalars(directory.tensorboard, done)))
-        train(
+        if ranks.leads:
+            sinks.append(stack.enter_context(Scalars(directory.tensorboard, done)))
+        end = train(
             settled.train,
             objective,
             loader,
@@ -198,12 +231,46 @@ def _train(
             sinks=sinks,
             interrupt=interrupt,
             resume=again,
+            ranks=ranks,
         )
+        if not ranks.leads:
+            return TrainedRun(directory.path, directory.draft, end.step, ranks=ranks.size)
         _tell_unless_trained(read(directory.journal), contract.model)
         with interrupt.shield():
             export(directory.draft, steps)
             directory.finish()
-    return TrainedRun(directory.path, directory.draft, len(read(directory.journal)))
+    return TrainedRun(directory.path, directory.draft, len(read(directory.journal)), ranks=ranks.size)
+
+
+def _connect(
+    first: RunConfig,
+    spec: Callable[[TargetContract], CaptureSpec],
+    device: str,
+    name: str,
+    host: LocalDaemon | None,
+    ranks: Ranks,
+) -> Subscriber:
+    """The source of states: a daemon within this process is this rank's alone."""
+    link, launch = first.subscriber, ranks.launch
+    if ranks.size > 1:
+        name = f"{name}, rank {ranks.rank}"
+    if host is not None:
+        link = replace(link, endpoints=(host.endpoint,), transport=transports.WITHIN_PROCESS)
+        return Subscriber(link, spec, device=device, name=name, context=host.context)
+    seat = Seat(launch.rank, launch.local, launch.here) if ranks.size > 1 else None
+    return Subscriber(link, spec, device=device, name=name, run=ranks.run, ranks=ranks.size, seat=seat)
+
+
+def _settings(data: object) -> RunConfig | None:
+    """Settings as rank 0 told them."""
+    return data if data is None or isinstance(data, RunConfig) else convert(data, RunConfig, "run.json")
+
+
+def _agree(ranks: Ranks, own: Identity, device: str, config: RunConfig) -> None:
+    """Raise ConfigError unless all ranks train the same."""
+    facts = {"specd": __version__, "target": own.target, "train.device": device.partition(":")[0]}
+    facts |= {name: str(value) for name, value in own.settings.items() if name != "data.digest"}
+    ranks.agree(facts | {"train.collectives": config.train.collectives, "data": str(own.settings["data.digest"])})
 
 
 def output_of(config: RunConfig) -> RunDirectory:
@@ -211,29 +278,17 @@ def output_of(config: RunConfig) -> RunDirectory:
     return RunDirectory(Path(config.output or f"runs/{config.method}"))
 
 
-def check(config: RunConfig) -> str:
+def check(config: RunConfig, launch: Launch | None = None) -> str:
     """See that a run can begin, whatever its target; returns its device. Nothing is made yet.
 
     Raises ConfigError, DataError for data that is not there.
     """
-    _check_alone()
     registry.settings(config.method, config.draft, "settings")
     if config.data.path:
         datasets.check(config.data)
     if (asked := config.subscriber.transport) not in (known := ["auto", *transports.names()]):
         raise ConfigError(f"subscriber.transport={asked!r}: expected one of {', '.join(known)}; leave it out for auto")
-    return _device(config.train.device)
-
-
-def _check_alone() -> None:
-    """Raise ConfigError in one of several processes of a launcher: each would train the whole run."""
-    size = os.environ.get("WORLD_SIZE", "").strip()
-    if size.isdecimal() and int(size) > 1:
-        raise ConfigError(
-            f"WORLD_SIZE={size} in the environment: torchrun or another launcher started {size} trainers, and specd "
-            f"trains in one process: start `specd train` without the launcher, or with WORLD_SIZE unset if this is the "
-            f"only one"
-        )
+    return launcher.device_of(config.train, launch or Launch())
 
 
 def _see_init(config: RunConfig) -> None:
@@ -290,38 +345,6 @@ def _settle(config: RunConfig | Mapping[str, Any] | Settle) -> Settle:
     return (lambda target: checked) if isinstance(config, RunConfig) else partial(run_config, data)
 
 
-def _device(asked: str) -> str:
-    """`auto` as a GPU where there is one, else cpu. Raises ConfigError for a device that this process lacks."""
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if asked == "auto" else asked
-    if device != "cpu":
-        try:
-            cuda.ordinal(device)
-        except TransportError as error:
-            raise ConfigError(f"train.device: {error}; use auto, cpu or cuda:N") from None
-    return device
-
-
-def with_dtype(config: RunConfig, device: str) -> RunConfig:
-    """`config` with a dtype for `auto`: bfloat16 on a GPU and float32 on a CPU, where bfloat16 is emulated."""
-    if config.train.dtype != "auto":
-        return config
-    dtype: Literal["float32", "bfloat16"] = "float32" if device == "cpu" else "bfloat16"
-    return replace(config, train=replace(config.train, dtype=dtype))
-
-
-def with_data(config: RunConfig, target: str) -> RunConfig:
-    """`config` with specd's own conversations where it names no data, and one line that says so."""
-    if config.data.path:
-        return config
-    logger.warning(
-        "no data given: training on the conversations that come with specd (%s), whose answers are not %s's own, so "
-        "this only shows the path; for a draft worth serving give --data FILE with answers of %s, as `specd data "
-        "regenerate FILE --model %s --output FILE` writes them",
-        DEMO, target, target, target,
-    )  # fmt: skip
-    return replace(config, data=replace(config.data, path=DEMO))
-
-
 def _target_parts(subscriber: Subscriber, config: dict[str, object], dataset: Dataset) -> TargetParts:
     contract = subscriber.contract
     embedding = subscriber.tensor("embedding")
@@ -348,9 +371,11 @@ def _facts(
     dataset: Dataset,
     objective: Objective,
     transports: dict[str, str],
+    ranks: Ranks,
 ) -> RunFacts:
     return RunFacts(
         started=utc(),
+        launcher=launcher.identity() if ranks.size > 1 else "",
         target={
             "model": contract.model,
             "layers": contract.num_layers,
@@ -362,7 +387,7 @@ def _facts(
         draft={"method": title, **objective.facts()},
         data=data_facts(config.data.path, dataset),
         transports=transports,
-        machine=machine_facts(),
+        machine=machine_facts() | ({"ranks": ranks.title.removeprefix(" · ")} if ranks.size > 1 else {}),
         config=msgspec.to_builtins(config),
         directory=os.getcwd(),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from chats import talk, write_rows, write_target
 from runs import curve
 from specd.cli import resume
 from specd.cli.main import run
+from specd.cli.training import Job
 from specd.config.settings import RunConfig
 from specd.train.directory import RunFacts, write_facts
 from specd.train.export import find
@@ -41,10 +43,10 @@ def begin(output: str, *arguments: str) -> int:
 def interrupted(output: str, monkeypatch: pytest.MonkeyPatch, step: int, *arguments: str) -> None:
     """A run of which the process is told to end behind a step."""
 
-    def ends(run: _Run, window: Any) -> None:
+    def ends(run: _Run, *rest: Any) -> None:
         if run.position.step == step:
             raise KeyboardInterrupt
-        taken(run, window)
+        taken(run, *rest)
 
     taken = _Run.step
     with monkeypatch.context() as patched:
@@ -141,8 +143,8 @@ def test_its_target_may_be_elsewhere_by_now(
     write_facts(tmp_path, facts)
     seen: list[tuple[RunConfig, str]] = []
 
-    def go(settle: Any, first: RunConfig, *, model: str, **_: Any) -> None:
-        seen.append((settle("x"), model))
+    def go(ask: Callable[[], Job]) -> None:
+        seen.append((ask().settle("x"), ask().model))
 
     monkeypatch.setattr(resume, "go", go)
     assert run(["-q", "resume", str(tmp_path), "--set", "train.keep=5", *arguments]) == 0

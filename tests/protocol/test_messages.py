@@ -94,7 +94,7 @@ def test_golden_bytes(tag: str) -> None:
 
 def test_a_golden_frame_by_hand() -> None:
     frame = (
-        b"\x04" + b"\x83" + b"\xa4type" + b"\xa7release" + b"\xa5epoch" + b"\xc4\x10" + EPOCH + b"\xa5lease" + b"\x07"
+        b"\x05" + b"\x83" + b"\xa4type" + b"\xa7release" + b"\xa5epoch" + b"\xc4\x10" + EPOCH + b"\xa5lease" + b"\x07"
     )
     assert wire.encode(wire.Release(epoch=EPOCH, lease=7)) == frame
 
@@ -131,13 +131,13 @@ rings = st.builds(RingInfo, num_slots=positive, slot_bytes=st.integers(1, 2**64 
 finite = st.floats(allow_nan=False)
 sessions = st.builds(
     wire.SessionStatus, session=text, name=text, transport=text, gpus=names, credits=u64, outstanding=u64, leases=u64,
-    batches=u64, nbytes=u64, age_s=finite,
+    batches=u64, nbytes=u64, age_s=finite, run=text, ranks=u64,
 )  # fmt: skip
 counts = st.dictionaries(text, u64, max_size=3)
 FIELDS: dict[type[wire.Message], dict[str, st.SearchStrategy[Any]]] = {
     wire.Hello: {
         "name": name, "host": text, "pid": int31, "gpus": names, "transports": names, "spec": specs,
-        "credits": positive, "fingerprint": text,
+        "credits": positive, "fingerprint": text, "run": batch_ids, "ranks": positive,
     },
     wire.Attach: {"transport": name, "hello": st.binary(max_size=64)},
     wire.Probe: {"seq": u64, "nonce": st.binary(min_size=8, max_size=64), "nbytes": st.integers(1, 2**64 - 1)},
@@ -168,7 +168,7 @@ FIELDS: dict[type[wire.Message], dict[str, st.SearchStrategy[Any]]] = {
         "state": text, "version": text, "pid": u64, "worker_pid": u64, "uptime_s": finite,
         "contract": st.none() | contracts, "ring": st.none() | rings, "slots": counts, "queued": u64,
         "sessions": st.lists(sessions, max_size=2).map(tuple), "counters": counts, "endpoints": names,
-        "transports": names, "loading_ms": int31,
+        "transports": names, "loading_ms": int31, "max_sessions": int31,
     },
     wire.Error: {"reason": text},
 }  # fmt: skip

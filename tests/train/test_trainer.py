@@ -57,10 +57,10 @@ def settings(tmp_path: Path) -> dict[str, Any]:
 def test_without_data_it_trains_on_the_conversations_that_come_along_and_says_so(
     host: Embedded, model: Path, settings: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level(logging.WARNING, "specd.train.trainer")
+    caplog.set_level(logging.WARNING, "specd.train.preparation")
     done = train_draft(settings, host=host)
     assert done.steps == 2
-    (said,) = [record.message for record in caplog.records if record.name == "specd.train.trainer"]
+    (said,) = [record.message for record in caplog.records if record.name == "specd.train.preparation"]
     for part in (DEMO, f"not {model}'s own", "--data FILE", f"specd data regenerate FILE --model {model}"):
         assert part in said
     assert "\n" not in said
@@ -206,7 +206,7 @@ def test_with_data_it_says_nothing_of_it(
     path = write_rows(tmp_path / "a.jsonl", *({"messages": talk("Hi", "Hello. " * 9)} for _ in range(9)))
     settings["data"]["path"] = path
     train_draft(settings, host=host)
-    assert not [record for record in caplog.records if record.name == "specd.train.trainer" and record.levelno > 20]
+    assert not [record for record in caplog.records if record.name == "specd.train.preparation" and record.levelno > 20]
 
 
 @pytest.mark.parametrize(
