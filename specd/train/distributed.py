@@ -36,6 +36,8 @@ REASON_S: Final = 1.0
 """How long a rank that was signalled, or met a broken connection, waits to hear of a reason."""
 STARTING_S: Final = 60.0
 """How long a rank may show no life before the first step: what it loads may hold the interpreter."""
+_LEFT: Final[list[Any]] = []
+"""Groups with exchanges under way: their end would wait for the ranks that they have lost."""
 
 
 class Ranks:
@@ -110,8 +112,10 @@ class Ranks:
         watch, self._watch = self._watch, None
         instead = self._leave(watch, error) if error is not None else None
         watch.close()
-        if error is None:
-            self._group = None
+        group, self._group = self._group, None
+        if error is not None:
+            _LEFT.append(group)
+        else:
             with contextlib.suppress(RuntimeError):  # the launcher may be gone, and so may we
                 self._store.set(f"beat/{self.rank}", "done")
         if instead is not None:
@@ -135,6 +139,7 @@ class Ranks:
             kind="interrupt" if interrupted else "error",
             reason="it was interrupted" if interrupted else reason,
             code=code,
+            teller=self.rank,
         )
         with contextlib.suppress(RuntimeError):
             tell(self._store, ending)
@@ -317,7 +322,7 @@ class Ranks:
         """End the run on every rank."""
         if self._store is not None:
             host = self.members[self.rank].host
-            tell(self._store, Ending(rank=self.rank, host=host, kind="error", reason=reason))
+            tell(self._store, Ending(rank=self.rank, host=host, kind="error", reason=reason, teller=self.rank))
 
     def _check(self) -> None:
         """Raise PeerError when the run ends for a peer."""

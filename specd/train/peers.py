@@ -44,17 +44,18 @@ class Member(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Ending(msgspec.Struct, frozen=True, kw_only=True):
-    """Why a run ends. rank, host: of whom it is about. code: its exit code."""
+    """Why a run ends. rank, host: of whom it is about. code: its exit code. teller: the rank that says so."""
 
     rank: int
     host: str
     kind: Literal["error", "interrupt", "lost"]
     reason: str
     code: int = 1
+    teller: int
 
-    def error(self, rank: int, teller: bool) -> PeerError:
+    def error(self, rank: int) -> PeerError:
         """As the error of rank `rank`, for everyone but the rank that it is about."""
-        said = rank != 0 and not (teller and self.kind == "lost" and self.rank == 0)
+        said = rank != 0 and not (rank == self.teller and self.kind == "lost" and self.rank == 0)
         return PeerError(
             f"rank {self.rank} on {self.host}: {self.reason}",
             code=self.code,
@@ -79,7 +80,6 @@ class Watch:
         self._stopping = False
         self._ended = threading.Event()
         self._ending: Ending | None = None
-        self._teller = False
         self._at_end: list[Callable[[], None]] = []
         self._thread = threading.Thread(target=self._run, name="specd-peers", daemon=True)
 
@@ -114,7 +114,7 @@ class Watch:
 
     def error(self) -> PeerError | None:
         """Why the run ends, None while it does not."""
-        return self._ending.error(self._me.rank, self._teller) if self._ended.is_set() and self._ending else None
+        return self._ending.error(self._me.rank) if self._ended.is_set() and self._ending else None
 
     def tell(self, ending: Ending) -> None:
         """Tell all ranks why the run ends. The first reason stands."""
@@ -139,7 +139,7 @@ class Watch:
                 if self._stopping:
                     return
                 gone = f"its launcher no longer answers ({str(error).splitlines()[0]})"
-                ending = Ending(rank=self._me.rank, host=self._me.host, kind="lost", reason=gone)
+                ending = self._lost(self._me, gone)
             if ending is not None:
                 self._end(ending)
                 if self._me.rank == 0:
@@ -166,10 +166,10 @@ class Watch:
         if not lost:
             return None
         rank, why = min(lost.items())
-        ending = Ending(rank=rank, host=self._others[rank].host, kind="lost", reason=why)
-        stands = tell(self._store, ending)
-        self._teller = stands == ending
-        return stands
+        return tell(self._store, self._lost(self._others[rank], why))
+
+    def _lost(self, member: Member, why: str) -> Ending:
+        return Ending(rank=member.rank, host=member.host, kind="lost", reason=why, teller=self._me.rank)
 
     def _end(self, ending: Ending) -> None:
         self._ending = ending

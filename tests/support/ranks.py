@@ -44,26 +44,29 @@ class Launched:
         method: str = "dflash",
         own: Mapping[int, Sequence[str]] | None = None,
         restarts: int = 0,
+        launcher: str = "",
+        device: str = "cpu",
+        environment: Mapping[str, str] | None = None,
     ) -> None:
-        """own: more arguments for some ranks."""
+        """own: more arguments for some ranks. restarts: of the launcher, which is known by the output's name."""
         self.output, self.size = output, size
         self._store = distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False,
                                            timeout=timedelta(seconds=60))  # fmt: skip
         settings = SETTINGS | (DFLASH if method == "dflash" else EAGLE3) | dict(settings or {})
-        command = ["train", method, "--device", "cpu", "--output", str(output), *arguments]
+        command = ["train", method, "--device", device, "--output", str(output), *arguments]
         command += [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
         self.forks: list[Fork] = []
         for rank in range(size):
-            environment = {
+            own_environment = dict(environment or {}) | {
                 "RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(size),
                 "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(self._store.port),
                 "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": str(restarts),
-                "TORCHELASTIC_RUN_ID": output.name,
+                "TORCHELASTIC_RUN_ID": launcher or output.name,
             }  # fmt: skip
             log = output.with_name(f"{output.name}-{rank}.log")
             log.unlink(missing_ok=True)
             more = (own or {}).get(rank, ())
-            self.forks.append(nursery.start(log, [*command, *more], environment if size > 1 else {}))
+            self.forks.append(nursery.start(log, [*command, *more], own_environment if size > 1 else {}))
 
     @property
     def logs(self) -> str:
