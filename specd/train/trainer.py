@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import msgspec
 import torch
@@ -45,13 +45,14 @@ from specd.train.checkpoint import Checkpoints, Identity
 from specd.train.directory import RunDirectory, RunFacts, fixed, identity, machine_facts, target_files, utc, write_facts
 from specd.train.display import Display
 from specd.train.distributed import Ranks
+from specd.train.export import sign
 from specd.train.interrupt import Interrupt
 from specd.train.journal import Sink, read, tell_unless_trained
 from specd.train.launcher import Launch
 from specd.train.loop import out_of_memory, train
-from specd.train.optimizer import total_steps
 from specd.train.owner import owned
-from specd.train.preparation import data_facts, kept, prepared, warn_of_length, with_date
+from specd.train.plan import Plan, planned
+from specd.train.preparation import data_facts, kept, prepared, warn_of_length, with_data, with_date, with_dtype
 from specd.train.sinks import check as check_log
 from specd.train.sinks import opened
 from specd.transports import registry as transports
@@ -101,8 +102,9 @@ def train_draft(
     not depend on it). Only whoever hosts a target reads the section `target`, so settings that are no function may not
     have it. host: a daemon of this process, or a context that makes one, which is entered once the run may begin.
     resume: go on from the newest checkpoint; begin where there is no run yet, and do nothing where it is finished under
-    the same settings. show: progress on the terminal. ranks: entered, if the caller has already met those that this
-    process was started with, as torchrun does; they share the batches of a step, and rank 0 alone writes and shows.
+    the same settings; train.epochs and train.max_steps may be others by now. show: progress on the terminal. ranks:
+    entered, if the caller has already met those that this process was started with, as torchrun does; they share the
+    batches of a step, and rank 0 alone writes and shows.
     Raises ConfigError for settings that cannot work, and when another process trains in the same output; what
     `Subscriber`, `prepare` and `loop.train` raise; PeerError when another rank ends.
     """
@@ -167,7 +169,7 @@ def _train(
         known, draft = recipe(contract)
         if (idle := launcher.check_shares(known.train.accumulation, ranks.size)) and ranks.leads:
             logger.warning("%s", idle)
-        settled = _with_data(_with_dtype(known, device), contract.model)
+        settled = with_data(with_dtype(known, device), contract.model)
         settled = replace(settled, output=str(directory.path))
         again = ranks.decide("again", lambda: resume and directory.has_checkpoint(settled.train.save_every))
         told = ranks.decide("settings", lambda: msgspec.to_builtins(directory.settings() if resume else None))
@@ -196,9 +198,9 @@ def _train(
         own = identity(settled, draft, method.free, contract, dataset.digest)
         _agree(ranks, own, device, settled)
         checkpoints = Checkpoints(directory.checkpoints, own, settled.train.keep)
-        if again and ranks.leads:
-            checkpoints.compare(checkpoints.latest())
-        steps, done = total_steps(settled.train, loader.num_batches), checkpoints.step() if again else 0
+        old = checkpoints if again else None
+        plan = Plan(**ranks.decide("plan", lambda: planned(old, loader, settled.train)._asdict()))
+        steps, done = plan.steps, plan.done
         patience, wait = settled.train.peer_patience_s, first.subscriber.timeout_s + first.subscriber.connect_s + 60
         ranks.join(device, wait, collectives=settled.train.collectives, patience_s=patience)
         dtype: torch.dtype = getattr(torch, settled.train.dtype)
@@ -211,9 +213,20 @@ def _train(
         except torch.OutOfMemoryError as error:
             what = f"no memory left on {device} for the draft and what it needs of {contract.model}"
             raise out_of_memory(what, error, "free some there or name another GPU in train.device") from None
-        if not again and ranks.leads:
-            facts = _facts(settled, method.title, contract, dataset, objective, subscriber.stats().transports, ranks)
-            write_facts(directory.path, facts)
+
+        def export(path: Path, step: int) -> None:
+            objective.export(path, {name: data for name, data in files.items() if name not in TARGETS_OWN})
+            sign(path, facts, step, steps)
+
+        if ranks.leads:
+            if again:
+                facts = directory.reopen(settled, plan.change)
+            else:
+                facts = _facts(
+                    settled, method.title, contract, dataset, objective, subscriber.stats().transports, ranks
+                )
+                write_facts(directory.path, facts)
+            checkpoints.export = export
         sinks: list[Sink] = []
         if show and ranks.leads:
             title = f"{settled.method} draft for {contract.model} → {directory.path}{ranks.title}"
@@ -244,7 +257,7 @@ def _train(
             return TrainedRun(directory.path, directory.draft, end.step, ranks=ranks.size)
         tell_unless_trained(read(directory.journal), contract.model)
         with interrupt.shield():
-            objective.export(directory.draft, {name: data for name, data in files.items() if name not in TARGETS_OWN})
+            export(directory.draft, steps)
             directory.finish()
     return TrainedRun(directory.path, directory.draft, len(read(directory.journal)), ranks=ranks.size)
 
@@ -311,7 +324,7 @@ def _is_finished(directory: RunDirectory, settle: Settle, device: str) -> bool:
     try:
         first = convert(facts.config, RunConfig, "run.json")
         known = settle(str(facts.target["model"]))
-        now = replace(_with_dtype(known, device), data=replace(known.data, path=known.data.path or DEMO))
+        now = replace(with_dtype(known, device), data=replace(known.data, path=known.data.path or DEMO))
         now, draft = kept(now, registry.settings(now.method, now.draft, "settings"), first)
         free = registry.load(now.method).free
         old = fixed(first, registry.settings(first.method, first.draft, "settings"), free)
@@ -348,27 +361,6 @@ def _settle(config: RunConfig | Mapping[str, Any] | Settle) -> Settle:
     return (lambda target: checked) if isinstance(config, RunConfig) else partial(run_config, data)
 
 
-def _with_dtype(config: RunConfig, device: str) -> RunConfig:
-    """`config` with a dtype for `auto`: bfloat16 on a GPU and float32 on a CPU, where bfloat16 is emulated."""
-    if config.train.dtype != "auto":
-        return config
-    dtype: Literal["float32", "bfloat16"] = "float32" if device == "cpu" else "bfloat16"
-    return replace(config, train=replace(config.train, dtype=dtype))
-
-
-def _with_data(config: RunConfig, target: str) -> RunConfig:
-    """`config` with specd's own conversations where it names no data, and one line that says so."""
-    if config.data.path:
-        return config
-    logger.warning(
-        "no data given: training on the conversations that come with specd (%s), whose answers are not %s's own, so "
-        "this only shows the path; for a draft worth serving give --data FILE with answers of %s, as `specd data "
-        "regenerate FILE --model %s --output FILE` writes them",
-        DEMO, target, target, target,
-    )  # fmt: skip
-    return replace(config, data=replace(config.data, path=DEMO))
-
-
 def _target_parts(subscriber: Subscriber, config: dict[str, object], dataset: Dataset) -> TargetParts:
     contract = subscriber.contract
     embedding = subscriber.tensor("embedding")
@@ -402,4 +394,5 @@ def _facts(
         transports=transports,
         machine=machine_facts() | ({"ranks": ranks.title.removeprefix(" · ")} if ranks.size > 1 else {}),
         config=msgspec.to_builtins(config),
+        directory=os.getcwd(),
     )
