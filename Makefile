@@ -35,7 +35,7 @@ test-sglang: $(if $(SGLANG),.venv-sglang-$(SGLANG)/.stamp,$(SETUP))
 clean:
 	rm -rf .venv .venv-sglang-* build dist runs *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 
-.venv-sglang-%/.stamp: tests/support/sglang_environment.py pyproject.toml
+.venv-sglang-%/.stamp: tests/support/sglang_environment.py tests/support/sglang_cpu_kernels.py pyproject.toml
 	@$(or $(BASE),python3) tests/support/sglang_environment.py $* $(@D)
 	@touch $@
 

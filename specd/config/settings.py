@@ -32,6 +32,8 @@ class TargetConfig(Config, kw_only=True, frozen=True):
     Python code that comes with the checkpoint, of which some models consist (transformers backend). tp: over how many
     GPUs of this host it is spread, from `device` on (SGLang). memory_fraction: share of a GPU's free memory that
     weights and KV cache may take, 0 for specd's choice (SGLang). attention_backend: SGLang's, `auto` for its own.
+    prefill_graphs: forwards of few tokens as CUDA graphs, which cost the memory of all layers' states: true, or a list
+    of their tokens (SGLang).
     """
 
     model: str
@@ -48,6 +50,7 @@ class TargetConfig(Config, kw_only=True, frozen=True):
     tp: int = 1
     memory_fraction: float = 0.0
     attention_backend: str = "auto"
+    prefill_graphs: bool | tuple[Positive, ...] = False
 
 
 class RingConfig(Config, kw_only=True, frozen=True):

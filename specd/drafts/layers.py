@@ -5,6 +5,8 @@ Shape legend: T context tokens, N tokens, H hidden size, D head size, Q query he
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Protocol
 
 import torch
@@ -31,9 +33,13 @@ class Attend(Protocol):
 
 
 class Linear(nn.Module):
-    """Linear map: float32 master weight [outputs, inputs], applied in the dtype of its input. bias: zero at first."""
+    """Linear map: float32 master weight [outputs, inputs], applied in the dtype of its input. bias: zero at first.
+
+    rounded: its weight in the dtype that it is applied in, where several calls share it; see `sharing`.
+    """
 
     bias: nn.Parameter | None
+    rounded: Tensor | None = None
 
     def __init__(self, inputs: int, outputs: int, bias: bool = False) -> None:
         super().__init__()
@@ -41,7 +47,25 @@ class Linear(nn.Module):
         self.register_parameter("bias", nn.Parameter(torch.zeros(outputs)) if bias else None)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+        weight = self.weight.to(x.dtype) if self.rounded is None else self.rounded
+        return F.linear(x, weight, None if self.bias is None else self.bias.to(x.dtype))
+
+
+@contextlib.contextmanager
+def sharing(module: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """Every Linear in `module` rounds its weight to `dtype` once for all calls within, and keeps one copy for backward.
+
+    Their gradients are then summed in `dtype` over the calls.
+    """
+    linears = [part for part in module.modules() if isinstance(part, Linear) and part.weight.dtype != dtype]
+    for linear in linears:
+        linear.rounded = linear.weight.to(dtype)
+        torch._dynamo.mark_static(linear.rounded)
+    try:
+        yield
+    finally:
+        for linear in linears:
+            linear.rounded = None
 
 
 class RMSNorm(nn.Module):

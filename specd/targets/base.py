@@ -88,7 +88,7 @@ _KINDS = ("layer_types", "layers_block_type", "block_types")
 """Keys of a config.json that list the kind of each layer."""
 _RECURRENT = (
     "mamba_", "ssm_", "lru_", "rwkv", "conv_L_cache", "linear_attn", "linear_num_", "full_attention_interval",
-    "hybrid_override_pattern", "attn_type_list",
+    "hybrid_override_pattern",
 )  # fmt: skip
 """How keys begin that only configs of targets with recurrent layers have; they count where no kinds are listed."""
 
@@ -104,6 +104,8 @@ def recurrent(config: Mapping[str, Any]) -> str:
         kinds = {kind for kind in listed if not kind.endswith("attention") or kind.startswith(("linear", "lightning"))}
         if found := sorted(kinds - {"mlp", "moe", "dense", "sparse"}):
             return f"layers of kind {', '.join(found)}"
+        if 0 in (part.get("attn_type_list") or ()):  # MiniMax's: 0 is linear, 1 is softmax, in M2 throughout
+            return "attn_type_list in its config.json"
         if not listed and (keys := sorted(key for key in part if key.startswith(_RECURRENT) and part[key])):
             return f"{keys[0]} in its config.json"
     return ""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from transformers import LlamaConfig
 from transformers.models.llama import modeling_llama as llama
 
-from specd.drafts.layers import MLP, Linear, RMSNorm, draw
+from specd.drafts.layers import MLP, Linear, RMSNorm, draw, sharing
 
 
 def test_norm_and_mlp_are_those_of_llama() -> None:
@@ -43,3 +44,31 @@ def test_a_bias_is_added_and_begins_at_zero() -> None:
     torch.testing.assert_close(linear(x), x @ linear.weight.T + torch.arange(3.0))
     assert linear(x.bfloat16()).dtype == torch.bfloat16
     assert Linear(4, 3).bias is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_calls_that_share_a_rounded_weight_compute_what_others_do(dtype: torch.dtype) -> None:
+    mlp, x = MLP(32, 48), torch.randn(5, 32).to(dtype).requires_grad_()
+    draw(mlp, seed=1)
+
+    def run() -> tuple[torch.Tensor, list[torch.Tensor], set[int]]:
+        kept: set[int] = set()
+
+        def keep(part: torch.Tensor) -> torch.Tensor:
+            if part.numel() == 32 * 48:
+                kept.add(part.data_ptr())
+            return part
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda part: part):
+            out = mlp(mlp(x))
+        return out, list(torch.autograd.grad(out.float().square().sum(), list(mlp.parameters()))), kept
+
+    apart, slopes, many = run()
+    with sharing(mlp, dtype):
+        together, shared, few = run()
+    assert torch.equal(together, apart)
+    assert all(part.dtype == torch.float32 for part in shared)
+    for one, other in zip(shared, slopes, strict=True):
+        torch.testing.assert_close(one, other, rtol=2e-2 if dtype == torch.bfloat16 else 1e-6, atol=1e-2)
+    assert (len(few), len(many)) == (3, 3 if dtype == torch.float32 else 6)
+    assert mlp.up_proj.rounded is None

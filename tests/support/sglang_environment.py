@@ -40,6 +40,9 @@ def __getattr__(name):
         raise RuntimeError(f"sgl_kernel.{name} needs a GPU")
 
     return absent
+
+
+import sgl_kernel.mamba  # noqa: E402  # adds its functions to torch.ops
 '''
 GRAMMAR: Final = '''"""Names of a package for constrained sampling, which specd does not use."""
 
@@ -57,6 +60,7 @@ def __getattr__(name):
 '''
 REPLACED: Final = {
     "sgl_kernel/__init__.py": KERNELS,
+    "sgl_kernel/mamba.py": Path(__file__).with_name("sglang_cpu_kernels.py").read_text(),
     "xgrammar/__init__.py": GRAMMAR,
     "xgrammar/structural_tag.py": GRAMMAR,
 }

@@ -23,6 +23,8 @@ from specd.targets.base import recurrent
         ({"full_attention_interval": 4, "linear_num_key_heads": 16}, "full_attention_interval in its config.json"),
         ({"mamba_d_ssm": 64}, "mamba_d_ssm in its config.json"),
         ({"hybrid_override_pattern": "M-M*"}, "hybrid_override_pattern in its config.json"),
+        ({"attn_type_list": [0, 0, 1]}, "attn_type_list in its config.json"),
+        ({"attn_type_list": [1, 1, 1]}, ""),
         ({"mamba_d_ssm": None, "kv_lora_rank": 512, "first_k_dense_replace": 3}, ""),
     ],
 )

@@ -29,7 +29,7 @@ from specd.drafts.eagle3.settings import Eagle3Config
 from specd.drafts.eagle3.start import started
 from specd.drafts.flex import TILE, trains_by_flex
 from specd.drafts.initial import FACT, provenance
-from specd.drafts.layers import KeyValue
+from specd.drafts.layers import KeyValue, sharing
 from specd.drafts.taught import Teacher, taught_loss
 from specd.drafts.vocabulary import covered
 from specd.protocol.batch import Batch, Delivery
@@ -83,7 +83,8 @@ class Eagle3:
         rows = rows_of(batch, self.config.num_steps)
         if self._in_tiles:
             rows = in_tiles(rows)
-        read = self._steps(batch, rows, taps.flatten(1).detach().to(self.dtype))
+        with sharing(self.draft.midlayer, self.dtype):
+            read = self._steps(batch, rows, taps.flatten(1).detach().to(self.dtype))
         teacher = Teacher(
             self.lm_head,
             self.draft.vocabulary,

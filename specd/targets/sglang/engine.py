@@ -21,11 +21,21 @@ import torch
 from numpy.typing import NDArray
 
 from specd.errors import ConfigError, TargetError
+from specd.targets.sglang.graphs import Source, record
 from specd.targets.sglang.model import liven, parts
 from specd.targets.sglang.official import Official
+from specd.targets.sglang.recurrent import States, plan
 from specd.targets.sglang.setup import AT_HEAD, RankSetup
+from specd.targets.sglang.stream import residual_is_ignored
 from specd.targets.sglang.touch_points import touch_points
-from specd.targets.sglang.versions import UnusualResidual, layer_output, make_batch, start_runner, uses_mrope
+from specd.targets.sglang.versions import (
+    UnusualResidual,
+    graph_settings,
+    layer_output,
+    make_batch,
+    start_runner,
+    uses_mrope,
+)
 from specd.targets.transforms import Transforms, of_rows, probe_ids
 
 log = logging.getLogger(__name__)
@@ -37,8 +47,8 @@ SELF_CHECK: Final = 0.03
 """Largest difference between norm(last layer's tap) and `final`, relative to the largest of `final` (bfloat16)."""
 
 
-class _AllCaptured(Exception):
-    """Ends a forward once everything is captured; never leaves this module."""
+class _AllCaptured(BaseException):
+    """Ends a forward once everything is captured; never leaves this module. SGLang logs each Exception of a replay."""
 
 
 class Engine:
@@ -71,7 +81,7 @@ class Engine:
             page_size=1,
             chunked_prefill_size=-1,
             disable_radix_cache=True,
-            disable_cuda_graph=True,  # hooks run in eager forwards only
+            **graph_settings(setup.prefill_graphs),
             disable_overlap_schedule=True,
             skip_tokenizer_init=True,
             attention_backend=setup.attention_backend or None,
@@ -85,12 +95,14 @@ class Engine:
         self.layers = self._parts.layers
         self._official = Official(self.model)
         self._source: Official | None = None  # of the taps; None: our hooks
+        self.hidden_alone = False  # is the stream, whatever layers return besides
         self._mrope = uses_mrope(self.runner)
         if setup.load_format == "dummy":
             liven(self.model, setup.rank)
+        plan(sg, self.runner, self._device, sequences)
         self.runner.alloc_memory_pool()
         self.runner.init_attention_backends()
-        self.runner.init_cuda_graphs()  # there are none: it makes the eager runner
+        self._graphs = record(sg, self.runner, self.layers, setup)
         if self.runner.page_size != 1 or self.runner.max_total_num_tokens < setup.max_tokens:
             raise ConfigError(
                 f"the KV cache holds {self.runner.max_total_num_tokens} tokens in pages of {self.runner.page_size}, "
@@ -101,6 +113,7 @@ class Engine:
         capacity = int(self.runner.max_total_num_tokens)
         self._cache_slots = torch.arange(1, capacity + 1, dtype=torch.int64, device=self._device)
         self._rows = torch.arange(1, self.max_sequences + 1, dtype=torch.int64, device=self._device)
+        self.states = States(self.runner, self._rows)
         self._zeros = torch.zeros(self.max_sequences, dtype=torch.int32, device=self._device)
         self._table: torch.Tensor = self.runner.req_to_token_pool.req_to_token
         try:
@@ -110,6 +123,9 @@ class Engine:
                 raise
             self._source = self._official
         self._check_official()
+        self.states.check(2, type(self.model).__name__)
+        if self._graphs is not None:
+            self._graphs.check(self._all_states)
 
     def forward(self, tokens: NDArray[np.int32], lengths: Sequence[int], stop: int, capture: Capture) -> None:
         """Launch one prefill of `lengths` packed sequences up to layer `stop`, or with AT_HEAD up to the lm_head.
@@ -119,9 +135,12 @@ class Engine:
         self._launch(tokens, lengths, stop, capture, self._source if capture.taps else None)
 
     def _launch(
-        self, tokens: NDArray[np.int32], lengths: Sequence[int], stop: int, capture: Capture, source: Official | None
+        self, tokens: NDArray[np.int32], lengths: Sequence[int], stop: int, capture: Capture, source: Source | None
     ) -> None:
         handles = []
+        batch = self._batch(tokens, list(lengths))
+        if source is None and self._graphs is not None and self._graphs.replays(batch):
+            source = self._graphs
 
         def end(*_: Any) -> None:
             raise _AllCaptured
@@ -131,7 +150,7 @@ class Engine:
                 source.use(sorted(capture.taps))
             else:
                 for tap, sink in capture.taps.items():
-                    hook = _layer_hook(sink, tokens.size)
+                    hook = _layer_hook(sink, tokens.size, self.hidden_alone)
                     handles.append(self.layers[tap].register_forward_hook(hook, with_kwargs=True))
             if stop != AT_HEAD and source is None:
                 handles.append(self.layers[stop].register_forward_hook(end))
@@ -139,13 +158,23 @@ class Engine:
                 hook = _head_hook(capture, source)
                 handles.append(self._parts.head.register_forward_pre_hook(hook, with_kwargs=True))
             with torch.inference_mode(), self._current():
-                self.runner.forward(self._batch(tokens, list(lengths)))
+                self.runner.forward(batch)
             raise TargetError("SGLang's forward ended without a call of the layer or the logits_processor it ends at")
         except _AllCaptured:
             pass
         finally:
             for handle in handles:
                 handle.remove()
+
+    def _all_states(self, tokens: NDArray[np.int32], lengths: Sequence[int]) -> torch.Tensor:
+        """The outputs of all layers and the final state of one forward: [L + 1, T, H]."""
+        size, hidden = int(tokens.size), int(self.runner.model_config.hf_text_config.hidden_size)
+        shape = len(self.layers) + 1, size, hidden
+        states = torch.empty(shape, dtype=self.runner.dtype, device=self._device)
+        *layers, final = states
+        taps = {layer: [(0, size, out)] for layer, out in enumerate(layers)}
+        self._launch(tokens, lengths, AT_HEAD, Capture(taps=taps, final=[(0, size, final)]), None)
+        return states
 
     def weights(self) -> dict[str, torch.Tensor]:
         """`embedding` and `lm_head`, unsharded, [V, H], on the host if tp > 1; a collective: every rank calls it."""
@@ -184,7 +213,8 @@ class Engine:
 
     def close(self) -> None:
         """Free what SGLang holds, its process groups too. No other engine may live in this process."""
-        del self.runner, self.model, self.layers, self._parts, self._official, self._source, self._table
+        del self.runner, self.model, self.layers, self._parts, self._official, self._source, self._table, self._graphs
+        del self.states
         self._sg["destroy_model_parallel"]()
         self._sg["destroy_distributed_environment"]()
         gc.collect()
@@ -211,6 +241,7 @@ class Engine:
         seq_lens, starts = device[3 * size :].view(2, count)
         short = torch.stack([seq_lens, starts]).to(torch.int32)
         cache_slots = self._cache_slots[:size]
+        self.states.clear(count)
         self._table[rows, positions] = cache_slots.to(self._table.dtype)
         fields: dict[str, Any] = {
             "forward_mode": self._sg["ForwardMode"].EXTEND,
@@ -244,8 +275,14 @@ class Engine:
         must be what lm_head reads. It also loads the kernels."""
         hidden = int(self.runner.model_config.hf_text_config.hidden_size)
         last, final = (torch.empty(8, hidden, dtype=self.runner.dtype, device=self._device) for _ in range(2))
-        capture = Capture(taps={len(self.layers) - 1: [(0, 8, last)]}, final=[(0, 8, final)])
-        self.forward(np.arange(8, dtype=np.int32), [5, 3], AT_HEAD, capture)
+        tokens = np.arange(8, dtype=np.int32)
+
+        def run(taps: dict[int, Sink]) -> torch.Tensor:
+            self.forward(tokens, [5, 3], AT_HEAD, Capture(taps=taps, final=[(0, 8, final)]))
+            return final.clone()
+
+        self.hidden_alone = residual_is_ignored(self.layers, lambda: run({}), SELF_CHECK)
+        run({len(self.layers) - 1: [(0, 8, last)]})
         with torch.inference_mode(), self._current():
             normed = self._parts.norm(last.clone())
         normed = (normed[0] if isinstance(normed, tuple) else normed).float()
@@ -253,7 +290,7 @@ class Engine:
         if not torch.allclose(normed, final.float(), rtol=0, atol=SELF_CHECK * largest, equal_nan=True):
             difference = float((normed - final.float()).abs().max())
             raise TargetError(
-                f"SGLang's {type(self.model).__name__} does not end in norm(hidden + residual) of its last layer: "
+                f"SGLang's {type(self.model).__name__} does not end in the norm of its last layer's output: "
                 f"they differ by {difference:.3g}, expected at most {SELF_CHECK * largest:.3g}; use another backend"
             )
 
@@ -304,8 +341,23 @@ class Capture(msgspec.Struct, frozen=True, kw_only=True):
     taps: dict[int, Sink]
     final: Sink
 
+    def rows(self, start: int, end: int) -> Capture:
+        """The part of rows [start, end), for a forward of these alone."""
+        return Capture(
+            taps={tap: _within(sink, start, end) for tap, sink in self.taps.items()},
+            final=_within(self.final, start, end),
+        )
 
-def _layer_hook(sink: Sink, num_tokens: int) -> Callable[..., Any]:
+
+def _within(sink: Sink, start: int, end: int) -> Sink:
+    return [
+        (max(low, start) - start, min(high, end) - start, out[max(start - low, 0) : end - low])
+        for low, high, out in sink
+        if low < end and high > start
+    ]
+
+
+def _layer_hook(sink: Sink, num_tokens: int, hidden_alone: bool) -> Callable[..., Any]:
     def hook(_module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         hidden, residual, returned = layer_output(args, kwargs, output)
         if not isinstance(hidden, torch.Tensor) or hidden.ndim != 2 or hidden.shape[0] != num_tokens:
@@ -313,7 +365,7 @@ def _layer_hook(sink: Sink, num_tokens: int) -> Callable[..., Any]:
                 "SGLang's layers return neither (hidden, residual) nor hidden; use --backend transformers"
             )
         for start, end, out in sink:
-            if residual is None:
+            if residual is None or hidden_alone:
                 out.copy_(hidden[start:end])
             else:
                 torch.add(hidden[start:end], residual[start:end], out=out)
@@ -322,7 +374,7 @@ def _layer_hook(sink: Sink, num_tokens: int) -> Callable[..., Any]:
     return hook
 
 
-def _head_hook(capture: Capture, source: Official | None) -> Callable[..., None]:
+def _head_hook(capture: Capture, source: Source | None) -> Callable[..., None]:
     def hook(_module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if len(args) < 2 or not isinstance(args[1], torch.Tensor):
             raise TargetError("SGLang's logits_processor got no (input_ids, hidden, …); use --backend transformers")

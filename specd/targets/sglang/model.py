@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 import torch
 
 from specd.errors import TargetError
+
+NORMS: Final = ("norm", "norm_f", "final_layernorm", "embedding_norm")
+"""What models call their last norm."""
 
 
 class Parts(msgspec.Struct, frozen=True):
@@ -29,10 +32,11 @@ def parts(model: Any) -> Parts:
     for name in ("model", "language_model", "model"):
         if not hasattr(decoder, "layers"):
             decoder = getattr(decoder, name, decoder)
+    norm = next((name for name in NORMS if hasattr(decoder, name)), "norm")
     try:
         return Parts(
             layers=decoder.layers,
-            norm=decoder.norm,
+            norm=getattr(decoder, norm),
             embedding=decoder.embed_tokens,
             lm_head=outer.lm_head if hasattr(outer, "lm_head") else model.lm_head,
             head=outer.logits_processor if hasattr(outer, "logits_processor") else model.logits_processor,
@@ -45,13 +49,22 @@ def parts(model: Any) -> Parts:
 
 
 def liven(model: torch.nn.Module, rank: int) -> None:
-    """Redraw dummy weights: SGLang's are uniform ±1e-3, its norms too, so that states vanish and all tokens take the
-    same experts."""
+    """Redraw dummy weights: SGLang's are uniform ±1e-3, its norms and convolutions too, so that states vanish and all
+    tokens take the same experts. Recurrent layers get a memory of some twenty tokens."""
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if name.endswith("norm.weight"):
                 weight.fill_(1)
+            elif name.endswith("A_log"):
+                weight.fill_(0)
+            elif name.endswith("dt_bias"):
+                weight.fill_(-3)
+            elif "conv" in name.split(".")[-2:][0] and weight.ndim > 1:
+                weight.normal_(0, 0.5, generator=_generator(weight, name, rank))
             elif name.endswith(("mlp.gate.weight", "embed_tokens.weight", "lm_head.weight")):
                 shard = 0 if name.endswith("gate.weight") else rank  # every rank has the whole router
-                seed = zlib.crc32(name.encode(), shard)
-                weight.normal_(0, 0.02, generator=torch.Generator(weight.device).manual_seed(seed))
+                weight.normal_(0, 0.02, generator=_generator(weight, name, shard))
+
+
+def _generator(weight: torch.Tensor, name: str, shard: int) -> torch.Generator:
+    return torch.Generator(weight.device).manual_seed(zlib.crc32(name.encode(), shard))

@@ -16,7 +16,7 @@ from specd.targets.sglang.setup import AT_HEAD
 def handed_on(engine: Engine, tokens: NDArray[np.int32]) -> NDArray[np.float32] | None:
     """Run one sequence: float32 [L − 1, T, H], the inputs of layers 1 … L − 1. None where they cannot be read.
 
-    They can where layers take `residual`, which is to be added to what they take besides.
+    They can where layers take `residual`, which is to be added to what they take besides, unless they ignore it.
     """
     layers = list(engine.layers)
     signatures = [inspect.signature(layer.forward) for layer in layers]
@@ -34,7 +34,8 @@ def handed_on(engine: Engine, tokens: NDArray[np.int32]) -> NDArray[np.float32] 
                 if isinstance(part, torch.Tensor) and part.ndim == 2 and part.is_floating_point()
             ]
             if len(inputs) == 1 and isinstance(residual, torch.Tensor) and residual.shape == inputs[0].shape:
-                found[layer - 1] = (inputs[0].float() + residual.float()).cpu().numpy()
+                added = 0 if engine.hidden_alone else residual.float()
+                found[layer - 1] = (inputs[0].float() + added).cpu().numpy()
 
         return hook
 

@@ -21,14 +21,18 @@ from specd.targets.artifacts import Artifacts
 from specd.targets.base import CaptureJob, Launched, check, recurrent, slot_tensors
 from specd.targets.digest import dummy_digest, weights_digest
 from specd.targets.sglang.engine import Capture, Engine
+from specd.targets.sglang.graphs import buckets
 from specd.targets.sglang.plain import handed_on
 from specd.targets.sglang.ranks import Ranks, free_port
 from specd.targets.sglang.setup import AT_HEAD, RankSetup, Step
 from specd.targets.sglang.touch_points import touch_points
-from specd.targets.source import dummy_config, pick_device, pick_dtype, resolve, with_tokenizer
+from specd.targets.source import Source, dummy_config, pick_device, pick_dtype, resolve, with_tokenizer
 
 DEFAULT_FRACTION: Final = 0.9
 """Share of the GPU's free memory for weights and KV cache; max_forward_tokens bounds the cache."""
+
+GRAPHS_FRACTION: Final = 0.85
+"""The same where prefill graphs and their states are to fit beside."""
 
 LEAST_TOKENS: Final = 64
 """Smallest KV cache, in tokens: the self-check at start has to fit."""
@@ -41,11 +45,12 @@ class SGLangTarget:
     Raises ConfigError or TargetError when SGLang or the model cannot be used.
     """
 
-    settings: ClassVar[frozenset[str]] = frozenset({"tokenizer", "tp", "memory_fraction", "attention_backend"})
+    settings: ClassVar[frozenset[str]] = frozenset(
+        {"tokenizer", "tp", "memory_fraction", "attention_backend", "prefill_graphs"}
+    )
 
     def __init__(self, config: TargetConfig) -> None:
-        _refuse_recurrent(config.model)
-        touch_points()
+        graphs = buckets(config.prefill_graphs, config.max_forward_tokens, touch_points())
         dummy = config.load_format == "dummy"
         source = with_tokenizer(resolve(config.model, need="shape" if dummy else "weights"), config.tokenizer)
         place = pick_device(config.device)
@@ -80,15 +85,17 @@ class SGLangTarget:
                 gpu=gpu,
                 tp=config.tp,
                 port=free_port(),
-                memory_fraction=config.memory_fraction or DEFAULT_FRACTION,
+                memory_fraction=config.memory_fraction or (GRAPHS_FRACTION if graphs else DEFAULT_FRACTION),
                 attention_backend="" if config.attention_backend == "auto" else config.attention_backend,
                 max_tokens=capacity,
                 context=self._context,
+                prefill_graphs=graphs,
             )
             self._ranks = Ranks(setup)
             try:
                 with _explained(source.name, self.device):
                     self._engine: Engine | None = Engine(setup)
+                    self._check_states(source)
                     tensors = self._engine.weights()
                     self._artifacts = Artifacts(source, published, tensors)
                     transforms = self._engine.transforms(tensors["embedding"])
@@ -123,8 +130,10 @@ class SGLangTarget:
         )
         stop = AT_HEAD if spec.final else spec.taps[-1]
         try:
-            self._ranks.send(Step(tokens=tokens.astype("<i4").tobytes(), lengths=lengths, stop=stop, taps=spec.taps))
-            self._engine.forward(tokens, lengths, stop, capture)
+            for start, end, share in _shares(lengths, self._engine.max_sequences):
+                part = tokens[start:end]
+                self._ranks.send(Step(tokens=part.astype("<i4").tobytes(), lengths=share, stop=stop, taps=spec.taps))
+                self._engine.forward(part, share, stop, capture.rows(start, end))
         except RuntimeError as error:
             if self._tp > 1:
                 raise
@@ -157,25 +166,29 @@ class SGLangTarget:
             engine.close()
             self._ranks.close()
 
-    def _admit(self, lengths: Sequence[int]) -> None:
+    def _check_states(self, source: Source) -> None:
         assert self._engine is not None
+        if not self._engine.states and (why := recurrent(source.config)):
+            raise TargetError(
+                f"target {source.name} has recurrent layers ({why}), for which this SGLang has no pool of states: its "
+                f"sequences would share one; use --backend transformers, where they run one by one"
+            )
+
+    def _admit(self, lengths: Sequence[int]) -> None:
         for what, seen, most, remedy in (
             ("tokens", sum(lengths), self._max_tokens, "raise target.max_forward_tokens or send smaller batches"),
-            ("sequences", len(lengths), self._engine.max_sequences, "send fewer in one batch"),
             ("tokens in one sequence", max(lengths), self._context, "cut the samples (data.max_length)"),
         ):
             if seen > most:
                 raise TargetError(f"target {self._name}: {seen} {what}, at most {most} fit its forward; {remedy}")
 
 
-def _refuse_recurrent(model: str) -> None:
-    """Raise TargetError for a target whose sequences would share one recurrent state, before its weights are read."""
-    source = resolve(model, need="shape")
-    if why := recurrent(source.config):
-        raise TargetError(
-            f"target {source.name} has recurrent layers ({why}), whose state the SGLang backend does not keep apart "
-            f"between sequences: use --backend transformers, where its sequences run one by one"
-        )
+def _shares(lengths: list[int], most: int) -> Iterator[tuple[int, int, list[int]]]:
+    """Forwards of up to `most` sequences each: first token, end and lengths."""
+    start = 0
+    for first in range(0, len(lengths), most):
+        share = lengths[first : first + most]
+        yield start, (start := start + sum(share)), share
 
 
 def _place(place: torch.device, tp: int) -> int:
@@ -209,6 +222,16 @@ def _explained(name: str, device: str) -> Iterator[None]:
         raise TargetError(
             f"target {name} does not fit in the memory of {device}: {error}; free some, or spread it with --tp"
         ) from None
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, AssertionError, AttributeError) as error:
+    except (
+        OSError,
+        ValueError,
+        LookupError,
+        NameError,
+        TypeError,
+        RuntimeError,
+        ImportError,
+        AssertionError,
+        AttributeError,
+    ) as error:
         line = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise TargetError(f"target {name}: SGLang cannot load it: {line}") from error

@@ -11,7 +11,17 @@ from typing import Any, Final
 import msgspec
 
 from specd.errors import ConfigError, missing_extra, pip_install
-from specd.targets.sglang.versions import PUBLISHED, WRAPPED, SGLang, Version, series, supported, version_of
+from specd.targets.sglang.versions import (
+    GRAPHS,
+    OVERRIDDEN,
+    PUBLISHED,
+    WRAPPED,
+    SGLang,
+    Version,
+    series,
+    supported,
+    version_of,
+)
 
 
 class Touch(msgspec.Struct, frozen=True):
@@ -41,6 +51,15 @@ TOUCH_POINTS: Final = (
          "disable_radix_cache", "disable_cuda_graph", "disable_overlap_schedule", "skip_tokenizer_init",
          "attention_backend", "sampling_backend", "grammar_backend", "enforce_disable_flashinfer_allreduce_fusion"),
         "0.5.14–0.5.23",
+    ),
+    Touch(
+        _SRT + "server_args", "ServerArgs",
+        ("cuda_graph_backend_decode", "cuda_graph_bs_prefill", "cuda_graph_max_bs_prefill"), "0.5.17–0.5.23",
+        since=GRAPHS,
+    ),
+    Touch(
+        _SRT + "model_executor.runner.prefill_cuda_graph_runner", "PrefillCudaGraphRunner", ("can_run_graph",),
+        "0.5.17–0.5.23", since=GRAPHS,
     ),
     Touch(_SRT + "configs.model_config", "ModelConfig", ("from_server_args",), "0.5.9–0.5.23"),
     Touch(
@@ -76,6 +95,13 @@ TOUCH_POINTS: Final = (
         "0.5.22–0.5.23", since=PUBLISHED,
     ),
     Touch(_SRT + "mem_cache.kv_index_translator", "KVIndexTranslator", ("own_plan",), "0.5.22–0.5.23", since=PUBLISHED),
+    Touch(_SRT + "server_args", "ServerArgs", ("max_mamba_cache_size",), "0.5.14–0.5.23"),
+    Touch(_SRT + "server_args", "ServerArgs", ("override",), "0.5.16–0.5.18", since=WRAPPED, until=WRAPPED),
+    Touch(_SRT + "runtime_context", "get_context", (), "0.5.16–0.5.23", since=OVERRIDDEN),
+    Touch(_SRT + "configs.hybrid_arch", "mambaish_config", (), "0.5.16–0.5.23", since=WRAPPED),
+    Touch(_SRT + "model_executor.model_runner", "ModelRunner", ("mambaish_config",), "0.5.14–0.5.15", until=(0, 5, 15)),
+    Touch(_SRT + "mem_cache.memory_pool", "HybridReqToTokenPool", ("get_mamba_indices",), "0.5.14–0.5.23"),
+    Touch(_SRT + "mem_cache.memory_pool", "MambaPool", ("clear_slots",), "0.5.14–0.5.23"),
     Touch(
         _SRT + "model_executor.model_runner", "ModelRunner",
         ("alloc_memory_pool", "init_attention_backends", "init_cuda_graphs", "forward"), "0.5.14–0.5.23",
@@ -113,8 +139,10 @@ TOUCH_POINTS: Final = (
 """And of a loaded model: `model.layers` (each returns (hidden, residual), or hidden; from 0.5.22 on hidden, the rest
 is in `ForwardBatch.residual_stream`), `model.norm`, `logits_processor(input_ids, hidden, lm_head, batch, aux)`,
 `embed_tokens.weight`, `lm_head.weight`, the setters of official.py and their flags; of the runner: `model`,
-`req_to_token_pool.req_to_token`, `max_total_num_tokens`, `max_running_requests`, `page_size`, and from 0.5.22 on
-`kv_index_translator`; whether positions have three axes: `model_config.model_is_mrope`, up to 0.5.15 the runner's."""
+`req_to_token_pool.req_to_token`, of hybrids also `mamba_pool.mamba_cache` and `req_index_to_mamba_index_mapping` there
+and their config's `mamba2_cache_params.mamba_cache_per_req`, `max_total_num_tokens`, `max_running_requests`,
+`page_size`, and from 0.5.22 on `kv_index_translator`; with graphs `prefill_cuda_graph_runner` and its
+`prefill_backend_name`; whether positions have three axes: `model_config.model_is_mrope`, up to 0.5.15 the runner's."""
 
 
 def touch_points() -> SGLang:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 import msgspec
@@ -19,9 +19,16 @@ SERIES: Final[tuple[tuple[Version, Version], ...]] = (((0, 5, 14), (0, 5, 18)), 
 WRAPPED: Final[Version] = (0, 5, 16)
 """From here on ModelRunner takes one ParallelState instead of six ranks and sizes."""
 
+OVERRIDDEN: Final[Version] = (0, 5, 17)
+"""From here on a setting is changed in the process's context, before that in the ServerArgs."""
+
 PUBLISHED: Final[Version] = (0, 5, 22)
 """From here on a process publishes its settings before anything reads them, process groups are made outside ModelRunner
 and a layer returns one tensor: the batch's ResidualStream has the residual, and an all-reduce that may be to do."""
+
+
+GRAPHS: Final[Version] = (0, 5, 17)
+"""From here on prefill graphs take any number of sequences, broken at attention, and their settings have one form."""
 
 
 class SGLang(msgspec.Struct, frozen=True):
@@ -57,6 +64,20 @@ def supported(version: Version) -> bool:
 def series() -> str:
     """SERIES in words."""
     return " or ".join(" to ".join(".".join(map(str, version)) for version in run) for run in SERIES)
+
+
+def graph_settings(buckets: Sequence[int]) -> dict[str, Any]:
+    """ServerArgs of prefill graphs for these numbers of tokens, or of none.
+
+    Their kind is left to SGLang: for one that is asked for by name it skips its rules of what models it suits.
+    """
+    if not buckets:
+        return {"disable_cuda_graph": True}
+    return {
+        "cuda_graph_backend_decode": "disabled",
+        "cuda_graph_bs_prefill": list(buckets),
+        "cuda_graph_max_bs_prefill": max(buckets),
+    }
 
 
 def start_runner(sg: SGLang, args: Any, setup: RankSetup, gpu: int) -> Any:
@@ -107,6 +128,22 @@ def uses_mrope(runner: Any) -> bool:
     """Whether positions have three axes, as those of targets that read images have, for text too."""
     said = getattr(runner.model_config, "model_is_mrope", None)  # the runner itself said so up to 0.5.15
     return bool(getattr(runner, "model_is_mrope", False) if said is None else said)
+
+
+def state_bytes(sg: SGLang, runner: Any) -> int:
+    """What the recurrent layers of a runner's model keep for one sequence, in bytes on this rank; 0 without any."""
+    found = sg["mambaish_config"](runner.model_config) if sg.version >= WRAPPED else runner.mambaish_config
+    return 0 if found is None else int(found.mamba2_cache_params.mamba_cache_per_req)
+
+
+def cap_states(sg: SGLang, runner: Any, count: int) -> None:
+    """Set how many sequences' recurrent states the pool of a runner will hold."""
+    if sg.version >= OVERRIDDEN:
+        sg["get_context"]().override("specd", max_mamba_cache_size=count)
+    elif sg.version >= WRAPPED:
+        runner.server_args.override("specd", max_mamba_cache_size=count)
+    else:
+        runner.server_args.max_mamba_cache_size = count
 
 
 def make_batch(sg: SGLang, runner: Any, num_tokens: int, fields: Mapping[str, Any]) -> Any:

@@ -95,7 +95,7 @@ class TransformersTarget:
         self._artifacts = Artifacts(source, published, tensors)
         digest = dummy_digest(published, self._device.type) if dummy or not source.path else weights_digest(source.path)
         dtype = str(network.dtype).removeprefix("torch.")
-        kind = network.config.model_type
+        kind = str(source.config["model_type"])  # of a wrapper for images, too, as other backends have it
         self.contract = self._artifacts.contract(source, text_config, kind, dtype, digest, measured(network))
 
     def run(self, fills: Sequence[CaptureJob]) -> Launched | None:

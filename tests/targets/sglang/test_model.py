@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from specd.errors import TargetError
-from specd.targets.sglang.model import parts
+from specd.targets.sglang.model import liven, parts
 from specd.targets.sglang.versions import uses_mrope, version_of
 
 DECODER = SimpleNamespace(layers=["layer"], norm="norm", embed_tokens="embedding")
@@ -36,6 +36,26 @@ def test_parts_are_found_bare_and_wrapped(model: Any) -> None:
 def test_a_model_laid_out_in_another_way_is_named() -> None:
     with pytest.raises(TargetError, match=r"SGLang's Linear is not laid out as expected \(.*layers.*use --backend"):
         parts(torch.nn.Linear(2, 2))
+
+
+def test_dummy_recurrent_layers_remember_and_mix() -> None:
+    layer: Any = torch.nn.Module()
+    layer.conv1d = torch.nn.Linear(4, 64, bias=False)
+    layer.A_log, layer.dt_bias = (torch.nn.Parameter(torch.full((8,), 1e-3)) for _ in range(2))
+    model = torch.nn.ModuleDict({"linear_attn": layer, "norm": torch.nn.LayerNorm(4)})
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.uniform_(-1e-3, 1e-3)
+    model.requires_grad_(False)
+    liven(model, 0)
+    decay = torch.exp(-layer.A_log.exp() * torch.nn.functional.softplus(layer.dt_bias))
+    assert bool(((decay > 0.94) & (decay < 0.97)).all())
+    assert 0.4 < float(layer.conv1d.weight.std()) < 0.6
+    drawn = layer.conv1d.weight.clone()
+    liven(model, 0)
+    assert torch.equal(layer.conv1d.weight, drawn)
+    liven(model, 1)
+    assert not torch.equal(layer.conv1d.weight, drawn)
 
 
 @pytest.mark.parametrize(
