@@ -17,14 +17,25 @@ STEM = 6
 
 @functools.cache
 def meanings(kind: type[msgspec.Struct]) -> dict[str, str]:
-    """Field -> its meaning, from a docstring of the form `name: what it is. other, more: what they are.`"""
+    """Field -> its meaning, from a docstring of the form `name: what it is. other, more: what they are.`
+
+    What a base says of its fields holds for those that inherit them.
+    """
+    found: dict[str, str] = {}
+    for base in reversed(kind.__mro__):
+        if base is not msgspec.Struct and issubclass(base, msgspec.Struct):
+            found |= _said(base)
+    return found
+
+
+def _said(kind: type[msgspec.Struct]) -> dict[str, str]:
     text = " ".join(inspect.cleandoc(kind.__doc__ or "").split())
     name = "|".join(sorted((field.name for field in msgspec.structs.fields(kind)), key=len, reverse=True))
     if not name:
         return {}
     heads = list(re.finditer(rf"(?:^|(?<=[.;] ))((?:{name})(?:, (?:{name}))*): ", text))
     found: dict[str, str] = {}
-    for head, after in zip(heads, [*heads[1:], None], strict=True):
+    for head, after in zip(heads, [*heads[1:], None], strict=False):
         meaning = text[head.end() : after.start() if after else None].strip().rstrip(".")
         found |= dict.fromkeys(head[1].split(", "), meaning)
     return found

@@ -34,9 +34,9 @@ class TargetConfig(Config, kw_only=True, frozen=True):
     many tokens. exact: one batch a forward, so that results are bit-identical to a local run. trust_remote_code: run
     Python code that comes with the checkpoint, of which some models consist (transformers backend). tp: over how many
     GPUs of this host it is spread, from `device` on (SGLang). memory_fraction: share of a GPU's free memory that
-    weights and KV cache may take, 0 for specd's choice (SGLang). attention_backend: SGLang's, `auto` for its own. prefill_graphs:
-    forwards of few tokens as CUDA graphs, which cost the memory of all layers' states; true, or a list of their tokens
-    (SGLang).
+    weights and KV cache may take, 0 for specd's choice (SGLang). attention_backend: SGLang's, `auto` for its own.
+    prefill_graphs: forwards of few tokens as CUDA graphs, which cost the memory of all layers' states: true, or a list
+    of their tokens (SGLang).
     """
 
     model: str

@@ -23,6 +23,7 @@ from specd.cli import doctor
 from specd.cli.furnish import DEFAULTS, examples
 from specd.cli.main import app, run
 from specd.config.settings import SubscriberConfig
+from specd.drafts import registry
 from specd.errors import SpecdError
 
 
@@ -134,7 +135,7 @@ def test_every_line_of_a_daemon_and_its_worker_is_json(tmp_path: Path) -> None:
     ("words", "place", "offered"),
     [
         ("specd re", 1, {"resume", "report"}),
-        ("specd train ", 2, {"dflash", "eagle3"}),
+        ("specd train ", 2, set(registry.BUILTIN)),
         ("specd train dflash --model smol", 4, {"smollm2-135m"}),
         ("specd train dflash --dry", 3, {"--dry-run"}),
     ],
