@@ -193,8 +193,8 @@ def _train(
             images = ImagePayloads(dataset, Path(scratch), contract) if dataset.illustrated else None
         if images:
             images.check(contract, subscriber.ring, settled.data.batch_tokens)
-        plan = dataset.plan(settled.data, settled.train.seed)
-        loader = Loader(dataset, plan, epochs=settled.train.epochs, payloads=images)
+        batches = dataset.plan(settled.data, settled.train.seed)
+        loader = Loader(dataset, batches, epochs=settled.train.epochs, payloads=images)
         own = identity(settled, draft, method.free, contract, dataset.digest)
         _agree(ranks, own, device, settled)
         checkpoints = Checkpoints(directory.checkpoints, own, settled.train.keep)
