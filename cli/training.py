@@ -107,7 +107,8 @@ def _interrupted(job: Job) -> str:
         return "specd: interrupted; nothing was trained yet: give the same command again"
     steps = _steps(job.directory)
     draft = f"\nits draft: specd export {job.run}" if steps else ""
-    return f"specd: interrupted; {steps} steps are kept\ngo on:     specd resume {job.run}{draft}"
+    specd = "torchrun … -m specd" if is_one_of_several() else "specd"
+    return f"specd: interrupted; {steps} steps are kept\ngo on:     {specd} resume {job.run}{draft}"
 
 
 def _steps(directory: RunDirectory) -> int:

@@ -11,6 +11,7 @@ import logging
 import os
 import random
 import re
+import shlex
 import shutil
 import zlib
 from collections.abc import Callable, Mapping
@@ -154,8 +155,7 @@ class Checkpoints:
         except (OSError, SafetensorError, CheckpointError) as error:
             shutil.rmtree(partial, ignore_errors=True)
             raise CheckpointError(
-                f"cannot write checkpoint {final}: {error}; free some space there or choose another --output, "
-                f"then continue with --resume"
+                f"cannot write checkpoint {final}: {error}; free some space there, then go on with `{self._resume}`"
             ) from None
         for _, old in self._complete()[: -self.keep]:
             shutil.rmtree(old, ignore_errors=True)
@@ -167,8 +167,7 @@ class Checkpoints:
         if not complete:
             torn = len([path for path in self.directory.glob("*step-*") if path.is_dir()])
             raise CheckpointError(
-                f"no complete checkpoint in {self.directory} ({torn} torn): "
-                f"start the run without --resume, in an empty --output"
+                f"no complete checkpoint in {self.directory} ({torn} torn): begin the run anew, in another --output"
             )
         return complete[-1][1]
 
@@ -180,7 +179,9 @@ class Checkpoints:
         """The state of a checkpoint. Raises CheckpointError when another target, draft or data plan made it."""
         state = _state(path)
         if state is None:
-            raise CheckpointError(f"{path} is no complete checkpoint: delete it and --resume from the one before")
+            raise CheckpointError(
+                f"{path} is no complete checkpoint: delete it, and `{self._resume}` goes on from the one before"
+            )
         _compare(path, state.identity, self.identity)
         return state
 
@@ -194,13 +195,16 @@ class Checkpoints:
         for name, file in state.files.items():
             if _crc32(path / name) != file.crc32:
                 raise CheckpointError(
-                    f"{path / name} is corrupt (its checksum differs): delete {path} and --resume again"
+                    f"{path / name} is corrupt (its checksum differs): delete {path}, and "
+                    f"`{self._resume}` goes on from the one before"
                 )
         try:
             weights = load_file(path / "model.safetensors")
             extra = load_file(path / "optimizer.safetensors")
         except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{path} cannot be read: {error}; delete it and --resume again") from None
+            raise CheckpointError(
+                f"{path} cannot be read: {error}; delete it, and `{self._resume}` goes on from the one before"
+            ) from None
         _check_shapes(path, weights, _weights(module))
         module.load_state_dict(weights, strict=False)
         _load_moments(module, optimizer, extra)
@@ -212,6 +216,10 @@ class Checkpoints:
             numpy=state.numpy_rng,
         ).restore()
         return state.position
+
+    @property
+    def _resume(self) -> str:
+        return f"specd resume {shlex.quote(str(self.directory.parent))}"
 
     def _complete(self) -> list[tuple[int, Path]]:
         return finished_checkpoints(self.directory)

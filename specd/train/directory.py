@@ -6,6 +6,7 @@ import importlib.metadata
 import logging
 import os
 import platform
+import shlex
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -90,7 +91,8 @@ class RunDirectory:
                 read(self.journal)
             return True
         if any(path.name not in (LOCK, _NEW_FACTS) for path in self.path.iterdir()):
-            remedy = "continue that run with --resume, " if self.begun else "it holds no run to resume: " * resume
+            go_on = f"go on with that run by `specd resume {shlex.quote(str(self.path))}`, "
+            remedy = go_on if self.begun else "it holds no run to resume: " * resume
             raise ConfigError(
                 f"output {str(self.path)!r} exists and is not empty: {remedy}choose another --output, or remove it"
             )

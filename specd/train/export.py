@@ -26,6 +26,7 @@ from specd.train.directory import FACTS, RunFacts, read_facts, utc
 PROVENANCE = "specd.json"
 """What a draft says of its making."""
 README = "README.md"
+AGAIN = "give the same command again"
 
 
 class DraftFacts(RunFacts, frozen=True, kw_only=True):
@@ -198,7 +199,7 @@ def export(found: Found, to: Path) -> None:
     if to.exists():
         raise ConfigError(f"{str(to)!r} exists: choose another --to, or remove it")
     evaluated = measured(found)
-    with writing(to):
+    with writing(to, AGAIN):
         to.parent.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(prefix=f".{to.name}-", dir=to.parent))
         try:
@@ -219,7 +220,7 @@ def export(found: Found, to: Path) -> None:
 
 def _write(path: Path, content: bytes) -> None:
     """Write a file whole, in place of what is there."""
-    with writing(path):
+    with writing(path, AGAIN):
         new = path.with_name(f".{path.name}.new")
         new.write_bytes(content)
         new.replace(path)

@@ -315,7 +315,7 @@ def _train_step(
             run.step(window, places, sums)
     except torch.OutOfMemoryError as error:
         what = _no_memory(run.position.step + 1, delivery.batch if delivery else None)
-        raise out_of_memory(what, error, "continue with --resume where more is free") from None
+        raise out_of_memory(what, error, "go on with `specd resume RUN` where more is free") from None
 
 
 def out_of_memory(what: str, error: torch.OutOfMemoryError, remedy: str) -> SpecdError:

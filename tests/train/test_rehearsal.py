@@ -54,7 +54,7 @@ def test_the_run_is_as_it_was_said(
     assert unit == "KiB"
     assert float(number) * 1024 == pytest.approx(checkpoint, rel=0.2)
     assert run([*command, "--dry-run"]) == 2
-    assert "exists and is not empty: continue that run with --resume" in capsys.readouterr().err
+    assert "exists and is not empty: go on with that run by `specd resume " in capsys.readouterr().err
     assert run([*command, "--dry-run", "--resume"]) == 0
     assert f"{steps} of them are done" in capsys.readouterr().out
 
