@@ -38,7 +38,7 @@ def hosted(
 ) -> AbstractContextManager[LocalDaemon]:
     """Check all settings; the context then hosts `model` in this process, of several ranks on this one's device."""
     from specd.daemon.serve import embedded
-    from specd.train.trainer import check, check_recipe, output_of
+    from specd.train.asked import check, check_recipe, output_of
 
     if ranks is not None:
         run = replace(run, train=replace(run.train, device=check(run, ranks.launch)))

@@ -39,7 +39,7 @@ class Job(NamedTuple):
 
     @property
     def directory(self) -> RunDirectory:
-        from specd.train.trainer import output_of
+        from specd.train.asked import output_of
 
         return output_of(self.first)
 

@@ -17,10 +17,10 @@ from specd.errors import ConfigError
 from specd.protocol.batch import slot_bytes
 from specd.protocol.capture import DTYPE_BYTES, StateDtype
 from specd.protocol.contract import TargetContract
+from specd.train.asked import Settle, check, check_recipe, output_of
 from specd.train.checkpoint import finished_checkpoints
 from specd.train.optimizer import total_steps
 from specd.train.preparation import prepared, warn_of_length, with_data, with_dtype
-from specd.train.trainer import Settle, check, check_recipe, output_of
 
 
 class Rehearsal(msgspec.Struct, frozen=True, kw_only=True):

@@ -26,34 +26,28 @@ from msgspec.structs import replace
 from specd.client.seats import Seat
 from specd.client.subscriber import Subscriber
 from specd.config.load import convert
-from specd.config.presets import run_config
 from specd.config.settings import Config, RunConfig
-from specd.data import dataset as datasets
 from specd.data.batching import Loader
 from specd.data.dataset import Dataset
 from specd.data.payloads import ImagePayloads
-from specd.data.rows import DEMO
 from specd.drafts import registry
 from specd.drafts.base import Objective, TargetParts
-from specd.drafts.initial import initial_config
-from specd.errors import ConfigError, SpecdError
 from specd.memory.streams import on_device
 from specd.protocol.capture import CaptureSpec
 from specd.protocol.contract import TargetContract
 from specd.train import launcher
+from specd.train.asked import Settle, by_target, check, check_recipe, is_finished, output_of, see_init
 from specd.train.checkpoint import Checkpoints
-from specd.train.directory import RunDirectory, RunFacts, fixed, identity, machine_facts, target_files, utc, write_facts
+from specd.train.directory import RunDirectory, RunFacts, identity, machine_facts, target_files, utc, write_facts
 from specd.train.display import Display
 from specd.train.distributed import Ranks
 from specd.train.export import sign
 from specd.train.interrupt import Interrupt
 from specd.train.journal import Sink, read, tell_unless_trained
-from specd.train.launcher import Launch
 from specd.train.loop import out_of_memory, train
 from specd.train.owner import owned
 from specd.train.plan import Plan, planned
-from specd.train.preparation import data_facts, kept, prepared, warn_of_length, with_data, with_date, with_dtype
-from specd.train.sinks import check as check_log
+from specd.train.preparation import data_facts, prepared, warn_of_length, with_data, with_date, with_dtype
 from specd.train.sinks import opened
 from specd.transports import registry as transports
 
@@ -61,8 +55,6 @@ logger = logging.getLogger(__name__)
 
 TARGETS_OWN = ("config.json", "preprocessor_config.json")
 """Files of a target that are not its draft's: that reads no images."""
-Settle = Callable[[str], RunConfig]
-"""A run's settings, given the name of its target: recipes go by that name."""
 
 
 class LocalDaemon(Protocol):
@@ -112,7 +104,7 @@ def train_draft(
             return train_draft(
                 config, host=host, resume=resume, interrupt=interrupt, show=show and ranks.leads, ranks=ranks
             )
-    settle = _settle(config)
+    settle = by_target(config)
     first = settle("")
     device = check(first, ranks.launch)
     if ranks.size > 1:
@@ -122,7 +114,7 @@ def train_draft(
         begun, done = ranks.decide("begin", partial(_begun, directory, settle, device, resume, ranks))
         if done is not None:
             return TrainedRun(directory.path, directory.draft, done, was_finished=True, ranks=ranks.size)
-        _see_init(first)
+        see_init(first)
         with host if isinstance(host, AbstractContextManager) else contextlib.nullcontext(host) as local:
             return _train(settle, first, device, directory, local, begun, interrupt or Interrupt(), show, ranks)
 
@@ -134,7 +126,7 @@ def _begun(directory: RunDirectory, settle: Settle, device: str, resume: bool, r
     """
     again = ranks.restarts > 0 and directory.began_by(launcher.identity())
     begun = directory.check(resume or again)
-    return begun, len(read(directory.journal)) if begun and _is_finished(directory, settle, device) else None
+    return begun, len(read(directory.journal)) if begun and is_finished(directory, settle, device) else None
 
 
 def _train(
@@ -278,79 +270,6 @@ def _connect(
         return Subscriber(link, spec, device=device, name=name, context=host.context)
     seat = Seat(launch.rank, launch.local, launch.here) if ranks.size > 1 else None
     return Subscriber(link, spec, device=device, name=name, run=ranks.run, ranks=ranks.size, seat=seat)
-
-
-def output_of(config: RunConfig) -> RunDirectory:
-    """The run's directory."""
-    return RunDirectory(Path(config.output or f"runs/{config.method}"))
-
-
-def check(config: RunConfig, launch: Launch | None = None) -> str:
-    """See that a run can begin, whatever its target; returns its device. Nothing is made yet.
-
-    Raises ConfigError, DataError for data that is not there.
-    """
-    registry.settings(config.method, config.draft, "settings")
-    check_log(config.log)
-    if config.data.path:
-        datasets.check(config.data)
-    if (asked := config.subscriber.transport) not in (known := ["auto", *transports.names()]):
-        raise ConfigError(f"subscriber.transport={asked!r}: expected one of {', '.join(known)}; leave it out for auto")
-    return launcher.device_of(config.train, launch or Launch())
-
-
-def _see_init(config: RunConfig) -> None:
-    """Raise ConfigError or CheckpointError where the draft to begin with is not there; its shape is compared later."""
-    if init := getattr(registry.settings(config.method, config.draft, "settings"), "init", ""):
-        initial_config(init)
-
-
-def _is_finished(directory: RunDirectory, settle: Settle, device: str) -> bool:
-    """Whether the run is finished and was made with these settings, as far as it shows without its target.
-
-    Its data is known by its path here, and a target hosted here by its settings.
-    """
-    facts = directory.finished()
-    if facts is None:
-        return False
-    try:
-        first = convert(facts.config, RunConfig, "run.json")
-        known = settle(str(facts.target["model"]))
-        now = replace(with_dtype(known, device), data=replace(known.data, path=known.data.path or DEMO))
-        now, draft = kept(now, registry.settings(now.method, now.draft, "settings"), first)
-        free = registry.load(now.method).free
-        old = fixed(first, registry.settings(first.method, first.draft, "settings"), free)
-        new = fixed(now, draft, free)
-    except (SpecdError, KeyError):  # whatever it is, a run that goes on says it better
-        return False
-    return (old, first.data.path, first.target) == (new, now.data.path, now.target)
-
-
-def check_recipe(config: RunConfig, target: str) -> Config:
-    """The draft's own settings for a target. Raises ConfigError for what cannot work, before anything is loaded."""
-    draft = registry.settings(config.method, config.draft, "settings")
-    registry.load(config.method).check(draft, target)
-    datasets.check(config.data if config.data.path else replace(config.data, path=DEMO))
-    return draft
-
-
-def _settle(config: RunConfig | Mapping[str, Any] | Settle) -> Settle:
-    """`config` as a function of the target's name. Raises ConfigError for what is no settings of a run."""
-    if callable(config):
-        return config
-    if not isinstance(config, RunConfig | Mapping):
-        raise ConfigError(f"config is {config!r}: expected a RunConfig, a mapping of its settings, or a function")
-    try:
-        data = msgspec.to_builtins(config if isinstance(config, RunConfig) else dict(config), enc_hook=os.fspath)
-    except TypeError as error:
-        raise ConfigError(f"settings: {error}; expected numbers, strings, paths, lists and mappings") from None
-    checked = convert(data, RunConfig, "settings")
-    if checked.target:
-        raise ConfigError(
-            f"settings: target={checked.target}: expected none, as the target is hosted already; give them to whoever "
-            f"hosts it: `specd start`, or the DaemonConfig of `specd.embedded`"
-        )
-    return (lambda target: checked) if isinstance(config, RunConfig) else partial(run_config, data)
 
 
 def _target_parts(subscriber: Subscriber, config: dict[str, object], dataset: Dataset) -> TargetParts:

@@ -19,7 +19,7 @@ import torch
 from chats import talk, write_rows, write_target
 from specd.cli.main import run
 from specd.client.subscriber import Subscriber
-from specd.config.settings import DaemonConfig, DataConfig, RingConfig, RunConfig, TargetConfig, TrainConfig
+from specd.config.settings import DaemonConfig, DataConfig, RingConfig, RunConfig, TargetConfig
 from specd.daemon.serve import Embedded, embedded
 from specd.data.rows import DEMO
 from specd.drafts.dflash.objective import DFlash
@@ -304,19 +304,3 @@ def test_bad_rows_are_in_the_facts_and_in_the_report(host: Embedded, settings: d
     assert said.startswith("1, the first: a.jsonl line 2")
     assert run(["report", str(done.directory)]) == 0
     assert "a.jsonl line 2" in (done.directory / "report.html").read_text()
-
-
-@pytest.mark.parametrize(
-    ("config", "message"),
-    [
-        (None, "config is None: expected a RunConfig, a mapping of its settings, or a function"),
-        ("dflash", "config is 'dflash': expected a RunConfig"),
-        ({}, "missing required field `method`"),
-        (RunConfig(method="dflash", train=TrainConfig(lr=-1)), r"> 0\.0, got -1.* - at `\$\.train\.lr`"),
-        (RunConfig(method="dflash", train=TrainConfig(accumulation=0)), r">= 1, got 0 - at `\$\.train\.accumulation`"),
-        (RunConfig(method="dflash", target={"dtype": "float16"}), "expected none, as the target is hosted already"),
-    ],
-)
-def test_what_is_no_settings_is_refused(host: Embedded, config: Any, message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        train_draft(config, host=host)
