@@ -50,37 +50,44 @@ def resume(
     """Go on with a run from its newest checkpoint, under the settings that it has.
 
     The same data and settings give the same weights, bit for bit, as if it had never stopped. What changes nothing that
-    is computed may be given anew: daemons, device, data paths, save_every, keep, log_every. More or fewer epochs or
-    steps are a new plan: the learning rate then follows it, a line says so, and a finished run trains on.
+    is computed may be given anew: daemons, device, data paths, loggers, save_every, keep, log_every. More or fewer
+    epochs or steps are a new plan: the learning rate then follows it, a line says so, and a finished run trains on.
     Anything else is refused by name. Relative paths mean what they meant where the run was begun.
     """
     from specd.train.directory import FACTS, read_facts
 
-    if not (run / FACTS).is_file():
-        raise ConfigError(f"{str(run)!r} holds no run: expected the --output of a `specd train`, with {FACTS} in it")
-    facts = read_facts(run)
-    flags = given(
-        {
-            "train": {"epochs": epochs, "max_steps": max_steps, "device": device},
-            "subscriber": {
-                "endpoints": endpoint,
-                "auth": {"key": key, "servers": servers_of(endpoint or [], server_key or [])},
-            },
-        }
-    )
-    asked: dict[str, Any] = merge(merge(facts.config, flags), overrides(settings or []))
-    asked["output"] = str(run if Path(facts.directory) == Path.cwd() else run.absolute())
-    target = asked.get("target") or {}
-    if model and endpoint:
-        raise ConfigError(f"--model {model} hosts the target here, --endpoint {endpoint[0]} uses a daemon: give one")
-    hosted = model or ("" if endpoint else str(target.get("model", "")))
-    asked["target"] = {**target, "model": hosted} if hosted else {}
-    if hosted:
-        asked["subscriber"] = {**(asked.get("subscriber") or {}), "endpoints": ["auto"], "transport": "auto"}
-    config = convert(asked, RunConfig, "settings")
-    job = Job(settle=lambda target: config, first=config, model=hosted, resume=True, shown=run)
-    with _place(facts.directory):
-        go(lambda: job)
+    def job() -> Job:
+        if not (run / FACTS).is_file():
+            raise ConfigError(
+                f"{str(run)!r} holds no run: expected the --output of a `specd train`, with {FACTS} in it"
+            )
+        facts = read_facts(run)
+        flags = given(
+            {
+                "train": {"epochs": epochs, "max_steps": max_steps, "device": device},
+                "subscriber": {
+                    "endpoints": endpoint,
+                    "auth": {"key": key, "servers": servers_of(endpoint or [], server_key or [])},
+                },
+            }
+        )
+        asked: dict[str, Any] = merge(merge(facts.config, flags), overrides(settings or []))
+        asked["output"] = str(run if Path(facts.directory) == Path.cwd() else run.absolute())
+        target = asked.get("target") or {}
+        if model and endpoint:
+            raise ConfigError(
+                f"--model {model} hosts the target here, --endpoint {endpoint[0]} uses a daemon: give one"
+            )
+        hosted = model or ("" if endpoint else str(target.get("model", "")))
+        asked["target"] = {**target, "model": hosted} if hosted else {}
+        if hosted:
+            asked["subscriber"] = {**(asked.get("subscriber") or {}), "endpoints": ["auto"], "transport": "auto"}
+        config = convert(asked, RunConfig, "settings")
+        where.enter_context(_place(facts.directory))
+        return Job(settle=lambda target: config, first=config, model=hosted, resume=True, shown=run)
+
+    with contextlib.ExitStack() as where:
+        go(job)
 
 
 def _place(directory: str) -> contextlib.AbstractContextManager[None]:
