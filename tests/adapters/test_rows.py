@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import datasets
 import pytest
 import torch
 
@@ -22,6 +23,15 @@ def test_rows_are_cut_where_samples_end() -> None:
         assert rows.lengths.tolist() == [3, 3]
         assert [rows.tokens(i).tolist() for i in range(len(rows))] == [[5, 6, 7], [1, 2, 3]]
         assert [rows.loss_mask(i).tolist() for i in range(2)] == [[False, True, True], [False, False, True]]
+
+
+def test_rows_of_a_data_set_as_speculators_keeps_them() -> None:
+    rows = [{"input_ids": [5, 6, 7], "loss_mask": [0, 1, 1], "seq_len": 3}]
+    data = datasets.Dataset.from_list([*rows, {"input_ids": [1, 2], "loss_mask": [0, 1], "seq_len": 2}])
+    data.set_format("torch", columns=["input_ids", "loss_mask"], output_all_columns=True)
+    samples = Rows(data, 8, lengths=data["seq_len"])
+    assert samples.lengths.tolist() == [3, 2]
+    assert (samples.tokens(1).tolist(), samples.loss_mask(0).tolist()) == ([1, 2], [False, True, True])
 
 
 def test_rows_that_cannot_be_used_are_named() -> None:
