@@ -68,6 +68,7 @@ def test_a_directory_of_speculators(tmp_path: Path) -> None:
     objective = made({})
     own = objective.draft.shape
     eager: dict[str, Any] = specforge_config(objective) | {"attn_implementation": "eager"}
+    del eager["dflash_config"]
     config = peer("speculators.config")
     algorithm = peer("speculators.proposals.greedy").GreedyTokenProposalConfig()
     settings = peer("speculators.models.dspark.config").DSparkSpeculatorConfig(
