@@ -90,14 +90,18 @@ def daemon(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON 
 
 @app.command(
     epilog="Examples: `specd bench pipeline --quick` · `specd bench pipeline --json --chart pipeline.png > "
-    "pipeline.json`, then `specd plan --from pipeline.json` · `specd bench pipeline --model Qwen3-4B --daemons 3`"
+    "pipeline.json`, then `specd plan --from pipeline.json` · `specd bench pipeline --model Qwen3-4B --daemons 2 "
+    "--trainers 6`"
 )
 def pipeline(
     model: Annotated[
         str, typer.Option("--model", "-m", help="Target, with dummy weights; empty for what this machine can run.")
     ] = "",
     draft: Annotated[str, typer.Option(help="A method, of the target's shape, or synthetic:ms=20.")] = registry.DEFAULT,
-    daemons: Annotated[int, typer.Option(help="Daemons that feed the one trainer, a GPU each.")] = 1,
+    daemons: Annotated[int, typer.Option(help="Daemons that feed the trainers, a GPU each.")] = 1,
+    trainers: Annotated[
+        int, typer.Option(help="Ranks of one data-parallel training, a GPU each; one alone is timed too.")
+    ] = 1,
     transports: Annotated[
         str, typer.Option(help="Comma-separated, the first in full; empty for cuda_ipc, shm on the CPU.")
     ] = "",
@@ -147,7 +151,7 @@ def pipeline(
         asked |= {known[section]: values}
 
     with _ended_by_signal(), Console(stderr=True).status("") as status:
-        result = run(defaults(quick, daemons, model, asked), status.update, _keeper(save))
+        result = run(defaults(quick, daemons, model, asked, trainers), status.update, _keeper(save))
     if as_json:
         typer.echo(_json(result))
     else:

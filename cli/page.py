@@ -52,6 +52,8 @@ class Page:
         if split and (samples := len(pieces(size, longest, self._needed))) > 1:
             counts.append(f", split into {samples} samples")
         self._say(counts)
+        for one, count in zip(coded.pictures, coded.counts, strict=True):
+            self._say(Text(self._visible(f"image {one.name}: {count} tokens")))
         if coded.dropped:
             answers = "1 answer" if coded.dropped == 1 else f"{coded.dropped} answers"
             self._say(Text(f"the chat template leaves out a part of {answers}, as thoughts of earlier turns"))

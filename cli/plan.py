@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 
 EXAMPLES = (
     "Examples: `specd plan --model Qwen3-30B-A3B-FP8 --target-tokens-per-s 43800 --draft-tokens-per-s 51000 "
-    "--samples 50000 --epochs 6` · `specd plan --from pipeline.json` · `specd plan --from runs/first`"
+    "--samples 50000 --epochs 6` · `specd plan --from pipeline.json --daemons 2 --trainers 6` · "
+    "`specd plan --from runs/first`"
 )
 RATES, SIZES, PLACES = "Rates", "Sizes", "Places"
 WARM_UP = 0.1
@@ -77,6 +78,13 @@ def plan(
     ] = None,
     gpus_per_trainer: Annotated[int | None, typer.Option(help="GPUs of one trainer.", rich_help_panel=PLACES)] = None,
     depth: Annotated[int | None, typer.Option(help="Batches in flight per trainer.", rich_help_panel=PLACES)] = None,
+    daemons: Annotated[
+        int | None,
+        typer.Option(min=1, help="Judge so many daemons … [default: what balances].", rich_help_panel=PLACES),
+    ] = None,
+    trainers: Annotated[
+        int | None, typer.Option(min=1, help="… and so many ranks of one training.", rich_help_panel=PLACES)
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Which side starves, how many daemons a trainer needs, what it takes, and whether co-location is better."""
@@ -97,7 +105,8 @@ def plan(
     known = _of_preset(model, num_taps) if model else {}
     known |= _measured(measured, draft=draft_tokens_per_s is None) if measured else {}
     known |= {name: value for name, value in flags.items() if value is not None}
-    found = balance(_work(known))
+    asked = (daemons or 1, trainers or 1) if daemons or trainers else (0, 0)
+    found = balance(_work(known), *asked)
     if as_json:
         typer.echo(msgspec.json.format(msgspec.json.encode(found), indent=2).decode())
         return
@@ -218,9 +227,11 @@ def render(found: Balance) -> list[RenderableType]:
     placed = Table(box=None, padding=(0, 2, 0, 0))
     for head in ("daemons : trainers", "GPUs", "ms/batch", "samples/s", "GPU·s/sample", "hours", "GPU-hours"):
         placed.add_column(head, justify="left" if head == "daemons : trainers" else "right", no_wrap=True)
-    placements = {placement.name: placement for placement in (found.one_to_one, found.balanced)}
-    for placement in (*placements.values(), found.colocated, found.data_parallel):
+    apart = (found.one_to_one, found.balanced, *([found.asked] if found.asked else []))
+    placements = {placement.name: placement for placement in (*apart, found.colocated, found.data_parallel)}
+    for placement in placements.values():
         placed.add_row(*_cells(placement))
+    judged = found.asked or found.balanced
     needed = found.daemons_per_trainer
     per = f"{needed:.2f} daemons a trainer" if needed >= 1 else f"{1 / needed:.2f} trainers a daemon"
     ring = found.ring
@@ -228,10 +239,18 @@ def render(found: Balance) -> list[RenderableType]:
         f"one daemon, one trainer: {STARVING[found.starves]}; {per} balance them ({found.balanced.name})",
         f"a sample is {found.bytes_per_sample:,} bytes; each daemon's ring: {ring.slots} slots × "
         f"{ring.slot_bytes:,} bytes = {ring.nbytes / 1e9:.2f} GB at depth {work.depth}",
+        f"{judged.name} trains {judged.over_one:.2f} × the samples/s of {_gpus(found.colocated.gpus)} co-located, and "
+        f"{judged.over_parallel:.2f} × those of {_gpus(judged.gpus)}, as many as it has",
+        f"co-locate unless a target that runs batches alone takes over {found.pays_from_s * 1e3:,.1f} ms for one: here "
+        f"{found.colocated_target_s * 1e3:,.1f} ms",
         f"verdict: {found.better}",
         *(f"· {reason}" for reason in found.why),
     ]
     return [times, "", placed, "", *facts]
+
+
+def _gpus(count: int) -> str:
+    return f"{count} GPU{'s' * (count > 1)}"
 
 
 def _cells(placement: Placement) -> tuple[str, ...]:

@@ -15,6 +15,7 @@ from specd.config.settings import DaemonConfig, DataConfig, RunConfig, TrainerAu
 from specd.data.rows import DEMO
 from specd.drafts import registry
 from specd.errors import ConfigError
+from specd.protocol.limits import MAX_PAYLOAD_BYTES
 from specd.targets import registry as targets
 
 if TYPE_CHECKING:
@@ -97,7 +98,12 @@ def hosting_config(run: RunConfig, model: str, *, preset: str = "") -> DaemonCon
     settings = {
         "target": {"device": run.train.device} | run.target | {"model": model},
         "capture": {"num_taps": capture.num_taps, "final": capture.final, "dtype": capture.dtype},
-        "ring": {"slots": run.subscriber.depth + 2, "slot_tokens": run.data.batch_tokens, "max_sessions": 1},
+        "ring": {
+            "slots": run.subscriber.depth + 2,
+            "slot_tokens": run.data.batch_tokens,
+            "max_sessions": 1,
+            "payload_mib": MAX_PAYLOAD_BYTES >> 20,  # nobody else asks this daemon
+        },
     }
     return daemon_config({}, settings, [], preset=preset, where="settings")
 

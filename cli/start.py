@@ -18,7 +18,7 @@ import typer
 from specd import units
 from specd.cli.settings import daemon_config, given
 from specd.config.load import load_yaml
-from specd.config.settings import DaemonConfig
+from specd.config.settings import DaemonConfig, SubscriberConfig
 from specd.errors import ConfigError, DaemonError
 from specd.paths import make_runtime_dir
 
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 EXAMPLES = (
     "Examples: `specd start --model smollm2-135m` · "
     "`specd start --model Qwen3-8B --load-format dummy --num-layers 4 --detach` · "
+    "`specd start --model Qwen3-8B --trainers 4 --depth 2` · "
     "`specd start --model Qwen3-8B --endpoint tcp://192.0.2.7:7070 --key gpu1`"
 )
 TARGET, SHAPE, PLACE = "Target", "Ring", "Endpoint"
@@ -68,6 +69,14 @@ def start(
     ] = "",
     slots: Annotated[int | None, typer.Option(help="Slots of the ring.", rich_help_panel=SHAPE)] = None,
     slot_tokens: Annotated[int | None, typer.Option(help="Longest batch, in tokens.", rich_help_panel=SHAPE)] = None,
+    trainers: Annotated[
+        int | None,
+        typer.Option(min=1, help="Trainers at once, ranks of a run each: a ring for so many.", rich_help_panel=SHAPE),
+    ] = None,
+    depth: Annotated[
+        int | None,
+        typer.Option(min=0, help="With --trainers: batches each has in flight [default: 2].", rich_help_panel=SHAPE),
+    ] = None,
     transports: Annotated[
         str, typer.Option(help="What to serve: auto for all that works here, or cuda_ipc,shm,…", rich_help_panel=SHAPE)
     ] = "",
@@ -119,7 +128,7 @@ def start(
             "memory_fraction": memory_fraction,
             "attention_backend": attention_backend,
         },
-        "ring": {"slots": slots, "slot_tokens": slot_tokens},
+        "ring": {"slots": slots, "slot_tokens": slot_tokens} | _ring_for(trainers, depth, slots),
         "transports": [name.strip() for name in transports.split(",") if name.strip()],
         "endpoint": endpoint,
         "insecure": insecure,
@@ -131,6 +140,21 @@ def start(
     if detach:
         raise typer.Exit(_detach(daemon))
     raise typer.Exit(_serve(daemon, ready_fd))
+
+
+def _ring_for(trainers: int | None, depth: int | None, slots: int | None) -> dict[str, int]:
+    """The ring in which `trainers` always have `depth` batches in flight each, beside the one in use."""
+    if trainers is None:
+        if depth is not None:
+            raise ConfigError(f"--depth {depth} says how deep a ring is for each of --trainers: give their number too")
+        return {}
+    if slots is not None:
+        raise ConfigError(
+            f"--slots {slots} with --trainers {trainers}: expected one of the two; --trainers W --depth D stands for "
+            f"W·(D + 1) slots, so give ring.max_sessions by --set beside --slots"
+        )
+    each = SubscriberConfig().depth if depth is None else depth
+    return {"slots": trainers * (each + 1), "max_sessions": trainers}
 
 
 def _serve(daemon: DaemonConfig, ready_fd: int) -> int:
@@ -209,11 +233,17 @@ def ready_line(report: StatusReport) -> str:
         nbytes = ring.num_slots * ring.slot_bytes
         parts.append(
             f"ring {ring.num_slots} slots × {ring.slot_tokens} tokens = {nbytes:,} bytes ({units.size(nbytes)})"
+            f"{_for_trainers(ring.num_slots, report.max_sessions)}"
         )
     if report.transports:
         parts.append(f"serves {', '.join(report.transports)}")
     parts.append(f"host memory {units.size(resident_bytes({report.pid, report.worker_pid}))}")
     return " · ".join(parts)
+
+
+def _for_trainers(slots: int, most: int) -> str:
+    """How many trainers a ring takes, and how many batches each has in flight when all are there."""
+    return f" for {most} trainer{'s' * (most > 1)} at depth {(slots - most) // most}" if most else ""
 
 
 def resident_bytes(pids: set[int]) -> int:

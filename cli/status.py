@@ -15,7 +15,7 @@ from specd.cli.settings import Key, ServerKey, asker
 from specd.cli.trainers import gb, trainers
 
 if TYPE_CHECKING:
-    from specd.protocol.messages import StatusReport
+    from specd.protocol.messages import SessionStatus, StatusReport
 
 EXAMPLES = "Examples: `specd status` · `specd status --endpoint tcp://127.0.0.1:7070 --json`"
 
@@ -62,6 +62,17 @@ def _show(report: StatusReport) -> None:
     console.print("rates are means since a trainer, or the daemon, came; `specd top` shows them now", style="dim")
 
 
+def _runs(report: StatusReport) -> Iterator[str]:
+    """Each run of several ranks: how many of them are here, and what they were served."""
+    runs: dict[str, list[SessionStatus]] = {}
+    for session in report.sessions:
+        if session.run:
+            runs.setdefault(session.run, []).append(session)
+    for run, ranks in runs.items():
+        come = max(rank.ranks for rank in ranks)
+        yield f"run {run}: {len(ranks)} of {come} ranks, {sum(rank.batches for rank in ranks):,} batches"
+
+
 def _facts(report: StatusReport) -> Iterator[tuple[str, str]]:
     """Facts of the daemon itself, line by line: a name and its value."""
     yield "daemon", f"specd {report.version}, {report.state}, up {report.uptime_s:.0f} s"
@@ -77,6 +88,7 @@ def _facts(report: StatusReport) -> Iterator[tuple[str, str]]:
         yield "ring", f"{ring.num_slots} slots × {ring.slot_tokens:,} tokens, {size}"
     yield "slots", ", ".join(f"{count} {state}" for state, count in report.slots.items()) or "–"
     yield "queued", str(report.queued)
+    yield "sessions", f"{len(report.sessions)} of {report.max_sessions}" + "".join(f"; {run}" for run in _runs(report))
     counts = {name: count for name, count in report.counters.items() if not name.endswith("_us")}
     yield "counters", ", ".join(f"{name} {count:,}" for name, count in counts.items()) or "–"
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shlex
 from contextlib import AbstractContextManager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from msgspec.structs import replace
 
+from specd.cli.ranks import as_rank, is_one_of_several
 from specd.cli.settings import DATA, given, hosting_config, paths, servers_of
 from specd.config.load import load_yaml, merge, overrides
 from specd.config.presets import run_config
@@ -21,7 +23,9 @@ from specd.errors import ConfigError
 from specd.transports.registry import WITHIN_PROCESS
 
 if TYPE_CHECKING:
-    from specd.train.trainer import LocalDaemon
+    from specd.train.distributed import Ranks
+    from specd.train.interrupt import Interrupt
+    from specd.train.trainer import LocalDaemon, TrainedRun
 
 EXAMPLES = (
     f"Examples: `specd train {registry.DEFAULT} --data chats.jsonl --output runs/first` · "
@@ -135,44 +139,66 @@ def train(
         "train": {"max_steps": max_steps, "device": device},
         "log": {"to": logger, "metrics": metrics},
     }
-    asked = merge(merge(load_yaml(config) if config else {}, given(flags)), overrides(settings or []))
-    if (other := asked.setdefault("method", method)) != method:
-        raise ConfigError(f"settings: method={other!r}: expected {method!r}, as the command says; leave it out")
-    if method not in registry.names():
-        raise ConfigError(f"unknown draft method {method!r}; known here: {', '.join(registry.names())}")
+
+    @functools.cache
+    def asked() -> dict[str, Any]:
+        found = merge(merge(load_yaml(config) if config else {}, given(flags)), overrides(settings or []))
+        if (other := found.setdefault("method", method)) != method:
+            raise ConfigError(f"settings: method={other!r}: expected {method!r}, as the command says; leave it out")
+        if method not in registry.names():
+            raise ConfigError(f"unknown draft method {method!r}; known here: {', '.join(registry.names())}")
+        return found
 
     def settle(target: str) -> RunConfig:
-        run = run_config(asked, target or model, preset=preset)
+        run = run_config(asked(), target or model, preset=preset)
         return replace(run, target={"model": model} | run.target) if model else run
 
-    first = settle("")
-    if model:
-        _check_link(first.subscriber, model)
-    if first.target and not model:
-        raise ConfigError(
-            f"settings: target={first.target}: expected none, as a daemon's target is configured by `specd start`; "
-            f"leave them out, or give --model NAME to host the target here"
-        )
-    from specd.train.interrupt import Interrupt
-    from specd.train.trainer import output_of, train_draft
+    def work(ranks: Ranks | None, interrupt: Interrupt) -> None:
+        from specd.train.trainer import train_draft
 
-    try:
-        with Interrupt() as interrupt:
-            host = _host(first, model, preset, resume) if model else None
-            done = train_draft(settle, host=host, resume=resume, interrupt=interrupt, show=True)
-    except KeyboardInterrupt:
-        run = output_of(first)
+        first = settle("")
+        if model:
+            _check_link(first.subscriber, model)
+        if first.target and not model:
+            raise ConfigError(
+                f"settings: target={first.target}: expected none, as a daemon's target is configured by `specd start`; "
+                f"leave them out, or give --model NAME to host the target here"
+            )
+        host = _host(first, model, preset, resume, ranks) if model else None
+        done = train_draft(settle, host=host, resume=resume, interrupt=interrupt, show=True, ranks=ranks)
+        if ranks is None or ranks.leads:
+            _say_done(done)
+
+    def interrupted() -> str:
+        from specd.train.trainer import output_of
+
+        run = output_of(settle(""))
         remedy = (
             f"continue with the same command and --resume (output {run.path})"
             if run.begun
             else "nothing was trained yet: give the same command again"
         )
-        typer.echo(f"specd: interrupted; {remedy}", err=True)
+        return f"specd: interrupted; {remedy}"
+
+    if is_one_of_several():
+        as_rank(work, interrupted)
+        return
+    from specd.train.interrupt import Interrupt
+
+    try:
+        with Interrupt() as interrupt:
+            work(None, interrupt)
+    except KeyboardInterrupt:
+        typer.echo(interrupted(), err=True)
         raise typer.Exit(130) from None
+
+
+def _say_done(done: TrainedRun) -> None:
+    by = f" by {done.ranks} ranks" if done.ranks > 1 else ""
     if done.was_finished:
         typer.echo(f"{done.directory} is finished: {done.steps} steps trained; draft in {done.draft}")
         return
-    typer.echo(f"{done.steps} steps trained; draft in {done.draft}")
+    typer.echo(f"{done.steps} steps trained{by}; draft in {done.draft}")
     draft, directory = (shlex.quote(str(path)) for path in (done.draft, done.directory))
     typer.echo(f"next: specd eval --draft {draft} --untrained, then specd report {directory}")
 
@@ -190,11 +216,15 @@ def _check_link(link: SubscriberConfig, model: str) -> None:
         )
 
 
-def _host(run: RunConfig, model: str, preset: str, resume: bool) -> AbstractContextManager[LocalDaemon]:
-    """Check all settings; the context then hosts `model` in this process."""
+def _host(
+    run: RunConfig, model: str, preset: str, resume: bool, ranks: Ranks | None
+) -> AbstractContextManager[LocalDaemon]:
+    """Check all settings; the context then hosts `model` in this process, of several ranks on this one's device."""
     from specd.daemon.serve import embedded
-    from specd.train.trainer import check_recipe, output_of
+    from specd.train.trainer import check, check_recipe, output_of
 
+    if ranks is not None:
+        run = replace(run, train=replace(run.train, device=check(run, ranks.launch)))
     daemon = hosting_config(run, model, preset=preset)
     draft = check_recipe(run, model)
     if not (resume and output_of(run).begun):  # a run that goes on keeps its mask token

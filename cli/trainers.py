@@ -46,4 +46,5 @@ def gb(nbytes: float) -> str:
 
 def _name(session: SessionStatus) -> str:
     uses = ", ".join((session.transport or "–", *(gpu[:12] for gpu in session.gpus)))
-    return f"{units.printable(f'{session.name} {session.session[:8]}')}\n{units.printable(uses)}"
+    run = f", run {session.run}" if session.run else ""
+    return f"{units.printable(f'{session.name} {session.session[:8]}{run}')}\n{units.printable(uses)}"

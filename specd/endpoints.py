@@ -50,6 +50,19 @@ def is_far(endpoint: str) -> bool:
     return endpoint.startswith("tcp://") and not is_loopback(endpoint.removeprefix("tcp://").rpartition(":")[0])
 
 
+def is_here(endpoint: str) -> bool:
+    """Whether the daemon at an endpoint is on this host: it is no TCP endpoint, or one at an address of this host."""
+    if not is_far(endpoint):
+        return True
+    host, _, port = endpoint.removeprefix("tcp://").rpartition(":")
+    with contextlib.suppress(OSError, UnicodeError, ValueError):
+        for family, kind, *_, where in socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_DGRAM):
+            with contextlib.suppress(OSError), socket.socket(family, kind) as probe:
+                probe.bind((where[0], 0, *where[2:]))
+                return True
+    return False
+
+
 def interface(endpoint: str, insecure: bool, keyed: bool = False) -> str:
     """The host a tcp endpoint listens on: an address, without brackets, or a name; empty for other endpoints.
 

@@ -9,6 +9,7 @@ SpecdError
 ├── BatchError         one batch cannot be captured; the message names it
 ├── TransportError     a transport cannot be used here, or a transfer failed its check
 ├── TargetError        the target cannot be loaded or run
+├── PeerError          another process of a data-parallel run ended, or was lost
 └── CheckpointError    a checkpoint cannot be written, read or resumed
 """
 
@@ -64,6 +65,21 @@ class TransportError(SpecdError):
 
 class TargetError(SpecdError):
     """The target cannot be loaded or run."""
+
+
+class PeerError(SpecdError):
+    """Another process of a data-parallel run ended, or was lost.
+
+    code: the exit code that the run ends with. said: another process tells the person. interrupted: by a signal.
+    """
+
+    def __init__(self, message: str, *, code: int = 1, said: bool = False, interrupted: bool = False) -> None:
+        super().__init__(message)
+        self.code, self.said, self.interrupted = code, said, interrupted
+
+    def saying(self, more: str) -> PeerError:
+        """The same, with more in its message."""
+        return PeerError(f"{self}; {more}", code=self.code, said=self.said, interrupted=self.interrupted)
 
 
 class CheckpointError(SpecdError):

@@ -50,7 +50,8 @@ class Placement(msgspec.Struct, frozen=True, kw_only=True):
     """One way to place the work.
 
     batch_s: seconds between two batches of the whole placement. gpu_s_per_sample: what a sample occupies, idle GPUs
-    included. hours, gpu_hours: of the whole training, 0 if its size is not known.
+    included. hours, gpu_hours: of the whole training, 0 if its size is not known. over_one: how many times the samples
+    of one co-located group of GPUs it trains; over_parallel: of co-located training on as many GPUs as it has.
     """
 
     name: str
@@ -62,10 +63,12 @@ class Placement(msgspec.Struct, frozen=True, kw_only=True):
     gpu_s_per_sample: float
     hours: float
     gpu_hours: float
+    over_one: float = 1.0
+    over_parallel: float = 1.0
 
 
 class RingSize(msgspec.Struct, frozen=True, kw_only=True):
-    """The ring of one daemon in the balanced placement: `slots` batches of `slot_bytes` each."""
+    """The ring of one daemon in the placement that is judged: `slots` batches of `slot_bytes` each."""
 
     slots: int
     slot_bytes: int
@@ -81,8 +84,10 @@ class Balance(msgspec.Struct, frozen=True, kw_only=True):
     target_s, draft_s, wire_s: of one batch, on one daemon, one trainer, one wire. starves: who waits when one daemon
     feeds one trainer: `draft` if the target is slower, `none` within 2 %; `wire` if both wait for the wire.
     daemons_per_trainer: what balances the two. one_to_one: one daemon and one trainer. balanced: the smallest placement
-    within 2 % of the least GPU time a sample. colocated: on the GPUs of one daemon or trainer. data_parallel:
-    co-located on as many GPUs as `balanced`. better: the one to take. why: in words.
+    within 2 % of the least GPU time a sample. asked: the one that was asked for, if one was. colocated: on the GPUs of
+    one daemon or trainer. data_parallel: co-located on as many GPUs as the one that is judged: `asked`, or else
+    `balanced`. better: that, or co-location. pays_from_s: it is that from a target on which a batch alone takes longer,
+    in seconds; 0 for any. why: in words.
     """
 
     work: Work
@@ -100,11 +105,16 @@ class Balance(msgspec.Struct, frozen=True, kw_only=True):
     data_parallel: Placement
     better: Literal["disaggregated", "co-located", "equal"]
     why: tuple[str, ...]
+    asked: Placement | None = None
+    pays_from_s: float = 0.0
 
 
-def balance(work: Work) -> Balance:
-    """Weigh disaggregation against co-location. Raises ConfigError for rates and sizes out of range."""
-    _check(work)
+def balance(work: Work, daemons: int = 0, trainers: int = 0) -> Balance:
+    """Weigh disaggregation against co-location: the best placement, or that of `daemons` and `trainers` if given.
+
+    Raises ConfigError for rates and sizes out of range.
+    """
+    _check(work, daemons, trainers)
     target_s = work.batch_tokens / work.target_tokens_per_s
     draft_s = work.batch_tokens / work.draft_tokens_per_s
     wire_s = work.batch_tokens * work.bytes_per_token / (work.wire_gb_per_s * 1e9) if work.wire_gb_per_s else 0.0
@@ -119,24 +129,33 @@ def balance(work: Work) -> Balance:
     least = min(choice.gpu_s_per_sample for choice in choices)
     # The smallest within noise of the best: a few per cent are not worth eight more GPUs.
     balanced = min((c for c in choices if c.gpu_s_per_sample <= least * (1 + EVEN)), key=lambda c: c.gpus)
+    asked = placement(daemons, trainers) if daemons else None
+    judged = asked or balanced
     # Co-location at its best: no GPU idles, also where target and draft take different numbers of GPUs.
     needed_s = work.gpus_per_daemon * alone_s + work.gpus_per_trainer * draft_s
     group = max(work.gpus_per_daemon, work.gpus_per_trainer)
     colocated = _placement(work, "co-located", 0, 1, group, needed_s / group)
-    replicas = balanced.gpus // group
-    parallel = _placement(work, f"co-located × {replicas}", 0, replicas, balanced.gpus, needed_s / balanced.gpus)
+    replicas = judged.gpus // group
+    parallel = _placement(work, f"co-located × {replicas}", 0, replicas, judged.gpus, needed_s / judged.gpus)
+
+    def beside(one: Placement) -> Placement:
+        """The placement with what it trains beside co-located GPUs."""
+        over_one, over_parallel = needed_s / group / one.batch_s, needed_s / one.gpus / one.batch_s
+        return msgspec.structs.replace(one, over_one=over_one, over_parallel=over_parallel)
+
     slower = max(target_s, draft_s)
     starves: Side = "none"
     if wire_s > slower * (1 + EVEN):
         starves = "wire"
     elif abs(target_s - draft_s) > EVEN * slower:
         starves = "draft" if target_s > draft_s else "target"
-    gain = colocated.gpu_s_per_sample / balanced.gpu_s_per_sample - 1
+    gain = colocated.gpu_s_per_sample / judged.gpu_s_per_sample - 1
     better: Literal["disaggregated", "co-located", "equal"] = "equal"
     if abs(gain) > EVEN:
         better = "disaggregated" if gain > 0 else "co-located"
     slot_bytes = math.ceil(work.batch_tokens * work.bytes_per_token / 4096) * 4096
-    in_flight = math.ceil(balanced.trainers * (work.depth + 1) / balanced.daemons)
+    in_flight = math.ceil(judged.trainers * (work.depth + 1) / judged.daemons)
+    pays_from_s = (judged.gpus * judged.batch_s - work.gpus_per_trainer * draft_s) / work.gpus_per_daemon
     return Balance(
         work=work,
         target_s=target_s,
@@ -146,13 +165,15 @@ def balance(work: Work) -> Balance:
         starves=starves,
         daemons_per_trainer=target_s / max(draft_s, wire_s),
         bytes_per_sample=round(work.bytes_per_token * (work.tokens_per_sample or work.batch_tokens)),
-        ring=RingSize(slots=max(in_flight, balanced.trainers), slot_bytes=slot_bytes),
-        one_to_one=placement(1, 1),
-        balanced=balanced,
-        colocated=colocated,
-        data_parallel=parallel,
+        ring=RingSize(slots=max(in_flight, judged.trainers), slot_bytes=slot_bytes),
+        one_to_one=beside(placement(1, 1)),
+        balanced=beside(balanced),
+        colocated=beside(colocated),
+        data_parallel=beside(parallel),
         better=better,
-        why=_why(work, balanced, colocated, target_s, draft_s, wire_s, alone_s, better),
+        why=_why(work, judged, colocated, target_s, draft_s, wire_s, alone_s, better),
+        asked=beside(asked) if asked else None,
+        pays_from_s=max(0.0, pays_from_s),
     )
 
 
@@ -175,7 +196,7 @@ def _placement(work: Work, name: str, daemons: int, trainers: int, gpus: int, ba
 
 def _why(
     work: Work,
-    balanced: Placement,
+    judged: Placement,
     colocated: Placement,
     target_s: float,
     draft_s: float,
@@ -184,10 +205,10 @@ def _why(
     better: str,
 ) -> tuple[str, ...]:
     """The verdict's reasons, the decisive one first."""
-    target_busy = target_s / (balanced.daemons * balanced.batch_s)
-    draft_busy = draft_s / (balanced.trainers * balanced.batch_s)
+    target_busy = target_s / (judged.daemons * judged.batch_s)
+    draft_busy = draft_s / (judged.trainers * judged.batch_s)
     reasons = []
-    ratio = balanced.gpu_s_per_sample / colocated.gpu_s_per_sample
+    ratio = judged.gpu_s_per_sample / colocated.gpu_s_per_sample
     if better == "disaggregated":
         reasons.append(
             f"a daemon's forwards take {target_s * 1e3:.1f} ms a batch where a co-located target takes "
@@ -195,7 +216,7 @@ def _why(
         )
     elif better == "co-located":
         reasons.append(
-            f"co-location is the better choice: {balanced.daemons} : {balanced.trainers} takes {ratio:.2f} × its GPU "
+            f"co-location is the better choice: {judged.daemons} : {judged.trainers} takes {ratio:.2f} × its GPU "
             f"time a sample, and as many GPUs co-located train faster"
         )
     else:
@@ -224,8 +245,10 @@ def _why(
     return tuple(reasons)
 
 
-def _check(work: Work) -> None:
+def _check(work: Work, daemons: int, trainers: int) -> None:
     """Raise ConfigError that names the first value out of range."""
+    if min(daemons, trainers) < 0 or (daemons > 0) != (trainers > 0):
+        raise ConfigError(f"--daemons {daemons} --trainers {trainers}: expected both at least 1, or neither given")
     positive = ("target_tokens_per_s", "draft_tokens_per_s", "batch_tokens", "bytes_per_token", "epochs")
     whole = ("gpus_per_daemon", "gpus_per_trainer")
     not_negative = ("colocated_target_tokens_per_s", "wire_gb_per_s", "tokens_per_sample", "samples", "depth")

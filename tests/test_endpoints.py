@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import socket
 from pathlib import Path
 
 import pytest
 
 from specd.config.settings import DaemonConfig, TargetConfig
 from specd.daemon.serve import serve
-from specd.endpoints import host_id, interface, is_far, resolve_endpoint
+from specd.endpoints import host_id, interface, is_far, is_here, resolve_endpoint
 from specd.errors import ConfigError
 from specd.paths import runtime_dir
 
@@ -108,3 +109,14 @@ def test_other_endpoints_have_no_interface(tmp_path: Path) -> None:
 @pytest.mark.parametrize("insecure", [False, True])
 def test_a_tcp_endpoint_is_an_address_and_a_port(endpoint: str, insecure: bool) -> None:
     assert "expected tcp://ADDRESS:PORT" in refusal(endpoint, insecure)
+
+
+def test_an_address_of_this_host_is_here() -> None:
+    """Also one that other hosts reach: what the kernel lets nobody bind to is elsewhere."""
+    assert all(map(is_here, ("ipc:///run/a.sock", "inproc://x", "tcp://127.0.0.1:70", "tcp://[::1]:70")))
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect(("192.0.2.1", 9))  # sends nothing: it asks which own address would be used
+        own = probe.getsockname()[0]
+    assert is_here(f"tcp://{own}:7070")
+    assert not is_here("tcp://240.0.0.1:7070")
+    assert not is_here("tcp://no.such.host.invalid:7070")

@@ -78,6 +78,34 @@ def test_tensor_parallel_targets_take_their_gpus() -> None:
     assert found.colocated.batch_s == pytest.approx(0.06 + 0.03)
 
 
+def test_a_placement_that_is_asked_for_is_judged_and_not_the_best_one() -> None:
+    """Two servers and a trainer: 2.37 times one co-located GPU, and yet less than three of them."""
+    work = with_(target_tokens_per_s=3000 / 0.152, draft_tokens_per_s=3000 / 0.111)
+    found = balance(work, 2, 1)
+    assert found.asked is not None
+    assert (found.asked.name, found.asked.gpus, found.data_parallel.gpus) == ("2 : 1", 3, 3)
+    assert found.asked.over_one == pytest.approx(2.37, abs=0.01)
+    assert found.asked.over_parallel == pytest.approx(0.79, abs=0.01)
+    assert found.better == "co-located"
+    assert "2 : 1 takes 1.27 × its GPU time" in found.why[0]
+    assert balance(work).asked is None
+
+
+def test_co_location_is_left_exactly_where_a_lone_batch_takes_longer() -> None:
+    work = with_(target_tokens_per_s=25_000)
+    found = balance(work, 1, 3)
+    for factor, better in ((0.9, "co-located"), (1.1, "disaggregated")):
+        alone = 3000 / (found.pays_from_s * factor)
+        assert balance(with_(work, colocated_target_tokens_per_s=alone), 1, 3).better == better
+    assert found.ring.slots == 9
+
+
+@pytest.mark.parametrize("asked", [(0, 2), (2, 0), (-1, 1)])
+def test_half_a_placement_is_refused(asked: tuple[int, int]) -> None:
+    with pytest.raises(ConfigError, match=r"--daemons -?\d --trainers \d: expected both"):
+        balance(EQUAL, *asked)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -11,10 +11,12 @@ from typing import Final
 from specd.bench.pipeline.processes import daemon
 from specd.bench.pipeline.settings import Lengths, Settings
 from specd.bench.pipeline.step import Clocked, Draw, TrainingStep, clock, given, made_up
+from specd.client.seats import Seat
 from specd.client.subscriber import Subscriber
 from specd.config.settings import SubscriberConfig
 from specd.errors import DaemonError
 from specd.protocol.capture import CaptureSpec
+from specd.train.distributed import Ranks
 
 CONNECT_S: Final = 60.0
 """Longest wait for a daemon, and for one of its batches."""
@@ -25,17 +27,34 @@ def daemons(settings: Settings, directory: Path) -> Iterator[tuple[str, ...]]:
     """One daemon a device, each with its socket in `directory`; yields their endpoints once all serve."""
     with ExitStack() as stack:
         yield tuple(
-            stack.enter_context(daemon(settings.daemon(device, settings.slots), directory / f"{index}.sock"))
+            stack.enter_context(
+                daemon(settings.daemon(device, settings.slots, settings.trainers), directory / f"{index}.sock")
+            )
             for index, device in enumerate(settings.devices)
         )
 
 
-def subscribed(settings: Settings, endpoints: Sequence[str], transport: str, depth: int) -> Subscriber:
-    """A trainer's link to these daemons."""
+def subscribed(
+    settings: Settings,
+    endpoints: Sequence[str],
+    transport: str,
+    depth: int,
+    device: str = "",
+    ranks: Ranks = Ranks(),  # noqa: B008
+) -> Subscriber:
+    """A trainer's link to these daemons, of which each of several ranks takes its share."""
     link = SubscriberConfig(
         endpoints=tuple(endpoints), transport=transport, depth=depth, connect_s=CONNECT_S, timeout_s=CONNECT_S
     )
-    return Subscriber(link, settings.capture, device=settings.trainer, name="bench")
+    return Subscriber(
+        link,
+        settings.capture,
+        device=device or settings.trainer,
+        name="bench",
+        run=ranks.run,
+        ranks=ranks.size,
+        seat=Seat(ranks.rank, ranks.launch.local, ranks.launch.here),
+    )
 
 
 def warm_up(
@@ -79,12 +98,12 @@ def train(
         for depth in settings.depths if whole else sorted({min(settings.depths), max(settings.depths)}):
             progress(f"{transport}, {lengths} lengths, depth {depth}")
             with subscribed(settings, endpoints, transport, depth) as subscriber:
-                _wait_for_all(subscriber, len(endpoints))
+                wait_for_all(subscriber, len(endpoints))
                 stream = subscriber.stream(draw(lengths))
                 yield lengths, depth, clock(stream, step, settings.warmup, depth > 0, subscriber.stats)
 
 
-def _wait_for_all(subscriber: Subscriber, count: int) -> None:
+def wait_for_all(subscriber: Subscriber, count: int) -> None:
     """Wait until every daemon is reached: the first one alone would be given all batches of a deep row."""
     limit = time.monotonic() + CONNECT_S
     while len(subscriber.stats().transports) < count:

@@ -45,7 +45,8 @@ def measure(target: Target, spec: CaptureSpec, settings: Settings) -> Bare:
     times: dict[str, dict[int, _Timed]] = {}
     for lengths in settings.lengths:
         drawn = batches(settings, lengths, vocab, steps, NONCE, settings.warmup)  # as long as those that rows time
-        sizes = {1, *(settings.merged(depth, lengths) for depth in settings.depths)}
+        waiting = {settings.under_way(depth, size) for depth in settings.depths for size in (1, settings.trainers)}
+        sizes = {1, *(settings.merged(depth, lengths) for depth in waiting)}
         times[lengths] = {size: timed(drawn, size) for size in sorted(sizes)}
 
     def rates(drawn: Sequence[Batch]) -> dict[int, float]:

@@ -60,7 +60,9 @@ def times(axes: Axes, rows: Sequence[PipelineRow]) -> None:
             left += ms / row.parallel
         axes.text(left, place, f" {row.iteration_ms / row.parallel:.1f}", va="center", fontsize=ENDS)
         if row.bound_ms is not None:
-            axes.plot([row.bound_ms] * 2, [place - 0.42, place + 0.42], color=INK, linewidth=1.6, zorder=3)
+            axes.plot(
+                [row.bound_ms / row.parallel] * 2, [place - 0.42, place + 0.42], color=INK, linewidth=1.6, zorder=3
+            )
     _frame(axes, rows, room=0.15)
 
 

@@ -30,11 +30,11 @@ SMALL: dict[str, Any] = {
 """Shapes that take two cores a minute."""
 
 
-def defaults(quick: bool, daemons: int, model: str, given: dict[str, Any]) -> Settings:
+def defaults(quick: bool, daemons: int, model: str, given: dict[str, Any], trainers: int = 1) -> Settings:
     """The settings for this machine. given: overrides of them.
 
-    daemons: on GPUs each has one, and the trainer the next one, or the last daemon's where there is none. Raises
-    ConfigError for devices that this machine does not have.
+    daemons: on GPUs each has one, and each trainer one of the next ones, or the only one the last daemon's where there
+    is none. Raises ConfigError for devices that this machine does not have.
     """
     import torch
 
@@ -43,18 +43,26 @@ def defaults(quick: bool, daemons: int, model: str, given: dict[str, Any]) -> Se
     tp = target.get("tp", 1)
     if type(tp) is not int or tp < 1:
         raise ConfigError(f"--set target.tp={tp}: expected a whole number of GPUs, at least 1")
-    most = max(1, (gpus - 1) // tp) if gpus else 8
-    if not 1 <= daemons <= most or (tp > 1 and gpus <= tp):
+    most = max(1, (gpus - trainers) // tp) if gpus else 8
+    alone = trainers == tp == gpus == 1
+    if trainers < 1 or not 1 <= daemons <= most or not (alone or not gpus or daemons * tp + trainers <= gpus):
+        beside = "a trainer" if trainers == 1 else f"{trainers} trainers"
         raise ConfigError(
-            f"--daemons {daemons} over {tp} GPUs each: this machine's {gpus} GPUs take 1 to {most} beside a trainer"
+            f"--daemons {daemons} over {tp} GPUs each: this machine's {gpus} GPUs take 1 to {most} beside {beside}"
         )
     base: dict[str, Any] = {"model": model or (GPU_MODEL if gpus else QUICK_MODEL if quick else CPU_MODEL)}
     if not gpus:
-        base |= SMALL | {"devices": ("cpu",) * daemons, "trainer": "cpu", "transports": _best("cpu")}
+        base |= SMALL | {
+            "devices": ("cpu",) * daemons,
+            "trainer": "cpu",
+            "trainers": trainers,
+            "transports": _best("cpu"),
+        }
     else:
         base |= {
             "devices": tuple(f"cuda:{index * tp}" for index in range(daemons)),
             "trainer": f"cuda:{min(daemons * tp, gpus - 1)}",
+            "trainers": trainers,
             "transports": _best("cuda"),
         }
     if quick:

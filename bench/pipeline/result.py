@@ -15,14 +15,16 @@ Mode = Literal["disaggregated", "co-located", "co-located data-parallel", "origi
 class PipelineRow(msgspec.Struct, frozen=True, kw_only=True):
     """One way to run one pipeline.
 
-    devices: how many it occupies. parallel: batches that every iteration trains. iteration_ms: mean of the timed
-    iterations, each ended when the step before it is done, at depth 0 its own; p10_ms … p90_ms: percentiles of the
-    same. bound_ms: what no overlap can beat; efficiency: bound over measured. target_wait_ms, wire_wait_ms: what an
-    iteration waited for the target, or for a batch that was READY; trainer_ms: the rest. forward_ms: the target's time
-    for a batch, as it reports it. bytes_per_sample: of the states, or of everything that `origin` sends.
-    *_memory_bytes: in use at the end on all devices of a side, beyond what was in use before; on the CPU the peak
-    resident size of its processes; co-located, all of it is the trainer's. over_origin: samples per second over those
-    of `origin` with the same lengths: at depth 0 without overlap, else at its best. None: does not apply.
+    devices: how many it occupies. parallel: batches that every iteration trains, one of each rank. iteration_ms: mean
+    of the timed iterations, each ended when the step before it is done, at depth 0 its own; p10_ms … p90_ms:
+    percentiles of the same. bound_ms: what no overlap can beat; efficiency: bound over measured. target_wait_ms,
+    wire_wait_ms: what an iteration waited for the target, or for a batch that was READY; trainer_ms: the rest.
+    forward_ms: the target's time for a batch, as it reports it. bytes_per_sample: of the states, or of everything that
+    `origin` sends. *_memory_bytes: in use at the end on all devices of a side, beyond what was in use before; on the
+    CPU the peak resident size of its processes; co-located, all of it is the trainer's. over_origin: samples per second
+    over those of `origin` with the same lengths: at depth 0 without overlap, else at its best. over_one: over those of
+    one co-located device at its best; over_as_many: over those of as many co-located devices, which train together.
+    None: does not apply, or was not measured.
     """
 
     mode: Mode
@@ -51,6 +53,8 @@ class PipelineRow(msgspec.Struct, frozen=True, kw_only=True):
     daemon_memory_bytes: int | None = None
     trainer_memory_bytes: int | None = None
     over_origin: float | None = None
+    over_one: float | None = None
+    over_as_many: float | None = None
 
 
 class Rate(msgspec.Struct, frozen=True, kw_only=True):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 
@@ -11,6 +11,8 @@ from specd.bench.pipeline.bare_target import Bare
 from specd.bench.pipeline.result import Mode, PipelineRow
 from specd.bench.pipeline.settings import Lengths, Settings
 from specd.bench.pipeline.step import Clocked
+
+COLOCATED: Final = ("co-located", "co-located data-parallel")
 
 
 def row_of(
@@ -51,7 +53,7 @@ def row_of(
 def settle(
     rows: Sequence[PipelineRow], settings: Settings, bare: Bare | None, draft_ms: dict[Lengths, float]
 ) -> tuple[PipelineRow, ...]:
-    """All rows with what follows from other figures: their bounds, and `origin` beside them."""
+    """All rows with what follows from other figures: their bounds, and `origin` and co-location beside them."""
     return tuple(msgspec.structs.replace(row, **dict(_changes(row, rows, settings, bare, draft_ms))) for row in rows)
 
 
@@ -63,11 +65,15 @@ def _changes(
         rivals = [other for other in rivals if other.depth == 0]
     if rivals and row.mode != "origin":
         yield "over_origin", round(row.samples_per_s / max(other.samples_per_s for other in rivals), 3)
+    together = [other for other in rows if other.lengths == row.lengths and other.mode in COLOCATED]
+    for name, devices in (("over_one", 1), ("over_as_many", row.devices)):
+        if best := max((other.samples_per_s for other in together if other.devices == devices), default=0.0):
+            yield name, round(row.samples_per_s / best, 3)
     if row.mode == "disaggregated" and bare is not None:
-        merged = settings.merged(row.depth, row.lengths)
+        merged = settings.merged(settings.under_way(row.depth, row.parallel), row.lengths)
         target = min(ms for size, ms in bare.batch_ms[row.lengths].items() if size <= merged)
         draft = draft_ms[row.lengths]
         # On one device there is nothing to overlap with, and waiting costs it nothing.
-        bound = target + draft if settings.shared else max(target / len(settings.devices), draft)
+        bound = target + draft if settings.shared else max(target * row.parallel / len(settings.devices), draft)
         yield "bound_ms", round(bound, 3)
         yield "efficiency", round(bound / row.iteration_ms, 4)

@@ -1,7 +1,8 @@
 """How close does a pipeline come to its bound, next to co-location and to `origin`, the protocol it replaces?
 
-Daemons and a trainer first, each transport, lengths and depth a row; then `origin`, whose process also times the bare
-target; then target and draft in one process. Each phase returns or yields what it finds, and a `Record` keeps it.
+Daemons and a trainer first, each transport, lengths and depth a row, or one trainer and several over the first one;
+then `origin`, whose process also times the bare target; then target and draft in one process. Each phase returns or
+yields what it finds, and a `Record` keeps it.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import msgspec
 import torch
 
 from specd.bench.machine import machine
-from specd.bench.pipeline import apart, colocated, origin_protocol, rates
+from specd.bench.pipeline import apart, origin_protocol, ranks, rates
 from specd.bench.pipeline.memory import held, in_use
 from specd.bench.pipeline.record import Record, Timeline
 from specd.bench.pipeline.result import PipelineResult
@@ -72,6 +73,8 @@ def _train_here(
         record.draft_ms = _draft_alone(settings, trainer, timeline)
         with record.phase("disaggregated"):
             _disaggregated(settings, endpoints, trainer, record, before)
+            if settings.trainers > 1:
+                _several(settings, endpoints, directory, record, before)
     with record.phase("origin and the bare target"):
         _origin(settings, directory, trainer, record)
     return record
@@ -98,7 +101,10 @@ def _draft_alone(settings: Settings, trainer: _Trainer, timeline: Timeline) -> d
 def _disaggregated(
     settings: Settings, endpoints: Sequence[str], trainer: _Trainer, record: Record, before: dict[str, int]
 ) -> None:
-    """Rates to a null trainer, then the rows of every transport. before: memory in use before there was a daemon."""
+    """Rates to a null trainer, then, of one trainer, the rows of every transport.
+
+    before: memory in use before there was a daemon.
+    """
     first, timeline = settings.transports[0], record.timeline
     with record.phase("rates to a null trainer"):
         record.fed = rates.measure(
@@ -108,6 +114,8 @@ def _disaggregated(
             trainer.nonces.__next__,
             timeline,
         )
+    if settings.trainers > 1:
+        return
     for transport in settings.transports:
         with record.phase(f"disaggregated over {transport}"):
             for lengths, depth, clocked in apart.train(
@@ -125,11 +133,29 @@ def _disaggregated(
     record.draft_ms = {lengths: min(ms, again[lengths]) for lengths, ms in record.draft_ms.items()}
 
 
+def _several(
+    settings: Settings, endpoints: tuple[str, ...], directory: Path, record: Record, before: dict[str, int]
+) -> None:
+    """One trainer and then all, as ranks of one training, each in a process of its own."""
+    sizes = (1, settings.trainers)
+    record.timeline(f"{len(endpoints)} daemons, one trainer and {settings.trainers}")
+    with ranks.processes(settings, settings.trainer_devices, sizes, settings.depths, directory, endpoints) as children:
+        for size in sizes:
+            rows, times = ranks.timed(children, settings, size, fed=True)
+            theirs, _ = held(settings, before, (ask_status(one, 10.0).worker_pid for one in endpoints))
+            for row, clocked in zip(rows, times, strict=True):
+                record.clocked.setdefault(row.lengths, []).append(clocked)
+                record.add(msgspec.structs.replace(row, daemon_memory_bytes=theirs))
+
+
 def _origin(settings: Settings, directory: Path, trainer: _Trainer, record: Record) -> None:
     record.timeline("the bare target")
     with origin_protocol.serving(settings, trainer.spec, directory) as (job, serving):
         record.bare = serving.bare
         record.keep()
+        if settings.trainers > 1:
+            record.skipped["origin"] = "it has one trainer"
+            return
         with record.phase("origin"):
             for row in origin_protocol.rows(
                 job, serving.port, trainer.contract, trainer.step, trainer.draw, record.timeline
@@ -144,16 +170,18 @@ def _train_elsewhere(settings: Settings, directory: Path, record: Record) -> Non
         return
     # A target that sleeps leaves the device to the draft: overlapping the two would show what no device can do.
     depths = (0,) if settings.model.startswith("synthetic") else (0, 2)
-    record.timeline(f"co-located, alone and {settings.num_devices} in parallel")
-    with colocated.processes(settings, depths, directory) as children:
-        for row in colocated.alone(children):
-            record.add(row)
-        if len(children) == 1:
-            record.skipped["co-located data-parallel"] = "there is one GPU: it would be the co-located row again"
-            return
-        with record.phase("co-located data-parallel"):
-            for row in colocated.together(children):
-                record.add(row)
+    places = [*dict.fromkeys((*settings.devices, *settings.trainer_devices))]
+    if settings.trainer == "cpu":
+        places = ["cpu"] * settings.num_devices
+    sizes = tuple(sorted({1, settings.trainers, len(places)}))
+    record.timeline(f"co-located, {' and '.join(map(str, sizes))} in parallel")
+    with ranks.processes(settings, places, sizes, depths, directory) as children:
+        for size in sizes:
+            with record.phase("co-located" if size == 1 else f"co-located data-parallel on {size} devices"):
+                for row in ranks.timed(children, settings, size, fed=False)[0]:
+                    record.add(row)
+    if len(places) == 1:
+        record.skipped["co-located data-parallel"] = "there is one GPU: it would be the co-located row again"
 
 
 @contextlib.contextmanager

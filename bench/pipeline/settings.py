@@ -38,7 +38,8 @@ class SleepConfig(Config, kw_only=True, frozen=True):
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """One run of the benchmark; it travels to the processes that measure.
 
-    target: overrides of TargetConfig. devices: of the daemons, one each. trainer: the trainer's device.
+    target: overrides of TargetConfig. devices: of the daemons, one each. trainer: the trainer's device, the first one's
+    of several `trainers`, which are ranks of one training; the others have the devices that follow.
     draft: a method, or `synthetic:ms=…` for one that only takes time. draft_config: overrides of the method's settings.
     mask_token_id: of a target without a preset, for methods that mask tokens.
     batch_tokens: of a trainer's batch. sample_tokens: of a sample of fixed length.
@@ -50,6 +51,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     target: dict[str, Any] = {}
     devices: tuple[str, ...] = ("cpu",)
     trainer: str = "cpu"
+    trainers: int = 1
     transports: tuple[str, ...] = ("shm",)
     draft: str = registry.DEFAULT
     draft_config: dict[str, Any] = {}
@@ -73,8 +75,20 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def num_devices(self) -> int:
-        """Devices that daemons and trainer occupy; on the CPU, their processes count as such."""
-        return len(self.devices) * self.tp + (not self.shared)
+        """Devices that daemons and trainers occupy; on the CPU, their processes count as such."""
+        return self.devices_of(self.trainers)
+
+    def devices_of(self, trainers: int) -> int:
+        """Devices that the daemons and so many of the trainers occupy."""
+        return len(self.devices) * self.tp + trainers * (not self.shared)
+
+    @property
+    def trainer_devices(self) -> tuple[str, ...]:
+        """The device of each trainer."""
+        if self.trainer == "cpu":
+            return ("cpu",) * self.trainers
+        first = int(self.trainer.removeprefix("cuda:"))
+        return tuple(f"cuda:{first + index}" for index in range(self.trainers))
 
     @property
     def tp(self) -> int:
@@ -91,8 +105,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def slots(self) -> int:
-        """Slots of a ring: enough for the deepest row."""
-        return max(*self.depths, self.merge_depth, self.fed(self.batch_tokens), self.fed(self.short * self.many)) + 2
+        """Slots of a ring: enough for the deepest row, of one trainer and of all."""
+        fed = max(self.fed(self.batch_tokens), self.fed(self.short * self.many))
+        alone = max(*self.depths, self.merge_depth, fed) + 2 + self.trainers - 1
+        return max(alone, self.trainers * (max(self.depths) + 1))
 
     @property
     def slot_tokens(self) -> int:
@@ -121,19 +137,26 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         tokens = [sum(sizes) for sizes in sample_lengths(self, lengths, self.steps, self.warmup)] * most
         return max(len(tokens[part]) for part in self.forwards(tokens, most))
 
+    def under_way(self, depth: int, trainers: int) -> int:
+        """How many batches may wait at one daemon, of trainers that have `depth` under way beside the one in use."""
+        return depth if trainers == 1 else -(-max(1, depth) * trainers // len(self.devices))
+
     def fed(self, tokens: int) -> int:
         """The depth at which a daemon never waits for a null trainer: one forward runs, one is queued."""
         return 2 * self.room(tokens)
 
-    def daemon(self, device: str, slots: int) -> DaemonConfig:
-        """A daemon for this benchmark, over the target's preset. Raises ConfigError for a setting that cannot be."""
+    def daemon(self, device: str, slots: int, sessions: int = 1) -> DaemonConfig:
+        """A daemon for this benchmark, over the target's preset. sessions: trainers at once.
+
+        Raises ConfigError for a setting that cannot be.
+        """
         recipe = preset(self.model)
         capture = self.method.capture_config(self.draft_settings)
         target = {"model": self.model, "device": device, "max_forward_tokens": self.forward_tokens} | self.target
         asked = {
             "target": merge(recipe.target if recipe else {}, target),
             "capture": {"num_taps": capture.num_taps, "final": capture.final, "dtype": capture.dtype},
-            "ring": {"slots": slots, "slot_tokens": self.slot_tokens, "max_sessions": 1},
+            "ring": {"slots": slots, "slot_tokens": self.slot_tokens, "max_sessions": sessions},
             "transports": list(self.transports),
         }
         return convert(asked, DaemonConfig, "specd bench pipeline")

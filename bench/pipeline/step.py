@@ -20,6 +20,7 @@ from specd.metrics import Stats
 from specd.protocol.batch import Batch, Delivery
 from specd.protocol.capture import CaptureSpec
 from specd.protocol.contract import TargetContract
+from specd.train.distributed import Ranks
 from specd.train.optimizer import apply_gradients, make_optimizer
 
 CLIP = 1.0
@@ -31,9 +32,13 @@ Draw = Callable[[Lengths], list[Batch]]
 
 
 class TrainingStep(Protocol):
-    """What a trainer does with a delivery: one whole optimizer step."""
+    """What a trainer does with a delivery: one whole optimizer step, alone or as one of several ranks."""
 
     parameters: list[torch.nn.Parameter]
+
+    def join(self, ranks: Ranks) -> None:
+        """Train together from the next step on, with the weights of rank 0."""
+        ...
 
     def __call__(self, delivery: Delivery, wait: bool) -> None:
         """wait: return when the device is done with this step, not only with the one before it."""
@@ -43,40 +48,56 @@ class TrainingStep(Protocol):
 class SleepingStep:
     """A step that takes the time it is told to take: it sleeps, so that a target on the same processor can run."""
 
-    def __init__(self, options: SleepConfig, reduce: Callable[[], None]) -> None:
+    def __init__(self, options: SleepConfig) -> None:
         self._options = options
-        self._reduce = reduce
         self.parameters = [torch.nn.Parameter(torch.zeros(options.params))]
         self.parameters[0].grad = torch.zeros(options.params)
+        self.join(Ranks())
+
+    def join(self, ranks: Ranks) -> None:
+        """See TrainingStep."""
+        self._ranks, self._gradients = ranks, ranks.gradients(self.parameters)
 
     def __call__(self, delivery: Delivery, wait: bool) -> None:
         """See TrainingStep."""
         time.sleep(self._options.ms / 1e3 + self._options.us_per_token * delivery.batch.num_tokens / 1e6)
-        self._reduce()
+        self._ranks.finish(self._gradients.works())
 
 
 class OptimizerStep:
-    """The step of a draft, with AdamW and clipping, one batch a step.
+    """The step of a draft, with AdamW and clipping, one batch of each rank a step: as in the loop.
 
     Unless it is told to wait, a step ends when the one before it is done, as in the loop: the device has work while the
     host makes the next.
     """
 
-    def __init__(self, objective: Any, device: str, reduce: Callable[[], None]) -> None:
+    def __init__(self, objective: Any, device: str) -> None:
         self._objective = objective
         self._device = device
-        self._reduce = reduce
+        self._count = 0
         self._optimizer = make_optimizer(objective.module, TrainConfig())
         self._halted = torch.zeros((), device=device)
         self._before: Point | None = None
         self.parameters = [parameter for parameter in objective.module.parameters() if parameter.requires_grad]
+        self.join(Ranks())
+
+    def join(self, ranks: Ranks) -> None:
+        """See TrainingStep."""
+        self._ranks, self._gradients = ranks, ranks.gradients(self.parameters)
+        ranks.replicate(self.parameters)
 
     def __call__(self, delivery: Delivery, wait: bool) -> None:
         """See TrainingStep."""
         loss = self._objective.loss(delivery)
+        self._gradients.last()
         loss.sum.backward()
-        self._reduce()
+        self._ranks.finish(self._gradients.works())
         weight, losses = loss.weight.detach(), loss.sum.detach()[None]
+        if self._ranks.size > 1:
+            self._count += 1
+            rows, intact = self._ranks.gather(torch.stack([weight, losses[0]]).double(), self._count)
+            weight, losses = rows[:, 0].sum().float(), rows[:, 1]
+            self._halted = torch.maximum(self._halted, (~intact).float())
         _, self._halted = apply_gradients(self._optimizer, weight, losses, CLIP, self._halted)
         before, self._before = self._before, reached(self._device)
         last = self._before if wait else before
@@ -89,14 +110,13 @@ def make_step(
     contract: TargetContract,
     artifact: Callable[[str], bytes],
     device: str,
-    reduce: Callable[[], None] = lambda: None,
 ) -> TrainingStep:
-    """The step of the draft that the settings ask for. artifact: of the target. reduce: averages the gradients.
+    """The step of the draft that the settings ask for, alone at first. artifact: of the target.
 
     Raises ConfigError for a draft that does not fit the target.
     """
     if (options := settings.sleep) is not None:
-        return SleepingStep(options, reduce)
+        return SleepingStep(options)
 
     def tensor(name: str) -> torch.Tensor:
         ref = contract.artifacts[name]
@@ -111,7 +131,7 @@ def make_step(
     parts = TargetParts(contract, json.loads(artifact("config.json")), embedding, head, counts)
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     objective = settings.method.objective(settings.draft_settings, parts, device, dtype, settings.seed)
-    return OptimizerStep(objective, device, reduce)
+    return OptimizerStep(objective, device)
 
 
 class Clocked(msgspec.Struct, frozen=True, kw_only=True):

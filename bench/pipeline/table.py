@@ -14,20 +14,24 @@ if TYPE_CHECKING:
 TIMES = ("mode", "depth", "over", "ms", "bound", "eff.", "samples/s", "GPU·s", "× origin")
 WAITS = ("mode", "depth", "over", "devices", "target wait", "wire wait", "trains", "MB")
 RATES = ("batches", "depth", "a forward", "tokens/s", "next to", "tokens/s", "ratio", "bar")
+RATIOS = ("mode", "depth", "over", "devices", "samples/s", "× one", "× as many")
 WORDS = ("mode", "over", "batches", "next to")
 WRAPPED = "next to"
 """The one column that may take several lines: no figure is cut at 80 columns."""
 LEGEND = (
-    "ms: mean iteration, as are its waits · bound: max(target / daemons, draft), or their sum on one device · "
+    "ms: mean iteration, as are its waits; × W: it trains W batches, one of each rank · "
+    "bound: max(W · target / daemons, draft), or their sum on one device · "
     "eff.: bound over measured · GPU·s, MB: of a sample; devices × seconds, and bytes sent · "
     "× origin: samples/s over `origin`, the protocol of SpecForge's pull request 569, at depth 0 without overlap, else "
-    "at its best · memory: in use at the end on all GPUs of a side, beyond what was in use before. "
+    "at its best · × one, × as many: samples/s over those of one co-located device, and of as many that train "
+    "together, each with its own target · memory: in use at the end on all GPUs of a side, beyond what was in use "
+    "before. "
     "On a CPU a process counts as a device, and its memory is its peak resident size."
 )
 
 
 def render(result: PipelineResult) -> list[RenderableType]:
-    """Two tables for each length distribution, the rates beside the bare target, and what was not measured."""
+    """Three tables for each length distribution, the rates beside the bare target, and what was not measured."""
     from rich.text import Text
 
     parts: list[RenderableType] = []
@@ -36,6 +40,8 @@ def render(result: PipelineResult) -> list[RenderableType]:
         parts.append(_alone(result, rows[0].lengths))
         parts.append(_table(TIMES, [_times(row) for row in rows]))
         parts.append(_table(WAITS, [_waits(row) for row in rows]))
+        if any(row.over_one for row in rows):
+            parts.append(_table(RATIOS, [_ratios(row) for row in rows]))
     if result.rates:
         parts.append("a daemon's tokens/s to a null trainer; a forward: most batches that share one")
         parts.append(_table(RATES, [_rate(rate) for rate in result.rates]))
@@ -53,7 +59,7 @@ def render(result: PipelineResult) -> list[RenderableType]:
 
 def label(row: PipelineRow) -> str:
     """What tables and charts call a row's mode."""
-    return f"co-located × {row.parallel}" if row.mode == "co-located data-parallel" else row.mode
+    return f"{row.mode.removesuffix(' data-parallel')} × {row.parallel}" if row.parallel > 1 else row.mode
 
 
 def _alone(result: PipelineResult, lengths: Lengths) -> str:
@@ -98,6 +104,18 @@ def _waits(row: PipelineRow) -> tuple[str, ...]:
         _number(row.wire_wait_ms, ".2f"),
         _number(row.trainer_ms, ".2f"),
         f"{row.bytes_per_sample / 1e6:.2f}",
+    )
+
+
+def _ratios(row: PipelineRow) -> tuple[str, ...]:
+    return (
+        label(row),
+        str(row.depth),
+        row.transport,
+        str(row.devices),
+        f"{row.samples_per_s:.1f}",
+        _number(row.over_one, ".2f"),
+        _number(row.over_as_many, ".2f"),
     )
 
 

@@ -23,7 +23,8 @@ log = logging.getLogger(__name__)
 class Connector:
     """Opens sessions on the terms given, and retries for as long as a daemon asks for that.
 
-    A transport that does not work is an error, unless it did before: then its daemon may be busy or restarting.
+    A transport that does not work is an error, unless it did before: then its daemon may be busy or restarting; or
+    unless its daemon only stands by.
 
     opened: called with each session that is up; False if it is not wanted any more. closing: set when none is, which
     ends whatever the threads wait for.
@@ -71,14 +72,15 @@ class Connector:
                 said = True
 
         while not self._closing.is_set():
+            terms = self._terms._replace(ranks=link.place.ranks)
             try:
-                session = open_session(self._context, link.endpoint, self._terms, Waiting(self._closing, tell))
+                session = open_session(self._context, link.endpoint, terms, Waiting(self._closing, tell))
             except Later as later:
                 tell(later)
                 self._closing.wait(later.pause_s)
                 continue
             except TransportError as error:
-                if link.endpoint not in self._proven:
+                if link.endpoint not in self._proven and not link.place.standby:
                     raise
                 tell(error)
                 self._closing.wait(RETRY_S)

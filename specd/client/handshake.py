@@ -44,8 +44,9 @@ class Terms(NamedTuple):
     """What a trainer asks of a daemon.
 
     spec: of the capture, given the target. device: `cpu` or one with its index. borrow: read slots in place.
-    fingerprint: empty for any target. identity: who the trainer is over TCP, None without keys. insecure_data: whether
-    states may come from another host in the clear although there are keys.
+    fingerprint: empty for any target. payloads: names of what sequences bring beside their tokens. identity: who the
+    trainer is over TCP, None without keys. insecure_data: whether states may come from another host in the clear
+    although there are keys. run, ranks: as in a HELLO.
     """
 
     name: str
@@ -57,6 +58,9 @@ class Terms(NamedTuple):
     fingerprint: str = ""
     identity: Identity | None = None
     insecure_data: bool = False
+    run: bytes = b""
+    ranks: int = 1
+    payloads: tuple[str, ...] = ()
 
 
 class Session(NamedTuple):
@@ -145,6 +149,9 @@ class _Handshake:
             spec=spec,
             credits=terms.credits,
             fingerprint=terms.fingerprint,
+            run=terms.run,
+            ranks=terms.ranks,
+            payloads=terms.payloads,
         )
         answer = self._daemon.ask(hello, wire.Welcome, wire.Reject)
         if isinstance(answer, wire.Reject):

@@ -15,7 +15,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
 import msgspec
@@ -33,6 +33,7 @@ from specd.client.interrupt import Interrupt
 from specd.client.io import GONE, Closed, Lost, SocketLoop
 from specd.client.links import Link, Links
 from specd.client.pending import State
+from specd.client.seats import Place
 from specd.client.window import Window
 from specd.config.settings import SubscriberConfig
 from specd.endpoints import resolve_endpoint
@@ -50,26 +51,35 @@ TICK_S = 0.25
 
 
 class InFlight:
-    """Brings submitted batches home over any number of daemons, whatever dies on the way.
+    """Brings submitted batches home over any number of daemons, whatever dies on the way. places: of the endpoints.
 
     Everything public is called from one thread, the training loop's.
     """
 
-    def __init__(self, config: SubscriberConfig, terms: Terms, context: zmq.Context[zmq.Socket[bytes]]) -> None:
+    def __init__(
+        self,
+        config: SubscriberConfig,
+        terms: Terms,
+        context: zmq.Context[zmq.Socket[bytes]],
+        places: Sequence[Place] = (),
+    ) -> None:
         self._config = config
         self._device = terms.device
         self._stats = Stats()
         self._lock = threading.Condition()
         self._guard = Guard(self._lock)
-        self._links = Links(resolve_endpoint(endpoint) for endpoint in config.endpoints)
-        self._window: Window[Session, torch.Tensor] = Window([link.endpoint for link in self._links], time.monotonic)
+        self._links = Links([resolve_endpoint(endpoint) for endpoint in config.endpoints], places)
+        standby = [self._links.index(link) for link in self._links if link.place.standby]
+        self._window: Window[Session, torch.Tensor] = Window(
+            [link.endpoint for link in self._links], time.monotonic, standby
+        )
         self.artifacts = ArtifactReader(self._lock, config.timeout_s, self._ask)
         self._closing = Interrupt()
         self._connector = Connector(context, terms, self._opened, self._closing, self._guard)
         self._fetcher = Fetcher(terms.device, config.depth + 2, self._begin, self._end, self._guard)
         self._io = SocketLoop(self._links, self._lock, self._act, self._guard)
-        for link in self._links:
-            self._connector.connect(link)
+        with self._lock:
+            self._dial()
 
     def __len__(self) -> int:
         """How many batches are still to be taken."""
@@ -169,12 +179,19 @@ class InFlight:
     def _check(self) -> None:
         """Raise what ends the run: an error of a thread, or no daemon for too long that is not loading its worker."""
         self._guard.check()
+        self._dial()
         down = time.monotonic() - self._links.down_since
         if down > self._config.connect_s and self._links.session is None and not self._links.loading:
             raise DaemonError(
                 f"no daemon for {down:.0f} s (subscriber.connect_s): {self._links.problems()}. Start one with "
                 f"`specd start --model MODEL`, or name its --endpoint"
             )
+
+    def _dial(self) -> None:
+        """Look for a session wherever one is wanted and nobody does. With the lock."""
+        for link in self._links.to_dial():
+            link.dialled = True
+            self._connector.connect(link)
 
     def _ask(self, messages: Callable[[bytes], list[Message]], asked: Session | None) -> Session | None:
         """Send messages over the first session that is up, unless the one asked already is; returns the one asked."""
@@ -231,6 +248,9 @@ class InFlight:
         with self._lock:
             if self._closing.is_set() or self._io.ended:
                 return False
+            if link.place.standby and self._links.near:
+                link.dialled = False
+                return False
             if (first := self._links.session) is not None:  # two may have been met at the same moment
                 one, other = (each.welcome.contract.fingerprint for each in (first, session))
                 if one != other:
@@ -238,6 +258,8 @@ class InFlight:
                     self._guard.fail(RejectedError(served))
                     return False
             link.open(session)
+            if not link.place.standby:
+                self._send_off()
             self._io.wake()
             self._stats.num_slots = session.welcome.ring.num_slots
             self._carry_out(
@@ -246,12 +268,19 @@ class InFlight:
                     session,
                     session.welcome.credits,
                     session.welcome.ring.slot_bytes,
+                    session.welcome.ring.payload_bytes,
                     borrow=session.borrow,
                     announce=session.needs_recv_ready,
                 )
             )
             self._lock.notify_all()
         return True
+
+    def _send_off(self) -> None:
+        """End the sessions with daemons that stand by: one of the rank's own is up."""
+        for link in self._links:
+            if link.place.standby and link.session is not None:
+                self._io.abandon(link.session, "a daemon that is this rank's own is up again")
 
     def _act(self, link: Link, event: Message | Lost | Closed) -> None:
         session = link.session
@@ -277,13 +306,18 @@ class InFlight:
         self._lock.notify_all()
 
     def _lose(self, link: Link, reason: str) -> None:
-        """Hang up a session that is over, retry its batches, and open it anew."""
-        log.warning("lost %s: %s", link.endpoint, reason)
+        """Hang up a session that is over, retry its batches, and open it anew; one that stands by only when needed."""
+        left = link.place.standby and self._links.near
+        log.log(
+            logging.INFO if left else logging.WARNING, "%s %s: %s", "left" if left else "lost", link.endpoint, reason
+        )
         session = self._links.hang_up(link, reason)
         self._fetcher.retire(session)
-        self._stats.reconnects += 1
+        self._stats.reconnects += not left
         self._carry_out(self._window.lost(session, reason))
-        self._connector.connect(link)
+        link.dialled = False
+        if not link.place.standby:
+            self._dial()
 
     def _begin(self, pending: Item, session: Session) -> SlotRef | None:
         with self._lock:

@@ -10,7 +10,7 @@ only if all are.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from typing import Generic
 
 from specd.client.pace import KNOWN, Pace
@@ -19,23 +19,33 @@ from specd.errors import BatchError
 
 
 class Peer(Generic[S, B]):
-    """One daemon. session: None while it is down. pace: of this session. held: what takes its credits, by seq."""
+    """One daemon. standby: it may never be up. session: None while it is down. pace: of this session.
 
-    __slots__ = ("announce", "borrow", "credits", "endpoint", "held", "pace", "place", "session", "slot_bytes")
+    held: what takes its credits, by seq.
+    """
 
-    def __init__(self, place: int, endpoint: str) -> None:
+    __slots__ = (
+        "announce", "borrow", "credits", "endpoint", "held", "pace", "payload_bytes", "place", "session", "slot_bytes",
+        "standby",
+    )  # fmt: skip
+
+    def __init__(self, place: int, endpoint: str, standby: bool) -> None:
         self.place = place
         self.endpoint = endpoint
+        self.standby = standby
         self.session: S | None = None
-        self.credits = self.slot_bytes = 0
+        self.credits = self.slot_bytes = self.payload_bytes = 0
         self.borrow = self.announce = False
         self.pace = Pace()
         self.held: dict[int, Pending[S, B]] = {}
 
-    def open(self, session: S, credits: int, slot_bytes: int, *, borrow: bool, announce: bool) -> None:
+    def open(
+        self, session: S, credits: int, slot_bytes: int, payload_bytes: int, *, borrow: bool, announce: bool
+    ) -> None:
         """A session is up; nothing is known of its pace."""
         assert self.session is None, f"two sessions with {self.endpoint}"
-        self.session, self.credits, self.slot_bytes = session, credits, slot_bytes
+        self.session, self.credits = session, credits
+        self.slot_bytes, self.payload_bytes = slot_bytes, payload_bytes
         self.borrow, self.announce = borrow, announce
         self.pace = Pace()
 
@@ -50,15 +60,18 @@ class Peer(Generic[S, B]):
         return self.room if self.pace.known else min(self.room, KNOWN - self.pace.owed)
 
     def takes(self, pending: Pending[S, B]) -> bool:
-        """Whether it is up, and the batch fits a slot of it."""
-        return self.session is not None and pending.layout.nbytes <= self.slot_bytes
+        """Whether it is up, takes what the batch brings, and the batch fits a slot of it."""
+        fits = pending.layout.nbytes <= self.slot_bytes and pending.payload_bytes <= self.payload_bytes
+        return self.session is not None and fits
 
 
 class Peers(Generic[S, B]):
-    """All daemons of a window, by their place among its endpoints."""
+    """All daemons of a window, by their place among its endpoints. standby: places of those that may never be up."""
 
-    def __init__(self, endpoints: Sequence[str]) -> None:
-        self._peers: list[Peer[S, B]] = [Peer(place, endpoint) for place, endpoint in enumerate(endpoints)]
+    def __init__(self, endpoints: Sequence[str], standby: Container[int] = ()) -> None:
+        self._peers: list[Peer[S, B]] = [
+            Peer(place, endpoint, place in standby) for place, endpoint in enumerate(endpoints)
+        ]
 
     def __iter__(self) -> Iterator[Peer[S, B]]:
         return iter(self._peers)
@@ -88,10 +101,18 @@ class Peers(Generic[S, B]):
         return [peer for peer in self._peers if peer.room > 0 and peer.pace.due(now)]
 
     def unfit(self, pending: Pending[S, B]) -> BatchError | None:
-        """Why a batch never comes: all daemons are up, and it fits no slot of any."""
-        nbytes, largest = pending.layout.nbytes, max(peer.slot_bytes for peer in self._peers)
-        if nbytes <= largest or any(peer.session is None for peer in self._peers):
+        """Why a batch never comes: all daemons are up, and it fits no slot of any, or brings more than any takes."""
+        if any(peer.session is None and not peer.standby for peer in self._peers):
             return None
+        nbytes, largest = pending.layout.nbytes, max(peer.slot_bytes for peer in self._peers)
+        if nbytes <= largest:
+            most = max(peer.payload_bytes for peer in self._peers if peer.slot_bytes >= nbytes)
+            if pending.payload_bytes <= most:
+                return None
+            return BatchError(
+                f"{pending} brings {pending.payload_bytes} bytes of payloads and a daemon takes {most}: start it with "
+                f"a larger ring.payload_mib, or train with a smaller data.batch_tokens"
+            )
         return BatchError(
             f"{pending} needs {nbytes} bytes and the largest slot of any daemon has {largest}: start one with a larger "
             f"ring.slot_tokens, or train with a smaller data.batch_tokens"

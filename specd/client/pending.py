@@ -8,6 +8,7 @@ from typing import Generic, TypeVar
 from specd.errors import SpecdError
 from specd.protocol.batch import Batch, Layout
 from specd.protocol.messages import Ready, Submit
+from specd.protocol.payload import total_bytes
 from specd.transports.base import SlotRef
 
 REST_S = 0.1
@@ -77,6 +78,7 @@ class Pending(Generic[S, B]):
             batch_id=self.identity,
             tokens=self.batch.tokens.astype("<i4", copy=False).tobytes(),
             lengths=self.batch.lengths.astype("<i4", copy=False).tobytes(),
+            payloads=self.batch.payloads,
         )
 
     def miss(self, now: float) -> None:
@@ -90,6 +92,11 @@ class Pending(Generic[S, B]):
     def tokens(self) -> int:
         """How many tokens it has."""
         return self.batch.num_tokens
+
+    @property
+    def payload_bytes(self) -> int:
+        """How many bytes its sequences bring for the target beside their tokens."""
+        return total_bytes(self.batch.payloads)
 
     @property
     def ref(self) -> SlotRef:

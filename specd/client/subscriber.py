@@ -15,7 +15,9 @@ from specd.client.handshake import Terms
 from specd.client.inflight import InFlight
 from specd.client.line import identity
 from specd.client.pending import Pending
+from specd.client.seats import Seat, places, thin
 from specd.config.settings import SubscriberConfig
+from specd.endpoints import resolve_endpoint
 from specd.errors import ConfigError, DaemonError
 from specd.memory import cuda
 from specd.metrics import Stats
@@ -30,11 +32,14 @@ class Subscriber:
     """A trainer's source of hidden states.
 
     spec: what to capture, or a function that gives it for the target. device: where deliveries go. fingerprint: the
-    target it must be, empty for any. context: of embedded daemons. Raises DaemonError when no daemon is reached within
-    `connect_s`, RejectedError when one refuses, TransportError when the transport asked for cannot be used, ConfigError
-    for keys that cannot be.
+    target it must be, empty for any. payloads: names of the arrays that batches bring for the target beside their
+    tokens (`specd.protocol.payload`). context: of embedded daemons. run: 16 bytes that are equal on all `ranks` of one
+    training, each of which has a subscriber; empty for one alone. seat: which of them this is, for `subscriber.place`;
+    without it, every daemon is taken. Raises DaemonError when no daemon is reached within `connect_s`, RejectedError
+    when one refuses, TransportError when the transport asked for cannot be used, ConfigError for keys that cannot be.
 
-    contract: of the target all its daemons serve. spec: what is captured. ring: of the first daemon met.
+    contract: of the target all its daemons serve. spec: what is captured. ring: of the first daemon met. thin: what is
+    wrong with that ring for so many ranks of this depth, empty if nothing.
     """
 
     def __init__(
@@ -44,8 +49,12 @@ class Subscriber:
         *,
         device: str = "cpu",
         fingerprint: str = "",
+        payloads: tuple[str, ...] = (),
         name: str = "trainer",
         context: zmq.Context[zmq.Socket[bytes]] | None = None,
+        run: bytes = b"",
+        ranks: int = 1,
+        seat: Seat | None = None,
     ) -> None:
         if config.depth < 0 or not config.endpoints:
             raise ConfigError(f"depth {config.depth} and endpoints {config.endpoints}: need depth ≥ 0 and an endpoint")
@@ -67,8 +76,12 @@ class Subscriber:
             fingerprint=fingerprint,
             identity=trainer,
             insecure_data=config.insecure_data,
+            payloads=payloads,
+            run=run,
         )
-        self._in_flight = InFlight(config, terms, self._context)
+        endpoints = [resolve_endpoint(endpoint) for endpoint in config.endpoints]
+        seats = places(endpoints, ranks, seat, near=config.place == "near")
+        self._in_flight = InFlight(config, terms, self._context, seats)
         try:
             session = self._in_flight.first_session()
         except BaseException:
@@ -77,6 +90,10 @@ class Subscriber:
         self.contract: TargetContract = session.welcome.contract
         self.ring: RingInfo = session.welcome.ring
         self.spec: CaptureSpec = session.spec
+        come = seats[endpoints.index(session.endpoint)].ranks
+        self.thin = thin(self.ring.num_slots, session.welcome.slots - 1, credits, come)
+        if self.thin and (ranks == 1 or (seat is not None and seat.rank == 0)):
+            log.warning("%s: %s", session.endpoint, self.thin)
         if config.borrow:
             log.info("at most %d batches in flight, read in the daemon's slots", config.depth + 1)
         else:
@@ -161,7 +178,7 @@ class Subscriber:
         fresh: list[Item] = []
         while len(self._in_flight) + len(fresh) < size and (batch := next(source, None)) is not None:
             layout = slot_layout(self.spec, self.contract.hidden_size, batch.num_tokens)
-            identity = batch_id(self.contract.fingerprint, self.spec, batch.tokens, batch.lengths)
+            identity = batch_id(self.contract.fingerprint, self.spec, batch.tokens, batch.lengths, batch.payloads)
             fresh.append(Pending(batch, identity, layout))
         if fresh:
             self._in_flight.submit(fresh)

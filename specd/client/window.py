@@ -31,7 +31,7 @@ tokens, told apart by identity.
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from typing import Generic
 
 from specd.client import effects
@@ -47,11 +47,12 @@ from specd.transports.base import SlotRef
 class Window(Generic[S, B]):
     """The batches in flight over any number of daemons. Not thread-safe.
 
-    clock: monotonic seconds. resubmitted: how often a batch was pending again because its session or transfer failed.
+    clock: monotonic seconds. standby: places of daemons that may never be up.
+    resubmitted: how often a batch was pending again because its session or transfer failed.
     """
 
-    def __init__(self, endpoints: Sequence[str], clock: Callable[[], float]) -> None:
-        self._peers: Peers[S, B] = Peers(endpoints)
+    def __init__(self, endpoints: Sequence[str], clock: Callable[[], float], standby: Container[int] = ()) -> None:
+        self._peers: Peers[S, B] = Peers(endpoints, standby)
         self._clock = clock
         self._batches: deque[Pending[S, B]] = deque()
         self._in_use: set[Pending[S, B]] = set()
@@ -145,14 +146,22 @@ class Window(Generic[S, B]):
     # Sessions
 
     def opened(
-        self, daemon: int, session: S, credits: int, slot_bytes: int, *, borrow: bool = False, announce: bool = False
+        self,
+        daemon: int,
+        session: S,
+        credits: int,
+        slot_bytes: int,
+        payload_bytes: int = 0,
+        *,
+        borrow: bool = False,
+        announce: bool = False,
     ) -> list[Effect[S, B]]:
         """A session with a daemon, given by its place among the endpoints, is up.
 
-        slot_bytes: most that a batch may have. borrow: its slots are read in place. announce: its transport sends only
-        after RECV_READY.
+        slot_bytes: most that a batch may have. payload_bytes: most that its payloads may. borrow: its slots are read in
+        place. announce: its transport sends only after RECV_READY.
         """
-        self._peers[daemon].open(session, credits, slot_bytes, borrow=borrow, announce=announce)
+        self._peers[daemon].open(session, credits, slot_bytes, payload_bytes, borrow=borrow, announce=announce)
         return self._settle()
 
     def lost(self, session: S, reason: str) -> list[Effect[S, B]]:

@@ -10,6 +10,9 @@ from msgspec import Meta
 AttentionKind = Literal["auto", "flex", "sdpa"]
 """How a draft attends: flex_attention, plain torch ops, or whichever suits the device."""
 
+Collectives = Literal["auto", "gloo", "nccl"]
+"""By what the ranks of a training exchange gradients."""
+
 Positive = Annotated[int, Meta(ge=1)]
 NotNegative = Annotated[int, Meta(ge=0)]
 Decay = Annotated[float, Meta(ge=0, lt=1)]
@@ -57,11 +60,13 @@ class RingConfig(Config, kw_only=True, frozen=True):
     """The ring. slots: how many. slot_tokens: the longest batch, in tokens of the daemon's own capture.
 
     max_sessions: trainers at once; each always has one slot of its own, the other slots − max_sessions are shared.
+    payload_mib: MiB that the images of a batch may bring for the target, 0 to take text alone.
     """
 
     slots: Positive = 8
     slot_tokens: Positive = 4096
     max_sessions: Positive = 4
+    payload_mib: Annotated[int, Meta(ge=0, le=256)] = 0
     lease_ttl_s: Annotated[float, Meta(ge=0.05, le=86_400)] = 30.0
 
 
@@ -121,8 +126,10 @@ class SubscriberConfig(Config, kw_only=True, frozen=True):
 
     timeout_s: longest wait for one batch. connect_s: longest time without any usable daemon.
     borrow: read the daemon's slots in place, without a copy, where trainer and target share one GPU; a slot then stays
-    taken until its batch was trained. auth: keys, for TCP endpoints. insecure_data: with keys, also take transports
-    from another host that do not encrypt states (nccl, nixl).
+    taken until its batch was trained. place: which daemons a rank takes where a training has several ranks. `near`:
+    those on its own host, or all if none is, shared evenly among the ranks, and the rest only while none of these is
+    up. `all`: every one. auth: keys, for TCP endpoints. insecure_data: with keys, also take transports from another
+    host that do not encrypt states (nccl, nixl).
     """
 
     endpoints: tuple[str, ...] = ("auto",)
@@ -131,6 +138,7 @@ class SubscriberConfig(Config, kw_only=True, frozen=True):
     timeout_s: Annotated[float, Meta(gt=0)] = 300.0
     connect_s: Annotated[float, Meta(ge=0)] = 120.0
     borrow: bool = False
+    place: Literal["near", "all"] = "near"
     auth: TrainerAuth | None = None
     insecure_data: bool = False
 
@@ -176,6 +184,9 @@ class TrainConfig(Config, kw_only=True, frozen=True):
 
     save_every: steps between checkpoints. keep: how many stay. dtype: of the draft's forward; master weights are
     float32.
+    Of several ranks, which share the batches of a step: collectives, by what they sum gradients: `auto` is nccl on
+    GPUs, one for each rank, and gloo on CPUs; gloo also has ranks share a GPU. peer_patience_s: how long a rank may
+    show no life before the others end, 0 for 5 s on one host and 30 s on several.
     """
 
     lr: Annotated[float, Meta(gt=0)] = 6e-4
@@ -193,6 +204,8 @@ class TrainConfig(Config, kw_only=True, frozen=True):
     save_every: NotNegative = 500
     keep: Positive = 2
     log_every: Positive = 1
+    collectives: Collectives = "auto"
+    peer_patience_s: Annotated[float, Meta(ge=0)] = 0.0
 
 
 class LogConfig(Config, kw_only=True, frozen=True):

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from specd.daemon.slots import Grant
 from specd.errors import ProtocolError
-from specd.protocol import limits
+from specd.protocol import limits, payload
 from specd.protocol import messages as wire
 from specd.protocol.batch import Layout, batch_id, slot_layout
 from specd.protocol.capture import CaptureSpec
@@ -43,6 +44,7 @@ class Request:
             spec=spec,
             tokens=message.tokens,
             lengths=message.lengths,
+            payloads=message.payloads,
             layout=self.layout,
         )
 
@@ -51,14 +53,14 @@ class Unfit(Exception):
     """A well-formed request that this daemon can never serve; the message tells the trainer why."""
 
 
-def check_hello(hello: wire.Hello, contract: TargetContract) -> str | None:
-    """Why a trainer's HELLO does not match this target, or None if it does."""
+def check_hello(hello: wire.Hello, contract: TargetContract, ring: RingInfo) -> str | None:
+    """Why a trainer's HELLO does not match this target and ring, or None if it does."""
     if hello.fingerprint not in {"", contract.fingerprint}:
         return (
             f"this daemon's target is not the trainer's: it serves {contract.model} ({contract.fingerprint}), the "
             f"trainer needs ({hello.fingerprint})"
         )
-    return hello.spec.problem(contract.num_layers)
+    return _strange_payloads(hello.payloads, contract, ring) or hello.spec.problem(contract.num_layers)
 
 
 def admit_batch(message: wire.Submit, spec: CaptureSpec, contract: TargetContract, ring: RingInfo) -> Request:
@@ -66,7 +68,8 @@ def admit_batch(message: wire.Submit, spec: CaptureSpec, contract: TargetContrac
     tokens, lengths = _ints(message.tokens, "tokens"), _ints(message.lengths, "lengths")
     if tokens.size == 0 or lengths.size == 0 or lengths.min() < 1 or lengths.sum(dtype=np.int64) != tokens.size:
         raise ProtocolError(f"{lengths.size} lengths do not cover {tokens.size} tokens with positive parts")
-    identity = batch_id(contract.fingerprint, spec, tokens, lengths)
+    _check_payloads(message.payloads, lengths.size)
+    identity = batch_id(contract.fingerprint, spec, tokens, lengths, message.payloads)
     if message.batch_id != identity:
         raise ProtocolError(f"batch id {message.batch_id.hex()} is not that of its content, {identity.hex()}")
     low, high = int(tokens.min()), int(tokens.max())
@@ -74,6 +77,11 @@ def admit_batch(message: wire.Submit, spec: CaptureSpec, contract: TargetContrac
         raise Unfit(
             f"token id {low if low < 0 else high} is outside the target's vocabulary of {contract.vocab_size}: "
             f"tokenise the data with the target's own tokenizer"
+        )
+    if (brought := payload.total_bytes(message.payloads)) > ring.payload_bytes:
+        raise Unfit(
+            f"the payloads of {lengths.size} sequences have {brought} bytes, and the daemon takes {ring.payload_bytes} "
+            f"a batch: start it with a larger ring.payload_mib, or train with a smaller data.batch_tokens"
         )
     layout = slot_layout(spec, contract.hidden_size, tokens.size)
     if layout.nbytes > ring.slot_bytes:
@@ -110,6 +118,34 @@ def check_fetch(message: wire.Fetch, contract: TargetContract, in_flight: int) -
             f"bytes {message.offset}…{end} of artifact {message.name!r} ({artifact.nbytes} bytes) cannot be fetched; "
             f"at most {limits.ARTIFACT_CHUNK_BYTES} at once"
         )
+
+
+def _check_payloads(payloads: Sequence[bytes], sequences: int) -> None:
+    """Raise ProtocolError unless there is one payload for each sequence, or none at all."""
+    if payloads and (len(payloads) != sequences or not any(payloads)):
+        raise ProtocolError(
+            f"{len(payloads)} payloads, {sum(map(bool, payloads))} of them not empty, for {sequences} sequences: "
+            f"expected one for each, or none if none brings anything"
+        )
+    for each in payloads:
+        payload.unpack(each)
+
+
+def _strange_payloads(names: Sequence[str], contract: TargetContract, ring: RingInfo) -> str | None:
+    """Why a target does not take what sequences bring beside their tokens, or None if it does."""
+    if not names:
+        return None
+    brought = f"the trainer's sequences bring {', '.join(names)} for the target"
+    if not contract.payloads:
+        return (
+            f"{brought}, as of images, and {contract.model} takes text alone here: train on text, or start the daemon "
+            f"with a target that takes images (--backend transformers)"
+        )
+    if unknown := sorted(set(names) - set(contract.payloads)):
+        return f"{brought}, and {contract.model} takes {', '.join(contract.payloads)}, not {', '.join(unknown)}"
+    if not ring.payload_bytes:
+        return f"{brought}, and the daemon is set to take text alone: start it with --set ring.payload_mib=64"
+    return None
 
 
 def _ints(data: bytes, name: str) -> Tokens:

@@ -193,7 +193,8 @@ class Control:
             state = "draining" if self.ending.draining else "starting its worker"
             reason = f"the daemon is {state}"
             return wire.Reject(epoch=self._epoch, reason=reason, retry_ms=RETRY_MS, loading_ms=self._loading_ms())
-        if problem := self._front.stranger(connection) or check_hello(hello, started.contract):
+        stranger, many = self._front.stranger(connection), self._front.too_many(connection, hello.ranks)
+        if problem := stranger or many or check_hello(hello, started.contract, started.ring):
             return wire.Reject(epoch=self._epoch, reason=problem)
         over = self._front.over_quota(connection, self._sessions.connections())
         session = over or self._sessions.open(key, hello, connection, self._clock())

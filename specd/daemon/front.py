@@ -105,6 +105,18 @@ class Front:
             return None
         return connection.stranger()
 
+    def too_many(self, connection: Connection | None, ranks: int) -> str | None:
+        """Why a run of so many ranks never fits, or None."""
+        places = self._settings.ring.max_sessions
+        most = places if connection is None or self.gate is None else self.gate.quota(places)
+        if ranks <= most:
+            return None
+        quota = "" if most == places else f", of which a key may have {most}"
+        return (
+            f"this daemon takes {places} session{'s' * (places > 1)} (ring.max_sessions){quota}, and this run has "
+            f"{ranks} ranks here: start it with `specd start … --trainers {ranks + places - most}`"
+        )
+
     def over_quota(self, connection: Connection | None, taken: Collection[Connection]) -> str | None:
         """Why a key may not have one more session, or None. taken: connections that have one."""
         if connection is None or self.gate is None:
@@ -173,14 +185,17 @@ class Front:
 
 
 def largest_request(settings: DaemonConfig) -> int:
-    """Bytes of the largest frame that a daemon takes: a SUBMIT of as many tokens as fit a slot, all sequences short.
+    """Bytes of the largest frame that a daemon takes: a SUBMIT of as many tokens as fit a slot, all sequences short,
+    with as many bytes of payloads as it takes.
 
     A trainer that captures less than the slots are sized for fits more tokens than `ring.slot_tokens`.
     """
     capture = settings.capture
     halves = 1 if capture.dtype in ("bfloat16", "float16") else 2
     tokens = settings.ring.slot_tokens * max(1, capture.num_taps + capture.final) * halves
-    return min(limits.MAX_MESSAGE_BYTES, 8 * tokens + limits.MAX_REQUEST_BYTES)
+    payloads = settings.ring.payload_mib << 20
+    a_token = 8 + (5 if payloads else 0)  # its id, a length, and how long a payload is
+    return min(limits.MAX_MESSAGE_BYTES, a_token * tokens + limits.MAX_REQUEST_BYTES) + payloads
 
 
 def raise_file_limit(max_sessions: int) -> None:

@@ -46,12 +46,13 @@ class Gate:
         """Whether a key is let in, by the file as it was last read."""
         return public in self._authorized
 
-    def over_quota(self, connection: Connection, taken: Collection[Connection], max_sessions: int) -> str | None:
-        """Why a key may not have one more of `max_sessions`, or None. taken: connections that have one.
+    def quota(self, max_sessions: int) -> int:
+        """How many of `max_sessions` a key may have: all; where several keys are let in, all but one."""
+        return max_sessions if len(self._authorized) < 2 else max(1, max_sessions - 1)
 
-        A key may have all; where several are let in, all but one.
-        """
-        quota = max_sessions if len(self._authorized) < 2 else max(1, max_sessions - 1)
+    def over_quota(self, connection: Connection, taken: Collection[Connection], max_sessions: int) -> str | None:
+        """Why a key may not have one more of `max_sessions`, or None. taken: connections that have one."""
+        quota = self.quota(max_sessions)
         if (own := sum(each.user == connection.user for each in taken)) < quota:
             return None
         return f"{own} sessions are {connection.name}'s already, and a key may have {quota}"

@@ -42,4 +42,5 @@ def status_report(
         endpoints=endpoints,
         transports=started.transports if started else (),
         loading_ms=loading_ms,
+        max_sessions=ring.max_holders,
     )

@@ -25,13 +25,13 @@ class TrainerSession:
     """A trainer's session.
 
     key: routing id. connection: the one that it was opened over and belongs to, None within the process. label: names
-    it without telling its key. name: for people, after whose key it is, if there are keys. requests: by seq. pidfd:
-    readable once its process ended, −1 if unknown.
+    it without telling its key. name: for people, after whose key it is, if there are keys. run, ranks: as in its HELLO.
+    requests: by seq. pidfd: readable once its process ended, −1 if unknown.
     """
 
     __slots__ = (
-        "batches", "connection", "credits", "gpus", "key", "label", "name", "nbytes", "opened", "pidfd", "requests",
-        "spec", "tokens", "transport",
+        "batches", "connection", "credits", "gpus", "key", "label", "name", "nbytes", "opened", "pidfd", "ranks",
+        "requests", "run", "spec", "tokens", "transport",
     )  # fmt: skip
 
     def __init__(
@@ -43,6 +43,8 @@ class TrainerSession:
         owner = f"{connection.name}/" if connection is not None and connection.name else ""
         self.name = owner + units.printable(hello.name)
         self.gpus = hello.gpus
+        self.run = hello.run
+        self.ranks = hello.ranks
         self.spec = hello.spec
         self.credits = credits
         self.opened = opened
@@ -74,6 +76,8 @@ class TrainerSession:
             tokens=self.tokens,
             nbytes=self.nbytes,
             age_s=now - self.opened,
+            run=hashlib.blake2b(self.run, digest_size=4).hexdigest() if self.run else "",
+            ranks=self.ranks,
         )
 
 
@@ -110,7 +114,12 @@ class Sessions:
         return [session.key for session in self if session.connection is connection]
 
     def open(self, key: bytes, hello: wire.Hello, connection: Connection | None, now: float) -> TrainerSession | str:
-        """Open a session, or return why there is no room; watches the trainer's process if it is local."""
+        """Open a session, or return why there is no room; watches the trainer's process if it is local.
+
+        The first rank of a run that comes keeps places for all of them, so that two runs never wait for each other's.
+        """
+        if problem := self._kept(hello):
+            return problem
         pidfd = self._watch(hello, connection.pid if connection is not None else 0)
         credits = self._ring.open(key, hello.credits, pidfd)
         if credits is None:
@@ -172,6 +181,28 @@ class Sessions:
             del self._keys[pidfd], self._pids[pidfd]
             self._poller.unregister(pidfd)
             os.close(pidfd)
+
+    def _kept(self, hello: wire.Hello) -> str | None:
+        """Why the places of other runs leave none for all ranks of this one, or None."""
+        places, others = self._ring.max_holders, 0
+        ranks, own = hello.ranks, 1
+        runs: dict[bytes, list[TrainerSession]] = {}
+        for session in self:
+            runs.setdefault(session.run, []).append(session)
+        for run, sessions in runs.items():
+            most = max(session.ranks for session in sessions) if run else 0
+            if run and run == hello.run:
+                ranks, own = max(ranks, most), 1 + len(sessions)
+            else:
+                others += max(most, len(sessions))
+        if others + max(ranks, own) <= places:
+            return None
+        if len(self._by_key) >= places:
+            return self._why_full()
+        return (
+            f"{others} of {places} sessions (ring.max_sessions of the daemon) are taken by other trainers or kept for "
+            f"their ranks, and this run needs {max(ranks, own)}: there is room once those end"
+        )
 
     def _why_full(self) -> str:
         if len(self._by_key) >= self._ring.max_holders:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Protocol
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -21,6 +22,14 @@ class Samples(Protocol):
     def tokens(self, i: int) -> NDArray[np.int32]: ...
 
     def loss_mask(self, i: int) -> NDArray[np.bool_]: ...
+
+
+class Payloads(Protocol):
+    """What makes the payloads of samples."""
+
+    def beside(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """The same batches, with what their samples bring."""
+        ...
 
 
 def check_budget(batch_tokens: int, max_batch_sequences: int) -> None:
@@ -87,6 +96,10 @@ class BatchPlan:
             self._counts[epoch] = len(self.epoch(epoch))
         return self._counts[epoch]
 
+    def num_tokens(self, members: tuple[int, ...]) -> int:
+        """Tokens of a batch."""
+        return int(self._lengths[list(members)].sum())
+
     def _build(self, epoch: int) -> list[tuple[int, ...]]:
         chosen = self._chosen(epoch)
         if not chosen.size:
@@ -128,13 +141,23 @@ class BatchPlan:
         yield tuple(batch)
 
 
+class Place(msgspec.Struct, frozen=True):
+    """A batch of the plan, before it is packed. tokens: how many it has."""
+
+    epoch: int
+    index: int
+    samples: tuple[int, ...]
+    tokens: int
+
+
 class Loader:
     """The batches of `epochs` epochs. Iterating over it gives all of them, from the first on."""
 
-    __slots__ = ("_plan", "_samples", "epochs")
+    __slots__ = ("_payloads", "_plan", "_samples", "epochs")
 
-    def __init__(self, samples: Samples, plan: BatchPlan, *, epochs: int = 1) -> None:
-        self._samples, self._plan, self.epochs = samples, plan, epochs
+    def __init__(self, samples: Samples, plan: BatchPlan, *, epochs: int = 1, payloads: Payloads | None = None) -> None:
+        """payloads: what samples bring for the target beside their tokens, made ahead; None for text alone."""
+        self._samples, self._plan, self.epochs, self._payloads = samples, plan, epochs, payloads
         if epochs < 1:
             raise ConfigError(f"train.epochs={epochs}: expected at least 1")
         if not any(map(plan.num_batches, range(epochs))):
@@ -159,25 +182,38 @@ class Loader:
 
     def batches(self, epoch: int, index: int = 0) -> Iterator[Batch]:
         """The batches of one epoch (from 0), from number `index` on; none from the epoch's length on."""
-        plan = self._plan.epoch(epoch)
-        for number in range(index, len(plan)):
-            yield self._pack(plan[number], epoch, number)
+        yield from self.packed(self._places(epoch, index))
 
     def remaining(self, epoch: int, index: int) -> Iterator[Batch]:
         """All batches of the run from number `index` of `epoch` on; `index` may be the length of that epoch."""
-        for current in range(epoch, self.epochs):
-            yield from self.batches(current, index if current == epoch else 0)
+        yield from self.packed(self.places(epoch, index))
 
-    def _pack(self, members: tuple[int, ...], epoch: int, index: int) -> Batch:
+    def places(self, epoch: int, index: int) -> Iterator[Place]:
+        """The same, not packed."""
+        for current in range(epoch, self.epochs):
+            yield from self._places(current, index if current == epoch else 0)
+
+    def packed(self, places: Iterable[Place]) -> Iterator[Batch]:
+        """The batches of places, with what their samples bring."""
+        batches = map(self._pack, places)
+        yield from self._payloads.beside(batches) if self._payloads else batches
+
+    def _pack(self, place: Place) -> Batch:
+        members = place.samples
         tokens = [self._samples.tokens(i) for i in members]
         return Batch(
             tokens=np.concatenate(tokens),
             lengths=np.array([part.size for part in tokens], np.int32),
             loss_mask=np.concatenate([self._samples.loss_mask(i) for i in members]),
             samples=members,
-            epoch=epoch,
-            index=index,
+            epoch=place.epoch,
+            index=place.index,
         )
+
+    def _places(self, epoch: int, index: int) -> Iterator[Place]:
+        plan = self._plan.epoch(epoch)
+        for number in range(index, len(plan)):
+            yield Place(epoch, number, plan[number], self._plan.num_tokens(plan[number]))
 
 
 def _keys(count: int, seed: int, epoch: int, purpose: int) -> NDArray[np.uint64]:

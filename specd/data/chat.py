@@ -12,6 +12,7 @@ import msgspec
 from specd.data.faults import RowError
 from specd.data.forms import Conversation, Turn
 from specd.data.frame import Frame, learn
+from specd.data.images import Picture
 from specd.data.labels import Layout, complete, said, trailing
 from specd.data.marks import THOUGHTS, Marked
 from specd.data.template import Renderer, Span, Template
@@ -24,13 +25,14 @@ class Rendered(msgspec.Struct, frozen=True, kw_only=True):
     """A conversation or a document as text. spans: the characters that the target writes, which may be labels.
 
     document: the text never went through a template, so the tokenizer adds its own BOS. dropped: answers of which the
-    template leaves out a part, as thoughts of earlier turns.
+    template leaves out a part, as thoughts of earlier turns. pictures: the images that it has a place for each of.
     """
 
     text: str
     spans: tuple[Span, ...]
     document: bool = False
     dropped: int = 0
+    pictures: tuple[Picture, ...] = ()
 
 
 def document(text: str, prompt: int = 0) -> Rendered:
@@ -95,7 +97,7 @@ class Chat:
         template does not write whole stands behind the generation prompt as it was written. Raises RowError naming
         `where`.
         """
-        row = self._template.row(where, talk.tools, talk.options)
+        row = self._template.row(where, talk.tools, talk.options, images=bool(talk.pictures))
         answers = [place for place, turn in enumerate(talk.turns) if turn["role"] == "assistant"]
         asked = [place for place in answers if place not in talk.context]
         if last_turn_only:

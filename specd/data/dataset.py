@@ -22,6 +22,7 @@ from specd.config.settings import DataConfig
 from specd.data import forms, store
 from specd.data.batching import BatchPlan, check_budget
 from specd.data.faults import Faults, RowError
+from specd.data.images import Picture, decode
 from specd.data.portion import Report as Report
 from specd.data.rows import Row, fingerprint, locate, read_rows, sources
 from specd.data.samples import Job, Maker, vocabulary
@@ -37,9 +38,10 @@ COUNTED = 1 << 24
 CHUNK = 64
 """Rows that are tokenised together, by one process."""
 
-_VERSION = "4"  # part of the cache key: raise it when the same rows would give other samples
+_VERSION = "5"  # part of the cache key: raise it when the same rows would give other samples
 _TOKENIZER_FILE = re.compile(
-    r"(token|vocab|merges|special_|added_|chat_template|generation_config|additional_chat_templates/).*"
+    r"(token|vocab|merges|special_|added_|chat_template|generation_config|preprocessor_config|"
+    r"additional_chat_templates/).*"
     r"\.(json|jinja|model|txt|tiktoken)"
 )
 _CLOCK = b"strftime_now"
@@ -53,12 +55,13 @@ class Dataset:
     how often they are trained, whatever file or path they came from.
     """
 
-    __slots__ = ("_mask", "_starts", "_tokens", "digest", "report", "rows", "weights")
+    __slots__ = ("_mask", "_pictures", "_starts", "_tokens", "digest", "report", "rows", "weights")
 
     def __init__(self, stored: store.Stored, weights: tuple[float, ...]) -> None:
         """weights: of each source of the report."""
         arrays, self.report, self.digest = stored
         self._tokens, self._mask, self._starts = arrays["tokens"], arrays["loss_mask"], arrays["starts"]
+        self._pictures = tuple(arrays[name] for name in ("pictures", "picture_samples", "picture_ends"))
         self.rows: NDArray[np.int64] = arrays["rows"]
         self.weights: NDArray[np.float64] | None = None
         """How often an epoch trains each sample; None where it is once."""
@@ -84,6 +87,19 @@ class Dataset:
 
     def loss_mask(self, i: int) -> NDArray[np.bool_]:
         return self._mask[self._starts[i] : self._starts[i + 1]]
+
+    def pictures(self, i: int) -> tuple[Picture, ...]:
+        """The images of sample i."""
+        data, samples, ends = self._pictures
+        place = int(np.searchsorted(samples, i))
+        if place == samples.size or samples[place] != i:
+            return ()
+        return decode(data[ends[place - 1] if place else 0 : ends[place]].tobytes())
+
+    @property
+    def illustrated(self) -> bool:
+        """Whether any sample has images."""
+        return bool(self._pictures[1].size)
 
     def label_counts(self, vocab_size: int) -> NDArray[np.int64]:
         """How often each token is a label, int64 [vocab_size]."""

@@ -10,6 +10,7 @@ import msgspec
 
 from specd.config.settings import DataConfig
 from specd.data.faults import TOO_DEEP, RowError, short
+from specd.data.images import FOLDER, PLACE, Picture, picture
 from specd.data.tokens import MASKS, read_tokens
 from specd.data.tokens import Tokens as Tokens
 from specd.data.tools import read_tools, without_nulls
@@ -20,9 +21,24 @@ from specd.errors import ConfigError
 TURNS = ("messages", "conversations", "conversation")
 PROMPTS = ("prompt", "instruction", "question", "query")
 COMPLETIONS = ("completion", "response", "output", "answer", "chosen")
+IMAGES = ("images", "image")
+"""Columns of images that the turns have places for."""
 BESIDE = ("input", "history", "system", "system_prompt", "tools", "functions", "finish_reason", "chat_template_kwargs")
 """Columns that are read beside a prompt or turns."""
-COLUMNS = (*TURNS, *PROMPTS, *COMPLETIONS, *BESIDE, "text", "input_ids", "labels", *MASKS, "attention_mask", "form")
+COLUMNS = (
+    *TURNS,
+    *PROMPTS,
+    *COMPLETIONS,
+    *BESIDE,
+    *IMAGES,
+    FOLDER,
+    "text",
+    "input_ids",
+    "labels",
+    *MASKS,
+    "attention_mask",
+    "form",
+)
 """The names of columns that specd reads."""
 FORMS = (
     "`messages` or `conversations` (a conversation), `prompt` and `completion` (also `instruction`, `question` or "
@@ -34,7 +50,8 @@ class Conversation(msgspec.Struct, frozen=True, kw_only=True):
     """turns: of known roles, without specd's own keys. tools: what the template gets beside them, or None.
 
     cut: places of answers that ended at a length limit, so that the target did not write their end. context: places of
-    answers that are no labels, as the row asks. options: variables of the template for this row alone.
+    answers that are no labels, as the row asks. options: variables of the template for this row alone. pictures: its
+    images, in order; `images.PLACE` stands for each in the texts.
     """
 
     turns: list[Turn]
@@ -42,6 +59,7 @@ class Conversation(msgspec.Struct, frozen=True, kw_only=True):
     cut: frozenset[int] = frozenset()
     context: frozenset[int] = frozenset()
     options: dict[str, Any] = {}
+    pictures: tuple[Picture, ...] = ()
 
 
 class Text(msgspec.Struct, frozen=True, kw_only=True):
@@ -97,8 +115,13 @@ def conversation(row: Mapping[str, Any], where: str) -> Conversation:
 def questions(talk: Conversation, where: str) -> list[list[Turn]]:
     """The turns that lead up to each answer of the assistant, without the answers: prompts to regenerate them.
 
-    Raises RowError when the conversation asks nothing.
+    Raises RowError when the conversation asks nothing, and for images, which only training reads.
     """
+    if talk.pictures:
+        detail = (
+            "a conversation with images, which training alone reads; expected text, whose answers can be written here"
+        )
+        raise RowError(where, "images", detail)
     groups: list[list[Turn]] = [[]]
     for turn in talk.turns:
         if turn["role"] != "assistant":
@@ -165,7 +188,10 @@ def _joined(first: Turns, then: Turns) -> Turns:
         return {place + len(first.turns) for place in places}
 
     return Turns(
-        turns=first.turns + then.turns, cut=first.cut | moved(then.cut), context=first.context | moved(then.context)
+        turns=first.turns + then.turns,
+        cut=first.cut | moved(then.cut),
+        context=first.context | moved(then.context),
+        images=first.images + then.images,
     )
 
 
@@ -174,18 +200,51 @@ def _conversation(row: Mapping[str, Any], where: str, read: Turns) -> Conversati
     system = row.get("system") or row.get("system_prompt")
     if system and read.turns[0]["role"] != "system":
         read = _joined(read_turns([{"role": "system", "content": system}], where, "system"), read)
+    turns, pictures = _illustrated(row, where, read)
     cut = read.cut | {len(read.turns) - 1} if row.get("finish_reason") == "length" else read.cut
     options = row.get("chat_template_kwargs") or {}
     if not isinstance(options, dict):
         detail = f"`chat_template_kwargs` is {short(options)}; expected an object of variables for the template"
         raise RowError(where, "no template variables", detail)
     return Conversation(
-        turns=read.turns,
+        turns=turns,
         tools=read_tools(row.get("tools") or row.get("functions"), where),
         cut=cut,
         context=read.context,
         options=without_nulls(options),
+        pictures=pictures,
     )
+
+
+def _illustrated(row: Mapping[str, Any], where: str, read: Turns) -> tuple[list[Turn], tuple[Picture, ...]]:
+    """The turns, with a place for each image that stands beside them, and the images."""
+    column = _first(row, IMAGES)
+    beside = row[column] if column else []
+    beside = beside if isinstance(beside, list) else [beside]
+    if not beside and not read.images:
+        return read.turns, ()
+    if sum(turn["content"].count(PLACE) for turn in read.turns) != len(read.images):
+        raise RowError(where, "an odd character", f"its text has {PLACE!r}, which stands for images here; take it out")
+    turns, named = read.turns, list(read.images)
+    if not named:  # <image> in a text, as of LLaVA
+        turns = [
+            {**turn, "content": turn["content"].replace("<image>", PLACE)} if turn["role"] != "assistant" else turn
+            for turn in turns
+        ]
+        named = [None] * sum(turn["content"].count(PLACE) for turn in turns)
+    if not named:  # as TRL has it: before what the user says first
+        first = next((place for place, turn in enumerate(turns) if turn["role"] == "user"), 0)
+        named = [None] * len(beside)
+        turns = list(turns)
+        turns[first] = {**turns[first], "content": PLACE * len(beside) + turns[first]["content"]}
+    if len(beside) != named.count(None):
+        detail = (
+            f"{len(beside)} images beside the turns, and {named.count(None)} places for them; expected a part of type "
+            f"image that names no file, or <image> in the text, for each, or for none"
+        )
+        raise RowError(where, "images without a place", detail)
+    others, folder = iter(beside), str(row.get(FOLDER) or "")
+    return turns, tuple(picture(next(others) if one is None else one, folder, where) for one in named)
 
 
 def _text(row: Mapping[str, Any], where: str) -> Text:

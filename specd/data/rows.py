@@ -10,13 +10,17 @@ from collections.abc import Iterator
 from importlib.resources import files
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
 from specd.config.settings import DataConfig
+from specd.data.faults import RowError
 from specd.data.files import Row as Row
 from specd.data.files import file_rows, kind, named_as_data
+from specd.data.forms import IMAGES, TURNS
 from specd.data.hub import hub_digest, hub_rows
+from specd.data.images import FOLDER
 from specd.errors import ConfigError, DataError
 from specd.paths import shown
 
@@ -121,7 +125,19 @@ def _source_rows(source: Source) -> Iterator[Row]:
         return
     top = Path(os.path.commonpath([file.parent for file in found]))
     for file in found:
-        yield from file_rows(file, shown(file if source.whole_names else file.relative_to(top)))
+        for where, row in file_rows(file, shown(file if source.whole_names else file.relative_to(top))):
+            yield where, _placed(row, file.parent)
+
+
+def _placed(row: dict[str, Any] | RowError, folder: Path) -> dict[str, Any] | RowError:
+    """A row that may have images, with the folder that their paths begin in: its file's, or what it says itself."""
+    if isinstance(row, RowError):
+        return row
+    turns = next((row[name] for name in TURNS if isinstance(row.get(name), list)), ())
+    parts = any(isinstance(turn, dict) and isinstance(turn.get("content"), list) for turn in turns)
+    if not parts and not any(row.get(name) for name in IMAGES):
+        return row
+    return {**row, FOLDER: str(folder / str(row.get(FOLDER) or ""))}
 
 
 def fingerprint(source: Source | str) -> str:

@@ -15,6 +15,7 @@ from specd.config.settings import DataConfig
 from specd.data import forms
 from specd.data.chat import Chat, Rendered, document
 from specd.data.faults import Faults, RowError
+from specd.data.images import Picture, Processor, encode, expanded
 from specd.data.portion import Portion
 from specd.data.rows import Row
 from specd.data.tokenizer import Encoder, load_tokenizer
@@ -31,25 +32,30 @@ class Job(NamedTuple):
 class Coded(NamedTuple):
     """One row as tokens int32 [N] and their labels bool [N], uncut.
 
-    document: it is one, so that it may be split. dropped: answers of which the template left out a part.
+    document: it is one, so that it may be split. dropped: answers of which the template left out a part. pictures: its
+    images; counts: how many tokens each takes. last: the tokens up to the last one of an image.
     """
 
     tokens: NDArray[np.int32]
     loss_mask: NDArray[np.bool_]
     document: bool
     dropped: int = 0
+    pictures: tuple[Picture, ...] = ()
+    counts: tuple[int, ...] = ()
+    last: int = 0
 
 
 class Maker:
     """Makes samples of rows. Tokenizer and template are read when the first row needs them."""
 
-    __slots__ = ("_chat", "_encoder", "_vocabulary", "job")
+    __slots__ = ("_chat", "_encoder", "_processor", "_vocabulary", "job")
 
     def __init__(self, job: Job) -> None:
         self.job = job
         self._vocabulary = 0
         self._encoder: Encoder | None = None
         self._chat: Chat | None = None
+        self._processor: Processor | None = None
 
     @property
     def vocabulary(self) -> int:
@@ -71,6 +77,13 @@ class Maker:
         return self._chat
 
     @property
+    def processor(self) -> Processor:
+        """What reads images. Raises DataError where the target reads none."""
+        if self._processor is None:
+            self._processor = Processor(self.job.tokenizer_dir)
+        return self._processor
+
+    @property
     def reads_text(self) -> bool:
         """Whether a row has needed the tokenizer."""
         return self._encoder is not None
@@ -80,16 +93,25 @@ class Maker:
         config, needed = self.job.config, self.job.consecutive_labels
         faults = Faults()
         samples: list[tuple[int, NDArray[np.int32], NDArray[np.bool_]]] = []
+        pictures: list[bytes] = []
         names: dict[str, int] = {}
         counts = {"cut": 0, "split": 0, "without_labels": 0, "dropped": 0}
-        for number, ((_, row), coded) in enumerate(zip(rows, self.coded(rows), strict=True)):
+        for number, ((where, row), coded) in enumerate(zip(rows, self.coded(rows), strict=True)):
             if isinstance(coded, RowError):
                 faults.add(coded)
+                continue
+            if coded.last > config.max_length:
+                detail = (
+                    f"its {len(coded.pictures)} images reach to token {coded.last}, beyond data.max_length="
+                    f"{config.max_length}; expected a larger one (an image cannot be cut), or smaller images"
+                )
+                faults.add(RowError(where, "images beyond data.max_length", detail))
                 continue
             size, split = coded.tokens.size, coded.document and config.long == "split"
             bounds = pieces(size, config.max_length, needed) if split else [(0, min(size, config.max_length))]
             kept = [bound for bound in bounds if trainable(coded.loss_mask[slice(*bound)], needed)]
             samples += [(number, coded.tokens[slice(*bound)], coded.loss_mask[slice(*bound)]) for bound in kept]
+            pictures += [encode(coded.pictures)] * len(kept)
             if not kept:
                 counts["without_labels"] += 1
                 continue
@@ -99,7 +121,7 @@ class Maker:
             if isinstance(row, dict) and row.get("form"):
                 name = str(row["form"])
                 names[name] = names.get(name, 0) + len(kept)
-        return Portion.of(samples, rows=len(rows), bad=faults.found(), forms=names, **counts)
+        return Portion.of(samples, tuple(pictures), rows=len(rows), bad=faults.found(), forms=names, **counts)
 
     def coded(self, rows: Sequence[Row]) -> Iterator[Coded | RowError]:
         """Each row as tokens, or why it cannot be used. Raises DataError where that is the tokenizer's fault."""
@@ -111,7 +133,11 @@ class Maker:
                 yield one
                 continue
             if isinstance(one, Rendered):
-                coded = Coded(*next(encoded), one.document, one.dropped)
+                try:
+                    coded = self._illustrated(Coded(*next(encoded), one.document, one.dropped), one.pictures, where)
+                except RowError as error:
+                    yield error
+                    continue
             else:
                 coded = Coded(one.ids, one.loss_mask, bool(one.loss_mask.all()))  # type: ignore[arg-type]
             if coded.tokens.size and coded.tokens.max() >= self.vocabulary:
@@ -131,12 +157,22 @@ class Maker:
                 if config.bad_rows == "skip" and not self.encoder.tokenizer.chat_template:
                     detail = "a conversation, and the target's tokenizer has no chat template; expected `text`"
                     raise RowError(where, "no chat template", detail)
-                return self.chat.conversation(form, where, last_turn_only=config.last_turn_only)
+                rendered = self.chat.conversation(form, where, last_turn_only=config.last_turn_only)
+                return msgspec.structs.replace(rendered, pictures=form.pictures)
             if form.prompt:  # given, with its continuation behind it
                 return document(form.text, form.prompt)
             return self._text(form.text)
         except RowError as error:
             return error
+
+    def _illustrated(self, coded: Coded, pictures: tuple[Picture, ...], where: str) -> Coded:
+        """A row with as many tokens for each of its images as it takes. Raises RowError for an image that is none."""
+        if not pictures:
+            return coded
+        counts = tuple(self.processor.count(one, where)[0] for one in pictures)
+        tokens, mask = expanded(coded.tokens, coded.loss_mask, counts, self.processor.token, where)
+        last = int(np.flatnonzero(tokens == self.processor.token)[-1]) + 1
+        return coded._replace(tokens=tokens, loss_mask=mask, pictures=pictures, counts=counts, last=last)
 
     def _text(self, text: str) -> Rendered:
         """A text: all labels where it is a document, without the BOS that it may begin with."""

@@ -18,12 +18,20 @@ import numpy as np
 from numpy.lib.format import write_array_header_1_0
 from numpy.typing import NDArray
 
+from specd.data.images import content
 from specd.data.portion import Portion, Report
 from specd.errors import DataError
 
 logger = logging.getLogger(__name__)
 
-ARRAYS = {"tokens": np.int32, "loss_mask": np.bool_, "starts": np.int64, "rows": np.int64}
+ARRAYS = {
+    "tokens": np.int32, "loss_mask": np.bool_, "starts": np.int64, "rows": np.int64,
+    "pictures": np.uint8, "picture_samples": np.int64, "picture_ends": np.int64, "picture_digests": np.uint8,
+}  # fmt: skip
+"""pictures: what is kept of images, of each sample that has any; picture_samples, picture_ends: which, and where to;
+picture_digests: of what they show, wherever they lie."""
+_TEXT = ("tokens", "loss_mask", "starts")
+_SHOWN = ("picture_samples", "picture_digests")
 _CHUNK_BYTES = 1 << 20
 
 
@@ -82,12 +90,18 @@ class Scratch:
 
     def add(self, portion: Portion, first_row: int) -> None:
         """Append samples. first_row: how many rows came before theirs. Raises DataError when the disk is full."""
-        tokens = self._counts["tokens"]
+        tokens, sample, kept = (self._counts[name] for name in ("tokens", "rows", "pictures"))
+        illustrated = [number for number, each in enumerate(portion.pictures) if each]
+        pictures = [portion.pictures[number] for number in illustrated]
         with _reported(self._directory.parent):
             self._append("tokens", portion.tokens)
             self._append("loss_mask", portion.loss_mask)
             self._append("starts", tokens + np.cumsum(portion.lengths))
             self._append("rows", first_row + portion.rows)
+            self._append("pictures", np.frombuffer(b"".join(pictures), np.uint8))
+            self._append("picture_digests", np.frombuffer(b"".join(map(content, pictures)), np.uint8))
+            self._append("picture_samples", sample + np.array(illustrated, np.int64))
+            self._append("picture_ends", kept + np.cumsum([len(each) for each in pictures], dtype=np.int64))
 
     def keep(self, name: str, report: Report) -> Stored:
         """The finished data set, under `name` in the home if that can be written."""
@@ -136,12 +150,17 @@ def _read(place: Path) -> Stored:
         array = np.load(place / f"{name}.npy", mmap_mode="r", allow_pickle=False)
         if array.dtype != kind or array.ndim != 1:
             raise ValueError(f"{name} is {array.dtype} {array.shape}")
-        if name != "rows":
+        if name in _TEXT or (array.size and name in _SHOWN):
             _add_file(digest, place / f"{name}.npy", array.offset)
         arrays[name] = array
     if not (arrays["starts"][-1] == arrays["tokens"].size == arrays["loss_mask"].size == report.tokens):
         raise ValueError("the arrays do not belong together")
     if not (arrays["starts"].size - 1 == arrays["rows"].size == report.samples):
+        raise ValueError("the arrays do not belong together")
+    ends = arrays["picture_ends"]
+    if not arrays["picture_samples"].size == ends.size == report.illustrated or (
+        ends.size and ends[-1] != arrays["pictures"].size
+    ):
         raise ValueError("the arrays do not belong together")
     return Stored(arrays, report, digest.hexdigest())
 

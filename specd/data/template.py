@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from specd.data.faults import RowError
 from specd.data.forms import Turn
+from specd.data.images import PLACE
 from specd.errors import ConfigError, DataError, first_line
 
 if TYPE_CHECKING:
@@ -24,13 +25,20 @@ _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 class Renderer:
     """The chat template as one row has it, with its tools and variables. where: the row, for messages."""
 
-    __slots__ = ("_source", "_template", "_tools", "_variables", "where")
+    __slots__ = ("_images", "_source", "_template", "_tools", "_variables", "where")
 
     def __init__(
-        self, template: Template, source: str, variables: dict[str, Any], tools: list[Any] | None, where: str
+        self,
+        template: Template,
+        source: str,
+        variables: dict[str, Any],
+        tools: list[Any] | None,
+        where: str,
+        images: bool,
     ) -> None:
         self._template, self._source, self._variables, self._tools = template, source, variables, tools
         self.where = where
+        self._images = images
 
     @property
     def marks_answers(self) -> bool:
@@ -54,7 +62,11 @@ class Renderer:
 
         render: Any = render_jinja_template
         if self._template.parts:
-            turns = [{**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in turns]
+            turns = [{**turn, "content": _parts(turn["content"])} for turn in turns]
+        elif self._images:
+            turns = [
+                {**turn, "content": _parts(turn["content"])} if PLACE in turn["content"] else turn for turn in turns
+            ]
         if self._template.json_arguments:
             turns = [_with_json(turn) if turn.get("tool_calls") else turn for turn in turns]
         try:
@@ -94,10 +106,17 @@ class Template:
         self._sources = {bool(tools): tokenizer.get_chat_template(None, tools) for tools in (None, example)}
         self._variables = {**tokenizer.special_tokens_map, "strftime_now": self._day, **options}
 
-    def row(self, where: str, tools: list[Any] | None = None, options: Mapping[str, Any] | None = None) -> Renderer:
-        """The template for a row with `tools` and `options` of its own, named `where`."""
+    def row(
+        self,
+        where: str,
+        tools: list[Any] | None = None,
+        options: Mapping[str, Any] | None = None,
+        *,
+        images: bool = False,
+    ) -> Renderer:
+        """The template for a row with `tools` and `options` of its own, named `where`. images: it has some."""
         variables = {**self._variables, **options} if options else self._variables
-        return Renderer(self, self._sources[bool(tools)], variables, tools or None, where)
+        return Renderer(self, self._sources[bool(tools)], variables, tools or None, where, images)
 
     def mentions(self, word: str) -> bool:
         return any(word in source for source in self._sources.values())
@@ -105,6 +124,17 @@ class Template:
     def _day(self, form: str) -> str:
         self.told_the_day = True
         return self._now.strftime(form)
+
+
+def _parts(content: str) -> list[dict[str, str]]:
+    """A text as a list of parts, with an image for each place of one."""
+    parts: list[dict[str, str]] = []
+    for number, text in enumerate(content.split(PLACE)):
+        if number:
+            parts.append({"type": "image"})
+        if text or not number:
+            parts.append({"type": "text", "text": text})
+    return parts if len(parts) == 1 or parts[0].get("text") != "" else parts[1:]
 
 
 def _with_json(value: Any) -> Any:

@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 
 from specd.data.faults import RowError, short
+from specd.data.images import KINDS, PLACE, in_part
 from specd.data.tools import read_calls
 
 Turn = dict[str, Any]
@@ -40,12 +41,14 @@ _FLAGS = ("train", "training", "weight", "loss")
 class Turns(msgspec.Struct, frozen=True, kw_only=True):
     """turns: of known roles, without the keys below. cut: places of answers that ended at a length limit.
 
-    context: places of answers that are not learnt from.
+    context: places of answers that are not learnt from. images: what the parts that are images name, in order, None for
+    one that names nothing; `images.PLACE` stands for each in the texts.
     """
 
     turns: list[Turn]
     cut: frozenset[int]
     context: frozenset[int]
+    images: tuple[Any, ...] = ()
 
 
 def read_turns(items: Any, where: str, column: str) -> Turns:
@@ -59,21 +62,22 @@ def read_turns(items: Any, where: str, column: str) -> Turns:
     turns: list[Turn] = []
     cut: set[int] = set()
     context: set[int] = set()
+    images: list[Any] = []
     for place, item in enumerate(found):
         if not isinstance(item, dict):
             detail = f"a turn in {column!r} is {short(item)}; expected an object with role and content"
             raise RowError(where, "no turns", detail)
-        turn, is_cut, is_context = _turn(item, where, place + 1)
+        turn, is_cut, is_context = _turn(item, where, place + 1, images)
         turns.append(turn)
         if is_cut:
             cut.add(place)
         if is_context:
             context.add(place)
-    return Turns(turns=turns, cut=frozenset(cut), context=frozenset(context))
+    return Turns(turns=turns, cut=frozenset(cut), context=frozenset(context), images=tuple(images))
 
 
-def _turn(item: Mapping[str, Any], where: str, number: int) -> tuple[Turn, bool, bool]:
-    """Turn `number`, whether it was cut off, and whether it is context."""
+def _turn(item: Mapping[str, Any], where: str, number: int, images: list[Any]) -> tuple[Turn, bool, bool]:
+    """Turn `number`, whether it was cut off, and whether it is context. Its images are added to `images`."""
     turn = {key: value for key, value in item.items() if value is not None}
     key = "role" if "role" in turn or "from" not in turn else "from"
     name = turn.pop(key, None)
@@ -94,7 +98,7 @@ def _turn(item: Mapping[str, Any], where: str, number: int) -> tuple[Turn, bool,
     if content is None and silent:
         content = ""
     role = ROLES[name]
-    return {"role": role, "content": _text(content, where, number, role), **turn}, is_cut, is_context
+    return {"role": role, "content": _text(content, where, number, role, images), **turn}, is_cut, is_context
 
 
 def _flagged(turn: Turn, where: str, number: int) -> bool:
@@ -111,17 +115,20 @@ def _flagged(turn: Turn, where: str, number: int) -> bool:
     return is_context
 
 
-def _text(content: Any, where: str, number: int, role: str) -> str:
+def _text(content: Any, where: str, number: int, role: str, images: list[Any]) -> str:
     if isinstance(content, str):
         return content
     if isinstance(content, list) and all(isinstance(part, dict) for part in content):
         kinds = [part.get("type") or "text" for part in content]
-        if all(kind == "text" and isinstance(part.get("text"), str) for kind, part in zip(kinds, content, strict=True)):
-            return "".join(part["text"] for part in content)
-        other = next((kind for kind in kinds if kind != "text"), None)
-        if other is not None:
-            detail = f"turn {number} has content of type {short(other)}; only text is supported, no images or sound"
+        allowed = ("text",) if role == "assistant" else ("text", *KINDS)
+        if (other := next((kind for kind in kinds if kind not in allowed), None)) is not None:
+            expected = "text alone in an answer" if role == "assistant" else "text and images, no sound or video"
+            detail = f"turn {number} has content of type {short(other)}; expected {expected}"
             raise RowError(where, "content other than text", detail)
+        texts = [PLACE if kind in KINDS else part.get("text") for kind, part in zip(kinds, content, strict=True)]
+        if all(isinstance(text, str) for text in texts):
+            images += [in_part(part) for kind, part in zip(kinds, content, strict=True) if kind in KINDS]
+            return "".join(texts)
     raise RowError(where, "no content", f"turn {number} ({role}) has content {short(content)}; expected a string")
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated
 
 import msgspec
@@ -14,6 +15,7 @@ import numpy as np
 from msgspec import Meta
 from numpy.typing import NDArray
 
+from specd.protocol import payload
 from specd.protocol.capture import DTYPE_BYTES, CaptureSpec
 from specd.protocol.limits import MAX_DIMENSIONS, MAX_TENSORS
 
@@ -29,6 +31,8 @@ class Batch(msgspec.Struct, frozen=True, kw_only=True):
 
     tokens: int32 [T]. lengths: int32 [B], sums to T. loss_mask: bool [T], True where a token may be a training label.
     samples: B ids of the data set's samples, for accounting. epoch, index: where in the data plan it stands.
+    payloads: what each sequence brings for the target beside its tokens (`specd.protocol.payload`), empty for one
+    without; () if none brings anything.
     """
 
     tokens: NDArray[np.int32]
@@ -37,6 +41,7 @@ class Batch(msgspec.Struct, frozen=True, kw_only=True):
     samples: tuple[int, ...]
     epoch: int = 0
     index: int = 0
+    payloads: tuple[bytes, ...] = ()
 
     @property
     def num_tokens(self) -> int:
@@ -87,14 +92,26 @@ def slot_bytes(spec: CaptureSpec, hidden_size: int, num_tokens: int) -> int:
     return -(-slot_layout(spec, hidden_size, num_tokens).nbytes // ALIGNMENT) * ALIGNMENT
 
 
-def batch_id(fingerprint: str, spec: CaptureSpec, tokens: NDArray[np.int32], lengths: NDArray[np.int32]) -> bytes:
-    """16-byte content id of a batch: the same target, spec, tokens and lengths always give the same id."""
+def batch_id(
+    fingerprint: str,
+    spec: CaptureSpec,
+    tokens: NDArray[np.int32],
+    lengths: NDArray[np.int32],
+    payloads: Sequence[bytes] = (),
+) -> bytes:
+    """16-byte content id of a batch: the same target, spec, tokens, lengths and payloads always give the same id."""
     digest = hashlib.blake2b(digest_size=16)
-    for part in (fingerprint.encode(), msgspec.msgpack.encode(spec), tokens.astype("<i4"), lengths.astype("<i4")):
-        data = part if isinstance(part, bytes) else part.tobytes()
-        digest.update(len(data).to_bytes(8, "little"))
-        digest.update(data)
+    parts = [fingerprint.encode(), msgspec.msgpack.encode(spec), _bytes(tokens), _bytes(lengths)]
+    if payloads:
+        parts.append(payload.digests(payloads))
+    for part in parts:
+        digest.update(len(part).to_bytes(8, "little"))
+        digest.update(part)
     return digest.digest()
+
+
+def _bytes(numbers: NDArray[np.int32]) -> bytes:
+    return numbers.astype("<i4").tobytes()
 
 
 class Delivery:

@@ -10,10 +10,12 @@ from msgspec import Meta
 from specd.protocol.limits import (
     MAX_DIMENSIONS,
     MAX_NAME_CHARS,
+    MAX_PAYLOAD_BYTES,
     MAX_TAPS,
     U64,
     Int31,
     Name,
+    Names,
     Positive,
     PositiveFloat,
     Reason,
@@ -60,7 +62,8 @@ class TargetContract(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     artifacts: what FETCH serves, by name (`config.json`, tokenizer files, `embedding` [V, H], `lm_head` [V, H]).
     embedding_scale: what its embedding multiplies a row of `embedding` by. logit_scale, logit_softcap: its logits are
     products of the final state with `lm_head` times the one, and c · tanh(… / c) of that where the other is c, not 0.
-    odd_embedding, odd_logits: why that does not describe them; empty if it does.
+    odd_embedding, odd_logits: why that does not describe them; empty if it does. payloads: names of the arrays that a
+    sequence may bring, as those of images; none if it takes text alone.
     """
 
     model: str
@@ -80,6 +83,7 @@ class TargetContract(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     logit_softcap: Annotated[float, Meta(ge=0)] = 0.0
     odd_embedding: Reason = ""
     odd_logits: Reason = ""
+    payloads: Names = ()
 
     @property
     def fingerprint(self) -> str:
@@ -88,8 +92,12 @@ class TargetContract(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 
 
 class RingInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The ring's geometry. slot_tokens: longest batch of the daemon's own capture, in tokens."""
+    """The ring's geometry. slot_tokens: longest batch of the daemon's own capture, in tokens.
+
+    payload_bytes: most bytes of the payloads of a batch; 0 if the daemon takes none.
+    """
 
     num_slots: Positive
     slot_bytes: Annotated[int, Meta(ge=1)]
     slot_tokens: Positive
+    payload_bytes: Annotated[int, Meta(ge=0, le=MAX_PAYLOAD_BYTES)] = 0

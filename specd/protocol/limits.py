@@ -8,10 +8,15 @@ from msgspec import Meta
 
 EPOCH_BYTES = 16
 BATCH_ID_BYTES = 16
+RUN_BYTES = 16
 MAX_MESSAGE_BYTES = 8 << 20
-"""Largest control frame either side accepts; a peer that sends more is disconnected by libzmq."""
+"""Largest control frame either side accepts, payloads apart; a peer that sends more is disconnected by libzmq."""
 MAX_REQUEST_BYTES = 128 << 10
-"""Largest frame of a trainer's, apart from the tokens and lengths of a SUBMIT."""
+"""Largest frame of a trainer's, apart from the tokens, lengths and payloads of a SUBMIT."""
+MAX_PAYLOAD_BYTES = 256 << 20
+"""Most bytes of the payloads of a batch; a daemon takes as many as it is set to."""
+MAX_ARRAYS = 16
+"""Of one payload."""
 ARTIFACT_CHUNK_BYTES = 256 << 10
 MAX_FETCHES = 16
 """Artifact reads of one session that may be in flight at once."""
@@ -35,4 +40,6 @@ Int31 = Annotated[int, Meta(ge=0, le=MAX_INT31)]
 U64 = Annotated[int, Meta(ge=0)]  # msgpack has no larger integer
 Positive = Annotated[int, Meta(ge=1, le=MAX_INT31)]
 PositiveFloat = Annotated[float, Meta(gt=0)]
+Payload = Annotated[bytes, Meta(max_length=MAX_PAYLOAD_BYTES)]
+Payloads = Annotated[tuple[Payload, ...], Meta(max_length=MAX_MESSAGE_BYTES // 4)]
 Int32s = Annotated[bytes, Meta(min_length=4, max_length=MAX_MESSAGE_BYTES)]

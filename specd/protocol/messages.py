@@ -23,17 +23,20 @@ from specd.protocol.limits import (
     MAX_MESSAGE_BYTES,
     MAX_NAME_CHARS,
     MAX_OFFER_BYTES,
+    MAX_PAYLOAD_BYTES,
+    RUN_BYTES,
     U64,
     BatchId,
     Int31,
     Int32s,
     Name,
     Names,
+    Payloads,
     Positive,
     Reason,
 )
 
-VERSION = 4
+VERSION = 5
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="type"):
@@ -48,7 +51,7 @@ class Message(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
 class SessionStatus(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One trainer as STATUS shows it. session: a name of it that opens nothing. gpus: as in its HELLO. counts are since
-    then.
+    then. run: a name of its run that opens nothing, empty for a trainer of its own. ranks: that run's, here.
     """
 
     session: str
@@ -62,6 +65,8 @@ class SessionStatus(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     nbytes: int
     age_s: float
     tokens: int = 0
+    run: str = ""
+    ranks: int = 1
 
 
 # Trainer → daemon
@@ -71,6 +76,8 @@ class Hello(Message, kw_only=True, frozen=True, tag="hello"):
     """Open or reopen a session. name: for people. pid: 0 if unknown. host: identity of kernel and namespaces.
 
     credits: how many batches the trainer wants outstanding. fingerprint: the target it must be, empty for any.
+    payloads: names of the arrays that its sequences bring; none for text alone. run: equal on all ranks of one
+    training, empty for one alone. ranks: how many of them come to this daemon.
     """
 
     name: Name
@@ -81,6 +88,16 @@ class Hello(Message, kw_only=True, frozen=True, tag="hello"):
     spec: CaptureSpec
     credits: Positive
     fingerprint: Annotated[str, Meta(max_length=1000)] = ""
+    payloads: Names = ()
+    run: Annotated[bytes, Meta(max_length=RUN_BYTES)] = b""
+    ranks: Positive = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if len(self.run) not in (0, RUN_BYTES):
+            raise ValueError(f"a run of {len(self.run)} bytes: expected {RUN_BYTES}, or none")
+        if self.ranks > 1 and not self.run:
+            raise ValueError(f"{self.ranks} ranks of no run: expected its {RUN_BYTES} bytes, or 1 rank")
 
 
 class Attach(Message, kw_only=True, frozen=True, tag="attach"):
@@ -99,12 +116,16 @@ class Probe(Message, kw_only=True, frozen=True, tag="probe"):
 
 
 class Submit(Message, kw_only=True, frozen=True, tag="submit"):
-    """Ask for one batch. seq: the trainer's number for it, echoed back. tokens, lengths: int32 little-endian."""
+    """Ask for one batch. seq: the trainer's number for it, echoed back. tokens, lengths: int32 little-endian.
+
+    payloads: one for each sequence, empty for one that has none; none at all if no sequence has any.
+    """
 
     seq: U64
     batch_id: BatchId
     tokens: Int32s
     lengths: Int32s
+    payloads: Payloads = ()
 
 
 class RecvReady(Message, kw_only=True, frozen=True, tag="recv_ready"):
@@ -229,7 +250,7 @@ class Artifact(Message, kw_only=True, frozen=True, tag="artifact"):
 class StatusReport(Message, kw_only=True, frozen=True, tag="status_report"):
     """Answer to STATUS. state: starting, serving, draining. slots: how many are in each state.
 
-    transports: what the worker serves, empty while none does. loading_ms: as in Reject.
+    transports: what the worker serves, empty while none does. loading_ms: as in Reject. max_sessions: trainers at once.
     """
 
     state: str
@@ -246,6 +267,7 @@ class StatusReport(Message, kw_only=True, frozen=True, tag="status_report"):
     endpoints: tuple[str, ...]
     transports: tuple[str, ...]
     loading_ms: Int31 = 0
+    max_sessions: Int31 = 0
 
 
 class Error(Message, kw_only=True, frozen=True, tag="error"):
@@ -263,12 +285,11 @@ _replies: msgspec.msgpack.Decoder[ToTrainer] = msgspec.msgpack.Decoder(ToTrainer
 
 
 def encode(message: Message) -> bytes:
-    """The frame of one message. Raises ProtocolError when it exceeds MAX_MESSAGE_BYTES, which no peer accepts."""
+    """The frame of one message. Raises ProtocolError when it exceeds what no peer accepts."""
     frame = bytes((VERSION,)) + _encoder.encode(message)
-    if len(frame) > MAX_MESSAGE_BYTES:
-        raise ProtocolError(
-            f"a {type(message).__name__} of {len(frame)} bytes exceeds the limit of {MAX_MESSAGE_BYTES} a message"
-        )
+    limit = MAX_MESSAGE_BYTES + (MAX_PAYLOAD_BYTES if isinstance(message, Submit) and message.payloads else 0)
+    if len(frame) > limit:
+        raise ProtocolError(f"a {type(message).__name__} of {len(frame)} bytes exceeds the limit of {limit} a message")
     return frame
 
 

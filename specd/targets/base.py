@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -13,6 +14,7 @@ from specd.errors import TargetError
 from specd.protocol.batch import Layout, slot_layout
 from specd.protocol.capture import CaptureSpec
 from specd.protocol.contract import TargetContract
+from specd.protocol.payload import Array, Payload
 
 if TYPE_CHECKING:
     import torch
@@ -22,7 +24,8 @@ class CaptureJob(msgspec.Struct, frozen=True, kw_only=True):
     """One batch to capture and the slot to capture it into.
 
     tokens: int32 [T], lengths: int32 [B]. layout: where in the slot each tensor goes. slot: the slot's bytes, where the
-    target computes: a uint8 tensor on its GPU, or a writable memoryview for a target on the CPU.
+    target computes: a uint8 tensor on its GPU, or a writable memoryview for a target on the CPU. payloads: what each
+    sequence brings beside its tokens, () if none brings anything.
     """
 
     tokens: NDArray[np.int32]
@@ -30,6 +33,7 @@ class CaptureJob(msgspec.Struct, frozen=True, kw_only=True):
     spec: CaptureSpec
     layout: Layout
     slot: Any
+    payloads: tuple[Payload, ...] = ()
 
 
 class Completion(Protocol):
@@ -114,7 +118,7 @@ def recurrent(config: Mapping[str, Any]) -> str:
 def check(contract: TargetContract, fills: Sequence[CaptureJob]) -> CaptureSpec:
     """The one spec of all `fills`. Raises TargetError for fills that cannot share a forward, or do not fit the target.
 
-    Checks lengths, token ids and layout, so that no bad batch faults on the device.
+    Checks lengths, token ids, payloads and layout, so that no bad batch faults on the device.
     """
     spec = fills[0].spec
     if (problem := spec.problem(contract.num_layers)) is not None:
@@ -131,9 +135,19 @@ def check(contract: TargetContract, fills: Sequence[CaptureJob]) -> CaptureSpec:
         low, high = int(fill.tokens.min()), int(fill.tokens.max())
         if low < 0 or high >= contract.vocab_size:
             raise TargetError(f"token ids {low}…{high} leave the vocabulary 0…{contract.vocab_size - 1}")
+        if fill.payloads:
+            _check_payloads(contract, fill)
         if fill.layout != slot_layout(spec, contract.hidden_size, size):
             raise TargetError(f"the slot's layout is not that of {size} tokens of {spec}")
     return spec
+
+
+def _check_payloads(contract: TargetContract, fill: CaptureJob) -> None:
+    if len(fill.payloads) != fill.lengths.size:
+        raise TargetError(f"{len(fill.payloads)} payloads for {fill.lengths.size} sequences: expected one for each")
+    if unknown := sorted({name for payload in fill.payloads for name in payload} - set(contract.payloads)):
+        taken = ", ".join(contract.payloads) or "text alone; give --backend transformers for images"
+        raise TargetError(f"a sequence brings {', '.join(unknown)}: target {contract.model} takes {taken}")
 
 
 def slot_tensors(fill: CaptureJob) -> dict[str, torch.Tensor]:
@@ -145,3 +159,15 @@ def slot_tensors(fill: CaptureJob) -> dict[str, torch.Tensor]:
         ref.name: slot[ref.offset : ref.offset + ref.nbytes].view(getattr(torch, ref.dtype)).view(ref.shape)
         for ref in fill.layout.tensors
     }
+
+
+def payload_tensor(array: Array) -> torch.Tensor:
+    """An array of a payload as a tensor, a view of its bytes: never write to it."""
+    import torch
+
+    dtype: torch.dtype = getattr(torch, array.dtype)
+    if not array.nbytes:
+        return torch.empty(array.shape, dtype=dtype)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given buffer is not writable", UserWarning)
+        return torch.frombuffer(array.data, dtype=dtype).view(array.shape)

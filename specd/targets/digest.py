@@ -44,7 +44,10 @@ def text_digests(files: Mapping[str, bytes]) -> tuple[str, str]:
         template = json.dumps(inline).encode() if inline else b""
     template = template or files.get("chat_template.json", b"")
     further = sorted(item for item in files.items() if item[0].startswith(TEMPLATES))
-    apart = {"config.json", "generation_config.json", "chat_template.jinja", "chat_template.json", *dict(further)}
+    apart = {
+        "config.json", "generation_config.json", "chat_template.jinja", "chat_template.json",
+        "preprocessor_config.json", *dict(further),
+    }  # fmt: skip
     own = [data for name, data in sorted(files.items()) if name not in apart]
     templates = (template, *(part for name, data in further for part in (name.encode(), data)))
     return _digest(*own), _digest(*templates) if any(templates) else ""

@@ -38,8 +38,9 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "chat_template.json",
     "generation_config.json",
+    *(IMAGE_FILES := ("preprocessor_config.json",)),
 )
-"""Files of a tokenizer and its chat template; a checkpoint has some of them, and further templates in TEMPLATES."""
+"""Files of a tokenizer, its chat template and its images; a checkpoint has some, and further templates in TEMPLATES."""
 
 
 class Source(msgspec.Struct, frozen=True, kw_only=True):

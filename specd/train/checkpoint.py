@@ -265,6 +265,11 @@ def _check_shapes(path: Path, saved: Mapping[str, torch.Tensor], wanted: Mapping
             )
 
 
+def saved_tensors(module: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """The tensors of a checkpoint that change as a run goes on, where they lie: weights and moments."""
+    return _weights(module) | _moments(module, optimizer)
+
+
 def _weights(module: torch.nn.Module) -> dict[str, torch.Tensor]:
     """The tensors to save: trained parameters and persistent buffers, not the target's frozen embedding and head."""
     frozen = {name for name, parameter in module.named_parameters() if not parameter.requires_grad}
@@ -287,11 +292,11 @@ def _load_moments(
     module: torch.nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, torch.Tensor]
 ) -> None:
     order = {name: i for i, name in enumerate(_names(module, optimizer))}
-    state: dict[int, dict[str, torch.Tensor]] = {}
+    state: dict[int, dict[str, torch.Tensor]] = optimizer.state_dict()["state"]
     for key, value in tensors.items():
         if key.startswith("adam."):
             _, moment, name = key.split(".", 2)
-            state.setdefault(order[name], {})[moment] = value
+            state[order[name]] = state.get(order[name], {}) | {moment: value}
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 

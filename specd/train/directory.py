@@ -32,7 +32,7 @@ _NEW_FACTS = f".{FACTS}.new"
 
 FREE = {
     "data": {"path", "cache_dir", "processes", "bad_rows"},
-    "train": {"device", "threads", "save_every", "keep", "log_every"},
+    "train": {"device", "threads", "save_every", "keep", "log_every", "collectives", "peer_patience_s"},
 }
 """Settings that a resumed run may change: they do not affect what is computed. All others of these sections are fixed.
 
@@ -100,6 +100,13 @@ class RunDirectory:
             return convert(read_facts(self.path).config, RunConfig, FACTS)
         except (CheckpointError, ConfigError):
             return None
+
+    def began_by(self, launcher: str) -> bool:
+        """Whether it holds a run that this launcher began: then it may go on when the launcher starts again."""
+        try:
+            return read_facts(self.path).launcher == launcher
+        except CheckpointError:
+            return False
 
     def finished(self) -> RunFacts | None:
         """The facts of a run that was trained and exported to its end; None for any other."""
@@ -185,11 +192,12 @@ def fixed(config: RunConfig, draft: Config, free: frozenset[str]) -> dict[str, A
 class RunFacts(msgspec.Struct, frozen=True, kw_only=True):
     """The facts of a run. All values are for people to read; `config` is the full RunConfig.
 
-    finished: when its draft was exported, empty before that.
+    finished: when its draft was exported, empty before that. launcher: identity of the one that began it.
     """
 
     started: str
     finished: str = ""
+    launcher: str = ""
     target: dict[str, Any]
     draft: dict[str, Any]
     data: dict[str, Any]

@@ -2,16 +2,17 @@
 
 An optimizer step takes `accumulation` batches in a row, across the ends of epochs; only the last step of a run may take
 fewer. Gradients of loss sums are added up and divided once by the weight of the whole step, so the result does not
-depend on how the step was cut into batches. The position in the data moves when a step is done and never before.
+depend on how the step was cut into batches, nor on how many ranks trained them. The position in the data moves when a
+step is done and never before.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
-import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
+from itertools import islice, tee
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -19,15 +20,16 @@ import msgspec
 import torch
 
 from specd.config.settings import TrainConfig
-from specd.drafts.base import Loss, Objective
-from specd.errors import BatchError, SpecdError
-from specd.memory.streams import reached
+from specd.data.batching import Place
+from specd.drafts.base import Objective
+from specd.errors import BatchError, PeerError, SpecdError
 from specd.protocol.batch import Batch
-from specd.train.checkpoint import Checkpoints, Position, RngStates
+from specd.train.checkpoint import Checkpoints, Position, RngStates, saved_tensors
+from specd.train.distributed import Ranks
 from specd.train.interrupt import Interrupt
 from specd.train.journal import Journal, Sink, StepRecord, TrainedBatch
 from specd.train.optimizer import apply_gradients, learning_rate, make_optimizer, total_steps
-from specd.train.stopwatch import Stopwatch
+from specd.train.step import Sums, Torn, UnloggedStep, Window, told_of
 
 if TYPE_CHECKING:
     from specd.metrics import Stats
@@ -44,8 +46,12 @@ class Feed(Protocol):
         """How many batches there are."""
         ...
 
-    def remaining(self, epoch: int, index: int) -> Iterator[Batch]:
-        """All batches from number `index` of `epoch` on; `index` may be the length of that epoch."""
+    def places(self, epoch: int, index: int) -> Iterator[Place]:
+        """All batches from number `index` of `epoch` on, not packed; `index` may be the length of that epoch."""
+        ...
+
+    def packed(self, places: Iterable[Place]) -> Iterator[Batch]:
+        """The batches of places."""
         ...
 
 
@@ -61,89 +67,6 @@ class StateSource(Protocol):
         ...
 
 
-class _StepBatches:
-    """The batches of one optimizer step and their sums, which stay on the device until they are logged.
-
-    watch: times its work on the device.
-    """
-
-    __slots__ = ("_counts", "_losses", "_weights", "batches", "tokens", "watch")
-
-    def __init__(self, device: str) -> None:
-        self.watch = Stopwatch(device)
-        self.batches: list[TrainedBatch] = []
-        self.tokens = 0
-        self._losses: list[torch.Tensor] = []
-        self._weights: list[torch.Tensor] = []
-        self._counts: list[torch.Tensor] = []
-
-    def add(self, batch: Batch, loss: Loss) -> None:
-        """Accumulate a batch's gradients."""
-        if loss.sum.requires_grad:
-            loss.sum.backward()  # type: ignore[no-untyped-call]
-        self.batches.append(TrainedBatch(epoch=batch.epoch, index=batch.index, samples=batch.samples))
-        self.tokens += batch.num_tokens
-        self._losses.append(loss.sum.detach().double())
-        self._weights.append(loss.weight.detach().double())
-        self._counts.append(torch.stack([loss.metrics["correct"], loss.metrics["counted"]]).double())
-
-    @property
-    def weight(self) -> torch.Tensor:
-        """Total weight, a float64 scalar."""
-        return torch.stack(self._weights).sum()
-
-    @property
-    def losses(self) -> torch.Tensor:
-        """Loss sum of each batch, float64 [batches]."""
-        return torch.stack(self._losses)
-
-    @property
-    def counts(self) -> torch.Tensor:
-        """Correct and counted predictions, float64 [2, K]."""
-        return torch.stack(self._counts).sum(0)
-
-
-class _UnloggedStep:
-    """An optimizer step that is not logged yet: host facts, and its device values in an asynchronous copy."""
-
-    __slots__ = ("_copied", "_values", "facts", "window")
-
-    def __init__(self, window: _StepBatches, norm: torch.Tensor, facts: StepRecord) -> None:
-        self.window = window
-        self.facts = facts
-        values = torch.cat([window.weight[None], norm.double()[None], window.losses, window.counts.flatten()])
-        self._values = values
-        if values.is_cuda:
-            self._values = torch.empty_like(values, device="cpu", pin_memory=True).copy_(values, non_blocking=True)
-        self._copied = reached(str(values.device))
-
-    def record(self) -> StepRecord:
-        """The full record; waits until the step is done. Raises SpecdError if it was not finite."""
-        if self._copied is not None:
-            self._copied.synchronize()
-        values: list[float] = self._values.tolist()
-        weight, norm = values[0], values[1]
-        losses = values[2 : 2 + len(self.window.batches)]
-        counts = values[2 + len(losses) :]
-        correct, counted = counts[: len(counts) // 2], counts[len(counts) // 2 :]
-        for batch, loss in zip(self.window.batches, losses, strict=True):
-            if not math.isfinite(loss):
-                raise _not_finite(self.facts.step, f"the loss is {loss}", [batch])
-        if not math.isfinite(norm):
-            raise _not_finite(self.facts.step, f"the gradient norm is {norm}", self.window.batches)
-        return msgspec.structs.replace(
-            self.facts,
-            draft_s=self.window.watch.seconds(),
-            loss=sum(losses) / weight if weight else None,
-            grad_norm=norm,
-            weight=weight,
-            teacher_forced_accuracy=sum(correct) / sum(counted) if sum(counted) else None,
-            teacher_forced_by_offset=tuple(
-                right / of if of else None for right, of in zip(correct, counted, strict=True)
-            ),
-        )
-
-
 class _Run:
     """The mutable state of one call of `train`."""
 
@@ -153,40 +76,58 @@ class _Run:
         objective: Objective,
         source: StateSource,
         checkpoints: Checkpoints,
-        journal: Journal,
+        journal: Journal | None,
         sinks: Sequence[Sink],
         optimizer: torch.optim.AdamW,
         position: Position,
         steps: int,
+        ranks: Ranks,
     ) -> None:
-        self.config, self.steps, self.position = config, steps, position
+        self.config, self.steps, self.position, self.ranks = config, steps, position, ranks
         self.module = objective.module
         self.source, self.checkpoints, self.journal, self.sinks = source, checkpoints, journal, sinks
         self.optimizer = optimizer
+        self.gradients = ranks.gradients([part for group in optimizer.param_groups for part in group["params"]])
         self.rng = RngStates.capture()
         self.savable = True  # weights, moments, position and records are of the same step
-        self._pending: list[_UnloggedStep] = []
+        self._sound = self.position, self.rng  # of the last step that was logged
+        self._num_counts: Sequence[int] = ()
+        self._work_s = 0.0  # of the newest step that is logged
+        self._pending: list[UnloggedStep] = []
         self.device = str(optimizer.param_groups[0]["params"][0].device)
         # 1 from the first non-finite step on: no later step changes a weight, though the host sees it only when it
         # logs.
         self._halted = torch.zeros((), device=self.device)
-        self._stats = source.stats()
+        self._stats = self._spent = source.stats()
         self._mark = time.perf_counter()
 
-    def step(self, window: _StepBatches) -> None:
+    def exchange(self, window: Window, places: Sequence[Place]) -> Sums:
+        """The sums of a step and its gradients, over all ranks. No weight is changed."""
+        self.ranks.finish(self.gradients.works())
+        total = self.source.stats()
+        step_stats, self._stats = total.difference(self._stats), total
+        self._num_counts = self._num_counts or self.ranks.decide("counts", lambda: window.num_counts)
+        self._spent = step_stats
+        step, accumulation = self.position.step + 1, self.config.accumulation
+        told = told_of(step_stats, self._work_s if self._halted.is_cuda else window.watch.seconds())
+        return window.sums(self.ranks, step, len(places), accumulation, self._num_counts, told)
+
+    def step(self, window: Window, places: Sequence[Place], sums: Sums) -> None:
         """One optimizer step over the window, then log and save as configured."""
         rate = learning_rate(self.config, self.position.step, self.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.savable = False
         with window.watch.running():
+            if sums.intact is not None:
+                self._halted = torch.maximum(self._halted, (~sums.intact).float())
             norm, self._halted = apply_gradients(
-                self.optimizer, window.weight.float(), window.losses, self.config.clip, self._halted
+                self.optimizer, sums.weight.float(), sums.losses, self.config.clip, self._halted
             )
-        last = window.batches[-1]
+        last = places[-1]
         self.position = Position(step=self.position.step + 1, epoch=last.epoch, index=last.index + 1)
         self.rng = RngStates.capture()
-        self._pending.append(_UnloggedStep(window, norm, self._facts(window, rate)))
+        self._pending.append(UnloggedStep(window, sums, norm, self._facts(places, rate), self.position, self.rng))
         self.savable = True
         step = self.position.step
         if step % self.config.log_every == 0 or step == self.steps:
@@ -196,24 +137,44 @@ class _Run:
             self.save()
 
     def save(self) -> None:
-        """Checkpoint the last optimizer step, if there is one and it is not saved yet."""
-        if self.position.step:
+        """Checkpoint the last optimizer step, if there is one and it is not saved yet; on rank 0 alone.
+
+        Raises PeerError when the steps behind it turn out to have come to nothing, once it is saved.
+        """
+        torn: PeerError | None = None
+        records: list[StepRecord] = []
+        try:
             records = self._log()
+        except PeerError as error:
+            torn = error
+        if self.position.step and self.journal is not None:
             self.journal.sync()
             path = self.checkpoints.save(self.position, self.module, self.optimizer, self.rng)
             self._show(records)
             logger.info("checkpoint of step %d: %s", self.position.step, path)
+        if torn is not None:
+            raise torn
 
     def _log(self, keep: int = 0) -> list[StepRecord]:
-        """Journal all pending records but the newest `keep`: the only place that waits for the device."""
+        """Journal all pending records but the newest `keep`: the only place that waits for the device.
+
+        Raises PeerError for a step whose exchange was not whole; the run then stands where it did before.
+        """
         records: list[StepRecord] = []
         while len(self._pending) > keep:
             try:
                 records.append(self._pending[0].record())
+            except Torn:
+                self._pending.clear()
+                self.position, self.rng = self._sound
+                raise self.ranks.broken() from None
             except SpecdError:
                 self.savable = False
                 raise
-            self.journal.append(records[-1])
+            if self.journal is not None:
+                self.journal.append(records[-1])
+            self._sound = self._pending[0].position, self._pending[0].rng
+            self._work_s = records[-1].draft_s
             del self._pending[0]
         return records
 
@@ -222,22 +183,22 @@ class _Run:
             for sink in self.sinks:
                 sink.step(record)
 
-    def _facts(self, window: _StepBatches, rate: float) -> StepRecord:
+    def _facts(self, places: Sequence[Place], rate: float) -> StepRecord:
         """The host's part of a record: what was trained, and where the time since the last step went."""
-        now, total = time.perf_counter(), self.source.stats()
-        wall, stats = now - self._mark, total.difference(self._stats)
-        self._mark, self._stats = now, total
+        now, stats = time.perf_counter(), self._spent
+        wall, self._mark = now - self._mark, now
+        batches = tuple(TrainedBatch(epoch=at.epoch, index=at.index, samples=at.samples) for at in places)
         return StepRecord(
             step=self.position.step,
-            epoch=window.batches[-1].epoch,
-            batches=tuple(window.batches),
+            epoch=places[-1].epoch,
+            batches=batches,
             loss=None,
             teacher_forced_accuracy=None,
             teacher_forced_by_offset=(),
             lr=rate,
             grad_norm=None,
             weight=0.0,
-            tokens=window.tokens,
+            tokens=sum(at.tokens for at in places),
             step_s=wall,
             target_wait_s=stats.target_wait_s,
             wire_wait_s=stats.wire_wait_s,
@@ -261,55 +222,95 @@ def train(
     sinks: Sequence[Sink] = (),
     interrupt: Interrupt | None = None,
     resume: bool = False,
+    ranks: Ranks | None = None,
 ) -> Position:
     """Train to the end, from the start or from the newest checkpoint; returns the last position.
 
-    journal: path of the step records. On a SpecdError (running out of GPU memory becomes one) or a KeyboardInterrupt
-    the last optimizer step is checkpointed, unless the error is a non-finite loss or gradient, which no weight has
-    seen, or came between the weights and the position of a step.
+    journal: path of the step records. ranks: this process among those that train together, None for one alone; rank 0
+    alone reads and writes what the run leaves, and the others begin with its weights. On a SpecdError (running out of
+    GPU memory becomes one), also of another rank (PeerError), or a KeyboardInterrupt the last optimizer step is
+    checkpointed, unless the error is a non-finite loss or gradient, which no weight has seen, or came between the
+    weights and the position of a step.
     """
-    interrupt = interrupt or Interrupt()
+    interrupt, ranks = interrupt or Interrupt(), ranks or Ranks()
     optimizer = make_optimizer(objective.module, config)
-    position = Position()
-    if resume:
-        position = checkpoints.restore(checkpoints.latest(), objective.module, optimizer)
-        logger.info("resuming at step %d", position.step)
+    position = _begin(checkpoints, objective.module, optimizer, resume, ranks)
     batches = feed.num_batches
     steps = total_steps(config, batches)
     left = min(batches, steps * config.accumulation) - position.step * config.accumulation
-    with Journal(journal, position.step) as lines:
-        run = _Run(config, objective, source, checkpoints, lines, sinks, optimizer, position, steps)
+    planned = islice(feed.places(position.epoch, position.index), max(0, left))
+    ahead, coming = tee(_steps(planned, config.accumulation))
+    with Journal(journal, position.step) if ranks.leads else contextlib.nullcontext() as lines:
+        run = _Run(config, objective, source, checkpoints, lines, sinks, optimizer, position, steps, ranks)
         try:
-            window = _StepBatches(run.device)
-            for delivery in source.stream(islice(feed.remaining(position.epoch, position.index), max(0, left))):
-                try:
-                    with window.watch.running():
-                        window.add(delivery.batch, objective.loss(delivery))
-                    left -= 1
-                    if len(window.batches) == config.accumulation or not left:
-                        with interrupt.shield():
-                            run.step(window)
-                        window = _StepBatches(run.device)
-                except torch.OutOfMemoryError as error:
-                    what = _no_memory(run.position.step + 1, delivery.batch)
-                    raise out_of_memory(what, error, "continue with --resume where more is free") from None
-            if left > 0:
-                raise BatchError(
-                    f"the stream ended {left} batches early, after step {run.position.step}: plan and source disagree"
-                )
-        except (KeyboardInterrupt, SpecdError):
+            deliveries = source.stream(feed.packed(place for step in ahead for place in ranks.deal(step)))
+            for places in coming:
+                _train_step(run, objective, deliveries, places, left, interrupt)
+                left -= len(places)
+            next(deliveries, None)  # it takes back the last one
+            ranks.part()
+        except (KeyboardInterrupt, SpecdError) as error:
             if run.savable:
                 with interrupt.shield():
                     run.save()
+                if isinstance(error, PeerError) and run.position.step and ranks.leads:
+                    raise error.saying(f"the checkpoint of step {run.position.step} is saved") from None
             raise
         return run.position
 
 
-def _not_finite(step: int, what: str, batches: Sequence[TrainedBatch]) -> SpecdError:
-    return SpecdError(
-        f"step {step}: {what} in {'; '.join(map(str, batches))}; the weights are still those of step {step - 1}: look "
-        f"at these samples with `specd data show`, lower train.lr, or train in float32"
-    )
+def _begin(
+    checkpoints: Checkpoints, module: torch.nn.Module, optimizer: torch.optim.AdamW, resume: bool, ranks: Ranks
+) -> Position:
+    """Where a run stands; weights and moments of every rank are then those of rank 0."""
+
+    def restored() -> dict[str, int]:
+        position = checkpoints.restore(checkpoints.latest(), module, optimizer) if resume else Position()
+        if resume:
+            logger.info("resuming at step %d", position.step)
+        return msgspec.structs.asdict(position)
+
+    position = Position(**ranks.decide("position", restored))
+    ranks.replicate(list(saved_tensors(module, optimizer).values()))
+    return position
+
+
+def _steps(places: Iterator[Place], accumulation: int) -> Iterator[tuple[Place, ...]]:
+    """Batches by optimizer step."""
+    while step := tuple(islice(places, accumulation)):
+        yield step
+
+
+def _train_step(
+    run: _Run,
+    objective: Objective,
+    deliveries: Iterator[Delivery],
+    places: Sequence[Place],
+    left: int,
+    interrupt: Interrupt,
+) -> None:
+    """One optimizer step over the batches at `places`, of which this rank trains its own. left: of the run."""
+    window = Window(run.device)
+    mine = run.ranks.deal(places)
+    delivery: Delivery | None = None
+    try:
+        for number, _ in enumerate(mine, 1):
+            if (delivery := next(deliveries, None)) is None:
+                raise BatchError(
+                    f"the stream ended {left - number + 1} batches early, after step {run.position.step}: plan and "
+                    f"source disagree"
+                )
+            with window.watch.running():
+                loss = objective.loss(delivery)
+                if number == len(mine):
+                    run.gradients.last()
+                window.add(loss)
+        sums = run.exchange(window, places)
+        with interrupt.shield():
+            run.step(window, places, sums)
+    except torch.OutOfMemoryError as error:
+        what = _no_memory(run.position.step + 1, delivery.batch if delivery else None)
+        raise out_of_memory(what, error, "continue with --resume where more is free") from None
 
 
 def out_of_memory(what: str, error: torch.OutOfMemoryError, remedy: str) -> SpecdError:
@@ -320,7 +321,9 @@ def out_of_memory(what: str, error: torch.OutOfMemoryError, remedy: str) -> Spec
     )
 
 
-def _no_memory(step: int, batch: Batch) -> str:
+def _no_memory(step: int, batch: Batch | None) -> str:
+    if batch is None:
+        return f"step {step}: no memory left"
     return (
         f"step {step}: no memory left for batch {batch.index} of epoch {batch.epoch} ({batch.lengths.size} sequences, "
         f"{batch.num_tokens} tokens, {int(batch.loss_mask.sum())} of them labels)"

@@ -6,6 +6,7 @@ import math
 from itertools import chain
 
 import torch
+from torch.optim.adamw import adamw
 
 from specd.config.settings import TrainConfig
 
@@ -31,7 +32,14 @@ def make_optimizer(module: torch.nn.Module, config: TrainConfig) -> torch.optim.
         {"params": [parameter for parameter in trainable if parameter.ndim >= 2], "weight_decay": config.weight_decay},
         {"params": [parameter for parameter in trainable if parameter.ndim < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW([group for group in groups if group["params"]], config.lr, config.betas, fused=True)
+    optimizer = torch.optim.AdamW([group for group in groups if group["params"]], config.lr, config.betas, fused=True)
+    for parameter in trainable:
+        optimizer.state[parameter] = {
+            "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+            "exp_avg": torch.zeros_like(parameter, memory_format=torch.preserve_format),
+            "exp_avg_sq": torch.zeros_like(parameter, memory_format=torch.preserve_format),
+        }
+    return optimizer
 
 
 def apply_gradients(
@@ -50,10 +58,39 @@ def apply_gradients(
     finite = torch.isfinite(norm) & torch.isfinite(losses).all()
     halted = torch.maximum(halted, (~finite).float())
     if gradients:
-        # What GradScaler sets on a fused optimizer (torch 2.9 to 2.13, AdamW.step): gradients are divided by
-        # grad_scale, and nothing changes where found_inf is 1. This way the decision never leaves the device.
-        optimizer.grad_scale = divisor * (torch.clamp((norm + 1e-6) / clip, min=1.0) if clip else 1.0)  # type: ignore[attr-defined]
-        optimizer.found_inf = torch.maximum(halted, (weight <= 0).float())  # type: ignore[attr-defined]
-        optimizer.step()
+        scale = divisor * (torch.clamp((norm + 1e-6) / clip, min=1.0) if clip else 1.0)
+        _update(optimizer, scale.float(), torch.maximum(halted, (weight <= 0).float()))
     optimizer.zero_grad(set_to_none=True)
     return norm, halted
+
+
+def _update(optimizer: torch.optim.AdamW, scale: torch.Tensor, skipped: torch.Tensor) -> None:
+    """AdamW with gradients divided by `scale`, or nothing where `skipped` is 1: the decision never leaves the device.
+
+    Both are 0-d float32.
+    """
+    for group in optimizer.param_groups:
+        trained = [parameter for parameter in group["params"] if parameter.grad is not None]
+        if not trained:
+            continue
+        states = [optimizer.state[parameter] for parameter in trained]
+        beta1, beta2 = group["betas"]
+        with torch.no_grad():
+            adamw(
+                trained,
+                [parameter.grad for parameter in trained if parameter.grad is not None],
+                [state["exp_avg"] for state in states],
+                [state["exp_avg_sq"] for state in states],
+                max_exp_avg_sqs=[],
+                state_steps=[state["step"] for state in states],
+                fused=True,
+                grad_scale=scale,
+                found_inf=skipped,
+                amsgrad=False,
+                beta1=beta1,
+                beta2=beta2,
+                lr=group["lr"],
+                weight_decay=group["weight_decay"],
+                eps=group["eps"],
+                maximize=False,
+            )

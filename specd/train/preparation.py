@@ -15,6 +15,7 @@ from specd.data import mask_token
 from specd.data.dataset import Dataset, dated, prepare
 from specd.data.portion import Report
 from specd.data.progress import progress
+from specd.train.distributed import Ranks
 
 _LENGTHS = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "seq_length")
 """How configs call the number of positions that a model was trained for."""
@@ -59,6 +60,15 @@ def prepared(
     elif begun is None and (mask := mask_of(draft)) is not None:
         mask_token.check_absent(mask, dataset)
     return Prepared(replace(config, draft=msgspec.to_builtins(draft)), draft, dataset)
+
+
+def with_date(config: RunConfig, draft: Config, begun: RunConfig | None, files: Path, ranks: Ranks) -> RunConfig:
+    """`config` with the date that rank 0 takes, where one is needed: a day may end while ranks start. As `prepared`."""
+
+    def chosen() -> str:
+        return dated(kept(config, draft, begun)[0].data, files).date
+
+    return replace(config, data=replace(config.data, date=ranks.decide("date", chosen)))
 
 
 def warn_of_length(longest: int, target: Mapping[str, Any], name: str) -> None:

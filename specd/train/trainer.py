@@ -12,7 +12,7 @@ import json
 import logging
 import os
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
@@ -23,6 +23,7 @@ import torch
 import zmq
 from msgspec.structs import replace
 
+from specd.client.seats import Seat
 from specd.client.subscriber import Subscriber
 from specd.config.load import convert
 from specd.config.presets import run_config
@@ -30,29 +31,35 @@ from specd.config.settings import Config, RunConfig
 from specd.data import dataset as datasets
 from specd.data.batching import Loader
 from specd.data.dataset import Dataset
+from specd.data.payloads import ImagePayloads
 from specd.data.rows import DEMO
 from specd.drafts import registry
 from specd.drafts.base import Objective, TargetParts
 from specd.drafts.initial import initial_config
-from specd.errors import ConfigError, SpecdError, TransportError
-from specd.memory import cuda
+from specd.errors import ConfigError, SpecdError
+from specd.memory.streams import on_device
 from specd.protocol.capture import CaptureSpec
 from specd.protocol.contract import TargetContract
+from specd.train import launcher
 from specd.train.checkpoint import Checkpoints
 from specd.train.directory import RunDirectory, RunFacts, fixed, identity, machine_facts, target_files, utc, write_facts
 from specd.train.display import Display
+from specd.train.distributed import Ranks
 from specd.train.interrupt import Interrupt
-from specd.train.journal import Sink, StepRecord, read
+from specd.train.journal import Sink, read, tell_unless_trained
+from specd.train.launcher import Launch
 from specd.train.loop import out_of_memory, train
 from specd.train.optimizer import total_steps
 from specd.train.owner import owned
-from specd.train.preparation import data_facts, kept, prepared, warn_of_length
+from specd.train.preparation import data_facts, kept, prepared, warn_of_length, with_date
 from specd.train.sinks import check as check_log
 from specd.train.sinks import opened
 from specd.transports import registry as transports
 
 logger = logging.getLogger(__name__)
 
+TARGETS_OWN = ("config.json", "preprocessor_config.json")
+"""Files of a target that are not its draft's: that reads no images."""
 Settle = Callable[[str], RunConfig]
 """A run's settings, given the name of its target: recipes go by that name."""
 
@@ -74,6 +81,7 @@ class TrainedRun(NamedTuple):
     draft: Path
     steps: int
     was_finished: bool = False
+    ranks: int = 1
 
 
 def train_draft(
@@ -83,6 +91,7 @@ def train_draft(
     resume: bool = False,
     interrupt: Interrupt | None = None,
     show: bool = False,
+    ranks: Ranks | None = None,
 ) -> TrainedRun:
     """Train a draft on the hidden states of `host` or of `config.subscriber`'s daemons, and export it to OUTPUT/draft.
 
@@ -91,20 +100,39 @@ def train_draft(
     not depend on it). Only whoever hosts a target reads the section `target`, so settings that are no function may not
     have it. host: a daemon of this process, or a context that makes one, which is entered once the run may begin.
     resume: go on from the newest checkpoint; begin where there is no run yet, and do nothing where it is finished under
-    the same settings. show: progress on the terminal.
+    the same settings. show: progress on the terminal. ranks: entered, if the caller has already met those that this
+    process was started with, as torchrun does; they share the batches of a step, and rank 0 alone writes and shows.
     Raises ConfigError for settings that cannot work, and when another process trains in the same output; what
-    `Subscriber`, `prepare` and `loop.train` raise.
+    `Subscriber`, `prepare` and `loop.train` raise; PeerError when another rank ends.
     """
+    if ranks is None:
+        with Ranks.launched() as ranks:
+            return train_draft(
+                config, host=host, resume=resume, interrupt=interrupt, show=show and ranks.leads, ranks=ranks
+            )
     settle = _settle(config)
     first = settle("")
-    device = check(first)
+    device = check(first, ranks.launch)
+    if ranks.size > 1:
+        on_device(device)
     directory = output_of(first)
-    with owned(directory.path):
-        if (resume := directory.check(resume)) and _is_finished(directory, settle, device):
-            return TrainedRun(directory.path, directory.draft, len(read(directory.journal)), was_finished=True)
+    with owned(directory.path) if ranks.leads else contextlib.nullcontext():
+        begun, done = ranks.decide("begin", partial(_begun, directory, settle, device, resume, ranks))
+        if done is not None:
+            return TrainedRun(directory.path, directory.draft, done, was_finished=True, ranks=ranks.size)
         _see_init(first)
         with host if isinstance(host, AbstractContextManager) else contextlib.nullcontext(host) as local:
-            return _train(settle, first, device, directory, local, resume, interrupt or Interrupt(), show)
+            return _train(settle, first, device, directory, local, begun, interrupt or Interrupt(), show, ranks)
+
+
+def _begun(directory: RunDirectory, settle: Settle, device: str, resume: bool, ranks: Ranks) -> tuple[bool, int | None]:
+    """Whether there is a run to go on with, and how many steps it has if it is finished.
+
+    A run that its launcher starts again goes on.
+    """
+    again = ranks.restarts > 0 and directory.began_by(launcher.identity())
+    begun = directory.check(resume or again)
+    return begun, len(read(directory.journal)) if begun and _is_finished(directory, settle, device) else None
 
 
 def _train(
@@ -116,8 +144,9 @@ def _train(
     resume: bool,
     interrupt: Interrupt,
     show: bool,
+    ranks: Ranks,
 ) -> TrainedRun:
-    """The run itself, in a directory that is owned."""
+    """The run itself, in a directory that rank 0 owns."""
     method = registry.load(first.method)
     recipes: dict[str, tuple[RunConfig, Config]] = {}
 
@@ -132,36 +161,45 @@ def _train(
         return method.capture(recipe(contract)[1], contract)
 
     with contextlib.ExitStack() as stack:
-        link, context = first.subscriber, None
-        if host is not None:
-            link, context = replace(link, endpoints=(host.endpoint,), transport=transports.WITHIN_PROCESS), host.context
-        name = directory.path.name
-        subscriber = stack.enter_context(Subscriber(link, spec, device=device, name=name, context=context))
+        subscriber = stack.enter_context(_connect(first, spec, device, directory.path.name, host, ranks))
         contract = subscriber.contract
         known, draft = recipe(contract)
+        if (idle := launcher.check_shares(known.train.accumulation, ranks.size)) and ranks.leads:
+            logger.warning("%s", idle)
         settled = _with_data(_with_dtype(known, device), contract.model)
         settled = replace(settled, output=str(directory.path))
-        again = resume and directory.has_checkpoint(settled.train.save_every)
+        again = ranks.decide("again", lambda: resume and directory.has_checkpoint(settled.train.save_every))
+        told = ranks.decide("settings", lambda: msgspec.to_builtins(directory.settings() if resume else None))
+        before = None if told is None else convert(told, RunConfig, "run.json")
         if settled.train.threads:
             torch.set_num_threads(settled.train.threads)
         with tempfile.TemporaryDirectory(prefix="specd-target-") as scratch:
             files = target_files(contract, subscriber.artifact, Path(scratch))
-            settled, draft, dataset = prepared(
+            settled = with_date(settled, draft, before, Path(scratch), ranks)
+            settled, draft, dataset = ranks.in_turn("data", partial(
+                prepared,
                 settled,
                 draft,
                 Path(scratch),
                 contract.vocab_size,
                 contract.model,
                 consecutive_labels=method.consecutive_labels,
-                begun=directory.settings() if resume else None,
+                begun=before,
                 show=show,
-            )
-        loader = Loader(dataset, dataset.plan(settled.data, settled.train.seed), epochs=settled.train.epochs)
+            ))  # fmt: skip
+            images = ImagePayloads(dataset, Path(scratch), contract) if dataset.illustrated else None
+        if images:
+            images.check(contract, subscriber.ring, settled.data.batch_tokens)
+        plan = dataset.plan(settled.data, settled.train.seed)
+        loader = Loader(dataset, plan, epochs=settled.train.epochs, payloads=images)
         own = identity(settled, draft, method.free, contract, dataset.digest)
+        ranks.agree(launcher.facts(own, device, settled.train.collectives))
         checkpoints = Checkpoints(directory.checkpoints, own, settled.train.keep)
-        if again:
+        if again and ranks.leads:
             checkpoints.compare(checkpoints.latest())
         steps, done = total_steps(settled.train, loader.num_batches), checkpoints.step() if again else 0
+        patience, wait = settled.train.peer_patience_s, first.subscriber.timeout_s + first.subscriber.connect_s + 60
+        ranks.join(device, wait, collectives=settled.train.collectives, patience_s=patience)
         dtype: torch.dtype = getattr(torch, settled.train.dtype)
         try:
             published = json.loads(files["config.json"])
@@ -172,12 +210,12 @@ def _train(
         except torch.OutOfMemoryError as error:
             what = f"no memory left on {device} for the draft and what it needs of {contract.model}"
             raise out_of_memory(what, error, "free some there or name another GPU in train.device") from None
-        if not again:
-            facts = _facts(settled, method.title, contract, dataset, objective, subscriber.stats().transports)
+        if not again and ranks.leads:
+            facts = _facts(settled, method.title, contract, dataset, objective, subscriber.stats().transports, ranks)
             write_facts(directory.path, facts)
         sinks: list[Sink] = []
-        if show:
-            title = f"{settled.method} draft for {contract.model} → {directory.path}"
+        if show and ranks.leads:
+            title = f"{settled.method} draft for {contract.model} → {directory.path}{ranks.title}"
             shown = Display(
                 title,
                 done,
@@ -187,8 +225,9 @@ def _train(
                 device=device,
             )
             sinks.append(stack.enter_context(shown))
-        sinks += stack.enter_context(opened(settled, directory, contract.model, done, steps))
-        train(
+        if ranks.leads:
+            sinks += stack.enter_context(opened(settled, directory, contract.model, done, steps))
+        end = train(
             settled.train,
             objective,
             loader,
@@ -198,12 +237,34 @@ def _train(
             sinks=sinks,
             interrupt=interrupt,
             resume=again,
+            ranks=ranks,
         )
-        _tell_unless_trained(read(directory.journal), contract.model)
+        if not ranks.leads:
+            return TrainedRun(directory.path, directory.draft, end.step, ranks=ranks.size)
+        tell_unless_trained(read(directory.journal), contract.model)
         with interrupt.shield():
-            objective.export(directory.draft, {name: data for name, data in files.items() if name != "config.json"})
+            objective.export(directory.draft, {name: data for name, data in files.items() if name not in TARGETS_OWN})
             directory.finish()
-    return TrainedRun(directory.path, directory.draft, len(read(directory.journal)))
+    return TrainedRun(directory.path, directory.draft, len(read(directory.journal)), ranks=ranks.size)
+
+
+def _connect(
+    first: RunConfig,
+    spec: Callable[[TargetContract], CaptureSpec],
+    device: str,
+    name: str,
+    host: LocalDaemon | None,
+    ranks: Ranks,
+) -> Subscriber:
+    """The source of states: a daemon within this process is this rank's alone."""
+    link, launch = first.subscriber, ranks.launch
+    if ranks.size > 1:
+        name = f"{name}, rank {ranks.rank}"
+    if host is not None:
+        link = replace(link, endpoints=(host.endpoint,), transport=transports.WITHIN_PROCESS)
+        return Subscriber(link, spec, device=device, name=name, context=host.context)
+    seat = Seat(launch.rank, launch.local, launch.here) if ranks.size > 1 else None
+    return Subscriber(link, spec, device=device, name=name, run=ranks.run, ranks=ranks.size, seat=seat)
 
 
 def output_of(config: RunConfig) -> RunDirectory:
@@ -211,30 +272,18 @@ def output_of(config: RunConfig) -> RunDirectory:
     return RunDirectory(Path(config.output or f"runs/{config.method}"))
 
 
-def check(config: RunConfig) -> str:
+def check(config: RunConfig, launch: Launch | None = None) -> str:
     """See that a run can begin, whatever its target; returns its device. Nothing is made yet.
 
     Raises ConfigError, DataError for data that is not there.
     """
-    _check_alone()
     registry.settings(config.method, config.draft, "settings")
     check_log(config.log)
     if config.data.path:
         datasets.check(config.data)
     if (asked := config.subscriber.transport) not in (known := ["auto", *transports.names()]):
         raise ConfigError(f"subscriber.transport={asked!r}: expected one of {', '.join(known)}; leave it out for auto")
-    return _device(config.train.device)
-
-
-def _check_alone() -> None:
-    """Raise ConfigError in one of several processes of a launcher: each would train the whole run."""
-    size = os.environ.get("WORLD_SIZE", "").strip()
-    if size.isdecimal() and int(size) > 1:
-        raise ConfigError(
-            f"WORLD_SIZE={size} in the environment: torchrun or another launcher started {size} trainers, and specd "
-            f"trains in one process: start `specd train` without the launcher, or with WORLD_SIZE unset if this is the "
-            f"only one"
-        )
+    return launcher.device_of(config.train, launch or Launch())
 
 
 def _see_init(config: RunConfig) -> None:
@@ -291,17 +340,6 @@ def _settle(config: RunConfig | Mapping[str, Any] | Settle) -> Settle:
     return (lambda target: checked) if isinstance(config, RunConfig) else partial(run_config, data)
 
 
-def _device(asked: str) -> str:
-    """`auto` as a GPU where there is one, else cpu. Raises ConfigError for a device that this process lacks."""
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if asked == "auto" else asked
-    if device != "cpu":
-        try:
-            cuda.ordinal(device)
-        except TransportError as error:
-            raise ConfigError(f"train.device: {error}; use auto, cpu or cuda:N") from None
-    return device
-
-
 def _with_dtype(config: RunConfig, device: str) -> RunConfig:
     """`config` with a dtype for `auto`: bfloat16 on a GPU and float32 on a CPU, where bfloat16 is emulated."""
     if config.train.dtype != "auto":
@@ -331,17 +369,6 @@ def _target_parts(subscriber: Subscriber, config: dict[str, object], dataset: Da
     return TargetParts(contract, config, embedding, lm_head, dataset.label_counts(contract.vocab_size))
 
 
-def _tell_unless_trained(steps: Sequence[StepRecord], target: str) -> None:
-    """Warn of a run whose steps all had nothing to learn: its draft is as it began."""
-    if steps and all(step.loss is None for step in steps):
-        logger.warning(
-            "none of the %d steps had a prediction to learn from, so the draft is as it began: the labels are too few, "
-            "or the tokens that %s itself would write there are none of the draft's vocabulary; train on its own "
-            "answers (`specd data regenerate`), or with a larger draft vocabulary",
-            len(steps), target,
-        )  # fmt: skip
-
-
 def _facts(
     config: RunConfig,
     title: str,
@@ -349,9 +376,11 @@ def _facts(
     dataset: Dataset,
     objective: Objective,
     transports: dict[str, str],
+    ranks: Ranks,
 ) -> RunFacts:
     return RunFacts(
         started=utc(),
+        launcher=launcher.identity() if ranks.size > 1 else "",
         target={
             "model": contract.model,
             "layers": contract.num_layers,
@@ -363,6 +392,6 @@ def _facts(
         draft={"method": title, **objective.facts()},
         data=data_facts(config.data.path, dataset),
         transports=transports,
-        machine=machine_facts(),
+        machine=machine_facts() | ({"ranks": ranks.title.removeprefix(" · ")} if ranks.size > 1 else {}),
         config=msgspec.to_builtins(config),
     )

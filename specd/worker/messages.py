@@ -24,7 +24,7 @@ class Note(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
 
 class FillSlot(Note, kw_only=True, frozen=True, tag="fill"):
-    """Capture one batch into a slot. tokens, lengths: int32 little-endian."""
+    """Capture one batch into a slot. tokens, lengths: int32 little-endian. payloads: as in SUBMIT."""
 
     slot: int
     generation: int
@@ -32,6 +32,7 @@ class FillSlot(Note, kw_only=True, frozen=True, tag="fill"):
     tokens: bytes
     lengths: bytes
     layout: Layout
+    payloads: tuple[bytes, ...] = ()
 
 
 class FillNoise(Note, kw_only=True, frozen=True, tag="noise"):

@@ -27,6 +27,7 @@ from specd.errors import SpecdError, TransportError, first_line
 from specd.memory.arena import HostArena
 from specd.memory.device_arena import DeviceArena
 from specd.parent import when_parent_dies
+from specd.protocol import payload
 from specd.protocol.batch import Layout, slot_bytes
 from specd.protocol.capture import CaptureSpec
 from specd.protocol.contract import RingInfo, TargetContract
@@ -217,13 +218,20 @@ class Worker:
         begin = time.monotonic()
         self._target = target = load_target(config.target)
         contract = target.contract
+        if config.ring.payload_mib and not contract.payloads:
+            log.info("ring.payload_mib is not used: %s takes text alone here", contract.model)
         nbytes = slot_bytes(capture_of(config, contract), contract.hidden_size, config.ring.slot_tokens)
         self._arena, self._servers, self._on_host = open_ring(
             config, nbytes, target.device, self._config.epoch, self._config.serving
         )
         return channel.Started(
             contract=contract,
-            ring=RingInfo(num_slots=config.ring.slots, slot_bytes=nbytes, slot_tokens=config.ring.slot_tokens),
+            ring=RingInfo(
+                num_slots=config.ring.slots,
+                slot_bytes=nbytes,
+                slot_tokens=config.ring.slot_tokens,
+                payload_bytes=config.ring.payload_mib << 20 if contract.payloads else 0,
+            ),
             transports=tuple(self._servers),
             segment=self._arena.path,
             load_s=time.monotonic() - begin,
@@ -263,7 +271,12 @@ class Worker:
                 else:
                     slot[gap] = 0
             tokens, lengths = np.frombuffer(task.tokens, "<i4"), np.frombuffer(task.lengths, "<i4")
-            fills.append(CaptureJob(tokens=tokens, lengths=lengths, spec=task.spec, layout=task.layout, slot=slot))
+            payloads = tuple(map(payload.unpack, task.payloads))
+            fills.append(
+                CaptureJob(
+                    tokens=tokens, lengths=lengths, spec=task.spec, layout=task.layout, slot=slot, payloads=payloads
+                )
+            )
         begin = time.monotonic()
         try:
             completion = self._target.run(fills)

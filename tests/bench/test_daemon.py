@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from specd.bench.daemon import latency, overlap
+from specd.bench.daemon import latency, overlap, sessions
 from specd.errors import SpecdError
 
 
@@ -22,6 +22,15 @@ def test_depth_overlaps_target_and_trainer() -> None:
     for row in rows[1:]:
         assert row["iteration_ms"] >= 4
         assert row["speedup"] == pytest.approx(rows[0]["iteration_ms"] / row["iteration_ms"], abs=2e-3)
+
+
+def test_one_of_several_sessions_is_timed_alone_and_beside_the_others() -> None:
+    found = sessions("shm", count=3, step_ms=20.0, blocks=1, size=20)
+    assert (found["sessions"], found["batches"]) == (3, 18)
+    for kind in ("", "control_"):
+        assert found[f"{kind}alone_ms"] > 0
+        ratio = found[f"{kind}beside_ms"] / found[f"{kind}alone_ms"]
+        assert found[f"{kind}p50_ratio"] == pytest.approx(ratio, rel=0.05, abs=0.01)
 
 
 def test_a_daemon_that_does_not_come_up_is_an_error() -> None:

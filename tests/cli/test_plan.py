@@ -40,6 +40,17 @@ def test_the_verdict_stands_on_the_terminal(capsys: pytest.CaptureFixture[str]) 
     assert "5.67 daemons a trainer balance them" in " ".join(capsys.readouterr().out.split())
 
 
+def test_daemons_and_trainers_are_judged_as_asked(capsys: pytest.CaptureFixture[str]) -> None:
+    options = [*RATES, "--batch-tokens", "3072", "--bytes-per-token", "20480", "--daemons", "2"]
+    found = plan(capsys, *options, "--trainers", "6")
+    assert found.asked is not None
+    assert (found.asked.name, found.data_parallel.name) == ("2 : 6", "co-located × 8")
+    assert run(["plan", *options]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "2 : 1 trains 2.16 × the samples/s of 1 GPU co-located, and 0.72 × those of 3 GPUs" in out
+    assert "co-locate unless a target that runs batches alone takes over 120.5 ms for one: here 70.1 ms" in out
+
+
 def test_a_benchmark_gives_the_rates_and_flags_win(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     work = Work(
         target_tokens_per_s=80_000,

@@ -7,10 +7,13 @@ import os
 import re
 
 import pytest
+from msgspec.structs import replace
 
 from daemons import REPORT, specd_command, synthetic
 from specd.cli import start
 from specd.cli.main import run
+from specd.client.seats import thin
+from specd.config.settings import DaemonConfig
 
 
 @pytest.mark.parametrize(
@@ -20,6 +23,8 @@ from specd.cli.main import run
         (["--model", "smollm2-135m", "--set", "ring.slot=4"], "unknown field `slot`"),
         (["--model", "smollm2-135m", "--backend", "gguf"], "gguf"),
         (["--model", "smollm2-135m", "--config", "/nowhere.yaml"], "/nowhere.yaml"),
+        (["--model", "smollm2-135m", "--depth", "3"], "--depth 3 says how deep"),
+        (["--model", "smollm2-135m", "--trainers", "4", "--slots", "9"], "--slots 9 with --trainers 4: expected one"),
     ],
 )
 def test_start_refuses_wrong_settings(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -34,6 +39,22 @@ def test_ready_line_says_where_what_and_how_much() -> None:
     assert "\n" not in line
     for part in ("ipc:///tmp/x/daemon.sock", "tiny", "8 slots", "41,943,040 bytes", "40 MiB"):
         assert part in line
+    assert "(40 MiB) for 4 trainers at depth 1 · " in start.ready_line(replace(REPORT, max_sessions=4))
+    assert "(40 MiB) for 1 trainer at depth 7 · " in start.ready_line(replace(REPORT, max_sessions=1))
+
+
+@pytest.mark.parametrize(("options", "slots"), [(["4"], 12), (["4", "--depth", "1"], 8), (["3", "--depth", "0"], 3)])
+def test_a_ring_for_trainers_is_exactly_as_large_as_they_need(
+    options: list[str], slots: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With W sessions, W·D of the slots are shared: D more for each than its own one."""
+    served: list[DaemonConfig] = []
+    monkeypatch.setattr("specd.daemon.serve.serve", lambda daemon, on_ready: served.append(daemon))
+    assert run(["start", "--model", "smollm2-135m", "--trainers", *options]) == 0
+    (ring,) = (daemon.ring for daemon in served)
+    assert (ring.slots, ring.max_sessions) == (slots, int(options[0]))
+    depth = slots // ring.max_sessions - 1
+    assert not thin(ring.slots, ring.slots - ring.max_sessions, depth + 1, ring.max_sessions)
 
 
 def test_resident_bytes_ignores_the_dead() -> None:

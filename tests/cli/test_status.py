@@ -50,7 +50,7 @@ def report() -> StatusReport:
 def show(
     report: StatusReport, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *options: str
 ) -> str:
-    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("COLUMNS", "280")
     monkeypatch.setattr(ask, "ask_status", lambda endpoint, timeout_s, identity: report)
     assert run(["status", *options]) == 0
     return capsys.readouterr().out
@@ -68,7 +68,7 @@ def test_nothing_a_daemon_says_is_obeyed(
     report: StatusReport, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert report.contract is not None
-    trainer = msgspec.structs.replace(report.sessions[0], name=HOSTILE, transport=HOSTILE, gpus=(HOSTILE,))
+    trainer = msgspec.structs.replace(report.sessions[0], name=HOSTILE, transport=HOSTILE, gpus=(HOSTILE,), run=HOSTILE)
     told = msgspec.structs.replace(
         report,
         version=HOSTILE,
@@ -80,9 +80,19 @@ def test_nothing_a_daemon_says_is_obeyed(
         sessions=(trainer,),
     )
     text = show(told, monkeypatch, capsys)
-    assert text.count(SHOWN) == 10  # the model type's is in the fingerprint too, the GPU's is cut
+    assert text.count(SHOWN) == 12  # the model type's is in the fingerprint too, the run's twice, the GPU's is cut
     assert all(letter.isprintable() for letter in text.replace("\n", ""))
     assert show(told, monkeypatch, capsys, "--json").isascii()
+
+
+def test_a_run_of_several_ranks_is_one_line(
+    report: StatusReport, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (trainer,) = report.sessions
+    ranks = tuple(msgspec.structs.replace(trainer, run="7f3a91c2", ranks=3, batches=number) for number in (700, 800))
+    text = show(msgspec.structs.replace(report, sessions=(trainer, *ranks), max_sessions=8), monkeypatch, capsys)
+    assert "3 of 8; run 7f3a91c2: 2 of 3 ranks, 1,500 batches" in text
+    assert text.count(", run 7f3a91c2") == 2, "each of its sessions says so, the other does not"
 
 
 @pytest.mark.parametrize("timeout_s", [-1.0, float("nan"), float("inf"), 2 * LONGEST_S])

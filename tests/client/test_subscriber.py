@@ -14,6 +14,7 @@ import zmq
 
 from samples import batch
 from specd.client.handshake import Session, open_session
+from specd.client.seats import Seat
 from specd.client.subscriber import Subscriber
 from specd.config.settings import DaemonConfig, RingConfig, SubscriberConfig, TargetConfig
 from specd.daemon.control import Control
@@ -70,6 +71,19 @@ def test_two_positions_of_the_same_content_are_two_deliveries(host: Embedded) ->
         ]
     assert len(items) == 3
     assert torch.equal(items[0][1], items[2][1])
+
+
+def test_a_ring_that_is_too_thin_is_named_once(host: Embedded, caplog: pytest.LogCaptureFixture) -> None:
+    thin = "credits 3 of 6 wanted: a ring of 4 slots serves a trainer at depth 2"
+    with subscriber(host, 5) as source:
+        assert thin in source.thin
+    assert [thin in record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == [True]
+    caplog.clear()
+    with subscriber(host, 5, run=bytes(16), ranks=2, seat=Seat(1, 1, 2)) as source:
+        assert thin in source.thin, "within the process the ring is this rank's alone"
+    with subscriber(host, 2) as source:
+        assert not source.thin
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
 
 
 def test_a_batch_that_does_not_fit_is_named(host: Embedded) -> None:

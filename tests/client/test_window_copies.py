@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 
 from specd.client.effects import Abandon, Cancel, FetchSlot, Missed, SendRelease, SendSubmit
-from specd.client.pending import State
+from specd.client.pending import Pending, State
 from specd.client.window import Window
 from specd.errors import BatchError, ProtocolError
 from windows import BUFFER, SLOT, Clock, Token, added, fetched, item, make, ready, show_pace
@@ -168,4 +169,22 @@ def test_batches_go_only_where_they_fit() -> None:
     with pytest.raises(
         BatchError, match=rf"batch 1 .* needs {small} bytes and the largest slot .* has {small - 1}: .*ring.slot_tokens"
     ):
+        window.here()
+
+
+def test_images_go_to_a_daemon_that_takes_as_many_bytes_of_them() -> None:
+    window = make(2)
+    one, two = (
+        Pending[Token, Token](
+            msgspec.structs.replace(each.batch, payloads=(bytes(each.batch.index + 9),)), each.identity, each.layout
+        )
+        for each in (item(0), item(1))
+    )
+    window.opened(0, ONE, 3, SLOT, 0)
+    window.opened(1, TWO, 3, SLOT, 9)
+    assert window.add([one]) == [SendSubmit(TWO, one)]
+    assert window.add([two]) == []
+    fetched(window, one, 1)
+    window.take()
+    with pytest.raises(BatchError, match=r"batch 1 .* brings 10 bytes of payloads and a daemon takes 9: .*payload_mib"):
         window.here()

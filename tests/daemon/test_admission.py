@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import msgspec
@@ -16,6 +17,7 @@ from specd.protocol.batch import batch_id, slot_bytes
 from specd.protocol.capture import CaptureSpec
 from specd.protocol.contract import ArtifactRef, RingInfo, TargetContract
 from specd.protocol.limits import ARTIFACT_CHUNK_BYTES, MAX_FETCHES
+from specd.protocol.payload import Array, pack
 from specd.worker.messages import FillNoise, FillSlot
 
 CONTRACT = TargetContract(
@@ -83,15 +85,77 @@ def test_no_two_probes_share_content() -> None:
 
 def test_a_trainer_of_another_target_or_for_layers_it_lacks_is_refused() -> None:
     hello = wire.Hello(name="t", host="h", pid=0, transports=("shm",), spec=SPEC, credits=1)
-    assert check_hello(hello, CONTRACT) is None
-    assert check_hello(msgspec.structs.replace(hello, fingerprint=CONTRACT.fingerprint), CONTRACT) is None
-    other = check_hello(msgspec.structs.replace(hello, fingerprint="other"), CONTRACT)
+    assert check_hello(hello, CONTRACT, RING) is None
+    assert check_hello(msgspec.structs.replace(hello, fingerprint=CONTRACT.fingerprint), CONTRACT, RING) is None
+    other = check_hello(msgspec.structs.replace(hello, fingerprint="other"), CONTRACT, RING)
     assert other is not None
     assert CONTRACT.fingerprint in other
     assert "(other)" in other
-    deep = check_hello(msgspec.structs.replace(hello, spec=CaptureSpec(taps=(5,))), CONTRACT)
+    deep = check_hello(msgspec.structs.replace(hello, spec=CaptureSpec(taps=(5,))), CONTRACT, RING)
     assert deep is not None
     assert "leave the legal range 0…4" in deep
+
+
+@pytest.mark.parametrize(
+    ("taken", "room", "said"),
+    [
+        ((), 0, "bring grid, pixels for the target, as of images, and tiny takes text alone .*--backend transformers"),
+        (("grid",), 64, "tiny takes grid, not pixels"),
+        (("grid", "pixels"), 0, "is set to take text alone: start it with --set ring.payload_mib=64"),
+        (("grid", "more", "pixels"), 64, ""),
+    ],
+)
+def test_a_trainer_with_images_is_told_at_hello_where_they_are_not_taken(
+    taken: tuple[str, ...], room: int, said: str
+) -> None:
+    hello = wire.Hello(
+        name="t", host="h", pid=0, transports=("shm",), spec=SPEC, credits=1, payloads=("grid", "pixels")
+    )
+    contract = msgspec.structs.replace(CONTRACT, payloads=taken)
+    reason = check_hello(hello, contract, msgspec.structs.replace(RING, payload_bytes=room))
+    assert re.search(said, reason or "") if said else reason is None
+
+
+ARRAY = Array(dtype="uint8", shape=(3,), data=memoryview(b"abc"))
+IMAGE = pack({"pixels": ARRAY})
+
+
+def with_images(*payloads: bytes, room: int = 1000) -> tuple[wire.Submit, RingInfo]:
+    """A SUBMIT of two sequences that bring payloads, with its id, and the ring."""
+    message = submit([1, 2, 3], [1, 2], payloads=payloads)
+    ids, sizes = np.array([1, 2, 3], "<i4"), np.array([1, 2], "<i4")
+    identity = batch_id(CONTRACT.fingerprint, SPEC, ids, sizes, payloads)
+    return msgspec.structs.replace(message, batch_id=identity), msgspec.structs.replace(RING, payload_bytes=room)
+
+
+def test_payloads_reach_the_worker_and_make_another_batch() -> None:
+    message, ring = with_images(b"", IMAGE)
+    request = admit_batch(message, SPEC, CONTRACT, ring)
+    task = request.task(Grant(2, 5, request.batch_id, b"holder", 7), SPEC)
+    assert isinstance(task, FillSlot)
+    assert task.payloads == (b"", IMAGE)
+    assert request.batch_id != admit_batch(submit([1, 2, 3], [1, 2]), SPEC, CONTRACT, ring).batch_id
+    with pytest.raises(ProtocolError, match="is not that of its content"):
+        admit_batch(msgspec.structs.replace(message, payloads=(IMAGE, b"")), SPEC, CONTRACT, ring)
+
+
+@pytest.mark.parametrize(
+    ("payloads", "said"),
+    [
+        ((IMAGE,), "1 payloads, 1 of them not empty, for 2 sequences"),
+        ((b"", b""), "2 payloads, 0 of them not empty"),
+        ((b"", IMAGE[:-1]), "not a payload"),
+    ],
+)
+def test_malformed_payloads_break_the_protocol(payloads: tuple[bytes, ...], said: str) -> None:
+    with pytest.raises(ProtocolError, match=said):
+        admit_batch(with_images(*payloads)[0], SPEC, CONTRACT, with_images()[1])
+
+
+def test_more_payloads_than_the_daemon_takes_are_named() -> None:
+    message, ring = with_images(IMAGE, IMAGE, room=2 * len(IMAGE) - 1)
+    with pytest.raises(Unfit, match=r"of 2 sequences have \d+ bytes, and the daemon takes \d+ .*ring\.payload_mib"):
+        admit_batch(message, SPEC, CONTRACT, ring)
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 import zmq
 
@@ -139,8 +140,12 @@ def test_every_batch_that_fits_a_slot_can_be_asked_for(dtype: str, capture: tupl
     most = room // small.bytes_per_token(hidden)
     assert slot_layout(small, hidden, most).nbytes <= room
     ones = b"\1\0\0\0" * most
-    frame = wire.encode(wire.Submit(epoch=bytes(16), seq=2**64 - 1, batch_id=bytes(16), tokens=ones, lengths=ones))
-    assert len(frame) <= largest_request(settings)
+    asked = wire.Submit(epoch=bytes(16), seq=2**64 - 1, batch_id=bytes(16), tokens=ones, lengths=ones)
+    assert len(wire.encode(asked)) <= largest_request(settings)
+    images = msgspec.structs.replace(settings, ring=RingConfig(slot_tokens=512, payload_mib=1))
+    many = (bytes(300),) * (2**20 // 300)  # of a length that takes three bytes
+    brought = msgspec.structs.replace(asked, payloads=many + (b"",) * (most - len(many)))
+    assert largest_request(settings) < len(wire.encode(brought)) <= largest_request(images)
 
 
 def test_an_endpoint_in_use_is_named(context: zmq.Context[zmq.Socket[bytes]]) -> None:

@@ -44,6 +44,15 @@ def test_a_trainer_whose_key_is_let_in_takes_its_states(daemon: Keyed) -> None:
         assert (session.name, session.transport, session.batches) == ("alice/trainer", "bytes", 8)
 
 
+def test_more_ranks_than_a_key_may_have_are_refused_at_once(daemon: Keyed) -> None:
+    daemon.allow("dora", keys.draw())
+    many = ask_status(daemon.endpoint, 20, daemon.identity()).max_sessions
+    said = rf"of which a key may have {many - 1}, and this run has {many} ranks here: .*--trainers {many + 1}`"
+    with pytest.raises(RejectedError, match=said):
+        Subscriber(daemon.config(), SPEC, run=bytes(16), ranks=many)
+    daemon.revoke("dora")
+
+
 def test_a_stranger_is_told_that_its_key_is_refused_and_how_it_would_not_be(daemon: Keyed) -> None:
     stranger = keys.draw()
     said = rf"daemon at {daemon.endpoint} refused this key: .*specd keys allow NAME "

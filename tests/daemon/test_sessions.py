@@ -71,11 +71,9 @@ class Peer:
         assert answer is not None, f"no answer to {kind}"
         return answer
 
-    def hello(self, pid: int | None = None) -> Any:
-        pid = os.getpid() if pid is None else pid
-        answer = self.ask(
-            "Hello", name="peer", host=host_id(), pid=pid, gpus=("GPU-1",), transports=("inproc",), spec=SPEC, credits=9
-        )
+    def hello(self, pid: int | None = None, **more: Any) -> Any:
+        facts = {"name": "peer", "host": host_id(), "pid": os.getpid() if pid is None else pid, "gpus": ("GPU-1",)}
+        answer = self.ask("Hello", **facts, transports=("inproc",), spec=SPEC, credits=9, **more)
         self.epoch = answer.epoch
         return answer
 
@@ -205,6 +203,51 @@ def test_a_session_is_that_of_its_connection(tmp_path: Path) -> None:
             assert isinstance(heir.ask("Renew"), wire.Revoke)
         assert watcher.slots_until(free=2)["free"] == 2
         assert not watcher.ask("Status").sessions
+
+
+def test_a_run_that_never_fits_is_refused_for_good(tmp_path: Path) -> None:
+    with daemon(tmp_path, slots=2, max_sessions=2) as (endpoint, _), Peer(endpoint) as peer:
+        refusal = peer.hello(run=bytes(16), ranks=3)
+        assert (refusal.retry_ms, refusal.loading_ms) == (0, 0)
+        assert "takes 2 sessions (ring.max_sessions), and this run has 3 ranks here: " in refusal.reason
+        assert refusal.reason.endswith("specd start … --trainers 3`")
+        assert isinstance(peer.hello(run=bytes(16), ranks=2), wire.Welcome)
+
+
+def test_the_first_rank_keeps_places_for_all_of_its_run(tmp_path: Path) -> None:
+    """So two runs that do not fit together never hold what the other one waits for."""
+    one, two = bytes(16), bytes([1] * 16)
+    with contextlib.ExitStack() as stack:
+        endpoint, _ = stack.enter_context(daemon(tmp_path, slots=4, max_sessions=4))
+        first, second, other, alone = (stack.enter_context(Peer(endpoint)) for _ in range(4))
+        assert isinstance(first.hello(run=one, ranks=3), wire.Welcome)
+        refusal = other.hello(run=two, ranks=2)
+        assert refusal.retry_ms > 0
+        assert "3 of 4 sessions" in refusal.reason
+        assert "this run needs 2" in refusal.reason
+        assert isinstance(alone.hello(), wire.Welcome)
+        assert "4 of 4 sessions" in other.hello().reason, "the place of a rank that is still to come"
+        assert isinstance(second.hello(run=one, ranks=3), wire.Welcome)
+        report = first.ask("Status")
+        assert report.max_sessions == 4
+        runs = [(session.run, session.ranks) for session in report.sessions]
+        assert runs[0] == runs[2] == (runs[0][0], 3), "two ranks, one run"
+        assert runs[1] == ("", 1)
+        assert one.hex()[:8] not in runs[0][0], "whoever reads it must not be able to join the run"
+        for rank in (first, second):
+            rank.tell("Bye")
+            rank.ask("Status")  # answered once its BYE was heard
+        assert isinstance(other.hello(run=two, ranks=2), wire.Welcome)
+
+
+def test_a_run_may_have_more_sessions_than_it_said_if_there_is_room(tmp_path: Path) -> None:
+    """A rank whose own daemon is down comes here."""
+    with contextlib.ExitStack() as stack:
+        endpoint, _ = stack.enter_context(daemon(tmp_path, slots=2, max_sessions=2))
+        own, guest, third = (stack.enter_context(Peer(endpoint)) for _ in range(3))
+        assert isinstance(own.hello(run=bytes(16), ranks=1), wire.Welcome)
+        assert isinstance(guest.hello(run=bytes(16), ranks=1), wire.Welcome)
+        assert "all 2 sessions are taken" in third.hello(run=bytes(16), ranks=1).reason
 
 
 def test_a_request_beyond_the_credits_is_refused_before_its_content_is_looked_at(tmp_path: Path) -> None:

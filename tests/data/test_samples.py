@@ -93,7 +93,7 @@ def test_only_documents_are_split(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("text", ["Once upon a time", "<|begin|>Once upon a time"])
 def test_a_base_model_reads_documents_with_one_bos(base: Path, text: str) -> None:
-    tokens, mask, document, _ = coded(base, {"text": text})
+    tokens, mask, document, *_ = coded(base, {"text": text})
     assert (tokens[0], tokens.tolist().count(tokens[0])) == (maker(base).encoder.tokenizer.bos_token_id, 1)
     assert mask.tolist() == [False] + [True] * (tokens.size - 1)
     assert document
@@ -109,7 +109,7 @@ def test_a_document_that_begins_with_bos_is_one_for_a_chat_model_too(tmp_path: P
     chat = write_tokenizer(write_base(tmp_path))
     settings = json.loads((chat / "tokenizer_config.json").read_bytes()) | {"bos_token": "<|endoftext|>"}
     (chat / "tokenizer_config.json").write_text(json.dumps(settings))
-    tokens, mask, document, _ = coded(chat, {"text": "<|endoftext|>Once upon a time"})
+    tokens, mask, document, *_ = coded(chat, {"text": "<|endoftext|>Once upon a time"})
     assert document
     assert mask.tolist() == [False] + [True] * (tokens.size - 1)
     answer = coded(chat, {"text": "<|endoftext|><|im_start|>assistant\nHo.<|im_end|>\n"})

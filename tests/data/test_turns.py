@@ -118,9 +118,9 @@ def test_an_answer_that_was_cut_in_its_thoughts_has_no_content() -> None:
         ([{"role": "user", "content": ["Hi"]}], "no content", r"has content \['Hi'\]"),
         ([{"role": "user", "content": [{"type": "text"}]}], "no content", "has content"),
         (
-            [{"role": "user", "content": [{"type": "text", "text": "What?"}, {"type": "image_url", "image_url": {}}]}],
+            [{"role": "user", "content": [{"type": "text", "text": "What?"}, {"type": "video", "video": "a.mp4"}]}],
             "content other than text",
-            "turn 1 has content of type 'image_url'; only text is supported",
+            "turn 1 has content of type 'video'; expected text and images",
         ),
         ([*talk("Hi"), {"role": "assistant", "content": None}], "no content", r"turn 2 \(assistant\) has content None"),
         ([{"role": "assistant", "content": None, "tool_calls": []}], "no content", "has content None"),

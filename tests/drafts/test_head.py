@@ -127,7 +127,10 @@ def test_the_fused_kernels_equal_the_plain_path(vocab: int, dtype: torch.dtype, 
     torch.testing.assert_close(fused_scores.losses, scores.losses, rtol=1e-5, atol=1e-4)
     assert torch.equal(fused_scores.correct, scores.correct)
     assert torch.equal(fused_scores.values, scores.values)
-    assert torch.equal(fused_scores.values, (hidden.to(dtype) @ head.T).float().topk(top_k, -1).values)
+    whole = (
+        (hidden.to(dtype) @ head.T).float().topk(top_k, -1).values
+    )  # a product of another size sums in another order
+    torch.testing.assert_close(fused_scores.values, whole, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-4)
     assert scores.correct.any()
     assert not scores.correct.all()
     assert (fused_grad - grad).norm() < (1e-2 if dtype == torch.bfloat16 else 1e-5) * grad.norm()

@@ -1,15 +1,24 @@
-"""The snippets of docs/use.md run as they stand, in order, as one program."""
+"""The snippets of docs/use.md run as they stand, in order, as one program; commands of other pages are real ones."""
 
 from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import re
+import shlex
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import msgspec
 import pytest
+from typer.main import get_command
 
 from chats import write_target
+from specd.cli.main import app
+from specd.config.load import overrides
+from specd.config.settings import DaemonConfig, RunConfig
 
 TEXT = Path(__file__).parents[2] / "docs" / "use.md"
 
@@ -33,3 +42,26 @@ def test_the_python_way_works_as_it_is_written(tmp_path: Path, monkeypatch: pyte
     assert re.fullmatch(r"4 1\.\d+ 2", lines[3])
     assert [line.split()[0] for line in lines[4:]] == ["0", "1", "2"]
     assert (tmp_path / "runs" / "first" / "draft" / "config.json").is_file()
+
+
+def commands(page: str) -> Iterator[list[str]]:
+    """Words of every call of specd in a page's indented blocks."""
+    text = (TEXT.parent / page).read_text(encoding="utf-8")
+    blocks = "\n".join(line for line in text.splitlines() if line.startswith("    ") and "#!" not in line)
+    for call in re.findall(r"\bspecd ((?:start|train|plan|stop|status)\b[^\n&;']*)", blocks.replace("\\\n", " ")):
+        yield shlex.split(call)
+
+
+def test_commands_of_the_multi_gpu_page_have_the_options_they_name() -> None:
+    root: Any = get_command(app)
+    found = list(commands("multi-gpu.md"))
+    assert len(found) >= 12
+    for verb, *words in found:
+        known = {name for option in root.commands[verb].params for name in (*option.opts, *option.secondary_opts)}
+        assert {word for word in words if word.startswith("-")} <= known, (verb, words)
+        for key, value in itertools.pairwise(words):
+            if key == "--set":
+                settings = overrides([value])
+                kind = DaemonConfig if verb == "start" else RunConfig
+                needed = {"target": {"model": "m"}} if verb == "start" else {"method": "dflash"}
+                msgspec.convert(needed | settings, kind)

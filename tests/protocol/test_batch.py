@@ -73,6 +73,8 @@ def test_the_id_of_a_batch_is_pinned() -> None:
     """Daemon and trainer compute it apart: another value is another protocol version."""
     spec = CaptureSpec(taps=(1, 8), final=True, dtype="float32")
     assert batch_id("llama:576", spec, ints(5, 6, 7), ints(1, 2)).hex() == "9718bfafa29bcb81a90482085083b572"
+    brought = batch_id("llama:576", spec, ints(5, 6, 7), ints(1, 2), (b"", b"image"))
+    assert brought.hex() == "f97de8ff20184969e0ee103c0621793b"
 
 
 def test_the_id_tells_everything_apart_that_changes_the_states() -> None:
@@ -88,6 +90,9 @@ def test_the_id_tells_everything_apart_that_changes_the_states() -> None:
         batch_id("target", spec, ints(5, 6, 7), ints(2, 1)),
         batch_id("target", spec, ints(5, 6, 7), ints(3)),
         batch_id("target", spec, ints(5, 6), ints(7, 1, 2)),  # the same integers, cut elsewhere
+        batch_id("target", spec, ints(5, 6, 7), ints(1, 2), (b"image", b"")),
+        batch_id("target", spec, ints(5, 6, 7), ints(1, 2), (b"", b"image")),
+        batch_id("target", spec, ints(5, 6, 7), ints(1, 2), (b"other", b"")),
     ]
     assert len({base, *others}) == 1 + len(others)
 

@@ -94,7 +94,7 @@ def test_golden_bytes(tag: str) -> None:
 
 def test_a_golden_frame_by_hand() -> None:
     frame = (
-        b"\x04" + b"\x83" + b"\xa4type" + b"\xa7release" + b"\xa5epoch" + b"\xc4\x10" + EPOCH + b"\xa5lease" + b"\x07"
+        b"\x05" + b"\x83" + b"\xa4type" + b"\xa7release" + b"\xa5epoch" + b"\xc4\x10" + EPOCH + b"\xa5lease" + b"\x07"
     )
     assert wire.encode(wire.Release(epoch=EPOCH, lease=7)) == frame
 
@@ -110,6 +110,7 @@ names = st.lists(name, max_size=4).map(tuple)
 epochs = st.just(b"") | st.binary(min_size=16, max_size=16)
 batch_ids = st.binary(min_size=16, max_size=16)
 data = st.binary(min_size=4, max_size=64)
+payloads = st.lists(st.binary(max_size=32), max_size=3).map(tuple)
 specs = st.builds(
     CaptureSpec,
     taps=st.lists(st.integers(), max_size=5).map(lambda taps: tuple(tap % 2**32 for tap in taps)),
@@ -125,23 +126,26 @@ contracts = st.builds(
     TargetContract, model=text, model_type=text, hidden_size=positive, num_layers=positive, vocab_size=positive,
     dtype=text, weights=text, tokenizer=text, chat_template=text, taps=text,
     artifacts=st.dictionaries(name, artifacts, max_size=3), embedding_scale=factors, logit_scale=factors,
-    logit_softcap=factors | st.just(0.0), odd_embedding=text, odd_logits=text,
+    logit_softcap=factors | st.just(0.0), odd_embedding=text, odd_logits=text, payloads=names,
 )  # fmt: skip
-rings = st.builds(RingInfo, num_slots=positive, slot_bytes=st.integers(1, 2**64 - 1), slot_tokens=positive)
+rings = st.builds(
+    RingInfo, num_slots=positive, slot_bytes=st.integers(1, 2**64 - 1), slot_tokens=positive,
+    payload_bytes=st.integers(0, limits.MAX_PAYLOAD_BYTES),
+)  # fmt: skip
 finite = st.floats(allow_nan=False)
 sessions = st.builds(
     wire.SessionStatus, session=text, name=text, transport=text, gpus=names, credits=u64, outstanding=u64, leases=u64,
-    batches=u64, nbytes=u64, age_s=finite,
+    batches=u64, nbytes=u64, age_s=finite, run=text, ranks=u64,
 )  # fmt: skip
 counts = st.dictionaries(text, u64, max_size=3)
 FIELDS: dict[type[wire.Message], dict[str, st.SearchStrategy[Any]]] = {
     wire.Hello: {
         "name": name, "host": text, "pid": int31, "gpus": names, "transports": names, "spec": specs,
-        "credits": positive, "fingerprint": text,
+        "credits": positive, "fingerprint": text, "payloads": names, "run": batch_ids, "ranks": positive,
     },
     wire.Attach: {"transport": name, "hello": st.binary(max_size=64)},
     wire.Probe: {"seq": u64, "nonce": st.binary(min_size=8, max_size=64), "nbytes": st.integers(1, 2**64 - 1)},
-    wire.Submit: {"seq": u64, "batch_id": batch_ids, "tokens": data, "lengths": data},
+    wire.Submit: {"seq": u64, "batch_id": batch_ids, "tokens": data, "lengths": data, "payloads": payloads},
     wire.RecvReady: {"lease": u64},
     wire.Borrow: {"lease": u64},
     wire.Release: {"lease": u64},
@@ -168,7 +172,7 @@ FIELDS: dict[type[wire.Message], dict[str, st.SearchStrategy[Any]]] = {
         "state": text, "version": text, "pid": u64, "worker_pid": u64, "uptime_s": finite,
         "contract": st.none() | contracts, "ring": st.none() | rings, "slots": counts, "queued": u64,
         "sessions": st.lists(sessions, max_size=2).map(tuple), "counters": counts, "endpoints": names,
-        "transports": names, "loading_ms": int31,
+        "transports": names, "loading_ms": int31, "max_sessions": int31,
     },
     wire.Error: {"reason": text},
 }  # fmt: skip
@@ -206,7 +210,7 @@ def test_the_text_has_the_limits_of_the_code() -> None:
     assert f"version {wire.VERSION}\n" in text.splitlines(keepends=True)[0]
     for limit in (
         limits.MAX_MESSAGE_BYTES, limits.MAX_REQUEST_BYTES, limits.ARTIFACT_CHUNK_BYTES, limits.MAX_OFFER_BYTES,
-        limits.MAX_HELLO_BYTES, limits.MAX_TAPS, limits.MAX_REASON_CHARS,
+        limits.MAX_HELLO_BYTES, limits.MAX_TAPS, limits.MAX_REASON_CHARS, limits.MAX_PAYLOAD_BYTES,
     ):  # fmt: skip
         assert f"{limit:,}" in text
 

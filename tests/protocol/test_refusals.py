@@ -98,6 +98,8 @@ BOUNDS: list[tuple[str, str, Any]] = [
     *(("hello", "transports", value) for value in ([""], [LONG], ["t"] * 33, [1])),
     *(("hello", "credits", value) for value in (-1, 0, 2**31, 2**64 - 1)),
     ("hello", "fingerprint", 1001 * "x"),
+    *(("hello", "run", value) for value in (b"", bytes(15), bytes(17))),  # none: the sample has 2 ranks
+    *(("hello", "ranks", value) for value in (-1, 0, 2**31)),
     ("hello", "spec", {"taps": [1] * 1025}),
     ("hello", "spec", {"taps": [1.5]}),
     ("hello", "spec", {"taps": [1], "dtype": "int8"}),

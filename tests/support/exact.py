@@ -6,7 +6,7 @@ import contextlib
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -16,6 +16,7 @@ import zmq
 
 from specd.client.subscriber import Subscriber
 from specd.config.settings import Config, DaemonConfig, RingConfig, SubscriberConfig, TargetConfig, TrainConfig
+from specd.data.batching import Place
 from specd.drafts.base import Method, TargetParts
 from specd.drafts.dflash.method import DFlashMethod
 from specd.drafts.dflash.settings import DFlashConfig
@@ -66,18 +67,25 @@ class Feed:
 
     num_batches = STEPS
 
-    def remaining(self, epoch: int, index: int) -> Iterator[Batch]:
+    def places(self, epoch: int, index: int) -> Iterator[Place]:
         for number in range(index, STEPS):
-            rng = np.random.default_rng(number)
-            lengths = rng.integers(10, 60, 3).astype(np.int32)
-            total = int(lengths.sum())
-            yield Batch(
-                tokens=(rng.integers(0, 20) + np.arange(total, dtype=np.int32)) % 20,
-                lengths=lengths,
-                loss_mask=rng.random(total) < 0.8,
-                samples=tuple(range(3 * number, 3 * number + 3)),
-                index=number,
-            )
+            tokens = int(np.random.default_rng(number).integers(10, 60, 3).sum())
+            yield Place(0, number, tuple(range(3 * number, 3 * number + 3)), tokens)
+
+    def packed(self, places: Iterable[Place]) -> Iterator[Batch]:
+        yield from map(self._pack, places)
+
+    def _pack(self, place: Place) -> Batch:
+        rng = np.random.default_rng(place.index)
+        lengths = rng.integers(10, 60, 3).astype(np.int32)
+        total = int(lengths.sum())
+        return Batch(
+            tokens=(rng.integers(0, 20) + np.arange(total, dtype=np.int32)) % 20,
+            lengths=lengths,
+            loss_mask=rng.random(total) < 0.8,
+            samples=place.samples,
+            index=place.index,
+        )
 
 
 def write_model(path: Path) -> Path:

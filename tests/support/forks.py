@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -40,8 +40,9 @@ class Nursery:
     ) -> None:
         self._process.communicate(timeout=60)
 
-    def start(self, log: Path, arguments: Sequence[str]) -> Fork:
-        return Fork(self, self.ask({"log": str(log), "arguments": [*arguments]}), log)
+    def start(self, log: Path, arguments: Sequence[str], environment: Mapping[str, str] | None = None) -> Fork:
+        asked: dict[str, object] = {"log": str(log), "arguments": [*arguments], "environment": environment or {}}
+        return Fork(self, self.ask(asked), log)
 
     def ask(self, what: dict[str, object]) -> int:
         assert self._process.stdin is not None
@@ -70,6 +71,7 @@ def main() -> None:
 
     import specd.daemon.serve
     import specd.drafts.dflash.objective
+    import specd.drafts.eagle3.objective
     import specd.targets.synthetic
     import specd.train.trainer
     import specd.transports.registry  # noqa: F401
@@ -77,10 +79,11 @@ def main() -> None:
     children: set[int] = set()
     for line in sys.stdin:
         match json.loads(line):
-            case {"log": log, "arguments": arguments}:
+            case {"log": log, "arguments": arguments, "environment": environment}:
                 answer = os.fork()
                 if not answer:
                     code = 70
+                    os.environ |= environment
                     try:
                         code = command(log, arguments)
                     finally:

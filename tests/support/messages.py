@@ -30,16 +30,17 @@ CONTRACT = contract.TargetContract(
         "lm_head": contract.ArtifactRef(nbytes=113246208, shape=(49152, 576), dtype="float32", same_as="embedding"),
     },
 )
-RING = contract.RingInfo(num_slots=8, slot_bytes=12288, slot_tokens=4096)
+RING = contract.RingInfo(num_slots=8, slot_bytes=12288, slot_tokens=4096, payload_bytes=64 << 20)
 SAMPLES: tuple[wire.Message, ...] = (
     wire.Hello(
         epoch=EPOCH, name="trainer", host="h1", pid=4242, gpus=("GPU-0",), transports=("shm", "bytes"), spec=SPEC,
-        credits=3, fingerprint="llama:576",
+        credits=3, fingerprint="llama:576", payloads=("pixel_values",), run=BATCH, ranks=2,
     ),
     wire.Attach(epoch=EPOCH, transport="shm", hello=b"\x01\x02"),
     wire.Probe(epoch=EPOCH, seq=0, nonce=bytes(range(16)), nbytes=65536),
     wire.Submit(
-        epoch=EPOCH, seq=1, batch_id=BATCH, tokens=struct.pack("<3i", 5, 6, 49151), lengths=struct.pack("<2i", 1, 2)
+        epoch=EPOCH, seq=1, batch_id=BATCH, tokens=struct.pack("<3i", 5, 6, 49151), lengths=struct.pack("<2i", 1, 2),
+        payloads=(b"", b"\x80"),
     ),
     wire.RecvReady(epoch=EPOCH, lease=7),
     wire.Borrow(epoch=EPOCH, lease=8),
@@ -68,10 +69,11 @@ SAMPLES: tuple[wire.Message, ...] = (
         sessions=(
             wire.SessionStatus(
                 session="00ff", name="trainer", transport="shm", gpus=("GPU-0",), credits=3, outstanding=1, leases=1,
-                batches=2, nbytes=24576, age_s=0.5, tokens=512,
+                batches=2, nbytes=24576, age_s=0.5, tokens=512, run="7f3a91c2", ranks=2,
             ),
         ),
         counters={"batches": 2}, endpoints=("ipc:///run/s.sock",), transports=("shm", "bytes"),
+        max_sessions=4,
     ),
     wire.Error(epoch=EPOCH, reason="seq 1 is outstanding already"),
 )  # fmt: skip

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from specd.config.settings import TrainConfig
+from specd.data.batching import Place
 from specd.drafts.base import Loss
 from specd.metrics import Stats
 from specd.protocol.batch import Batch
@@ -54,7 +55,7 @@ class Tiny:
         if batch.samples[0] == self.poison:
             total = total * float("nan")
         right = torch.stack([(error.abs() < 0.5).sum(), torch.zeros((), dtype=torch.long)])
-        metrics = {"correct": right, "counted": torch.stack([mask.sum(), mask.sum() * 0])}
+        metrics = {"correct": right, "counted": torch.stack([mask.sum(), mask.sum() * 0]), "twice": right * 2.0}
         return Loss(total, mask.sum(), metrics)
 
 
@@ -68,19 +69,23 @@ class Plan:
     def num_batches(self) -> int:
         return self.epochs * self.per_epoch
 
-    def remaining(self, epoch: int, index: int) -> Iterator[Batch]:
+    def places(self, epoch: int, index: int) -> Iterator[Place]:
         for number in range(epoch * self.per_epoch + index, self.num_batches):
             epoch, index = divmod(number, self.per_epoch)
-            yield self.batch(epoch, index)
+            samples = tuple(range(index * self.size, (index + 1) * self.size))
+            yield Place(epoch, index, samples, sum(3 + s % 4 for s in samples))
 
-    def batch(self, epoch: int, index: int) -> Batch:
-        samples = range(index * self.size, (index + 1) * self.size)
+    def packed(self, places: Iterable[Place]) -> Iterator[Batch]:
+        yield from map(self._pack, places)
+
+    def _pack(self, place: Place) -> Batch:
+        epoch, index, samples = place.epoch, place.index, place.samples
         tokens = np.concatenate([np.arange(3 + s % 4, dtype=np.int32) * 3 + s + epoch for s in samples])
         return Batch(
             tokens=tokens,
             lengths=np.array([3 + s % 4 for s in samples], dtype=np.int32),
             loss_mask=np.full(tokens.size, index not in self.empty),
-            samples=tuple(samples),
+            samples=samples,
             epoch=epoch,
             index=index,
         )

@@ -113,3 +113,16 @@ def test_prefill_graphs_give_the_same_states(tmp_path: Path, family: str) -> Non
                 assert distance["largest"] <= FLOAT32_LARGEST
             else:
                 assert distance["rms"] <= BFLOAT16_RMS
+
+
+@pytest.mark.parametrize(("kind", "tp"), [("qwen2_5_vl", 1), ("qwen2_5_vl", 2), ("qwen3_vl", 1), ("qwen3_5", 1)])
+def test_states_of_images_agree_with_transformers(tmp_path: Path, kind: str, tp: int) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("compared in float32, on the CPU")
+    found = measured(PROGRAM.with_name("sglang_images.py"), kind, tmp_path, tp, tp)
+    assert found["fingerprint"]
+    assert found["takes"] == ["image_grid_thw", "mm_token_type_ids", "pixel_values"]
+    assert found["again"], "a second run gave other bits"
+    assert "are not the patches of image_grid_thw" in found["refused"]
+    for what in ("apart", "merged", "after"):
+        assert max(found[what].values()) <= FLOAT32_LARGEST, what

@@ -41,15 +41,14 @@ def initial_shape(config: BlockConfig, form: Form) -> BlockShape | None:
     return read_shape(form_of(found, (DFLASH, form), str(path)), found, str(path))
 
 
-def first_network(path: Path, form: Form, shape: BlockShape | None = None, seed: int = 0) -> Backbone:
+def first_network(path: Path, form: Form, shape: BlockShape, seed: int = 0) -> Backbone:
     """The draft of a directory as one of `form`: a DFlash draft becomes the backbone of one with more parts.
 
-    shape: what it then is; those parts are new, as `seed` has them. Without it the draft must be of `form`.
-    Raises as `load_network`.
+    shape: of that one, whose other parts are new, as `seed` has them. Raises as `load_network`.
     """
-    found = form_of(read_config(path), (DFLASH, form) if shape else (form,), str(path))
+    found = form_of(read_config(path), (DFLASH, form), str(path))
     network = load_network(found, path)
-    if found is form or shape is None:
+    if found is form:
         return network
     grown = form.network(shape, seed)
     grown.load_state_dict(grown.state_dict() | network.state_dict())

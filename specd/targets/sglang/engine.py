@@ -21,7 +21,9 @@ import torch
 from numpy.typing import NDArray
 
 from specd.errors import ConfigError, TargetError
+from specd.protocol.payload import Payload
 from specd.targets.sglang.graphs import Source, record
+from specd.targets.sglang.images import Images
 from specd.targets.sglang.model import liven, parts
 from specd.targets.sglang.official import Official
 from specd.targets.sglang.recurrent import States, plan
@@ -97,6 +99,7 @@ class Engine:
         self._source: Official | None = None  # of the taps; None: our hooks
         self.hidden_alone = False  # is the stream, whatever layers return besides
         self._mrope = uses_mrope(self.runner)
+        self.images = Images(self.runner)
         if setup.load_format == "dummy":
             liven(self.model, setup.rank)
         plan(sg, self.runner, self._device, sequences)
@@ -138,8 +141,9 @@ class Engine:
         self, tokens: NDArray[np.int32], lengths: Sequence[int], stop: int, capture: Capture, source: Source | None
     ) -> None:
         handles = []
-        batch = self._batch(tokens, list(lengths))
-        if source is None and self._graphs is not None and self._graphs.replays(batch):
+        batch = self._batch(tokens, list(lengths), capture.brought)
+        # A graph's embeddings are of tokens alone.
+        if source is None and self._graphs is not None and not capture.brought and self._graphs.replays(batch):
             source = self._graphs
 
         def end(*_: Any) -> None:
@@ -224,13 +228,14 @@ class Engine:
     def _current(self) -> contextlib.AbstractContextManager[object]:
         return torch.cuda.device(self._device) if self._device.type == "cuda" else contextlib.nullcontext()
 
-    def _batch(self, tokens: NDArray[np.int32], lengths: list[int]) -> Any:
+    def _batch(self, tokens: NDArray[np.int32], lengths: list[int], brought: Sequence[Payload] = ()) -> Any:
         """SGLang's ForwardBatch of a prefill without prefix: one copy to the device, no wait."""
         size, count = int(tokens.size), len(lengths)
         on_gpu = self._device.type == "cuda"
         host = torch.empty(3 * size + 2 * count, dtype=torch.int64, pin_memory=on_gpu)
         view = host.numpy()
-        view[:size] = tokens
+        ids_of, inputs, axes = self.images.inputs(tokens, lengths, brought) if brought else (tokens, None, None)
+        view[:size] = ids_of
         view[size : 2 * size] = np.concatenate([np.arange(length) for length in lengths])
         view[2 * size : 3 * size] = np.repeat(np.arange(1, count + 1), lengths)
         view[3 * size : 3 * size + count] = lengths
@@ -268,6 +273,8 @@ class Engine:
             "rids": [str(row) for row in range(count)],
             "mrope_positions": positions.expand(3, -1) if self._mrope else None,
         }
+        if axes is not None:
+            fields |= {"mm_inputs": inputs, "mrope_positions": torch.from_numpy(axes).to(self._device)}
         return make_batch(self._sg, self.runner, size, fields)
 
     def _check_convention(self) -> None:
@@ -336,16 +343,18 @@ Sink = list[tuple[int, int, torch.Tensor]]
 
 
 class Capture(msgspec.Struct, frozen=True, kw_only=True):
-    """Where a forward's states go. taps: by layer. final: empty if not captured."""
+    """Where a forward's states go. taps: by layer. final: empty if not captured. brought: by each sequence, or ()."""
 
     taps: dict[int, Sink]
     final: Sink
+    brought: Sequence[Payload] = ()
 
-    def rows(self, start: int, end: int) -> Capture:
+    def rows(self, start: int, end: int, brought: Sequence[Payload] = ()) -> Capture:
         """The part of rows [start, end), for a forward of these alone."""
         return Capture(
             taps={tap: _within(sink, start, end) for tap, sink in self.taps.items()},
             final=_within(self.final, start, end),
+            brought=brought,
         )
 
 

@@ -13,6 +13,7 @@ from typing import IO
 import msgspec
 import numpy as np
 
+from specd.protocol import payload
 from specd.targets.sglang.setup import RankSetup, Step
 
 
@@ -54,7 +55,8 @@ def main() -> None:
     engine.transforms(engine.weights()["embedding"])
     while (frame := read_frame(stream)) is not None:
         step = msgspec.msgpack.decode(frame, type=Step)
-        capture = Capture(taps={tap: [] for tap in step.taps}, final=[])
+        brought = [payload.unpack(each) for each in step.payloads]
+        capture = Capture(taps={tap: [] for tap in step.taps}, final=[], brought=brought)
         engine.forward(np.frombuffer(step.tokens, "<i4"), step.lengths, step.stop, capture)
     engine.close()
 

@@ -49,6 +49,7 @@ class States:
         if self._pool is not None:
             slots = table.req_index_to_mamba_index_mapping
             slots[rows] = rows.to(slots.dtype)
+            self._pool.clear_slots(torch.cat([rows.new_zeros(1), rows]))  # recording graphs writes to slot 0
 
     def __bool__(self) -> bool:
         return self._pool is not None

@@ -35,9 +35,11 @@ class RankSetup(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
 class Step(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One forward: little-endian int32 tokens, lengths of the sequences, the layer it ends after, or AT_HEAD, and the
-    tapped layers: every rank finishes their outputs."""
+    tapped layers: every rank finishes their outputs. payloads: of each sequence, () if none brings anything.
+    """
 
     tokens: bytes
     lengths: list[int]
     stop: int
     taps: tuple[int, ...] = ()
+    payloads: tuple[bytes, ...] = ()

@@ -11,12 +11,15 @@ from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any, ClassVar, Final
 
+import msgspec
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from specd.config.settings import TargetConfig
 from specd.errors import ConfigError, TargetError
+from specd.protocol import payload
+from specd.protocol.payload import Payload
 from specd.targets.artifacts import Artifacts
 from specd.targets.base import CaptureJob, Launched, check, recurrent, slot_tensors
 from specd.targets.digest import dummy_digest, weights_digest
@@ -109,7 +112,8 @@ class SGLangTarget:
             digest = weights_digest(source.path)
         dtype = str(self._engine.runner.dtype).removeprefix("torch.")
         kind = str(source.config["model_type"])
-        self.contract = self._artifacts.contract(source, text, kind, dtype, digest, transforms)
+        contract = self._artifacts.contract(source, text, kind, dtype, digest, transforms)
+        self.contract = msgspec.structs.replace(contract, payloads=self._engine.images.names)
 
     def run(self, fills: Sequence[CaptureJob]) -> Launched | None:
         """See Target.run. With several ranks a failed forward ends the process: the others would wait for ever."""
@@ -118,6 +122,8 @@ class SGLangTarget:
         spec = check(self.contract, fills)
         lengths = [int(length) for fill in fills for length in fill.lengths]
         self._admit(lengths)
+        brought = [each for fill in fills for each in fill.payloads or ({},) * fill.lengths.size]
+        brought = brought if any(brought) else []
         tokens = np.concatenate([fill.tokens for fill in fills])
         bounds = list(pairwise(accumulate((int(fill.tokens.size) for fill in fills), initial=0)))
         slots = list(zip(bounds, map(slot_tensors, fills), strict=True))
@@ -130,16 +136,20 @@ class SGLangTarget:
         )
         stop = AT_HEAD if spec.final else spec.taps[-1]
         try:
+            first = 0
             for start, end, share in _shares(lengths, self._engine.max_sequences):
-                part = tokens[start:end]
-                self._ranks.send(Step(tokens=part.astype("<i4").tobytes(), lengths=share, stop=stop, taps=spec.taps))
-                self._engine.forward(part, share, stop, capture.rows(start, end))
+                part, own = tokens[start:end], brought[first : first + len(share)]
+                first += len(share)
+                own = own if any(own) else []
+                self._send(part, share, stop, spec.taps, own)
+                self._engine.forward(part, share, stop, capture.rows(start, end, own))
         except RuntimeError as error:
             if self._tp > 1:
                 raise
             if self._device.type == "cuda":
-                # A CUDA fault poisons the process: only running out of memory leaves the target alive there.
-                if not isinstance(error, torch.OutOfMemoryError):
+                # A CUDA fault poisons the process: only running out of memory leaves the target alive there, and
+                # images that the encoder does not take, after which the device still answers.
+                if not isinstance(error, torch.OutOfMemoryError) and not brought:
                     raise
                 torch.cuda.synchronize(self._device)
             raise TargetError(f"target {self._name}: a forward of {tokens.size} tokens failed: {error}") from error
@@ -147,11 +157,24 @@ class SGLangTarget:
             return None
         return Launched(self._device)
 
+    def _send(
+        self, tokens: NDArray[np.int32], lengths: list[int], stop: int, taps: tuple[int, ...], brought: list[Payload]
+    ) -> None:
+        """Have the other ranks run a forward. Raises TargetError for images that would end them."""
+        assert self._engine is not None
+        if self._tp == 1:
+            return
+        if brought:
+            self._engine.images.inputs(tokens, lengths, brought)
+        payloads = tuple(map(payload.pack, brought))
+        ids = tokens.astype("<i4").tobytes()
+        self._ranks.send(Step(tokens=ids, lengths=lengths, stop=stop, taps=taps, payloads=payloads))
+
     def plain_states(self, tokens: NDArray[np.int32]) -> NDArray[np.float32] | None:
         """See trial.Witness."""
         assert self._engine is not None
-        self._ranks.send(Step(tokens=tokens.astype("<i4").tobytes(), lengths=[int(tokens.size)], stop=AT_HEAD))
-        return handed_on(self._engine, tokens)
+        step = Step(tokens=tokens.astype("<i4").tobytes(), lengths=[int(tokens.size)], stop=AT_HEAD)
+        return handed_on(self._engine, tokens, lambda: self._ranks.send(step))
 
     def artifact(self, name: str) -> memoryview:
         """See Target.artifact."""

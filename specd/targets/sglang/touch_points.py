@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import importlib
 import inspect
+from collections.abc import Sequence
 from typing import Any, Final
 
 import msgspec
@@ -145,8 +146,24 @@ and their config's `mamba2_cache_params.mamba_cache_per_req`, `max_total_num_tok
 `prefill_backend_name`; whether positions have three axes: `model_config.model_is_mrope`, up to 0.5.15 the runner's."""
 
 
-def touch_points() -> SGLang:
-    """Import those TOUCH_POINTS that are used of the installed SGLang.
+IMAGE_POINTS: Final = (
+    Touch(
+        _SRT + "managers.schedule_batch", "MultimodalDataItem",
+        ("modality", "hash", "feature", "offsets", "model_specific_data", "set_pad_value", "pad_value"),
+        "0.5.14–0.5.23",
+    ),
+    Touch(_SRT + "managers.schedule_batch", "MultimodalInputs", ("mm_items", "im_token_id"), "0.5.14–0.5.23"),
+    Touch(_SRT + "managers.schedule_batch", "Modality", ("IMAGE",), "0.5.14–0.5.23"),
+    Touch(_SRT + "managers.mm_utils", "init_mm_embedding_cache", (), "0.5.14–0.5.18", until=(0, 5, 18)),
+    Touch(_SRT + "managers.mm_schedule", "init_mm_embedding_cache", (), "0.5.22–0.5.23", since=PUBLISHED),
+    Touch(_SRT + "model_executor.forward_batch_info", "ForwardBatch", ("mm_inputs",), "0.5.14–0.5.23"),
+)  # fmt: skip
+"""What is used of it for targets that read images. And of these: `get_image_feature`; of the runner's
+`model_config.hf_config`: `image_token_id` and `vision_config.spatial_merge_size`."""
+
+
+def touch_points(points: Sequence[Touch] = TOUCH_POINTS) -> SGLang:
+    """Import those of `points` that are used of the installed SGLang.
 
     Raises ConfigError when SGLang is not installed, has another version, or has changed.
     """
@@ -164,7 +181,7 @@ def touch_points() -> SGLang:
     if not supported(version):
         raise ConfigError(f"sglang {found_version} is installed, expected {series()}; {remedy}")
     symbols: dict[str, Any] = {}
-    for touch in TOUCH_POINTS:
+    for touch in points:
         if not touch.used(version):
             continue
         try:

@@ -116,11 +116,9 @@ def _factory(config: dict[str, Any]) -> Any:
 
     kind = config["model_type"]
     wrapped = kind in known.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
-    return (
-        AutoModelForImageTextToText
-        if wrapped and kind not in known.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-        else AutoModelForCausalLM
-    )
+    # Of some models transformers would load the language model alone, and leave out what reads images.
+    images = bool(config.get("vision_config")) or kind not in known.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    return AutoModelForImageTextToText if wrapped and images else AutoModelForCausalLM
 
 
 def _dummy_model(config: dict[str, Any], dtype: torch.dtype, device: torch.device) -> PreTrainedModel:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate, groupby, pairwise
 from typing import Any, ClassVar, Literal
 
+import msgspec
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -18,12 +19,14 @@ from specd.config.settings import TargetConfig
 from specd.errors import SpecdError, TargetError, first_line
 from specd.protocol.batch import slot_layout
 from specd.protocol.capture import CaptureSpec
+from specd.protocol.payload import Payload
 from specd.targets.artifacts import Artifacts
 from specd.targets.base import CaptureJob, Launched, check, recurrent, slot_tensors
 from specd.targets.digest import dummy_digest, weights_digest
 from specd.targets.quiet import no_warnings
 from specd.targets.source import Source, dummy_config, resolve, with_tokenizer
 from specd.targets.transformers import trial
+from specd.targets.transformers.images import Encoders
 from specd.targets.transformers.layers import artifact_tensors, find_decoder, find_layers, residual, use_grouped_experts
 from specd.targets.transformers.load import load_network
 from specd.targets.transformers.packed_attention import ATTENTION, Packed, Unpackable, packed_attention
@@ -96,7 +99,9 @@ class TransformersTarget:
         digest = dummy_digest(published, self._device.type) if dummy or not source.path else weights_digest(source.path)
         dtype = str(network.dtype).removeprefix("torch.")
         kind = str(source.config["model_type"])  # of a wrapper for images, too, as other backends have it
-        self.contract = self._artifacts.contract(source, text_config, kind, dtype, digest, measured(network))
+        self._encoders = Encoders(network, self._decoder)
+        contract = self._artifacts.contract(source, text_config, kind, dtype, digest, measured(network))
+        self.contract = msgspec.structs.replace(contract, payloads=self._encoders.names)
 
     def run(self, fills: Sequence[CaptureJob]) -> Launched | None:
         """See Target.run. One forward over all sequences of all fills; cost of attention is the sum of length²."""
@@ -112,20 +117,22 @@ class TransformersTarget:
 
     def _run(self, fills: Sequence[CaptureJob], spec: CaptureSpec) -> Launched | None:
         lengths = [int(length) for fill in fills for length in fill.lengths]
+        brought = [each for fill in fills for each in fill.payloads or ({},) * fill.lengths.size]
         tokens = np.concatenate([fill.tokens for fill in fills]).astype(np.int64)
         on_gpu = self._device.type == "cuda"
         try:
             # Kernels that are not torch's own are launched on whatever device is current.
             with torch.inference_mode(), torch.cuda.device(self._device) if on_gpu else contextlib.nullcontext():
-                begin = 0
-                for packed in self._shares(lengths):
-                    self._forward(fills, spec, packed, tokens, begin)
-                    begin += sum(packed)
+                begin = first = 0
+                for packed in self._shares(lengths, brought):
+                    self._forward(fills, spec, packed, tokens, begin, brought[first])
+                    begin, first = begin + sum(packed), first + len(packed)
                 return Launched(self._device) if on_gpu else None
         except (RuntimeError, ValueError, IndexError) as error:
             if on_gpu:
-                # A CUDA fault poisons the process: only running out of memory leaves the target alive there.
-                if not isinstance(error, torch.OutOfMemoryError):
+                # A CUDA fault poisons the process: only running out of memory leaves the target alive there, and
+                # images of another shape than said, after which the device still answers.
+                if not isinstance(error, torch.OutOfMemoryError) and not any(brought):
                     raise
                 torch.cuda.synchronize(self._device)
             raise TargetError(
@@ -133,17 +140,19 @@ class TransformersTarget:
                 f"sequence: {error}"
             ) from error
 
-    def _shares(self, lengths: Sequence[int]) -> list[list[int]]:
-        """The lengths of the sequences of each forward, in order."""
+    def _shares(self, lengths: Sequence[int], brought: Sequence[Payload]) -> list[list[int]]:
+        """The lengths of the sequences of each forward, in order. brought: by each."""
         if self.alone:
             return [[length] for length in lengths]
-        if not self._rope.limit:
-            return [list(lengths)]
-        # Where frequencies follow from the length, only sequences that leave them alone may share a forward.
+
+        def packs(sequence: tuple[int, Payload]) -> bool:
+            # Where frequencies follow from the length, only sequences that leave them alone may share a forward.
+            return not sequence[1] and (not self._rope.limit or sequence[0] < self._rope.limit)
+
         shares: list[list[int]] = []
-        for short, together in groupby(lengths, lambda length: length < self._rope.limit):
-            run = list(together)
-            shares += [run] if short else [[length] for length in run]
+        for together, sequences in groupby(zip(lengths, brought, strict=True), packs):
+            run = [length for length, _ in sequences]
+            shares += [run] if together else [[length] for length in run]
         return shares
 
     def artifact(self, name: str) -> memoryview:
@@ -169,6 +178,7 @@ class TransformersTarget:
     def close(self) -> None:
         """See Target.close."""
         self._decoder, self._layers = None, ()
+        self._encoders.close()
         self._artifacts.close()
 
     def _try_out(self, network: PreTrainedModel) -> None:
@@ -251,6 +261,17 @@ class TransformersTarget:
         with no_warnings():
             self._decoder.set_attn_implementation(attention)
 
+    @contextlib.contextmanager
+    def _own(self) -> Iterator[None]:
+        """The model's own attention, for what is not packed."""
+        if not self.alone:
+            self._attend(self._own_attention)
+        try:
+            yield
+        finally:
+            if not self.alone:
+                self._attend(ATTENTION)
+
     def _forward(
         self,
         fills: Sequence[CaptureJob],
@@ -258,8 +279,12 @@ class TransformersTarget:
         lengths: Sequence[int],
         tokens: NDArray[np.int64],
         begin: int,
+        brought: Payload,
     ) -> None:
-        """One forward of packed sequences, the tokens from `begin` on, and the copies of its states."""
+        """One forward of packed sequences, the tokens from `begin` on, and the copies of its states.
+
+        brought: by its one sequence beside its tokens.
+        """
         packed = Packed(lengths, self._device)
         size = packed.bounds[-1]
         positions = np.concatenate([np.arange(length, dtype=np.int64) for length in lengths])
@@ -284,16 +309,16 @@ class TransformersTarget:
 
         self._rope.reset()
         # Alone, a sequence is given as a user of transformers would: no positions, no packing.
-        how = (
-            {} if self.alone else {"position_ids": torch.from_numpy(positions).to(self._device)[None], "packed": packed}
-        )
+        alone = bool(self.alone or brought)
+        how = {} if alone else {"position_ids": torch.from_numpy(positions).to(self._device)[None], "packed": packed}
         handles = [self._layers[tap].register_forward_hook(copy_tap(tap, k)) for k, tap in enumerate(spec.taps)]
+        ids = torch.from_numpy(tokens[begin : begin + size]).to(self._device)[None]
         try:
-            output = self._decoder(
-                input_ids=torch.from_numpy(tokens[begin : begin + size]).to(self._device)[None],
-                use_cache=False,
-                **how,
-            )
+            if brought:
+                with self._own():
+                    output = self._encoders.run(ids, brought)
+            else:
+                output = self._decoder(input_ids=ids, use_cache=False, **how)
             for view, into, of in views:
                 if spec.final:
                     view["final"][into].copy_(output.last_hidden_state[0, of])
@@ -302,9 +327,9 @@ class TransformersTarget:
         finally:
             for handle in handles:
                 handle.remove()
-        if not packed.seen and not self.alone:
+        if not packed.seen and not alone:
             raise Unpackable("its attention ignores how sequences are packed")
-        if self._has_window and not packed.windowed and not self.alone:
+        if self._has_window and not packed.windowed and not alone:
             raise Unpackable("its attention has a window in its mask alone")
 
     def _use_threads(self) -> None:

@@ -18,6 +18,7 @@ from specd.errors import DaemonError
 from specd.metrics import Stats
 from specd.protocol.batch import Batch, Delivery
 from specd.protocol.capture import CaptureSpec
+from specd.train.distributed import Ranks
 
 SETTINGS = msgspec.structs.replace(
     defaults(True, 1, "synthetic:hidden=32,layers=8,vocab=64", {}), lengths=("fixed", "log-normal"),
@@ -55,6 +56,8 @@ class Counted:
     def __init__(self) -> None:
         self.parameters: list[Any] = []
         self.waited: list[bool] = []
+
+    def join(self, ranks: Ranks) -> None: ...
 
     def __call__(self, delivery: Delivery, wait: bool) -> None:
         self.waited.append(wait)
@@ -99,12 +102,13 @@ def test_a_daemon_that_is_not_reached_is_an_error(monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_trainer_is_linked_as_the_row_says(monkeypatch: pytest.MonkeyPatch) -> None:
-    def subscriber(link: SubscriberConfig, capture: Any, device: str, name: str) -> Any:
+    def subscriber(link: SubscriberConfig, capture: Any, device: str, name: str, **run: Any) -> Any:
         assert capture == SETTINGS.capture
-        return link, device
+        return link, device, run
 
     monkeypatch.setattr(apart, "Subscriber", subscriber)
-    link, device = cast(Any, apart.subscribed(SETTINGS, ["ipc:///a", "ipc:///b"], "bytes", 4))
+    link, device, run = cast(Any, apart.subscribed(SETTINGS, ["ipc:///a", "ipc:///b"], "bytes", 4))
+    assert (run["run"], run["ranks"]) == (b"", 1)
     assert (link.endpoints, link.transport, link.depth) == (("ipc:///a", "ipc:///b"), "bytes", 4)
     assert (link.connect_s, link.timeout_s, device) == (apart.CONNECT_S, apart.CONNECT_S, "cpu")
 

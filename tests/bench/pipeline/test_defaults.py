@@ -29,8 +29,13 @@ def test_daemons_and_trainer_get_gpus_of_their_own(monkeypatch: pytest.MonkeyPat
     assert (three.devices, three.trainer, three.shared) == (("cuda:0", "cuda:1", "cuda:2"), "cuda:3", False)
     spread = defaults(False, 1, TINY, {"target": {"tp": 2}})
     assert (spread.daemon_devices, spread.trainer) == (("cuda:0", "cuda:1"), "cuda:2")
+    several = defaults(False, 2, TINY, {}, trainers=2)
+    assert (several.devices, several.trainer_devices) == (("cuda:0", "cuda:1"), ("cuda:2", "cuda:3"))
+    assert (several.num_devices, several.devices_of(1)) == (4, 3)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     assert defaults(False, 1, TINY, {}).shared
+    with pytest.raises(ConfigError, match="1 GPUs take 1 to 1 beside 2 trainers"):
+        defaults(False, 1, TINY, {}, trainers=2)
 
 
 @pytest.mark.parametrize(

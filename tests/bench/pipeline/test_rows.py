@@ -45,6 +45,24 @@ def test_a_bound_is_the_slower_side_and_their_sum_on_one_device() -> None:
     assert settle(rows, SETTINGS, None, {})[0].bound_ms is None
 
 
+def test_co_location_stands_beside_every_row_of_its_lengths() -> None:
+    """The count of whoever asks whether two servers help a trainer, and that of whoever pays for three GPUs."""
+    rows = [
+        row("disaggregated", 2, 111.0, devices=3), row("co-located", 0, 300.0), row("co-located", 2, 263.0),
+        row("co-located data-parallel", 0, 263.0, devices=3, parallel=3), row("disaggregated", 2, 9.0, "log-normal"),
+    ]  # fmt: skip
+    apart, *_, other = settle(rows, SETTINGS, None, {})
+    assert (apart.over_one, apart.over_as_many) == (2.369, 0.79)
+    assert (other.over_one, other.over_as_many) == (None, None)
+
+
+def test_ranks_of_one_training_need_as_many_forwards_an_iteration() -> None:
+    rows = [row("disaggregated", 2, 50.0, devices=6, parallel=4)]
+    four = msgspec.structs.replace(SETTINGS, devices=("cpu", "cpu"), trainers=4)
+    assert settle(rows, four, BARE, {"fixed": 10.0})[0].bound_ms in {24.0, 16.0}, "12 or 8 ms, four times, of two"
+    assert settle(rows, four, BARE, {"fixed": 30.0})[0].bound_ms == 30.0
+
+
 def test_origin_stands_beside_rows_of_the_same_lengths() -> None:
     """At depth 0 without overlap, else at its best."""
     rows = [

@@ -62,6 +62,13 @@ def test_bounds_and_costs_follow_from_what_was_measured(result: PipelineResult) 
             assert (row.daemon_memory_bytes or 0) > 1 << 20
         assert (row.trainer_memory_bytes is None) is (row.mode == "origin")
         assert (row.over_origin is None) is (row.mode == "origin")
+    alone, together = (row.samples_per_s for row in result.rows[-2:])
+    assert [row.over_one for row in result.rows] == pytest.approx(
+        [row.samples_per_s / alone for row in result.rows], abs=1e-3
+    )
+    assert [row.over_as_many for row in result.rows] == pytest.approx(
+        [row.samples_per_s / (together if row.devices == 2 else alone) for row in result.rows], abs=1e-3
+    )
 
 
 def test_waits_are_attributed(result: PipelineResult) -> None:
@@ -120,8 +127,8 @@ def broken() -> tuple[PipelineResult, list[PipelineResult]]:
     def unjoined(*_: Any) -> Any:
         raise TransportError("no group")
 
-    def daemon_of(self: Settings, device: str, slots: int) -> Any:
-        return msgspec.structs.replace(real_daemon(self, device, slots), transports=("shm",))
+    def daemon_of(self: Settings, device: str, slots: int, sessions: int = 1) -> Any:
+        return msgspec.structs.replace(real_daemon(self, device, slots, sessions), transports=("shm",))
 
     settings = msgspec.structs.replace(
         SETTINGS, model=f"{TINY},ms=5", draft="synthetic:ms=2,params=64", depths=(0,), steps=3, warmup=1,
@@ -130,7 +137,7 @@ def broken() -> tuple[PipelineResult, list[PipelineResult]]:
     kept: list[PipelineResult] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("specd.bench.pipeline.apart.CONNECT_S", 2.0)
-        patch.setattr("specd.bench.pipeline.colocated.child", failing)
+        patch.setattr("specd.bench.pipeline.ranks.child", failing)
         patch.setattr("specd.bench.pipeline.origin_protocol.joined", unjoined)
         patch.setattr(Settings, "daemon", daemon_of)
         return run(settings, keep=kept.append), kept

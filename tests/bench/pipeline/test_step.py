@@ -72,7 +72,7 @@ def test_figures_are_those_of_the_batches_that_were_timed() -> None:
         link = SubscriberConfig(endpoints=(host.endpoint,), transport="inproc", depth=4)
         with Subscriber(link, CaptureSpec(taps=(1,), dtype="float32"), context=host.context) as subscriber:
             drawn = batches(SETTINGS, "fixed", 64, 10, 1)
-            clocked = clock(subscriber.stream(drawn), SleepingStep(SleepConfig(ms=15), lambda: None), 6, True,
+            clocked = clock(subscriber.stream(drawn), SleepingStep(SleepConfig(ms=15)), 6, True,
                             subscriber.stats)  # fmt: skip
     stats = clocked.stats
     assert (stats.batches, stats.nbytes) == (4, 4 * 256 * 32 * 4)

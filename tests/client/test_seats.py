@@ -1,0 +1,119 @@
+"""Seats: which daemons a rank takes, and whether their rings are deep enough for all that come."""
+
+from __future__ import annotations
+
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import zmq
+
+from samples import batch
+from scripted import EXPECT_S, SPEC, Daemon, make, wait_for
+from specd.client.seats import Place, Seat, places, share, thin
+from specd.client.subscriber import Subscriber
+from specd.config.settings import SubscriberConfig
+from specd.errors import BatchError
+from specd.protocol import messages as wire
+
+FAR = tuple(f"tcp://240.0.0.{number}:7070" for number in range(1, 6))  # reserved: no host has them
+
+
+def taken(found: list[Place]) -> list[int]:
+    """The daemons that do not stand by."""
+    return [place for place, each in enumerate(found) if not each.standby]
+
+
+@pytest.mark.parametrize("size", range(1, 8))
+@pytest.mark.parametrize("count", range(1, 8))
+def test_everybody_takes_an_even_share_and_nothing_is_left(size: int, count: int) -> None:
+    shares = [share(size, index, count) for index in range(count)]
+    assert all(shares)
+    come = Counter(thing for each in shares for thing in each)
+    assert set(come) == set(range(size))
+    assert max(come.values()) - min(come.values()) <= 1
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+@pytest.mark.parametrize("ranks", range(2, 9))
+@pytest.mark.parametrize("daemons", range(1, 6))
+def test_a_daemon_is_told_how_many_ranks_come(ranks: int, daemons: int) -> None:
+    found = [places(FAR[:daemons], ranks, Seat(rank, 0, 1), near=True) for rank in range(ranks)]
+    come = Counter(place for each in found for place in taken(each))
+    for place in range(daemons):
+        assert {each[place].ranks for each in found} == {come[place]}, "all ranks say the same"
+
+
+def test_daemons_of_the_own_host_come_first() -> None:
+    mixed = (FAR[0], "ipc:///run/a.sock", "tcp://127.0.0.1:7070", FAR[1])
+    found = [places(mixed, 8, Seat(4 + local, local, 4), near=True) for local in range(4)]
+    assert [taken(each) for each in found] == [[1], [1], [2], [2]]
+    assert [each.ranks for each in found[0]] == [1, 2, 2, 1]
+    assert taken(places(mixed, 8, Seat(4, 0, 1), near=True)) == [1, 2], "one rank on this host, two daemons on it"
+
+
+def test_all_daemons_are_taken_when_asked_for_and_by_one_rank() -> None:
+    mixed = (FAR[0], "ipc:///run/a.sock", "inproc://own")
+    assert places(mixed, 8, Seat(5, 1, 4), near=False) == [Place(8), Place(4), Place(1)]
+    assert places(mixed, 8, None, near=True) == [Place(8), Place(8), Place(1)]
+    assert places(mixed, 1, Seat(0, 0, 1), near=True) == [Place()] * 3
+    assert places(("inproc://own",), 4, Seat(1, 1, 4), near=True) == [Place()], "each rank hosts its own target"
+
+
+def test_a_thin_ring_is_told_with_the_ring_that_is_deep_enough() -> None:
+    assert thin(8, 4, 3, 4) == (
+        "credits 2 of 3 wanted: a ring of 8 slots serves 4 ranks at depth 1; specd start … --trainers 4 --depth 2 "
+        "(12 slots)"
+    )
+    assert not thin(12, 8, 3, 4)
+    assert "serves a trainer at depth 0" in thin(4, 0, 3, 1)
+    assert not thin(8, 4, 5, 1)
+
+
+def test_a_daemon_that_stands_by_serves_only_while_the_own_one_is_down(
+    context: zmq.Context[zmq.Socket[bytes]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("specd.client.links.STANDBY_S", 0.1)
+    made = make()
+    monkeypatch.setattr("specd.client.handshake.load", lambda name: made)
+    with Daemon(context) as own, Daemon(context) as other, ThreadPoolExecutor() as pool:
+        config = SubscriberConfig(
+            endpoints=(own.endpoint, other.endpoint), transport="scripted", depth=0, timeout_s=EXPECT_S
+        )
+        batches = [batch(i) for i in range(3)]
+        with Subscriber(config, SPEC, context=context, run=bytes(16), ranks=2, seat=Seat(0, 0, 2)) as source:
+            stream = source.stream(batches)
+
+            def train(daemon: Daemon, index: int) -> None:
+                found = pool.submit(next, stream)
+                daemon.ready(*daemon.expect(wire.Submit), batches[index])
+                assert found.result(EXPECT_S).batch.index == index
+                daemon.expect(wire.Release)
+
+            train(own, 0)
+            assert [(hello.run, hello.ranks) for hello in own.hellos] == [(bytes(16), 1)]
+            assert not other.heard, "it was not even dialled"
+            own.loading_s = 600.0
+            own.revoke()
+            own.expect(wire.Bye)
+            train(other, 1)
+            own.loading_s = 0.0
+            other.expect(wire.Bye)
+            wait_for(lambda: list(source.stats().transports) == [own.endpoint])
+            train(own, 2)
+            assert len(other.hellos) == 1
+            assert source.stats().reconnects == 1, "that it was left is none"
+
+
+def test_a_batch_that_fits_no_own_daemon_is_refused_though_others_stand_by(
+    context: zmq.Context[zmq.Socket[bytes]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = make()
+    monkeypatch.setattr("specd.client.handshake.load", lambda name: made)
+    with Daemon(context, slot_bytes=64) as own, Daemon(context) as other:
+        config = SubscriberConfig(endpoints=(own.endpoint, other.endpoint), transport="scripted", timeout_s=EXPECT_S)
+        with (
+            Subscriber(config, SPEC, context=context, run=bytes(16), ranks=2, seat=Seat(0, 0, 2)) as source,
+            pytest.raises(BatchError, match=r"the largest slot of any daemon has 64"),
+        ):
+            next(source.stream([batch(0, (30,))]))
