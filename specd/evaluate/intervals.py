@@ -26,6 +26,13 @@ def acceptance_length(prompts: Sequence[PromptResult]) -> Interval | None:
     return _percentiles([tokens[drawn].sum() / max(forwards[drawn].sum(), 1) for drawn in _draws(len(prompts))])
 
 
+def said(prompts: Sequence[PromptResult]) -> str:
+    """The interval of the acceptance length in words, empty where there is none."""
+    found = acceptance_length(prompts)
+    few = f", of only {len(prompts)} prompts" if len(prompts) < FEW else ""
+    return f"95 %: {found[0]:.2f} to {found[1]:.2f}{few}" if found else ""
+
+
 def acceptance_gain(before: Sequence[PromptResult], after: Sequence[PromptResult]) -> Interval | None:
     """Of the second acceptance length minus the first, on the same prompts in the same order.
 

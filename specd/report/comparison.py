@@ -143,7 +143,7 @@ def _prompts(facts: EvalFacts) -> tuple[object, ...]:
 def _length(facts: EvalFacts | None) -> str:
     if facts is None:
         return "none: run specd eval, then specd report again"
-    sure = run_report.interval(facts)
+    sure = intervals.said(facts.result.prompts)
     return f"{facts.acceptance_length:.2f}" + f" ({sure})" * bool(sure)
 
 

@@ -154,15 +154,6 @@ def acceptance(evals: Mapping[str, EvalFacts]) -> tuple[Chart, str]:
     return figures.acceptance(shares, bands), caption
 
 
-def interval(facts: EvalFacts) -> str:
-    """The interval of an acceptance length in words, empty where there is none."""
-    found = intervals.acceptance_length(facts.result.prompts)
-    if found is None:
-        return ""
-    few = f", of only {facts.prompts} prompts" if facts.prompts < intervals.FEW else ""
-    return f"95 %: {found[0]:.2f} to {found[1]:.2f}{few}"
-
-
 def comparable(evals: Mapping[str, EvalFacts]) -> dict[str, EvalFacts]:
     """Those that decoded the same texts as the trained draft's."""
     return {name: facts for name, facts in evals.items() if facts.texts == evals.get("trained", facts).texts}
@@ -175,7 +166,7 @@ def key_figures(records: Sequence[StepRecord], evals: Mapping[str, EvalFacts]) -
     if (after := evals.get("trained")) is not None:
         before = evals.get("untrained")
         remark = f"{before.acceptance_length:.2f} untrained" if before else "1.0 is plain decoding"
-        remark = "; ".join(part for part in (interval(after), remark) if part)
+        remark = "; ".join(part for part in (intervals.said(after.result.prompts), remark) if part)
         tiles.append((f"{after.acceptance_length:.2f}", "acceptance length", remark))
         tiles.append(
             (
@@ -241,7 +232,7 @@ def _evaluation(evals: Mapping[str, EvalFacts]) -> dict[str, Any]:
     rows: dict[str, Any] = {}
     for name, facts in evals.items():
         result = facts.result
-        sure = interval(facts)
+        sure = intervals.said(result.prompts)
         rows[f"{name}: acceptance length"] = f"{result.acceptance_length:.3f}" + f" ({sure})" * bool(sure)
         source = f" of {facts.source}" if facts.source else ""
         rows[f"{name}: prompts"] = f"{facts.prompts}{source}, at most {facts.max_new_tokens} tokens each"
