@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from specd import units
-from specd.errors import ConfigError, writing
+from specd.errors import ConfigError
 from specd.evaluate import intervals
 from specd.evaluate.results import EvalFacts
 from specd.report import figures, page, run_report
@@ -29,8 +29,7 @@ def write_comparison(runs: Sequence[Path], to: Path | None = None) -> Path:
     for name, run in zip(names(runs), runs, strict=True):
         found[name] = run_report.load(run)
     path = to or runs[0] / NAME
-    with writing(path):
-        path.write_text(render(found), encoding="utf-8")
+    page.save(path, render(found))
     return path
 
 
@@ -113,8 +112,9 @@ def _differences(runs: Mapping[str, Run]) -> str:
     """A table of the settings and facts in which the runs differ."""
     rows = {}
     for name, run in runs.items():
-        facts = {"target": run.facts.target, "data": run.facts.data, "machine": run.facts.machine}
-        rows[name] = {key: value for key, value in run_report.flat(run.facts.config | facts).items() if key != "output"}
+        parts = {"target": run.facts.target, "data": run.facts.data, "machine": run.facts.machine}
+        facts = {f"{part}: {key}": value for part, known in parts.items() for key, value in known.items()}
+        rows[name] = {key: value for key, value in run_report.flat(run.facts.config).items() if key != "output"} | facts
     found = differing(rows)
     return page.columns(list(runs), found) if found else "<p>Nothing: settings, target, data and machine are alike.</p>"
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import html
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+from specd.errors import CheckpointError
 from specd.report import chart
 from specd.report.chart import Chart
 
@@ -30,6 +32,14 @@ _PAGE = """<!doctype html>
 def document(title: str, body: str) -> str:
     """A whole page. title: plain text. body: HTML, escaped by its maker."""
     return _PAGE.format(title=text(title), style=_STYLE, body=body, script=_SCRIPT)
+
+
+def save(path: Path, whole: str) -> None:
+    """Write a page. Raises CheckpointError where that fails."""
+    try:
+        path.write_text(whole, encoding="utf-8")
+    except OSError as error:
+        raise CheckpointError(f"cannot write {path}: {error.strerror}; name another file with --to") from None
 
 
 def text(value: str) -> str:

@@ -10,7 +10,7 @@ import msgspec
 
 from specd import units
 from specd.config.settings import RunConfig
-from specd.errors import CheckpointError, writing
+from specd.errors import CheckpointError
 from specd.evaluate import intervals
 from specd.evaluate.results import DEFINITION, EVALS, ROUNDINGS, EvalFacts, load_facts
 from specd.report import figures, page
@@ -78,8 +78,7 @@ def write_report(run: Path, to: Path | None = None) -> Path:
     """Write `report.html` into a run directory, or the file `to`, and return its path. Raises as `load`."""
     found = load(run)
     path = to or run / "report.html"
-    with writing(path):
-        path.write_text(render(found.facts, found.records, found.evals), encoding="utf-8")
+    page.save(path, render(found.facts, found.records, found.evals))
     return path
 
 

@@ -18,13 +18,20 @@ from step_records import FACTS, evaluation, make_run, record
 def test_two_runs_make_one_page(tmp_path: Path) -> None:
     first, second = (make_run(tmp_path / "runs" / name, steps=steps) for name, steps in (("a<b", 40), ("c", 20)))
     facts = read_facts(second)
-    write_facts(second, msgspec.structs.replace(facts, config=facts.config | {"train": {"lr": 0.5}}))
+    write_facts(
+        second,
+        msgspec.structs.replace(
+            facts, config=facts.config | {"train": {"lr": 0.5}, "data": {"max_length": 9}}, data={"samples": 7}
+        ),
+    )
     path = write_comparison([first, second])
     assert path == first / "comparison.html"
     page = path.read_text()
     assert "a&lt;b" in page
     assert "a<b" not in page
     assert '<th scope="row">train.lr</th><td>0.0006</td><td>0.5</td>' in page
+    assert "data.max_length</th><td>3072</td><td>9</td>" in page
+    assert "data: samples</th><td>12</td><td>7</td>" in page
     assert "src=" not in page, "nothing is loaded from elsewhere"
     assert page.count("<figure>") == 4
 
@@ -34,7 +41,7 @@ def test_the_page_goes_where_it_is_asked_to(tmp_path: Path) -> None:
     page = write_comparison(runs, tmp_path / "both.html").read_text()
     assert "Nothing: settings, target, data and machine are alike." in page
     assert page.count("<figure>") == 3, "no acceptance without an evaluation"
-    with pytest.raises(CheckpointError, match=r"cannot write .*no-such/page\.html"):
+    with pytest.raises(CheckpointError, match=r"cannot write .*no-such/page\.html: No such file.*--to"):
         write_comparison(runs, tmp_path / "no-such" / "page.html")
 
 
