@@ -58,7 +58,7 @@ def evaluate(
         bool, typer.Option("--untrained", help="Also decode with the draft as it was before training, to compare.")
     ] = False,
     unary: Annotated[
-        bool, typer.Option("--unary", help="Also decode without the selector of a dflash2 draft, to compare.")
+        bool, typer.Option("--unary", help="Also decode without what joins the guesses of a dflash2 or dspark draft.")
     ] = False,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32 (shows identity best), bfloat16 or float16.")] = "auto",
