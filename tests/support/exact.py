@@ -81,6 +81,9 @@ class Feed:
 
     num_batches = STEPS
 
+    def before(self, epoch: int, index: int) -> int:
+        return index
+
     def places(self, epoch: int, index: int) -> Iterator[Place]:
         for number in range(index, STEPS):
             tokens = int(np.random.default_rng(number).integers(10, 60, 3).sum())

@@ -37,7 +37,9 @@ class DFlash(BlockObjective):
 
     def serving(self) -> dict[str, str]:
         """See BlockObjective.serving."""
+        shape = self.draft.shape
+        least = "0.5.18" if shape.is_causal is False and "sliding_attention" in shape.layer_types else "0.5.14"
         return {
-            "SGLang": sglang(self._target, "--speculative-algorithm DFLASH"),
-            "vLLM": vllm(self._target, "dflash", self.draft.shape.num_guesses),
+            f"SGLang, {least} or later": sglang(self._target, "--speculative-algorithm DFLASH"),
+            "vLLM, 0.33 or later": vllm(self._target, "dflash", self.draft.shape.num_guesses),
         }
