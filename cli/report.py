@@ -14,7 +14,7 @@ EXAMPLES = f"Examples: `specd report runs/{registry.DEFAULT}` · `specd report r
 
 def report(
     runs: Annotated[
-        list[Path], typer.Argument(help="Directories of runs, each the --output of a `specd train`.", metavar="RUN…")
+        list[Path], typer.Argument(help="Directories of runs, each the --output of a `specd train`.", metavar="RUN")
     ],
     to: Annotated[
         Path | None, typer.Option(help="File of the page [default: RUN/report.html, of several comparison.html].")
