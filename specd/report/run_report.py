@@ -6,10 +6,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from specd import units
+from specd.config.settings import RunConfig
 from specd.errors import CheckpointError
+from specd.evaluate import intervals
 from specd.evaluate.results import DEFINITION, EVALS, ROUNDINGS, EvalFacts, load_facts
 from specd.report import figures, page
+from specd.report.chart import Chart
 from specd.report.page import text
 from specd.train.directory import JOURNAL, RunFacts, read_facts
 from specd.train.journal import StepRecord, bound, read
@@ -17,6 +22,11 @@ from specd.train.journal import StepRecord, bound, read
 ACCEPTANCE = DEFINITION.partition(" = ")[2]
 DEFINITIONS = {
     "acceptance length": ACCEPTANCE,
+    "95 % interval": (
+        f"of the acceptance over prompts like these: {intervals.RESAMPLES:,} times as many prompts were drawn from "
+        "those decoded, with replacement, and 95 % of the results lie in it; with fewer than "
+        f"{intervals.FEW} prompts it is too narrow"
+    ),
     "identical outputs": (
         "prompts whose speculative output equals the target's own greedy output, token for token; an output that parts "
         "from it at a tie does so where two logits lie within the rounding of the target's dtype: "
@@ -44,14 +54,32 @@ DEFINITIONS = {
 }
 
 
-def write_report(run: Path) -> Path:
-    """Write `report.html` into a run directory and return its path. Needs the extra `report` (matplotlib)."""
+ALWAYS = ("data.path", "data.max_length", "data.batch_tokens", "train.lr", "train.epochs", "train.seed")
+"""Settings that a report shows above its charts whether they were changed or not."""
+
+
+class Run(msgspec.Struct, frozen=True, kw_only=True):
+    """What a run left behind. evals: by the names of EVALS."""
+
+    facts: RunFacts
+    records: list[StepRecord]
+    evals: dict[str, EvalFacts]
+
+
+def load(run: Path) -> Run:
+    """Read a run's directory. Raises CheckpointError for one that holds no finished step."""
     facts, records = read_facts(run), read(run / JOURNAL)
     if not records:
         raise CheckpointError(f"{run / JOURNAL} has no finished step: let the run get further, then report again")
     evals = {name: load_facts(run / file, EvalFacts) for name, file in EVALS.items() if (run / file).exists()}
-    path = run / "report.html"
-    path.write_text(render(facts, records, evals), encoding="utf-8")
+    return Run(facts=facts, records=records, evals=evals)
+
+
+def write_report(run: Path, to: Path | None = None) -> Path:
+    """Write `report.html` into a run directory, or the file `to`, and return its path. Raises as `load`."""
+    found = load(run)
+    path = to or run / "report.html"
+    page.save(path, render(found.facts, found.records, found.evals))
     return path
 
 
@@ -59,25 +87,17 @@ def render(facts: RunFacts, records: Sequence[StepRecord], evals: Mapping[str, E
     """The page, from what a run left behind."""
     alike = comparable(evals)
     pictures = [
-        ("Loss", figures.svg(lambda axes: figures.loss(axes, records)),
-         "Every optimizer step (thin) and the running mean over 5 % of the run."),
-        ("Teacher-forced accuracy", figures.svg(lambda axes: figures.accuracy(axes, records)),
-         "Running means. Not the acceptance length."),
-        ("Time of a step", figures.svg(lambda axes: figures.time_split(axes, records)), _time_caption(records)),
-    ]  # fmt: skip
+        ("Loss", figures.loss(records), "Every optimizer step (pale) and the running mean over 5 % of the run."),
+        ("Teacher-forced accuracy", figures.accuracy(records), "Running means. Not the acceptance length."),
+        ("Time of a step", figures.time_split(records), _time_caption(records)),
+    ]
     if alike:
-        shares = {name: one.result.acceptance_by_offset for name, one in alike.items()}
-        caption = (
-            "Share of the target's forwards with a guess k in which it accepted the first k guesses, in real decoding."
-        )
-        picture = figures.svg(lambda axes: figures.acceptance(axes, shares))
-        pictures.insert(1, ("Acceptance by offset", picture, caption))
-    target = str(facts.target.get("model", ""))
-    method = str(facts.draft.get("method", "")).partition(" (")[0]
-    heading = f"{method} draft for {target}" if method else f"Draft for {target}"
+        pictures.insert(1, ("Acceptance by offset", *acceptance(alike)))
+    name = title(facts)
     body = [
-        f"<header><h1>{text(heading)}</h1><p>{text(_subtitle(facts, records))}</p></header>",
+        f"<header><h1>{text(name)}</h1><p>{text(_subtitle(facts, records))}</p></header>",
         f'<section class="tiles">{"".join(page.tile(*figure) for figure in key_figures(records, alike))}</section>',
+        page.settings(key_settings(facts)),
         f'<section class="pictures">{"".join(page.picture(*one) for one in pictures)}</section>',
         f"<section><h2>What the figures mean</h2>{page.definitions(DEFINITIONS)}</section>",
         '<section class="tables">',
@@ -90,7 +110,48 @@ def render(facts: RunFacts, records: Sequence[StepRecord], evals: Mapping[str, E
         "</section>",
         f"<section><h2>Configuration</h2><pre>{text(_yaml(facts.config))}</pre></section>",
     ]
-    return page.document(f"specd report: {target}", "\n".join(body))
+    return page.document(f"specd report: {facts.target.get('model', '')}", "\n".join(body))
+
+
+def title(facts: RunFacts) -> str:
+    """What was trained, and for which target."""
+    method = str(facts.draft.get("method", "")).partition(" (")[0]
+    target = str(facts.target.get("model", ""))
+    return f"{method} draft for {target}" if method else f"Draft for {target}"
+
+
+def key_settings(facts: RunFacts) -> dict[str, Any]:
+    """What the draft is, and the settings that matter: those of ALWAYS, and all others that are not the defaults."""
+    shown = {f"draft: {name}": value for name, value in facts.draft.items() if name != "method"}
+    given = flat(facts.config)
+    usual = flat(msgspec.json.decode(msgspec.json.encode(RunConfig(method=""))))
+    for name, value in given.items():
+        section = name.partition(".")[0]
+        if section not in ("target", "data", "train", "subscriber") or name == "target.model":
+            continue
+        if name in ALWAYS or value != usual.get(name):
+            shown[name] = ", ".join(map(str, value)) if isinstance(value, list) else value
+    return shown
+
+
+def flat(config: Mapping[str, Any], above: str = "") -> dict[str, Any]:
+    """Settings by their `a.b` names."""
+    found: dict[str, Any] = {}
+    for key, value in config.items():
+        found |= flat(value, f"{above}{key}.") if isinstance(value, dict) else {f"{above}{key}": value}
+    return found
+
+
+def acceptance(evals: Mapping[str, EvalFacts]) -> tuple[Chart, str]:
+    """The chart of the shares accepted at each offset, a line for each evaluation, and its caption."""
+    shares = {name: one.result.acceptance_by_offset for name, one in evals.items()}
+    bands = {name: intervals.acceptance_by_offset(one.result.prompts) for name, one in evals.items()}
+    caption = (
+        "Share of the target's forwards with a guess k in which it accepted the first k guesses, in real decoding."
+    )
+    if any(bands.values()):
+        caption += " Bands: 95 % intervals."
+    return figures.acceptance(shares, bands), caption
 
 
 def comparable(evals: Mapping[str, EvalFacts]) -> dict[str, EvalFacts]:
@@ -105,6 +166,7 @@ def key_figures(records: Sequence[StepRecord], evals: Mapping[str, EvalFacts]) -
     if (after := evals.get("trained")) is not None:
         before = evals.get("untrained")
         remark = f"{before.acceptance_length:.2f} untrained" if before else "1.0 is plain decoding"
+        remark = "; ".join(part for part in (intervals.said(after.result.prompts), remark) if part)
         tiles.append((f"{after.acceptance_length:.2f}", "acceptance length", remark))
         tiles.append(
             (
@@ -137,7 +199,8 @@ def _ends(values: Sequence[float | None]) -> tuple[float, float]:
     return sum(known[:count]) / count, sum(known[-count:]) / count
 
 
-def _shares(records: Sequence[StepRecord]) -> tuple[float, float, float]:
+def shares(records: Sequence[StepRecord]) -> tuple[float, float, float]:
+    """Of the steps' time: waiting for the target, for the wire, and the rest."""
     total = sum(record.step_s for record in records) or 1.0
     return (
         sum(record.target_wait_s for record in records) / total,
@@ -147,7 +210,7 @@ def _shares(records: Sequence[StepRecord]) -> tuple[float, float, float]:
 
 
 def _time_caption(records: Sequence[StepRecord]) -> str:
-    target, wire, train = _shares(records)
+    target, wire, train = shares(records)
     return f"{bound(target, wire, train)}-bound: target {target:.0%}, wire {wire:.1%}, trainer {train:.0%} of the time."
 
 
@@ -169,7 +232,8 @@ def _evaluation(evals: Mapping[str, EvalFacts]) -> dict[str, Any]:
     rows: dict[str, Any] = {}
     for name, facts in evals.items():
         result = facts.result
-        rows[f"{name}: acceptance length"] = f"{result.acceptance_length:.3f}"
+        sure = intervals.said(result.prompts)
+        rows[f"{name}: acceptance length"] = f"{result.acceptance_length:.3f}" + f" ({sure})" * bool(sure)
         source = f" of {facts.source}" if facts.source else ""
         rows[f"{name}: prompts"] = f"{facts.prompts}{source}, at most {facts.max_new_tokens} tokens each"
         for fault in facts.bad:

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -36,10 +37,37 @@ from specd.targets.registry import load_target
 from specd.targets.source import dummy_config, resolve
 from specd.targets.transformers.load import load_causal_lm
 
-PARAMETERS = {"smollm2-135m": 134.5e6, "Qwen3-4B": 4.02e9, "Qwen3-8B": 8.19e9, "Qwen3-30B-A3B-FP8": 30.5e9}
-"""As their model cards state them; Qwen3-4B's and SmolLM2's head is tied."""
+PARAMETERS = {
+    "smollm2-135m": 134.5e6,
+    "Qwen3-4B": 4.02e9,
+    "Qwen3-8B": 8.19e9,
+    "Qwen3-14B": 14.77e9,
+    "Qwen3-30B-A3B": 30.53e9,
+    "Qwen3-30B-A3B-FP8": 30.53e9,
+    "Qwen3.5-4B": 4.21e9,
+    "Qwen3.5-35B-A3B": 34.66e9,
+    "Qwen3.6-27B": 26.9e9,
+    "Llama-3.1-8B-Instruct": 8.03e9,
+    "gpt-oss-20b": 20.91e9,
+    "gpt-oss-120b": 116.83e9,
+    "gemma-3-1b-it": 1.0e9,
+    "gemma-3-4b-it": 3.88e9,
+    "gemma-3-12b-it": 11.77e9,
+    "gemma-3-27b-it": 27.01e9,
+}
+"""Of the language model alone, a tied head counted once."""
 
-TAPS = {"smollm2-135m": (1, 8, 14, 20, 27), "Qwen3-30B-A3B-FP8": (1, 12, 23, 34, 45)}
+PUBLISHED = {
+    "Qwen3-4B": (1, 9, 17, 25, 33),
+    "Qwen3-8B": (1, 9, 17, 25, 33),
+    "Qwen3.5-4B": (1, 8, 15, 22, 29),
+    "Qwen3.5-35B-A3B": (1, 10, 19, 28, 37),
+    "Qwen3.6-27B": (1, 16, 31, 46, 61),
+}
+"""Taps in SpecForge's configs of DFlash drafts."""
+MASKS = {"Qwen3-": 151669, "Qwen3.5": 248070, "Qwen3.6": 248070}
+"""Mask tokens of published drafts; elsewhere the trainer chooses one."""
+THETA = {"smollm2": 1e5, "Qwen3-": 1e6, "Qwen3.": 1e7, "Llama": 5e5, "gpt-oss": 150_000}
 REDUCED = {
     "hidden_size": 64,
     "intermediate_size": 96,
@@ -50,12 +78,35 @@ REDUCED = {
     "head_dim": 16,
     "num_experts": 8,
     "num_experts_per_tok": 2,
+    "num_local_experts": 8,
+    "shared_expert_intermediate_size": 32,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "query_pre_attn_scalar": 16,
     "max_window_layers": 6,
     "vocab_size": 256,
     "bos_token_id": 1,
     "eos_token_id": 2,
     "pad_token_id": None,
 }
+
+
+DEMO = "smollm2-135m"
+
+
+def of_family(values: dict[str, Any], name: str, otherwise: Any) -> Any:
+    return next((value for family, value in values.items() if name.startswith(family)), otherwise)
+
+
+def reduced(config: dict[str, Any]) -> dict[str, Any]:
+    small = {key: REDUCED.get(key, value) for key, value in config.items() if key != "quantization_config"}
+    if config.get("sliding_window"):
+        small["sliding_window"] = 8
+    if "mrope_section" in config.get("rope_parameters", {}):
+        small["rope_parameters"] = config["rope_parameters"] | {"mrope_section": [1, 1, 0]}
+    return small
 
 
 def known(name: str) -> Preset:
@@ -79,7 +130,9 @@ def test_shapes_are_the_published_models(name: str) -> None:
     with torch.device("meta"):
         model = factory.from_config(config, dtype=torch.bfloat16)
     assert sum(weight.numel() for weight in model.parameters()) == pytest.approx(PARAMETERS[name], rel=0.003)
-    assert config.rope_parameters["rope_theta"] == (1e5 if name.startswith("smollm2") else 1e6)
+    rope = config.rope_parameters
+    theta = rope["full_attention"]["rope_theta"] if name.startswith("gemma") else rope["rope_theta"]
+    assert theta == of_family(THETA, name, 1e6)
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
@@ -91,18 +144,21 @@ def test_recipes_fit_the_configuration(name: str) -> None:
     ring = convert(recipe.ring, RingConfig, f"preset {name}")
     layers = recipe.config["num_hidden_layers"]
     taps = spread_taps(layers, draft.num_taps)
-    assert taps == TAPS.get(name, (1, 9, 17, 25, 33))
+    assert taps == PUBLISHED.get(name, taps)
     assert draft.num_taps == capture.num_taps
     assert CaptureSpec(taps=taps).problem(layers) is None
     assert run.data.batch_tokens <= ring.slot_tokens
     assert run.data.max_length <= run.data.batch_tokens
-    assert 0 <= draft.mask_token_id < recipe.config["vocab_size"]
-    assert draft.mask_token_id not in {recipe.config["bos_token_id"], recipe.config["eos_token_id"]}
-    if name.startswith("Qwen3"):
-        assert (draft.num_layers, draft.block_size, draft.num_anchors) == (5, 16, 512)
-        assert draft.mask_token_id == 151669
-    else:
+    assert draft.mask_token_id < recipe.config["vocab_size"]
+    if name == DEMO:
         assert run.data.path == "specd:demo/train.jsonl"
+        assert draft.mask_token_id == 9
+    else:
+        layers = 8 if name == "Qwen3.5-35B-A3B" else 5
+        assert (draft.num_layers, draft.block_size, draft.num_anchors) == (layers, 16, 512)
+        assert draft.mask_token_id == of_family(MASKS, name, -1)
+        chosen = msgspec.structs.replace(draft, mask_token_id=max(draft.mask_token_id, 0))
+        assert block_shape(chosen, recipe.config, taps).problem() is None
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
@@ -111,14 +167,14 @@ def test_recipes_of_dflash2_fit_the_configuration(name: str) -> None:
     run = convert({"method": "dflash2"} | recipe.run["dflash2"], RunConfig, f"preset {name}")
     draft = convert(run.draft, DFlash2Config, f"preset {name}")
     taps = spread_taps(recipe.config["num_hidden_layers"], 5)
+    draft = msgspec.structs.replace(draft, mask_token_id=max(draft.mask_token_id, 0))
     shape = block_shape(draft, recipe.config, taps, DFLASH2.shape, DFLASH2.own)
     assert shape.block_size == 8
     plain = recipe.run["dflash"]
-    assert {key: run.draft[key] for key in ("mask_token_id", "num_layers", "num_anchors")} == {
-        key: plain["draft"][key] for key in ("mask_token_id", "num_layers", "num_anchors")
-    }
+    for key in ("mask_token_id", "num_layers", "num_anchors", "num_heads", "sliding_window"):
+        assert run.draft.get(key) == plain["draft"].get(key), key
     assert recipe.run["dflash2"]["data"] == plain["data"]
-    if name.startswith("Qwen3-30B"):
+    if name == "Qwen3-30B-A3B-FP8":
         with torch.device("meta"):
             networks = (DFLASH2.network(shape), DFLASH.network(shape))
         whole, backbone = (sum(weight.numel() for weight in network.parameters()) for network in networks)
@@ -131,7 +187,8 @@ def test_recipes_of_dspark_fit_the_configuration(name: str) -> None:
     run = convert({"method": "dspark"} | recipe.run["dspark"], RunConfig, f"preset {name}")
     draft = convert(run.draft, DSparkConfig, f"preset {name}")
     taps = spread_taps(recipe.config["num_hidden_layers"], 5)
-    shape = block_shape(draft, recipe.config, taps, DSPARK.shape, DSPARK.own)
+    masked = msgspec.structs.replace(draft, mask_token_id=max(draft.mask_token_id, 0))
+    shape = block_shape(masked, recipe.config, taps, DSPARK.shape, DSPARK.own)
     assert (shape.num_guesses, draft.loss_decay) == (7, 4.0)
     ring = convert(recipe.ring, RingConfig, f"preset {name}")
     states = draft.num_taps + 1
@@ -147,17 +204,17 @@ def test_recipes_of_eagle3_fit_the_configuration(name: str) -> None:
     draft = convert(run.draft, Eagle3Config, f"preset {name}")
     ring, layers = convert(recipe.ring, RingConfig, f"preset {name}"), recipe.config["num_hidden_layers"]
     taps = eagle3_taps(layers)
-    assert taps == {30: (1, 14, 26), 36: (1, 17, 32), 48: (1, 23, 44)}[layers]
+    assert taps == (1, layers // 2 - 1, layers - 4)
     assert CaptureSpec(taps=taps, final=True).problem(layers) is None
     assert len(taps) + 1 <= recipe.capture["num_taps"], "what a daemon's slots hold"
     assert run.data.max_length <= run.data.batch_tokens <= ring.slot_tokens
     shape = draft_shape(draft, recipe.config, taps)
     assert shape.draft_vocab_size < shape.vocab_size
-    if name.startswith("Qwen3"):
-        assert (draft.num_steps, draft.draft_vocab_size, run.train.clip, run.train.lr) == (7, 32_000, 0.5, 1e-4)
-    else:
+    if name == DEMO:
         assert run.data.path == "specd:demo/train.jsonl"
-    if name.startswith("Qwen3-30B"):
+    else:
+        assert (draft.num_steps, draft.draft_vocab_size, run.train.clip, run.train.lr) == (7, 32_000, 0.5, 1e-4)
+    if name == "Qwen3-30B-A3B-FP8":
         with torch.device("meta"):
             trained = sum(weight.numel() for weight in Eagle3Draft(shape).parameters())
         assert trained == pytest.approx(183e6, rel=0.01)
@@ -166,7 +223,7 @@ def test_recipes_of_eagle3_fit_the_configuration(name: str) -> None:
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_each_preset_runs_at_reduced_size(name: str, tmp_path: Path) -> None:
     """Dummy weights, the family's own config with smaller sizes: packed states equal plain runs of each sequence."""
-    config = {key: REDUCED.get(key, value) for key, value in known(name).config.items()}
+    config = reduced(known(name).config)
     (tmp_path / "config.json").write_text(json.dumps(config))
     target = load_target(
         TargetConfig(model=f"{tmp_path}/", load_format="dummy", num_layers=5, dtype="float32", device="cpu")

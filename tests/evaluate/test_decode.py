@@ -235,6 +235,8 @@ def test_acceptance_by_offset_is_the_share_of_blocks(model: Any) -> None:
     assert result.acceptance_length == 3.0
     assert result.forwards == 4
     assert result.acceptance_by_offset == (1.0, 1.0, 0.0, 0.0)
+    (row,) = result.prompts
+    assert (row.drafted, row.accepted) == ((4, 4, 3, 3), (4, 4, 0, 0)), "by prompt, for the intervals"
 
 
 def test_a_cached_draft_equals_one_that_reads_the_whole_context_each_time(model: Any) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-import base64
+import msgspec
 
 from specd.report import page
+from specd.report.chart import Chart, Series
+
+CHART = Chart(series=[Series(name="<s>", colour="#000", y=[1.0])], x=[1], labels=["<l>"], x_label="x", y_label="y")
 
 
 def test_texts_are_escaped() -> None:
@@ -12,16 +15,24 @@ def test_texts_are_escaped() -> None:
         page.tile("<1>", "a & b", '"x"'),
         page.table("<t>", {"<k>": "<v>", "n": 3}),
         page.definitions({"<d>": "m"}),
-        page.picture("<p>", "<svg></svg>", "<c>"),
+        page.picture("<p>", CHART, "<c>"),
+        page.settings({"<d>": "<v>"}),
     ]
     whole = page.document("<title>", "".join(parts))
     assert "<title>&lt;title&gt;</title>" in whole
-    for name in ("<1>", "<t>", "<k>", "<v>", "<d>", "<p>", "<c>"):
+    for name in ("<1>", "<t>", "<k>", "<v>", "<d>", "<p>", "<c>", "<s>", "<l>"):
         assert name not in whole.replace("<title>", "")
     assert whole.count("&lt;p&gt;") == 2, "heading and alternative text"
 
 
-def test_a_picture_is_an_image_of_its_own() -> None:
-    svg = '<svg id="a"/>'
-    assert f"base64,{base64.b64encode(svg.encode()).decode()}" in page.picture("p", svg, "c")
-    assert svg not in page.picture("p", svg, "c")
+def test_a_picture_has_a_legend_where_it_has_several_lines() -> None:
+    assert "legend" not in page.picture("p", CHART, "c")
+    two = msgspec.structs.replace(CHART, series=[*CHART.series, Series(name="<b>", colour="#111", y=[2.0])])
+    assert '<ul class="legend">' in page.picture("p", two, "c")
+
+
+def test_columns_have_a_head_each() -> None:
+    made = page.columns(["a", "<b>"], {"lr": ["1", "<2>"]})
+    assert made.count("<th") == 3
+    assert "&lt;b&gt;" in made
+    assert "<td>&lt;2&gt;</td>" in made

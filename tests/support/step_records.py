@@ -72,7 +72,7 @@ FACTS = RunFacts(
     data={"samples": 12},
     transports={"ipc:///tmp/x.sock": "shm"},
     machine={"processor": "abacus"},
-    config=msgspec.to_builtins(RunConfig(method="dflash")),
+    config=msgspec.json.decode(msgspec.json.encode(RunConfig(method="dflash"))),
 )
 
 

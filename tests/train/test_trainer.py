@@ -253,7 +253,7 @@ def test_and_before_a_target_is_loaded(
     assert run([*command, "--preset", "smollm2-135m", "--data", "missing.jsonl"]) == 1
     assert "no data at 'missing.jsonl'" in capsys.readouterr().err
     assert run([*command, "--preset", "smollm3"]) == 2
-    assert "preset 'smollm3': expected one of Qwen3-30B-A3B-FP8" in capsys.readouterr().err
+    assert "preset 'smollm3': expected one of Llama-3.1-8B-Instruct" in capsys.readouterr().err
     assert run([*command, "--set", "draft.mask_token_id=2"]) == 2
     assert "draft.mask_token_id=2: it is the tokenizer's eos_token, '<|im_end|>'" in capsys.readouterr().err
 
