@@ -189,6 +189,10 @@ class Loader:
         """The batches of one epoch (from 0), from number `index` on; none from the epoch's length on."""
         yield from self.packed(self.places_of(epoch, index))
 
+    def before(self, epoch: int, index: int) -> int:
+        """How many batches there are before number `index` of `epoch`, without gaps."""
+        return sum(map(self._plan.num_batches, range(epoch))) + index
+
     def remaining(self, epoch: int, index: int) -> Iterator[Batch]:
         """All batches of the run from number `index` of `epoch` on; `index` may be the length of that epoch."""
         yield from self.packed(self.places(epoch, index))
