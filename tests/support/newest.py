@@ -28,7 +28,8 @@ VERSIONS: Final = "SPECD_VERSIONS"
 def declared(extras: Iterable[str] = EXTRAS) -> list[str]:
     """The requirements of pyproject.toml, with those of these extras."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    return [*project["dependencies"], *(one for name in extras for one in project["optional-dependencies"][name])]
+    more = [one for name in extras for one in project["optional-dependencies"][name]]
+    return list(dict.fromkeys([*project["dependencies"], *more]))
 
 
 def open_ended(requirement: str) -> str:
