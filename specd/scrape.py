@@ -43,11 +43,13 @@ def listen(address: str) -> socket.socket:
     host, port = parse(address)
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
+        host.encode("idna")  # what cannot be a name
         listener = socket.create_server((host, port), family=family, backlog=16)
-    except OSError as error:
+    except (OSError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or error
         raise ConfigError(
-            f"metrics={address!r}: cannot listen there: {error.strerror or error}; name another port, or 0 for a free "
-            f"one, and an address of this machine"
+            f"metrics={address!r}: cannot listen there: {reason}; name another port, or 0 for a free one, and an "
+            f"address of this machine"
         ) from None
     shown = f"[{host}]" if ":" in host else host
     url = f"http://{shown}:{listener.getsockname()[1]}/metrics"
