@@ -64,6 +64,6 @@ def check_grids(arguments: dict[str, torch.Tensor]) -> None:
         grid, patches = arguments[grids], arguments[pixels]
         if not patches.ndim or not patch_counts(grid, patches.shape[0]):
             raise TargetError(
-                f"{pixels} of a sequence is {list(patches.shape)}, and {grids} {grid.flatten()[:24].tolist()} asks for other patches; "
-                f"prepare the data with the target's own processor"
+                f"{pixels} of a sequence is {list(patches.shape)}, and {grids} {grid.flatten()[:24].tolist()} "
+                f"asks for other patches; prepare the data with the target's own processor"
             )
