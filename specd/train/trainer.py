@@ -41,7 +41,7 @@ from specd.memory.streams import on_device
 from specd.protocol.capture import CaptureSpec
 from specd.protocol.contract import TargetContract
 from specd.train import launcher
-from specd.train.checkpoint import Checkpoints, Identity
+from specd.train.checkpoint import Checkpoints
 from specd.train.directory import RunDirectory, RunFacts, fixed, identity, machine_facts, target_files, utc, write_facts
 from specd.train.display import Display
 from specd.train.distributed import Ranks
@@ -55,7 +55,6 @@ from specd.train.preparation import data_facts, kept, prepared, warn_of_length, 
 from specd.train.sinks import check as check_log
 from specd.train.sinks import opened
 from specd.transports import registry as transports
-from specd.version import __version__
 
 logger = logging.getLogger(__name__)
 
@@ -194,7 +193,7 @@ def _train(
         plan = dataset.plan(settled.data, settled.train.seed)
         loader = Loader(dataset, plan, epochs=settled.train.epochs, payloads=images)
         own = identity(settled, draft, method.free, contract, dataset.digest)
-        _agree(ranks, own, device, settled)
+        ranks.agree(launcher.facts(own, device, settled.train.collectives))
         checkpoints = Checkpoints(directory.checkpoints, own, settled.train.keep)
         if again and ranks.leads:
             checkpoints.compare(checkpoints.latest())
@@ -266,13 +265,6 @@ def _connect(
         return Subscriber(link, spec, device=device, name=name, context=host.context)
     seat = Seat(launch.rank, launch.local, launch.here) if ranks.size > 1 else None
     return Subscriber(link, spec, device=device, name=name, run=ranks.run, ranks=ranks.size, seat=seat)
-
-
-def _agree(ranks: Ranks, own: Identity, device: str, config: RunConfig) -> None:
-    """Raise ConfigError unless all ranks train the same."""
-    facts = {"specd": __version__, "target": own.target, "train.device": device.partition(":")[0]}
-    facts |= {name: str(value) for name, value in own.settings.items() if name != "data.digest"}
-    ranks.agree(facts | {"train.collectives": config.train.collectives, "data": str(own.settings["data.digest"])})
 
 
 def output_of(config: RunConfig) -> RunDirectory:
