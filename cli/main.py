@@ -143,6 +143,13 @@ def run(arguments: Sequence[str] | None = None) -> int:
         else:
             print(f"specd: error: {said}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
+    except (MemoryError, RuntimeError) as error:  # torch has no class of its own for a CPU without memory
+        if not (isinstance(error, MemoryError) or "can't allocate memory" in str(error)):
+            raise
+        print(
+            f"specd: error: no memory left on this host: {error}; take smaller settings, or free some", file=sys.stderr
+        )
+        return 1
     return 0
 
 

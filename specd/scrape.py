@@ -40,21 +40,32 @@ def parse(address: str) -> tuple[str, int]:
 
 def listen(address: str) -> socket.socket:
     """A socket that listens at `address`, see `parse`. Raises ConfigError for one where that cannot be."""
-    host, port = parse(address)
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    try:
-        listener = socket.create_server((host, port), family=family, backlog=16)
-    except OSError as error:
-        raise ConfigError(
-            f"metrics={address!r}: cannot listen there: {error.strerror or error}; name another port, or 0 for a free "
-            f"one, and an address of this machine"
-        ) from None
+    listener, host = _bound(address), parse(address)[0]
     shown = f"[{host}]" if ":" in host else host
     url = f"http://{shown}:{listener.getsockname()[1]}/metrics"
     if not _is_loopback(host):
         logger.warning("metrics at %s are read by everybody who reaches it: they ask for no key", url)
     logger.info("metrics at %s", url)
     return listener
+
+
+def check(address: str) -> None:
+    """Raise ConfigError where `listen` would, as things are now."""
+    _bound(address).close()
+
+
+def _bound(address: str) -> socket.socket:
+    host, port = parse(address)
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        host.encode("idna")  # what cannot be a name
+        return socket.create_server((host, port), family=family, backlog=16)
+    except (OSError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(
+            f"metrics={address!r}: cannot listen there: {reason}; name another port, or 0 for a free one, and an "
+            f"address of this machine"
+        ) from None
 
 
 def answer(listener: socket.socket, collect: Collect, pid: int | None = None) -> WSGIServer:

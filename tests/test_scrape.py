@@ -94,6 +94,11 @@ def test_a_port_that_is_taken_is_named() -> None:
             pytest.fail("it was served twice")
 
 
+def test_a_host_that_cannot_be_one_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"metrics='é..:0': cannot listen there: .*idna"), serving("é..:0", collect):
+        pytest.fail("it was served")
+
+
 def test_a_page_beyond_this_machine_is_a_warning(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING), serving("0.0.0.0:0", collect):
         assert "read by everybody" in caplog.text

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import errno
 import hashlib
 import importlib.util
 import io
@@ -46,7 +47,7 @@ class Picture(msgspec.Struct, frozen=True, kw_only=True):
         if not self.path:
             return self.data
         try:
-            found = Path(self.path).read_bytes()
+            found = _bytes(Path(self.path))
         except OSError as error:
             raise DataError(f"image {self.path}: {error.strerror}; put it back, or prepare the data anew") from None
         if _digest(found) != self.digest:
@@ -94,7 +95,7 @@ def picture(source: Any, folder: str, where: str) -> Picture:
             raise _unread(where, f"the image {source!r} has no folder; give whole paths, or a column `{FOLDER}`")
         path = Path(folder, path)
     try:
-        return Picture(name=source, digest=_digest(path.read_bytes()), path=str(path.resolve()))
+        return Picture(name=source, digest=_digest(_bytes(path)), path=str(path.resolve()))
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or "no path"
         raise _unread(where, f"the image {source!r} cannot be read in {folder or '/'}: {reason}") from None
@@ -229,6 +230,13 @@ def _json(file: Path) -> dict[str, Any]:
         return msgspec.json.decode(file.read_bytes(), type=dict[str, Any])
     except (OSError, msgspec.MsgspecError):
         return {}
+
+
+def _bytes(path: Path) -> bytes:
+    """What a file holds. Raises OSError, for a pipe or a device, too, which may have no end."""
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "it is no file")
+    return path.read_bytes()
 
 
 def _digest(data: bytes) -> bytes:

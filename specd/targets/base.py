@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
@@ -171,3 +172,15 @@ def payload_tensor(array: Array) -> torch.Tensor:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The given buffer is not writable", UserWarning)
         return torch.frombuffer(array.data, dtype=dtype).view(array.shape)
+
+
+def patch_counts(grids: torch.Tensor, patches: int) -> list[int]:
+    """Patches of each image by its frames, rows and columns [images, 3]; none unless they are `patches` in all.
+
+    A product of 64 bits, or of negative numbers, would fit any count.
+    """
+    if grids.ndim != 2 or grids.shape[1] != 3 or grids.is_floating_point() or len(grids) > patches:
+        return []
+    found: list[list[int]] = grids.tolist()
+    counts = [math.prod(each) for each in found if min(each) > 0]
+    return counts if len(counts) == len(found) and sum(counts) == patches else []

@@ -60,7 +60,7 @@ def check(config: RunConfig, launch: Launch | None = None) -> str:
     Raises ConfigError, DataError for data that is not there.
     """
     registry.settings(config.method, config.draft, "settings")
-    check_log(config.log)
+    check_log(config.log, (launch or Launch()).rank == 0)
     if config.data.path:
         datasets.check(config.data)
     if (asked := config.subscriber.transport) not in (known := ["auto", *transports.names()]):

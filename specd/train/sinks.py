@@ -36,15 +36,18 @@ CLOSE_S = 60.0
 """How long the end of a run waits for what was not sent yet."""
 
 
-def check(config: LogConfig) -> None:
-    """Raise ConfigError for a logger that is unknown, or not installed, or a page that has no such address."""
+def check(config: LogConfig, serves: bool = True) -> None:
+    """Raise ConfigError for a logger that is unknown, or not installed, or a page that cannot be at its address.
+
+    serves: whether this process is to serve the page.
+    """
     for name in config.to:
         if name not in NAMES:
             raise ConfigError(f"log.to={name!r}: expected any of {', '.join(NAMES)}; the journal is always written")
         if importlib.util.find_spec(name) is None:
             raise missing_extra(name, name)
     if config.metrics:
-        scrape.parse(config.metrics)
+        (scrape.check if serves else scrape.parse)(config.metrics)
 
 
 @contextmanager

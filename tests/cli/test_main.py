@@ -9,6 +9,7 @@ import re
 import sys
 
 import pytest
+import torch
 import typer
 from typer.testing import CliRunner
 
@@ -83,6 +84,24 @@ def test_errors_leave_as_one_line_and_a_code(
     assert run(["doctor"]) == code
     expected = "specd: interrupted\n" if isinstance(error, KeyboardInterrupt) else f"specd: error: {error}\n"
     assert capsys.readouterr().err == expected
+
+
+def test_a_host_without_memory_is_said_and_other_faults_are_not_hidden(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fill() -> None:
+        torch.empty(1 << 62, dtype=torch.uint8)
+
+    monkeypatch.setattr(doctor, "machine", fill)
+    assert run(["doctor"]) == 1
+    assert capsys.readouterr().err.startswith("specd: error: no memory left on this host: ")
+
+    def fail() -> None:
+        raise RuntimeError("a fault")
+
+    monkeypatch.setattr(doctor, "machine", fail)
+    with pytest.raises(RuntimeError, match="a fault"):
+        run(["doctor"])
 
 
 def test_wrong_option_is_a_usage_error(capsys: pytest.CaptureFixture[str]) -> None:

@@ -168,6 +168,7 @@ def test_a_target_or_daemon_that_takes_no_such_images_is_refused_before_training
 
 BAD: dict[str, tuple[dict[str, Any], str]] = {
     "gone": (row({"type": "image", "image": "none.png"}), r"the image 'none\.png' cannot be read in .*No such file"),
+    "endless": (row({"type": "image", "image": "/dev/zero"}), r"'/dev/zero' cannot be read in .*it is no file"),
     "web": (row({"type": "image_url", "image_url": {"url": "https://x.org/a.png"}}), "expected the path of a file"),
     "no base64": (row({"type": "image", "image": "data:image/png;base64,§"}), "is no data: URL in base64"),
     "no image": (row({"type": "image", "image": url(b"text")}), "is none that can be used"),

@@ -21,6 +21,7 @@ from specd.protocol.batch import slot_layout
 from specd.protocol.capture import CaptureSpec
 from specd.targets.base import CaptureJob, payload_tensor
 from specd.targets.registry import load_target
+from specd.targets.transformers.images import check_grids
 
 SPEC = CaptureSpec(taps=(0, 1, 4), final=True, dtype="float32")
 Sequences = Sequence[tuple[NDArray[np.int32], payload.Payload]]
@@ -107,7 +108,7 @@ def test_an_image_changes_what_follows_it_and_nothing_before(served: Any) -> Non
         ),
         (
             lambda brought: brought | {"pixel_values": vision.array(payload_tensor(brought["pixel_values"])[:0])},
-            "0 patches|does not fit|failed",
+            "asks for other patches|does not fit|failed",
         ),
     ],
 )
@@ -120,6 +121,16 @@ def test_what_does_not_belong_together_fails_and_the_target_lives_on(served: Any
     fill = job(sound)
     target.run([fill])
     check(folder, fill, sound)
+
+
+@pytest.mark.parametrize("grid", [[-1, -4, 6], [1 << 32, 1 << 32, 6], [0, 1 << 20, 1 << 20]])
+def test_grids_of_no_image_are_refused_before_memory_is_taken_for_them(grid: list[int]) -> None:
+    _, brought = vision.sequence("qwen3_vl", 5, 9)
+    arguments = {name: payload_tensor(array) for name, array in brought.items()}
+    pixels = arguments["pixel_values"] if min(grid) < 0 else arguments["pixel_values"][:0]
+    with pytest.raises(TargetError, match=r"image_grid_thw \[.*\] asks for other patches"):
+        check_grids(arguments | {"pixel_values": pixels, "image_grid_thw": torch.tensor([grid])})
+    check_grids(arguments)
 
 
 @pytest.mark.gpu(1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import socket
 import sys
 import threading
 import urllib.request
@@ -88,6 +89,11 @@ def test_loggers_that_are_unknown_or_missing_are_refused(monkeypatch: pytest.Mon
         check(LogConfig(to=("wandbd",)))
     with pytest.raises(ConfigError, match="expected PORT"):
         check(LogConfig(metrics="here"))
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        with pytest.raises(ConfigError, match=r"cannot listen there: .*in use"):
+            check(LogConfig(metrics=port))
+        check(LogConfig(metrics=port), serves=False)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"package 'mlflow' is not installed; install it with: .*mlflow\]"):
         check(LogConfig(to=("mlflow",)))

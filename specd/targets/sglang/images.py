@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from specd.errors import TargetError
 from specd.protocol.payload import Payload
-from specd.targets.base import payload_tensor
+from specd.targets.base import patch_counts, payload_tensor
 from specd.targets.sglang.touch_points import IMAGE_POINTS, touch_points
 from specd.targets.sglang.versions import uses_mrope
 
@@ -74,11 +74,11 @@ class Images:
         if missing:
             raise TargetError(f"a sequence with images lacks {', '.join(missing)}; prepare it with the processor")
         grid, pixels = payload_tensor(brought["image_grid_thw"]), payload_tensor(brought["pixel_values"])
-        counts = grid.prod(dim=1).tolist() if grid.ndim == 2 and grid.shape[1] == 3 else []
-        if not counts or min(counts) < 1 or tuple(pixels.shape) != (sum(counts), self._patch):
+        counts = patch_counts(grid, pixels.shape[0]) if pixels.ndim else []
+        if not counts or tuple(pixels.shape[1:]) != (self._patch,):
             raise TargetError(
                 f"pixel_values {list(pixels.shape)} of a sequence are not the patches of image_grid_thw "
-                f"{grid.tolist()}, of {self._patch} numbers each; prepare it with the processor"
+                f"{grid.flatten()[:24].tolist()}, of {self._patch} numbers each; prepare it with the processor"
             )
         grids: NDArray[np.int64] = grid.numpy().astype(np.int64)
         items = []

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from specd.errors import TargetError
 from specd.protocol.payload import Payload
-from specd.targets.base import payload_tensor
+from specd.targets.base import patch_counts, payload_tensor
 
 _KINDS = ("pixel_", "image_", "video_", "token_type_ids", "mm_token_type_ids", "second_per_grid_ts")
 """How the names of arguments begin that a processor of images or videos makes."""
@@ -42,7 +42,7 @@ class Encoders:
                 raise TargetError(f"{name} of a sequence is {list(values.shape)}, expected {list(tokens.shape)}")
             if name.startswith("pixel_values"):
                 arguments[name] = values.to(self._whole.dtype)
-        _check_grids(arguments)
+        check_grids(arguments)
         try:
             return self._whole(input_ids=tokens, use_cache=False, **arguments)
         except (ValueError, TypeError, AttributeError, LookupError, StopIteration, NotImplementedError) as error:
@@ -56,13 +56,14 @@ class Encoders:
         self._whole = None
 
 
-def _check_grids(arguments: dict[str, torch.Tensor]) -> None:
+def check_grids(arguments: dict[str, torch.Tensor]) -> None:
     """Raise TargetError unless there are as many patches as the grids say, before a GPU finds out."""
     for grids, pixels in (("image_grid_thw", "pixel_values"), ("video_grid_thw", "pixel_values_videos")):
         if grids not in arguments or pixels not in arguments:
             continue
         grid, patches = arguments[grids], arguments[pixels]
-        if grid.ndim != 2 or grid.shape[1] != 3 or int(grid.prod(dim=1).sum()) != patches.shape[0]:
+        if not patches.ndim or not patch_counts(grid, patches.shape[0]):
             raise TargetError(
-                f"{pixels} of a sequence has {patches.shape[0]} patches, and {grids} {grid.tolist()} asks for others"
+                f"{pixels} of a sequence is {list(patches.shape)}, and {grids} {grid.flatten()[:24].tolist()} "
+                f"asks for other patches; prepare the data with the target's own processor"
             )
