@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from specd.train.journal import StepRecord
+from specd.train.measurement import Measurement
 
 
 def scalars(record: StepRecord) -> dict[str, float]:
@@ -20,8 +23,24 @@ def scalars(record: StepRecord) -> dict[str, float]:
         "time/train_s": record.train_s,
         "ring/busy_slots": float(record.busy_slots),
     }
-    for offset, value in enumerate(record.teacher_forced_by_offset, start=1):
-        values[f"teacher_forced_by_offset/{offset:02d}"] = value
-    for name, means in record.by_offset.items():
-        values |= {f"{name}_by_offset/{offset:02d}": mean for offset, mean in enumerate(means, start=1)}
+    values |= _by_offset("", record)
     return {name: value for name, value in values.items() if value is not None}
+
+
+def held_out_scalars(found: Measurement) -> dict[str, float]:
+    """The same of what held-out rows show."""
+    values: dict[str, float | None] = {
+        "validation/loss": found.loss,
+        "validation/best_loss": found.best_loss,
+        "validation/teacher_forced_accuracy": found.teacher_forced_accuracy,
+        "validation/seconds": found.seconds,
+    }
+    values |= _by_offset("validation_", found)
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _by_offset(begin: str, record: StepRecord | Measurement) -> Iterator[tuple[str, float | None]]:
+    means = {"teacher_forced": record.teacher_forced_by_offset, **record.by_offset}
+    for name, values in means.items():
+        for offset, value in enumerate(values, start=1):
+            yield f"{begin}{name}_by_offset/{offset:02d}", value

@@ -22,7 +22,8 @@ from specd.config.settings import LogConfig, RunConfig
 from specd.errors import CheckpointError, ConfigError, first_line, missing_extra
 from specd.train.directory import RunDirectory, read_facts
 from specd.train.journal import Sink, StepRecord
-from specd.train.scalars import scalars
+from specd.train.measurement import Measurement
+from specd.train.scalars import held_out_scalars, scalars
 from specd.train.tensorboard import Scalars
 from specd.train.trackers import TRACKERS, Tracked, Tracker
 
@@ -94,7 +95,7 @@ class Behind:
 
     def __init__(self, name: str, tracker: Tracker) -> None:
         self._name, self._tracker = name, tracker
-        self._waiting: queue.Queue[StepRecord | None] = queue.Queue(BEHIND)
+        self._waiting: queue.Queue[StepRecord | Measurement | None] = queue.Queue(BEHIND)
         self._lost = 0
         self._finished = False
         self._thread = threading.Thread(target=self._run, name=f"specd-{name}", daemon=True)
@@ -102,6 +103,13 @@ class Behind:
 
     def step(self, record: StepRecord) -> None:
         """Have one more step sent; never waits."""
+        self._send(record)
+
+    def validated(self, found: Measurement) -> None:
+        """Have what held-out rows show sent; never waits."""
+        self._send(found)
+
+    def _send(self, record: StepRecord | Measurement) -> None:
         try:
             self._waiting.put_nowait(record)
         except queue.Full:
@@ -125,7 +133,8 @@ class Behind:
     def _run(self) -> None:
         while (record := self._waiting.get()) is not None:
             try:
-                self._tracker.log(record.step, scalars(record))
+                measured = isinstance(record, Measurement)
+                self._tracker.log(record.step, held_out_scalars(record) if measured else scalars(record))
             except Exception as error:  # noqa: BLE001 - whatever it is, training goes on
                 self._lose(first_line(error))
         try:

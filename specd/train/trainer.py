@@ -54,6 +54,8 @@ from specd.train.owner import owned
 from specd.train.preparation import data_facts, kept, prepared, warn_of_length, with_date
 from specd.train.sinks import check as check_log
 from specd.train.sinks import opened
+from specd.train.validation import Held
+from specd.train.validation import planned as measurements
 from specd.transports import registry as transports
 from specd.version import __version__
 
@@ -177,7 +179,7 @@ def _train(
         with tempfile.TemporaryDirectory(prefix="specd-target-") as scratch:
             files = target_files(contract, subscriber.artifact, Path(scratch))
             settled = with_date(settled, draft, before, Path(scratch), ranks)
-            settled, draft, dataset = ranks.in_turn("data", partial(
+            settled, draft, dataset, held = ranks.in_turn("data", partial(
                 prepared,
                 settled,
                 draft,
@@ -191,8 +193,9 @@ def _train(
             images = ImagePayloads(dataset, Path(scratch), contract) if dataset.illustrated else None
         if images:
             images.check(contract, subscriber.ring, settled.data.batch_tokens)
-        plan = dataset.plan(settled.data, settled.train.seed)
+        plan = dataset.plan(settled.data, settled.train.seed, held.samples)
         loader = Loader(dataset, plan, epochs=settled.train.epochs, payloads=images)
+        validation = measurements(settled, dataset, held, plan, directory.validation)
         own = identity(settled, draft, method.free, contract, dataset.digest)
         _agree(ranks, own, device, settled)
         checkpoints = Checkpoints(directory.checkpoints, own, settled.train.keep)
@@ -205,14 +208,16 @@ def _train(
         try:
             published = json.loads(files["config.json"])
             warn_of_length(int(dataset.lengths.max()), published, contract.model)
-            parts = _target_parts(subscriber, published, dataset)
+            parts = _target_parts(subscriber, published, dataset, held)
             objective = method.objective(draft, parts, device, dtype, settled.train.seed)
             objective.warm_up(getattr(torch, subscriber.spec.dtype))
         except torch.OutOfMemoryError as error:
             what = f"no memory left on {device} for the draft and what it needs of {contract.model}"
             raise out_of_memory(what, error, "free some there or name another GPU in train.device") from None
         if not again and ranks.leads:
-            facts = _facts(settled, method.title, contract, dataset, objective, subscriber.stats().transports, ranks)
+            facts = _facts(
+                settled, method.title, contract, dataset, held, objective, subscriber.stats().transports, ranks
+            )
             write_facts(directory.path, facts)
         sinks: list[Sink] = []
         if show and ranks.leads:
@@ -239,10 +244,13 @@ def _train(
             interrupt=interrupt,
             resume=again,
             ranks=ranks,
+            validation=validation,
         )
         if not ranks.leads:
             return TrainedRun(directory.path, directory.draft, end.step, ranks=ranks.size)
         tell_unless_trained(read(directory.journal), contract.model)
+        if settled.validation.patience and (best := checkpoints.best()) is not None:
+            checkpoints.load_weights(best, objective.module)
         with interrupt.shield():
             objective.export(directory.draft, {name: data for name, data in files.items() if name not in TARGETS_OWN})
             directory.finish()
@@ -369,12 +377,12 @@ def _with_data(config: RunConfig, target: str) -> RunConfig:
     return replace(config, data=replace(config.data, path=DEMO))
 
 
-def _target_parts(subscriber: Subscriber, config: dict[str, object], dataset: Dataset) -> TargetParts:
+def _target_parts(subscriber: Subscriber, config: dict[str, object], dataset: Dataset, held: Held) -> TargetParts:
     contract = subscriber.contract
     embedding = subscriber.tensor("embedding")
     tied = contract.artifacts["lm_head"].same_as == "embedding"
     lm_head = embedding if tied else subscriber.tensor("lm_head")
-    return TargetParts(contract, config, embedding, lm_head, dataset.label_counts(contract.vocab_size))
+    return TargetParts(contract, config, embedding, lm_head, dataset.label_counts(contract.vocab_size, held.samples))
 
 
 def _facts(
@@ -382,6 +390,7 @@ def _facts(
     title: str,
     contract: TargetContract,
     dataset: Dataset,
+    held: Held,
     objective: Objective,
     transports: dict[str, str],
     ranks: Ranks,
@@ -398,7 +407,7 @@ def _facts(
             "fingerprint": contract.fingerprint,
         },
         draft={"method": title, **objective.facts()},
-        data=data_facts(config.data.path, dataset),
+        data=data_facts(config.data.path, dataset, held),
         transports=transports,
         machine=machine_facts() | ({"ranks": ranks.title.removeprefix(" · ")} if ranks.size > 1 else {}),
         config=msgspec.to_builtins(config),
