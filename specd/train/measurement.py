@@ -55,7 +55,8 @@ def measured(step: int, sums: Sums, names: Sequence[str], tokens: int) -> Measur
         loss=loss,
         teacher_forced_accuracy=sum(correct) / sum(counted) if sum(counted) else None,
         teacher_forced_by_offset=means(correct, counted),
-        by_offset={name: means(values, counted) for name, values in zip(names, others, strict=True)},
+        # A rank without a batch has no names for them, and no journal.
+        by_offset={name: means(values, counted) for name, values in zip(names, others, strict=False)},
         weight=weight,
         tokens=tokens,
         seconds=0.0,

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 from specd.train.journal import StepRecord
 from specd.train.measurement import Measurement
 
 
-def scalars(record: StepRecord) -> dict[str, float]:
-    """Every number of a step that is known, by a name of the form section/what."""
-    values: dict[str, float | None] = {
+def scalars(record: StepRecord | Measurement) -> dict[str, float]:
+    """Every number of a step, or of held-out rows, that is known, by a name of the form section/what."""
+    values = _held_out(record) if isinstance(record, Measurement) else _trained(record)
+    means = {"teacher_forced": record.teacher_forced_by_offset, **record.by_offset}
+    begin = "validation_" if isinstance(record, Measurement) else ""
+    for name, shares in means.items():
+        values |= {f"{begin}{name}_by_offset/{offset:02d}": share for offset, share in enumerate(shares, start=1)}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _trained(record: StepRecord) -> dict[str, float | None]:
+    return {
         "train/loss": record.loss,
         "train/teacher_forced_accuracy": record.teacher_forced_accuracy,
         "train/lr": record.lr,
@@ -23,24 +30,12 @@ def scalars(record: StepRecord) -> dict[str, float]:
         "time/train_s": record.train_s,
         "ring/busy_slots": float(record.busy_slots),
     }
-    values |= _by_offset("", record)
-    return {name: value for name, value in values.items() if value is not None}
 
 
-def held_out_scalars(found: Measurement) -> dict[str, float]:
-    """The same of what held-out rows show."""
-    values: dict[str, float | None] = {
+def _held_out(found: Measurement) -> dict[str, float | None]:
+    return {
         "validation/loss": found.loss,
         "validation/best_loss": found.best_loss,
         "validation/teacher_forced_accuracy": found.teacher_forced_accuracy,
         "validation/seconds": found.seconds,
     }
-    values |= _by_offset("validation_", found)
-    return {name: value for name, value in values.items() if value is not None}
-
-
-def _by_offset(begin: str, record: StepRecord | Measurement) -> Iterator[tuple[str, float | None]]:
-    means = {"teacher_forced": record.teacher_forced_by_offset, **record.by_offset}
-    for name, values in means.items():
-        for offset, value in enumerate(values, start=1):
-            yield f"{begin}{name}_by_offset/{offset:02d}", value

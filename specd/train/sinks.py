@@ -23,7 +23,7 @@ from specd.errors import CheckpointError, ConfigError, first_line, missing_extra
 from specd.train.directory import RunDirectory, read_facts
 from specd.train.journal import Sink, StepRecord
 from specd.train.measurement import Measurement
-from specd.train.scalars import held_out_scalars, scalars
+from specd.train.scalars import scalars
 from specd.train.tensorboard import Scalars
 from specd.train.trackers import TRACKERS, Tracked, Tracker
 
@@ -133,8 +133,7 @@ class Behind:
     def _run(self) -> None:
         while (record := self._waiting.get()) is not None:
             try:
-                measured = isinstance(record, Measurement)
-                self._tracker.log(record.step, held_out_scalars(record) if measured else scalars(record))
+                self._tracker.log(record.step, scalars(record))
             except Exception as error:  # noqa: BLE001 - whatever it is, training goes on
                 self._lose(first_line(error))
         try:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Self
 from specd.errors import missing_extra, writing
 from specd.train.journal import StepRecord
 from specd.train.measurement import Measurement
-from specd.train.scalars import held_out_scalars, scalars
+from specd.train.scalars import scalars
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -37,7 +37,7 @@ class Scalars:
 
     def validated(self, found: Measurement) -> None:
         """Write what held-out rows show."""
-        self._add(found.step, held_out_scalars(found))
+        self._add(found.step, scalars(found))
 
     def _add(self, step: int, values: dict[str, float]) -> None:
         with writing(self.directory):
