@@ -41,7 +41,7 @@ from specd.memory.streams import on_device
 from specd.protocol.capture import CaptureSpec
 from specd.protocol.contract import TargetContract
 from specd.train import launcher
-from specd.train.checkpoint import Checkpoints, Identity
+from specd.train.checkpoint import Checkpoints
 from specd.train.directory import RunDirectory, RunFacts, fixed, identity, machine_facts, target_files, utc, write_facts
 from specd.train.display import Display
 from specd.train.distributed import Ranks
@@ -57,7 +57,6 @@ from specd.train.sinks import opened
 from specd.train.validation import Held
 from specd.train.validation import planned as measurements
 from specd.transports import registry as transports
-from specd.version import __version__
 
 logger = logging.getLogger(__name__)
 
@@ -197,7 +196,7 @@ def _train(
         loader = Loader(dataset, plan, epochs=settled.train.epochs, payloads=images)
         validation = measurements(settled, dataset, held, plan, directory.validation)
         own = identity(settled, draft, method.free, contract, dataset.digest)
-        _agree(ranks, own, device, settled)
+        ranks.agree(launcher.facts(own, device, settled.train.collectives))
         checkpoints = Checkpoints(directory.checkpoints, own, settled.train.keep)
         if again and ranks.leads:
             checkpoints.compare(checkpoints.latest())
@@ -274,13 +273,6 @@ def _connect(
         return Subscriber(link, spec, device=device, name=name, context=host.context)
     seat = Seat(launch.rank, launch.local, launch.here) if ranks.size > 1 else None
     return Subscriber(link, spec, device=device, name=name, run=ranks.run, ranks=ranks.size, seat=seat)
-
-
-def _agree(ranks: Ranks, own: Identity, device: str, config: RunConfig) -> None:
-    """Raise ConfigError unless all ranks train the same."""
-    facts = {"specd": __version__, "target": own.target, "train.device": device.partition(":")[0]}
-    facts |= {name: str(value) for name, value in own.settings.items() if name != "data.digest"}
-    ranks.agree(facts | {"train.collectives": config.train.collectives, "data": str(own.settings["data.digest"])})
 
 
 def output_of(config: RunConfig) -> RunDirectory:
