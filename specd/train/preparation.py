@@ -10,11 +10,13 @@ from typing import Any, NamedTuple
 import msgspec
 from msgspec.structs import replace
 
+from specd.client.subscriber import Subscriber
 from specd.config.settings import Config, RunConfig
 from specd.data import mask_token
 from specd.data.dataset import Dataset, dated, prepare
 from specd.data.portion import Report
 from specd.data.progress import progress
+from specd.drafts.base import TargetParts
 from specd.train.distributed import Ranks
 from specd.train.validation import Held, held_out
 
@@ -73,6 +75,15 @@ def with_date(config: RunConfig, draft: Config, begun: RunConfig | None, files: 
         return dated(kept(config, draft, begun)[0].data, files).date
 
     return replace(config, data=replace(config.data, date=ranks.decide("date", chosen)))
+
+
+def target_parts(subscriber: Subscriber, config: dict[str, object], dataset: Dataset, held: Held) -> TargetParts:
+    """What a draft may have of the target. config: its config.json. Labels are counted where they are trained."""
+    contract = subscriber.contract
+    embedding = subscriber.tensor("embedding")
+    tied = contract.artifacts["lm_head"].same_as == "embedding"
+    lm_head = embedding if tied else subscriber.tensor("lm_head")
+    return TargetParts(contract, config, embedding, lm_head, dataset.label_counts(contract.vocab_size, held.samples))
 
 
 def warn_of_length(longest: int, target: Mapping[str, Any], name: str) -> None:

@@ -34,7 +34,7 @@ from specd.data.dataset import Dataset
 from specd.data.payloads import ImagePayloads
 from specd.data.rows import DEMO
 from specd.drafts import registry
-from specd.drafts.base import Objective, TargetParts
+from specd.drafts.base import Objective
 from specd.drafts.initial import initial_config
 from specd.errors import ConfigError, SpecdError
 from specd.memory.streams import on_device
@@ -51,7 +51,7 @@ from specd.train.launcher import Launch
 from specd.train.loop import out_of_memory, train
 from specd.train.optimizer import total_steps
 from specd.train.owner import owned
-from specd.train.preparation import data_facts, kept, prepared, warn_of_length, with_date
+from specd.train.preparation import data_facts, kept, prepared, target_parts, warn_of_length, with_date
 from specd.train.sinks import check as check_log
 from specd.train.sinks import opened
 from specd.train.validation import Held
@@ -207,7 +207,7 @@ def _train(
         try:
             published = json.loads(files["config.json"])
             warn_of_length(int(dataset.lengths.max()), published, contract.model)
-            parts = _target_parts(subscriber, published, dataset, held)
+            parts = target_parts(subscriber, published, dataset, held)
             objective = method.objective(draft, parts, device, dtype, settled.train.seed)
             objective.warm_up(getattr(torch, subscriber.spec.dtype))
         except torch.OutOfMemoryError as error:
@@ -367,14 +367,6 @@ def _with_data(config: RunConfig, target: str) -> RunConfig:
         DEMO, target, target, target,
     )  # fmt: skip
     return replace(config, data=replace(config.data, path=DEMO))
-
-
-def _target_parts(subscriber: Subscriber, config: dict[str, object], dataset: Dataset, held: Held) -> TargetParts:
-    contract = subscriber.contract
-    embedding = subscriber.tensor("embedding")
-    tied = contract.artifacts["lm_head"].same_as == "embedding"
-    lm_head = embedding if tied else subscriber.tensor("lm_head")
-    return TargetParts(contract, config, embedding, lm_head, dataset.label_counts(contract.vocab_size, held.samples))
 
 
 def _facts(
