@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from specd import units
 from specd.report.style import BLUE, GREEN, GREY, ORANGE, RED, SMALL, TARGET, TRAINER, WIRE, render
 from specd.train.journal import StepRecord
+from specd.train.measurement import Measurement
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -24,12 +25,15 @@ def svg(draw: Callable[[Axes], None]) -> str:
     return render(lambda figure: draw(figure.subplots()), WIDTH, HEIGHT, "svg").decode()
 
 
-def loss(axes: Axes, records: Sequence[StepRecord]) -> None:
-    """Draw the loss of every step, and its running mean."""
+def loss(axes: Axes, records: Sequence[StepRecord], held_out: Sequence[Measurement] = ()) -> None:
+    """Draw the loss of every step, its running mean, and that of held-out rows wherever it was measured."""
     points = [(record.step, record.loss) for record in records if record.loss is not None]
     steps, values = [step for step, _ in points], [value for _, value in points]
     axes.plot(steps, values, color=BLUE, alpha=0.3, linewidth=0.8)
     axes.plot(steps, running_mean(values), color=BLUE, linewidth=1.8)
+    if known := [(one.step, one.loss) for one in held_out if one.loss is not None]:
+        axes.plot(*zip(*known, strict=True), "o-", color=ORANGE, linewidth=1.4, markersize=4, label="held-out rows")
+        axes.legend(loc="upper right")
     # A fresh draft's first losses would flatten all the rest.
     top = 1.2 * _usual(values)
     if values and values[0] > 1.5 * top:

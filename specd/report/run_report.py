@@ -11,8 +11,10 @@ from specd.errors import CheckpointError
 from specd.evaluate.results import DEFINITION, EVALS, ROUNDINGS, EvalFacts, load_facts
 from specd.report import figures, page
 from specd.report.page import text
-from specd.train.directory import JOURNAL, RunFacts, read_facts
+from specd.train.directory import JOURNAL, VALIDATION, RunFacts, read_facts
 from specd.train.journal import StepRecord, bound, read
+from specd.train.measurement import Measurement
+from specd.train.measurement import read as measurements
 
 ACCEPTANCE = DEFINITION.partition(" = ")[2]
 DEFINITIONS = {
@@ -50,16 +52,23 @@ def write_report(run: Path) -> Path:
         raise CheckpointError(f"{run / JOURNAL} has no finished step: let the run get further, then report again")
     evals = {name: load_facts(run / file, EvalFacts) for name, file in EVALS.items() if (run / file).exists()}
     path = run / "report.html"
-    path.write_text(render(facts, records, evals), encoding="utf-8")
+    held_out = measurements(run / VALIDATION)
+    path.write_text(render(facts, records, evals, held_out), encoding="utf-8")
     return path
 
 
-def render(facts: RunFacts, records: Sequence[StepRecord], evals: Mapping[str, EvalFacts]) -> str:
+def render(
+    facts: RunFacts,
+    records: Sequence[StepRecord],
+    evals: Mapping[str, EvalFacts],
+    held_out: Sequence[Measurement] = (),
+) -> str:
     """The page, from what a run left behind."""
     alike = comparable(evals)
     pictures = [
-        ("Loss", figures.svg(lambda axes: figures.loss(axes, records)),
-         "Every optimizer step (thin) and the running mean over 5 % of the run."),
+        ("Loss", figures.svg(lambda axes: figures.loss(axes, records, held_out)),
+         "Every optimizer step (thin) and the running mean over 5 % of the run."
+         + " Points: rows that are held out of training." * bool(held_out)),
         ("Teacher-forced accuracy", figures.svg(lambda axes: figures.accuracy(axes, records)),
          "Running means. Not the acceptance length."),
         ("Time of a step", figures.svg(lambda axes: figures.time_split(axes, records)), _time_caption(records)),
@@ -76,7 +85,7 @@ def render(facts: RunFacts, records: Sequence[StepRecord], evals: Mapping[str, E
     heading = f"{method} draft for {target}" if method else f"Draft for {target}"
     body = [
         f"<header><h1>{text(heading)}</h1><p>{text(_subtitle(facts, records))}</p></header>",
-        f'<section class="tiles">{"".join(page.tile(*figure) for figure in key_figures(records, alike))}</section>',
+        f'<section class="tiles">{"".join(page.tile(*one) for one in key_figures(records, alike, held_out))}</section>',
         f'<section class="pictures">{"".join(page.picture(*one) for one in pictures)}</section>',
         f"<section><h2>What the figures mean</h2>{page.definitions(DEFINITIONS)}</section>",
         '<section class="tables">',
@@ -84,6 +93,7 @@ def render(facts: RunFacts, records: Sequence[StepRecord], evals: Mapping[str, E
         page.table("Draft", facts.draft),
         page.table("Data", facts.data),
         page.table("Evaluation", _evaluation(evals)),
+        *([page.table("Held-out rows", _held_out(held_out))] if held_out else []),
         page.table("Transports", facts.transports),
         page.table("Machine", facts.machine),
         "</section>",
@@ -97,7 +107,9 @@ def comparable(evals: Mapping[str, EvalFacts]) -> dict[str, EvalFacts]:
     return {name: facts for name, facts in evals.items() if facts.texts == evals.get("trained", facts).texts}
 
 
-def key_figures(records: Sequence[StepRecord], evals: Mapping[str, EvalFacts]) -> list[tuple[str, str, str]]:
+def key_figures(
+    records: Sequence[StepRecord], evals: Mapping[str, EvalFacts], held_out: Sequence[Measurement] = ()
+) -> list[tuple[str, str, str]]:
     """The figures that matter most: value, name, remark. evals: of the same texts."""
     wall, tokens = sum(record.step_s for record in records), sum(record.tokens for record in records)
     tiles: list[tuple[str, str, str]] = []
@@ -114,6 +126,10 @@ def key_figures(records: Sequence[StepRecord], evals: Mapping[str, EvalFacts]) -
         )
     first, last = _ends([record.loss for record in records])
     tiles.append((f"{last:.2f}", "loss", f"{first:.2f} at the start"))
+    if held_out and held_out[-1].best_loss is not None:
+        end = held_out[-1]
+        remark = f"the lowest, at step {end.best_step:,}; step {end.step:,} has {_two(end.loss)}"
+        tiles.append((_two(end.best_loss), "held-out loss", remark))
     first, last = _ends([record.teacher_forced_accuracy for record in records])
     tiles.append((f"{last:.0%}", "teacher-forced accuracy", f"{first:.0%} at the start"))
     tiles.append((f"{tokens / wall:,.0f}", "tokens per second", f"{tokens:,} tokens in {units.duration(wall)}"))
@@ -121,6 +137,10 @@ def key_figures(records: Sequence[StepRecord], evals: Mapping[str, EvalFacts]) -
     each = units.duration(wall / samples)
     tiles.append((each, "time per sample", f"{samples:,} samples in {len(records):,} steps"))
     return tiles
+
+
+def _two(value: float | None) -> str:
+    return "none" if value is None else f"{value:.2f}"
 
 
 def step_over_bound(records: Sequence[StepRecord], daemons: int) -> float | None:
@@ -179,6 +199,20 @@ def _evaluation(evals: Mapping[str, EvalFacts]) -> dict[str, Any]:
         rows[f"{name}: guesses in a row"] = facts.block_size - 1
         if facts.dtype:
             rows[f"{name}: target computes in"] = facts.dtype
+    return rows
+
+
+def _held_out(found: Sequence[Measurement]) -> dict[str, Any]:
+    last = found[-1]
+    rows: dict[str, Any] = {
+        "measured": f"{len(found):,} times, {last.tokens:,} tokens each, the last time at step {last.step:,}",
+        "loss": _two(last.loss),
+        "lowest loss": f"{_two(last.best_loss)} at step {last.best_step:,}",
+    }
+    if last.teacher_forced_accuracy is not None:
+        rows["teacher-forced accuracy"] = f"{last.teacher_forced_accuracy:.1%}"
+    for offset, share in enumerate(last.teacher_forced_by_offset, start=1):
+        rows[f"at offset {offset}"] = "nothing counted" if share is None else f"{share:.1%}"
     return rows
 
 
