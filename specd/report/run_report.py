@@ -209,6 +209,8 @@ def _held_out(found: Sequence[Measurement]) -> dict[str, Any]:
         "loss": _two(last.loss),
         "lowest loss": f"{_two(last.best_loss)} at step {last.best_step:,}",
     }
+    for one in [one for one in found if one.acceptance_length is not None][-1:]:
+        rows["acceptance length"] = f"{one.acceptance_length:.3f} at step {one.step:,}, decoded at the daemon"
     if last.teacher_forced_accuracy is not None:
         rows["teacher-forced accuracy"] = f"{last.teacher_forced_accuracy:.1%}"
     for offset, share in enumerate(last.teacher_forced_by_offset, start=1):

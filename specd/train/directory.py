@@ -33,7 +33,7 @@ _NEW_FACTS = f".{FACTS}.new"
 FREE = {
     "data": {"path", "cache_dir", "processes", "bad_rows"},
     "train": {"device", "threads", "save_every", "keep", "log_every", "collectives", "peer_patience_s"},
-    "validation": {"every", "patience"},
+    "validation": {"every", "patience", "decode_every", "prompts", "max_new_tokens"},
 }
 """Settings that a resumed run may change: they do not affect what is computed. All others of these sections are fixed.
 

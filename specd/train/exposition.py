@@ -94,6 +94,8 @@ def _held_out(found: Measurement) -> Iterator[Metric]:
         ("specd_train_validation_loss", "Their loss, a weighted mean.", found.loss),
         ("specd_train_validation_teacher_forced_accuracy", "Share of their predictions that are right, given true "
          "tokens.", found.teacher_forced_accuracy),
+        ("specd_train_validation_acceptance_length", "Their acceptance length by real decoding.",
+         found.acceptance_length),
         ("specd_train_validation_best_loss", "Their lowest loss until now.", found.best_loss),
         ("specd_train_validation_best_step", "The step that had it.", found.best_step),
         ("specd_train_validation_seconds", "Time that training waited for it.", found.seconds),

@@ -160,6 +160,7 @@ class _Run:
             raise self.ranks.broken()
         self.ranks.replicate([sums.losses, sums.weights])  # rank 0 decides what was best, and whether this is the end
         found = measured(self.position.step, sums, window.measured, validation.tokens)
+        found = validation.decoded(found, objective, self.steps)
         found = validation.judged(replace(found, seconds=time.perf_counter() - began))
         if found.best:
             self.save()

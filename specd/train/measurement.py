@@ -25,7 +25,8 @@ class Measurement(msgspec.Struct, frozen=True, kw_only=True):
     loss: weighted mean over all of them; None where nothing was predicted, or where it was not finite.
     teacher_forced_accuracy, teacher_forced_by_offset, by_offset: as in a StepRecord. weight: of all predictions.
     tokens: of the target. seconds: that training waited. best: the lowest loss of the run until then. best_loss,
-    best_step: the lowest one, this one included. waited: measurements since then.
+    best_step: the lowest one, this one included. waited: measurements since then. acceptance_length,
+    acceptance_by_offset: of real decoding, as in an Evaluation; None and nothing where none was made.
     """
 
     step: int
@@ -40,6 +41,8 @@ class Measurement(msgspec.Struct, frozen=True, kw_only=True):
     best_loss: float | None = None
     best_step: int = 0
     waited: int = 0
+    acceptance_length: float | None = None
+    acceptance_by_offset: tuple[float, ...] = ()
 
 
 def measured(step: int, sums: Sums, names: Sequence[str], tokens: int) -> Measurement:

@@ -37,5 +37,6 @@ def _held_out(found: Measurement) -> dict[str, float | None]:
         "validation/loss": found.loss,
         "validation/best_loss": found.best_loss,
         "validation/teacher_forced_accuracy": found.teacher_forced_accuracy,
+        "validation/acceptance_length": found.acceptance_length,
         "validation/seconds": found.seconds,
     }

@@ -72,10 +72,11 @@ def held_out_line(found: Measurement) -> str:
     """What held-out rows show, in few words."""
     loss = "no loss" if found.loss is None else f"loss {found.loss:.4f}"
     accuracy = "" if found.teacher_forced_accuracy is None else f", {found.teacher_forced_accuracy:.1%} right"
+    accepted = "" if found.acceptance_length is None else f", acceptance {found.acceptance_length:.2f}"
     best = ""
     if found.best_loss is not None:
         best = ", the best yet" if found.best else f", best {found.best_loss:.4f} at {found.best_step:,}"
-    return f"{loss}{accuracy} at step {found.step:,}{best}"
+    return f"{loss}{accuracy}{accepted} at step {found.step:,}{best}"
 
 
 def memory_use(device: str) -> str:

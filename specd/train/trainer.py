@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import os
 import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
@@ -26,13 +25,13 @@ from msgspec.structs import replace
 from specd.client.seats import Seat
 from specd.client.subscriber import Subscriber
 from specd.config.load import convert
-from specd.config.presets import run_config
 from specd.config.settings import Config, RunConfig
 from specd.data import dataset as datasets
 from specd.data.batching import Loader
 from specd.data.dataset import Dataset
 from specd.data.payloads import ImagePayloads
 from specd.data.rows import DEMO
+from specd.data.tokenizer import ends_of
 from specd.drafts import registry
 from specd.drafts.base import Objective
 from specd.drafts.initial import initial_config
@@ -42,6 +41,7 @@ from specd.protocol.capture import CaptureSpec
 from specd.protocol.contract import TargetContract
 from specd.train import launcher
 from specd.train.checkpoint import Checkpoints
+from specd.train.decoding import decoder
 from specd.train.directory import RunDirectory, RunFacts, fixed, identity, machine_facts, target_files, utc, write_facts
 from specd.train.display import Display
 from specd.train.distributed import Ranks
@@ -52,6 +52,8 @@ from specd.train.loop import out_of_memory, train
 from specd.train.optimizer import total_steps
 from specd.train.owner import owned
 from specd.train.preparation import data_facts, kept, prepared, target_parts, warn_of_length, with_date
+from specd.train.settle import Settle as Settle
+from specd.train.settle import as_function
 from specd.train.sinks import check as check_log
 from specd.train.sinks import opened
 from specd.train.validation import Held
@@ -62,8 +64,6 @@ logger = logging.getLogger(__name__)
 
 TARGETS_OWN = ("config.json", "preprocessor_config.json")
 """Files of a target that are not its draft's: that reads no images."""
-Settle = Callable[[str], RunConfig]
-"""A run's settings, given the name of its target: recipes go by that name."""
 
 
 class LocalDaemon(Protocol):
@@ -112,7 +112,7 @@ def train_draft(
             return train_draft(
                 config, host=host, resume=resume, interrupt=interrupt, show=show and ranks.leads, ranks=ranks
             )
-    settle = _settle(config)
+    settle = as_function(config)
     first = settle("")
     device = check(first, ranks.launch)
     if ranks.size > 1:
@@ -189,6 +189,7 @@ def _train(
                 begun=before,
                 show=show,
             ))  # fmt: skip
+            eos = ends_of(Path(scratch)) if settled.validation.decode_every else []
             images = ImagePayloads(dataset, Path(scratch), contract) if dataset.illustrated else None
         if images:
             images.check(contract, subscriber.ring, settled.data.batch_tokens)
@@ -213,6 +214,11 @@ def _train(
         except torch.OutOfMemoryError as error:
             what = f"no memory left on {device} for the draft and what it needs of {contract.model}"
             raise out_of_memory(what, error, "free some there or name another GPU in train.device") from None
+        if settled.validation.decode_every and ranks.leads:
+            source = stack.enter_context(_beside(first, subscriber, device, directory.path.name, host))
+            validation.decoder = decoder(
+                settled.validation, source, parts, dataset, held, eos, device=device, run=directory.path
+            )
         if not again and ranks.leads:
             facts = _facts(
                 settled, method.title, contract, dataset, held, objective, subscriber.stats().transports, ranks
@@ -275,6 +281,13 @@ def _connect(
     return Subscriber(link, spec, device=device, name=name, run=ranks.run, ranks=ranks.size, seat=seat)
 
 
+def _beside(first: RunConfig, subscriber: Subscriber, device: str, name: str, host: LocalDaemon | None) -> Subscriber:
+    """A source of the same states and the final ones, for decoding."""
+    link = replace(first.subscriber, depth=0, borrow=False)
+    spec = replace(subscriber.spec, final=True)
+    return _connect(replace(first, subscriber=link), lambda contract: spec, device, f"{name}, decoding", host, Ranks())
+
+
 def output_of(config: RunConfig) -> RunDirectory:
     """The run's directory."""
     return RunDirectory(Path(config.output or f"runs/{config.method}"))
@@ -327,25 +340,6 @@ def check_recipe(config: RunConfig, target: str) -> Config:
     registry.load(config.method).check(draft, target)
     datasets.check(config.data if config.data.path else replace(config.data, path=DEMO))
     return draft
-
-
-def _settle(config: RunConfig | Mapping[str, Any] | Settle) -> Settle:
-    """`config` as a function of the target's name. Raises ConfigError for what is no settings of a run."""
-    if callable(config):
-        return config
-    if not isinstance(config, RunConfig | Mapping):
-        raise ConfigError(f"config is {config!r}: expected a RunConfig, a mapping of its settings, or a function")
-    try:
-        data = msgspec.to_builtins(config if isinstance(config, RunConfig) else dict(config), enc_hook=os.fspath)
-    except TypeError as error:
-        raise ConfigError(f"settings: {error}; expected numbers, strings, paths, lists and mappings") from None
-    checked = convert(data, RunConfig, "settings")
-    if checked.target:
-        raise ConfigError(
-            f"settings: target={checked.target}: expected none, as the target is hosted already; give them to whoever "
-            f"hosts it: `specd start`, or the DaemonConfig of `specd.embedded`"
-        )
-    return (lambda target: checked) if isinstance(config, RunConfig) else partial(run_config, data)
 
 
 def _with_dtype(config: RunConfig, device: str) -> RunConfig:

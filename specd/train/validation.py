@@ -11,7 +11,7 @@ import logging
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import msgspec
 import numpy as np
@@ -39,6 +39,22 @@ FEWEST_ROWS = 25
 """Fewer say too little of a draft to hold them out unasked."""
 
 
+class Shown(Protocol):
+    """What decoding shows."""
+
+    @property
+    def acceptance_length(self) -> float: ...
+
+    @property
+    def acceptance_by_offset(self) -> tuple[float, ...]: ...
+
+
+class Decoder(Protocol):
+    """What decodes held-out prompts with a draft as it is."""
+
+    def measure(self, objective: Objective) -> Shown: ...
+
+
 class Held(msgspec.Struct, frozen=True, kw_only=True):
     """What is held out of training. samples: bool, of each sample; rows: how many rows they are of."""
 
@@ -56,12 +72,17 @@ def held_out(config: ValidationConfig, dataset: Dataset, seed: int) -> tuple[Val
 
     Raises ConfigError for a share that was asked for and is less than one row.
     """
-    asked = config.share != "auto"
+    asked = config.share != "auto" or config.decode_every > 0
     share = config.share if isinstance(config.share, float | int) else SHARE
     samples = dataset.held_out(share, config.rows, seed)
     rows = int(np.unique(dataset.rows[samples]).size)
     if rows < FEWEST_ROWS and not asked:
         return replace(config, share=0.0), Held(samples=np.zeros_like(samples), rows=0)
+    if not share and config.decode_every:
+        raise ConfigError(
+            f"validation.decode_every={config.decode_every}: no rows are held out to take prompts from; set "
+            f"validation.share in a new run, or leave it out"
+        )
     if share and not rows:
         raise ConfigError(
             f"validation.share={share:g} of {np.unique(dataset.rows).size} rows is none: expected at least one; raise "
@@ -74,13 +95,16 @@ class Validation:
     """When held-out batches are measured, and what has come of it. All ranks have one, with the same in it.
 
     places: the batches, none to measure nothing. every: steps between measurements; the last step is measured, too.
-    patience: measurements without a lower loss that end the run, 0 for none. path: of its journal.
+    patience: measurements without a lower loss that end the run, 0 for none. path: of its journal. decode_every: steps
+    between decodings, which rank 0 makes by its `decoder`; the last step is decoded, too.
     """
 
-    __slots__ = ("every", "last", "path", "patience", "places")
+    __slots__ = ("decode_every", "decoder", "every", "last", "path", "patience", "places")
 
     def __init__(self, places: Sequence[Place], every: int, patience: int, path: Path) -> None:
         self.places, self.every, self.patience, self.path = tuple(places), every, patience, path
+        self.decode_every = 0
+        self.decoder: Decoder | None = None
         self.last: Measurement | None = None
 
     def __repr__(self) -> str:
@@ -117,7 +141,19 @@ class Validation:
     def due(self, step: int, steps: int) -> bool:
         """Whether the held-out rows are measured after `step` of `steps`, and were not yet."""
         known = self.last.step if self.last is not None else 0
-        return bool(self.places) and step > known and (step == steps or step % self.every == 0)
+        return bool(self.places) and step > known and (step % self.every == 0 or self._decodes(step, steps))
+
+    def _decodes(self, step: int, steps: int) -> bool:
+        return step == steps or bool(self.decode_every and step % self.decode_every == 0)
+
+    def decoded(self, found: Measurement, objective: Objective, steps: int) -> Measurement:
+        """`found` with what real decoding shows, where that is due and this rank decodes."""
+        if self.decoder is None or not self._decodes(found.step, steps):
+            return found
+        shown = self.decoder.measure(objective)
+        return replace(
+            found, acceptance_length=shown.acceptance_length, acceptance_by_offset=shown.acceptance_by_offset
+        )
 
     def among(self, training: Iterator[tuple[Place, ...]], step: int, steps: int) -> Iterator[Sequence[Place]]:
         """The batches of each optimizer step after `step`, and the held-out ones wherever they are due."""
@@ -185,4 +221,6 @@ def planned(run: RunConfig, dataset: Dataset, held: Held, plan: BatchPlan, path:
     logger.info(
         "%d rows are held out of training (%d tokens): measured every %d steps and at the end", held.rows, tokens, every
     )
-    return Validation(places, every, settings.patience, path)
+    found = Validation(places, every, settings.patience, path)
+    found.decode_every = settings.decode_every
+    return found
