@@ -250,6 +250,24 @@ def test_rows_are_held_out_measured_and_the_best_draft_exported(
         train_draft(old | {"validation": {"share": 0.1}}, host=host, resume=True)
 
 
+def test_a_draft_is_decoded_as_it_is_trained(
+    host: Embedded, model: Path, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    """By a session of its own, beside the run's."""
+    rows = ({"messages": talk(f"Question {number}?", f"Hello. {number} " * 9)} for number in range(30))
+    settings["data"] |= {"path": write_rows(tmp_path / "a.jsonl", *rows), "batch_tokens": 600}
+    settings["train"] = TRAIN | {"max_steps": 5}
+    settings["validation"] = {"share": 0.1, "every": 9, "decode_every": 2, "prompts": 2, "max_new_tokens": 12}
+    done = train_draft(settings, host=host)
+    found = measurements(done.directory / "validation.jsonl")
+    assert [one.step for one in found] == [2, 4, 5]
+    assert all(one.acceptance_length is not None and one.acceptance_length >= 1 for one in found)
+    assert not [*done.directory.glob(".decoded-*")]
+    other = settings | {"output": str(tmp_path / "other"), "validation": settings["validation"] | {"share": 0}}
+    with pytest.raises(ConfigError, match=r"validation\.decode_every=2: no rows are held out"):
+        train_draft(other, host=host)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
