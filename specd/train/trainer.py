@@ -256,6 +256,7 @@ def _train(
         tell_unless_trained(read(directory.journal), contract.model)
         if settled.validation.patience and (best := checkpoints.best()) is not None:
             checkpoints.load_weights(best, objective.module)
+            logger.info("the draft is that of %s, which has the lowest held-out loss", best)
         with interrupt.shield():
             objective.export(directory.draft, {name: data for name, data in files.items() if name not in TARGETS_OWN})
             directory.finish()
