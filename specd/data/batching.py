@@ -100,6 +100,12 @@ class BatchPlan:
         """Tokens of a batch."""
         return int(self._lengths[list(members)].sum())
 
+    def places(self, epoch: int, index: int = 0) -> Iterator[Place]:
+        """The batches of one epoch from number `index` on, not packed."""
+        batches = self.epoch(epoch)
+        for number in range(index, len(batches)):
+            yield Place(epoch, number, batches[number], self.num_tokens(batches[number]))
+
     def _build(self, epoch: int) -> list[tuple[int, ...]]:
         chosen = self._chosen(epoch)
         if not chosen.size:
@@ -170,6 +176,11 @@ class Loader:
         return f"Loader({self._plan!r}, {self.epochs} epochs)"
 
     @property
+    def plan(self) -> BatchPlan:
+        """Which samples come when."""
+        return self._plan
+
+    @property
     def num_batches(self) -> int:
         """How many batches all epochs have in total."""
         return sum(map(self._plan.num_batches, range(self.epochs)))
@@ -182,7 +193,11 @@ class Loader:
 
     def batches(self, epoch: int, index: int = 0) -> Iterator[Batch]:
         """The batches of one epoch (from 0), from number `index` on; none from the epoch's length on."""
-        yield from self.packed(self._places(epoch, index))
+        yield from self.packed(self.places_of(epoch, index))
+
+    def before(self, epoch: int, index: int) -> int:
+        """How many batches there are before number `index` of `epoch`, without gaps."""
+        return sum(map(self._plan.num_batches, range(epoch))) + index
 
     def remaining(self, epoch: int, index: int) -> Iterator[Batch]:
         """All batches of the run from number `index` of `epoch` on; `index` may be the length of that epoch."""
@@ -191,7 +206,11 @@ class Loader:
     def places(self, epoch: int, index: int) -> Iterator[Place]:
         """The same, not packed."""
         for current in range(epoch, self.epochs):
-            yield from self._places(current, index if current == epoch else 0)
+            yield from self.places_of(current, index if current == epoch else 0)
+
+    def places_of(self, epoch: int, index: int = 0) -> Iterator[Place]:
+        """The same of one epoch (from 0), which may be any: whoever trains more than `epochs` asks for them here."""
+        return self._plan.places(epoch, index)
 
     def packed(self, places: Iterable[Place]) -> Iterator[Batch]:
         """The batches of places, with what their samples bring."""
@@ -209,16 +228,6 @@ class Loader:
             epoch=place.epoch,
             index=place.index,
         )
-
-    def _places(self, epoch: int, index: int) -> Iterator[Place]:
-        yield from places_of(self._plan, epoch, index)
-
-
-def places_of(plan: BatchPlan, epoch: int, index: int = 0) -> Iterator[Place]:
-    """The batches of one epoch of `plan`, from number `index` on, not packed."""
-    batches = plan.epoch(epoch)
-    for number in range(index, len(batches)):
-        yield Place(epoch, number, batches[number], plan.num_tokens(batches[number]))
 
 
 def random_keys(count: int, seed: int, epoch: int, purpose: int) -> NDArray[np.uint64]:

@@ -50,6 +50,10 @@ class Feed(Protocol):
         """How many batches there are."""
         ...
 
+    def before(self, epoch: int, index: int) -> int:
+        """How many batches there are before number `index` of `epoch`."""
+        ...
+
     def places(self, epoch: int, index: int) -> Iterator[Place]:
         """All batches from number `index` of `epoch` on, not packed; `index` may be the length of that epoch."""
         ...
@@ -273,8 +277,9 @@ def train(
     optimizer = make_optimizer(objective.module, config)
     position = _begin(checkpoints, objective.module, optimizer, resume, ranks)
     batches = feed.num_batches
-    steps = total_steps(config, batches)
-    left = min(batches, steps * config.accumulation) - position.step * config.accumulation
+    trained = feed.before(position.epoch, position.index)
+    steps = total_steps(config, batches, position.step, trained)
+    left = min(batches - trained, (steps - position.step) * config.accumulation)
     checks = validation or Validation((), 0, 0, journal)
     checks.begin(position.step, ranks)
     planned = islice(feed.places(position.epoch, position.index), 0 if checks.ended else max(0, left))
@@ -369,7 +374,7 @@ def _train_step(
             run.step(window, places, sums)
     except torch.OutOfMemoryError as error:
         what = _no_memory(run.position.step + 1, delivery.batch if delivery else None)
-        raise out_of_memory(what, error, "continue with --resume where more is free") from None
+        raise out_of_memory(what, error, "go on with `specd resume RUN` where more is free") from None
 
 
 def out_of_memory(what: str, error: torch.OutOfMemoryError, remedy: str) -> SpecdError:

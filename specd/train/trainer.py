@@ -10,12 +10,13 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import os
 import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import msgspec
 import torch
@@ -26,35 +27,29 @@ from specd.client.seats import Seat
 from specd.client.subscriber import Subscriber
 from specd.config.load import convert
 from specd.config.settings import Config, RunConfig
-from specd.data import dataset as datasets
 from specd.data.batching import Loader
 from specd.data.dataset import Dataset
 from specd.data.payloads import ImagePayloads
-from specd.data.rows import DEMO
 from specd.data.tokenizer import ends_of
 from specd.drafts import registry
 from specd.drafts.base import Objective
-from specd.drafts.initial import initial_config
-from specd.errors import ConfigError, SpecdError
 from specd.memory.streams import on_device
 from specd.protocol.capture import CaptureSpec
 from specd.protocol.contract import TargetContract
 from specd.train import launcher
+from specd.train.asked import Settle, by_target, check, check_recipe, is_finished, output_of, see_init
 from specd.train.checkpoint import Checkpoints
 from specd.train.decoding import decoder
-from specd.train.directory import RunDirectory, RunFacts, fixed, identity, machine_facts, target_files, utc, write_facts
+from specd.train.directory import RunDirectory, RunFacts, identity, machine_facts, target_files, utc, write_facts
 from specd.train.display import Display
 from specd.train.distributed import Ranks
+from specd.train.export import sign
 from specd.train.interrupt import Interrupt
 from specd.train.journal import Sink, read, tell_unless_trained
-from specd.train.launcher import Launch
 from specd.train.loop import out_of_memory, train
-from specd.train.optimizer import total_steps
 from specd.train.owner import owned
-from specd.train.preparation import data_facts, kept, prepared, target_parts, warn_of_length, with_date
-from specd.train.settle import Settle as Settle
-from specd.train.settle import as_function
-from specd.train.sinks import check as check_log
+from specd.train.plan import Plan, planned
+from specd.train.preparation import data_facts, prepared, target_parts, warn_of_length, with_data, with_date, with_dtype
 from specd.train.sinks import opened
 from specd.train.validation import Held
 from specd.train.validation import planned as measurements
@@ -102,8 +97,9 @@ def train_draft(
     not depend on it). Only whoever hosts a target reads the section `target`, so settings that are no function may not
     have it. host: a daemon of this process, or a context that makes one, which is entered once the run may begin.
     resume: go on from the newest checkpoint; begin where there is no run yet, and do nothing where it is finished under
-    the same settings. show: progress on the terminal. ranks: entered, if the caller has already met those that this
-    process was started with, as torchrun does; they share the batches of a step, and rank 0 alone writes and shows.
+    the same settings; train.epochs and train.max_steps may be others by now. show: progress on the terminal. ranks:
+    entered, if the caller has already met those that this process was started with, as torchrun does; they share the
+    batches of a step, and rank 0 alone writes and shows.
     Raises ConfigError for settings that cannot work, and when another process trains in the same output; what
     `Subscriber`, `prepare` and `loop.train` raise; PeerError when another rank ends.
     """
@@ -112,7 +108,7 @@ def train_draft(
             return train_draft(
                 config, host=host, resume=resume, interrupt=interrupt, show=show and ranks.leads, ranks=ranks
             )
-    settle = as_function(config)
+    settle = by_target(config)
     first = settle("")
     device = check(first, ranks.launch)
     if ranks.size > 1:
@@ -122,7 +118,7 @@ def train_draft(
         begun, done = ranks.decide("begin", partial(_begun, directory, settle, device, resume, ranks))
         if done is not None:
             return TrainedRun(directory.path, directory.draft, done, was_finished=True, ranks=ranks.size)
-        _see_init(first)
+        see_init(first)
         with host if isinstance(host, AbstractContextManager) else contextlib.nullcontext(host) as local:
             return _train(settle, first, device, directory, local, begun, interrupt or Interrupt(), show, ranks)
 
@@ -134,7 +130,7 @@ def _begun(directory: RunDirectory, settle: Settle, device: str, resume: bool, r
     """
     again = ranks.restarts > 0 and directory.began_by(launcher.identity())
     begun = directory.check(resume or again)
-    return begun, len(read(directory.journal)) if begun and _is_finished(directory, settle, device) else None
+    return begun, len(read(directory.journal)) if begun and is_finished(directory, settle, device) else None
 
 
 def _train(
@@ -168,7 +164,7 @@ def _train(
         known, draft = recipe(contract)
         if (idle := launcher.check_shares(known.train.accumulation, ranks.size)) and ranks.leads:
             logger.warning("%s", idle)
-        settled = _with_data(_with_dtype(known, device), contract.model)
+        settled = with_data(with_dtype(known, device), contract.model)
         settled = replace(settled, output=str(directory.path))
         again = ranks.decide("again", lambda: resume and directory.has_checkpoint(settled.train.save_every))
         told = ranks.decide("settings", lambda: msgspec.to_builtins(directory.settings() if resume else None))
@@ -193,15 +189,15 @@ def _train(
             images = ImagePayloads(dataset, Path(scratch), contract) if dataset.illustrated else None
         if images:
             images.check(contract, subscriber.ring, settled.data.batch_tokens)
-        plan = dataset.plan(settled.data, settled.train.seed, held.samples)
-        loader = Loader(dataset, plan, epochs=settled.train.epochs, payloads=images)
-        validation = measurements(settled, dataset, held, plan, directory.validation)
+        batches = dataset.plan(settled.data, settled.train.seed, held.samples)
+        loader = Loader(dataset, batches, epochs=settled.train.epochs, payloads=images)
+        validation = measurements(settled, dataset, held, batches, directory.validation)
         own = identity(settled, draft, method.free, contract, dataset.digest)
         ranks.agree(launcher.facts(own, device, settled.train.collectives))
         checkpoints = Checkpoints(directory.checkpoints, own, settled.train.keep)
-        if again and ranks.leads:
-            checkpoints.compare(checkpoints.latest())
-        steps, done = total_steps(settled.train, loader.num_batches), checkpoints.step() if again else 0
+        old = checkpoints if again else None
+        plan = Plan(**ranks.decide("plan", lambda: planned(old, loader, settled.train)._asdict()))
+        steps, done = plan.steps, plan.done
         patience, wait = settled.train.peer_patience_s, first.subscriber.timeout_s + first.subscriber.connect_s + 60
         ranks.join(device, wait, collectives=settled.train.collectives, patience_s=patience)
         dtype: torch.dtype = getattr(torch, settled.train.dtype)
@@ -214,16 +210,25 @@ def _train(
         except torch.OutOfMemoryError as error:
             what = f"no memory left on {device} for the draft and what it needs of {contract.model}"
             raise out_of_memory(what, error, "free some there or name another GPU in train.device") from None
+
+        def export(path: Path, step: int) -> None:
+            objective.export(path, {name: data for name, data in files.items() if name not in TARGETS_OWN})
+            sign(path, facts, step, steps)
+
         if settled.validation.decode_every and ranks.leads:
             source = stack.enter_context(_beside(first, subscriber, device, directory.path.name, host))
             validation.decoder = decoder(
                 settled.validation, source, parts, dataset, held, eos, device=device, run=directory.path
             )
-        if not again and ranks.leads:
-            facts = _facts(
-                settled, method.title, contract, dataset, held, objective, subscriber.stats().transports, ranks
-            )
-            write_facts(directory.path, facts)
+        if ranks.leads:
+            if again:
+                facts = directory.reopen(settled, plan.change)
+            else:
+                facts = _facts(
+                    settled, method.title, contract, dataset, held, objective, subscriber.stats().transports, ranks
+                )
+                write_facts(directory.path, facts)
+            checkpoints.export = export
         sinks: list[Sink] = []
         if show and ranks.leads:
             title = f"{settled.method} draft for {contract.model} → {directory.path}{ranks.title}"
@@ -254,11 +259,13 @@ def _train(
         if not ranks.leads:
             return TrainedRun(directory.path, directory.draft, end.step, ranks=ranks.size)
         tell_unless_trained(read(directory.journal), contract.model)
+        step = end.step
         if settled.validation.patience and (best := checkpoints.best()) is not None:
             checkpoints.load_weights(best, objective.module)
+            step = checkpoints.compare(best).position.step
             logger.info("the draft is that of %s, which has the lowest held-out loss", best)
         with interrupt.shield():
-            objective.export(directory.draft, {name: data for name, data in files.items() if name not in TARGETS_OWN})
+            export(directory.draft, step)
             directory.finish()
     return TrainedRun(directory.path, directory.draft, len(read(directory.journal)), ranks=ranks.size)
 
@@ -289,81 +296,6 @@ def _beside(first: RunConfig, subscriber: Subscriber, device: str, name: str, ho
     return _connect(replace(first, subscriber=link), lambda contract: spec, device, f"{name}, decoding", host, Ranks())
 
 
-def output_of(config: RunConfig) -> RunDirectory:
-    """The run's directory."""
-    return RunDirectory(Path(config.output or f"runs/{config.method}"))
-
-
-def check(config: RunConfig, launch: Launch | None = None) -> str:
-    """See that a run can begin, whatever its target; returns its device. Nothing is made yet.
-
-    Raises ConfigError, DataError for data that is not there.
-    """
-    registry.settings(config.method, config.draft, "settings")
-    check_log(config.log)
-    if config.data.path:
-        datasets.check(config.data)
-    if (asked := config.subscriber.transport) not in (known := ["auto", *transports.names()]):
-        raise ConfigError(f"subscriber.transport={asked!r}: expected one of {', '.join(known)}; leave it out for auto")
-    return launcher.device_of(config.train, launch or Launch())
-
-
-def _see_init(config: RunConfig) -> None:
-    """Raise ConfigError or CheckpointError where the draft to begin with is not there; its shape is compared later."""
-    if init := getattr(registry.settings(config.method, config.draft, "settings"), "init", ""):
-        initial_config(init)
-
-
-def _is_finished(directory: RunDirectory, settle: Settle, device: str) -> bool:
-    """Whether the run is finished and was made with these settings, as far as it shows without its target.
-
-    Its data is known by its path here, and a target hosted here by its settings.
-    """
-    facts = directory.finished()
-    if facts is None:
-        return False
-    try:
-        first = convert(facts.config, RunConfig, "run.json")
-        known = settle(str(facts.target["model"]))
-        now = replace(_with_dtype(known, device), data=replace(known.data, path=known.data.path or DEMO))
-        now, draft = kept(now, registry.settings(now.method, now.draft, "settings"), first)
-        free = registry.load(now.method).free
-        old = fixed(first, registry.settings(first.method, first.draft, "settings"), free)
-        new = fixed(now, draft, free)
-    except (SpecdError, KeyError):  # whatever it is, a run that goes on says it better
-        return False
-    return (old, first.data.path, first.target) == (new, now.data.path, now.target)
-
-
-def check_recipe(config: RunConfig, target: str) -> Config:
-    """The draft's own settings for a target. Raises ConfigError for what cannot work, before anything is loaded."""
-    draft = registry.settings(config.method, config.draft, "settings")
-    registry.load(config.method).check(draft, target)
-    datasets.check(config.data if config.data.path else replace(config.data, path=DEMO))
-    return draft
-
-
-def _with_dtype(config: RunConfig, device: str) -> RunConfig:
-    """`config` with a dtype for `auto`: bfloat16 on a GPU and float32 on a CPU, where bfloat16 is emulated."""
-    if config.train.dtype != "auto":
-        return config
-    dtype: Literal["float32", "bfloat16"] = "float32" if device == "cpu" else "bfloat16"
-    return replace(config, train=replace(config.train, dtype=dtype))
-
-
-def _with_data(config: RunConfig, target: str) -> RunConfig:
-    """`config` with specd's own conversations where it names no data, and one line that says so."""
-    if config.data.path:
-        return config
-    logger.warning(
-        "no data given: training on the conversations that come with specd (%s), whose answers are not %s's own, so "
-        "this only shows the path; for a draft worth serving give --data FILE with answers of %s, as `specd data "
-        "regenerate FILE --model %s --output FILE` writes them",
-        DEMO, target, target, target,
-    )  # fmt: skip
-    return replace(config, data=replace(config.data, path=DEMO))
-
-
 def _facts(
     config: RunConfig,
     title: str,
@@ -390,4 +322,5 @@ def _facts(
         transports=transports,
         machine=machine_facts() | ({"ranks": ranks.title.removeprefix(" · ")} if ranks.size > 1 else {}),
         config=msgspec.to_builtins(config),
+        directory=os.getcwd(),
     )

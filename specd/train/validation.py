@@ -19,7 +19,7 @@ from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from specd.config.settings import RunConfig, ValidationConfig
-from specd.data.batching import BatchPlan, Place, places_of
+from specd.data.batching import BatchPlan, Place
 from specd.data.dataset import Dataset
 from specd.drafts.base import Objective
 from specd.errors import BatchError, ConfigError
@@ -213,9 +213,9 @@ def planned(run: RunConfig, dataset: Dataset, held: Held, plan: BatchPlan, path:
     settings = run.validation
     if not held.rows:
         return Validation((), 0, 0, path)
-    places = list(places_of(dataset.plan_of(held.samples, run.data, run.train.seed), 0))
+    places = list(dataset.plan_of(held.samples, run.data, run.train.seed).places(0))
     tokens = sum(place.tokens for place in places)
-    epoch = [place.tokens for place in places_of(plan, 0)] or [run.data.batch_tokens]
+    epoch = [place.tokens for place in plan.places(0)] or [run.data.batch_tokens]
     a_step = run.train.accumulation * sum(epoch) / len(epoch)
     every = settings.every or max(1, math.ceil(tokens / (SHARE * a_step)))
     logger.info(
