@@ -224,7 +224,7 @@ class TrainConfig(Config, kw_only=True, frozen=True):
 
 
 class ValidationConfig(Config, kw_only=True, frozen=True):
-    """Rows that are held out of training, and what is measured on them as the run goes on.
+    """Rows that are held out of training, and measured.
 
     share: part of the data's rows that is held out, 0 for none; `auto` is what a resumed run began with, else 0.02, or
     none where that is fewer than 25 rows. rows: at most so many are held out, whatever their share. every: optimizer
