@@ -117,13 +117,14 @@ def hosting_config(run: RunConfig, model: str, *, preset: str = "") -> DaemonCon
         raise ConfigError(f"settings: target.model={other!r}: expected {model!r}, as given by --model; leave it out")
     draft = registry.settings(run.method, run.draft, "settings")
     capture = registry.load(run.method).capture_config(draft)
+    sessions = 2 if run.validation.decode_every else 1  # whoever decodes has one of its own
     settings = {
         "target": {"device": run.train.device} | run.target | {"model": model},
         "capture": {"num_taps": capture.num_taps, "final": capture.final, "dtype": capture.dtype},
         "ring": {
-            "slots": run.subscriber.depth + 2,
+            "slots": run.subscriber.depth + 1 + sessions,
             "slot_tokens": run.data.batch_tokens,
-            "max_sessions": 1,
+            "max_sessions": sessions,
             "payload_mib": MAX_PAYLOAD_BYTES >> 20,  # nobody else asks this daemon
         },
     }

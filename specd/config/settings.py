@@ -223,6 +223,26 @@ class TrainConfig(Config, kw_only=True, frozen=True):
     peer_patience_s: Annotated[float, Meta(ge=0)] = 0.0
 
 
+class ValidationConfig(Config, kw_only=True, frozen=True):
+    """Rows that are held out of training, and measured.
+
+    share: part of the data's rows that is held out, 0 for none; `auto` is what a resumed run began with, else 0.02, or
+    none where that is fewer than 25 rows. rows: at most so many are held out, whatever their share. every: optimizer
+    steps between two measurements, 0 for as few as add 2 % to the tokens of training. patience: so many measurements in
+    a row without a lower loss end the run, 0 for none; its draft is then the best one. decode_every: optimizer steps
+    between two real decodings, and measurements, 0 for none. prompts: so many of the held-out rows are decoded.
+    max_new_tokens: longest answer.
+    """
+
+    share: Literal["auto"] | Annotated[float, Meta(ge=0, lt=1)] = "auto"
+    rows: Positive = 500
+    every: NotNegative = 0
+    patience: NotNegative = 0
+    decode_every: NotNegative = 0
+    prompts: Positive = 8
+    max_new_tokens: Positive = 64
+
+
 class LogConfig(Config, kw_only=True, frozen=True):
     """Where a run's progress goes, beside its journal, which is always written.
 
@@ -253,5 +273,6 @@ class RunConfig(Config, kw_only=True, frozen=True):
     data: DataConfig = DataConfig()
     draft: dict[str, Any] = {}
     train: TrainConfig = TrainConfig()
+    validation: ValidationConfig = ValidationConfig()
     log: LogConfig = LogConfig()
     subscriber: SubscriberConfig = SubscriberConfig()

@@ -100,11 +100,17 @@ class BatchPlan:
         """Tokens of a batch."""
         return int(self._lengths[list(members)].sum())
 
+    def places(self, epoch: int, index: int = 0) -> Iterator[Place]:
+        """The batches of one epoch from number `index` on, not packed."""
+        batches = self.epoch(epoch)
+        for number in range(index, len(batches)):
+            yield Place(epoch, number, batches[number], self.num_tokens(batches[number]))
+
     def _build(self, epoch: int) -> list[tuple[int, ...]]:
         chosen = self._chosen(epoch)
         if not chosen.size:
             return []
-        shuffled = chosen[np.argsort(_keys(chosen.size, self.seed, epoch, 0), kind="stable")]
+        shuffled = chosen[np.argsort(random_keys(chosen.size, self.seed, epoch, 0), kind="stable")]
         per_batch = max(1, int(self.batch_tokens // self._lengths[chosen].mean()))
         if self.max_batch_sequences:
             per_batch = min(per_batch, self.max_batch_sequences)
@@ -113,7 +119,7 @@ class BatchPlan:
         for at in range(0, shuffled.size, group):
             members = shuffled[at : at + group]
             batches += self._fill(members[np.argsort(self._lengths[members], kind="stable")])
-        order = np.argsort(_keys(len(batches), self.seed, epoch, 1), kind="stable")
+        order = np.argsort(random_keys(len(batches), self.seed, epoch, 1), kind="stable")
         return [batches[i] for i in order.tolist()]
 
     def _chosen(self, epoch: int) -> NDArray[np.int64]:
@@ -123,7 +129,7 @@ class BatchPlan:
             return numbers
         whole = np.floor(self._weights)
         # 32 bits of a phase and of the share leave the sums exact.
-        phase = (_keys(numbers.size, self.seed, 0, 2) >> np.uint64(32)).astype(np.float64) / 2**32
+        phase = (random_keys(numbers.size, self.seed, 0, 2) >> np.uint64(32)).astype(np.float64) / 2**32
         share = np.round((self._weights - whole) * 2**32) / 2**32
         more = np.floor(phase + share * (epoch + 1)) - np.floor(phase + share * epoch)
         return np.repeat(numbers, (whole + more).astype(np.int64))
@@ -204,9 +210,7 @@ class Loader:
 
     def places_of(self, epoch: int, index: int = 0) -> Iterator[Place]:
         """The same of one epoch (from 0), which may be any: whoever trains more than `epochs` asks for them here."""
-        plan = self._plan.epoch(epoch)
-        for number in range(index, len(plan)):
-            yield Place(epoch, number, plan[number], self._plan.num_tokens(plan[number]))
+        return self._plan.places(epoch, index)
 
     def packed(self, places: Iterable[Place]) -> Iterator[Batch]:
         """The batches of places, with what their samples bring."""
@@ -226,8 +230,8 @@ class Loader:
         )
 
 
-def _keys(count: int, seed: int, epoch: int, purpose: int) -> NDArray[np.uint64]:
-    """`count` pseudo-random numbers; sorting by them shuffles.
+def random_keys(count: int, seed: int, epoch: int, purpose: int) -> NDArray[np.uint64]:
+    """`count` pseudo-random numbers; sorting by them shuffles. purpose: another one, other numbers.
 
     Splitmix64 (Steele, Lea and Flood, 2014) in place of numpy's generators, whose permutations may change from one
     version to the next: a resumed run must see the very same epoch.

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from specd.config.settings import DataConfig
 from specd.data import forms, store
-from specd.data.batching import BatchPlan, check_budget
+from specd.data.batching import BatchPlan, check_budget, random_keys
 from specd.data.faults import Faults, RowError
 from specd.data.images import Picture, decode
 from specd.data.portion import Report as Report
@@ -33,6 +33,8 @@ from specd.paths import cache_dir
 
 logger = logging.getLogger(__name__)
 
+HELD_OUT = 3
+"""What random numbers are for: `random_keys` of batching has the others."""
 COUNTED = 1 << 24
 """Tokens that are counted at a time."""
 CHUNK = 64
@@ -101,17 +103,39 @@ class Dataset:
         """Whether any sample has images."""
         return bool(self._pictures[1].size)
 
-    def label_counts(self, vocab_size: int) -> NDArray[np.int64]:
-        """How often each token is a label, int64 [vocab_size]."""
+    def held_out(self, share: float, most: int, seed: int) -> NDArray[np.bool_]:
+        """Which samples are held out of training: all those of so many rows, chosen by `seed`.
+
+        share: of the rows that have a sample. most: rows at most.
+        """
+        rows = np.unique(self.rows)
+        order = np.argsort(random_keys(rows.size, seed, 0, HELD_OUT), kind="stable")
+        return np.isin(self.rows, rows[order[: min(most, int(share * rows.size))]])
+
+    def label_counts(self, vocab_size: int, held: NDArray[np.bool_] | None = None) -> NDArray[np.int64]:
+        """How often each token is a label of a sample that is not held out, int64 [vocab_size]."""
         counts = np.zeros(vocab_size, np.int64)
         for begin in range(0, self._tokens.size, COUNTED):
             part = slice(begin, begin + COUNTED)
             counts += np.bincount(self._tokens[part][self._mask[part]], minlength=vocab_size)
+        for i in () if held is None else np.flatnonzero(held).tolist():
+            counts -= np.bincount(self.tokens(i)[self.loss_mask(i)], minlength=vocab_size)
         return counts
 
-    def plan(self, config: DataConfig, seed: int) -> BatchPlan:
-        """The order in which these samples are trained. Raises ConfigError for a budget that a sample exceeds."""
-        return BatchPlan(self.lengths, config.batch_tokens, config.max_batch_sequences, seed, self.weights)
+    def plan(self, config: DataConfig, seed: int, held: NDArray[np.bool_] | None = None) -> BatchPlan:
+        """The order in which these samples are trained, without those held out.
+
+        Raises ConfigError for a budget that a sample exceeds.
+        """
+        weights = self.weights
+        if held is not None and held.any():
+            weights = np.where(held, 0.0, 1.0 if weights is None else weights)
+        return BatchPlan(self.lengths, config.batch_tokens, config.max_batch_sequences, seed, weights)
+
+    def plan_of(self, held: NDArray[np.bool_], config: DataConfig, seed: int) -> BatchPlan:
+        """Batches of the samples that are held out, each once an epoch; epoch 0 is all that is needed."""
+        only = held.astype(np.float64)
+        return BatchPlan(self.lengths, config.batch_tokens, config.max_batch_sequences, seed, only)
 
     def find(self, token: int) -> tuple[int, int]:
         """How often `token` is in the samples, and the first row (from 0) that has it; (0, 0) for none."""

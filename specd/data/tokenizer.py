@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -108,6 +109,9 @@ def _processors_template(file: Path) -> str | dict[str, str] | None:
     return found
 
 
+_NO_END = "the target's tokenizer names no end-of-sequence token; set eos_token in tokenizer_config.json"
+
+
 def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """All tokens that end a text: the tokenizer's, and those of the model's generation config.
 
@@ -117,5 +121,18 @@ def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> li
     found = [tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])]
     ends = list(dict.fromkeys(token for token in found if isinstance(token, int)))
     if not ends:
-        raise DataError("the target's tokenizer names no end-of-sequence token; set eos_token in tokenizer_config.json")
+        raise DataError(_NO_END)
+    return ends
+
+
+def ends_of(directory: Path) -> list[int]:
+    """The same of a target whose files lie in `directory`, without the target itself."""
+    configured: list[Any] = [load_tokenizer(directory).eos_token_id]
+    for name in ("generation_config.json", "config.json"):
+        if (directory / name).is_file():
+            ids = json.loads((directory / name).read_bytes()).get("eos_token_id")
+            configured += ids if isinstance(ids, list) else [ids]
+    ends = list(dict.fromkeys(token for token in configured if isinstance(token, int)))
+    if not ends:
+        raise DataError(_NO_END)
     return ends

@@ -48,7 +48,10 @@ class Objective(Protocol):
         ...
 
     def loss(self, delivery: Delivery) -> Loss:
-        """The loss of one delivered batch; random choices depend on seed, epoch and sample only."""
+        """The loss of one delivered batch; random choices depend on seed, epoch and sample only.
+
+        Of a held-out batch nobody asks for gradients: it must leave nothing behind.
+        """
         ...
 
     def warm_up(self, dtype: torch.dtype) -> None:

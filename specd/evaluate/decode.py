@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 import numpy as np
@@ -35,6 +35,18 @@ class Generation(msgspec.Struct, frozen=True, kw_only=True):
     accepted: tuple[int, ...] = ()
 
 
+class Text(Protocol):
+    """One text, as its target reads it."""
+
+    def forward(self, tokens: Sequence[int], *, last_only: bool = False) -> tuple[Tensor, Tensor]:
+        """The next tokens -> logits [tokens or 1, V], or what has the same order, and the taps [tokens, n·H]."""
+        ...
+
+    def keep(self, length: int) -> None:
+        """Forget all but the first `length` tokens."""
+        ...
+
+
 @torch.inference_mode()
 def greedy(model: Any, prompt: Sequence[int], *, max_new_tokens: int, eos: Collection[int]) -> Generation:
     """The target's own greedy text: one token a forward, with its cache.
@@ -57,12 +69,19 @@ def greedy(model: Any, prompt: Sequence[int], *, max_new_tokens: int, eos: Colle
 def speculate(
     model: Any, drafter: Drafter, prompt: Sequence[int], *, max_new_tokens: int, eos: Collection[int]
 ) -> Generation:
-    """The same text by speculative decoding: the draft guesses a block, one target forward verifies all of it.
+    """The same text by speculative decoding, as `continued`. Arguments as of `greedy`."""
+    return continued(_CachedModel(model, drafter.taps), drafter, prompt, max_new_tokens=max_new_tokens, eos=eos)
 
-    The longest prefix of right guesses is accepted, plus the target's own token after it. Arguments as of `greedy`.
+
+@torch.inference_mode()
+def continued(
+    target: Text, drafter: Drafter, prompt: Sequence[int], *, max_new_tokens: int, eos: Collection[int]
+) -> Generation:
+    """A text by speculative decoding: the draft guesses a block, one forward of its target verifies all of it.
+
+    The longest prefix of right guesses is accepted, plus the target's own token after it. target: with nothing read.
     """
     began = time.perf_counter()
-    target = _CachedModel(model, drafter.taps)
     drafted, accepted = np.zeros((2, drafter.block_size - 1), np.int64)
     drafter.reset()
     logits, taps = target.forward(_checked(prompt, max_new_tokens), last_only=True)

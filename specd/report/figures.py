@@ -10,6 +10,7 @@ from specd.evaluate.intervals import Interval
 from specd.report.chart import Chart, Series
 from specd.report.style import BLUE, GREEN, GREY, INK, ORANGE, PURPLE, RED, SKY, TARGET, TRAINER, WIRE
 from specd.train.journal import StepRecord
+from specd.train.measurement import Measurement
 
 SMOOTH = 0.05
 """Width of the running mean, as a share of the run."""
@@ -21,8 +22,8 @@ COLOURS = (BLUE, RED, GREEN, ORANGE, PURPLE, SKY, GREY, INK)
 Runs = Mapping[str, Sequence[StepRecord]]
 
 
-def loss(records: Sequence[StepRecord]) -> Chart:
-    """The loss of every step, and its running mean."""
+def loss(records: Sequence[StepRecord], held_out: Sequence[Measurement] = ()) -> Chart:
+    """The loss of every step, its running mean, and that of held-out rows wherever it was measured."""
     axis, values = _Axis(len(records)), [record.loss for record in records]
     every = axis.spread(values)
     means = [_mean(point) for point in every]
@@ -31,6 +32,9 @@ def loss(records: Sequence[StepRecord]) -> Chart:
         for point in every
     ]
     several = axis.size > 1
+    measured = {one.step: one.loss for one in held_out}
+    apart = axis.means([measured.get(record.step) for record in records])
+    held = [Series(name="held-out rows", colour=ORANGE, y=apart, dots=True)] if measured else []
     top, note = _usual_top(values)
     return axis.chart(
         [
@@ -44,6 +48,7 @@ def loss(records: Sequence[StepRecord]) -> Chart:
                 said=said,
             ),
             Series(name="running mean", colour=BLUE, y=axis.means(_smooth(values))),
+            *held,
         ],
         y_label="loss (nats)",
         top=top,

@@ -16,8 +16,10 @@ from specd.evaluate.results import DEFINITION, EVALS, ROUNDINGS, EvalFacts, load
 from specd.report import figures, page
 from specd.report.chart import Chart
 from specd.report.page import text
-from specd.train.directory import JOURNAL, RunFacts, read_facts
+from specd.train.directory import JOURNAL, VALIDATION, RunFacts, read_facts
 from specd.train.journal import StepRecord, bound, read
+from specd.train.measurement import Measurement
+from specd.train.measurement import read as measurements
 
 ACCEPTANCE = DEFINITION.partition(" = ")[2]
 DEFINITIONS = {
@@ -59,11 +61,12 @@ ALWAYS = ("data.path", "data.max_length", "data.batch_tokens", "train.lr", "trai
 
 
 class Run(msgspec.Struct, frozen=True, kw_only=True):
-    """What a run left behind. evals: by the names of EVALS."""
+    """What a run left behind. evals: by the names of EVALS. held_out: what was measured on rows not trained on."""
 
     facts: RunFacts
     records: list[StepRecord]
     evals: dict[str, EvalFacts]
+    held_out: list[Measurement] = []
 
 
 def load(run: Path) -> Run:
@@ -72,22 +75,32 @@ def load(run: Path) -> Run:
     if not records:
         raise CheckpointError(f"{run / JOURNAL} has no finished step: let the run get further, then report again")
     evals = {name: load_facts(run / file, EvalFacts) for name, file in EVALS.items() if (run / file).exists()}
-    return Run(facts=facts, records=records, evals=evals)
+    return Run(facts=facts, records=records, evals=evals, held_out=measurements(run / VALIDATION))
 
 
 def write_report(run: Path, to: Path | None = None) -> Path:
     """Write `report.html` into a run directory, or the file `to`, and return its path. Raises as `load`."""
     found = load(run)
     path = to or run / "report.html"
-    page.save(path, render(found.facts, found.records, found.evals))
+    page.save(path, render(found.facts, found.records, found.evals, found.held_out))
     return path
 
 
-def render(facts: RunFacts, records: Sequence[StepRecord], evals: Mapping[str, EvalFacts]) -> str:
+def render(
+    facts: RunFacts,
+    records: Sequence[StepRecord],
+    evals: Mapping[str, EvalFacts],
+    held_out: Sequence[Measurement] = (),
+) -> str:
     """The page, from what a run left behind."""
     alike = comparable(evals)
     pictures = [
-        ("Loss", figures.loss(records), "Every optimizer step (pale) and the running mean over 5 % of the run."),
+        (
+            "Loss",
+            figures.loss(records, held_out),
+            "Every optimizer step (pale) and the running mean over 5 % of the run."
+            + " Points: rows that are held out of training." * bool(held_out),
+        ),
         ("Teacher-forced accuracy", figures.accuracy(records), "Running means. Not the acceptance length."),
         ("Time of a step", figures.time_split(records), _time_caption(records)),
     ]
@@ -96,7 +109,7 @@ def render(facts: RunFacts, records: Sequence[StepRecord], evals: Mapping[str, E
     name = title(facts)
     body = [
         f"<header><h1>{text(name)}</h1><p>{text(_subtitle(facts, records))}</p></header>",
-        f'<section class="tiles">{"".join(page.tile(*figure) for figure in key_figures(records, alike))}</section>',
+        f'<section class="tiles">{"".join(page.tile(*one) for one in key_figures(records, alike, held_out))}</section>',
         page.settings(key_settings(facts)),
         f'<section class="pictures">{"".join(page.picture(*one) for one in pictures)}</section>',
         f"<section><h2>What the figures mean</h2>{page.definitions(DEFINITIONS)}</section>",
@@ -105,6 +118,7 @@ def render(facts: RunFacts, records: Sequence[StepRecord], evals: Mapping[str, E
         page.table("Draft", facts.draft),
         page.table("Data", facts.data),
         page.table("Evaluation", _evaluation(evals)),
+        *([page.table("Held-out rows", _held_out(held_out))] if held_out else []),
         page.table("Transports", facts.transports),
         page.table("Machine", facts.machine),
         "</section>",
@@ -159,7 +173,9 @@ def comparable(evals: Mapping[str, EvalFacts]) -> dict[str, EvalFacts]:
     return {name: facts for name, facts in evals.items() if facts.texts == evals.get("trained", facts).texts}
 
 
-def key_figures(records: Sequence[StepRecord], evals: Mapping[str, EvalFacts]) -> list[tuple[str, str, str]]:
+def key_figures(
+    records: Sequence[StepRecord], evals: Mapping[str, EvalFacts], held_out: Sequence[Measurement] = ()
+) -> list[tuple[str, str, str]]:
     """The figures that matter most: value, name, remark. evals: of the same texts."""
     wall, tokens = sum(record.step_s for record in records), sum(record.tokens for record in records)
     tiles: list[tuple[str, str, str]] = []
@@ -177,6 +193,10 @@ def key_figures(records: Sequence[StepRecord], evals: Mapping[str, EvalFacts]) -
         )
     first, last = _ends([record.loss for record in records])
     tiles.append((f"{last:.2f}", "loss", f"{first:.2f} at the start"))
+    if held_out and held_out[-1].best_loss is not None:
+        end = held_out[-1]
+        remark = f"the lowest, at step {end.best_step:,}; step {end.step:,} has {_two(end.loss)}"
+        tiles.append((_two(end.best_loss), "held-out loss", remark))
     first, last = _ends([record.teacher_forced_accuracy for record in records])
     tiles.append((f"{last:.0%}", "teacher-forced accuracy", f"{first:.0%} at the start"))
     tiles.append((f"{tokens / wall:,.0f}", "tokens per second", f"{tokens:,} tokens in {units.duration(wall)}"))
@@ -184,6 +204,10 @@ def key_figures(records: Sequence[StepRecord], evals: Mapping[str, EvalFacts]) -
     each = units.duration(wall / samples)
     tiles.append((each, "time per sample", f"{samples:,} samples in {len(records):,} steps"))
     return tiles
+
+
+def _two(value: float | None) -> str:
+    return "none" if value is None else f"{value:.2f}"
 
 
 def step_over_bound(records: Sequence[StepRecord], daemons: int) -> float | None:
@@ -244,6 +268,22 @@ def _evaluation(evals: Mapping[str, EvalFacts]) -> dict[str, Any]:
         rows[f"{name}: guesses in a row"] = facts.block_size - 1
         if facts.dtype:
             rows[f"{name}: target computes in"] = facts.dtype
+    return rows
+
+
+def _held_out(found: Sequence[Measurement]) -> dict[str, Any]:
+    last = found[-1]
+    rows: dict[str, Any] = {
+        "measured": f"{len(found):,} times, {last.tokens:,} tokens each, the last time at step {last.step:,}",
+        "loss": _two(last.loss),
+        "lowest loss": f"{_two(last.best_loss)} at step {last.best_step:,}",
+    }
+    for one in [one for one in found if one.acceptance_length is not None][-1:]:
+        rows["acceptance length"] = f"{one.acceptance_length:.3f} at step {one.step:,}, decoded at the daemon"
+    if last.teacher_forced_accuracy is not None:
+        rows["teacher-forced accuracy"] = f"{last.teacher_forced_accuracy:.1%}"
+    for offset, share in enumerate(last.teacher_forced_by_offset, start=1):
+        rows[f"at offset {offset}"] = "nothing counted" if share is None else f"{share:.1%}"
     return rows
 
 

@@ -25,13 +25,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from specd.drafts.files import sync
-from specd.errors import CheckpointError
+from specd.errors import CheckpointError, writing
 
 logger = logging.getLogger(__name__)
 
 FORMAT = 1
 STATE = "state.json"
 _NAME = re.compile(r"step-(\d{8,})")
+BEST = "best"
+"""A link to the checkpoint with the lowest held-out loss."""
 
 
 class Position(msgspec.Struct, frozen=True, kw_only=True):
@@ -157,9 +159,37 @@ class Checkpoints:
             raise CheckpointError(
                 f"cannot write checkpoint {final}: {error}; free some space there, then go on with `{self._resume}`"
             ) from None
+        best = self.best()
         for _, old in self._complete()[: -self.keep]:
-            shutil.rmtree(old, ignore_errors=True)
+            if old != best:
+                shutil.rmtree(old, ignore_errors=True)
         return final
+
+    def best(self) -> Path | None:
+        """The checkpoint that is marked as the best one."""
+        try:
+            path = self.directory / (self.directory / BEST).readlink()
+        except OSError:
+            return None
+        return path if _state(path) is not None else None
+
+    def mark_best(self, step: int) -> None:
+        """Mark the checkpoint of `step` as the best one: it stays until another one is marked, whatever `keep` is.
+
+        Raises CheckpointError when that cannot be written.
+        """
+        fresh = self.directory / f".{BEST}-{os.getpid()}"
+        with writing(self.directory / BEST):
+            fresh.unlink(missing_ok=True)
+            fresh.symlink_to(f"step-{step:08d}")
+            fresh.replace(self.directory / BEST)
+            sync(self.directory)
+
+    def load_weights(self, path: Path, module: torch.nn.Module) -> None:
+        """Load the weights of a checkpoint, and nothing else of it. Raises as `restore`."""
+        weights, _ = self._read(path, self.compare(path))
+        _check_shapes(path, weights, _weights(module))
+        module.load_state_dict(weights, strict=False)
 
     def latest(self) -> Path:
         """The newest complete checkpoint; torn ones are skipped. Raises CheckpointError when there is none."""
@@ -192,19 +222,7 @@ class Checkpoints:
         data plan; the message names what differs.
         """
         state = self.compare(path)
-        for name, file in state.files.items():
-            if _crc32(path / name) != file.crc32:
-                raise CheckpointError(
-                    f"{path / name} is corrupt (its checksum differs): delete {path}, and "
-                    f"`{self._resume}` goes on from the one before"
-                )
-        try:
-            weights = load_file(path / "model.safetensors")
-            extra = load_file(path / "optimizer.safetensors")
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(
-                f"{path} cannot be read: {error}; delete it, and `{self._resume}` goes on from the one before"
-            ) from None
+        weights, extra = self._read(path, state)
         _check_shapes(path, weights, _weights(module))
         module.load_state_dict(weights, strict=False)
         _load_moments(module, optimizer, extra)
@@ -216,6 +234,21 @@ class Checkpoints:
             numpy=state.numpy_rng,
         ).restore()
         return state.position
+
+    def _read(self, path: Path, state: _Manifest) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        """Weights, and what else there is. Raises CheckpointError when they are corrupt."""
+        for name, file in state.files.items():
+            if _crc32(path / name) != file.crc32:
+                raise CheckpointError(
+                    f"{path / name} is corrupt (its checksum differs): delete {path}, and "
+                    f"`{self._resume}` goes on from the one before"
+                )
+        try:
+            return load_file(path / "model.safetensors"), load_file(path / "optimizer.safetensors")
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(
+                f"{path} cannot be read: {error}; delete it, and `{self._resume}` goes on from the one before"
+            ) from None
 
     @property
     def _resume(self) -> str:
@@ -250,7 +283,7 @@ PLAN = frozenset({"train.epochs", "train.max_steps"})
 """Settings of an identity that say how long a run goes on: a resumed run may have others, by a new plan."""
 _BEFORE = {
     "data.columns": {}, "data.date": "", "data.long": "cut", "data.subset": "", "data.weights": [],
-    "draft.loss": "decay", "draft.dpace_alpha": 0.5,
+    "draft.loss": "decay", "draft.dpace_alpha": 0.5, "validation.share": 0.0,
 }  # fmt: skip
 """Settings that runs of specd 0.1.0 do not name, and what they did."""
 

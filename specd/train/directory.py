@@ -30,12 +30,13 @@ from specd.version import __version__
 
 logger = logging.getLogger(__name__)
 
-FACTS, JOURNAL = "run.json", "metrics.jsonl"
+FACTS, JOURNAL, VALIDATION = "run.json", "metrics.jsonl", "validation.jsonl"
 _NEW_FACTS = f".{FACTS}.new"
 
 FREE = {
     "data": {"path", "cache_dir", "processes", "bad_rows"},
     "train": {"device", "threads", "save_every", "keep", "log_every", "collectives", "peer_patience_s"},
+    "validation": {"every", "patience", "decode_every", "prompts", "max_new_tokens"},
 }
 """Settings that a resumed run may change: they do not affect what is computed. All others of these sections are fixed.
 
@@ -46,7 +47,7 @@ Those of `target` are free, wherever it is hosted: what affects its states, as i
 
 
 class RunDirectory:
-    """run.json, metrics.jsonl, checkpoints/, tb/, draft/ and report.html of one run.
+    """run.json, metrics.jsonl, validation.jsonl, checkpoints/, tb/, draft/ and report.html of one run.
 
     run.json is written first, once all settings are checked: before it there is nothing but the lock of its owner
     (`owned` of `train/owner.py`), who alone calls what writes.
@@ -63,6 +64,10 @@ class RunDirectory:
     @property
     def journal(self) -> Path:
         return self.path / JOURNAL
+
+    @property
+    def validation(self) -> Path:
+        return self.path / VALIDATION
 
     @property
     def checkpoints(self) -> Path:
@@ -210,6 +215,9 @@ def fixed(config: RunConfig, draft: Config, free: frozenset[str]) -> dict[str, A
     for section, (struct, names) in sections.items():
         values: Mapping[str, Any] = msgspec.to_builtins(struct)
         settings |= {f"{section}.{key}": value for key, value in values.items() if key not in names}
+    if settings["validation.share"] in ("auto", 0):  # `auto` is of a run from before rows were held out
+        settings["validation.share"] = 0.0
+        del settings["validation.rows"]
     return settings
 
 

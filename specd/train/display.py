@@ -23,7 +23,8 @@ from rich.text import Text
 
 from specd import units
 from specd.train.journal import StepRecord, bound
-from specd.train.summary import Totals, memory_use
+from specd.train.measurement import Measurement
+from specd.train.summary import Totals, held_out_line, memory_use
 
 REFRESH_S = 0.1
 BLOCKS = "▁▂▃▄▅▆▇█"
@@ -106,6 +107,15 @@ class Display:
             else:
                 self._say(self.line())
 
+    def validated(self, found: Measurement) -> None:
+        """Show what held-out rows show."""
+        self._totals.held_out = found
+        with suppress(OSError):
+            if self._live is not None:
+                self._live.update(self.render(), refresh=True)
+            else:
+                self._say(f"held out · {held_out_line(found)}")
+
     def line(self) -> str:
         """The state of the run in one line."""
         last, shares = self._recent[-1], self._shares()
@@ -139,6 +149,8 @@ class Display:
             (_number(self._totals.accuracy(), ".1%"), "bold"), ("   of next tokens, given true context", "dim")
         )
         rows.add_row("teacher-forced", accuracy)
+        if (found := self._totals.held_out) is not None:
+            rows.add_row("held out", held_out_line(found))
         rows.add_row("gradient", f"norm {_number(last.grad_norm, '.3g')}   lr {last.lr:.2e}   epoch {last.epoch + 1}")
         pace = f"{self._tokens_per_s():,.0f} tokens/s   {units.duration(self._step_s())} a step"
         rows.add_row("speed", pace)

@@ -8,6 +8,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 
 from specd.train.journal import StepRecord
+from specd.train.measurement import Measurement
 
 PARTS = ("target_wait", "wire_wait", "train")
 
@@ -21,6 +22,7 @@ class Exposition:
     def __init__(self, steps: int, labels: dict[str, str]) -> None:
         self._planned, self._labels = steps, labels
         self._state: tuple[StepRecord | None, dict[str, float]] = (None, {})
+        self._found: Measurement | None = None
 
     def step(self, record: StepRecord) -> None:
         """Take one more step."""
@@ -28,6 +30,10 @@ class Exposition:
         for name, amount in _amounts(record):
             sums[name] = sums.get(name, 0) + amount
         self._state = (record, sums)  # at once: another thread reads it
+
+    def validated(self, found: Measurement) -> None:
+        """Take what held-out rows show."""
+        self._found = found
 
     def metrics(self) -> Iterator[Metric]:
         """All metrics of the run, as of the last step that was logged."""
@@ -53,6 +59,8 @@ class Exposition:
         yield seconds
         if last is not None:
             yield from _latest(last)
+        if self._found is not None:
+            yield from _held_out(self._found)
 
 
 def _amounts(record: StepRecord) -> Iterator[tuple[str, float]]:
@@ -75,6 +83,22 @@ def _latest(record: StepRecord) -> Iterator[Metric]:
         ("specd_train_learning_rate", "Its learning rate.", record.lr),
         ("specd_train_gradient_norm", "Its gradient norm before clipping.", record.grad_norm),
         ("specd_train_step_seconds", "Its wall time.", record.step_s),
+    ):  # fmt: skip
+        if value is not None:
+            yield GaugeMetricFamily(name, text, value=value)
+
+
+def _held_out(found: Measurement) -> Iterator[Metric]:
+    for name, text, value in (
+        ("specd_train_validation_step", "The step after which held-out rows were last measured.", found.step),
+        ("specd_train_validation_loss", "Their loss, a weighted mean.", found.loss),
+        ("specd_train_validation_teacher_forced_accuracy", "Share of their predictions that are right, given true "
+         "tokens.", found.teacher_forced_accuracy),
+        ("specd_train_validation_acceptance_length", "Their acceptance length by real decoding.",
+         found.acceptance_length),
+        ("specd_train_validation_best_loss", "Their lowest loss until now.", found.best_loss),
+        ("specd_train_validation_best_step", "The step that had it.", found.best_step),
+        ("specd_train_validation_seconds", "Time that training waited for it.", found.seconds),
     ):  # fmt: skip
         if value is not None:
             yield GaugeMetricFamily(name, text, value=value)

@@ -13,6 +13,7 @@ from typing import Literal, Protocol
 import msgspec
 
 from specd.errors import CheckpointError, writing
+from specd.train.measurement import Measurement
 
 logger = logging.getLogger(__name__)
 
@@ -81,6 +82,10 @@ class Sink(Protocol):
 
     def step(self, record: StepRecord) -> None:
         """Take the record of one more optimizer step."""
+        ...
+
+    def validated(self, found: Measurement) -> None:
+        """Take what held-out rows show after the last step that was taken."""
         ...
 
 

@@ -11,13 +11,15 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from itertools import islice, tee
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 import msgspec
+import numpy as np
 import torch
+from msgspec.structs import replace
 
 from specd.config.settings import TrainConfig
 from specd.data.batching import Place
@@ -28,8 +30,10 @@ from specd.train.checkpoint import Checkpoints, Position, RngStates, saved_tenso
 from specd.train.distributed import Ranks
 from specd.train.interrupt import Interrupt
 from specd.train.journal import Journal, Sink, StepRecord, TrainedBatch
+from specd.train.measurement import measured
 from specd.train.optimizer import apply_gradients, learning_rate, make_optimizer, total_steps
-from specd.train.step import Sums, Torn, UnloggedStep, Window, told_of
+from specd.train.step import TOLD, Sums, Torn, UnloggedStep, Window, told_of
+from specd.train.validation import Validation, looked_at
 
 if TYPE_CHECKING:
     from specd.metrics import Stats
@@ -110,7 +114,7 @@ class _Run:
         self.ranks.finish(self.gradients.works())
         total = self.source.stats()
         step_stats, self._stats = total.difference(self._stats), total
-        self._num_counts = self._num_counts or self.ranks.decide("counts", lambda: window.num_counts)
+        self._learn_counts(window)
         self._spent = step_stats
         step, accumulation = self.position.step + 1, self.config.accumulation
         told = told_of(step_stats, self._work_s if self._halted.is_cuda else window.watch.seconds())
@@ -139,6 +143,37 @@ class _Run:
             self._show(self._log(keep=1 if self._halted.is_cuda and step < self.steps else 0))
         if step == self.steps or (self.config.save_every and step % self.config.save_every == 0):
             self.save()
+
+    def _learn_counts(self, window: Window) -> None:
+        """What a draft counts, which a rank without a batch does not see. Rank 0 has one, the first time."""
+        self._num_counts = self._num_counts or self.ranks.decide("counts", lambda: window.num_counts)
+
+    def validate(self, objective: Objective, deliveries: Iterator[Delivery], validation: Validation) -> None:
+        """Measure the held-out batches, which come next in the stream, and mark this step if it is the best.
+
+        Nothing of the training changes. Raises as `save`.
+        """
+        began = time.perf_counter()
+        self._show(self._log())
+        window = Window(self.device)
+        looked_at(window, objective, deliveries, self.ranks.deal(validation.places), self.position.step)
+        self._learn_counts(window)
+        places = len(validation.places)
+        sums = window.sums(self.ranks, -self.position.step, places, places, self._num_counts, np.zeros(TOLD))
+        if sums.intact is not None and not bool(sums.intact):
+            raise self.ranks.broken()
+        self.ranks.replicate([sums.losses, sums.weights])  # rank 0 decides what was best, and whether this is the end
+        found = measured(self.position.step, sums, window.measured, validation.tokens)
+        found = validation.decoded(found, objective, self.steps)
+        found = validation.judged(replace(found, seconds=time.perf_counter() - began))
+        if found.best:
+            self.save()
+            if self.journal is not None:
+                self.checkpoints.mark_best(found.step)
+        validation.keep(found, noted=self.journal is not None)
+        for sink in self.sinks:
+            sink.validated(found)
+        self._stats, self._mark = self.source.stats(), time.perf_counter()
 
     def save(self) -> None:
         """Checkpoint the last optimizer step, if there is one and it is not saved yet; on rank 0 alone.
@@ -227,11 +262,13 @@ def train(
     interrupt: Interrupt | None = None,
     resume: bool = False,
     ranks: Ranks | None = None,
+    validation: Validation | None = None,
 ) -> Position:
     """Train to the end, from the start or from the newest checkpoint; returns the last position.
 
     journal: path of the step records. ranks: this process among those that train together, None for one alone; rank 0
-    alone reads and writes what the run leaves, and the others begin with its weights. On a SpecdError (running out of
+    alone reads and writes what the run leaves, and the others begin with its weights. validation: of held-out batches,
+    which `feed` packs, too; it may end the run early. On a SpecdError (running out of
     GPU memory becomes one), also of another rank (PeerError), or a KeyboardInterrupt the last optimizer step is
     checkpointed, unless the error is a non-finite loss or gradient, which no weight has seen, or came between the
     weights and the position of a step.
@@ -243,15 +280,29 @@ def train(
     trained = feed.before(position.epoch, position.index)
     steps = total_steps(config, batches, position.step, trained)
     left = min(batches - trained, (steps - position.step) * config.accumulation)
-    planned = islice(feed.places(position.epoch, position.index), max(0, left))
+    checks = validation or Validation((), 0, 0, journal)
+    checks.begin(position.step, ranks)
+    planned = islice(feed.places(position.epoch, position.index), 0 if checks.ended else max(0, left))
     ahead, coming = tee(_steps(planned, config.accumulation))
     with Journal(journal, position.step) if ranks.leads else contextlib.nullcontext() as lines:
         run = _Run(config, objective, source, checkpoints, lines, sinks, optimizer, position, steps, ranks)
         try:
-            deliveries = source.stream(feed.packed(place for step in ahead for place in ranks.deal(step)))
+            wanted = checks.among(ahead, position.step, steps)
+            deliveries = source.stream(feed.packed(place for step in wanted for place in ranks.deal(step)))
+            if checks.due(position.step, steps):
+                _validate(run, objective, deliveries, checks)
             for places in coming:
+                if checks.ended:
+                    break
                 _train_step(run, objective, deliveries, places, left, interrupt)
                 left -= len(places)
+                if checks.due(run.position.step, steps):
+                    _validate(run, objective, deliveries, checks)
+            if checks.ended:
+                run.save()
+                logger.warning("%s", checks.why_ended(steps))
+                if isinstance(deliveries, Generator):  # what is under way is given up
+                    deliveries.close()
             next(deliveries, None)  # it takes back the last one
             ranks.part()
         except (KeyboardInterrupt, SpecdError) as error:
@@ -284,6 +335,14 @@ def _steps(places: Iterator[Place], accumulation: int) -> Iterator[tuple[Place, 
     """Batches by optimizer step."""
     while step := tuple(islice(places, accumulation)):
         yield step
+
+
+def _validate(run: _Run, objective: Objective, deliveries: Iterator[Delivery], checks: Validation) -> None:
+    try:
+        run.validate(objective, deliveries, checks)
+    except torch.OutOfMemoryError as error:
+        what = f"after step {run.position.step}: no memory left for the held-out batches"
+        raise out_of_memory(what, error, "continue with --resume where more is free") from None
 
 
 def _train_step(

@@ -10,13 +10,16 @@ from typing import Any, Literal, NamedTuple
 import msgspec
 from msgspec.structs import replace
 
+from specd.client.subscriber import Subscriber
 from specd.config.settings import Config, RunConfig
 from specd.data import mask_token
 from specd.data.dataset import Dataset, dated, prepare
 from specd.data.portion import Report
 from specd.data.progress import progress
 from specd.data.rows import DEMO
+from specd.drafts.base import TargetParts
 from specd.train.distributed import Ranks
+from specd.train.validation import Held, held_out
 
 _LENGTHS = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "seq_length")
 """How configs call the number of positions that a model was trained for."""
@@ -25,11 +28,12 @@ logger = logging.getLogger(__name__)
 
 
 class Prepared(NamedTuple):
-    """The run's settings and its draft's, with nothing left to be chosen, and its samples."""
+    """The run's settings and its draft's, with nothing left to be chosen, its samples, and what is held out of them."""
 
     config: RunConfig
     draft: Config
     dataset: Dataset
+    held: Held
 
 
 def prepared(
@@ -45,8 +49,8 @@ def prepared(
 ) -> Prepared:
     """The data of a run, for the target whose files lie in `files`.
 
-    vocabulary: rows of its embedding. target: its name. begun: the settings of the run as it began, which a date and a
-    mask token that are left to specd are taken from. show: a bar on the terminal.
+    vocabulary: rows of its embedding. target: its name. begun: the settings of the run as it began, which a date, a
+    mask token and a held-out share that are left to specd are taken from. show: a bar on the terminal.
     Raises ConfigError for a mask token that cannot be one, and what `prepare` raises.
     """
     config, draft = kept(config, draft, begun)
@@ -60,7 +64,9 @@ def prepared(
         draft = replace(draft, mask_token_id=chosen.id)
     elif begun is None and (mask := mask_of(draft)) is not None:
         mask_token.check_absent(mask, dataset)
-    return Prepared(replace(config, draft=msgspec.to_builtins(draft)), draft, dataset)
+    validation, held = held_out(config.validation, dataset, config.train.seed)
+    settled = replace(config, draft=msgspec.to_builtins(draft), validation=validation)
+    return Prepared(settled, draft, dataset, held)
 
 
 def with_date(config: RunConfig, draft: Config, begun: RunConfig | None, files: Path, ranks: Ranks) -> RunConfig:
@@ -70,6 +76,15 @@ def with_date(config: RunConfig, draft: Config, begun: RunConfig | None, files: 
         return dated(kept(config, draft, begun)[0].data, files).date
 
     return replace(config, data=replace(config.data, date=ranks.decide("date", chosen)))
+
+
+def target_parts(subscriber: Subscriber, config: dict[str, object], dataset: Dataset, held: Held) -> TargetParts:
+    """What a draft may have of the target. config: its config.json. Labels are counted where they are trained."""
+    contract = subscriber.contract
+    embedding = subscriber.tensor("embedding")
+    tied = contract.artifacts["lm_head"].same_as == "embedding"
+    lm_head = embedding if tied else subscriber.tensor("lm_head")
+    return TargetParts(contract, config, embedding, lm_head, dataset.label_counts(contract.vocab_size, held.samples))
 
 
 def warn_of_length(longest: int, target: Mapping[str, Any], name: str) -> None:
@@ -91,10 +106,13 @@ def warn_of_length(longest: int, target: Mapping[str, Any], name: str) -> None:
 
 
 def kept(config: RunConfig, draft: Config, begun: RunConfig | None) -> tuple[RunConfig, Config]:
-    """The settings, with the date and the mask token that the run began with where they are left to specd."""
+    """The settings, with date, mask token and held-out share that the run began with where they are left to specd."""
     if begun is None:
         return config, draft
     config = replace(config, data=replace(config.data, date=config.data.date or begun.data.date))
+    if config.validation.share == "auto":  # a run from before rows were held out has no share
+        share = 0.0 if begun.validation.share == "auto" else begun.validation.share
+        config = replace(config, validation=replace(config.validation, share=share))
     before = begun.draft.get("mask_token_id", -1)
     if mask_of(draft) == -1 and isinstance(before, int) and before >= 0:
         draft = replace(draft, mask_token_id=before)
@@ -124,7 +142,7 @@ def mask_of(draft: Config) -> int | None:
     return None if mask == -1 and init else mask
 
 
-def data_facts(path: str | tuple[str, ...], dataset: Dataset) -> dict[str, Any]:
+def data_facts(path: str | tuple[str, ...], dataset: Dataset, held: Held | None = None) -> dict[str, Any]:
     """The data of a run, for run.json and the report."""
     report: Report = dataset.report
     facts: dict[str, Any] = {
@@ -137,6 +155,8 @@ def data_facts(path: str | tuple[str, ...], dataset: Dataset) -> dict[str, Any]:
         "left out, without labels": report.without_labels,
         "left out, cannot be used": report.num_bad,
     }
+    if held is not None and held.rows:
+        facts["held out for validation"] = f"{held.rows:,} rows, {held.count:,} samples"
     for fault in report.bad:
         facts[f"cannot be used: {fault.kind}"] = f"{fault.rows:,}, the first: {fault.first}"
     if report.split:

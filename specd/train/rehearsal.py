@@ -83,7 +83,7 @@ def rehearse(
     contract = contract_of(name, config, state_dtype)
     method = registry.load(settled.method)
     spec = method.capture(draft, contract)
-    settled, draft, dataset = prepared(
+    settled, draft, dataset, held = prepared(
         settled,
         draft,
         files,
@@ -93,14 +93,16 @@ def rehearse(
         begun=directory.settings() if resume and directory.begun else None,
         show=show,
     )
-    loader = Loader(dataset, dataset.plan(settled.data, settled.train.seed), epochs=settled.train.epochs)
+    loader = Loader(dataset, dataset.plan(settled.data, settled.train.seed, held.samples), epochs=settled.train.epochs)
     warn_of_length(int(dataset.lengths.max()), config, name)
     dtype: torch.dtype = getattr(torch, settled.train.dtype)
     text = config.get("text_config") or config
     shape = (contract.vocab_size, contract.hidden_size)
     embedding = torch.empty(shape, dtype=dtype)
     head = embedding if text.get("tie_word_embeddings") else torch.empty(shape, dtype=dtype)
-    parts = TargetParts(contract, dict(config), embedding, head, dataset.label_counts(contract.vocab_size))
+    parts = TargetParts(
+        contract, dict(config), embedding, head, dataset.label_counts(contract.vocab_size, held.samples)
+    )
     module = method.objective(draft, parts, "cpu", dtype, settled.train.seed).module
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     parameters = sum(parameter.numel() for parameter in trained)

@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 from specd.train.journal import StepRecord
+from specd.train.measurement import Measurement
 
 
-def scalars(record: StepRecord) -> dict[str, float]:
-    """Every number of a step that is known, by a name of the form section/what."""
-    values: dict[str, float | None] = {
+def scalars(record: StepRecord | Measurement) -> dict[str, float]:
+    """Every number of a step, or of held-out rows, that is known, by a name of the form section/what."""
+    values = _held_out(record) if isinstance(record, Measurement) else _trained(record)
+    means = {"teacher_forced": record.teacher_forced_by_offset, **record.by_offset}
+    begin = "validation_" if isinstance(record, Measurement) else ""
+    for name, shares in means.items():
+        values |= {f"{begin}{name}_by_offset/{offset:02d}": share for offset, share in enumerate(shares, start=1)}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _trained(record: StepRecord) -> dict[str, float | None]:
+    return {
         "train/loss": record.loss,
         "train/teacher_forced_accuracy": record.teacher_forced_accuracy,
         "train/lr": record.lr,
@@ -20,8 +30,13 @@ def scalars(record: StepRecord) -> dict[str, float]:
         "time/train_s": record.train_s,
         "ring/busy_slots": float(record.busy_slots),
     }
-    for offset, value in enumerate(record.teacher_forced_by_offset, start=1):
-        values[f"teacher_forced_by_offset/{offset:02d}"] = value
-    for name, means in record.by_offset.items():
-        values |= {f"{name}_by_offset/{offset:02d}": mean for offset, mean in enumerate(means, start=1)}
-    return {name: value for name, value in values.items() if value is not None}
+
+
+def _held_out(found: Measurement) -> dict[str, float | None]:
+    return {
+        "validation/loss": found.loss,
+        "validation/best_loss": found.best_loss,
+        "validation/teacher_forced_accuracy": found.teacher_forced_accuracy,
+        "validation/acceptance_length": found.acceptance_length,
+        "validation/seconds": found.seconds,
+    }

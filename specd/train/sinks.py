@@ -22,6 +22,7 @@ from specd.config.settings import LogConfig, RunConfig
 from specd.errors import CheckpointError, ConfigError, first_line, missing_extra
 from specd.train.directory import RunDirectory, read_facts
 from specd.train.journal import Sink, StepRecord
+from specd.train.measurement import Measurement
 from specd.train.scalars import scalars
 from specd.train.tensorboard import Scalars
 from specd.train.trackers import TRACKERS, Tracked, Tracker
@@ -97,7 +98,7 @@ class Behind:
 
     def __init__(self, name: str, tracker: Tracker) -> None:
         self._name, self._tracker = name, tracker
-        self._waiting: queue.Queue[StepRecord | None] = queue.Queue(BEHIND)
+        self._waiting: queue.Queue[StepRecord | Measurement | None] = queue.Queue(BEHIND)
         self._lost = 0
         self._finished = False
         self._thread = threading.Thread(target=self._run, name=f"specd-{name}", daemon=True)
@@ -105,6 +106,13 @@ class Behind:
 
     def step(self, record: StepRecord) -> None:
         """Have one more step sent; never waits."""
+        self._send(record)
+
+    def validated(self, found: Measurement) -> None:
+        """Have what held-out rows show sent; never waits."""
+        self._send(found)
+
+    def _send(self, record: StepRecord | Measurement) -> None:
         try:
             self._waiting.put_nowait(record)
         except queue.Full:

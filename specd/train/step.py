@@ -18,6 +18,7 @@ from specd.metrics import Stats
 from specd.train.checkpoint import Position, RngStates
 from specd.train.distributed import Ranks
 from specd.train.journal import StepRecord, TrainedBatch
+from specd.train.measurement import means
 from specd.train.stopwatch import Stopwatch
 
 TOLD = 6
@@ -75,6 +76,10 @@ class Window:
         """Accumulate a batch's gradients."""
         if loss.sum.requires_grad:
             loss.sum.backward()  # type: ignore[no-untyped-call]
+        self.look(loss)
+
+    def look(self, loss: Loss) -> None:
+        """Take a batch's numbers alone: of one that is not trained."""
         self._losses.append(loss.sum.detach().double())
         self._weights.append(loss.weight.detach().double())
         self.measured = tuple(sorted(loss.metrics.keys() - {"correct", "counted"}))
@@ -154,16 +159,11 @@ class UnloggedStep:
             grad_norm=norm,
             weight=weight,
             teacher_forced_accuracy=sum(correct) / sum(counted) if sum(counted) else None,
-            teacher_forced_by_offset=_means(correct, counted),
+            teacher_forced_by_offset=means(correct, counted),
             # A rank without a batch has no names for them, and no journal.
-            by_offset={name: _means(sums, counted) for name, sums in zip(self._measured, measured, strict=False)},
+            by_offset={name: means(sums, counted) for name, sums in zip(self._measured, measured, strict=False)},
         )
         return _of_all(record, told[0]) if told else record
-
-
-def _means(sums: Sequence[float], counted: Sequence[float]) -> tuple[float | None, ...]:
-    """Of each offset; None where nothing counted."""
-    return tuple(total / of if of else None for total, of in zip(sums, counted, strict=True))
 
 
 def told_of(stats: Stats, work_s: float) -> NDArray[np.float64]:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from specd import units
 from specd.train.journal import StepRecord, bound
+from specd.train.measurement import Measurement
 
 RECENT = 20
 """Steps that a recent mean is over."""
@@ -18,6 +19,7 @@ class Totals:
     """Sums over the steps of this process. recent: the last RECENT."""
 
     def __init__(self) -> None:
+        self.held_out: Measurement | None = None
         self.recent: deque[StepRecord] = deque(maxlen=RECENT)
         self.steps = self.tokens = self.resubmitted = self.reconnects = 0
         self.step_s = self.target_s = self.wire_s = self.train_s = 0.0
@@ -55,6 +57,8 @@ class Totals:
             yield f"loss    {loss}, mean of the last {len(self.recent)}: {mean:.4f}"
         if accuracy is not None:
             yield f"        {accuracy:.1%} of next tokens right, given true context"
+        if self.held_out is not None:
+            yield f"held out {held_out_line(self.held_out)}"
         total = (self.target_s + self.wire_s + self.train_s) or 1.0
         parts = {"target": self.target_s, "wire": self.wire_s, "trainer": self.train_s}
         split = ", ".join(f"{name} {spent / total:.0%}" for name, spent in parts.items())
@@ -62,6 +66,17 @@ class Totals:
         yield f"memory  {memory}"
         if self.reconnects or self.resubmitted:
             yield f"faults  {self.reconnects} reconnects, {self.resubmitted} batches asked for again"
+
+
+def held_out_line(found: Measurement) -> str:
+    """What held-out rows show, in few words."""
+    loss = "no loss" if found.loss is None else f"loss {found.loss:.4f}"
+    accuracy = "" if found.teacher_forced_accuracy is None else f", {found.teacher_forced_accuracy:.1%} right"
+    accepted = "" if found.acceptance_length is None else f", acceptance {found.acceptance_length:.2f}"
+    best = ""
+    if found.best_loss is not None:
+        best = ", the best yet" if found.best else f", best {found.best_loss:.4f} at {found.best_step:,}"
+    return f"{loss}{accuracy}{accepted} at step {found.step:,}{best}"
 
 
 def memory_use(device: str) -> str:

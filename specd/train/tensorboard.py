@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Self
 
 from specd.errors import missing_extra, writing
 from specd.train.journal import StepRecord
+from specd.train.measurement import Measurement
 from specd.train.scalars import scalars
 
 if TYPE_CHECKING:
@@ -32,9 +33,16 @@ class Scalars:
 
     def step(self, record: StepRecord) -> None:
         """Write one more optimizer step."""
+        self._add(record.step, scalars(record))
+
+    def validated(self, found: Measurement) -> None:
+        """Write what held-out rows show."""
+        self._add(found.step, scalars(found))
+
+    def _add(self, step: int, values: dict[str, float]) -> None:
         with writing(self.directory):
-            for name, value in scalars(record).items():
-                self._writer.add_scalar(name, value, record.step)
+            for name, value in values.items():
+                self._writer.add_scalar(name, value, step)
 
     def close(self) -> None:
         """Write out what is buffered. Idempotent."""

@@ -30,14 +30,16 @@ from specd.config.settings import Config, RunConfig
 from specd.data.batching import Loader
 from specd.data.dataset import Dataset
 from specd.data.payloads import ImagePayloads
+from specd.data.tokenizer import ends_of
 from specd.drafts import registry
-from specd.drafts.base import Objective, TargetParts
+from specd.drafts.base import Objective
 from specd.memory.streams import on_device
 from specd.protocol.capture import CaptureSpec
 from specd.protocol.contract import TargetContract
 from specd.train import launcher
 from specd.train.asked import Settle, by_target, check, check_recipe, is_finished, output_of, see_init
 from specd.train.checkpoint import Checkpoints
+from specd.train.decoding import decoder
 from specd.train.directory import RunDirectory, RunFacts, identity, machine_facts, target_files, utc, write_facts
 from specd.train.display import Display
 from specd.train.distributed import Ranks
@@ -47,8 +49,10 @@ from specd.train.journal import Sink, read, tell_unless_trained
 from specd.train.loop import out_of_memory, train
 from specd.train.owner import owned
 from specd.train.plan import Plan, planned
-from specd.train.preparation import data_facts, prepared, warn_of_length, with_data, with_date, with_dtype
+from specd.train.preparation import data_facts, prepared, target_parts, warn_of_length, with_data, with_date, with_dtype
 from specd.train.sinks import opened
+from specd.train.validation import Held
+from specd.train.validation import planned as measurements
 from specd.transports import registry as transports
 
 logger = logging.getLogger(__name__)
@@ -170,7 +174,7 @@ def _train(
         with tempfile.TemporaryDirectory(prefix="specd-target-") as scratch:
             files = target_files(contract, subscriber.artifact, Path(scratch))
             settled = with_date(settled, draft, before, Path(scratch), ranks)
-            settled, draft, dataset = ranks.in_turn("data", partial(
+            settled, draft, dataset, held = ranks.in_turn("data", partial(
                 prepared,
                 settled,
                 draft,
@@ -181,11 +185,13 @@ def _train(
                 begun=before,
                 show=show,
             ))  # fmt: skip
+            eos = ends_of(Path(scratch)) if settled.validation.decode_every else []
             images = ImagePayloads(dataset, Path(scratch), contract) if dataset.illustrated else None
         if images:
             images.check(contract, subscriber.ring, settled.data.batch_tokens)
-        batches = dataset.plan(settled.data, settled.train.seed)
+        batches = dataset.plan(settled.data, settled.train.seed, held.samples)
         loader = Loader(dataset, batches, epochs=settled.train.epochs, payloads=images)
+        validation = measurements(settled, dataset, held, batches, directory.validation)
         own = identity(settled, draft, method.free, contract, dataset.digest)
         ranks.agree(launcher.facts(own, device, settled.train.collectives))
         checkpoints = Checkpoints(directory.checkpoints, own, settled.train.keep)
@@ -198,7 +204,7 @@ def _train(
         try:
             published = json.loads(files["config.json"])
             warn_of_length(int(dataset.lengths.max()), published, contract.model)
-            parts = _target_parts(subscriber, published, dataset)
+            parts = target_parts(subscriber, published, dataset, held)
             objective = method.objective(draft, parts, device, dtype, settled.train.seed)
             objective.warm_up(getattr(torch, subscriber.spec.dtype))
         except torch.OutOfMemoryError as error:
@@ -209,12 +215,17 @@ def _train(
             objective.export(path, {name: data for name, data in files.items() if name not in TARGETS_OWN})
             sign(path, facts, step, steps)
 
+        if settled.validation.decode_every and ranks.leads:
+            source = stack.enter_context(_beside(first, subscriber, device, directory.path.name, host))
+            validation.decoder = decoder(
+                settled.validation, source, parts, dataset, held, eos, device=device, run=directory.path
+            )
         if ranks.leads:
             if again:
                 facts = directory.reopen(settled, plan.change)
             else:
                 facts = _facts(
-                    settled, method.title, contract, dataset, objective, subscriber.stats().transports, ranks
+                    settled, method.title, contract, dataset, held, objective, subscriber.stats().transports, ranks
                 )
                 write_facts(directory.path, facts)
             checkpoints.export = export
@@ -243,12 +254,18 @@ def _train(
             interrupt=interrupt,
             resume=again,
             ranks=ranks,
+            validation=validation,
         )
         if not ranks.leads:
             return TrainedRun(directory.path, directory.draft, end.step, ranks=ranks.size)
         tell_unless_trained(read(directory.journal), contract.model)
+        step = end.step
+        if settled.validation.patience and (best := checkpoints.best()) is not None:
+            checkpoints.load_weights(best, objective.module)
+            step = checkpoints.compare(best).position.step
+            logger.info("the draft is that of %s, which has the lowest held-out loss", best)
         with interrupt.shield():
-            export(directory.draft, steps)
+            export(directory.draft, step)
             directory.finish()
     return TrainedRun(directory.path, directory.draft, len(read(directory.journal)), ranks=ranks.size)
 
@@ -272,12 +289,11 @@ def _connect(
     return Subscriber(link, spec, device=device, name=name, run=ranks.run, ranks=ranks.size, seat=seat)
 
 
-def _target_parts(subscriber: Subscriber, config: dict[str, object], dataset: Dataset) -> TargetParts:
-    contract = subscriber.contract
-    embedding = subscriber.tensor("embedding")
-    tied = contract.artifacts["lm_head"].same_as == "embedding"
-    lm_head = embedding if tied else subscriber.tensor("lm_head")
-    return TargetParts(contract, config, embedding, lm_head, dataset.label_counts(contract.vocab_size))
+def _beside(first: RunConfig, subscriber: Subscriber, device: str, name: str, host: LocalDaemon | None) -> Subscriber:
+    """A source of the same states and the final ones, for decoding."""
+    link = replace(first.subscriber, depth=0, borrow=False)
+    spec = replace(subscriber.spec, final=True)
+    return _connect(replace(first, subscriber=link), lambda contract: spec, device, f"{name}, decoding", host, Ranks())
 
 
 def _facts(
@@ -285,6 +301,7 @@ def _facts(
     title: str,
     contract: TargetContract,
     dataset: Dataset,
+    held: Held,
     objective: Objective,
     transports: dict[str, str],
     ranks: Ranks,
@@ -301,7 +318,7 @@ def _facts(
             "fingerprint": contract.fingerprint,
         },
         draft={"method": title, **objective.facts()},
-        data=data_facts(config.data.path, dataset),
+        data=data_facts(config.data.path, dataset, held),
         transports=transports,
         machine=machine_facts() | ({"ranks": ranks.title.removeprefix(" · ")} if ranks.size > 1 else {}),
         config=msgspec.to_builtins(config),

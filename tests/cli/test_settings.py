@@ -8,7 +8,7 @@ import pytest
 
 from specd.cli import settings
 from specd.config.presets import Preset
-from specd.config.settings import RunConfig, TargetConfig, TrainConfig
+from specd.config.settings import RunConfig, TargetConfig, TrainConfig, ValidationConfig
 from specd.data.rows import DEMO
 from specd.errors import ConfigError
 
@@ -49,6 +49,9 @@ def test_what_is_hosted_here_is_sized_for_the_draft() -> None:
     assert (daemon.capture.num_taps, daemon.capture.final, daemon.ring.slots) == (3, False, 4)
     assert daemon.ring.slot_tokens == run.data.batch_tokens
     assert daemon.capture.dtype == "auto"
+    decoding = RunConfig(method="dflash", validation=ValidationConfig(decode_every=9))
+    ring = settings.hosting_config(decoding, "smollm2-135m").ring
+    assert (ring.slots, ring.max_sessions) == (5, 2), "whoever decodes has a session of its own"
     with pytest.raises(ConfigError, match=r"settings: .*num_tabs"):
         settings.hosting_config(RunConfig(method="dflash", draft={"num_tabs": 3}), "smollm2-135m")
 

@@ -14,7 +14,8 @@ from specd.errors import CheckpointError
 from specd.evaluate.results import EVALS, Mismatch
 from specd.report.run_report import comparable, key_figures, key_settings, step_over_bound, write_report
 from specd.train.directory import JOURNAL, write_facts
-from step_records import FACTS, evaluation, make_run, record, timed
+from specd.train.measurement import append
+from step_records import FACTS, evaluation, make_run, measurement, record, timed
 
 
 class Tags(HTMLParser):
@@ -66,6 +67,16 @@ def test_report_before_any_evaluation(tmp_path: Path) -> None:
     page = write_report(make_run(tmp_path, steps=1, evals=False)).read_text()
     assert page.count("<figure>") == 3
     assert "run specd eval" in page
+
+
+def test_held_out_rows_are_in_the_picture_of_the_loss_and_beside_it(tmp_path: Path) -> None:
+    path = make_run(tmp_path, steps=20, evals=False)
+    for step in (10, 20):
+        append(path / "validation.jsonl", measurement(step))
+    page = write_report(path).read_text()
+    for part in ("held-out loss", "the lowest, at step 10; step 20 has 2.75", "Held-out rows", "2 times, 1,234 tokens"):
+        assert part in page
+    assert "held out of training" in page
 
 
 def test_evaluations_are_compared_only_where_they_decoded_the_same_texts() -> None:

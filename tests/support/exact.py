@@ -30,6 +30,7 @@ from specd.protocol.batch import Batch
 from specd.train.checkpoint import Checkpoints, Identity
 from specd.train.journal import read
 from specd.train.loop import train
+from specd.train.validation import Validation
 
 STEPS = 20
 RING = RingConfig(slots=8, slot_tokens=256)
@@ -144,8 +145,12 @@ def losses(
     *,
     borrow: bool = False,
     draft: str = "dflash",
+    every: int = 0,
 ) -> list[float | None]:
-    """The losses of twenty steps of a new draft, its files in `path`; the states must have come over `transport`."""
+    """The losses of twenty steps of a new draft, its files in `path`; the states must have come over `transport`.
+
+    every: steps between measurements of three held-out batches, 0 for none.
+    """
     torch.set_num_threads(1)
     config = SubscriberConfig(endpoints=endpoints, transport=transport, depth=depth, timeout_s=60, borrow=borrow)
     method, own = DRAFTS[draft]
@@ -159,7 +164,11 @@ def losses(
         )
         settings = TrainConfig(epochs=1, lr=3e-3, save_every=0)
         checkpoints = Checkpoints(path / "checkpoints", Identity(target=source.contract.fingerprint, settings={}))
-        train(settings, objective, Feed(), source, checkpoints, path / "metrics.jsonl")
+        held = (
+            [Place(0, number, tuple(range(3 * number, 3 * number + 3)), 0) for number in range(50, 53)] if every else []
+        )
+        validation = Validation(held, every, 0, path / "validation.jsonl")
+        train(settings, objective, Feed(), source, checkpoints, path / "metrics.jsonl", validation=validation)
         assert set(source.stats().transports.values()) == {transport}
     return [record.loss for record in read(path / "metrics.jsonl")]
 

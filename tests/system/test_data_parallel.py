@@ -17,6 +17,8 @@ from faults import daemons, write_data
 from forks import Nursery
 from ranks import Launched
 from specd.train.journal import StepRecord
+from specd.train.measurement import Measurement
+from specd.train.measurement import read as measurements
 
 TARGET = "synthetic:hidden=32,layers=8,vocab=256,ms=2"
 
@@ -29,17 +31,30 @@ def nursery() -> Iterator[Nursery]:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """What a run trains on, with a target in each rank's process."""
+    """What a run trains on, with a target in each rank's process; some of it is held out."""
     path = write_data(tmp_path_factory.mktemp("data") / "tokens.jsonl")
-    return ["--data", str(path), "--model", TARGET]
+    held_out = ["--set", "validation.share=0.1", "--set", "validation.every=4"]
+    return ["--data", str(path), "--model", TARGET, *held_out]
 
 
 @pytest.fixture(scope="module")
-def alone(nursery: Nursery, data: list[str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[StepRecord]]:
-    """The steps of one process, by draft."""
+def runs_alone(nursery: Nursery, data: list[str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Launched]:
+    """Runs of one process, by draft."""
     place = tmp_path_factory.mktemp("alone")
-    runs = {name: Launched(nursery, 1, place / name, data, method=name) for name in ("dflash", "eagle3")}
-    return {name: run.finish() for name, run in runs.items()}
+    return {name: Launched(nursery, 1, place / name, data, method=name) for name in ("dflash", "eagle3")}
+
+
+@pytest.fixture(scope="module")
+def alone(runs_alone: dict[str, Launched]) -> dict[str, list[StepRecord]]:
+    """Their steps."""
+    return {name: run.finish() for name, run in runs_alone.items()}
+
+
+@pytest.fixture(scope="module")
+def held_out(runs_alone: dict[str, Launched], alone: dict[str, list[StepRecord]]) -> dict[str, list[Measurement]]:
+    """Their measurements, once all have ended."""
+    assert alone
+    return {name: measurements(run.output / "validation.jsonl") for name, run in runs_alone.items()}
 
 
 def assert_alike(found: list[StepRecord], expected: list[StepRecord]) -> None:
@@ -54,11 +69,22 @@ def assert_alike(found: list[StepRecord], expected: list[StepRecord]) -> None:
 
 @pytest.mark.parametrize(("method", "size"), [("dflash", 2), ("eagle3", 3)])
 def test_ranks_train_what_one_trains(
-    nursery: Nursery, data: list[str], tmp_path: Path, alone: dict[str, list[StepRecord]], method: str, size: int
+    nursery: Nursery,
+    data: list[str],
+    tmp_path: Path,
+    alone: dict[str, list[StepRecord]],
+    held_out: dict[str, list[Measurement]],
+    method: str,
+    size: int,
 ) -> None:
     pair = [Launched(nursery, size, tmp_path / name, data, method=method) for name in "ab"[: 1 + (size == 2)]]
     for run in pair:
         assert_alike(run.finish(), alone[method])
+        found = measurements(run.output / "validation.jsonl")
+        assert [one.step for one in found][:2] == [4, 8]
+        for mine, theirs in zip(found, held_out[method], strict=True):
+            assert mine.loss == pytest.approx(theirs.loss, rel=1e-6)
+            assert (mine.step, mine.best, mine.weight) == (theirs.step, theirs.best, theirs.weight)
         first, *others = (fork.log.read_text() for fork in run.forks)
         assert f"· {size} ranks on 1 host" in first
         assert f"steps trained by {size} ranks; draft in" in first
@@ -156,11 +182,11 @@ def test_daemons_that_serve_ranks(
         one, two = start("a"), start("b")
         one.status(), two.status()
         ends = ["--endpoint", one.endpoint, "--endpoint", two.endpoint]
-        run = Launched(nursery, 2, tmp_path / "run", [*data[:2], *ends])
+        run = Launched(nursery, 2, tmp_path / "run", [*data[:2], *data[4:], *ends])
         run.wait_for(3)
         two.process.kill()
         assert_alike(run.finish(), alone["dflash"])
-        taken = [*data[:2], "--endpoint", one.endpoint]
+        taken = [*data[:2], *data[4:], "--endpoint", one.endpoint]
         many = Launched(nursery, 5, tmp_path / "many", taken, {"train.accumulation": 5})
         assert many.wait() == [2] * 5, many.logs
         (said,) = many.said()

@@ -12,6 +12,7 @@ import zmq
 
 from exact import DRAFTS, Context, daemon_config, learns, losses, serve, write_model
 from specd.daemon.serve import embedded
+from specd.train.measurement import read
 
 CASES = [
     (transport, depth, num_daemons, draft)
@@ -70,3 +71,18 @@ def test_losses_are_bit_identical(
     else:
         found = losses(tmp_path, transport, depth, processes[:num_daemons], None, draft=draft)
     assert found == references[draft]
+
+
+@pytest.mark.parametrize("draft", DRAFTS)
+def test_losses_do_not_depend_on_held_out_rows(
+    draft: str,
+    threads: tuple[Context, tuple[str, ...]],
+    references: dict[str, list[float | None]],
+    tmp_path: Path,
+) -> None:
+    """They come through the same stream, from two daemons."""
+    context, endpoints = threads
+    assert losses(tmp_path, "inproc", 4, endpoints, context, draft=draft, every=7) == references[draft]
+    found = read(tmp_path / "validation.jsonl")
+    assert [one.step for one in found] == [7, 14, 20]
+    assert len({one.loss for one in found} - {None}) == 3, "each of another draft"

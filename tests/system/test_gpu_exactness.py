@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import zmq
@@ -37,11 +38,11 @@ def train(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tra
         embedded(daemon_config(model, TARGET), context) as here,
     ):
 
-        def run(transport: str, depth: int, device: str, *, borrow: bool = False) -> Losses:
+        def run(transport: str, depth: int, device: str, **more: Any) -> Losses:
             inside = transport == "inproc"
             endpoints, joined = ((here.endpoint,), context) if inside else ((process,), None)
             path = tmp_path_factory.mktemp(transport)
-            return losses(path, transport, depth, endpoints, joined, device, borrow=borrow)
+            return losses(path, transport, depth, endpoints, joined, device, **more)
 
         yield run
 
@@ -69,6 +70,11 @@ def test_losses_are_the_same_on_the_targets_own_gpu(
 @pytest.mark.parametrize("depth", [0, 2])
 def test_losses_are_the_same_from_slots_that_are_read_in_place(depth: int, train: Train, reference: Losses) -> None:
     assert train("cuda_ipc", depth, TARGET, borrow=True) == reference
+
+
+@pytest.mark.parametrize("depth", [0, 2])
+def test_losses_do_not_depend_on_held_out_rows(depth: int, train: Train, reference: Losses) -> None:
+    assert train("inproc", depth, TARGET, every=7) == reference
 
 
 @pytest.mark.gpu(2)

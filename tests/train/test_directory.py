@@ -7,7 +7,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from specd.config.settings import DataConfig, RunConfig, TrainConfig
+from specd.config.settings import DataConfig, RunConfig, TrainConfig, ValidationConfig
 from specd.drafts.dflash.settings import DFlashConfig
 from specd.errors import CheckpointError, ConfigError, ProtocolError
 from specd.protocol.contract import TEMPLATES, ArtifactRef, TargetContract
@@ -154,6 +154,11 @@ def test_identity_holds_what_changes_the_numbers_and_nothing_else() -> None:
     )
     assert identity(elsewhere, "d1", DFlashConfig(loss_chunk=7)) == base
     assert identity(plain, "d2") != base
+    held = msgspec.structs.replace(plain, validation=ValidationConfig(share=0.02))
+    seldom = msgspec.structs.replace(plain, validation=ValidationConfig(share=0.02, every=9, patience=2))
+    assert identity(seldom, "d1") == identity(held, "d1") != base
+    none = msgspec.structs.replace(plain, validation=ValidationConfig(share=0.0, rows=7))
+    assert identity(none, "d1") == base, "as of a run from before rows were held out"
     assert identity(plain, "d1", DFlashConfig(num_layers=1)) != base
     for change in (
         {"method": "other"},

@@ -13,7 +13,7 @@ from rich.console import Console
 from runs import Source, run
 from specd.protocol.batch import Batch
 from specd.train.display import Display, sparkline
-from step_records import record
+from step_records import measurement, record
 
 
 class Terminal(io.StringIO):
@@ -48,12 +48,14 @@ def test_panel_shows_the_state_of_the_run() -> None:
     with Display("draft for tiny", 0, 40, lambda: {"ipc:///x": "shm"}, console) as display:
         for step in range(1, 41):
             display.step(record(step))
+        display.validated(measurement(20))
         console.print(display.render())
     assert isinstance(console.file, io.StringIO)
     shown = console.file.getvalue()
     for words in ("waiting for the first batch", "40 / 40", "0.2000", "25.0%", "250 tokens/s", "3 / 8 slots busy",
                   "target 75%", "wire 5%", "trainer 20%", "target-bound", "shm (ipc:///x)", "▁", "norm 0.1", "memory",
-                  "mean of the last 20: 0.2723"):  # fmt: skip
+                  "mean of the last 20: 0.2723", "held out",
+                  "loss 2.7500, 25.0% right at step 20, best 2.5000 at 10"):  # fmt: skip
         assert words in shown, words
 
 
@@ -62,6 +64,7 @@ def test_plain_lines_without_a_terminal() -> None:
     with Display("draft for tiny", 2, 6, dict, console, every_s=1e9) as display:
         for step in range(3, 7):
             display.step(record(step))
+        display.validated(measurement(10))
     assert isinstance(console.file, io.StringIO)
     lines = console.file.getvalue().splitlines()
     assert lines[0] == "draft for tiny: steps 3 to 6"
@@ -69,10 +72,11 @@ def test_plain_lines_without_a_terminal() -> None:
         "the first, the last, none between"
     )
     assert "target-bound (target 75%, wire 5%, trainer 20%)" in lines[2]
-    assert lines[3].startswith("time    ")
-    assert "4 steps, 250 tokens/s, 2.0 s a step" in lines[3]
-    assert lines[4] == "loss    1.3333, mean of the last 4: 1.9000"
-    assert lines[6] == "went to target 75%, wire 5%, trainer 20%: target-bound"
+    assert lines[3] == "held out · loss 2.5000, 25.0% right at step 10, the best yet"
+    assert lines[4].startswith("time    ")
+    assert "4 steps, 250 tokens/s, 2.0 s a step" in lines[4]
+    assert lines[5] == "loss    1.3333, mean of the last 4: 1.9000"
+    assert lines[8] == "went to target 75%, wire 5%, trainer 20%: target-bound"
 
 
 def test_sparkline_spans_the_blocks() -> None:

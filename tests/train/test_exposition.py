@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from exposed import lint, page_of, samples
 from specd.train.exposition import Exposition
-from step_records import record
+from step_records import measurement, record
 
 
 def test_sums_go_up_and_gauges_are_of_the_last_step() -> None:
@@ -35,7 +35,17 @@ def test_a_step_without_a_loss_and_a_run_without_a_step_have_none() -> None:
     assert after["specd_train_step"] == 1
 
 
+def test_held_out_rows_are_gauges_of_the_last_measurement() -> None:
+    run = Exposition(40, {})
+    for found in (measurement(10), measurement(20)):
+        run.validated(found)
+    page = samples(page_of(run.metrics()))
+    names = ("loss", "best_loss", "best_step", "step", "teacher_forced_accuracy")
+    assert [page[f"specd_train_validation_{name}"] for name in names] == [2.75, 2.5, 10, 20, 0.25]
+
+
 def test_names_keep_promtools_rules() -> None:
     run = Exposition(40, {})
     run.step(record(1))
+    run.validated(measurement(1))
     assert lint(page_of(run.metrics())) == []

@@ -193,6 +193,9 @@ def test_a_failing_sink_does_not_prevent_the_checkpoint(tmp_path: Path) -> None:
         def step(self, record: object) -> None:
             raise OSError(5, "the terminal is gone")
 
+        def validated(self, found: object) -> None:
+            raise NotImplementedError
+
     def interrupt(batch: Batch) -> None:
         if (batch.epoch, batch.index) == (0, 7):
             raise KeyboardInterrupt

@@ -14,7 +14,15 @@ import pytest
 from msgspec.structs import replace
 
 from chats import CHATML, talk, write_rows, write_target
-from specd.config.settings import Config, DaemonConfig, DataConfig, RingConfig, RunConfig, TargetConfig
+from specd.config.settings import (
+    Config,
+    DaemonConfig,
+    DataConfig,
+    RingConfig,
+    RunConfig,
+    TargetConfig,
+    ValidationConfig,
+)
 from specd.daemon.serve import Embedded, embedded
 from specd.data.faults import Fault
 from specd.data.portion import Report
@@ -102,7 +110,10 @@ def test_what_the_settings_say_goes_before_what_the_run_began_with() -> None:
     assert kept(now, DFlashConfig(), None) == (now, DFlashConfig())
     config, draft = kept(now, DFlashConfig(), run)
     assert (config.data.date, mask_of(draft)) == ("2026-01-01", 7)
-    own = replace(now, data=DataConfig(date="2026-02-02"))
+    assert config.validation.share == 0, "a run from before rows were held out holds none out"
+    shared = kept(now, DFlashConfig(), replace(run, validation=ValidationConfig(share=0.05)))[0]
+    assert shared.validation.share == 0.05
+    own = replace(now, data=DataConfig(date="2026-02-02"), validation=ValidationConfig(share=0.1))
     assert kept(own, DFlashConfig(mask_token_id=3), run) == (own, DFlashConfig(mask_token_id=3))
 
 

@@ -19,7 +19,7 @@ from specd.errors import ConfigError
 from specd.train import sinks
 from specd.train.directory import RunDirectory
 from specd.train.sinks import Behind, check, opened
-from step_records import make_run, record
+from step_records import make_run, measurement, record
 
 
 class Notes:
@@ -49,6 +49,24 @@ def test_a_tracker_has_all_steps_when_the_run_ends() -> None:
             sink.step(record(step))
     assert notes.steps == list(range(1, 30))
     assert notes.finished
+
+
+def test_a_tracker_is_told_what_held_out_rows_show() -> None:
+    told: list[tuple[int, Mapping[str, float]]] = []
+
+    class Told(Notes):
+        def log(self, step: int, scalars: Mapping[str, float]) -> None:
+            told.append((step, scalars))
+
+    with Behind("told", Told()) as sink:
+        sink.validated(measurement(20))
+    ((step, scalars),) = told
+    assert step == 20
+    assert scalars == {
+        "validation/loss": 2.75, "validation/best_loss": 2.5, "validation/teacher_forced_accuracy": 0.25,
+        "validation/seconds": 1.0, "validation_teacher_forced_by_offset/01": 0.5,
+        "validation_cross_entropy_by_offset/01": 2.0,
+    }  # fmt: skip
 
 
 def test_an_interrupted_run_is_not_called_finished() -> None:

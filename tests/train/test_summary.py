@@ -9,7 +9,7 @@ from rich.console import Console
 
 from specd.train.display import Display
 from specd.train.summary import Totals, memory_use
-from step_records import record
+from step_records import measurement, record
 
 
 def stop(console: Console) -> None:
@@ -35,8 +35,10 @@ def test_every_line_fits_80_columns() -> None:
     totals = Totals()
     for step in range(1, 60):
         totals.add(record(step, loss=123.45678, tokens=98_765_432, target_wait_s=900.0, step_s=1000.0))
+    totals.held_out = measurement(59, loss=123.45678, best_loss=120.0, best_step=40)
     lines = list(totals.lines(123_456.0, "GPU 138.8 GiB of 139.8 GiB at most, host 123.4 GiB"))
     assert max(map(len, lines)) <= 80
+    assert "held out loss 123.4568, 25.0% right at step 59, best 120.0000 at 40" in lines
     assert lines[0] == "time    34 h 17 min, 59 steps, 98,765 tokens/s, 16 min 40 s a step"
     assert lines[1] == "loss    123.4568, mean of the last 20: 123.4568"
 

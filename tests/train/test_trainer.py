@@ -15,6 +15,7 @@ from typing import Any
 import msgspec
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from chats import talk, write_rows, write_target
 from specd.cli.main import run
@@ -25,6 +26,8 @@ from specd.data.rows import DEMO
 from specd.drafts.dflash.objective import DFlash
 from specd.drafts.dflash.settings import DFlashConfig
 from specd.errors import CheckpointError, ConfigError, DataError, SpecdError
+from specd.train.journal import read
+from specd.train.measurement import read as measurements
 from specd.train.owner import owned
 from specd.train.trainer import train_draft
 
@@ -208,6 +211,60 @@ def test_with_data_it_says_nothing_of_it(
     settings["data"]["path"] = path
     train_draft(settings, host=host)
     assert not [record for record in caplog.records if record.name == "specd.train.preparation" and record.levelno > 20]
+
+
+def test_rows_are_held_out_measured_and_the_best_draft_exported(
+    host: Embedded, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    """And none by a run that began before there were any: it goes on with all of its rows."""
+    rows = ({"messages": talk("Hi", f"Hello. {number} " * 9)} for number in range(30))
+    settings["data"] |= {"path": write_rows(tmp_path / "a.jsonl", *rows), "batch_tokens": 600}
+    settings["train"] = TRAIN | {"lr": 0.5, "max_steps": 40, "keep": 1}
+    settings["validation"] = {"share": 0.1, "every": 2, "patience": 2}
+    done = train_draft(settings, host=host)
+    found, steps = measurements(done.directory / "validation.jsonl"), read(done.directory / "metrics.jsonl")
+    facts = json.loads((done.directory / "run.json").read_bytes())
+    assert facts["data"]["held out for validation"] == "3 rows, 3 samples"
+    trained = {sample for step in steps for batch in step.batches for sample in batch.samples}
+    assert len(trained) == 27
+    assert (found[-1].step, found[-1].waited) == (len(steps), 2), "a learning rate that is too high"
+    best = load_file(done.directory / "checkpoints" / "best" / "model.safetensors")
+    assert found[-1].best_step == int((done.directory / "checkpoints" / "best").readlink().name[5:]) < done.steps < 40
+    exported = load_file(done.draft / "model.safetensors")
+    name = next(name for name in exported if name in best)
+    assert torch.equal(exported[name], best[name].to(exported[name].dtype))
+    assert train_draft(settings, host=host, resume=True).was_finished
+    old = settings | {"output": str(tmp_path / "old"), "train": TRAIN, "validation": {"share": 0}}
+    train_draft(old, host=host)
+    facts = json.loads((tmp_path / "old" / "run.json").read_bytes())
+    del facts["config"]["validation"], facts["finished"]
+    (tmp_path / "old" / "run.json").write_text(json.dumps(facts))
+    for state in (tmp_path / "old" / "checkpoints").glob("step-*/state.json"):
+        stored = json.loads(state.read_bytes())
+        del stored["identity"]["settings"]["validation.share"]
+        state.write_text(json.dumps(stored))
+    del old["validation"]
+    assert train_draft(old, host=host, resume=True).steps == 2
+    with pytest.raises(CheckpointError, match=r"validation\.share was 0\.0, is 0\.1"):
+        train_draft(old | {"validation": {"share": 0.1}}, host=host, resume=True)
+
+
+def test_a_draft_is_decoded_as_it_is_trained(
+    host: Embedded, model: Path, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    """By a session of its own, beside the run's."""
+    rows = ({"messages": talk(f"Question {number}?", f"Hello. {number} " * 9)} for number in range(30))
+    settings["data"] |= {"path": write_rows(tmp_path / "a.jsonl", *rows), "batch_tokens": 600}
+    settings["train"] = TRAIN | {"max_steps": 5}
+    settings["validation"] = {"share": 0.1, "every": 9, "decode_every": 2, "prompts": 2, "max_new_tokens": 12}
+    done = train_draft(settings, host=host)
+    found = measurements(done.directory / "validation.jsonl")
+    assert [one.step for one in found] == [2, 4, 5]
+    assert all(one.acceptance_length is not None and one.acceptance_length >= 1 for one in found)
+    assert not [*done.directory.glob(".decoded-*")]
+    other = settings | {"output": str(tmp_path / "other"), "validation": settings["validation"] | {"share": 0}}
+    with pytest.raises(ConfigError, match=r"validation\.decode_every=2: no rows are held out"):
+        train_draft(other, host=host)
 
 
 @pytest.mark.parametrize(
