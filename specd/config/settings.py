@@ -58,6 +58,8 @@ class RingConfig(Config, kw_only=True, frozen=True):
 
     max_sessions: trainers at once; each always has one slot of its own, the other slots − max_sessions are shared.
     payload_mib: MiB that the images of a batch may bring for the target, 0 to take text alone.
+    pace_s: how long a trainer may be held for others that share its forwards, in seconds a batch; 0 never, and two
+    forwards of a batch, as measured, where it is left out.
     """
 
     slots: Positive = 8
@@ -65,6 +67,7 @@ class RingConfig(Config, kw_only=True, frozen=True):
     max_sessions: Positive = 4
     payload_mib: Annotated[int, Meta(ge=0, le=256)] = 0
     lease_ttl_s: Annotated[float, Meta(ge=0.05, le=86_400)] = 30.0
+    pace_s: Annotated[float, Meta(ge=0, le=3600)] | None = None
 
 
 class CaptureConfig(Config, kw_only=True, frozen=True):

@@ -61,7 +61,7 @@ class Control:
         self._clock = time.monotonic
         self.ending, self.questions = Ending(), Questions()
         ring = settings.ring
-        self._ring = Ring(ring.slots, ring.max_sessions, ring.lease_ttl_s, self._clock)
+        self._ring = Ring(ring.slots, ring.max_sessions, ring.lease_ttl_s, self._clock, ring.pace_s)
         self._dispatch: Dispatch[channel.FillSlot] = Dispatch(settings.hang_s, self._clock)
         self._started: channel.Started | None = None
         self._reads = Reads()
