@@ -49,6 +49,14 @@ def check_ref(ref: SlotRef, num_slots: int, slot_bytes: int) -> None:
             f"slot {ref.slot}, generation {ref.generation}, {ref.nbytes} bytes: expected a slot below {num_slots}, a "
             f"generation from 1 and 1 to {slot_bytes} bytes"
         )
+    for piece in ref.pieces:
+        source, target, rows, width, pitch, step = piece
+        ordered = min(source, target) >= 0 and min(rows, width) >= 1 and min(pitch, step) >= width
+        here, home = source + (rows - 1) * pitch + width, target + (rows - 1) * step + width
+        if not (ordered and here <= slot_bytes and home <= ref.nbytes):
+            raise TransportError(
+                f"{piece}: expected rows within the {slot_bytes} bytes of a slot, and within {ref.nbytes} where they go"
+            )
 
 
 def check_into(ref: SlotRef, into: torch.Tensor) -> None:
@@ -66,7 +74,13 @@ def pull(arena: Arena, ref: SlotRef, into: torch.Tensor, copier: Copier) -> None
     check_into(ref, into)
     if (found := arena.generation(ref.slot)) != ref.generation:
         raise stale(ref, found)
-    copier.copy(into[: ref.nbytes], arena.tensor(ref.slot)[: ref.nbytes])
+    slot = arena.tensor(ref.slot)
+    if not ref.pieces:
+        copier.copy(into[: ref.nbytes], slot[: ref.nbytes])
+    for piece in ref.pieces:
+        # Not as_strided with an offset: that would be one into the storage, of which this may be a part.
+        there = slot[piece.source :].as_strided((piece.rows, piece.width), (piece.pitch, 1))
+        copier.copy(into[piece.target :].as_strided((piece.rows, piece.width), (piece.step, 1)), there)
     if (found := arena.generation(ref.slot)) != ref.generation:
         raise stale(ref, found)
 

@@ -40,6 +40,7 @@ from specd.client.pace import Pace
 from specd.client.peers import Peer, Peers, first_to_finish
 from specd.client.pending import B, Pending, S, State
 from specd.errors import BatchError, ProtocolError
+from specd.protocol.capture import covers
 from specd.protocol.messages import Ready
 from specd.transports.base import SlotRef
 
@@ -183,6 +184,8 @@ class Window(Generic[S, B]):
         if message.batch_id != pending.identity or message.layout != pending.layout:
             identity = message.batch_id.hex()
             raise ProtocolError(f"{peer.endpoint} announced {pending} as id {identity}, {message.layout}")
+        if not covers(message.held, pending.spec):
+            raise ProtocolError(f"{peer.endpoint} announced {pending} where {message.held} lies, not {pending.spec}")
         peer.pace.answer(message.seq, message.target_us / 1e6, self._clock())
         if pending.state is not State.SUBMITTED or pending.dropped:  # another was first, or nobody wants it any more
             self._todo.append(effects.SendRelease(session, message.lease))
@@ -190,6 +193,7 @@ class Window(Generic[S, B]):
             return self._settle()
         pending.daemon, pending.session, pending.ready, pending.state = peer.place, session, message, State.READY
         pending.forward_s = message.target_us / 1e6
+        pending.shared = message.source != "forward"
         if peer.borrow:
             pending.borrowed = True
             self._todo.append(effects.SendBorrow(session, message.lease))

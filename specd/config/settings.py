@@ -130,6 +130,8 @@ class SubscriberConfig(Config, kw_only=True, frozen=True):
     those on its own host, or all if none is, shared evenly among the ranks, and the rest only while none of these is
     up. `all`: every one. auth: keys, for TCP endpoints. insecure_data: with keys, also take transports from another
     host that do not encrypt states (nccl, nixl).
+    share: trainers that name the same one, and train on the same batches, share forwards of the target, whatever layers
+    each of them wants; empty to share with nobody.
     """
 
     endpoints: tuple[str, ...] = ("auto",)
@@ -139,6 +141,7 @@ class SubscriberConfig(Config, kw_only=True, frozen=True):
     connect_s: Annotated[float, Meta(ge=0)] = 120.0
     borrow: bool = False
     place: Literal["near", "all"] = "near"
+    share: Annotated[str, Meta(max_length=200)] = ""
     auth: TrainerAuth | None = None
     insecure_data: bool = False
 

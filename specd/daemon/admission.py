@@ -12,8 +12,8 @@ from specd.daemon.slots import Grant
 from specd.errors import ProtocolError
 from specd.protocol import limits, payload
 from specd.protocol import messages as wire
-from specd.protocol.batch import Layout, batch_id, slot_layout
-from specd.protocol.capture import CaptureSpec
+from specd.protocol.batch import Layout, batch_id, slot_bytes, slot_layout
+from specd.protocol.capture import CaptureSpec, union
 from specd.protocol.contract import RingInfo, TargetContract
 from specd.worker import messages as channel
 
@@ -30,22 +30,24 @@ class Request:
         self.batch_id = identity
         self.layout = layout
 
-    def task(self, fill: Grant, spec: CaptureSpec) -> channel.FillSlot | channel.FillNoise:
-        """The worker's task for this request. Call it once: it drops the tokens."""
+    def task(self, fill: Grant) -> channel.FillSlot | channel.FillNoise:
+        """The worker's task for this request, to capture all that is held. Call it once: it drops the tokens."""
         message, self._message = self._message, None
         assert message is not None, "a request is given a slot once"
         if isinstance(message, wire.Probe):
             return channel.FillNoise(
                 slot=fill.slot, generation=fill.generation, nonce=message.nonce, nbytes=message.nbytes
             )
+        assert fill.held is not None, "only a probe wants nothing"
+        num_tokens, *_, hidden_size = self.layout.tensors[0].shape
         return channel.FillSlot(
             slot=fill.slot,
             generation=fill.generation,
-            spec=spec,
+            spec=fill.held,
             tokens=message.tokens,
             lengths=message.lengths,
             payloads=message.payloads,
-            layout=self.layout,
+            layout=slot_layout(fill.held, hidden_size, num_tokens),
         )
 
 
@@ -63,13 +65,38 @@ def check_hello(hello: wire.Hello, contract: TargetContract, ring: RingInfo) -> 
     return _strange_payloads(hello.payloads, contract, ring) or hello.spec.problem(contract.num_layers)
 
 
-def admit_batch(message: wire.Submit, spec: CaptureSpec, contract: TargetContract, ring: RingInfo) -> Request:
-    """Check a SUBMIT and return its Request. Raises ProtocolError if forged or malformed, Unfit if out of bounds."""
+def check_share(
+    hello: wire.Hello, wanted: Sequence[CaptureSpec], contract: TargetContract, ring: RingInfo
+) -> str | None:
+    """Why a trainer cannot share forwards with those whose specs are wanted, or None if it can, or shares with none."""
+    if not hello.share:
+        return None
+    share = f"share {hello.share}"
+    if others := {spec.dtype for spec in wanted} - {hello.spec.dtype}:
+        return f"{share} captures {others.pop()}, this trainer wants {hello.spec.dtype}: give it another share, or none"
+    spec = union([hello.spec, *wanted])
+    if slot_bytes(spec, contract.hidden_size, ring.slot_tokens) > ring.slot_bytes:
+        taps, final = len(spec.taps), " + final" * spec.final
+        return (
+            f"{share} would capture {taps} taps{final} = {spec.bytes_per_token(contract.hidden_size):,} bytes a token; "
+            f"slots hold {ring.slot_bytes // ring.slot_tokens:,}: specd start --set capture.num_taps={taps} "
+            f"--set capture.final={str(spec.final).lower()}"
+        )
+    return None
+
+
+def admit_batch(
+    message: wire.Submit, spec: CaptureSpec, contract: TargetContract, ring: RingInfo, *, shared: bool = False
+) -> Request:
+    """Check a SUBMIT and return its Request. Raises ProtocolError if forged or malformed, Unfit if out of bounds.
+
+    shared: more than its spec may be captured.
+    """
     tokens, lengths = _ints(message.tokens, "tokens"), _ints(message.lengths, "lengths")
     if tokens.size == 0 or lengths.size == 0 or lengths.min() < 1 or lengths.sum(dtype=np.int64) != tokens.size:
         raise ProtocolError(f"{lengths.size} lengths do not cover {tokens.size} tokens with positive parts")
     _check_payloads(message.payloads, lengths.size)
-    identity = batch_id(contract.fingerprint, spec, tokens, lengths, message.payloads)
+    identity = batch_id(contract.fingerprint, tokens, lengths, message.payloads)
     if message.batch_id != identity:
         raise ProtocolError(f"batch id {message.batch_id.hex()} is not that of its content, {identity.hex()}")
     low, high = int(tokens.min()), int(tokens.max())
@@ -89,6 +116,11 @@ def admit_batch(message: wire.Submit, spec: CaptureSpec, contract: TargetContrac
             f"{tokens.size} tokens need {layout.nbytes} bytes and a slot has {ring.slot_bytes} (sized for "
             f"{ring.slot_tokens} tokens of the daemon's capture): start the daemon with a larger ring.slot_tokens, or "
             f"train with a smaller data.batch_tokens"
+        )
+    if shared and tokens.size > ring.slot_tokens:
+        raise Unfit(
+            f"{tokens.size} tokens in a share, and the states of all its trainers fit a slot up to {ring.slot_tokens}: "
+            f"start the daemon with a larger ring.slot_tokens, or train with a smaller data.batch_tokens"
         )
     return Request(message, identity, layout)
 

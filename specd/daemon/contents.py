@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections import deque
 
 from specd.daemon.shares import Run, Shares
-from specd.daemon.slots import Ask, Slot, SlotState, Source
+from specd.daemon.slots import Ask, Slot, SlotState
 from specd.protocol.capture import covers
+from specd.protocol.messages import Source
 
 
 class Contents:

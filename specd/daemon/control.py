@@ -14,7 +14,7 @@ import zmq
 
 from specd.config.settings import DaemonConfig
 from specd.daemon.account import Account
-from specd.daemon.admission import Unfit, admit_batch, admit_probe, check_fetch, check_hello
+from specd.daemon.admission import Unfit, admit_batch, admit_probe, check_fetch, check_hello, check_share
 from specd.daemon.connections import Connection
 from specd.daemon.dispatch import Dispatch, Fill
 from specd.daemon.ending import Ending
@@ -29,6 +29,7 @@ from specd.daemon.supervisor import Supervisor
 from specd.errors import ProtocolError
 from specd.protocol import limits
 from specd.protocol import messages as wire
+from specd.protocol.cut import Piece, cut
 from specd.protocol.messages import Message
 from specd.transports.base import SlotRef
 from specd.worker import messages as channel
@@ -194,7 +195,9 @@ class Control:
             reason = f"the daemon is {state}"
             return wire.Reject(epoch=self._epoch, reason=reason, retry_ms=RETRY_MS, loading_ms=self._loading_ms())
         stranger, many = self._front.stranger(connection), self._front.too_many(connection, hello.ranks)
-        if problem := stranger or many or check_hello(hello, started.contract, started.ring):
+        wanted = self._ring.shares.wanted(hello.share)
+        unfit = check_hello(hello, started.contract, started.ring)
+        if problem := stranger or many or unfit or check_share(hello, wanted, started.contract, started.ring):
             return wire.Reject(epoch=self._epoch, reason=problem)
         over = self._front.over_quota(connection, self._sessions.connections())
         session = over or self._sessions.open(key, hello, connection, self._clock())
@@ -208,6 +211,7 @@ class Control:
             slots=1 + self._ring.pool,
             lease_ttl_ms=round(self._settings.ring.lease_ttl_s * 1000),
             transports=started.transports,
+            sharing=self._ring.sharing(key),
         )
 
     def _loading_ms(self) -> int:
@@ -243,14 +247,18 @@ class Control:
             if isinstance(message, wire.Probe):
                 request = admit_probe(message, session.key, ring)
             else:
-                request = admit_batch(message, session.spec, contract, ring)
+                request = admit_batch(message, session.spec, contract, ring, shared=bool(session.share))
             if (poison := self._dispatch.poison(request.batch_id)) is not None:
                 raise Unfit(poison)
         except Unfit as error:
             identity = message.batch_id if isinstance(message, wire.Submit) else bytes(limits.BATCH_ID_BYTES)
             self._fail(session.key, message.seq, identity, str(error), retry=self.ending.draining)
             return
-        self._ring.submit(session.key, message.seq, request.batch_id)
+        if isinstance(message, wire.Probe):
+            self._ring.submit(session.key, message.seq, request.batch_id)
+        else:
+            cuts = session.transport in self._started.cutting
+            self._ring.submit(session.key, message.seq, request.batch_id, session.spec, place=message.place, cuts=cuts)
         session.requests[message.seq] = request
 
     def _schedule(self) -> None:
@@ -259,7 +267,7 @@ class Control:
         for grant in plan.fills:
             session = self._sessions.get(grant.holder)
             assert session is not None, "nothing was sent since it was scheduled"
-            task = session.requests[grant.seq].task(grant, session.spec)
+            task = session.requests[grant.seq].task(grant)
             if isinstance(task, channel.FillSlot):
                 self._dispatch.add(Fill(grant.slot, grant.generation, grant.batch_id, task))
             else:
@@ -293,6 +301,8 @@ class Control:
                 layout=layout,
                 busy_slots=self._ring.busy,
                 target_us=target_us,
+                held=lease.held,
+                source=lease.source,
             ),
         )
 
@@ -306,13 +316,23 @@ class Control:
         if lease is None or not session.transport:
             raise ProtocolError(f"lease {message.lease} cannot be received: expected a READY lease and a transport")
         self._ring.renew(session.key)
-        ref = SlotRef(lease.slot, lease.generation, session.requests[lease.seq].layout.nbytes)
+        layout = session.requests[lease.seq].layout
+        pieces: tuple[Piece, ...] = ()
+        if lease.held is not None:
+            num_tokens, *_, hidden_size = layout.tensors[0].shape
+            pieces = cut(lease.held, session.spec, hidden_size, num_tokens)
+        ref = SlotRef(lease.slot, lease.generation, layout.nbytes, pieces)
         self._supervisor.send(channel.Publish(session=session.key, transport=session.transport, ref=ref))
 
     def _attach(self, session: TrainerSession, message: wire.Attach) -> None:
         assert self._started is not None
         if message.transport not in self._started.transports:
             reason = f"the daemon does not serve it (it serves {', '.join(self._started.transports)})"
+            self._send(session.key, wire.Refuse(epoch=self._epoch, transport=message.transport, reason=reason))
+            return
+        if session.share and message.transport not in self._started.cutting:
+            served = ", ".join(self._started.cutting) or "none"
+            reason = f"it cannot take a trainer's own states out of a share's yet ({served} can); leave out --share"
             self._send(session.key, wire.Refuse(epoch=self._epoch, transport=message.transport, reason=reason))
             return
         self._supervisor.send(channel.Accept(session=session.key, transport=message.transport, hello=message.hello))
@@ -346,7 +366,7 @@ class Control:
             case channel.Filled():
                 self.counters.add("forward_us", note.target_us)
                 self._dispatch.done(note.slot, note.generation)
-                for lease in self._ring.filled(note.slot, note.generation):
+                for lease in self._ring.filled(note.slot, note.generation, note.target_us / 1e6):
                     self._announce(lease, note.target_us)
             case channel.FillFailed():
                 self._dispatch.done(note.slot, note.generation)

@@ -46,9 +46,10 @@ from collections.abc import Callable
 
 from specd.daemon.contents import Contents
 from specd.daemon.shares import Shares
-from specd.daemon.slots import Ask, Grant, Holder, Lease, Schedule, Slot, SlotState, Source
+from specd.daemon.slots import Ask, Grant, Holder, Lease, Schedule, Slot, SlotState
 from specd.errors import ConfigError, ProtocolError
 from specd.protocol.capture import CaptureSpec
+from specd.protocol.messages import Source
 
 COUNTERS = (
     "submitted", "fills", "joins", "kept_hits", "kept_evicted", "held_ms", "released", "stale_release", "stale_fill",
@@ -320,6 +321,11 @@ class Ring:
         states = [slot.state for slot in self._slots]
         kept = SlotState.KEPT in states
         return {state.value: states.count(state) for state in SlotState if kept or state is not SlotState.KEPT}
+
+    def sharing(self, holder: bytes) -> int:
+        """How many other runs the holder's run shares with."""
+        state = self._holders.get(holder)
+        return len(self.shares.others(state.run)) if state is not None else 0
 
     def behind(self, holder: bytes) -> bool:
         """Whether the holder's run is so far behind its share that nobody waits for it."""

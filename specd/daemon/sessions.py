@@ -25,13 +25,13 @@ class TrainerSession:
     """A trainer's session.
 
     key: routing id. connection: the one that it was opened over and belongs to, None within the process. label: names
-    it without telling its key. name: for people, after whose key it is, if there are keys. run, ranks: as in its HELLO.
-    requests: by seq. pidfd: readable once its process ended, −1 if unknown.
+    it without telling its key. name: for people, after whose key it is, if there are keys. run, ranks, share: as in its
+    HELLO. requests: by seq. pidfd: readable once its process ended, −1 if unknown.
     """
 
     __slots__ = (
         "batches", "connection", "credits", "gpus", "key", "label", "name", "nbytes", "opened", "pidfd", "ranks",
-        "requests", "run", "spec", "tokens", "transport",
+        "requests", "run", "share", "spec", "tokens", "transport",
     )  # fmt: skip
 
     def __init__(
@@ -45,6 +45,7 @@ class TrainerSession:
         self.gpus = hello.gpus
         self.run = hello.run
         self.ranks = hello.ranks
+        self.share = hello.share
         self.spec = hello.spec
         self.credits = credits
         self.opened = opened
@@ -78,6 +79,8 @@ class TrainerSession:
             age_s=now - self.opened,
             run=hashlib.blake2b(self.run, digest_size=4).hexdigest() if self.run else "",
             ranks=self.ranks,
+            share=units.printable(self.share),
+            behind=ring.behind(self.key),
         )
 
 
@@ -121,7 +124,7 @@ class Sessions:
         if problem := self._kept(hello):
             return problem
         pidfd = self._watch(hello, connection.pid if connection is not None else 0)
-        credits = self._ring.open(key, hello.credits, pidfd)
+        credits = self._ring.open(key, hello.credits, pidfd, spec=hello.spec, share=hello.share, run=hello.run)
         if credits is None:
             self._unwatch(pidfd)
             return self._why_full()

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import enum
 from collections import deque
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from specd.daemon.shares import Run
 from specd.protocol.capture import CaptureSpec
-
-Source = Literal["forward", "joined", "kept"]
+from specd.protocol.messages import Source
 
 
 class Grant(NamedTuple):

@@ -31,19 +31,19 @@ RING = RingInfo(num_slots=4, slot_bytes=slot_bytes(SPEC, 8, 64), slot_tokens=64)
 def submit(content: list[int], lengths: list[int] | None = None, **changes: Any) -> wire.Submit:
     ids, sizes = np.array(content, "<i4"), np.array(lengths or [len(content)], "<i4")
     message = wire.Submit(
-        seq=7, batch_id=batch_id(CONTRACT.fingerprint, SPEC, ids, sizes), tokens=ids.tobytes(), lengths=sizes.tobytes()
+        seq=7, batch_id=batch_id(CONTRACT.fingerprint, ids, sizes), tokens=ids.tobytes(), lengths=sizes.tobytes()
     )
     return msgspec.structs.replace(message, **changes)
 
 
 def test_a_batch_becomes_one_task_for_the_worker() -> None:
     request = admit_batch(submit([1, 2, 3, 49], [3, 1]), SPEC, CONTRACT, RING)
-    task = request.task(Grant(2, 5, request.batch_id, b"holder", 7), SPEC)
+    task = request.task(Grant(2, 5, request.batch_id, b"holder", 7, SPEC))
     assert isinstance(task, FillSlot)
     assert (task.slot, task.generation, task.spec, task.layout) == (2, 5, SPEC, request.layout)
     assert np.frombuffer(task.tokens, "<i4").tolist() == [1, 2, 3, 49]
     with pytest.raises(AssertionError):
-        request.task(Grant(3, 1, request.batch_id, b"holder", 7), SPEC)
+        request.task(Grant(3, 1, request.batch_id, b"holder", 7, SPEC))
 
 
 @pytest.mark.parametrize(
@@ -77,7 +77,7 @@ def test_no_two_probes_share_content() -> None:
     probe = wire.Probe(seq=1, nonce=b"n" * 16, nbytes=100)
     one, other = admit_probe(probe, b"one", RING), admit_probe(probe, b"other", RING)
     assert one.batch_id != other.batch_id
-    task = one.task(Grant(0, 1, one.batch_id, b"one", 1), SPEC)
+    task = one.task(Grant(0, 1, one.batch_id, b"one", 1, SPEC))
     assert isinstance(task, FillNoise)
     with pytest.raises(ProtocolError, match="does not fit a slot"):
         admit_probe(msgspec.structs.replace(probe, nbytes=RING.slot_bytes + 1), b"one", RING)
@@ -124,14 +124,14 @@ def with_images(*payloads: bytes, room: int = 1000) -> tuple[wire.Submit, RingIn
     """A SUBMIT of two sequences that bring payloads, with its id, and the ring."""
     message = submit([1, 2, 3], [1, 2], payloads=payloads)
     ids, sizes = np.array([1, 2, 3], "<i4"), np.array([1, 2], "<i4")
-    identity = batch_id(CONTRACT.fingerprint, SPEC, ids, sizes, payloads)
+    identity = batch_id(CONTRACT.fingerprint, ids, sizes, payloads)
     return msgspec.structs.replace(message, batch_id=identity), msgspec.structs.replace(RING, payload_bytes=room)
 
 
 def test_payloads_reach_the_worker_and_make_another_batch() -> None:
     message, ring = with_images(b"", IMAGE)
     request = admit_batch(message, SPEC, CONTRACT, ring)
-    task = request.task(Grant(2, 5, request.batch_id, b"holder", 7), SPEC)
+    task = request.task(Grant(2, 5, request.batch_id, b"holder", 7, SPEC))
     assert isinstance(task, FillSlot)
     assert task.payloads == (b"", IMAGE)
     assert request.batch_id != admit_batch(submit([1, 2, 3], [1, 2]), SPEC, CONTRACT, ring).batch_id
