@@ -112,8 +112,7 @@ def run(
         least = method.consecutive_labels
         raise ConfigError(f"context of {short[0]} tokens: expected at least {least}, which {name} needs to predict one")
     known = dict(target or (QWEN3_30B if where.type == "cuda" else TINY))
-    own = method.settings.__struct_fields__
-    ways = variants or {"default": Variant({key: value for key, value in DEFAULTS.items() if key in own})}
+    ways = variants or {"default": Variant(defaults_of(name))}
     size, dtype = (8192, torch.bfloat16) if where.type == "cuda" else (256, torch.float32)
     ceilings = [matmul_tflop_per_s(size, where, dtype)]
     rows = []
@@ -137,6 +136,12 @@ def run(
             for row in rows
         ),
     )
+
+
+def defaults_of(name: str) -> dict[str, Any]:
+    """Settings of a method's draft that the benchmark changes where they are not given."""
+    own = registry.load(name).settings.__struct_fields__
+    return {key: value for key, value in DEFAULTS.items() if key in own}
 
 
 def render(result: DraftResult) -> Any:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import signal
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -148,21 +150,8 @@ def pipeline(
             raise ConfigError(f"--set {section}: expected target.KEY=VALUE or draft.KEY=VALUE")
         asked |= {known[section]: values}
 
-    def keep(result: msgspec.Struct) -> None:
-        if save is None:
-            return
-        try:
-            outputs.write(save, _json(result).encode())
-        except OSError as error:  # the run is worth more than its file
-            log.warning("--save %s: not written this time: %s", save, error.strerror)
-
-    # What it started is to end with it, however it is ended.
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        with Console(stderr=True).status("") as status:
-            result = run(defaults(quick, daemons, model, asked, trainers), status.update, keep)
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    with _ended_by_signal(), Console(stderr=True).status("") as status:
+        result = run(defaults(quick, daemons, model, asked, trainers), status.update, _keeper(save))
     if as_json:
         typer.echo(_json(result))
     else:
@@ -172,21 +161,31 @@ def pipeline(
         typer.echo(f"chart: {chart}", err=True)
 
 
-@app.command(epilog="Examples: `specd bench draft` · `specd bench draft --context 1024,10240 --json`")
+@app.command(
+    epilog="Examples: `specd bench draft` · `specd bench draft --method dflash2 --set draft.block_size=16 --json`"
+)
 def draft(
     method: Annotated[
         str, typer.Option("--method", help=f"Which draft: {', '.join(registry.BUILTIN)}, or a plug-in's.")
     ] = registry.DEFAULT,
     steps: Annotated[int | None, typer.Option(min=1, help="Optimizer steps timed.")] = None,
     context: Annotated[str, typer.Option(help="Context tokens of a batch, comma-separated.")] = "",
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="Of the draft, e.g. --set draft.block_size=8.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """How fast is a training step of a draft, next to the matmuls this device can do?"""
     from rich.console import Console
 
-    from specd.bench.draft import render, run
+    from specd.bench.draft import Variant, defaults_of, render, run
 
     asked: dict[str, Any] = {"name": method} | ({} if steps is None else {"steps": steps})
+    given = overrides(settings or [])
+    if given.keys() - {"draft"} or not isinstance(given.get("draft", {}), dict):
+        raise ConfigError(f"--set {', '.join(settings or [])}: expected draft.KEY=VALUE")
+    if own := given.get("draft"):
+        asked["variants"] = {", ".join(settings or []): Variant(defaults_of(method) | own)}
     if contexts := [_whole(tokens, "--context") for tokens in _names(context)]:
         asked["context"] = contexts
     result = run(**asked)
@@ -194,6 +193,87 @@ def draft(
         typer.echo(_json(result))
     else:
         Console().print(render(result))
+
+
+@app.command(
+    epilog="Examples: `specd bench target --json --save target.json` · `specd bench target --set "
+    "target.attention_backend=triton --beside target.tp=2 --sizes 1024,8192`"
+)
+def target(
+    model: Annotated[
+        str, typer.Option("--model", "-m", help="Target, with dummy weights; empty for what this machine can run.")
+    ] = "",
+    sizes: Annotated[str, typer.Option(help="Tokens of a sample, comma-separated.")] = "",
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="Of the target, e.g. --set target.attention_backend=triton.")
+    ] = None,
+    beside: Annotated[
+        list[str] | None, typer.Option("--beside", help="Settings of a second bare target, e.g. target.tp=2.")
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds over all rows: the spread is between them.")] = 3,
+    forwards: Annotated[int, typer.Option(min=2, help="Forwards timed in a row and round.")] = 10,
+    limit_s: Annotated[float, typer.Option(min=1, help="No round begins after so many seconds.")] = 240.0,
+    save: Annotated[Path | None, typer.Option(help="Keep the JSON in FILE, written anew after each round.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """How fast is a target by the size of its forwards, one sample or merged, alone and behind a daemon?"""
+    from rich.console import Console
+
+    from specd.bench import outputs
+    from specd.bench.target.run import SIZES, Plan, run, settings_for
+    from specd.bench.target.table import render
+
+    if save is not None:
+        outputs.check("--save", save)
+    logging.getLogger("specd").setLevel(logging.WARNING)  # sessions come and go all the time here
+    plan = Plan(
+        sizes=tuple(sorted({_whole(size, "--sizes") for size in _names(sizes)})) or SIZES,
+        beside=_of_target(beside or [], "--beside"),
+        rounds=rounds,
+        forwards=forwards,
+        limit_s=limit_s,
+    )
+    asked = settings_for(model, plan, _of_target(settings or [], "--set"))
+    with _ended_by_signal(), Console(stderr=True).status("") as status:
+        result = run(asked, plan, status.update, _keeper(save))
+    _keeper(save)(result)
+    if as_json:
+        typer.echo(_json(result))
+    else:
+        Console().print(*render(result), sep="\n")
+
+
+def _of_target(settings: Sequence[str], option: str) -> dict[str, Any]:
+    """What these settings say of the target. Raises ConfigError for others."""
+    found = overrides(settings)
+    if found.keys() - {"target"} or not isinstance(found.get("target", {}), dict):
+        raise ConfigError(f"{option} {', '.join(settings)}: expected target.KEY=VALUE")
+    return dict(found.get("target", {}))
+
+
+@contextlib.contextmanager
+def _ended_by_signal() -> Iterator[None]:
+    """SIGTERM is an interrupt meanwhile: what a benchmark started is to end with it, however it is ended."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _keeper(save: Path | None) -> Callable[[msgspec.Struct], None]:
+    """What writes a result to the file of `--save`, if there is one."""
+    from specd.bench import outputs
+
+    def keep(result: msgspec.Struct) -> None:
+        if save is None:
+            return
+        try:
+            outputs.write(save, _json(result).encode())
+        except OSError as error:  # the run is worth more than its file
+            log.warning("--save %s: not written this time: %s", save, error.strerror)
+
+    return keep
 
 
 def _whole(text: str, option: str) -> int:

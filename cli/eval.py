@@ -57,6 +57,9 @@ def evaluate(
     untrained: Annotated[
         bool, typer.Option("--untrained", help="Also decode with the draft as it was before training, to compare.")
     ] = False,
+    unary: Annotated[
+        bool, typer.Option("--unary", help="Also decode without the selector of a dflash2 draft, to compare.")
+    ] = False,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32 (shows identity best), bfloat16 or float16.")] = "auto",
     settings: Annotated[
@@ -106,6 +109,7 @@ def evaluate(
         limit=limit,
         max_new_tokens=max_new_tokens,
         untrained=began if untrained else None,
+        unary=unary,
         embedding_scale=measured(network).embedding_scale,
         progress=lambda title, total: _progress(console, title, total),
     )

@@ -33,14 +33,21 @@ class Child(NamedTuple):
     says: IO[bytes]
     log: IO[bytes]
 
-    def answer(self, kind: type[T]) -> T:
-        """Its next line of JSON. Raises DaemonError when it ends, or says nothing for START_S."""
-        return msgspec.json.decode(self.line(), type=kind)
+    def tell(self, order: msgspec.Struct) -> None:
+        """Write `order` as a line to its standard input; one that has ended says so when it is asked for its answer."""
+        assert self.process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.write(msgspec.json.encode(order) + b"\n")
+            self.process.stdin.flush()
 
-    def line(self) -> bytes:
+    def answer(self, kind: type[T], wait_s: float = START_S) -> T:
+        """Its next line of JSON. Raises DaemonError when it ends, or says nothing for `wait_s`."""
+        return msgspec.json.decode(self.line(wait_s), type=kind)
+
+    def line(self, wait_s: float = START_S) -> bytes:
         """Its next line. Raises as `answer` does."""
-        if not select.select([self.says], [], [], START_S)[0]:
-            raise self.silent()
+        if not select.select([self.says], [], [], wait_s)[0]:
+            raise self.silent(wait_s)
         if line := self.says.readline():
             return line
         try:
@@ -49,9 +56,9 @@ class Child(NamedTuple):
             end = f"answers no more, and has not ended in {END_S:g} s"
         raise DaemonError(f"{self._name} {end}; {self._last()}")
 
-    def silent(self) -> DaemonError:
-        """The error when it has said nothing for START_S."""
-        return DaemonError(f"{self._name} has said nothing for {START_S:g} s; {self._last()}")
+    def silent(self, waited_s: float = START_S) -> DaemonError:
+        """The error when it has said nothing for so long."""
+        return DaemonError(f"{self._name} has said nothing for {waited_s:g} s; {self._last()}")
 
     @property
     def _name(self) -> str:
@@ -114,10 +121,9 @@ def child(module: str, job: msgspec.Struct) -> Iterator[Child]:
         assert process.stdin is not None
         assert process.stdout is not None
         try:
-            with contextlib.suppress(BrokenPipeError):  # its answer says why
-                process.stdin.write(msgspec.json.encode(job) + b"\n")
-                process.stdin.flush()
-            yield Child(process, process.stdout, log)
+            made = Child(process, process.stdout, log)
+            made.tell(job)
+            yield made
         finally:
             with contextlib.suppress(BrokenPipeError):
                 process.stdin.close()

@@ -34,7 +34,9 @@ class TargetConfig(Config, kw_only=True, frozen=True):
     so that results are bit-identical to a local run. trust_remote_code: run Python code that comes with the checkpoint,
     of which some models consist (transformers backend).
     Of the SGLang backend alone: tp, over how many GPUs of this host it is spread, from `device` on; memory_fraction of
-    a GPU's free memory that weights and KV cache may take, 0 for specd's choice; attention_backend, `auto` for its own.
+    a GPU's free memory that weights and KV cache may take, 0 for specd's choice; attention_backend, `auto` for its own;
+    prefill_graphs, forwards of few tokens as CUDA graphs, which cost the memory of all layers' states: true, or a list
+    of their tokens.
     """
 
     model: str
@@ -51,6 +53,7 @@ class TargetConfig(Config, kw_only=True, frozen=True):
     tp: int = 1
     memory_fraction: float = 0.0
     attention_backend: str = "auto"
+    prefill_graphs: bool | tuple[Positive, ...] = False
 
 
 class RingConfig(Config, kw_only=True, frozen=True):

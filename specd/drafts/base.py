@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import msgspec
 import numpy as np
@@ -30,7 +30,8 @@ class Loss(NamedTuple):
 
     sum: weighted sum over predictions, 0-d float32 with a graph to every parameter. weight: sum of their weights, 0-d
     float32. metrics: `counted` and `correct`, float32 [K]: predictions at offsets 1…K under teacher forcing, and how
-    many of them were right. A batch without a prediction has sum 0 and weight 0.
+    many of them were right; others are sums over the same predictions. A batch without a prediction has sum 0 and
+    weight 0.
     """
 
     sum: Tensor
@@ -121,7 +122,7 @@ class TargetParts(NamedTuple):
 class Tuning(msgspec.Struct, frozen=True, kw_only=True):
     """How the same loss is computed; None is the draft's own choice for the device.
 
-    compiled: the layers run through torch.compile. fused_head: see `head.head_loss` and `taught.taught_loss`.
+    compiled: the layers run through torch.compile. fused_head: see `head.row_head` and `taught.taught_loss`.
     spread_heads: see `block_attention.flex_attention`.
     """
 
@@ -186,6 +187,15 @@ class Draft(Protocol):
 
         Raises ConfigError and CheckpointError for a directory as `Method.load`.
         """
+        ...
+
+
+@runtime_checkable
+class Reduced(Protocol):
+    """A `Draft` that may be read without the part that joins its guesses."""
+
+    def unary(self) -> Draft | None:
+        """The same draft with each token of a block guessed by itself; None where it has no such part."""
         ...
 
 

@@ -25,9 +25,9 @@ def unwrapped(config: dict[str, Any], kind: str, where: str) -> dict[str, Any]:
         )
     found = dict(layers) | {key: value for key, value in config.items() if key not in _OWN}
     found["architectures"] = config.get("architectures")
-    if kind == "dflash":
+    if kind.startswith("dflash"):
         if (ids := found.pop("aux_hidden_state_layer_ids", None)) is not None:
             found["target_layer_ids"] = [layer - 1 for layer in ids]
-        if found.pop("sliding_window_non_causal", None):
+        if found.pop("sliding_window_non_causal", kind == "dflash2"):
             found["is_causal"] = False
     return found

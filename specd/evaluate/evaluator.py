@@ -11,6 +11,7 @@ from specd.config.settings import DataConfig
 from specd.data.rows import HELDOUT, sources
 from specd.data.tokenizer import end_tokens
 from specd.drafts import registry
+from specd.drafts.base import Draft, Reduced
 from specd.drafts.directory import draft_directory
 from specd.errors import ConfigError
 from specd.evaluate.decode import evaluate, greedy
@@ -38,6 +39,7 @@ def evaluate_draft(
     limit: int = 0,
     max_new_tokens: int = 64,
     untrained: int | Path | None = None,
+    unary: bool = False,
     embedding_scale: float = 0.0,
     progress: Progress = unseen,
 ) -> dict[str, EvalFacts]:
@@ -46,11 +48,11 @@ def evaluate_draft(
     draft: its directory, or that of the run that exported it. model, tokenizer: its target, a causal LM of
     transformers. prompts: what `read_prompts` makes prompts of, as a file or hub name, or as the settings to read it
     with; the first `limit` of them, 0 for all. name: of the target, for the record. untrained: the seed of its
-    training, or the draft that it began with, to decode with its initial weights, too. embedding_scale: the target's,
-    as of a contract, for a warning where the draft has another; 0 for none. Returns the results by name: `untrained`
-    if asked for, `trained`.
-    Raises ConfigError for a draft that is not this target's, a target without a tokenizer or a limit below 0,
-    CheckpointError for a directory that holds no draft; what `read_prompts` raises.
+    training, or the draft that it began with, to decode with its initial weights, too. unary: decode also with each
+    token of a block guessed by itself. embedding_scale: the target's, as of a contract, for a warning where the draft
+    has another; 0 for none. Returns the results by name: `untrained` and `unary` if asked for, `trained`.
+    Raises ConfigError for a draft that is not this target's, or that has nothing to leave out, a target without a
+    tokenizer or a limit below 0, CheckpointError for a directory that holds no draft; what `read_prompts` raises.
     """
     data = prompts if isinstance(prompts, DataConfig) else DataConfig(path=str(prompts))
     name, directory = name or str(getattr(model, "name_or_path", "")), draft_directory(draft)
@@ -64,6 +66,8 @@ def evaluate_draft(
     drafts = {}
     if untrained is not None:
         drafts["untrained"] = trained.untrained(untrained)
+    if unary:
+        drafts["unary"] = _unary(trained, directory)
     drafts["trained"] = trained
     weights = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     depth = int(model.config.get_text_config().num_hidden_layers)
@@ -111,3 +115,14 @@ def evaluate_draft(
             result=result,
         )
     return results
+
+
+def _unary(draft: Draft, directory: Path) -> Draft:
+    """The draft without the part that joins its guesses. Raises ConfigError where it has none."""
+    alone = draft.unary() if isinstance(draft, Reduced) else None
+    if alone is None:
+        raise ConfigError(
+            f"draft {str(directory)!r} has no selector that could be left out: expected one as dflash2's; leave "
+            f"--unary out"
+        )
+    return alone

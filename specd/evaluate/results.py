@@ -77,7 +77,7 @@ class Evaluation(msgspec.Struct, frozen=True, kw_only=True):
     definition: str = DEFINITION
 
 
-EVALS = {"untrained": "eval-untrained.json", "trained": "eval.json"}
+EVALS = {"untrained": "eval-untrained.json", "unary": "eval-unary.json", "trained": "eval.json"}
 """File of each evaluation in the run directory."""
 
 

@@ -23,7 +23,8 @@ BUILTIN: dict[str, str] = {
 }
 FAMILY = Family("target backend", BUILTIN, "specd.targets", ConfigError)
 names = FAMILY.names
-OWN = {"tokenizer": "", "tp": 1, "memory_fraction": 0.0, "attention_backend": "auto", "trust_remote_code": False}
+OWN = {"tokenizer": "", "tp": 1, "memory_fraction": 0.0, "attention_backend": "auto", "trust_remote_code": False,
+       "prefill_graphs": False}  # fmt: skip
 """Backend-specific settings and their neutral values; a backend lists those it accepts in `settings`."""
 
 

@@ -223,7 +223,10 @@ def _state(path: Path) -> _Manifest | None:
     return state if whole and state.format == FORMAT else None
 
 
-_BEFORE = {"data.columns": {}, "data.date": "", "data.long": "cut", "data.subset": "", "data.weights": []}
+_BEFORE = {
+    "data.columns": {}, "data.date": "", "data.long": "cut", "data.subset": "", "data.weights": [],
+    "draft.loss": "decay", "draft.dpace_alpha": 0.5,
+}  # fmt: skip
 """Settings that runs of specd 0.1.0 do not name, and what they did."""
 
 

@@ -11,8 +11,10 @@ import contextlib
 import datetime
 import logging
 import os
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from functools import partial
 from types import TracebackType
 from typing import Any, Final, Self, TypeVar
@@ -212,20 +214,10 @@ class Ranks:
         self._device, self._nccl = device, collectives == "nccl" or (collectives == "auto" and device != "cpu")
         if self._nccl:
             self._check_devices(device)
-        meeting = distributed.PrefixStore("group", self._store)
+        # Connections of its own: until all ranks are there, it holds them.
+        meeting = distributed.PrefixStore("group", self._store.clone())
         try:
-            if self._nccl:
-                # Else a thread of torch ends the process when an exchange fails, before anything is saved.
-                os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "2")
-                torch.cuda.set_device(device)
-                self._alive = self._alive.pin_memory()
-                options = distributed.ProcessGroupNCCL.Options()
-                options._timeout = timeout
-                self._group = distributed.ProcessGroupNCCL(meeting, self.rank, self.size, options)
-            else:
-                if self.num_hosts == 1:
-                    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-                self._group = distributed.ProcessGroupGloo(meeting, self.rank, self.size, timeout)
+            self._group = self._patiently(partial(self._connected, meeting, timeout))
         except RuntimeError as error:
             self._check()
             raise ConfigError(
@@ -236,6 +228,40 @@ class Ranks:
         assert self._watch is not None, "entered"
         self._watch.patience_s = patience_s or (5.0 if self.num_hosts == 1 else 30.0)
         self._watch.at_end(self._abort)
+
+    def _connected(self, meeting: Any, timeout: datetime.timedelta) -> Any:
+        """A process group, once a first exchange has connected all."""
+        if not self._nccl:
+            if self.num_hosts == 1:
+                os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+            return distributed.ProcessGroupGloo(meeting, self.rank, self.size, timeout)
+        # Else a thread of torch ends the process when an exchange fails, before anything is saved.
+        os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "2")
+        torch.cuda.set_device(self._device)
+        self._alive = self._alive.pin_memory()
+        options = distributed.ProcessGroupNCCL.Options()
+        options._timeout = timeout
+        group = distributed.ProcessGroupNCCL(meeting, self.rank, self.size, options)
+        group.allreduce([torch.zeros(1, device=self._device)]).wait()
+        torch.cuda.synchronize(self._device)
+        return group
+
+    def _patiently(self, work: Callable[[], Value]) -> Value:
+        """What `work` gives, which waits for other ranks and cannot be interrupted; on a thread, to be left behind."""
+        assert self._watch is not None, "entered"
+        outcome: Future[Value] = Future()
+
+        def run() -> None:
+            try:
+                outcome.set_result(work())
+            except BaseException as error:  # noqa: BLE001  # it is raised where it was asked for
+                outcome.set_exception(error)
+
+        threading.Thread(target=run, name="specd-connect-ranks", daemon=True).start()
+        while not outcome.done():
+            if self._watch.wait(POLL_S / 4):
+                raise self._broken(None)
+        return outcome.result()
 
     def _check_devices(self, device: str) -> None:
         """Raise ConfigError for two ranks on one GPU."""

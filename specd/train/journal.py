@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from io import FileIO
 from pathlib import Path
@@ -35,7 +35,8 @@ class StepRecord(msgspec.Struct, frozen=True, kw_only=True):
 
     step: optimizer steps done, this one included. loss: weighted mean over the step; None when the whole step had no
     weight. teacher_forced_accuracy: share of predictions that are right, given true tokens; it is not the acceptance
-    length. teacher_forced_by_offset: the same for each offset 1, 2, …; None where nothing counted.
+    length. teacher_forced_by_offset: the same for each offset 1, 2, …; None where nothing counted. by_offset: what else
+    a draft measures there, as means over its predictions (cross_entropy; of dflash2 unary_correct, covered).
     grad_norm: before clipping. tokens: of the target. step_s = target_wait_s (next batch not computed yet) +
     wire_wait_s (computed, not fetched yet) + train_s (the rest). draft_s: the step's own time on its device, also the
     part during those waits; wall time on a CPU; 0 if not measured. forward_s: the daemons' forward time of its batches,
@@ -62,6 +63,7 @@ class StepRecord(msgspec.Struct, frozen=True, kw_only=True):
     busy_slots: int
     num_slots: int
     draft_s: float = 0.0
+    by_offset: dict[str, tuple[float | None, ...]] = {}
     resubmitted: int = 0
     reconnects: int = 0
     ranks: int = 1
@@ -86,6 +88,17 @@ def bound(target_s: float, wire_s: float, train_s: float) -> Bound:
     if train_s >= target_s and train_s >= wire_s:
         return "trainer"
     return "target" if target_s >= wire_s else "wire"
+
+
+def tell_unless_trained(steps: Sequence[StepRecord], target: str) -> None:
+    """Warn of a run whose steps all had nothing to learn: its draft is as it began."""
+    if steps and all(step.loss is None for step in steps):
+        logger.warning(
+            "none of the %d steps had a prediction to learn from, so the draft is as it began: the labels are too few, "
+            "or the tokens that %s itself would write there are none of the draft's vocabulary; train on its own "
+            "answers (`specd data regenerate`), or with a larger draft vocabulary",
+            len(steps), target,
+        )  # fmt: skip
 
 
 class Journal:

@@ -12,6 +12,8 @@ import torch
 from specd.config.settings import TrainConfig
 from specd.errors import ConfigError, TransportError
 from specd.memory import cuda
+from specd.train.checkpoint import Identity
+from specd.version import __version__
 
 
 class Launch(NamedTuple):
@@ -88,6 +90,13 @@ def device_of(config: TrainConfig, launch: Launch) -> str:
     except TransportError as error:
         raise ConfigError(f"train.device: {error}; use auto, cpu or cuda:N") from None
     return asked
+
+
+def facts(own: Identity, device: str, collectives: str) -> dict[str, str]:
+    """What has to be equal on all ranks of a run, by name. own: of its checkpoints."""
+    found = {"specd": __version__, "target": own.target, "train.device": device.partition(":")[0]}
+    found |= {name: str(value) for name, value in own.settings.items() if name != "data.digest"}
+    return found | {"train.collectives": collectives, "data": str(own.settings["data.digest"])}
 
 
 def check_shares(accumulation: int, size: int) -> str:

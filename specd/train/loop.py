@@ -91,7 +91,7 @@ class _Run:
         self.rng = RngStates.capture()
         self.savable = True  # weights, moments, position and records are of the same step
         self._sound = self.position, self.rng  # of the last step that was logged
-        self._offsets = 0
+        self._num_counts: Sequence[int] = ()
         self._work_s = 0.0  # of the newest step that is logged
         self._pending: list[UnloggedStep] = []
         self.device = str(optimizer.param_groups[0]["params"][0].device)
@@ -106,11 +106,11 @@ class _Run:
         self.ranks.finish(self.gradients.works())
         total = self.source.stats()
         step_stats, self._stats = total.difference(self._stats), total
-        self._offsets = self._offsets or self.ranks.decide("offsets", lambda: window.num_offsets)
+        self._num_counts = self._num_counts or self.ranks.decide("counts", lambda: window.num_counts)
         self._spent = step_stats
         step, accumulation = self.position.step + 1, self.config.accumulation
         told = told_of(step_stats, self._work_s if self._halted.is_cuda else window.watch.seconds())
-        return window.sums(self.ranks, step, len(places), accumulation, self._offsets, told)
+        return window.sums(self.ranks, step, len(places), accumulation, self._num_counts, told)
 
     def step(self, window: Window, places: Sequence[Place], sums: Sums) -> None:
         """One optimizer step over the window, then log and save as configured."""

@@ -22,4 +22,6 @@ def scalars(record: StepRecord) -> dict[str, float]:
     }
     for offset, value in enumerate(record.teacher_forced_by_offset, start=1):
         values[f"teacher_forced_by_offset/{offset:02d}"] = value
+    for name, means in record.by_offset.items():
+        values |= {f"{name}_by_offset/{offset:02d}": mean for offset, mean in enumerate(means, start=1)}
     return {name: value for name, value in values.items() if value is not None}

@@ -32,8 +32,8 @@ class Sums:
     """The sums of a step's batches over all ranks, on the device.
 
     losses, weights: of each batch, float64 [batches], in the order of the plan. counts: correct and counted
-    predictions, float64 [2, K]. told: of each rank, float64 [W, TOLD]; none of a rank alone. intact: whether all of it,
-    and the gradients, came whole.
+    predictions, and what else the draft measures of them, float64 [2 or more, K]. told: of each rank, float64
+    [W, TOLD]; none of a rank alone. intact: whether all of it, and the gradients, came whole.
     """
 
     __slots__ = ("counts", "intact", "losses", "told", "weights")
@@ -57,13 +57,15 @@ class Sums:
 class Window:
     """The batches of one step that this rank trains.
 
-    watch: times its work on the device.
+    watch: times its work on the device. measured: names of what the draft measures beside correct and counted
+    predictions; none of no batch.
     """
 
-    __slots__ = ("_counts", "_device", "_losses", "_weights", "watch")
+    __slots__ = ("_counts", "_device", "_losses", "_weights", "measured", "watch")
 
     def __init__(self, device: str) -> None:
         self.watch = Stopwatch(device)
+        self.measured: tuple[str, ...] = ()
         self._device = device
         self._losses: list[torch.Tensor] = []
         self._weights: list[torch.Tensor] = []
@@ -75,24 +77,26 @@ class Window:
             loss.sum.backward()  # type: ignore[no-untyped-call]
         self._losses.append(loss.sum.detach().double())
         self._weights.append(loss.weight.detach().double())
-        self._counts.append(torch.stack([loss.metrics["correct"], loss.metrics["counted"]]).double())
+        self.measured = tuple(sorted(loss.metrics.keys() - {"correct", "counted"}))
+        names = "correct", "counted", *self.measured
+        self._counts.append(torch.stack([loss.metrics[name].double() for name in names]))
 
     @property
-    def num_offsets(self) -> int:
-        """How many offsets predictions are counted at; 0 of no batch."""
-        return self._counts[0].shape[1] if self._counts else 0
+    def num_counts(self) -> tuple[int, int]:
+        """How many counts there are, and at how many offsets; 0 of no batch."""
+        return (self._counts[0].shape[0], self._counts[0].shape[1]) if self._counts else (2, 0)
 
     def sums(
-        self, ranks: Ranks, step: int, batches: int, accumulation: int, offsets: int, told: NDArray[np.float64]
+        self, ranks: Ranks, step: int, batches: int, accumulation: int, counts: Sequence[int], told: NDArray[np.float64]
     ) -> Sums:
-        """The sums over all ranks. step: the number of this one, from 1. batches: of all ranks. offsets: of counts.
+        """The sums over all ranks. step: the number of this one, from 1. batches: of all ranks. counts: `num_counts`.
 
         accumulation: batches of a step that is not the last. told: of `told_of`.
         """
         if ranks.size == 1:
             return Sums(torch.stack(self._losses), torch.stack(self._weights), torch.stack(self._counts).sum(0))
         most = -(-accumulation // ranks.size)
-        row = torch.zeros(2 * most + 2 * offsets + TOLD, dtype=torch.float64, device=self._device)
+        row = torch.zeros(2 * most + math.prod(counts) + TOLD, dtype=torch.float64, device=self._device)
         if self._losses:
             row[: len(self._losses)] = torch.stack(self._losses)
             row[most : most + len(self._weights)] = torch.stack(self._weights)
@@ -101,8 +105,8 @@ class Window:
         rows, intact = ranks.gather(row, step)
         # Batch k is number k // W of rank k % W.
         losses, weights = (rows[:, at : at + most].T.flatten()[:batches] for at in (0, most))
-        counts = rows[:, 2 * most : -TOLD].sum(0).view(2, offsets)
-        return Sums(losses, weights, counts, rows[:, -TOLD:], intact)
+        counted = rows[:, 2 * most : -TOLD].sum(0).view(*counts)
+        return Sums(losses, weights, counted, rows[:, -TOLD:], intact)
 
 
 class UnloggedStep:
@@ -111,12 +115,13 @@ class UnloggedStep:
     position, rng: where the run stands once it is done.
     """
 
-    __slots__ = ("_copied", "_shapes", "_values", "_watch", "facts", "position", "rng")
+    __slots__ = ("_copied", "_measured", "_num_counts", "_shapes", "_values", "_watch", "facts", "position", "rng")
 
     def __init__(
         self, window: Window, sums: Sums, norm: torch.Tensor, facts: StepRecord, position: Position, rng: RngStates
     ) -> None:
         self._watch, self.facts, self.position, self.rng = window.watch, facts, position, rng
+        self._measured, self._num_counts = window.measured, sums.counts.shape[0]
         intact = torch.ones_like(sums.weight) if sums.intact is None else sums.intact.double()
         parts = [sums.weight[None], norm.double()[None], intact[None], sums.losses, sums.counts.flatten()]
         parts += [] if sums.told is None else [sums.told.flatten()]
@@ -136,7 +141,7 @@ class UnloggedStep:
         )
         if not intact:
             raise Torn
-        correct, counted = counts[: len(counts) // 2], counts[len(counts) // 2 :]
+        correct, counted, *measured = np.array(counts).reshape(self._num_counts, -1).tolist()
         for batch, loss in zip(self.facts.batches, losses, strict=True):
             if not math.isfinite(loss):
                 raise _not_finite(self.facts.step, f"the loss is {loss}", [batch])
@@ -149,11 +154,16 @@ class UnloggedStep:
             grad_norm=norm,
             weight=weight,
             teacher_forced_accuracy=sum(correct) / sum(counted) if sum(counted) else None,
-            teacher_forced_by_offset=tuple(
-                right / of if of else None for right, of in zip(correct, counted, strict=True)
-            ),
+            teacher_forced_by_offset=_means(correct, counted),
+            # A rank without a batch has no names for them, and no journal.
+            by_offset={name: _means(sums, counted) for name, sums in zip(self._measured, measured, strict=False)},
         )
         return _of_all(record, told[0]) if told else record
+
+
+def _means(sums: Sequence[float], counted: Sequence[float]) -> tuple[float | None, ...]:
+    """Of each offset; None where nothing counted."""
+    return tuple(total / of if of else None for total, of in zip(sums, counted, strict=True))
 
 
 def told_of(stats: Stats, work_s: float) -> NDArray[np.float64]:

@@ -12,7 +12,7 @@ import json
 import logging
 import os
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
@@ -41,12 +41,12 @@ from specd.memory.streams import on_device
 from specd.protocol.capture import CaptureSpec
 from specd.protocol.contract import TargetContract
 from specd.train import launcher
-from specd.train.checkpoint import Checkpoints, Identity
+from specd.train.checkpoint import Checkpoints
 from specd.train.directory import RunDirectory, RunFacts, fixed, identity, machine_facts, target_files, utc, write_facts
 from specd.train.display import Display
 from specd.train.distributed import Ranks
 from specd.train.interrupt import Interrupt
-from specd.train.journal import Sink, StepRecord, read
+from specd.train.journal import Sink, read, tell_unless_trained
 from specd.train.launcher import Launch
 from specd.train.loop import out_of_memory, train
 from specd.train.optimizer import total_steps
@@ -55,7 +55,6 @@ from specd.train.preparation import data_facts, kept, prepared, warn_of_length, 
 from specd.train.sinks import check as check_log
 from specd.train.sinks import opened
 from specd.transports import registry as transports
-from specd.version import __version__
 
 logger = logging.getLogger(__name__)
 
@@ -194,7 +193,7 @@ def _train(
         plan = dataset.plan(settled.data, settled.train.seed)
         loader = Loader(dataset, plan, epochs=settled.train.epochs, payloads=images)
         own = identity(settled, draft, method.free, contract, dataset.digest)
-        _agree(ranks, own, device, settled)
+        ranks.agree(launcher.facts(own, device, settled.train.collectives))
         checkpoints = Checkpoints(directory.checkpoints, own, settled.train.keep)
         if again and ranks.leads:
             checkpoints.compare(checkpoints.latest())
@@ -242,7 +241,7 @@ def _train(
         )
         if not ranks.leads:
             return TrainedRun(directory.path, directory.draft, end.step, ranks=ranks.size)
-        _tell_unless_trained(read(directory.journal), contract.model)
+        tell_unless_trained(read(directory.journal), contract.model)
         with interrupt.shield():
             objective.export(directory.draft, {name: data for name, data in files.items() if name not in TARGETS_OWN})
             directory.finish()
@@ -266,13 +265,6 @@ def _connect(
         return Subscriber(link, spec, device=device, name=name, context=host.context)
     seat = Seat(launch.rank, launch.local, launch.here) if ranks.size > 1 else None
     return Subscriber(link, spec, device=device, name=name, run=ranks.run, ranks=ranks.size, seat=seat)
-
-
-def _agree(ranks: Ranks, own: Identity, device: str, config: RunConfig) -> None:
-    """Raise ConfigError unless all ranks train the same."""
-    facts = {"specd": __version__, "target": own.target, "train.device": device.partition(":")[0]}
-    facts |= {name: str(value) for name, value in own.settings.items() if name != "data.digest"}
-    ranks.agree(facts | {"train.collectives": config.train.collectives, "data": str(own.settings["data.digest"])})
 
 
 def output_of(config: RunConfig) -> RunDirectory:
@@ -375,17 +367,6 @@ def _target_parts(subscriber: Subscriber, config: dict[str, object], dataset: Da
     tied = contract.artifacts["lm_head"].same_as == "embedding"
     lm_head = embedding if tied else subscriber.tensor("lm_head")
     return TargetParts(contract, config, embedding, lm_head, dataset.label_counts(contract.vocab_size))
-
-
-def _tell_unless_trained(steps: Sequence[StepRecord], target: str) -> None:
-    """Warn of a run whose steps all had nothing to learn: its draft is as it began."""
-    if steps and all(step.loss is None for step in steps):
-        logger.warning(
-            "none of the %d steps had a prediction to learn from, so the draft is as it began: the labels are too few, "
-            "or the tokens that %s itself would write there are none of the draft's vocabulary; train on its own "
-            "answers (`specd data regenerate`), or with a larger draft vocabulary",
-            len(steps), target,
-        )  # fmt: skip
 
 
 def _facts(

@@ -53,6 +53,23 @@ def test_counted_operations_are_those_that_torch_executes(window: int) -> None:
     assert attention == 3 * 2 * 2 * 2 * seen * 64
 
 
+def test_operations_of_dflash2_are_those_that_torch_executes() -> None:
+    """All products but attention's; of the selector's batched ones there are others only where attention is plain."""
+    trained = draft._Trained.made("dflash2", TINY, Variant(SETTINGS), torch.device("cpu"), torch.float32)
+    batch = Batch(
+        tokens=np.arange(50, dtype=np.int32),
+        lengths=np.array([50], np.int32),
+        loss_mask=np.ones(50, np.bool_),
+        samples=(0,),
+    )
+    with FlopCounterMode(display=False) as counter:
+        trained.objective.loss(Delivery(batch, *trained.states(50))).sum.backward()  # type: ignore[no-untyped-call]
+    executed, counted = counter.get_flop_counts()["Global"], trained.method.workload(trained.objective, batch).flops
+    batched = counted.pop("selector") + counted.pop("attention")
+    assert executed[torch.ops.aten.mm] == sum(counted.values())
+    assert 0 < batched <= executed[torch.ops.aten.bmm]
+
+
 @pytest.fixture(scope="module")
 def result() -> DraftResult:
     # Of fifteen steps: with a few, one that the machine held up moves the medians of stretches and whole apart.

@@ -145,3 +145,12 @@ def test_draft_measures_a_plugin_as_it_does_its_own(method: str, capsys: pytest.
     assert [row["context_tokens"] for row in found["rows"]] == [32]
     assert run(["bench", "draft", *options]) == 0
     assert found["method"] in capsys.readouterr().out
+
+
+def test_draft_takes_settings_of_the_draft(capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--method", "dflash2", "--steps", "1", "--context", "32", "--json"]
+    assert run(["bench", "draft", *options, "--set", "draft.block_size=4", "--set", "draft.num_anchors=3"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["rows"][0]["rows"], found["draft"]["loss_chunk"]) == (12, 2048)
+    assert run(["bench", "draft", *options, "--set", "target.tp=2"]) == 2
+    assert "--set target.tp=2: expected draft.KEY=VALUE" in capsys.readouterr().err

@@ -20,6 +20,7 @@ from specd.cli import demo
 from specd.cli.main import run
 from specd.client.ask import ask_status
 from specd.config.presets import preset
+from specd.drafts import registry
 from specd.train.interrupt import Interrupt
 from specd.train.owner import owned
 from step_records import make_run
@@ -120,7 +121,7 @@ def test_demo_refuses_a_draft_that_it_does_not_know(tmp_path: Path, capsys: pyte
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("method", ["dflash", "eagle3"])
+@pytest.mark.parametrize("method", registry.BUILTIN)
 def test_demo_trains_the_draft_that_is_asked_for(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By the recipe of its target."""
     ran: list[tuple[str, ...]] = []

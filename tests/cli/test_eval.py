@@ -14,10 +14,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from chats import THINKING, talk, write_rows, write_target, write_tokenizer
+from drafts import save_draft
 from specd.cli.main import run
 from specd.config.settings import RunConfig
-from specd.drafts.dflash.export import save_draft
-from specd.drafts.dflash.model import DFlashDraft, draft_shape
+from specd.drafts.backbone.network import Backbone
+from specd.drafts.backbone.shape import draft_shape
 from specd.drafts.dflash.settings import DFlashConfig
 from specd.evaluate import decode
 from specd.evaluate.decode import Generation
@@ -52,7 +53,7 @@ def trained(tmp_path: Path, model: Path) -> Path:
     shape = draft_shape(config, json.loads((model / "config.json").read_text()), (1, 2))
     directory = tmp_path / "run"
     directory.mkdir()
-    save_draft(DFlashDraft(shape, 3), directory / "draft", dtype=torch.float32)
+    save_draft(Backbone(shape, 3), directory / "draft", dtype=torch.float32)
     settings = msgspec.to_builtins(RunConfig(method="dflash"))
     settings["data"]["template"] = {"enable_thinking": False}
     facts = RunFacts(

@@ -19,7 +19,11 @@ from specd.config.settings import (
     RunConfig,
     TargetConfig,
 )
+from specd.drafts.backbone.form import DFLASH
+from specd.drafts.backbone.shape import draft_shape as block_shape
 from specd.drafts.dflash.settings import DFlashConfig
+from specd.drafts.dflash2.objective import DFLASH2
+from specd.drafts.dflash2.settings import DFlash2Config
 from specd.drafts.eagle3.model import Eagle3Draft, draft_shape
 from specd.drafts.eagle3.settings import Eagle3Config
 from specd.drafts.taps import eagle3_taps, spread_taps
@@ -97,6 +101,26 @@ def test_recipes_fit_the_configuration(name: str) -> None:
         assert draft.mask_token_id == 151669
     else:
         assert run.data.path == "specd:demo/train.jsonl"
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_recipes_of_dflash2_fit_the_configuration(name: str) -> None:
+    recipe = known(name)
+    run = convert({"method": "dflash2"} | recipe.run["dflash2"], RunConfig, f"preset {name}")
+    draft = convert(run.draft, DFlash2Config, f"preset {name}")
+    taps = spread_taps(recipe.config["num_hidden_layers"], 5)
+    shape = block_shape(draft, recipe.config, taps, DFLASH2.shape, DFLASH2.own)
+    assert shape.block_size == 8
+    plain = recipe.run["dflash"]
+    assert {key: run.draft[key] for key in ("mask_token_id", "num_layers", "num_anchors")} == {
+        key: plain["draft"][key] for key in ("mask_token_id", "num_layers", "num_anchors")
+    }
+    assert recipe.run["dflash2"]["data"] == plain["data"]
+    if name.startswith("Qwen3-30B"):
+        with torch.device("meta"):
+            networks = (DFLASH2.network(shape), DFLASH.network(shape))
+        whole, backbone = (sum(weight.numel() for weight in network.parameters()) for network in networks)
+        assert whole - backbone == pytest.approx(88.9e6, rel=0.01)
 
 
 @pytest.mark.parametrize("name", PARAMETERS)

@@ -20,9 +20,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
 
+from drafts import load_draft
 from specd.config.settings import TargetConfig
 from specd.drafts.base import Objective, TargetParts
-from specd.drafts.dflash.export import load_draft
 from specd.drafts.dflash.method import DFlashMethod
 from specd.drafts.dflash.settings import DFlashConfig
 from specd.drafts.eagle3.method import Eagle3Method

@@ -1,76 +1,111 @@
-"""The chunked loss through a frozen head: values and gradients of plain cross-entropy."""
+"""The head's rows: losses, best tokens and gradients of plain cross-entropy and topk, in chunks."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
-from specd.drafts.head import head_loss
+from specd.drafts.head import Scores, best, row_head, strip_maxima
 
 VOCAB, HIDDEN = 97, 32
 
 
+def leaf(rows: int, seed: int = 5) -> Tensor:
+    return torch.randn(rows, HIDDEN, generator=torch.Generator().manual_seed(seed)).requires_grad_()
+
+
+def plainly(hidden: Tensor, head: Tensor, labels: Tensor, top_k: int, softcap: float = 0.0) -> Scores:
+    """The same with all logits at once, by autograd."""
+    products = hidden @ head.T
+    logits = torch.tanh(products / softcap) * softcap if softcap else products
+    ids = products.topk(top_k, -1).indices
+    losses = F.cross_entropy(logits, labels, reduction="none")
+    return Scores(losses, products.argmax(-1) == labels, logits.gather(1, ids), ids)
+
+
+def gradient(scores: Scores, of: Tensor) -> Tensor:
+    """Of a total in which each row has a weight that depends on its loss, and each value one of its own."""
+    weights = torch.exp(-scores.losses.detach())
+    slopes = torch.linspace(-1, 2, scores.values.numel()).view_as(scores.values)
+    total = torch.dot(scores.losses, weights) + (scores.values * slopes).sum()
+    (found,) = torch.autograd.grad(total, of)
+    return found
+
+
+@pytest.mark.parametrize("top_k", [0, 5, VOCAB])
+@pytest.mark.parametrize("softcap", [0.0, 2.5])
 @pytest.mark.parametrize(("rows", "chunk"), [(23, 7), (23, 100), (1, 1)])
-def test_chunked_loss_equals_cross_entropy(rows: int, chunk: int) -> None:
+def test_rows_equal_those_of_torch_and_so_does_the_gradient_under_any_weights(
+    rows: int, chunk: int, softcap: float, top_k: int
+) -> None:
     torch.manual_seed(0)
-    head, labels, weights = torch.randn(VOCAB, HIDDEN), torch.randint(VOCAB, (rows,)), torch.rand(rows)
-    ours, theirs = (torch.randn(rows, HIDDEN, generator=torch.Generator().manual_seed(5)) for _ in range(2))
-    ours.requires_grad_()
-    theirs.requires_grad_()
-    total, correct = head_loss(ours, head, labels, weights, chunk)
-    logits = theirs @ head.T
-    expected = (F.cross_entropy(logits, labels, reduction="none") * weights).sum()
-    torch.testing.assert_close(total, expected)
-    assert torch.equal(correct, logits.argmax(-1) == labels)
-    (total / 3).backward()  # type: ignore[no-untyped-call]
-    (expected / 3).backward()  # type: ignore[no-untyped-call]
-    torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-6, rtol=1e-5)
+    head, labels = torch.randn(VOCAB, HIDDEN), torch.randint(VOCAB, (rows,))
+    ours, theirs = leaf(rows), leaf(rows)
+    found = row_head(ours, head, labels, chunk, top_k=top_k, softcap=softcap)
+    wanted = plainly(theirs, head, labels, top_k, softcap)
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other)
+    torch.testing.assert_close(gradient(found, ours), gradient(wanted, theirs), atol=1e-5, rtol=1e-5)
 
 
-def test_a_soft_cap_is_part_of_the_loss_and_changes_no_hit() -> None:
+def test_losses_or_values_alone_have_gradients() -> None:
     torch.manual_seed(0)
-    head, labels, weights = torch.randn(VOCAB, HIDDEN), torch.randint(VOCAB, (23,)), torch.rand(23)
-    ours, theirs = (torch.randn(23, HIDDEN, generator=torch.Generator().manual_seed(5)) for _ in range(2))
-    logits = theirs.requires_grad_() @ head.T
-    expected = (F.cross_entropy(2.5 * torch.tanh(logits / 2.5), labels, reduction="none") * weights).sum()
-    total, correct = head_loss(ours.requires_grad_(), head, labels, weights, 7, softcap=2.5)
-    torch.testing.assert_close(total, expected)
-    assert torch.equal(correct, logits.argmax(-1) == labels)
-    total.backward()  # type: ignore[no-untyped-call]
-    expected.backward()  # type: ignore[no-untyped-call]
-    torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-6, rtol=1e-5)
-    _, correct = head_loss(1e3 * head[labels], head, labels, weights, 7, softcap=1e-3)
+    head, labels, hidden = torch.randn(VOCAB, HIDDEN), torch.randint(VOCAB, (9,)), leaf(9)
+    scores, wanted = row_head(hidden, head, labels, 4, top_k=3), plainly(hidden, head, labels, 3)
+    for one, other in ((scores.losses, wanted.losses), (scores.values, wanted.values)):
+        found, theirs = (torch.autograd.grad(part.sum(), hidden, retain_graph=True)[0] for part in (one, other))
+        torch.testing.assert_close(found, theirs, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("vocab", [128, 700, 1280, 1301])
+def test_the_best_tokens_of_a_large_vocabulary_are_found_in_its_best_strips(vocab: int) -> None:
+    logits = torch.randn(40, vocab, generator=torch.Generator().manual_seed(vocab))
+    logits[7, -4:] = 9.0 + torch.arange(4)  # all in the last strip
+    found, ids = best(logits, strip_maxima(logits), 4)
+    wanted = logits.topk(4, -1)
+    assert torch.equal(found, wanted.values)
+    assert torch.equal(ids, wanted.indices)
+    logits[3] = torch.nan
+    assert int(best(logits, strip_maxima(logits), 4)[1].max()) < vocab
+
+
+def test_equal_logits_that_a_soft_cap_makes_equal_are_told_apart() -> None:
+    torch.manual_seed(0)
+    head, labels = torch.randn(VOCAB, HIDDEN), torch.randint(VOCAB, (23,))
+    correct = row_head(1e3 * head[labels], head, labels, 7, softcap=1e-3).correct
     assert correct.tolist() == ((1e3 * head[labels] @ head.T).argmax(-1) == labels).tolist(), "capped, all are equal"
 
 
-def test_chunked_loss_in_bfloat16_is_close_also_where_the_prediction_is_nearly_right() -> None:
+def test_rows_in_bfloat16_are_close_also_where_the_prediction_is_nearly_right() -> None:
     torch.manual_seed(0)
     head, labels = torch.randn(VOCAB, HIDDEN), torch.randint(VOCAB, (16,))
     hidden = (0.35 * head[labels] + 0.05 * torch.randn(16, HIDDEN)).bfloat16()
-    exact = hidden.double().requires_grad_()
-    F.cross_entropy(exact @ head.bfloat16().double().T, labels, reduction="sum").backward()  # type: ignore[no-untyped-call]
-    low = hidden.requires_grad_()
-    total, _ = head_loss(low, head.bfloat16(), labels, torch.ones(16), 5)
-    total.backward()  # type: ignore[no-untyped-call]
-    assert low.grad is not None
-    assert exact.grad is not None
-    assert (low.grad.double() - exact.grad).norm() / exact.grad.norm() < 0.05
+    exact, low = hidden.double().requires_grad_(), hidden.clone().requires_grad_()
+    wanted = gradient(plainly(exact, head.bfloat16().double(), labels, 4), exact)
+    found = gradient(row_head(low, head.bfloat16(), labels, 5, top_k=4), low)
+    assert found.dtype == torch.bfloat16
+    assert (found.double() - wanted).norm() / wanted.norm() < 0.05
 
 
-def test_chunked_loss_without_rows_is_zero_with_zero_gradient() -> None:
+@pytest.mark.parametrize("top_k", [0, 4])
+def test_no_rows_are_zero_with_zero_gradient(top_k: int) -> None:
     hidden = torch.randn(0, HIDDEN, requires_grad=True)
-    total, correct = head_loss(hidden, torch.randn(VOCAB, HIDDEN), torch.empty(0, dtype=torch.int64), torch.empty(0), 4)
+    scores = row_head(hidden, torch.randn(VOCAB, HIDDEN), torch.empty(0, dtype=torch.int64), 4, top_k=top_k)
+    total = torch.dot(scores.losses, torch.empty(0)) + scores.values.sum()
     total.backward()  # type: ignore[no-untyped-call]
     assert total.item() == 0.0
-    assert correct.shape == (0,)
+    assert [tuple(part.shape) for part in scores] == [(0,), (0,), (0, top_k), (0, top_k)]
+    assert hidden.grad is not None
 
 
 @pytest.mark.gpu(1)
+@pytest.mark.parametrize("top_k", [0, 16])
 @pytest.mark.parametrize("vocab", [97, 32000, 151936])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_fused_kernel_equals_the_plain_path(vocab: int, dtype: torch.dtype) -> None:
-    """Loss, hits and gradient, of chunks that do not divide the rows; and no float32 copy of the logits."""
+def test_the_fused_kernels_equal_the_plain_path(vocab: int, dtype: torch.dtype, top_k: int) -> None:
+    """Losses, hits, best tokens and gradient, of chunks that do not divide the rows; and no float32 copy of logits."""
     torch.manual_seed(0)
     rows, chunk, width = 300, 128, 64
     head = torch.randn(vocab, width, device="cuda").to(dtype)
@@ -79,38 +114,46 @@ def test_the_fused_kernel_equals_the_plain_path(vocab: int, dtype: torch.dtype) 
     hidden[::3] = 0.5 * head[labels[::3]].float()
     results, peaks = [], []
     for fused in (True, False):
-        leaf = hidden.to(dtype).requires_grad_()
+        own = hidden.to(dtype).requires_grad_()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        total, correct = head_loss(leaf, head, labels, weights, chunk, fused)
+        scores = row_head(own, head, labels, chunk, top_k=top_k, fused=fused)
+        total = torch.dot(scores.losses, weights) + (scores.values * weights[:, None]).sum()
         total.backward()  # type: ignore[no-untyped-call]
         peaks.append(torch.cuda.max_memory_allocated() - before)
-        assert leaf.grad is not None
-        results.append((total, correct, leaf.grad.float()))
-    (fused_total, fused_correct, fused_grad), (total, correct, grad) = results
-    torch.testing.assert_close(fused_total, total, rtol=1e-5, atol=1e-3)
-    assert torch.equal(fused_correct, correct)
-    assert correct.any()
-    assert not correct.all()
+        assert own.grad is not None
+        results.append((scores, own.grad.float()))
+    (fused_scores, fused_grad), (scores, grad) = results
+    torch.testing.assert_close(fused_scores.losses, scores.losses, rtol=1e-5, atol=1e-4)
+    assert torch.equal(fused_scores.correct, scores.correct)
+    assert torch.equal(fused_scores.values, scores.values)
+    whole = (
+        (hidden.to(dtype) @ head.T).float().topk(top_k, -1).values
+    )  # a product of another size sums in another order
+    torch.testing.assert_close(fused_scores.values, whole, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-4)
+    assert scores.correct.any()
+    assert not scores.correct.all()
     assert (fused_grad - grad).norm() < (1e-2 if dtype == torch.bfloat16 else 1e-5) * grad.norm()
-    if vocab == 151936:
+    if vocab == 151936 and not top_k:
         assert peaks[0] < 1.2 * chunk * vocab * head.itemsize
 
 
 @pytest.mark.gpu(1)
-def test_the_fused_kernel_is_the_same_from_run_to_run_and_tells_a_bad_loss() -> None:
+@pytest.mark.parametrize("top_k", [0, 16])
+def test_the_fused_kernels_are_the_same_from_run_to_run_and_tell_a_bad_loss(top_k: int) -> None:
     torch.manual_seed(0)
     head, labels = torch.randn(50257, 64, device="cuda").bfloat16(), torch.randint(50257, (200,), device="cuda")
-    hidden, weights = torch.randn(200, 64, device="cuda").bfloat16(), torch.rand(200, device="cuda")
-    losses, grads = [], []
+    hidden, losses, grads = torch.randn(200, 64, device="cuda").bfloat16(), [], []
     for _ in range(2):
-        leaf = hidden.clone().requires_grad_()
-        total, _ = head_loss(leaf, head, labels, weights, 64, fused=True)
-        total.backward()  # type: ignore[no-untyped-call]
-        assert leaf.grad is not None
-        losses.append(total.item())
-        grads.append(leaf.grad)
-    assert losses[0] == losses[1]
+        own = hidden.clone().requires_grad_()
+        scores = row_head(own, head, labels, 64, top_k=top_k, fused=True)
+        (scores.losses.sum() + scores.values.sum()).backward()  # type: ignore[no-untyped-call]
+        assert own.grad is not None
+        losses.append(scores.losses)
+        grads.append(own.grad)
+    assert torch.equal(losses[0], losses[1])
     assert torch.equal(grads[0], grads[1])
     hidden[7, 3] = float("nan")
-    assert head_loss(hidden, head, labels, weights, 64, fused=True)[0].isnan()
+    scores = row_head(hidden, head, labels, 64, top_k=top_k, fused=True)
+    assert scores.losses[7].isnan()
+    assert top_k == 0 or int(scores.ids.max()) < 50257

@@ -14,12 +14,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from drafts import CONFIG as DRAFT
+from drafts import load_draft as load_dflash
 from drafts import make_draft
+from drafts import save_draft as save_dflash
 from eagle import CONFIG as EAGLE
 from eagle import make_eagle
 from specd.drafts import registry
-from specd.drafts.dflash.export import load_draft as load_dflash
 from specd.drafts.eagle3.export import load_draft as load_eagle3
+from specd.drafts.eagle3.export import save_draft as save_eagle3
 from specd.errors import CheckpointError, ConfigError
 
 Config = dict[str, Any]
@@ -285,9 +287,8 @@ def test_scaled_rotations_and_biases_come_back(tmp_path: Path, scaling: dict[str
         other = getattr(plain, "rotary_emb", None) or plain.rope
         assert not torch.equal(rotations(positions, torch.float32)[0], other(positions, torch.float32)[0])
         # Written again it is the same draft.
-        method = "dflash" if make is make_draft else "eagle3"
-        module = __import__(f"specd.drafts.{method}.export", fromlist=["save_draft"])
-        module.save_draft(found, path / "again", dtype=torch.float32)
+        save: Any = save_dflash if make is make_draft else save_eagle3
+        save(found, path / "again", dtype=torch.float32)
         equal(found, load(path / "again"))
 
 

@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from specd.drafts.dflash.drafter import DFlashDrafter
-from specd.drafts.dflash.model import DFlashDraft, draft_shape
+from specd.drafts.backbone.drafter import BlockDrafter
+from specd.drafts.backbone.network import Backbone
+from specd.drafts.backbone.shape import draft_shape
 from specd.drafts.dflash.settings import DFlashConfig
 from specd.errors import ConfigError
 from specd.evaluate.decode import Generation, evaluate, greedy, speculate
@@ -45,13 +46,13 @@ def model(request: pytest.FixtureRequest) -> Any:
         return transformers.Qwen3ForCausalLM(transformers.Qwen3Config(head_dim=8, **sizes)).eval()
 
 
-def make_draft(model: Any, taps: tuple[int, ...] = (1, 3)) -> DFlashDraft:
+def make_draft(model: Any, taps: tuple[int, ...] = (1, 3)) -> Backbone:
     config = DFlashConfig(num_layers=2, block_size=BLOCK, mask_token_id=0)
-    return DFlashDraft(draft_shape(config, model.config.to_dict(), taps))
+    return Backbone(draft_shape(config, model.config.to_dict(), taps))
 
 
-def drafter(model: Any) -> DFlashDrafter:
-    return DFlashDrafter(make_draft(model), model.get_input_embeddings().weight, model.get_output_embeddings().weight)
+def drafter(model: Any) -> BlockDrafter:
+    return BlockDrafter(make_draft(model), model.get_input_embeddings().weight, model.get_output_embeddings().weight)
 
 
 class Oracle:
@@ -241,12 +242,12 @@ def test_a_cached_draft_equals_one_that_reads_the_whole_context_each_time(model:
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     taps = torch.randn(17, 2 * HIDDEN, generator=torch.Generator().manual_seed(0))
     tokens = torch.arange(17)
-    cached = DFlashDrafter(draft, embedding, head)
+    cached = BlockDrafter(draft, embedding, head)
     with torch.no_grad():
         for begin, end in ((0, 9), (9, 10), (10, 13), (13, 17)):
             cached.extend(tokens[begin:end], taps[begin:end])
             cached.propose(7)
-            fresh = DFlashDrafter(draft, embedding, head)
+            fresh = BlockDrafter(draft, embedding, head)
             fresh.extend(tokens[:end], taps[:end])
             assert torch.equal(cached.propose(7), fresh.propose(7))
             for one, other in zip(cached._cache, fresh._cache, strict=True):
@@ -287,7 +288,7 @@ def test_the_drafter_agrees_with_the_published_decoder(model: Any) -> None:
             guessed.append(logits[0].argmax(-1).tolist())
             return logits
 
-    class Ours(DFlashDrafter):
+    class Ours(BlockDrafter):
         def propose(self, token: int) -> Tensor:
             guesses = super().propose(token)
             guessed.append(guesses.tolist())
@@ -313,4 +314,4 @@ def test_bad_arguments_are_refused(model: Any) -> None:
     with pytest.raises(ConfigError, match="max_new_tokens 0"):
         speculate(model, Oracle([1], [2]), [1], max_new_tokens=0, eos=())
     with pytest.raises(ConfigError, match="evaluate it with its own target"):
-        DFlashDrafter(make_draft(model), torch.zeros(7, HIDDEN), torch.zeros(7, HIDDEN))
+        BlockDrafter(make_draft(model), torch.zeros(7, HIDDEN), torch.zeros(7, HIDDEN))

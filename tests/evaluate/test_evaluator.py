@@ -12,10 +12,14 @@ import pytest
 import torch
 
 from chats import talk, write_rows, write_target
+from drafts import save_draft
 from specd.drafts import registry
-from specd.drafts.dflash.export import save_draft
-from specd.drafts.dflash.model import DFlashDraft, draft_shape
+from specd.drafts.backbone.export import draft_config, save_network
+from specd.drafts.backbone.network import Backbone
+from specd.drafts.backbone.shape import draft_shape
 from specd.drafts.dflash.settings import DFlashConfig
+from specd.drafts.dflash2.objective import DFLASH2
+from specd.drafts.dflash2.settings import DFlash2Config
 from specd.errors import CheckpointError, ConfigError
 from specd.evaluate.evaluator import evaluate_draft
 from specd.targets.transformers.load import load_causal_lm
@@ -36,7 +40,7 @@ def draft(directory: Path, tmp_path: Path) -> Path:
     """One that was trained from seed 3 without a step."""
     config = DFlashConfig(num_layers=1, block_size=4, mask_token_id=2)
     shape = draft_shape(config, json.loads((directory / "config.json").read_text()), (1, 2))
-    save_draft(DFlashDraft(shape, 3), tmp_path / "draft", dtype=torch.float32)
+    save_draft(Backbone(shape, 3), tmp_path / "draft", dtype=torch.float32)
     return tmp_path / "draft"
 
 
@@ -107,6 +111,27 @@ def test_what_cannot_be_decoded_is_refused(
         evaluate_draft(draft, target[0], None if lacking else target[1], name="mine", limit=limit)
 
 
+def test_a_draft_is_decoded_without_its_selector(
+    target: tuple[Any, Any], draft: Path, directory: Path, tmp_path: Path
+) -> None:
+    config = DFlash2Config(num_layers=1, block_size=4, mask_token_id=2, selector_rank=4, selector_top_k=9)
+    read = json.loads((directory / "config.json").read_text())
+    shape = draft_shape(config, read, (1, 2), DFLASH2.shape, DFLASH2.own)
+    network = DFLASH2.network(shape, 3)
+    with torch.no_grad():
+        for parameter in network.get_submodule("candidate_selector").parameters():
+            parameter.normal_(generator=torch.Generator().manual_seed(1))
+    nested = {name: getattr(shape, name) for name in DFLASH2.own}
+    described = draft_config(DFLASH2, shape, torch.float32)
+    save_network(network, described | nested, tmp_path / "selecting", dtype=torch.float32)
+    prompts = write_rows(tmp_path / "asked.jsonl", {"messages": talk("Hi")})
+    found = evaluate_draft(tmp_path / "selecting", *target, prompts, max_new_tokens=8, unary=True)
+    assert list(found) == ["unary", "trained"]
+    assert all(facts.result.identical for facts in found.values())
+    with pytest.raises(ConfigError, match=r"has no selector that could be left out.* leave --unary out"):
+        evaluate_draft(draft, *target, prompts, max_new_tokens=8, unary=True)
+
+
 def vars_of(struct: Any) -> dict[str, Any]:
     return {name: getattr(struct, name) for name in struct.__struct_fields__}
 
@@ -123,7 +148,7 @@ def test_what_is_no_draft_of_this_target_is_refused(
         evaluate_draft(draft, *target, prompts)
     other = json.loads((directory / "config.json").read_text()) | {"vocab_size": 50}
     shape = draft_shape(DFlashConfig(num_layers=1, block_size=4, mask_token_id=2), other, (1, 2))
-    save_draft(DFlashDraft(shape, 3), draft, dtype=torch.float32)
+    save_draft(Backbone(shape, 3), draft, dtype=torch.float32)
     with pytest.raises(ConfigError, match=r"vocabulary 50 .*evaluate it with its own target"):
         evaluate_draft(draft, *target, prompts)
     same, depth = json.loads((directory / "config.json").read_text()), target[0].config.num_hidden_layers
@@ -131,6 +156,6 @@ def test_what_is_no_draft_of_this_target_is_refused(
         shape = draft_shape(
             DFlashConfig(num_layers=1, block_size=4, mask_token_id=2), same | {"num_hidden_layers": 99}, (1, deep)
         )
-        save_draft(DFlashDraft(shape, 3), draft, dtype=torch.float32)
+        save_draft(Backbone(shape, 3), draft, dtype=torch.float32)
         with pytest.raises(ConfigError, match=rf"is for another target than .*taps \[1, {deep}\] leave the legal"):
             evaluate_draft(draft, *target, prompts)

@@ -10,14 +10,17 @@ import pytest
 import torch
 import transformers
 
+from dflash2 import CONFIG as DFLASH2
+from dflash2 import make_dflash2, strong
 from drafts import CONFIG as DRAFT
-from drafts import make_batch, make_draft
+from drafts import draft_config, make_batch, make_draft
+from drafts import load_draft as load_dflash
 from eagle import CONFIG, deliver, make_eagle
 from peer_eagle import layer_config, of_specd, of_speculators, take
 from peers import peer
 from specd.drafts import registry
-from specd.drafts.dflash.export import draft_config
-from specd.drafts.dflash.export import load_draft as load_dflash
+from specd.drafts.dflash2.method import DFlash2Method
+from specd.drafts.dflash2.objective import OWN
 from specd.drafts.eagle3.export import load_draft as load_eagle3
 
 LLAMA3 = {
@@ -90,6 +93,28 @@ def test_speculators_dflash(tmp_path: Path, causal: bool, full: int) -> None:
     model.save_pretrained(tmp_path)
     found = load_dflash(tmp_path)
     assert found.shape == msgspec.structs.replace(own, tie_word_embeddings=False)  # which says nothing of the draft
+    assert all(torch.equal(a, b) for a, b in zip(objective.module.parameters(), found.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("window", [0, 9])
+def test_speculators_dflash2(tmp_path: Path, window: int) -> None:
+    objective = strong(make_dflash2(msgspec.structs.replace(DFLASH2, sliding_window=window)))
+    own = objective.draft.shape
+    eager: dict[str, Any] = draft_config(own, torch.float32) | {"attn_implementation": "eager"}
+    settings = peer("speculators.models.dflash2.config").DFlash2SpeculatorConfig(
+        transformer_layer_config=transformers.Qwen3Config(**eager),
+        draft_vocab_size=own.vocab_size,
+        block_size=own.block_size,
+        aux_hidden_state_layer_ids=[tap + 1 for tap in own.taps],
+        mask_token_id=own.mask_token_id,
+        speculators_config=_verifier("dflash2"),
+        **{name: getattr(own, name) for name in OWN},
+    )
+    model = peer("speculators.models.dflash2.core").DFlash2DraftModel(config=settings)
+    model.load_state_dict(objective.module.state_dict(), strict=False)
+    model.save_pretrained(tmp_path)
+    found = DFlash2Method.load(tmp_path).network
+    assert found.shape == msgspec.structs.replace(own, tie_word_embeddings=False)
     assert all(torch.equal(a, b) for a, b in zip(objective.module.parameters(), found.parameters(), strict=True))
 
 

@@ -7,7 +7,7 @@ import os
 
 os.environ["TORCHDYNAMO_DISABLE"] = "1"  # read by torch when it is first imported
 
-from golden_drafts import EAGLE_CASES, FILE, figures, golden_dflash, golden_eagle
+from golden_drafts import DFLASH_CASES, EAGLE_CASES, FILE, figures, golden_dflash, golden_eagle
 from peer_dflash import of_specforge as dflash_of_specforge
 from peer_eagle import of_specforge, of_speculators
 
@@ -17,6 +17,7 @@ if __name__ == "__main__":
         ask = of_specforge if name.startswith("specforge") else of_speculators
         result = ask(*golden_eagle(config))
         found[f"eagle3: {name}"] = figures(result.total, result.counted, result.gradients)
-    dflash = dflash_of_specforge(*golden_dflash())
-    found["dflash: specforge"] = figures(dflash.total, [dflash.counted], dflash.gradients)
+    for name, settings in DFLASH_CASES.items():
+        dflash = dflash_of_specforge(*golden_dflash(settings))
+        found[f"dflash: {name}"] = figures(dflash.total, [dflash.counted], dflash.gradients)
     FILE.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")

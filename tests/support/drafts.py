@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import msgspec
 import numpy as np
 import torch
 
+from specd.drafts.backbone import export
+from specd.drafts.backbone.form import DFLASH
+from specd.drafts.backbone.network import Backbone
+from specd.drafts.backbone.shape import BlockShape
 from specd.drafts.base import TargetParts, Tuning
 from specd.drafts.dflash.objective import DFlash
 from specd.drafts.dflash.settings import DFlashConfig
@@ -65,3 +70,18 @@ def taps_of(delivery: Delivery) -> torch.Tensor:
     """A delivery's taps, which it has."""
     assert delivery.taps is not None
     return delivery.taps
+
+
+def draft_config(shape: BlockShape, dtype: torch.dtype) -> dict[str, Any]:
+    """config.json of a DFlash draft."""
+    return export.draft_config(DFLASH, shape, dtype)
+
+
+def save_draft(draft: Backbone, path: Path, *, dtype: torch.dtype = torch.bfloat16, **others: Any) -> None:
+    """Write a DFlash draft's directory."""
+    export.save_network(draft, draft_config(draft.shape, dtype), path, dtype=dtype, **others)
+
+
+def load_draft(path: Path) -> Backbone:
+    """Read a DFlash draft's directory."""
+    return export.load_network(DFLASH, path)

@@ -20,6 +20,8 @@ from specd.data.batching import Place
 from specd.drafts.base import Method, TargetParts
 from specd.drafts.dflash.method import DFlashMethod
 from specd.drafts.dflash.settings import DFlashConfig
+from specd.drafts.dflash2.method import DFlash2Method
+from specd.drafts.dflash2.settings import DFlash2Config
 from specd.drafts.eagle3.method import Eagle3Method
 from specd.drafts.eagle3.settings import Eagle3Config
 from specd.protocol.batch import Batch
@@ -33,6 +35,20 @@ DRAFTS: dict[str, tuple[type[Method], Config]] = {
     "dflash": (
         DFlashMethod,
         DFlashConfig(num_layers=2, num_taps=3, block_size=4, num_anchors=6, attention="sdpa", mask_token_id=255),
+    ),
+    "dflash2": (
+        DFlash2Method,
+        DFlash2Config(
+            num_layers=2,
+            num_taps=3,
+            block_size=4,
+            num_anchors=6,
+            attention="sdpa",
+            mask_token_id=255,
+            selector_rank=8,
+            loss="decay",
+            selector_weight=0.2,  # its part comes only as labels are covered
+        ),
     ),
     "eagle3": (Eagle3Method, Eagle3Config(num_steps=4, draft_vocab_size=40)),
 }

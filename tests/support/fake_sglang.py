@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 
+from fake_sglang_graphs import PrefillCudaGraphRunner, broken
 from fake_sglang_recurrent import STATE_BYTES, Memory, Pool
 from fake_sglang_stream import Addition, ResidualStream
 from specd.targets.sglang.touch_points import TOUCH_POINTS
@@ -55,17 +56,22 @@ class Layer(torch.nn.Module):
             before = stream.prepare(hidden)
         else:
             before = hidden if residual is None else hidden + residual
+        added = torch.tanh(self.mix(broken(self.attend, before, batch)))
+        return self.output(added, before) if stream is None else stream.record(added, self.update)
+
+    def attend(self, before: torch.Tensor, batch: Any) -> torch.Tensor:
+        """Rows behind the batch's own hold no numbers, as those of a padded batch may."""
         runner = self.runner[0]
-        runner.cache[batch.out_cache_loc if stream is None else batch.plan] = before
-        mixed = torch.empty_like(before)
+        slots = batch.out_cache_loc if Process.version < PUBLISHED else batch.plan
+        runner.cache[slots] = before[: len(slots)]
+        mixed = torch.full_like(before, torch.nan)
         for row, start, length in zip(
             batch.req_pool_indices.tolist(), batch.extend_start_loc.tolist(), batch.extend_seq_lens_cpu, strict=True
         ):
             seen = runner.cache[runner.req_to_token_pool.req_to_token[row, :length].long()]
             sums = seen.cumsum(0) if self.memory is None else self.memory.summed(row, seen)
             mixed[start : start + length] = sums / (batch.positions[start : start + length, None] + 1)
-        added = torch.tanh(self.mix(mixed))
-        return self.output(added, before) if stream is None else stream.record(added, self.update)
+        return mixed
 
     def output(self, hidden: torch.Tensor, residual: torch.Tensor) -> Any:
         return hidden, residual
@@ -90,6 +96,21 @@ class Decoder(torch.nn.Module):
         self.layers = torch.nn.ModuleList(layer(runner) for _ in range(LAYERS))
         self.norm = Norm()
 
+    def forward(self, batch: Any) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """What lm_head reads, and the captured layers: what SGLang records as a graph."""
+        if Process.version >= PUBLISHED:
+            batch.residual_stream = ResidualStream()
+        hidden, residual, aux = self.embed_tokens(batch.input_ids), None, []
+        for layer in self.layers:
+            if getattr(layer, "_is_layer_to_capture", False):
+                aux.append(hidden + residual if residual is not None else batch.residual_stream.snapshot(hidden))
+            output = layer(hidden, residual, batch=batch)
+            hidden, residual = output[:2] if isinstance(output, tuple) else (output, None)
+        if Process.version >= PUBLISHED:
+            hidden = batch.residual_stream.prepare(hidden)
+        normed = self.norm(hidden, residual)
+        return normed[0] if isinstance(normed, tuple) else normed, aux
+
 
 class Model(torch.nn.Module):
     """off_by: what its own capture of layers is wrong by, in layers."""
@@ -109,18 +130,8 @@ class Model(torch.nn.Module):
             self.model.layers[layer + 1 + self.off_by]._is_layer_to_capture = True  # type: ignore[assignment]
 
     def forward(self, batch: Any) -> Any:
-        if Process.version >= PUBLISHED:
-            batch.residual_stream = ResidualStream()
-        hidden, residual, aux = self.model.embed_tokens(batch.input_ids), None, []
-        for layer in self.model.layers:
-            if getattr(layer, "_is_layer_to_capture", False):
-                aux.append(hidden + residual if residual is not None else batch.residual_stream.snapshot(hidden))
-            output = layer(hidden, residual, batch=batch)
-            hidden, residual = output[:2] if isinstance(output, tuple) else (output, None)
-        if Process.version >= PUBLISHED:
-            hidden = batch.residual_stream.prepare(hidden)
-        normed = self.model.norm(hidden, residual)
-        given = (batch.input_ids, normed[0] if isinstance(normed, tuple) else normed, None, batch)
+        hidden, aux = self.model(batch)
+        given = (batch.input_ids, hidden, None, batch)
         return self.logits_processor(*given, aux) if self.capture_aux_hidden_states else self.logits_processor(*given)
 
 
@@ -155,11 +166,12 @@ def mambaish_config(model_config: Any) -> Any:
 
 
 class ModelRunner:
-    """What tests set: the kind of layer, whether layers have states, and what a forward raises."""
+    """What tests set: the kind of layer, whether layers have states, what a forward raises, whether graphs suit it."""
 
     layer: type[Layer] = Layer
     hybrid = False
     fail: Exception | None = None
+    suits = True
 
     def __init__(self, *, server_args: ServerArgs, **given: Any) -> None:
         assert ("ps" in given) == (WRAPPED <= Process.version < PUBLISHED)
@@ -200,12 +212,17 @@ class ModelRunner:
 
     def init_attention_backends(self) -> None: ...
 
-    def init_cuda_graphs(self) -> None: ...
+    def init_cuda_graphs(self) -> None:
+        sizes = getattr(self.args, "cuda_graph_bs_prefill", None)
+        self.prefill_cuda_graph_runner: Any = PrefillCudaGraphRunner(self, sizes) if sizes and self.suits else None
 
     def forward(self, batch: Any) -> Any:
         if (failure := type(self).fail) is not None:
             raise failure
-        return self.model(dataclasses.replace(batch))  # SGLang's runner works on a copy
+        batch = dataclasses.replace(batch)  # SGLang's runner works on a copy
+        if (graphs := self.prefill_cuda_graph_runner) is not None and graphs.can_run_graph(batch):
+            return graphs.execute(batch)
+        return self.model(batch)
 
 
 class Translator:
@@ -321,6 +338,7 @@ def install(monkeypatch: pytest.MonkeyPatch, version: str = "0.5.14") -> None:
     """Put a package `sglang` of these pieces in place; symbols that are only called get a function."""
     monkeypatch.setattr(ModelRunner, "layer", Layer)
     monkeypatch.setattr(ModelRunner, "fail", None)
+    monkeypatch.setattr(ModelRunner, "suits", True)
     monkeypatch.setattr(ModelRunner, "hybrid", False)
     monkeypatch.setattr(Process, "version", version_of(version))
     monkeypatch.setattr(Process, "published", None)
@@ -329,7 +347,15 @@ def install(monkeypatch: pytest.MonkeyPatch, version: str = "0.5.14") -> None:
     package: Any = types.ModuleType("sglang")
     package.__version__ = version
     monkeypatch.setitem(sys.modules, "sglang", package)
-    classes = (ServerArgs, ModelRunner, LogitsProcessor, ParallelState, SpawnRanks, ResidualStream)
+    classes = (
+        ServerArgs,
+        ModelRunner,
+        LogitsProcessor,
+        ParallelState,
+        SpawnRanks,
+        ResidualStream,
+        PrefillCudaGraphRunner,
+    )
     functions = (publish, init_parallel_runtime, init_layer_runtime, get_context, mambaish_config)
     pieces: dict[str, Any] = {piece.__name__: piece for piece in (*classes, *functions)}
     pieces["ForwardBatch"] = LateBatch if Process.version >= PUBLISHED else EarlyBatch

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from drafts import CONFIG as DFLASH
 from drafts import HIDDEN, VOCAB, make_draft
 from eagle import parts
 from specd.drafts.dflash.objective import DFlash
+from specd.drafts.dflash.settings import DFlashConfig
 from specd.drafts.eagle3.objective import Eagle3
 from specd.drafts.eagle3.settings import Eagle3Config
 from specd.protocol.batch import Batch, Delivery
@@ -30,6 +32,10 @@ EAGLE_CASES: dict[str, Eagle3Config] = {
     "speculators, norm_output, fc_norm": Eagle3Config(num_steps=5, draft_vocab_size=60, norm_output=True, fc_norm=True),
 }
 """The peer that was asked comes first."""
+DFLASH_CASES: dict[str, DFlashConfig] = {
+    "specforge": DFLASH,
+    "specforge, dpace": msgspec.structs.replace(DFLASH, loss="dpace", dpace_alpha=0.3),
+}
 
 
 def wave(number: int, *shape: int) -> Tensor:
@@ -50,9 +56,9 @@ def golden_eagle(config: Eagle3Config) -> tuple[Eagle3, Delivery]:
     return objective, Delivery(_batch(), states[:, :3], states[:, 3])
 
 
-def golden_dflash() -> tuple[DFlash, Delivery]:
+def golden_dflash(config: DFlashConfig) -> tuple[DFlash, Delivery]:
     """A draft that has every anchor there is, and the same batch."""
-    objective = make_draft(DFLASH)
+    objective = make_draft(config)
     _fill(objective)
     return objective, Delivery(_batch(), 2 * wave(500, sum(LENGTHS), 3, HIDDEN))
 

@@ -46,16 +46,14 @@ def on_threads(*works: Callable[[], Value]) -> list[Value | BaseException]:
     return [found[number] for number in range(len(works))]
 
 
-def together(
-    size: int, work: Callable[[Ranks], Value], *, join: bool = True, limit_s: float = 30
-) -> list[Value | BaseException]:
+def together(size: int, work: Callable[[Ranks], Value], *, join: bool = True) -> list[Value | BaseException]:
     """What `work` gives, or raises, on each of `size` ranks. join: they are connected for collectives, on the CPU."""
     store = new_store()
 
     def one(rank: int) -> Value:
         with Ranks(Launch(rank, size, rank, size), connection(store)) as ranks:
             if join:
-                ranks.join("cpu", limit_s)
+                ranks.join("cpu", 30)
             return work(ranks)
 
     return on_threads(*(lambda rank=rank: one(rank) for rank in range(size)))

@@ -146,7 +146,7 @@ def run_natively(model: Any) -> None:
             part.do_not_compile = True
 
 
-def as_vllm_reads(path: Path, method: str) -> Any:
+def as_vllm_reads(path: Path, method: str, guesses: int = 3) -> Any:
     """vLLM's settings for the draft directory `path`, beside a target like that of the tests."""
     target = path.with_name("target")
     target.mkdir()
@@ -156,7 +156,7 @@ def as_vllm_reads(path: Path, method: str) -> Any:
     return config.SpeculativeConfig(
         model=str(path),
         method=method,
-        num_speculative_tokens=3,
+        num_speculative_tokens=guesses,
         target_model_config=config.ModelConfig(model=str(target), skip_tokenizer_init=True, dtype="float32"),
         target_parallel_config=config.ParallelConfig(),
     )

@@ -64,7 +64,7 @@ class Launched:
                 "TORCHELASTIC_RUN_ID": launcher or output.name,
             }  # fmt: skip
             log = output.with_name(f"{output.name}-{rank}.log")
-            log.unlink(missing_ok=True)
+            log.write_bytes(b"")
             more = (own or {}).get(rank, ())
             self.forks.append(nursery.start(log, [*command, *more], own_environment if size > 1 else {}))
 

@@ -55,7 +55,7 @@ class Tiny:
         if batch.samples[0] == self.poison:
             total = total * float("nan")
         right = torch.stack([(error.abs() < 0.5).sum(), torch.zeros((), dtype=torch.long)])
-        metrics = {"correct": right, "counted": torch.stack([mask.sum(), mask.sum() * 0])}
+        metrics = {"correct": right, "counted": torch.stack([mask.sum(), mask.sum() * 0]), "twice": right * 2.0}
         return Loss(total, mask.sum(), metrics)
 
 

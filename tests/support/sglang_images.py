@@ -1,6 +1,6 @@
 """How far SGLang's states of sequences with images are from transformers'; a program: SGLang fills a process.
 
-    python tests/support/sglang_images.py KIND CHECKPOINT TP
+    python tests/support/sglang_images.py KIND CHECKPOINT cpu TP
 
 prints one JSON line. The checkpoint, a tiny random one of KIND, is made there unless it exists. On the CPU.
 """
@@ -69,7 +69,7 @@ def largest(these: list[CaptureJob], those: list[CaptureJob]) -> dict[str, float
 
 
 def main() -> None:
-    kind, path, tp = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
+    kind, path, tp = sys.argv[1], Path(sys.argv[2]), int(sys.argv[4])
     if not path.is_dir():
         vision.write(kind, path)
     common: dict[str, Any] = {"model": f"{path}/", "device": "cpu", "dtype": "float32"}

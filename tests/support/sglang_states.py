@@ -62,7 +62,7 @@ EXTRA: dict[str, dict[str, Any]] = {
     "lfm2": {"layer_types": ["conv", "conv", "full_attention"] * 2, "block_auto_adjust_ff_dim": False},
 }
 WRAPPED = ("qwen3_5", "qwen3_5_moe")
-"""Wrappers for images; no test sends any."""
+"""Wrappers for images, which sglang_images.py sends."""
 TRITON = ("gpt_oss",)
 """Families that need SGLang's Triton attention, on the CPU by TRITON_INTERPRET=1."""
 NAMES = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim")

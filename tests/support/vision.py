@@ -28,7 +28,7 @@ TOKENS = {
 VISION: dict[str, dict[str, Any]] = {
     "qwen2_5_vl": {"out_hidden_size": HIDDEN, "fullatt_block_indexes": [1]},
     "qwen3_vl": {"out_hidden_size": HIDDEN, "deepstack_visual_indexes": [0, 1], "num_position_embeddings": 16},
-    "qwen3_5": {"out_hidden_size": HIDDEN, "num_position_embeddings": 16},
+    "qwen3_5": {"out_hidden_size": HIDDEN, "num_position_embeddings": 16, "deepstack_visual_indexes": []},
     "gemma3": {"image_size": 32, "patch_size": 8},
 }
 """Kinds of models, and what the encoder of each has of its own."""
@@ -50,7 +50,8 @@ def write(kind: str, folder: Path, **changes: Any) -> Path:
     text.vocab_size = changes.get("vocab_size", VOCAB)
     text.pad_token_id = 0
     if kind == "qwen3_5":
-        text.layer_types = LAYER_TYPES
+        text.layer_types, text.full_attention_interval = LAYER_TYPES, 3
+        text.partial_rotary_factor = 0.5
         text.rope_parameters = {
             "rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5, "mrope_section": [2, 1, 1],
             "mrope_interleaved": True,

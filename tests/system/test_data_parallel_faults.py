@@ -85,7 +85,9 @@ def test_a_rank_that_is_killed_before_the_first_step_ends_all(
 ) -> None:
     rng = random.Random(SEED + number)
     run = Launched(nursery, 2, tmp_path / "run", data)
+    limit = time.monotonic() + PROGRESS_S
     while "session" not in run.forks[0].log.read_text():
+        assert time.monotonic() < limit, run.logs
         time.sleep(0.005)  # progress of another process: nothing to wait on
     time.sleep(rng.uniform(0, 0.3))
     rank = rng.randrange(2)

@@ -55,6 +55,8 @@ def target(tmp_path_factory: pytest.TempPathFactory, used: dict[str, float]) -> 
     path = tmp_path_factory.mktemp("qwen3_5_moe")
     (path / "config.json").write_text(json.dumps(published()))
     torch.zeros(1, device="cuda")
+    monkeypatch = pytest.MonkeyPatch()
+    monkeypatch.setattr("torch._inductor.config.compile_threads", 1)  # its workers outlive the tests
     before = torch.cuda.mem_get_info()[0]
     made = load_target(
         TargetConfig(
@@ -66,6 +68,7 @@ def target(tmp_path_factory: pytest.TempPathFactory, used: dict[str, float]) -> 
     assert isinstance(made, SGLangTarget)
     yield made
     made.close()
+    monkeypatch.undo()
 
 
 def jobs(target: SGLangTarget, groups: Sequence[Sequence[int]]) -> list[CaptureJob]:

@@ -5,6 +5,7 @@ SGLang is no dependency of the default suite: `make test-sglang` runs this where
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -17,10 +18,12 @@ import pytest
 import torch
 
 from specd.errors import pip_install
+from specd.targets.sglang.versions import GRAPHS, version_of
 
 pytestmark = pytest.mark.timeout(600)
 
-SUPPORT = Path(__file__).parents[1] / "support"
+PROGRAM = Path(__file__).parents[1] / "support" / "sglang_states.py"
+GRAPHS_PROGRAM = PROGRAM.with_name("sglang_graphs.py")
 
 FLOAT32_LARGEST = 1e-4
 """On the CPU, float32, states of size 1 to 15: the largest difference seen is 3e-6 for most, 1e-5 for two
@@ -41,7 +44,12 @@ def sglang() -> None:
         pytest.skip(reason)
 
 
-def states(family: str, path: Path, tp: int, program: str = "sglang_states.py") -> dict[str, Any]:
+def states(family: str, path: Path, tp: int) -> dict[str, Any]:
+    return measured(PROGRAM, family, path, tp, tp)
+
+
+def measured(program: Path, family: str, path: Path, tp: int, *more: int) -> dict[str, Any]:
+    """What one of the programs prints. more: what it takes after family, checkpoint and device."""
     kind = "cuda" if torch.cuda.is_available() else "cpu"
     # SGLang's CPU engine binds each rank to cores of its own.
     environment = os.environ | {"SGLANG_CPU_OMP_THREADS_BIND": "|".join(map(str, range(tp)))}
@@ -51,8 +59,7 @@ def states(family: str, path: Path, tp: int, program: str = "sglang_states.py") 
             environment["TRITON_INTERPRET"] = "1"
     if kind == "cuda":
         environment.pop("SGLANG_USE_CPU_ENGINE", None)
-    where = [kind] if program == "sglang_states.py" else []
-    command = [sys.executable, str(SUPPORT / program), family, str(path / family), *where, str(tp)]
+    command = [sys.executable, str(program), family, str(path / family), kind, *map(str, more)]
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=550)
     assert ended.returncode == 0, ended.stderr[-4000:]
     found: dict[str, Any] = json.loads(ended.stdout.strip().splitlines()[-1])
@@ -91,11 +98,28 @@ def test_states_agree_with_transformers(tmp_path: Path, family: str, tp: int) ->
                 assert distance["rms"] <= BFLOAT16_RMS
 
 
-@pytest.mark.parametrize(("kind", "tp"), [("qwen2_5_vl", 1), ("qwen2_5_vl", 2), ("qwen3_vl", 1)])
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_moe"])
+def test_prefill_graphs_give_the_same_states(tmp_path: Path, family: str) -> None:
+    if version_of(installed := importlib.metadata.version("sglang")) < GRAPHS:
+        pytest.skip(f"SGLang {installed} records none that specd uses")
+    if family == "qwen3_moe" and not torch.cuda.is_available():
+        pytest.skip("on a CPU its experts are chosen in Python, which no recording sees")
+    found = measured(GRAPHS_PROGRAM, family, tmp_path, 1)
+    kind = found.pop("kind")
+    for what, seen in found.items():
+        assert seen["replayed"] == ([401] if "merged" in what else [100, 110, 128])
+        for distance in (seen["eager"], seen["transformers"]):
+            if kind == "cpu":
+                assert distance["largest"] <= FLOAT32_LARGEST
+            else:
+                assert distance["rms"] <= BFLOAT16_RMS
+
+
+@pytest.mark.parametrize(("kind", "tp"), [("qwen2_5_vl", 1), ("qwen2_5_vl", 2), ("qwen3_vl", 1), ("qwen3_5", 1)])
 def test_states_of_images_agree_with_transformers(tmp_path: Path, kind: str, tp: int) -> None:
     if torch.cuda.is_available():
         pytest.skip("compared in float32, on the CPU")
-    found = states(kind, tmp_path, tp, "sglang_images.py")
+    found = measured(PROGRAM.with_name("sglang_images.py"), kind, tmp_path, tp, tp)
     assert found["fingerprint"]
     assert found["takes"] == ["image_grid_thw", "mm_token_type_ids", "pixel_values"]
     assert found["again"], "a second run gave other bits"

@@ -246,7 +246,7 @@ def test_one_rank_alone_needs_no_other() -> None:
 
 
 def test_an_exchange_ends_with_the_run_and_not_with_its_time() -> None:
-    """Rank 1 is there and never comes to the exchange: gloo alone would wait for all of its 10 s."""
+    """Rank 1 is there and never comes to the exchange: gloo alone would wait for all of its 30 s."""
     told = threading.Event()
 
     def work(ranks: Ranks) -> None:
@@ -257,8 +257,8 @@ def test_an_exchange_ends_with_the_run_and_not_with_its_time() -> None:
         ranks.gather(torch.zeros(3), 1)
 
     began = time.monotonic()
-    first, second = together(2, work, limit_s=10)
-    assert time.monotonic() - began < 5
+    first, second = together(2, work)
+    assert time.monotonic() - began < 15
     assert isinstance(second, PeerError)
     assert isinstance(first, PeerError)
     assert "it stops here" in str(first)

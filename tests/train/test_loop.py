@@ -35,6 +35,8 @@ def test_every_batch_is_trained_once_and_the_last_window_is_flushed(tmp_path: Pa
     assert losses[-1] < losses[0]
     assert sum(record.resubmitted for record in lines) == 20, "counters are differences, not running sums"
     assert lines[0].teacher_forced_by_offset[1] is None, "an offset that was never predicted has no accuracy"
+    twice = [(2 * share if share is not None else None) for share in lines[-1].teacher_forced_by_offset]
+    assert list(lines[-1].by_offset["twice"]) == twice, "what else a draft measures"
 
 
 class Killed(BaseException):

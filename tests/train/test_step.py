@@ -35,7 +35,8 @@ class Told(Ranks):
 
 def loss_of(batch: int) -> Loss:
     counts = torch.tensor([float(batch), 1.0])
-    return Loss(torch.tensor(10.0 + batch), torch.tensor(1.0 + batch), {"correct": counts, "counted": counts + 5})
+    metrics = {"sure": 2 * counts, "correct": counts, "counted": counts + 5}
+    return Loss(torch.tensor(10.0 + batch), torch.tensor(1.0 + batch), metrics)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5])
@@ -48,15 +49,15 @@ def test_sums_are_in_the_order_of_the_plan(size: int, batches: int) -> None:
         window = Window("cpu")
         for batch in ranks.deal(range(batches)):
             window.add(loss_of(batch))
-        assert window.num_offsets in (0, 2)
+        assert window.num_counts in ((2, 0), (3, 2))
         told = told_of(Stats(target_wait_s=rank, resubmitted=2), work_s=1.0)
-        sums = window.sums(ranks, 1, batches, accumulation=5, offsets=2, told=told)
+        sums = window.sums(ranks, 1, batches, accumulation=5, counts=(3, 2), told=told)
     assert sums is not None
     assert sums.losses.tolist() == [10.0 + batch for batch in range(batches)]
     assert sums.weights.tolist() == [1.0 + batch for batch in range(batches)]
     assert float(sums.weight) == sum(1.0 + batch for batch in range(batches))
     right = sum(range(batches))
-    assert sums.counts.tolist() == [[right, batches], [right + 5 * batches, 6 * batches]]
+    assert sums.counts.tolist() == [[right, batches], [right + 5 * batches, 6 * batches], [2 * right, 2 * batches]]
     if size > 1:
         assert sums.told is not None
         assert sums.told[:, 0].tolist() == [float(rank) for rank in range(size)]
@@ -79,6 +80,16 @@ def unlogged(losses: list[float], norm: float = 2.0, *, intact: bool = True) -> 
         torch.tensor(intact),
     )  # fmt: skip
     return UnloggedStep(Window("cpu"), sums, torch.tensor(norm), facts, Position(step=4), RngStates.capture())
+
+
+def test_a_record_has_means_of_what_else_is_measured() -> None:
+    window = Window("cpu")
+    window.add(loss_of(2))
+    sums = window.sums(Ranks(), 1, 1, accumulation=1, counts=(3, 2), told=np.zeros(6))
+    facts = record(step=1, batches=(TrainedBatch(epoch=0, index=0, samples=(0,)),))
+    found = UnloggedStep(window, sums, torch.tensor(1.0), facts, Position(step=1), RngStates.capture()).record()
+    assert found.teacher_forced_by_offset == (2 / 7, 1 / 6)
+    assert found.by_offset == {"sure": (4 / 7, 2 / 6)}
 
 
 def test_a_record_tells_of_all_ranks() -> None:

@@ -21,7 +21,7 @@ def test_scalars_continue_after_a_resume(tmp_path: Path, at: int, kept: list[tup
 
     with Scalars(tmp_path) as scalars:
         for step in range(1, 6):
-            scalars.step(record(step))
+            scalars.step(record(step, by_offset={"covered": (None, 0.25)}))
     with Scalars(tmp_path, at) as scalars:
         for step in range(at + 1, at + 4):
             scalars.step(record(step, loss=None if step == at + 2 else 9.0))
@@ -29,6 +29,7 @@ def test_scalars_continue_after_a_resume(tmp_path: Path, at: int, kept: list[tup
     assert [(event.step, round(event.value, 3)) for event in events.Scalars("train/loss")] == [
         *kept, (at + 1, 9.0), (at + 3, 9.0)]  # fmt: skip
     assert "teacher_forced_by_offset/01" in events.Tags()["scalars"]
+    assert {tag for tag in events.Tags()["scalars"] if "covered" in tag} == {"covered_by_offset/02"}
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # of TensorBoard's writer

@@ -18,7 +18,7 @@ from chats import write_target
 from specd.cli.main import run
 from specd.config.settings import DaemonConfig, RingConfig, TargetConfig
 from specd.daemon.serve import Embedded, embedded
-from specd.drafts import registry
+from specd.drafts import registry, taught
 from specd.drafts.directory import digest
 from specd.errors import CheckpointError, ConfigError
 from specd.evaluate.results import EvalFacts
@@ -187,6 +187,9 @@ def test_a_run_that_had_nothing_to_learn_is_told_of(
     asked = settings(tmp_path, "first", 2) | {"method": "eagle3", "draft": {"num_steps": 2, "draft_vocab_size": 50}}
     train_draft(asked, host=host)
     assert "had a prediction to learn from" not in caplog.text
-    monkeypatch.setattr("specd.drafts.taught._inside", lambda tokens, vocabulary: torch.zeros(len(tokens)))
+    inside = taught._inside
+    monkeypatch.setattr(
+        taught, "_inside", lambda *given: inside(*given)._replace(counts=torch.zeros(given[0].shape[0]))
+    )
     train_draft(asked | {"output": str(tmp_path / "second")}, host=host)
     assert "none of the 2 steps had a prediction to learn from, so the draft is as it began" in caplog.text

@@ -1,188 +1,43 @@
-"""The DFlash objective: random blocks of masked tokens, predicted from target states (arXiv 2602.06036).
-
-Shape legend: T tokens of a batch, B sequences, M blocks, b tokens a block, R predictions that count, n taps,
-H hidden size, V vocabulary.
-"""
+"""The DFlash objective: every token of a block by itself, from the state at its place (arXiv 2602.06036)."""
 
 from __future__ import annotations
 
-import itertools
-import logging
-import math
-import time
-from collections.abc import Mapping
-from pathlib import Path
+from typing import Any, ClassVar
 
-import numpy as np
 import torch
-from torch.nn import functional as F
+from torch import Tensor
 
-from specd.config.settings import AttentionKind
-from specd.drafts.base import Loss, TargetParts, Tuning
-from specd.drafts.block_attention import BlockLayout, block_attention
-from specd.drafts.blocks import Blocks, make_blocks, sample_anchors
-from specd.drafts.compile import compiling_for
+from specd.drafts.backbone.export import draft_config
+from specd.drafts.backbone.form import DFLASH, Form
+from specd.drafts.backbone.objective import BlockObjective
+from specd.drafts.backbone.weighting import weighted
+from specd.drafts.base import Loss
+from specd.drafts.blocks import Blocks
+from specd.drafts.card import sglang, vllm
 from specd.drafts.device import to_device
-from specd.drafts.dflash.export import model_card, save_draft
-from specd.drafts.dflash.model import DraftShape
-from specd.drafts.dflash.settings import DFlashConfig
-from specd.drafts.dflash.start import started
-from specd.drafts.flex import TILE, in_whole_tiles, trains_by_flex
-from specd.drafts.head import head_loss
-from specd.drafts.initial import FACT, provenance
-from specd.drafts.layers import Attend
-from specd.errors import ConfigError
-from specd.protocol.batch import Batch, Delivery
-
-logger = logging.getLogger(__name__)
-COMPILED_CONTEXT, COMPILED_ROWS = 15, 60
-"""Tiles of the batch that is compiled for: of its context, and at most of its blocks' rows; or a few more."""
+from specd.protocol.batch import Batch
 
 
-def loss_decay(config: DFlashConfig) -> float:
-    """γ of the position weights; 0 is no decay. The paper takes 4, 5, 7 for blocks of 8, 10, 16; lines between."""
-    if config.loss_decay >= 0:
-        return config.loss_decay
-    if config.loss_decay != -1:
-        raise ConfigError(
-            f"draft.loss_decay {config.loss_decay}: expected γ > 0, 0 for no decay, or -1 for the paper's"
-        )
-    size = config.block_size
-    return size / 2 if size <= 10 else 7 + (size - 16) / 3
+class DFlash(BlockObjective):
+    """A DFlash draft and its loss."""
 
+    form: ClassVar[Form] = DFLASH
 
-class DFlash:
-    """A DFlash draft and its loss: the objective that `specd.train.loop` trains.
+    def score(self, batch: Batch, blocks: Blocks, states: Tensor) -> Loss:
+        """See BlockObjective.score."""
+        rows, labels = to_device(blocks.rows, self.device), to_device(blocks.labels, self.device)
+        scores = self.read(states.index_select(0, rows), labels)
+        weights, total = weighted(self.config, blocks, scores.losses, rows)
+        metrics = self.by_offset(blocks, rows, correct=scores.correct, cross_entropy=scores.losses.detach())
+        return Loss(torch.dot(scores.losses, weights), total, metrics)
 
-    target: its embedding and lm_head are used here in `dtype`, frozen. dtype: of the draft's forward; `module` keeps
-    float32 masters. seed: of the initial weights and the anchors. Raises ConfigError where draft and target do not fit.
-    """
+    def config_json(self) -> dict[str, Any]:
+        """See BlockObjective.config_json."""
+        return draft_config(self.form, self.draft.shape, self.embedding.dtype)
 
-    def __init__(
-        self,
-        config: DFlashConfig,
-        target: TargetParts,
-        device: str | torch.device = "cpu",
-        dtype: torch.dtype = torch.float32,
-        seed: int = 0,
-        tuning: Tuning | None = None,
-    ) -> None:
-        self.config, self.seed, self.device = config, seed, torch.device(device)
-        self.draft = started(config, target, seed).to(self.device)
-        self._target = target.contract.model
-        self._provenance = provenance(config.init) if config.init else ""
-        self.decay = loss_decay(config)
-        self.tuning = tuning or Tuning()
-        self._flex = trains_by_flex(config.attention, self.draft.shape.head_dim, self.device)
-        self._attention: AttentionKind = "flex" if self._flex else "sdpa"
-        self.draft.compiled = self._flex if self.tuning.compiled is None else self.tuning.compiled
-        self.module: torch.nn.Module = self.draft
-        self._cold = self._flex or self.draft.compiled
-        self.embedding, self.lm_head = target.frozen(self.device, dtype)
-
-    def attention(self, layout: BlockLayout) -> Attend:
-        """The attention of one batch's blocks, as this objective computes it."""
-        return block_attention(self._attention, layout, self.device, self.tuning.spread_heads)
-
-    def draw(self, batch: Batch) -> Blocks:
-        """The blocks of a batch: drawn by seed, epoch and sample alone."""
-        anchors = sample_anchors(
-            batch.loss_mask, batch.lengths, batch.samples, batch.epoch, self.seed, self.config.num_anchors
-        )
-        return make_blocks(batch, anchors, self.draft.shape.block_size, self.draft.shape.mask_token_id, self.decay)
-
-    def loss(self, delivery: Delivery) -> Loss:
-        """The loss of one batch; its backward must run before the delivery's tensors are given up."""
-        batch, taps = delivery.batch, delivery.taps
-        assert taps is not None, "the capture spec of a DFlash draft always has taps"
-        self.warm_up(taps.dtype)
-        shape, blocks = self.draft.shape, self.draw(batch)
-        tokens, positions, context, rows, labels, offsets, weights = (
-            to_device(array, self.device)
-            for array in (blocks.tokens, blocks.positions, blocks.context_positions, blocks.rows, blocks.labels,
-                          blocks.offsets, blocks.weights)
-        )  # fmt: skip
-        noise = self.draft.scaled(F.embedding(tokens, self.embedding))
-        features = taps.flatten(1).detach()  # or compilers would tell slots and staging buffers from other memory
-        states = self.module(features, context, noise, positions, self.attention(blocks.layout))
-        fused = self._flex if self.tuning.fused_head is None else self.tuning.fused_head
-        read = states.index_select(0, rows)
-        if shape.output_multiplier != 1.0:
-            read = read * shape.output_multiplier
-        total, correct = head_loss(
-            read, self.lm_head, labels, weights, self.config.loss_chunk, fused, shape.final_logit_softcapping
-        )
-        by_offset = torch.zeros(2, shape.block_size - 1, device=self.device)
-        by_offset.index_add_(1, offsets - 1, torch.stack((correct.float(), torch.ones_like(weights))))
-        return Loss(total, weights.sum(), {"correct": by_offset[0], "counted": by_offset[1]})
-
-    def warm_up(self, dtype: torch.dtype) -> None:
-        """Train on a batch of made-up tokens and forget it, because kernels are shaped by the sizes they meet first.
-
-        A resumed run begins with another batch than the run it goes on with, and has to round alike. dtype: of taps.
-        """
-        if not self._cold:
-            return
-        self._cold = False
-        logger.info("compiling the draft's step for %s: up to a minute, seconds from the next run on", self.device)
-        began = time.perf_counter()
-        shape, (batch, sizes) = self.draft.shape, made_up(self.draft.shape, self.config.num_anchors)
-        taps = torch.zeros(batch.num_tokens, len(shape.taps), shape.hidden_size, dtype=dtype, device=self.device)
-        with torch.enable_grad(), compiling_for(*sizes):
-            self.loss(Delivery(batch, taps)).sum.backward()  # type: ignore[no-untyped-call]
-        self.module.zero_grad()
-        logger.info("compiled in %.0f s", time.perf_counter() - began)
-
-    def facts(self) -> dict[str, str]:
-        """See Objective.facts."""
-        shape = self.draft.shape
+    def serving(self) -> dict[str, str]:
+        """See BlockObjective.serving."""
         return {
-            "layers": str(shape.num_layers),
-            "trained parameters": f"{sum(parameter.numel() for parameter in self.module.parameters()):,}",
-            "taps": ", ".join(map(str, shape.taps)),
-            "block size": str(shape.block_size),
-            "computes in": str(self.embedding.dtype).removeprefix("torch."),
-        } | ({FACT: self._provenance} if self._provenance else {})
-
-    def export(self, path: Path, files: Mapping[str, bytes] | None = None) -> None:
-        """See Objective.export; its weights are written in the dtype it computes in."""
-        shape, embedding = self.draft.shape, None
-        if shape.input_embedding_scale != 1.0:
-            embedding = self.draft.scaled(self.embedding)
-        files = {**(files or {}), "README.md": model_card(shape, self._target, self.facts())}
-        save_draft(self.draft, path, dtype=self.embedding.dtype, files=files, embedding=embedding)
-
-
-def made_up(shape: DraftShape, num_anchors: int) -> tuple[Batch, tuple[int, int]]:
-    """A batch that can be compiled for, and its N and T: whole tiles, and neither they nor their tiles a known size.
-
-    Sizes that are equal when a function is compiled are taken to be equal always: N that is the hidden size by chance,
-    or as many tiles as heads share keys, would be compiled for again at the first batch where it is not.
-    """
-    heads, kv, size = shape.num_heads, shape.num_kv_heads, shape.block_size
-    known = {TILE, size, shape.hidden_size, len(shape.taps) * shape.hidden_size, shape.intermediate_size}
-    known |= {heads, kv, heads // kv, *(shape.head_dim * count // 2 for count in (1, 2, 2 * heads, 2 * kv))}
-    step = TILE // math.gcd(TILE, size)  # so many blocks are whole tiles
-    least = max(2 * TILE, min(num_anchors * size, COMPILED_ROWS * TILE))
-    for more_rows, more_context in itertools.product(range(64), repeat=2):
-        blocks = step * (-(-least // (step * size)) + more_rows)
-        full, rest = divmod(blocks, num_anchors)
-        anchors = [num_anchors] * full + [rest] * bool(rest)
-        rows = blocks * size
-        context = in_whole_tiles(max(COMPILED_CONTEXT * TILE, blocks + len(anchors) + 1)) + more_context * TILE
-        sizes = {part // unit for part in (rows, context, rows + context) for unit in (1, TILE)}
-        if len(sizes - known) == 6:
-            return _labelled(anchors, context), (rows, context)
-    raise AssertionError("64² sizes and fewer than 20 that are known")
-
-
-def _labelled(anchors: list[int], num_tokens: int) -> Batch:
-    """A batch of `num_tokens`: a sequence for each count of anchors, and one without labels that fills it up."""
-    lengths = [count + 1 for count in anchors]
-    lengths.append(num_tokens - sum(lengths))
-    return Batch(
-        tokens=np.zeros(num_tokens, np.int32),
-        lengths=np.array(lengths, np.int32),
-        loss_mask=np.arange(num_tokens) < num_tokens - lengths[-1],
-        samples=tuple(range(len(lengths))),
-    )
+            "SGLang": sglang(self._target, "--speculative-algorithm DFLASH"),
+            "vLLM": vllm(self._target, "dflash", self.draft.shape.block_size - 1),
+        }

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from specd.errors import ConfigError, TargetError
 from specd.protocol.payload import Payload
+from specd.targets.sglang.graphs import Source, record
 from specd.targets.sglang.images import Images
 from specd.targets.sglang.model import liven, parts
 from specd.targets.sglang.official import Official
@@ -29,7 +30,14 @@ from specd.targets.sglang.recurrent import States, plan
 from specd.targets.sglang.setup import AT_HEAD, RankSetup
 from specd.targets.sglang.stream import residual_is_ignored
 from specd.targets.sglang.touch_points import touch_points
-from specd.targets.sglang.versions import UnusualResidual, layer_output, make_batch, start_runner, uses_mrope
+from specd.targets.sglang.versions import (
+    UnusualResidual,
+    graph_settings,
+    layer_output,
+    make_batch,
+    start_runner,
+    uses_mrope,
+)
 from specd.targets.transforms import Transforms, of_rows, probe_ids
 
 log = logging.getLogger(__name__)
@@ -41,8 +49,8 @@ SELF_CHECK: Final = 0.03
 """Largest difference between norm(last layer's tap) and `final`, relative to the largest of `final` (bfloat16)."""
 
 
-class _AllCaptured(Exception):
-    """Ends a forward once everything is captured; never leaves this module."""
+class _AllCaptured(BaseException):
+    """Ends a forward once everything is captured; never leaves this module. SGLang logs each Exception of a replay."""
 
 
 class Engine:
@@ -75,7 +83,7 @@ class Engine:
             page_size=1,
             chunked_prefill_size=-1,
             disable_radix_cache=True,
-            disable_cuda_graph=True,  # hooks run in eager forwards only
+            **graph_settings(setup.prefill_graphs),
             disable_overlap_schedule=True,
             skip_tokenizer_init=True,
             attention_backend=setup.attention_backend or None,
@@ -97,7 +105,7 @@ class Engine:
         plan(sg, self.runner, self._device, sequences)
         self.runner.alloc_memory_pool()
         self.runner.init_attention_backends()
-        self.runner.init_cuda_graphs()  # there are none: it makes the eager runner
+        self._graphs = record(sg, self.runner, self.layers, setup)
         if self.runner.page_size != 1 or self.runner.max_total_num_tokens < setup.max_tokens:
             raise ConfigError(
                 f"the KV cache holds {self.runner.max_total_num_tokens} tokens in pages of {self.runner.page_size}, "
@@ -119,32 +127,24 @@ class Engine:
             self._source = self._official
         self._check_official()
         self.states.check(2, type(self.model).__name__)
+        if self._graphs is not None:
+            self._graphs.check(self._all_states)
 
-    def forward(
-        self,
-        tokens: NDArray[np.int32],
-        lengths: Sequence[int],
-        stop: int,
-        capture: Capture,
-        brought: Sequence[Payload] = (),
-    ) -> None:
+    def forward(self, tokens: NDArray[np.int32], lengths: Sequence[int], stop: int, capture: Capture) -> None:
         """Launch one prefill of `lengths` packed sequences up to layer `stop`, or with AT_HEAD up to the lm_head.
 
-        brought: by each of them, for images; () if none brings anything. Every rank gives the same taps: a tap may have
-        to finish a layer's all-reduce.
+        Every rank gives the same taps: a tap may have to finish a layer's all-reduce.
         """
-        self._launch(tokens, lengths, stop, capture, self._source if capture.taps else None, brought)
+        self._launch(tokens, lengths, stop, capture, self._source if capture.taps else None)
 
     def _launch(
-        self,
-        tokens: NDArray[np.int32],
-        lengths: Sequence[int],
-        stop: int,
-        capture: Capture,
-        source: Official | None,
-        brought: Sequence[Payload] = (),
+        self, tokens: NDArray[np.int32], lengths: Sequence[int], stop: int, capture: Capture, source: Source | None
     ) -> None:
         handles = []
+        batch = self._batch(tokens, list(lengths), capture.brought)
+        # A graph's embeddings are of tokens alone.
+        if source is None and self._graphs is not None and not capture.brought and self._graphs.replays(batch):
+            source = self._graphs
 
         def end(*_: Any) -> None:
             raise _AllCaptured
@@ -162,13 +162,23 @@ class Engine:
                 hook = _head_hook(capture, source)
                 handles.append(self._parts.head.register_forward_pre_hook(hook, with_kwargs=True))
             with torch.inference_mode(), self._current():
-                self.runner.forward(self._batch(tokens, list(lengths), brought))
+                self.runner.forward(batch)
             raise TargetError("SGLang's forward ended without a call of the layer or the logits_processor it ends at")
         except _AllCaptured:
             pass
         finally:
             for handle in handles:
                 handle.remove()
+
+    def _all_states(self, tokens: NDArray[np.int32], lengths: Sequence[int]) -> torch.Tensor:
+        """The outputs of all layers and the final state of one forward: [L + 1, T, H]."""
+        size, hidden = int(tokens.size), int(self.runner.model_config.hf_text_config.hidden_size)
+        shape = len(self.layers) + 1, size, hidden
+        states = torch.empty(shape, dtype=self.runner.dtype, device=self._device)
+        *layers, final = states
+        taps = {layer: [(0, size, out)] for layer, out in enumerate(layers)}
+        self._launch(tokens, lengths, AT_HEAD, Capture(taps=taps, final=[(0, size, final)]), None)
+        return states
 
     def weights(self) -> dict[str, torch.Tensor]:
         """`embedding` and `lm_head`, unsharded, [V, H], on the host if tp > 1; a collective: every rank calls it."""
@@ -207,7 +217,8 @@ class Engine:
 
     def close(self) -> None:
         """Free what SGLang holds, its process groups too. No other engine may live in this process."""
-        del self.runner, self.model, self.layers, self._parts, self._official, self._source, self._table, self.states
+        del self.runner, self.model, self.layers, self._parts, self._official, self._source, self._table, self._graphs
+        del self.states
         self._sg["destroy_model_parallel"]()
         self._sg["destroy_distributed_environment"]()
         gc.collect()
@@ -332,16 +343,18 @@ Sink = list[tuple[int, int, torch.Tensor]]
 
 
 class Capture(msgspec.Struct, frozen=True, kw_only=True):
-    """Where a forward's states go. taps: by layer. final: empty if not captured."""
+    """Where a forward's states go. taps: by layer. final: empty if not captured. brought: by each sequence, or ()."""
 
     taps: dict[int, Sink]
     final: Sink
+    brought: Sequence[Payload] = ()
 
-    def rows(self, start: int, end: int) -> Capture:
+    def rows(self, start: int, end: int, brought: Sequence[Payload] = ()) -> Capture:
         """The part of rows [start, end), for a forward of these alone."""
         return Capture(
             taps={tap: _within(sink, start, end) for tap, sink in self.taps.items()},
             final=_within(self.final, start, end),
+            brought=brought,
         )
 
 
@@ -370,7 +383,7 @@ def _layer_hook(sink: Sink, num_tokens: int, hidden_alone: bool) -> Callable[...
     return hook
 
 
-def _head_hook(capture: Capture, source: Official | None) -> Callable[..., None]:
+def _head_hook(capture: Capture, source: Source | None) -> Callable[..., None]:
     def hook(_module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if len(args) < 2 or not isinstance(args[1], torch.Tensor):
             raise TargetError("SGLang's logits_processor got no (input_ids, hidden, …); use --backend transformers")

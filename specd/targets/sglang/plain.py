@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -13,10 +14,11 @@ from specd.targets.sglang.engine import Capture, Engine
 from specd.targets.sglang.setup import AT_HEAD
 
 
-def handed_on(engine: Engine, tokens: NDArray[np.int32]) -> NDArray[np.float32] | None:
+def handed_on(engine: Engine, tokens: NDArray[np.int32], announce: Callable[[], None]) -> NDArray[np.float32] | None:
     """Run one sequence: float32 [L − 1, T, H], the inputs of layers 1 … L − 1. None where they cannot be read.
 
     They can where layers take `residual`, which is to be added to what they take besides, unless they ignore it.
+    announce: tells the other ranks of the forward; not called where there is none.
     """
     layers = list(engine.layers)
     signatures = [inspect.signature(layer.forward) for layer in layers]
@@ -45,6 +47,7 @@ def handed_on(engine: Engine, tokens: NDArray[np.int32]) -> NDArray[np.float32] 
         if layer > 0
     ]
     try:
+        announce()
         engine.forward(tokens, [int(tokens.size)], AT_HEAD, Capture(taps={}, final=[]))
     finally:
         for handle in handles:

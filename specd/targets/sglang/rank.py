@@ -55,9 +55,9 @@ def main() -> None:
     engine.transforms(engine.weights()["embedding"])
     while (frame := read_frame(stream)) is not None:
         step = msgspec.msgpack.decode(frame, type=Step)
-        capture = Capture(taps={tap: [] for tap in step.taps}, final=[])
         brought = [payload.unpack(each) for each in step.payloads]
-        engine.forward(np.frombuffer(step.tokens, "<i4"), step.lengths, step.stop, capture, brought)
+        capture = Capture(taps={tap: [] for tap in step.taps}, final=[], brought=brought)
+        engine.forward(np.frombuffer(step.tokens, "<i4"), step.lengths, step.stop, capture)
     engine.close()
 
 

@@ -49,6 +49,7 @@ class States:
         if self._pool is not None:
             slots = table.req_index_to_mamba_index_mapping
             slots[rows] = rows.to(slots.dtype)
+            self._pool.clear_slots(torch.cat([rows.new_zeros(1), rows]))  # recording graphs writes to slot 0
 
     def __bool__(self) -> bool:
         return self._pool is not None
@@ -66,7 +67,7 @@ class States:
         written: set[int] = set()
         for layer in (layer for part in (*cache.conv, cache.temporal) if part.numel() for layer in part):
             written |= set(layer.flatten(1).any(dim=1).nonzero().flatten().tolist())
-        if written != set(range(1, count + 1)):
+        if written - {0} != set(range(1, count + 1)):  # what graphs are recorded with writes the padding's
             raise TargetError(
                 f"SGLang's {name} left the recurrent states of {count} sequences in slots {sorted(written)}, expected "
                 f"slots 1…{count}: it does not keep them apart; use --backend transformers"

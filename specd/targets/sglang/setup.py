@@ -14,6 +14,7 @@ class RankSetup(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     """What one rank needs to load. path: a directory with config.json. gpu: that of rank 0; rank r has gpu + r.
 
     port: rendezvous of the ranks of this host. max_tokens, context: the longest forward and sequence, in tokens.
+    prefill_graphs: tokens of the forwards to record, ascending.
     """
 
     path: str
@@ -27,6 +28,7 @@ class RankSetup(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     attention_backend: str
     max_tokens: int
     context: int
+    prefill_graphs: tuple[int, ...] = ()
     rank: int = 0
     parent_pid: int = 0
 

@@ -24,6 +24,7 @@ from specd.targets.artifacts import Artifacts
 from specd.targets.base import CaptureJob, Launched, check, recurrent, slot_tensors
 from specd.targets.digest import dummy_digest, weights_digest
 from specd.targets.sglang.engine import Capture, Engine
+from specd.targets.sglang.graphs import buckets
 from specd.targets.sglang.plain import handed_on
 from specd.targets.sglang.ranks import Ranks, free_port
 from specd.targets.sglang.setup import AT_HEAD, RankSetup, Step
@@ -32,6 +33,9 @@ from specd.targets.source import Source, dummy_config, pick_device, pick_dtype, 
 
 DEFAULT_FRACTION: Final = 0.9
 """Share of the GPU's free memory for weights and KV cache; max_forward_tokens bounds the cache."""
+
+GRAPHS_FRACTION: Final = 0.85
+"""The same where prefill graphs and their states are to fit beside."""
 
 LEAST_TOKENS: Final = 64
 """Smallest KV cache, in tokens: the self-check at start has to fit."""
@@ -44,10 +48,12 @@ class SGLangTarget:
     Raises ConfigError or TargetError when SGLang or the model cannot be used.
     """
 
-    settings: ClassVar[frozenset[str]] = frozenset({"tokenizer", "tp", "memory_fraction", "attention_backend"})
+    settings: ClassVar[frozenset[str]] = frozenset(
+        {"tokenizer", "tp", "memory_fraction", "attention_backend", "prefill_graphs"}
+    )
 
     def __init__(self, config: TargetConfig) -> None:
-        touch_points()
+        graphs = buckets(config.prefill_graphs, config.max_forward_tokens, touch_points())
         dummy = config.load_format == "dummy"
         source = with_tokenizer(resolve(config.model, need="shape" if dummy else "weights"), config.tokenizer)
         place = pick_device(config.device)
@@ -82,10 +88,11 @@ class SGLangTarget:
                 gpu=gpu,
                 tp=config.tp,
                 port=free_port(),
-                memory_fraction=config.memory_fraction or DEFAULT_FRACTION,
+                memory_fraction=config.memory_fraction or (GRAPHS_FRACTION if graphs else DEFAULT_FRACTION),
                 attention_backend="" if config.attention_backend == "auto" else config.attention_backend,
                 max_tokens=capacity,
                 context=self._context,
+                prefill_graphs=graphs,
             )
             self._ranks = Ranks(setup)
             try:
@@ -129,12 +136,13 @@ class SGLangTarget:
         )
         stop = AT_HEAD if spec.final else spec.taps[-1]
         try:
-            done = 0
+            first = 0
             for start, end, share in _shares(lengths, self._engine.max_sequences):
-                part, images = tokens[start:end], brought[done : done + len(share)]
-                images, done = images if any(images) else [], done + len(share)
-                self._send(part, list(share), stop, spec.taps, images)
-                self._engine.forward(part, share, stop, capture.rows(start, end), images)
+                part, own = tokens[start:end], brought[first : first + len(share)]
+                first += len(share)
+                own = own if any(own) else []
+                self._send(part, share, stop, spec.taps, own)
+                self._engine.forward(part, share, stop, capture.rows(start, end, own))
         except RuntimeError as error:
             if self._tp > 1:
                 raise
@@ -165,8 +173,8 @@ class SGLangTarget:
     def plain_states(self, tokens: NDArray[np.int32]) -> NDArray[np.float32] | None:
         """See trial.Witness."""
         assert self._engine is not None
-        self._ranks.send(Step(tokens=tokens.astype("<i4").tobytes(), lengths=[int(tokens.size)], stop=AT_HEAD))
-        return handed_on(self._engine, tokens)
+        step = Step(tokens=tokens.astype("<i4").tobytes(), lengths=[int(tokens.size)], stop=AT_HEAD)
+        return handed_on(self._engine, tokens, lambda: self._ranks.send(step))
 
     def artifact(self, name: str) -> memoryview:
         """See Target.artifact."""

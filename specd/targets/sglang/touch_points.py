@@ -13,6 +13,7 @@ import msgspec
 
 from specd.errors import ConfigError, missing_extra, pip_install
 from specd.targets.sglang.versions import (
+    GRAPHS,
     OVERRIDDEN,
     PUBLISHED,
     WRAPPED,
@@ -51,6 +52,15 @@ TOUCH_POINTS: Final = (
          "disable_radix_cache", "disable_cuda_graph", "disable_overlap_schedule", "skip_tokenizer_init",
          "attention_backend", "sampling_backend", "grammar_backend", "enforce_disable_flashinfer_allreduce_fusion"),
         "0.5.14–0.5.23",
+    ),
+    Touch(
+        _SRT + "server_args", "ServerArgs",
+        ("cuda_graph_backend_decode", "cuda_graph_bs_prefill", "cuda_graph_max_bs_prefill"), "0.5.17–0.5.23",
+        since=GRAPHS,
+    ),
+    Touch(
+        _SRT + "model_executor.runner.prefill_cuda_graph_runner", "PrefillCudaGraphRunner", ("can_run_graph",),
+        "0.5.17–0.5.23", since=GRAPHS,
     ),
     Touch(_SRT + "configs.model_config", "ModelConfig", ("from_server_args",), "0.5.9–0.5.23"),
     Touch(
@@ -132,8 +142,8 @@ is in `ForwardBatch.residual_stream`), `model.norm`, `logits_processor(input_ids
 `embed_tokens.weight`, `lm_head.weight`, the setters of official.py and their flags; of the runner: `model`,
 `req_to_token_pool.req_to_token`, of hybrids also `mamba_pool.mamba_cache` and `req_index_to_mamba_index_mapping` there
 and their config's `mamba2_cache_params.mamba_cache_per_req`, `max_total_num_tokens`, `max_running_requests`,
-`page_size`, and from 0.5.22 on `kv_index_translator`; whether positions have three axes:
-`model_config.model_is_mrope`, up to 0.5.15 the runner's."""
+`page_size`, and from 0.5.22 on `kv_index_translator`; with graphs `prefill_cuda_graph_runner` and its
+`prefill_backend_name`; whether positions have three axes: `model_config.model_is_mrope`, up to 0.5.15 the runner's."""
 
 
 IMAGE_POINTS: Final = (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 import msgspec
@@ -25,6 +25,10 @@ OVERRIDDEN: Final[Version] = (0, 5, 17)
 PUBLISHED: Final[Version] = (0, 5, 22)
 """From here on a process publishes its settings before anything reads them, process groups are made outside ModelRunner
 and a layer returns one tensor: the batch's ResidualStream has the residual, and an all-reduce that may be to do."""
+
+
+GRAPHS: Final[Version] = (0, 5, 17)
+"""From here on prefill graphs take any number of sequences, broken at attention, and their settings have one form."""
 
 
 class SGLang(msgspec.Struct, frozen=True):
@@ -60,6 +64,20 @@ def supported(version: Version) -> bool:
 def series() -> str:
     """SERIES in words."""
     return " or ".join(" to ".join(".".join(map(str, version)) for version in run) for run in SERIES)
+
+
+def graph_settings(buckets: Sequence[int]) -> dict[str, Any]:
+    """ServerArgs of prefill graphs for these numbers of tokens, or of none.
+
+    Their kind is left to SGLang: for one that is asked for by name it skips its rules of what models it suits.
+    """
+    if not buckets:
+        return {"disable_cuda_graph": True}
+    return {
+        "cuda_graph_backend_decode": "disabled",
+        "cuda_graph_bs_prefill": list(buckets),
+        "cuda_graph_max_bs_prefill": max(buckets),
+    }
 
 
 def start_runner(sg: SGLang, args: Any, setup: RankSetup, gpu: int) -> Any:

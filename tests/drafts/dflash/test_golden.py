@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from golden_drafts import differences, figures, golden_dflash, read_golden
+import pytest
+
+from golden_drafts import DFLASH_CASES, differences, figures, golden_dflash, read_golden
 
 
-def test_what_specforge_trains() -> None:
-    objective, delivery = golden_dflash()
+@pytest.mark.parametrize("case", DFLASH_CASES)
+def test_what_specforge_trains(case: str) -> None:
+    objective, delivery = golden_dflash(DFLASH_CASES[case])
     loss = objective.loss(delivery)
     loss.sum.backward()  # type: ignore[no-untyped-call]
     gradients = {key: weight.grad for key, weight in objective.module.named_parameters() if weight.grad is not None}
     found = figures(float(loss.sum.detach()), [int(loss.metrics["counted"].sum())], gradients)
-    apart = differences(found, read_golden()["dflash: specforge"])
+    apart = differences(found, read_golden()[f"dflash: {case}"])
     assert max(apart.values()) < 1e-5, apart

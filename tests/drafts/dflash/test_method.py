@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import msgspec
-import pytest
 
-from drafts import (
-    CONFIG,
-    CONTRACT,
-)
 from specd.config.settings import Config
 from specd.drafts.base import Method
 from specd.drafts.dflash.method import DFlashMethod
 from specd.drafts.dflash.settings import DFlashConfig
 from specd.drafts.suite import DraftConformance
-from specd.errors import ConfigError
-from specd.protocol.capture import CaptureSpec
 
 
 class TestDFlash(DraftConformance):
@@ -27,32 +20,5 @@ class TestDFlash(DraftConformance):
     )
 
 
-def test_capture_spec_follows_the_target() -> None:
-    assert DFlashMethod.capture(CONFIG, CONTRACT) == CaptureSpec(taps=(1, 3, 5), dtype="float32")
-    hybrid = msgspec.structs.replace(CONTRACT, tap_layers=(0, 2, 4, 5))
-    assert DFlashMethod.capture(CONFIG, hybrid).taps == (0, 4, 5)
-    quantised = msgspec.structs.replace(CONTRACT, dtype="float8_e4m3fn")
-    assert DFlashMethod.capture(CONFIG, quantised).dtype == "bfloat16"
-    with pytest.raises(ConfigError, match="ask for fewer"):
-        DFlashMethod.capture(msgspec.structs.replace(CONFIG, num_taps=9), CONTRACT)
-    with pytest.raises(ConfigError, match=r"draft\.mask_token_id=97: expected a token of tiny.* has 97; give one"):
-        DFlashMethod.capture(msgspec.structs.replace(CONFIG, mask_token_id=97), CONTRACT)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"loss_decay": -3.0}, "loss_decay -3"),
-        ({"num_heads": 6, "num_kv_heads": 4}, "num_heads 6 is not a multiple of num_kv_heads 4"),
-        ({"head_dim": 7}, "head_dim 7"),
-        ({"sliding_window": 3}, "sliding_window 3 is shorter than a block of 4"),
-    ],
-)
-def test_settings_that_no_target_can_suit_are_refused(changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        DFlashMethod.check(msgspec.structs.replace(CONFIG, **changes), "tiny")
-
-
-def test_sizes_that_are_the_targets_are_not_judged_without_it() -> None:
-    for changes in ({"num_kv_heads": 3}, {"num_heads": 6}, {"sliding_window": 4}):
-        DFlashMethod.check(msgspec.structs.replace(CONFIG, **changes), "tiny")
+class TestDFlashWithDpace(TestDFlash):
+    settings: ClassVar[Config] = msgspec.structs.replace(TestDFlash.settings, loss="dpace")

@@ -74,6 +74,20 @@ def test_memory_bounds_the_sequences_of_a_forward_not_of_a_batch(
 
 
 @pytest.mark.parametrize("config", ["0.5.17"], indirect=True)
+def test_what_recording_graphs_leaves_in_the_padding_is_no_fault(
+    config: TargetConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without = ModelRunner.init_cuda_graphs
+
+    def record(runner: Any) -> None:
+        without(runner)
+        runner.req_to_token_pool.mamba_pool.mamba_cache.temporal[:, 0] = 1
+
+    monkeypatch.setattr(ModelRunner, "init_cuda_graphs", record)
+    load(config)[0].close()
+
+
+@pytest.mark.parametrize("config", ["0.5.17"], indirect=True)
 def test_a_state_that_all_sequences_share_is_refused(config: TargetConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     def shared(memory: Any, row: int, seen: torch.Tensor) -> torch.Tensor:
         states = memory.table.mamba_pool.mamba_cache.temporal[memory.layer]

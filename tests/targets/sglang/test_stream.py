@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -16,6 +18,7 @@ from specd.config.settings import TargetConfig
 from specd.errors import TargetError
 from specd.protocol.capture import CaptureSpec
 from specd.targets.registry import load_target
+from specd.targets.sglang.plain import handed_on
 from specd.targets.sglang.target import SGLangTarget
 
 SPEC = CaptureSpec(taps=(0, 2), final=True, dtype="float32")
@@ -62,3 +65,9 @@ def test_a_model_that_adds_such_a_residual_at_its_end_is_refused(config: TargetC
     """As Granite's hybrid in SGLang: neither form of its taps gives what lm_head reads."""
     with pytest.raises(TargetError, match=r"does not end in the norm of its last layer's output.*use another backend"):
         load_target(config)
+
+
+def test_other_ranks_hear_only_of_forwards_that_run() -> None:
+    """Layers that take no residual, as from 0.5.22 on, cannot be read: a rank that ran it would wait for us."""
+    engine: Any = SimpleNamespace(layers=[torch.nn.Linear(2, 2)])
+    assert handed_on(engine, np.arange(5, dtype=np.int32), lambda: pytest.fail("it was announced")) is None

@@ -13,6 +13,7 @@ import torch
 from drafts import CONFIG, CONTRACT, deliver, make_batch, make_draft, parts
 from specd.drafts.dflash.method import DFlashMethod
 from specd.drafts.dflash.objective import DFlash
+from specd.drafts.dflash.settings import DFlashConfig
 from specd.errors import CheckpointError, ConfigError
 
 WINDOWS = msgspec.structs.replace(CONFIG, num_layers=3, sliding_window=6, full_layers=1)
@@ -54,6 +55,7 @@ def test_it_goes_on_with_the_embedding_of_its_target(tmp_path: Path, caplog: pyt
 
 def make_same(draft: DFlash, seed: int) -> DFlash:
     """A new objective that draws its anchors by `seed`, with the weights of `draft`."""
+    assert isinstance(draft.config, DFlashConfig)
     found = make_draft(draft.config, seed=seed)
     found.module.load_state_dict(draft.module.state_dict())
     return found

@@ -1,4 +1,4 @@
-"""Draft directories in the published DFlash format: written, and read whoever wrote them."""
+"""Directories of block drafts in the published format: written, and read whoever wrote them."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from typing import Any
 import msgspec
 import torch
 
-from specd.drafts.card import card, sglang, vllm
-from specd.drafts.dflash.model import DFlashDraft, DraftShape
+from specd.drafts.backbone.form import Form
+from specd.drafts.backbone.network import Backbone
+from specd.drafts.backbone.shape import BlockShape
 from specd.drafts.directory import read_config
 from specd.drafts.files import write_draft
 from specd.drafts.keys import check, check_architecture, flat, reading
@@ -20,9 +21,6 @@ from specd.drafts.taps import spread_taps
 from specd.drafts.weights import fill, read_weights
 from specd.errors import ConfigError
 
-ARCHITECTURE = "DFlashDraftModel"
-ARCHITECTURES = (ARCHITECTURE, "DFlashSpeculator")
-"""What a DFlash draft's config.json may call it; the other is Speculators'."""
 SURPLUS = ("embed_tokens.weight", "lm_head.weight", "rotary_emb.inv_freq", "verifier_norm.weight", "d2t", "t2d")
 """Ends of names of tensors that are the target's, or follow from config.json."""
 READ = frozenset({
@@ -60,30 +58,31 @@ ONLY: dict[str, tuple[Any, ...]] = {
 """Keys with which other drafts compute something else, and what they may be here."""
 
 
-def save_draft(
-    draft: DFlashDraft,
+def save_network(
+    network: Backbone,
+    config: Mapping[str, Any],
     path: Path,
     *,
-    dtype: torch.dtype = torch.bfloat16,
+    dtype: torch.dtype,
     files: Mapping[str, bytes] | None = None,
     embedding: torch.Tensor | None = None,
 ) -> None:
-    """Write `draft` to the directory `path`, its weights in `dtype`; `files` (tokenizer and the like) go beside them.
+    """Write a draft to the directory `path`, its weights in `dtype`; `files` (tokenizer and the like) go beside them.
 
-    embedding: what it reads for each token [V, H], for readers that would take the target's bare rows otherwise.
-    Raises CheckpointError when it cannot be written.
+    config: its config.json. embedding: what it reads for each token [V, H], for readers that would take the target's
+    bare rows otherwise. Raises CheckpointError when it cannot be written.
     """
-    weights = {name: tensor.to(dtype) for name, tensor in draft.state_dict().items()}
+    weights = {name: tensor.to(dtype) for name, tensor in network.state_dict().items()}
     if embedding is not None:
         weights["embed_tokens.weight"] = embedding.to(dtype)
-    write_draft(path, draft_config(draft.shape, dtype), weights, files or {})
+    write_draft(path, dict(config), weights, files or {})
 
 
-def draft_config(shape: DraftShape, dtype: torch.dtype) -> dict[str, Any]:
+def draft_config(form: Form, shape: BlockShape, dtype: torch.dtype) -> dict[str, Any]:
     """config.json of a draft, with the keys that published checkpoints have."""
     sliding = "sliding_attention" in shape.layer_types
     config: dict[str, Any] = {
-        "architectures": [ARCHITECTURE],
+        "architectures": [form.architectures[0]],
         "attention_bias": shape.attention_bias,
         "attention_dropout": 0.0,
         "block_size": shape.block_size,
@@ -124,12 +123,8 @@ def draft_config(shape: DraftShape, dtype: torch.dtype) -> dict[str, Any]:
     return config
 
 
-def model_card(shape: DraftShape, target: str, facts: Mapping[str, str]) -> bytes:
-    """The README of a draft for `target`. facts: as of Objective.facts."""
-    serving = {
-        "SGLang": sglang(target, "--speculative-algorithm DFLASH"),
-        "vLLM": vllm(target, "dflash", shape.block_size - 1),
-    }
+def serving_notes(shape: BlockShape) -> list[str]:
+    """What a person who serves such a draft has to know, for its README."""
     notes = ["Give vLLM the method: it takes it from the path otherwise."]
     if shape.input_embedding_scale != 1.0:
         notes.append(
@@ -141,30 +136,31 @@ def model_card(shape: DraftShape, target: str, facts: Mapping[str, str]) -> byte
             notes.append("SGLang from 0.5.18 on: older ones ignore is_causal, and guess worse without an error.")
         if "full_attention" in shape.layer_types:
             notes.append("Some layers slide and some do not: vLLM needs its V2 model runner for that.")
-    return card("DFlash", target, facts, serving, notes)
+    return notes
 
 
-def load_draft(path: str | Path) -> DFlashDraft:
-    """The draft in the directory `path`, with float32 weights on the CPU.
+def load_network(form: Form, path: str | Path) -> Backbone:
+    """The draft of that form in the directory `path`, with float32 weights on the CPU.
 
     Raises ConfigError when its config.json describes something this draft does not compute, CheckpointError when a
     file is missing, unreadable, or its tensors are not the ones the config asks for.
     """
     path = Path(path)
-    draft = DFlashDraft(read_shape(read_config(path), str(path)))
-    fill(draft, read_weights(path, {"model.": ""}, SURPLUS), str(path))
-    return draft
+    network = form.network(read_shape(form, read_config(path), str(path)))
+    fill(network, read_weights(path, {"model.": ""}, SURPLUS), str(path))
+    return network
 
 
-def read_shape(config: dict[str, Any], where: str) -> DraftShape:
-    """The shape in a draft's config.json. `where` names it in errors. Raises ConfigError, see load_draft.
+def read_shape(form: Form, config: dict[str, Any], where: str) -> BlockShape:
+    """The shape in a draft's config.json. `where` names it in errors. Raises ConfigError, see load_network.
 
     Keys stand inside `dflash_config` or at the top, and in Speculators' form of their own.
     """
-    check_architecture(config, where, ARCHITECTURES)
-    config = flat(unwrapped(config, "dflash", where), "dflash_config")
+    check_architecture(config, where, form.architectures)
+    config = flat(unwrapped(config, form.kind, where), "dflash_config")
     only = ONLY | {"target_hidden_size": (config.get("hidden_size"),), "draft_vocab_size": (config.get("vocab_size"),)}
-    check(config, where, read=READ, only=only)
+    only = {key: values for key, values in (only | dict(form.only)).items() if key not in form.own}
+    check(config, where, read=READ | set(form.own), only=only)
     with reading(where):
         taps = config.get("target_layer_ids")
         if taps is None:
@@ -195,7 +191,7 @@ def read_shape(config: dict[str, Any], where: str) -> DraftShape:
             "output_multiplier": config.get("output_multiplier", config.get("logit_scale", 1.0)),
             "final_logit_softcapping": config.get("final_logit_softcapping", 0.0),
         }
-        shape = msgspec.convert(data, DraftShape)
+        shape = msgspec.convert(data | {key: config[key] for key in form.own}, form.shape)
     if reason := shape.problem():
         raise ConfigError(f"draft {where!r}: {reason}")
     return shape

@@ -30,11 +30,10 @@ from drafts import (
     parts,
     taps_of,
 )
+from specd.drafts.backbone.shape import draft_shape
 from specd.drafts.base import TargetParts, Tuning
 from specd.drafts.blocks import sample_anchors
-from specd.drafts.dflash.model import draft_shape
-from specd.drafts.dflash.objective import DFlash, loss_decay
-from specd.drafts.dflash.settings import DFlashConfig
+from specd.drafts.dflash.objective import DFlash
 from specd.drafts.flex import in_whole_tiles
 from specd.drafts.layers import KeyValue
 from specd.errors import ConfigError
@@ -44,14 +43,6 @@ from specd.protocol.batch import Batch, Delivery
 @pytest.fixture(autouse=True)
 def one_thread() -> None:
     torch.set_num_threads(1)
-
-
-@pytest.mark.parametrize(("block_size", "gamma"), [(16, 7.0), (10, 5.0), (8, 4.0), (13, 6.0), (4, 2.0)])
-def test_loss_decay_is_the_papers(block_size: int, gamma: float) -> None:
-    assert loss_decay(DFlashConfig(block_size=block_size)) == gamma
-    assert loss_decay(DFlashConfig(block_size=block_size, loss_decay=0.0)) == 0.0
-    with pytest.raises(ConfigError, match="loss_decay -3"):
-        loss_decay(DFlashConfig(loss_decay=-3.0))
 
 
 def test_flex_attention_is_refused_on_a_cpu() -> None:
@@ -76,6 +67,7 @@ def slow_loss(draft: DFlash, delivery: Delivery) -> tuple[Tensor, float, list[in
     """The same loss, block by block and score by score, from the definition."""
     batch, shape, module = delivery.batch, draft.draft.shape, draft.draft
     total, weight = torch.zeros(()), 0.0
+    dpace, alpha = draft.config.loss == "dpace", draft.config.dpace_alpha
     correct, counted = [0] * (shape.block_size - 1), [0] * (shape.block_size - 1)
     anchors = sample_anchors(
         batch.loss_mask, batch.lengths, batch.samples, batch.epoch, draft.seed, draft.config.num_anchors
@@ -94,13 +86,19 @@ def slow_loss(draft: DFlash, delivery: Delivery) -> tuple[Tensor, float, list[in
                 torch.arange(p, p + shape.block_size),
                 attend_alone,
             )
-            for k in range(1, shape.block_size):
-                if p + k < length and mask[p + k]:
-                    logits, w = draft.lm_head @ states[k], math.exp(-(k - 1) / draft.decay)
-                    total = total - w * logits.log_softmax(-1)[tokens[p + k]]
-                    weight += w
-                    counted[k - 1] += 1
-                    correct[k - 1] += int(logits.argmax() == tokens[p + k])
+            counting = [k for k in range(1, shape.block_size) if p + k < length and mask[p + k]]
+            all_logits = {k: draft.lm_head @ states[k] for k in counting}
+            logs = {k: all_logits[k].log_softmax(-1)[tokens[p + k]] for k in counting}
+            reached = [
+                math.prod(alpha + (1 - alpha) * logs[i].exp().item() for i in counting if i <= k) for k in counting
+            ]
+            for index, k in enumerate(counting):
+                w = sum(reached[index:]) if dpace else math.exp(-(k - 1) / draft.decay)
+                total = total - w * logs[k]
+                weight += 0.0 if dpace else w
+                counted[k - 1] += 1
+                correct[k - 1] += int(all_logits[k].argmax() == tokens[p + k])
+            weight += float(dpace and bool(counting))
         start += length
     return total, weight, correct, counted
 
@@ -112,6 +110,8 @@ def slow_loss(draft: DFlash, delivery: Delivery) -> tuple[Tensor, float, list[in
         {"sliding_window": 5},
         {"sliding_window": 5, "sliding_causal": False},
         {"num_layers": 3, "sliding_window": 4, "full_layers": 1},
+        {"loss": "dpace"},
+        {"loss": "dpace", "dpace_alpha": 0.2, "block_size": 8},
     ],
 )
 def test_loss_and_gradients_equal_a_block_by_block_rewrite(changes: dict[str, Any]) -> None:
@@ -214,7 +214,7 @@ def test_compiled_layers_give_the_same_loss_and_are_traced_once_for_all_sizes(mo
 
     counter = CompileCounterWithBackend("aot_eager")
     monkeypatch.setattr(
-        "specd.drafts.dflash.model.compiled",
+        "specd.drafts.backbone.network.compiled",
         functools.cache(lambda function, instead: torch.compile(function, dynamic=True, backend=counter)),
     )
     torch._dynamo.reset()
@@ -237,7 +237,7 @@ def test_compiled_layers_give_the_same_loss_and_are_traced_once_for_all_sizes(mo
 def test_what_is_compiled_meets_the_same_sizes_first_whatever_the_first_batch_is(
     monkeypatch: pytest.MonkeyPatch, num_anchors: int
 ) -> None:
-    monkeypatch.setattr("specd.drafts.dflash.model.compiled", lambda function, instead: function)
+    monkeypatch.setattr("specd.drafts.backbone.network.compiled", lambda function, instead: function)
     config = msgspec.structs.replace(CONFIG, num_anchors=num_anchors)
     met: list[list[tuple[int, int]]] = []
     for lengths in (LENGTHS, (64, 64)):

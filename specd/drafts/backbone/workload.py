@@ -1,4 +1,4 @@
-"""What a DFlash training step costs: useful operations by part, and its attention alone, for the benchmark.
+"""What a training step of a block draft costs: useful operations by part, and its attention alone, for the benchmark.
 
 Shape legend: N block tokens, Q query heads, K key-value heads, D head size.
 """
@@ -10,14 +10,14 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
+from specd.drafts.backbone.objective import BlockObjective
+from specd.drafts.backbone.shape import BlockShape
 from specd.drafts.base import Workload
 from specd.drafts.blocks import Blocks
-from specd.drafts.dflash.model import DraftShape
-from specd.drafts.dflash.objective import DFlash
 from specd.protocol.batch import Batch
 
 
-def workload(objective: DFlash, batch: Batch) -> Workload:
+def workload(objective: BlockObjective, batch: Batch) -> Workload:
     """What a step of `batch` costs."""
     blocks = objective.draw(batch)
     return Workload(
@@ -28,7 +28,7 @@ def workload(objective: DFlash, batch: Batch) -> Workload:
     )
 
 
-def useful_flops(shape: DraftShape, num_context: int, blocks: Blocks) -> dict[str, float]:
+def useful_flops(shape: BlockShape, num_context: int, blocks: Blocks) -> dict[str, float]:
     """Floating point operations of one step, forward and backward, by part; a multiplication and addition are two.
 
     What the mask hides is not counted, nor what is computed again in a backward, nor gradients that are not needed: of
@@ -55,7 +55,7 @@ def useful_flops(shape: DraftShape, num_context: int, blocks: Blocks) -> dict[st
     }
 
 
-def _attention(objective: DFlash, blocks: Blocks) -> Callable[[], None]:
+def _attention(objective: BlockObjective, blocks: Blocks) -> Callable[[], None]:
     """Attention of all layers on random states, forward and backward, its kernels and masks as in the step."""
     shape, device, dtype = objective.draft.shape, objective.device, objective.embedding.dtype
     attend = objective.attention(blocks.layout)

@@ -13,9 +13,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from drafts import load_draft, save_draft
+from specd.drafts.backbone.network import Backbone
+from specd.drafts.backbone.shape import draft_shape
 from specd.drafts.block_attention import BlockLayout, plain_attention
-from specd.drafts.dflash.export import load_draft, save_draft
-from specd.drafts.dflash.model import DFlashDraft, draft_shape
 from specd.drafts.dflash.settings import DFlashConfig
 from specd.errors import CheckpointError, ConfigError
 
@@ -35,9 +36,9 @@ TARGET: dict[str, Any] = {
 }
 
 
-def make_draft(seed: int = 0, shape: dict[str, Any] | None = None, **changes: Any) -> DFlashDraft:
+def make_draft(seed: int = 0, shape: dict[str, Any] | None = None, **changes: Any) -> Backbone:
     config = msgspec.structs.replace(DFlashConfig(num_layers=2, block_size=BLOCK, mask_token_id=3), **changes)
-    draft = DFlashDraft(msgspec.structs.replace(draft_shape(config, TARGET, (1, 4, 9)), **(shape or {})), seed)
+    draft = Backbone(msgspec.structs.replace(draft_shape(config, TARGET, (1, 4, 9)), **(shape or {})), seed)
     generator = torch.Generator().manual_seed(9)
     with torch.no_grad():
         for parameter in draft.parameters():

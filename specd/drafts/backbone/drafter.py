@@ -1,4 +1,4 @@
-"""DFlash as a drafter: one block of guesses a target forward."""
+"""A block draft as a drafter: one block of guesses a target forward."""
 
 from __future__ import annotations
 
@@ -9,21 +9,23 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from specd.drafts.backbone.network import Backbone
+from specd.drafts.backbone.shape import as_fed
 from specd.drafts.block_attention import BlockLayout, plain_attention
-from specd.drafts.dflash.model import DFlashDraft, as_fed
 from specd.drafts.layers import KeyValue
 from specd.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
 
-class DFlashDrafter:
-    """A trained DFlash draft as a Drafter. embedding, lm_head: the target's [V, H], in the dtype to compute in.
+class BlockDrafter:
+    """A trained block draft as a Drafter; its guesses are the most likely token of each place by itself.
 
-    embedding_scale: what the target makes of a row of its embedding, 0 where that is not known.
+    embedding, lm_head: the target's [V, H], in the dtype to compute in. embedding_scale: what the target makes of a
+    row of its embedding, 0 where that is not known.
     """
 
-    def __init__(self, draft: DFlashDraft, embedding: Tensor, lm_head: Tensor, embedding_scale: float = 0.0) -> None:
+    def __init__(self, draft: Backbone, embedding: Tensor, lm_head: Tensor, embedding_scale: float = 0.0) -> None:
         shape = draft.shape
         if embedding.shape != (shape.vocab_size, shape.hidden_size):
             raise ConfigError(
@@ -64,12 +66,14 @@ class DFlashDrafter:
     def propose(self, token: int) -> Tensor:
         shape, device = self._draft.shape, self._embedding.device
         known = self._cache[0][0].shape[0]
-        start, anchor = np.zeros(1, np.int64), np.full(1, known, np.int64)
-        layout = BlockLayout(starts=start, anchors=anchor, block_size=shape.block_size, num_context=known)
+        starts, anchors = np.zeros(1, np.int64), np.full(1, known, np.int64)
+        layout = BlockLayout(starts=starts, anchors=anchors, block_size=shape.block_size, num_context=known)
         tokens = torch.full((shape.block_size,), shape.mask_token_id, device=device)
         tokens[0] = token
         positions = torch.arange(known, known + shape.block_size, device=device)
-        attend = plain_attention(layout, device)
         noise = self._draft.scaled(F.embedding(tokens, self._embedding))
-        states = self._draft.block(noise, positions, self._cache, attend)
+        return self._guess(token, self._draft.block(noise, positions, self._cache, plain_attention(layout, device)))
+
+    def _guess(self, token: int, states: Tensor) -> Tensor:
+        """Guesses int64 [b − 1] of a block's states [b, H], whose first token is `token`."""
         return F.linear(states[1:], self._lm_head).argmax(-1)

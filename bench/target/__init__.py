@@ -1,0 +1,1 @@
+"""`specd bench target`: a target's forwards by their size, alone and behind a daemon."""
