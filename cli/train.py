@@ -74,6 +74,12 @@ def train(
         bool | None,
         typer.Option("--insecure-data", help="With a key: also nccl and nixl, unencrypted.", rich_help_panel=STATES),
     ] = None,
+    share: Annotated[
+        str,
+        typer.Option(
+            help="Share forwards with other trainings that name the same one.", metavar="NAME", rich_help_panel=STATES
+        ),
+    ] = "",
     depth: Annotated[
         int | None, typer.Option(help="Batches in flight beyond the one in use.", rich_help_panel=STATES)
     ] = None,
@@ -132,6 +138,7 @@ def train(
             "endpoints": endpoint,
             "transport": transport,
             "depth": depth,
+            "share": share,
             "auth": {"key": key, "servers": servers_of(endpoint or [], server_key or [])},
             "insecure_data": insecure_data,
         },
@@ -208,6 +215,11 @@ def _check_link(link: SubscriberConfig, model: str) -> None:
     if link.endpoints != SubscriberConfig().endpoints:
         raise ConfigError(
             f"--model {model} hosts the target here, --endpoint {link.endpoints[0]} uses a daemon: give one"
+        )
+    if link.share:
+        raise ConfigError(
+            f"share {link.share!r}: expected none, as --model {model} hosts the target for this run alone; leave it "
+            f"out, or give --endpoint of a daemon that others train from, too"
         )
     if link.transport not in ("auto", WITHIN_PROCESS):
         raise ConfigError(

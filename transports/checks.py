@@ -42,8 +42,10 @@ def unwrap(data: bytes, kind: type[T], what: str) -> T:
         raise TransportError(f"not a {what}: {error}") from None
 
 
-def check_ref(ref: SlotRef, num_slots: int, slot_bytes: int) -> None:
-    """Raise TransportError unless `ref` lies inside the ring."""
+def check_ref(ref: SlotRef, num_slots: int, slot_bytes: int, *, cuts: bool = False) -> None:
+    """Raise TransportError unless `ref` lies inside the ring, and has no pieces where these are not taken."""
+    if ref.pieces and not cuts:
+        raise TransportError(f"slot {ref.slot} holds more than is wanted, and this transport cannot cut it: use shm")
     if not (0 <= ref.slot < num_slots and 1 <= ref.nbytes <= slot_bytes and ref.generation >= 1):
         raise TransportError(
             f"slot {ref.slot}, generation {ref.generation}, {ref.nbytes} bytes: expected a slot below {num_slots}, a "
@@ -70,7 +72,7 @@ def check_into(ref: SlotRef, into: torch.Tensor) -> None:
 
 def pull(arena: Arena, ref: SlotRef, into: torch.Tensor, copier: Copier) -> None:
     """Copy a slot that this process can address, as `Client.fetch` specifies: what the one-sided transports share."""
-    check_ref(ref, arena.num_slots, arena.slot_bytes)
+    check_ref(ref, arena.num_slots, arena.slot_bytes, cuts=True)
     check_into(ref, into)
     if (found := arena.generation(ref.slot)) != ref.generation:
         raise stale(ref, found)

@@ -7,7 +7,7 @@ from typing import Generic, TypeVar
 
 from specd.errors import SpecdError
 from specd.protocol.batch import Batch, Layout
-from specd.protocol.capture import CaptureSpec
+from specd.protocol.capture import CaptureSpec, covers
 from specd.protocol.cut import cut
 from specd.protocol.messages import Ready, Submit
 from specd.protocol.payload import total_bytes
@@ -91,6 +91,12 @@ class Pending(Generic[S, B]):
             payloads=self.batch.payloads,
             place=self.place,
         )
+
+    def unlike(self, message: Ready) -> str:
+        """What announces another batch than this, or not all of its states; empty if that is what it announces."""
+        if message.batch_id != self.identity or message.layout != self.layout:
+            return f"id {message.batch_id.hex()}, {message.layout}"
+        return "" if covers(message.held, self.spec) else f"{message.held}, which does not cover {self.spec}"
 
     def miss(self, now: float) -> None:
         """Its transfer has failed: it rests, unless that was the first time, and had better go elsewhere."""

@@ -94,6 +94,7 @@ class Subscriber:
         except BaseException:
             self.close()
             raise
+        self._share = config.share
         self.sharing = session.welcome.sharing
         self.contract: TargetContract = session.welcome.contract
         self.ring: RingInfo = session.welcome.ring
@@ -154,6 +155,12 @@ class Subscriber:
         data = bytearray(self.artifact(name))
         ref = self.contract.artifacts[name]
         return torch.frombuffer(data, dtype=getattr(torch, ref.dtype)).view(ref.shape)
+
+    @property
+    def title(self) -> str:
+        """What a run's title says of its share; empty without one."""
+        runs = "1 run" if self.sharing == 1 else f"{self.sharing} runs"
+        return f" · shares forwards with {runs} so far ({self._share})" if self._share else ""
 
     def stats(self) -> Stats:
         """Counters since the start."""

@@ -40,7 +40,6 @@ from specd.client.pace import Pace
 from specd.client.peers import Peer, Peers, first_to_finish
 from specd.client.pending import B, Pending, S, State
 from specd.errors import BatchError, ProtocolError
-from specd.protocol.capture import covers
 from specd.protocol.messages import Ready
 from specd.transports.base import SlotRef
 
@@ -181,11 +180,8 @@ class Window(Generic[S, B]):
         if not peer.pace.asks(message.seq):
             raise ProtocolError(f"{peer.endpoint} announced seq {message.seq}, which was not asked for")
         pending = peer.held[message.seq]
-        if message.batch_id != pending.identity or message.layout != pending.layout:
-            identity = message.batch_id.hex()
-            raise ProtocolError(f"{peer.endpoint} announced {pending} as id {identity}, {message.layout}")
-        if not covers(message.held, pending.spec):
-            raise ProtocolError(f"{peer.endpoint} announced {pending} where {message.held} lies, not {pending.spec}")
+        if problem := pending.unlike(message):
+            raise ProtocolError(f"{peer.endpoint} announced {pending} as {problem}")
         peer.pace.answer(message.seq, message.target_us / 1e6, self._clock())
         if pending.state is not State.SUBMITTED or pending.dropped:  # another was first, or nobody wants it any more
             self._todo.append(effects.SendRelease(session, message.lease))

@@ -14,7 +14,7 @@ import zmq
 
 from specd.config.settings import DaemonConfig
 from specd.daemon.account import Account
-from specd.daemon.admission import Unfit, admit_batch, admit_probe, check_fetch, check_hello, check_share
+from specd.daemon.admission import Unfit, admit_batch, admit_probe, check_attach, check_fetch, check_hello
 from specd.daemon.connections import Connection
 from specd.daemon.dispatch import Dispatch, Fill
 from specd.daemon.ending import Ending
@@ -29,9 +29,7 @@ from specd.daemon.supervisor import Supervisor
 from specd.errors import ProtocolError
 from specd.protocol import limits
 from specd.protocol import messages as wire
-from specd.protocol.cut import Piece, cut
 from specd.protocol.messages import Message
-from specd.transports.base import SlotRef
 from specd.worker import messages as channel
 
 log = logging.getLogger(__name__)
@@ -196,8 +194,7 @@ class Control:
             return wire.Reject(epoch=self._epoch, reason=reason, retry_ms=RETRY_MS, loading_ms=self._loading_ms())
         stranger, many = self._front.stranger(connection), self._front.too_many(connection, hello.ranks)
         wanted = self._ring.shares.wanted(hello.share)
-        unfit = check_hello(hello, started.contract, started.ring)
-        if problem := stranger or many or unfit or check_share(hello, wanted, started.contract, started.ring):
+        if problem := stranger or many or check_hello(hello, started.contract, started.ring, wanted):
             return wire.Reject(epoch=self._epoch, reason=problem)
         over = self._front.over_quota(connection, self._sessions.connections())
         session = over or self._sessions.open(key, hello, connection, self._clock())
@@ -254,11 +251,8 @@ class Control:
             identity = message.batch_id if isinstance(message, wire.Submit) else bytes(limits.BATCH_ID_BYTES)
             self._fail(session.key, message.seq, identity, str(error), retry=self.ending.draining)
             return
-        if isinstance(message, wire.Probe):
-            self._ring.submit(session.key, message.seq, request.batch_id)
-        else:
-            cuts = session.transport in self._started.cutting
-            self._ring.submit(session.key, message.seq, request.batch_id, session.spec, place=message.place, cuts=cuts)
+        cuts = session.transport in self._started.cutting
+        self._ring.submit(session.key, message.seq, request.batch_id, request.want, place=request.place, cuts=cuts)
         session.requests[message.seq] = request
 
     def _schedule(self) -> None:
@@ -316,23 +310,12 @@ class Control:
         if lease is None or not session.transport:
             raise ProtocolError(f"lease {message.lease} cannot be received: expected a READY lease and a transport")
         self._ring.renew(session.key)
-        layout = session.requests[lease.seq].layout
-        pieces: tuple[Piece, ...] = ()
-        if lease.held is not None:
-            num_tokens, *_, hidden_size = layout.tensors[0].shape
-            pieces = cut(lease.held, session.spec, hidden_size, num_tokens)
-        ref = SlotRef(lease.slot, lease.generation, layout.nbytes, pieces)
+        ref = session.requests[lease.seq].ref(lease)
         self._supervisor.send(channel.Publish(session=session.key, transport=session.transport, ref=ref))
 
     def _attach(self, session: TrainerSession, message: wire.Attach) -> None:
         assert self._started is not None
-        if message.transport not in self._started.transports:
-            reason = f"the daemon does not serve it (it serves {', '.join(self._started.transports)})"
-            self._send(session.key, wire.Refuse(epoch=self._epoch, transport=message.transport, reason=reason))
-            return
-        if session.share and message.transport not in self._started.cutting:
-            served = ", ".join(self._started.cutting) or "none"
-            reason = f"it cannot take a trainer's own states out of a share's yet ({served} can); leave out --share"
+        if reason := check_attach(message.transport, session.share, self._started):
             self._send(session.key, wire.Refuse(epoch=self._epoch, transport=message.transport, reason=reason))
             return
         self._supervisor.send(channel.Accept(session=session.key, transport=message.transport, hello=message.hello))

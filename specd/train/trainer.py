@@ -215,7 +215,7 @@ def _train(
             write_facts(directory.path, facts)
         sinks: list[Sink] = []
         if show and ranks.leads:
-            title = f"{settled.method} draft for {contract.model} → {directory.path}{ranks.title}"
+            title = f"{settled.method} draft for {contract.model} → {directory.path}{ranks.title}{subscriber.title}"
             shown = Display(
                 title,
                 done,

@@ -9,16 +9,17 @@ import msgspec
 import numpy as np
 import pytest
 
-from specd.daemon.admission import Unfit, admit_batch, admit_probe, check_fetch, check_hello
-from specd.daemon.slots import Grant
+from specd.daemon.admission import Unfit, admit_batch, admit_probe, check_attach, check_fetch, check_hello
+from specd.daemon.slots import Grant, Lease
 from specd.errors import ProtocolError
 from specd.protocol import messages as wire
-from specd.protocol.batch import batch_id, slot_bytes
+from specd.protocol.batch import batch_id, slot_bytes, slot_layout
 from specd.protocol.capture import CaptureSpec
 from specd.protocol.contract import ArtifactRef, RingInfo, TargetContract
+from specd.protocol.cut import cut
 from specd.protocol.limits import ARTIFACT_CHUNK_BYTES, MAX_FETCHES
 from specd.protocol.payload import Array, pack
-from specd.worker.messages import FillNoise, FillSlot
+from specd.worker.messages import FillNoise, FillSlot, Started
 
 CONTRACT = TargetContract(
     model="tiny", model_type="llama", hidden_size=8, num_layers=6, vocab_size=50, dtype="float32", weights="w",
@@ -71,6 +72,49 @@ def test_a_forged_or_malformed_one_breaks_the_protocol(message: wire.Submit, sai
 def test_one_that_can_never_be_served_is_told_why(tokens: list[int], said: str) -> None:
     with pytest.raises(Unfit, match=said):
         admit_batch(submit(tokens), SPEC, CONTRACT, RING)
+
+
+def test_what_is_captured_is_what_is_held_and_its_own_is_cut_out_of_it() -> None:
+    held = CaptureSpec(taps=(1, 2, 3), dtype="float32")
+    request = admit_batch(submit([1, 2, 3], place=9), SPEC, CONTRACT, RING, shared=True)
+    assert (request.want, request.place) == (SPEC, 9)
+    ref = request.ref(Lease(1, b"holder", 7, 2, 5, request.batch_id, held))
+    assert ref.nbytes == request.layout.nbytes
+    assert ref.pieces == cut(held, SPEC, 8, 3)
+    task = request.task(Grant(2, 5, request.batch_id, b"holder", 7, held))
+    assert isinstance(task, FillSlot)
+    assert (task.spec, task.layout) == (held, slot_layout(held, 8, 3))
+
+
+def test_a_longer_batch_than_the_slots_are_sized_for_cannot_be_shared() -> None:
+    room = msgspec.structs.replace(RING, slot_tokens=2)
+    with pytest.raises(
+        Unfit, match=r"3 tokens in a share, .* up to 2: start the daemon with a larger ring.slot_tokens"
+    ):
+        admit_batch(submit([1, 2, 3]), SPEC, CONTRACT, room, shared=True)
+    assert admit_batch(submit([1, 2, 3]), SPEC, CONTRACT, room).want == SPEC
+
+
+def test_a_share_that_no_slot_can_hold_is_refused() -> None:
+    hello = wire.Hello(name="t", host="h", pid=1, transports=("shm",), spec=SPEC, credits=1, share="s")
+    wide = CaptureSpec(taps=(0, 2), final=True, dtype="float32")
+    assert check_hello(hello, CONTRACT, RING, [SPEC]) is None
+    assert check_hello(hello, CONTRACT, RING, [wide]) == (
+        "share s would capture 4 taps + final = 160 bytes a token; slots hold 64: specd start --set capture.num_taps=4 "
+        "--set capture.final=true"
+    )
+    other = check_hello(hello, CONTRACT, RING, [CaptureSpec(taps=(1,))])
+    assert other == "share s captures bfloat16, this trainer wants float32: give it another share, or none"
+
+
+def test_a_share_takes_only_transports_that_cut() -> None:
+    started = Started(
+        contract=CONTRACT, ring=RING, transports=("shm", "nixl"), cutting=("shm",), segment="", load_s=1.0
+    )
+    assert check_attach("shm", "s", started) is None
+    assert check_attach("nixl", "", started) is None
+    assert str(check_attach("nixl", "s", started)).endswith("(shm can); leave out --share")
+    assert check_attach("nccl", "", started) == "the daemon does not serve it (it serves shm, nixl)"
 
 
 def test_no_two_probes_share_content() -> None:

@@ -12,7 +12,8 @@ SPEC = CaptureSpec(taps=(1,))
 
 
 def made(pace_s: float) -> tuple[Contents, Run, Run, Run, dict[str, int]]:
-    shares, counters = Shares(Clock(), pace_s), dict.fromkeys(("fills", "joins", "kept_hits", "kept_evicted"), 0)
+    counters = {"fills": 0, "joins": 0, "kept_hits": 0, "kept_evicted": 0}
+    shares = Shares(Clock(), pace_s)
     runs = [shares.enter(name, b"", share, SPEC) for name, share in ((A, "s"), (B, "s"), (C, ""))]
     return Contents(3, shares, counters), runs[0], runs[1], runs[2], counters
 

@@ -44,7 +44,7 @@ def digest(delivery: Delivery) -> str:
     for states in (delivery.taps, delivery.final):
         found.update(str(None if states is None else tuple(states.shape)).encode())
         if states is not None:
-            found.update(states.contiguous().view(torch.uint8).numpy())
+            found.update(states.contiguous().view(torch.uint8).numpy().tobytes())
     return found.hexdigest()
 
 

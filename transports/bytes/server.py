@@ -127,7 +127,7 @@ class BytesServer:
         return wrap(offer)
 
     def publish(self, session: bytes, ref: SlotRef) -> None:
-        check_ref(ref, self._arena.num_slots, self._arena.slot_bytes)
+        check_ref(ref, self._arena.num_slots, self._arena.slot_bytes, cuts=True)
         self._tell(partial(self._on_publish, session, ref))
 
     def drop(self, session: bytes) -> None:
