@@ -166,7 +166,7 @@ class Control:
             case wire.Submit() | wire.Probe():
                 self._submit(session, message)
             case wire.Borrow():
-                self._ring.borrow(key, message.lease)
+                session.borrow(self._ring, message.lease)
             case wire.Release():
                 lease = self._ring.lease(key, message.lease)
                 if self._ring.release(key, message.lease) and lease is not None:
@@ -251,7 +251,7 @@ class Control:
             identity = message.batch_id if isinstance(message, wire.Submit) else bytes(limits.BATCH_ID_BYTES)
             self._fail(session.key, message.seq, identity, str(error), retry=self.ending.draining)
             return
-        cuts = session.transport in self._started.cutting
+        cuts = session.cuts(self._started.cutting)
         self._ring.submit(session.key, message.seq, request.batch_id, request.want, place=request.place, cuts=cuts)
         session.requests[message.seq] = request
 

@@ -22,6 +22,7 @@ import torch
 
 from specd.errors import ConfigError, TransportError
 from specd.memory import cuda
+from specd.protocol.cut import Piece
 
 HANDLE = b"h" * cuda.HANDLE_BYTES
 SIZE = 4096
@@ -91,6 +92,14 @@ class Driver(ModuleType):
         assert kind == 4
         self.note("memcpyAsync", nbytes, stream)
         ctypes.memmove(into, source, nbytes)
+
+    def memcpy2DAsync(
+        self, into: int, step: int, source: int, pitch: int, width: int, rows: int, kind: int, stream: int
+    ) -> None:
+        assert kind == 4
+        self.note("memcpy2DAsync", rows, stream)
+        for row in range(rows):
+            ctypes.memmove(into + row * step, source + row * pitch, width)
 
     def streamSynchronize(self, stream: int) -> None:
         self.note("streamSynchronize", stream)
@@ -228,6 +237,18 @@ def test_a_mapping_copies_on_a_stream_of_its_own_device(driver: Driver) -> None:
         ("memcpyAsync", 100, 77, 1), ("streamSynchronize", 77, 0),
         ("memcpyAsync", 50, 77, 1), ("streamSynchronize", 77, 1),
         ("ipcCloseMemHandle", address, 1), ("streamDestroy", 77, 1),
+    ]  # fmt: skip
+
+
+def test_a_mapping_copies_pieces_and_waits_for_them_once(driver: Driver) -> None:
+    mapping = cuda.Mapping(HANDLE, "cuda:1")
+    into = (ctypes.c_uint8 * 30)()
+    mapping.read(10, 30, ctypes.addressof(into), (Piece(2, 0, 5, 3, 8, 4), Piece(60, 20, 1, 10, 10, 10)))
+    mapping.close()
+    rows = [list(driver.exported[12 + 8 * row : 15 + 8 * row]) for row in range(5)]
+    assert list(into) == [*[byte for row in rows for byte in (*row, 0)], *driver.exported[70:80]]
+    assert driver.calls[2:-2] == [
+        ("memcpy2DAsync", 5, 77, 1), ("memcpy2DAsync", 1, 77, 1), ("streamSynchronize", 77, 0),
     ]  # fmt: skip
 
 
