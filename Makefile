@@ -1,4 +1,4 @@
-# make demo | test | check | bench | test-oracles | test-gpu | test-faults | test-sglang. The first one sets .venv up; PYTHON=python3 uses another.
+# make demo | test | check | bench | newest | test-oracles | test-gpu | test-faults | test-sglang. The first one sets .venv up; PYTHON=python3 uses another.
 PYTHON ?= .venv/bin/python
 # The first Python that is new enough makes the environment.
 BASE := $(shell for p in python3 python3.13 python3.12 python3.11; do \
@@ -8,7 +8,7 @@ SETUP := $(if $(filter .venv/%,$(PYTHON)),.venv/.stamp)
 
 PEERS := $(or $(SPECD_PEERS),$(CURDIR)/.venv/peers)
 
-.PHONY: demo test check bench test-oracles test-gpu test-faults test-sglang clean
+.PHONY: demo test check bench newest test-oracles test-gpu test-faults test-sglang clean
 demo: $(SETUP)
 	@$(PYTHON) -m specd demo
 test: $(SETUP)
@@ -32,8 +32,11 @@ test-faults: $(SETUP)
 # SGLANG=0.5.17 makes an environment of that version for the CPU; without it PYTHON needs the extras sglang and dev.
 test-sglang: $(if $(SGLANG),.venv-sglang-$(SGLANG)/.stamp,$(SETUP))
 	@SPECD_REQUIRE_SGLANG=1 SGLANG_USE_CPU_ENGINE=1 $(if $(SGLANG),.venv-sglang-$(SGLANG)/bin/python,$(PYTHON)) -m pytest -q tests/targets/test_sglang.py tests/targets/test_sglang_states.py
+# The suite, or TESTS, on the newest versions there are, in an environment of its own; says which, and what could not be had.
+newest:
+	@$(or $(BASE),python3) tests/support/newest.py .venv-newest $(TESTS)
 clean:
-	rm -rf .venv .venv-sglang-* build dist runs *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf .venv .venv-newest .venv-sglang-* build dist runs *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 
 .venv-sglang-%/.stamp: tests/support/sglang_environment.py tests/support/sglang_cpu_kernels.py pyproject.toml
 	@$(or $(BASE),python3) tests/support/sglang_environment.py $* $(@D)

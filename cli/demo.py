@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from specd.cli.training import then
 from specd.drafts import registry
 from specd.errors import ConfigError, DaemonError
 from specd.memory import segment
@@ -74,6 +75,11 @@ def demo(
         with stage.step("Write the report"):
             stage.run("report", str(run))
         summarise(stage, run, time.monotonic() - began)
+    then(
+        f"specd data regenerate CHATS.jsonl --model {MODEL} --output answers.jsonl",
+        f"specd train {method} --model {MODEL} --data answers.jsonl --output runs/first",
+        f"specd export {shlex.quote(str(run))} --to DIR",
+    )
 
 
 def remove_run(run: Path) -> None:

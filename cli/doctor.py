@@ -41,6 +41,7 @@ PACKAGES = (
     "sglang",
     "nccl4py",
     "nixl-cu13",
+    "nixl-cu12",
 )
 CUPY = ("cupy-cuda13x", "cupy-cuda12x")
 PROBE_BYTES = 1 << 20

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from specd.cli.settings import Prompts, data_config, named
+from specd.cli.training import then
 from specd.config.settings import DataConfig
 from specd.data.rows import HELDOUT
 from specd.drafts import registry
@@ -21,10 +23,11 @@ if TYPE_CHECKING:
     from specd.evaluate.results import EvalFacts
     from specd.targets.source import Source
     from specd.train.directory import RunFacts
+    from specd.train.export import Found
 
 EXAMPLES = (
-    f"Examples: `specd eval --draft runs/{registry.DEFAULT}` · "
-    "`specd eval --model smollm2-135m --draft runs/first/draft --data prompts.jsonl --untrained --limit 8`"
+    f"Examples: `specd eval runs/{registry.DEFAULT}` · "
+    "`specd eval runs/first/draft --model smollm2-135m --data prompts.jsonl --untrained --limit 8`"
 )
 
 READING = ("template", "date", "columns", "format", "bad_rows", "split", "subset")
@@ -32,7 +35,11 @@ READING = ("template", "date", "columns", "format", "bad_rows", "split", "subset
 
 
 def evaluate(
-    draft: Annotated[Path, typer.Option("--draft", "-d", help="Draft directory, or the run that exported it.")],
+    source: Annotated[
+        Path | None,
+        typer.Argument(metavar="DRAFT", help="A draft's directory, a run or a checkpoint.", show_default=False),
+    ] = None,
+    draft: Annotated[Path | None, typer.Option("--draft", "-d", help="The same as DRAFT.", show_default=False)] = None,
     model: Annotated[
         str, typer.Option("--model", "-m", help="The draft's target; by default the one the run was trained on.")
     ] = "",
@@ -58,7 +65,7 @@ def evaluate(
         bool, typer.Option("--untrained", help="Also decode with the draft as it was before training, to compare.")
     ] = False,
     unary: Annotated[
-        bool, typer.Option("--unary", help="Also decode without the selector of a dflash2 draft, to compare.")
+        bool, typer.Option("--unary", help="Also decode without what joins the guesses of a dflash2 or dspark draft.")
     ] = False,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32 (shows identity best), bfloat16 or float16.")] = "auto",
@@ -70,7 +77,7 @@ def evaluate(
 ) -> None:
     """Decode prompts with a draft and without it: acceptance length, and whether every output is identical.
 
-    The target runs in this process. Results also go to the draft's run directory, for `specd report`.
+    The target runs in this process. Results also go to the draft's run or checkpoint and into its README.
     Of a conversation the first question is asked; a target without a chat template goes on with a prompt as it stands.
     The chat template gets the run's options; --set data.template.KEY=VALUE changes them, or gives them without a run.
 
@@ -81,31 +88,33 @@ def evaluate(
     from rich.console import Console
 
     from specd.data.tokenizer import load_tokenizer
-    from specd.drafts.directory import draft_directory
     from specd.evaluate.evaluator import evaluate_draft
     from specd.evaluate.results import EVALS
     from specd.targets.source import TOKENIZERS
     from specd.targets.transformers.load import load_network
     from specd.targets.transforms import measured
-    from specd.train.directory import FACTS, beginning, read_facts
+    from specd.train.directory import beginning
+    from specd.train.export import find, refresh, run_facts
 
-    directory = draft_directory(draft)
-    run = directory.parent if (directory.parent / FACTS).is_file() else None
-    facts = read_facts(run) if run else None
+    if (source is None) == (draft is None):
+        raise ConfigError("give one draft: specd eval DRAFT, with a draft's directory, a run or a checkpoint")
+    found = find(source or draft or Path())
+    directory, facts, home = found.directory, run_facts(found), found.home
+    of_run = found.run if found.checkpoint is None else None
     reading = _reading(named(data, prompts), model, settings, facts)
     registry.read(directory)  # fail before the target is loaded
-    source, own = _target(model, tokenizer, facts, directory, other_target)
-    network = load_network(source, dtype=dtype, device=device, load_format="auto", num_layers=0)
-    place = source.tokenizer or source.path
-    found = any(source.file(name) is not None for name in TOKENIZERS)
+    target, own = _target(model, tokenizer, facts, found, other_target)
+    network = load_network(target, dtype=dtype, device=device, load_format="auto", num_layers=0)
+    place = target.tokenizer or target.path
+    tokenized = any(target.file(name) is not None for name in TOKENIZERS)
     console = Console(quiet=as_json)
     began = beginning(facts) if facts and untrained else 0
     results = evaluate_draft(
         directory,
         network,
-        load_tokenizer(place) if place and found else None,
+        load_tokenizer(place) if place and tokenized else None,
         reading,
-        name=source.name,
+        name=target.name,
         limit=limit,
         max_new_tokens=max_new_tokens,
         untrained=began if untrained else None,
@@ -117,23 +126,28 @@ def evaluate(
         typer.echo(msgspec.json.encode(results))
     else:
         show(console, results)
-        if run and not own:
-            console.print(f"not kept with {run}: it was trained on another target", style="dim", highlight=False)
-    if run and own:
+        if facts and not own:
+            console.print(f"not kept with {home}: it was trained on another target", style="dim", highlight=False)
+    if facts and own:
         for name, result in results.items():
             try:
-                (run / EVALS[name]).write_bytes(msgspec.json.encode(result) + b"\n")
+                (home / EVALS[name]).write_bytes(msgspec.json.encode(result) + b"\n")
             except OSError as error:
                 raise CheckpointError(
-                    f"cannot write {run / EVALS[name]}: {error.strerror}; the figures are those above, and the report "
+                    f"cannot write {home / EVALS[name]}: {error.strerror}; the figures are those above, and the report "
                     f"does not have them"
                 ) from None
+        refresh(found)
+        if not as_json:
+            name = shlex.quote(str(of_run or found.checkpoint or directory))
+            away = f"specd export {name} --to DIR" if of_run or found.checkpoint else f"specd push {name} OWNER/NAME"
+            then(*([f"specd report {name}"] if of_run else []), away)
     if any(result.different for result in results.values()):
         raise typer.Exit(1)
 
 
 def _target(
-    model: str, tokenizer: str, facts: RunFacts | None, directory: Path, other_target: bool
+    model: str, tokenizer: str, facts: RunFacts | None, found: Found, other_target: bool
 ) -> tuple[Source, bool]:
     """The target to evaluate on, and whether it is that of the run, or there is no run.
 
@@ -142,12 +156,13 @@ def _target(
     from specd.targets.identity import check_same
     from specd.targets.source import resolve, with_tokenizer
 
+    whose = str(found.directory if found.facts and not found.run else found.home)
     trained = str(facts.target.get("model", "")) if facts else ""
     if not (model or trained):
-        raise ConfigError(f"{directory} belongs to no run that names its target: give --model")
+        raise ConfigError(f"{found.directory} does not name its target: give --model")
     if not model and Path(trained).is_absolute() and not Path(trained).is_dir():
         raise ConfigError(
-            f"the target of {directory.parent}, {trained!r}, is no directory of this machine: it was moved, or a "
+            f"the target of {whose}, {trained!r}, is no directory of this machine: it was moved, or a "
             f"daemon on another machine hosted it; give --model DIR with the same checkpoint"
         )
     hosted = facts.config.get("target", {}).get("tokenizer", "") if facts else ""
@@ -156,7 +171,7 @@ def _target(
     if not fingerprint:
         return source, True
     try:
-        check_same(source, fingerprint, run=str(directory.parent))
+        check_same(source, fingerprint, run=whose)
     except ConfigError:
         if not other_target:
             raise

@@ -3,15 +3,34 @@
 from __future__ import annotations
 
 import logging
-import os
 import sys
 from collections.abc import Sequence
-from typing import Annotated, Any, TextIO
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
-from specd.cli import bench, data, demo, doctor, eval, keys, plan, report, start, status, stop, top, train
+from specd import log
+from specd.cli import (
+    bench,
+    config,
+    data,
+    demo,
+    doctor,
+    eval,
+    export,
+    keys,
+    plan,
+    push,
+    report,
+    resume,
+    start,
+    status,
+    stop,
+    top,
+    train,
+)
+from specd.cli.furnish import furnish, log_in, log_to_stderr
 from specd.drafts import registry
 from specd.errors import ConfigError, SpecdError
 from specd.version import __version__
@@ -29,14 +48,22 @@ class Verbs(TyperGroup):
         "stop",
         "keys",
         "train",
+        "resume",
         "eval",
+        "export",
+        "push",
         "report",
         "data",
+        "config",
         "doctor",
         "plan",
         "bench",
         "demo",
     )
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        furnish(self)
 
     def list_commands(self, ctx: Any) -> list[str]:
         return sorted(super().list_commands(ctx), key=self.ORDER.index)
@@ -56,7 +83,6 @@ app = typer.Typer(
     "Begin with `specd doctor`, then `specd start --model smollm2-135m` and "
     f"`specd train {registry.DEFAULT} --transport auto`.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -67,9 +93,13 @@ app.command("top", rich_help_panel=SERVE, epilog=top.EXAMPLES)(top.top)
 app.command("stop", rich_help_panel=SERVE, epilog=stop.EXAMPLES)(stop.stop)
 app.add_typer(keys.app, name="keys", rich_help_panel=SERVE)
 app.command("train", rich_help_panel=TRAIN, epilog=train.EXAMPLES, no_args_is_help=True)(train.train)
+app.command("resume", rich_help_panel=TRAIN, epilog=resume.EXAMPLES)(resume.resume)
 app.command("eval", rich_help_panel=TRAIN, epilog=eval.EXAMPLES)(eval.evaluate)
+app.command("export", rich_help_panel=TRAIN, epilog=export.EXAMPLES)(export.export)
+app.command("push", rich_help_panel=TRAIN, epilog=push.EXAMPLES)(push.push)
 app.command("report", rich_help_panel=TRAIN, epilog=report.EXAMPLES)(report.report)
 app.add_typer(data.app, name="data", rich_help_panel=DATA)
+app.command("config", rich_help_panel=LOOK, epilog=config.EXAMPLES)(config.config)
 app.command("doctor", rich_help_panel=LOOK, epilog=doctor.EXAMPLES)(doctor.doctor)
 app.command("plan", rich_help_panel=LOOK, epilog=plan.EXAMPLES)(plan.plan)
 app.add_typer(bench.app, name="bench", rich_help_panel=LOOK)
@@ -86,35 +116,16 @@ def _version(wanted: bool) -> None:
 def options(
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log every step.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Log warnings and errors only.")] = False,
+    log_format: Annotated[
+        str, typer.Option("--log-format", help="text, or json: an object a line; the workers' lines, too.")
+    ] = "",
     version: Annotated[
         bool, typer.Option("--version", help="Print the version and exit.", callback=_version, is_eager=True)
     ] = False,
 ) -> None:
+    if log_format:
+        log_in(log_format)
     log_to_stderr(logging.DEBUG if verbose else logging.WARNING if quiet else logging.INFO)
-
-
-class StderrHandler(logging.StreamHandler[TextIO]):
-    """Writes to whatever the standard error is by then: a bar that is shown there takes lines above itself."""
-
-    def __init__(self) -> None:
-        logging.Handler.__init__(self)
-
-    @property
-    def stream(self) -> TextIO:  # type: ignore[override]
-        return sys.stderr
-
-
-def log_to_stderr(level: int) -> None:
-    """Give the `specd` logger its one handler, and the level, which worker processes read from SPECD_LOG."""
-    logger = logging.getLogger("specd")
-    for old in logger.handlers[:]:
-        logger.removeHandler(old)
-    handler = StderrHandler()
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s", "%H:%M:%S"))
-    logger.addHandler(handler)
-    logger.setLevel(level)
-    logger.propagate = False
-    os.environ["SPECD_LOG"] = logging.getLevelName(level)
 
 
 def run(arguments: Sequence[str] | None = None) -> int:
@@ -126,7 +137,11 @@ def run(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except SpecdError as error:
-        print(f"specd: error: {error}", file=sys.stderr)
+        said = "\n".join([str(error), *getattr(error, "__notes__", ())])
+        if log.as_json():
+            logging.getLogger("specd").error("%s", said)
+        else:
+            print(f"specd: error: {said}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
     return 0
 

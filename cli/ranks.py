@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 import typer
 
+from specd import log
 from specd.errors import PeerError, SpecdError
 
 if TYPE_CHECKING:
@@ -46,14 +47,16 @@ def as_rank(work: Callable[[Ranks, Interrupt], None], interrupted: Callable[[], 
     except PeerError as error:
         _end(error.code, "" if error.said else f"specd: error: {error}")
     except SpecdError as error:
-        _end(exit_code(error), f"specd: error: {error}")
+        _end(exit_code(error), "\n".join([f"specd: error: {error}", *getattr(error, "__notes__", ())]))
     except Exception:  # noqa: BLE001  # it is shown as Python does, without the end of Python
         _end(1, traceback.format_exc().rstrip())
 
 
 def _end(code: int, said: str) -> NoReturn:
     with contextlib.suppress(OSError):  # whoever reads it may be gone
-        if said:
+        if said and log.as_json():
+            logging.getLogger("specd").error("%s", said.removeprefix("specd: error: "))
+        elif said:
             typer.echo(said, err=True)
         sys.stdout.flush()
         sys.stderr.flush()
@@ -69,6 +72,4 @@ def _log_as(rank: int) -> None:
         logger.setLevel(logging.WARNING)
         os.environ["SPECD_LOG"] = logging.getLevelName(logging.WARNING)
     for handler in logger.handlers:
-        handler.setFormatter(
-            logging.Formatter(f"%(asctime)s %(levelname)s rank {rank}: %(name)s: %(message)s", "%H:%M:%S")
-        )
+        handler.setFormatter(log.formatter(f"rank {rank}:"))

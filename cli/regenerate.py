@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,7 +12,9 @@ import msgspec
 import typer
 
 from specd.cli.settings import Data, DataSettings, Files, Model, Prompts, data_config, named, needed
+from specd.cli.training import then
 from specd.config.settings import DataConfig
+from specd.drafts import registry
 from specd.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -107,7 +110,7 @@ def regenerate(
         day = config.date or settings_of(output).get("date") or date.today().isoformat()
         config = msgspec.structs.replace(config, date=day)
         answerer = _local(model, sampling, config, batch_size, device, dtype, threads)
-    _run(config, answerer, output, overwrite)
+    _run(config, answerer, model, output, overwrite)
 
 
 def _local(
@@ -127,7 +130,7 @@ def _local(
     return Local(network, tokenizer, sampling, target=model, batch_size=batch_size, **options)
 
 
-def _run(config: DataConfig, answerer: Answerer, output: Path, overwrite: bool) -> None:
+def _run(config: DataConfig, answerer: Answerer, model: str, output: Path, overwrite: bool) -> None:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bar
@@ -154,6 +157,11 @@ def _run(config: DataConfig, answerer: Answerer, output: Path, overwrite: bool) 
         typer.echo(f"{done.shortened:,} of them end before their last question, which did not fit")
     for fault in done.left_out:
         typer.echo(f"{fault.rows:,} left out, {fault.kind}, the first: {fault.first}")
+    data, target = shlex.quote(str(output)), shlex.quote(model)
+    then(
+        f"specd data show {data} --model {target}",
+        f"specd train {registry.DEFAULT} --model {target} --data {data} --output runs/first",
+    )
 
 
 def _rate(progress: Progress) -> str:

@@ -21,9 +21,25 @@ from specd.targets import registry as targets
 if TYPE_CHECKING:
     from specd.client.line import Identity
 
+
+def complete_preset(incomplete: str) -> list[str]:
+    """Presets that begin so, for the shell."""
+    return [name for name in presets() if name.startswith(incomplete)]
+
+
+def complete_method(incomplete: str) -> list[str]:
+    """Draft methods that begin so, for the shell."""
+    return [name for name in registry.names() if name.startswith(incomplete)]
+
+
 Key = Annotated[str, typer.Option("--key", help="Over TCP: the key to be known by, by name or path.")]
 ServerKey = Annotated[str, typer.Option("--server-key", help="Over TCP: the daemon's public key.", metavar="PUBLIC")]
-Model = Annotated[str, typer.Option("--model", "-m", help="The target: preset, local directory or hub name.")]
+Model = Annotated[
+    str,
+    typer.Option(
+        "--model", "-m", help="The target: preset, local directory or hub name.", autocompletion=complete_preset
+    ),
+]
 
 DATA = "File, folder, glob or hub name; else the recipe's, or what comes with specd."
 """What may be given as data, where a command reads some."""
@@ -32,8 +48,14 @@ Files = Annotated[list[str] | None, typer.Argument(metavar="FILE", help="The sam
 DataSettings = Annotated[
     list[str] | None, typer.Option("--set", help="Any setting of the data section, as data.max_length=512.")
 ]
-Method = Annotated[str, typer.Option("--method", help="The draft whose training the samples are for.")]
-Preset = Annotated[str, typer.Option("--preset", help="Take this preset's recipe; else the target's own.")]
+Method = Annotated[
+    str,
+    typer.Option("--method", help="The draft whose training the samples are for.", autocompletion=complete_method),
+]
+Preset = Annotated[
+    str,
+    typer.Option("--preset", help="Take this preset's recipe; else the target's own.", autocompletion=complete_preset),
+]
 Prompts = Annotated[list[str] | None, typer.Option("--prompts", "-p", hidden=True, help="The same as --data.")]
 
 

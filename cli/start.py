@@ -20,6 +20,7 @@ from specd.cli.settings import daemon_config, given
 from specd.config.load import load_yaml
 from specd.config.settings import DaemonConfig, SubscriberConfig
 from specd.errors import ConfigError, DaemonError
+from specd.log import error_in
 from specd.paths import make_runtime_dir
 
 if TYPE_CHECKING:
@@ -217,7 +218,7 @@ def _failure(log: IO[bytes], begin: int, code: int, path: Path) -> DaemonError |
     """The error of a detached daemon that ended before it was ready, from its log."""
     log.seek(begin)
     lines = log.read().decode(errors="replace").splitlines()
-    said = [line.partition("specd: error: ")[2] for line in lines if line.startswith("specd: error: ")]
+    said = [error for line in lines if (error := error_in(line))]
     message = said[-1] if said else f"the daemon ended with exit code {code} before it was ready; its log is {path}"
     return (ConfigError if code == 2 else DaemonError)(message)
 

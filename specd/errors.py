@@ -128,13 +128,16 @@ def _is_source_tree(place: Path) -> bool:
 
 
 @contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Turn an OSError of a block that writes `path` into a CheckpointError; mostly the disk is full."""
+def writing(path: Path, then: str = "go on with `specd resume RUN`") -> Iterator[None]:
+    """Turn an OSError of a block that writes `path` into a CheckpointError; mostly the disk is full.
+
+    then: what to do once there is room.
+    """
     try:
         yield
     except OSError as error:
         raise CheckpointError(
-            f"cannot write {path}: {error.strerror or error}; free some space there, then continue with --resume"
+            f"cannot write {path}: {error.strerror or error}; free some space there, then {then}"
         ) from None
 
 

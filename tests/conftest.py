@@ -11,6 +11,7 @@ import socket
 import tempfile
 import uuid
 from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,16 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Children do not look in the working directory, where pytest found the specd of a tree that is not installed.
 if (source := Path(specd.__file__).parents[1]) == Path(__file__).parents[1]:
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(source), os.environ.get("PYTHONPATH"))))
+
+
+def pytest_sessionstart() -> None:
+    """End at once where SPECD_VERSIONS (`make newest`) names other versions than there are."""
+    wanted = dict(one.split("==") for one in os.environ.get("SPECD_VERSIONS", "").split())
+    found = {name: metadata.version(name) for name in wanted}
+    if other := sorted(
+        f"{name} {found[name]}, not {version}" for name, version in wanted.items() if found[name] != version
+    ):
+        pytest.exit(f"the environment has {', '.join(other)}", returncode=1)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -113,7 +113,7 @@ def test_a_copy_is_told_from_others_on_the_path(tree: Path, installed: Installed
 
 def test_what_cannot_be_written_says_where_and_what_to_do(tmp_path: Path) -> None:
     place = tmp_path / "none" / "run.json"
-    said = rf"cannot write {place}: {os.strerror(2)}; free some space.*--resume"
+    said = rf"cannot write {place}: {os.strerror(2)}; free some space there, then go on with `specd resume RUN`"
     with pytest.raises(CheckpointError, match=said), writing(place):
         place.write_text("{}")
     with pytest.raises(ValueError, match="not ours"), writing(place):

@@ -117,9 +117,12 @@ class Subscriber:
 
         While one delivery is in use, the next `depth` are in flight. Raises BatchError for a batch that cannot be
         captured, or fits no daemon's slots; DaemonError when one does not come within `timeout_s`, no daemon is
-        left for `connect_s`, or the subscriber is closed before the end; RejectedError, ProtocolError or TransportError
-        when a daemon refuses the trainer, breaks the protocol, or overwrote a borrowed slot.
+        left for `connect_s`, or the subscriber is closed before the end; ConfigError while another stream is open;
+        RejectedError, ProtocolError or TransportError when a daemon refuses the trainer, breaks the protocol, or
+        overwrote a borrowed slot.
         """
+        if self._in_flight:
+            raise ConfigError("another stream of this subscriber is open; close it, or open a subscriber for each")
         source = iter(batches)
         try:
             while True:

@@ -10,6 +10,7 @@ from typing import Any, TypeVar, get_args
 import msgspec
 import yaml
 
+from specd.config.describe import meant, settings
 from specd.errors import ConfigError
 from specd.paths import shown
 
@@ -27,7 +28,8 @@ def convert(data: Any, kind: type[T], where: str) -> T:
     try:
         return msgspec.convert(data, kind)
     except msgspec.ValidationError as error:
-        raise ConfigError(f"{where}: {_with_choices(_with_number(str(error), data), kind)}") from None
+        message = _with_key(_with_choices(_with_number(str(error), data), kind), kind)
+        raise ConfigError(f"{where}: {message}") from None
 
 
 def _texts(data: Any, key: str = "") -> Iterator[tuple[str, str]]:
@@ -62,6 +64,18 @@ def _with_choices(message: str, kind: Any) -> str:
         kind = next((field.type for field in known if field.encode_name == key), None)
     choices = [choice for choice in get_args(kind) if isinstance(choice, str)]
     return f"{wrong}, expected one of {', '.join(choices)}{at}{path}" if choices else message
+
+
+def _with_key(message: str, kind: Any) -> str:
+    """msgspec's message; where a key is not known, with the one that was meant, or those that there are."""
+    found = re.match(r"Object contains unknown field `([^`]*)`(?: - at `\$\.?([^`]*)`)?", message)
+    if not found or not (isinstance(kind, type) and issubclass(kind, msgspec.Struct)):
+        return message
+    key, at = found[1], f"{found[2]}." if found[2] else ""
+    if right := meant(key, at, kind):
+        return f"{message}; did you mean {right}?"
+    own = sorted({path[len(at) :].partition(".")[0] for path, _, _ in settings(kind) if path.startswith(at)})
+    return f"{message}; expected one of {', '.join(own)}" if own else message
 
 
 class _YamlLoader(yaml.SafeLoader):
@@ -109,10 +123,10 @@ def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def overrides(settings: Sequence[str]) -> dict[str, Any]:
+def overrides(given: Sequence[str]) -> dict[str, Any]:
     """`["a.b=c", …]` as a nested mapping; values are read as YAML. Raises ConfigError for anything else."""
     result: dict[str, Any] = {}
-    for setting in settings:
+    for setting in given:
         path, equals, text = setting.partition("=")
         keys = path.split(".")
         if not equals or not all(keys):

@@ -25,18 +25,18 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 class TargetConfig(Config, kw_only=True, frozen=True):
     """The target and how to run it.
 
-    model: a preset of configs/, a local directory, or a hub name. dtype: `auto` is the preset's, else the checkpoint's.
-    tokenizer: directory of its tokenizer, where the checkpoint has none (a preset with made-up weights). backend:
-    `auto`, or one by name: sglang, transformers, synthetic, or a plug-in's.
-    load_format: `auto` reads the weights, `dummy` draws random ones for config.json. num_layers: 0 keeps the model's
-    depth, any other number cuts it (dummy weights only). threads: CPU threads of a forward, 0 for torch's choice.
-    max_forward_tokens: several small batches share one forward up to this many tokens. exact: one batch a forward,
-    so that results are bit-identical to a local run. trust_remote_code: run Python code that comes with the checkpoint,
-    of which some models consist (transformers backend).
-    Of the SGLang backend alone: tp, over how many GPUs of this host it is spread, from `device` on; memory_fraction of
-    a GPU's free memory that weights and KV cache may take, 0 for specd's choice; attention_backend, `auto` for its own;
-    prefill_graphs, forwards of few tokens as CUDA graphs, which cost the memory of all layers' states: true, or a list
-    of their tokens.
+    model: a preset of configs/, a local directory, or a hub name. dtype: `auto` is the preset's, else the
+    checkpoint's. tokenizer: directory of its tokenizer, where the checkpoint has none (a preset with made-up
+    weights). backend: `auto`, or one by name: sglang, transformers, synthetic, or a plug-in's. device: cpu, cuda or
+    cuda:N; `auto` is a GPU where there is one. load_format: `auto` reads the weights, `dummy` draws random ones for
+    config.json. num_layers: 0 keeps the model's depth, any other number cuts it (dummy weights only). threads: CPU
+    threads of a forward, 0 for torch's choice. max_forward_tokens: several small batches share one forward up to this
+    many tokens. exact: one batch a forward, so that results are bit-identical to a local run. trust_remote_code: run
+    Python code that comes with the checkpoint, of which some models consist (transformers backend). tp: over how many
+    GPUs of this host it is spread, from `device` on (SGLang). memory_fraction: share of a GPU's free memory that
+    weights and KV cache may take, 0 for specd's choice (SGLang). attention_backend: SGLang's, `auto` for its own.
+    prefill_graphs: forwards of few tokens as CUDA graphs, which cost the memory of all layers' states: true, or a list
+    of their tokens (SGLang).
     """
 
     model: str
@@ -57,12 +57,14 @@ class TargetConfig(Config, kw_only=True, frozen=True):
 
 
 class RingConfig(Config, kw_only=True, frozen=True):
-    """The ring. slots: how many. slot_tokens: the longest batch, in tokens of the daemon's own capture.
+    """The ring.
 
+    slots: how many batches it holds. slot_tokens: the longest batch, in tokens of the daemon's own capture.
     max_sessions: trainers at once; each always has one slot of its own, the other slots − max_sessions are shared.
     payload_mib: MiB that the images of a batch may bring for the target, 0 to take text alone.
-    pace_s: how long a trainer may be held for others that share its forwards, in seconds a batch; 0 never, and two
-    forwards of a batch, as measured, where it is left out.
+    lease_ttl_s: seconds for which a trainer of another host may hold a slot without a sign of life.
+    pace_s: seconds a batch for which a trainer may be held for others that share its forwards; 0 never, two forwards of
+    a batch, as measured, where it is left out.
     """
 
     slots: Positive = 8
@@ -74,7 +76,11 @@ class RingConfig(Config, kw_only=True, frozen=True):
 
 
 class CaptureConfig(Config, kw_only=True, frozen=True):
-    """The capture the slots are sized for. num_taps and final as in CaptureSpec; dtype `auto` is the target's."""
+    """The capture that the slots are sized for.
+
+    num_taps: how many layers. final: the last hidden state after the final norm, too. dtype: of the states; `auto` is
+    the target's.
+    """
 
     num_taps: int = 5
     final: bool = False
@@ -82,9 +88,10 @@ class CaptureConfig(Config, kw_only=True, frozen=True):
 
 
 class DaemonAuth(Config, kw_only=True, frozen=True):
-    """Whom a daemon lets in over TCP. key: its own, by name or path; no key itself stands in settings.
+    """Whom a daemon lets in over TCP.
 
-    authorized: the file of those it lets in; empty for the one among this user's keys.
+    key: its own, by name or path; no key itself stands in settings. authorized: the file of those it lets in; empty
+    for the one among this user's keys.
     """
 
     key: Annotated[str, Meta(min_length=1)]
@@ -92,14 +99,15 @@ class DaemonAuth(Config, kw_only=True, frozen=True):
 
 
 class DaemonConfig(Config, kw_only=True, frozen=True):
-    """One daemon. endpoint: `auto` is the default ipc endpoint of this user.
+    """All settings of one `specd start`.
 
-    transports: what it serves; `auto` is everything that can be served from where its ring lies. hang_s: a worker that
-    has work and finishes none for so long, and for 20 times the usual, is replaced; ten times as long for its first.
-    auth: keys, for a TCP endpoint. insecure: without keys, trainers need not be of this user, nor on this host.
-    insecure_data: with keys, also serve transports beyond this host that do not encrypt states (nccl, nixl).
-    metrics: PORT or ADDRESS:PORT of a page for Prometheus, for this machine alone where no address is named; empty for
-    none.
+    target: what it hosts. endpoint: where it listens, ipc://PATH or tcp://ADDRESS:PORT; `auto` is the ipc endpoint of
+    this user. ring: its slots. capture: what they are sized for. transports: what it serves; `auto` is everything that
+    can be served from where its ring lies. hang_s: a worker that has work and finishes none for so long, and for 20
+    times the usual, is replaced; ten times as long for its first. auth: keys, for a TCP endpoint. insecure: without
+    keys, trainers need not be of this user, nor on this host. insecure_data: with keys, also serve transports beyond
+    this host that do not encrypt states (nccl, nixl). metrics: PORT or ADDRESS:PORT of a page for
+    Prometheus, for this machine alone where no address is named; empty for none.
     """
 
     target: TargetConfig
@@ -115,9 +123,10 @@ class DaemonConfig(Config, kw_only=True, frozen=True):
 
 
 class TrainerAuth(Config, kw_only=True, frozen=True):
-    """Who a trainer is over TCP, and whom it trusts. key: its own, by name or path; no key itself stands in settings.
+    """Who a trainer is over TCP, and whom it trusts.
 
-    servers: the public key of the daemon at each TCP endpoint. With `auth` none is talked to without one.
+    key: its own, by name or path; no key itself stands in settings. servers: the public key of the daemon at each TCP
+    endpoint. With `auth` none is talked to without one.
     """
 
     key: Annotated[str, Meta(min_length=1)]
@@ -125,14 +134,15 @@ class TrainerAuth(Config, kw_only=True, frozen=True):
 
 
 class SubscriberConfig(Config, kw_only=True, frozen=True):
-    """The trainer's client. depth: batches in flight beyond the one in use; 0 requests on demand only.
+    """The trainer's client.
 
-    timeout_s: longest wait for one batch. connect_s: longest time without any usable daemon.
-    borrow: read the daemon's slots in place, without a copy, where trainer and target share one GPU; a slot then stays
-    taken until its batch was trained. place: which daemons a rank takes where a training has several ranks. `near`:
-    those on its own host, or all if none is, shared evenly among the ranks, and the rest only while none of these is
-    up. `all`: every one. auth: keys, for TCP endpoints. insecure_data: with keys, also take transports from another
-    host that do not encrypt states (nccl, nixl).
+    endpoints: of the daemons, `auto` for this user's. transport: `auto`, or one by name: that one or an error. depth:
+    batches in flight beyond the one in use; 0 requests on demand only. timeout_s: longest wait for one batch.
+    connect_s: longest time without any usable daemon. borrow: read the daemon's slots in place, without a copy, where
+    trainer and target share one GPU; a slot then stays taken until its batch was trained. place: which daemons a rank
+    takes where a training has several ranks. `near` means those on its own host, or all if none is, shared evenly among
+    the ranks, and the rest only while none of these is up; `all` means every one. auth: keys, for TCP endpoints.
+    insecure_data: with keys, also take transports from another host that do not encrypt states (nccl, nixl).
     share: trainers that name the same one, and train on the same batches, share forwards of the target, whatever layers
     each of them wants; empty to share with nobody.
     """
@@ -150,20 +160,19 @@ class SubscriberConfig(Config, kw_only=True, frozen=True):
 
 
 class DataConfig(Config, kw_only=True, frozen=True):
-    """Training data. path: a file (JSONL, JSON, Parquet, text; gzip and zstd too), a folder or glob of them, or a hub
-    name; several as a list; empty takes the preset's. split, subset: of a hub data set.
+    """Training data.
 
-    weights: for several paths, how often each sample of one is trained an epoch, 1 each if empty; 0.5 takes half of
-    them, another half each epoch.
-    format: `auto` looks at the columns. columns: names of a file's columns, as {prompt: question}.
-    last_turn_only: only the last assistant turn is a label. bad_rows: `stop` at a file with rows that cannot be used,
-    once all are counted, or `skip` and count them.
-    max_length: longer samples are cut, or `long: split` into several where they are documents.
-    batch_tokens: token budget of a batch. max_batch_sequences: most sequences of one, 0 for no limit.
-    max_samples: only the first N rows, 0 for all. template: variables of the chat template, as enable_thinking.
-    date: the day that a template is told which asks for it, as 2026-01-31; empty for the day on which the run begins.
-    cache_dir: where prepared data is kept; empty for specd's own cache. processes: that prepare it, 0 for one a core
-    and at most 16.
+    path: a file (JSONL, JSON, Parquet, text; gzip and zstd too), a folder or glob of them, or a hub name; several as a
+    list; empty takes the preset's. split, subset: of a hub data set. weights: for several paths, how often each sample
+    of one is trained an epoch, 1 each if empty; 0.5 takes half of them, another half each epoch. format: `auto` looks
+    at the columns. columns: names of a file's columns, as {prompt: question}. last_turn_only: only the last assistant
+    turn is a label. bad_rows: `stop` at a file with rows that cannot be used, once all are counted, or `skip` and
+    count them. max_length: most tokens of a sample. long: what becomes of longer ones, `cut`, or `split` into several
+    where they are documents. batch_tokens: size of a batch, in tokens at most. max_batch_sequences: most sequences of
+    one, 0 for no limit. max_samples: only the first N rows, 0 for all. template: variables of the chat template, as
+    enable_thinking. date: the day that a template is told which asks for it, as 2026-01-31; empty for the day on which
+    the run begins. cache_dir: where prepared data is kept; empty for specd's own cache. processes: that prepare it, 0
+    for one a core and at most 16.
     """
 
     path: str | tuple[str, ...] = ""
@@ -186,13 +195,19 @@ class DataConfig(Config, kw_only=True, frozen=True):
 
 
 class TrainConfig(Config, kw_only=True, frozen=True):
-    """The training loop. accumulation: batches an optimizer step. max_steps: 0 for all epochs.
+    """The training loop.
 
-    save_every: steps between checkpoints. keep: how many stay. dtype: of the draft's forward; master weights are
-    float32.
-    Of several ranks, which share the batches of a step: collectives, by what they sum gradients: `auto` is nccl on
-    GPUs, one for each rank, and gloo on CPUs; gloo also has ranks share a GPU. peer_patience_s: how long a rank may
-    show no life before the others end, 0 for 5 s on one host and 30 s on several.
+    lr: the highest learning rate; it rises linearly, then falls along a cosine to 0 at the last step. betas: decay of
+    AdamW's two moments. weight_decay: of AdamW, on matrices. warmup_ratio: share of the steps in which the rate rises.
+    clip: largest norm of the gradients, 0 for no clipping. epochs: how often the data is gone through. max_steps:
+    optimizer steps at most, 0 for all epochs. accumulation: batches an optimizer step. dtype: of the draft's forward,
+    `auto` is bfloat16 on a GPU; master weights are float32. device: cpu, cuda or cuda:N; `auto` is a GPU where there is
+    one. threads: CPU threads of torch, 0 for its choice. seed: of initial weights, data order and what a draft draws.
+    save_every: steps between checkpoints, 0 for none but the last. keep: how many checkpoints stay. log_every: steps
+    between two looks at the device's figures; it changes no number. collectives: by what several ranks, which share the
+    batches of a step, sum gradients; `auto` is nccl on GPUs, one for each rank, and gloo on CPUs; gloo also has ranks
+    share a GPU. peer_patience_s: how long a rank may show no life before the others end, 0 for 5 s on one host and 30 s
+    on several.
     """
 
     lr: Annotated[float, Meta(gt=0)] = 6e-4
@@ -231,10 +246,11 @@ class LogConfig(Config, kw_only=True, frozen=True):
 class RunConfig(Config, kw_only=True, frozen=True):
     """All settings of one `specd train METHOD`.
 
-    method: which draft is trained, a name of the registry (`specd.drafts.registry`). draft: its settings, which the
-    method turns into a struct of its own. output: the run directory; empty is runs/METHOD.
-    target: overrides of the TargetConfig of a target that the trainer hosts itself, without `model`, which is given
-    apart. Its device is the trainer's unless named here. Daemons have settings of their own.
+    method: which draft is trained. draft: its settings, those of its method. output: the run directory; empty is
+    runs/METHOD. data: what it trains on. train: the training loop. log: where its progress goes. subscriber: where
+    states come from.
+    target: settings of a target that the trainer hosts itself, as those of `specd start`; its device is the trainer's
+    unless named here. Daemons have settings of their own.
     """
 
     method: str

@@ -58,7 +58,6 @@ class Control:
         self._supervisor = supervisor
         self._on_ready = on_ready
         self._clock = time.monotonic
-        self.ending, self.questions = Ending(), Questions()
         ring = settings.ring
         self._ring = Ring(ring.slots, ring.max_sessions, ring.lease_ttl_s, self._clock, ring.pace_s)
         self._dispatch: Dispatch[channel.FillSlot] = Dispatch(settings.hang_s, self._clock)
@@ -71,6 +70,7 @@ class Control:
         self._sessions = Sessions(self._poller, self._ring)
         self._front = Front(settings, endpoints, context, self._clock)
         self.endpoints = self._front.endpoints
+        self.ending, self.questions = Ending(), Questions()
         for fd in (self.ending.fd, self.questions.fd):
             self._poller.register(fd, zmq.POLLIN)
         self._front.register(self._poller)

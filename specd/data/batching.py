@@ -170,6 +170,11 @@ class Loader:
         return f"Loader({self._plan!r}, {self.epochs} epochs)"
 
     @property
+    def plan(self) -> BatchPlan:
+        """Which samples come when."""
+        return self._plan
+
+    @property
     def num_batches(self) -> int:
         """How many batches all epochs have in total."""
         return sum(map(self._plan.num_batches, range(self.epochs)))
@@ -182,7 +187,11 @@ class Loader:
 
     def batches(self, epoch: int, index: int = 0) -> Iterator[Batch]:
         """The batches of one epoch (from 0), from number `index` on; none from the epoch's length on."""
-        yield from self.packed(self._places(epoch, index))
+        yield from self.packed(self.places_of(epoch, index))
+
+    def before(self, epoch: int, index: int) -> int:
+        """How many batches there are before number `index` of `epoch`, without gaps."""
+        return sum(map(self._plan.num_batches, range(epoch))) + index
 
     def remaining(self, epoch: int, index: int) -> Iterator[Batch]:
         """All batches of the run from number `index` of `epoch` on; `index` may be the length of that epoch."""
@@ -191,7 +200,13 @@ class Loader:
     def places(self, epoch: int, index: int) -> Iterator[Place]:
         """The same, not packed."""
         for current in range(epoch, self.epochs):
-            yield from self._places(current, index if current == epoch else 0)
+            yield from self.places_of(current, index if current == epoch else 0)
+
+    def places_of(self, epoch: int, index: int = 0) -> Iterator[Place]:
+        """The same of one epoch (from 0), which may be any: whoever trains more than `epochs` asks for them here."""
+        plan = self._plan.epoch(epoch)
+        for number in range(index, len(plan)):
+            yield Place(epoch, number, plan[number], self._plan.num_tokens(plan[number]))
 
     def packed(self, places: Iterable[Place]) -> Iterator[Batch]:
         """The batches of places, with what their samples bring."""
@@ -209,11 +224,6 @@ class Loader:
             epoch=place.epoch,
             index=place.index,
         )
-
-    def _places(self, epoch: int, index: int) -> Iterator[Place]:
-        plan = self._plan.epoch(epoch)
-        for number in range(index, len(plan)):
-            yield Place(epoch, number, plan[number], self._plan.num_tokens(plan[number]))
 
 
 def _keys(count: int, seed: int, epoch: int, purpose: int) -> NDArray[np.uint64]:

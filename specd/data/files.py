@@ -128,7 +128,7 @@ def _zstd(raw: io.BufferedReader) -> Any:
     try:
         from pyarrow import CompressedInputStream
     except ImportError:
-        raise missing_extra("pyarrow", "hub") from None
+        raise missing_extra("pyarrow", "parquet") from None
     return CompressedInputStream(raw, "zstd")
 
 
@@ -261,7 +261,7 @@ def _parquet_rows(raw: io.BufferedReader, name: str) -> Iterator[Row]:
     try:
         from pyarrow import ArrowException, parquet
     except ImportError:
-        raise missing_extra("pyarrow", "hub") from None
+        raise missing_extra("pyarrow", "parquet") from None
     number = 0
     try:
         for batch in parquet.ParquetFile(raw).iter_batches(batch_size=1024):
@@ -298,7 +298,7 @@ def _arrow_rows(raw: io.BufferedReader, name: str, *, in_blocks: bool) -> Iterat
     try:
         from pyarrow import ArrowException, ipc
     except ImportError:
-        raise missing_extra("pyarrow", "hub") from None
+        raise missing_extra("pyarrow", "parquet") from None
     number = 0
     try:
         if in_blocks:

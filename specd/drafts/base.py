@@ -63,7 +63,10 @@ class Objective(Protocol):
         ...
 
     def export(self, path: Path, files: Mapping[str, bytes] | None = None) -> None:
-        """Write the draft to a directory in its published format; `files` (tokenizer and the like) go beside it."""
+        """Write the draft to a directory in its published format; `files` (tokenizer and the like) go beside it.
+
+        Asked at each checkpoint, and at the end; it leaves the draft as it is.
+        """
         ...
 
 

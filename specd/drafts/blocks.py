@@ -18,7 +18,8 @@ class Blocks(msgspec.Struct, frozen=True, kw_only=True):
 
     tokens, positions: int64 [M·b], input ids (anchor, then masks) and positions within the sequence. context_positions:
     int64 [T]. rows: int64 [R], ascending indices into the M·b block tokens whose prediction counts; labels, offsets:
-    int64 [R], the token each should predict and its offset in the block, from 1. weights: float32 [R], all positive.
+    int64 [R], the token each should predict and how far that is behind the anchor, from 1. weights: float32 [R], all
+    positive.
     """
 
     layout: BlockLayout
@@ -53,13 +54,21 @@ def sample_anchors(
 
 
 def make_blocks(
-    batch: Batch, anchors: list[NDArray[np.int64]], block_size: int, mask_token_id: int, decay: float
+    batch: Batch,
+    anchors: list[NDArray[np.int64]],
+    block_size: int,
+    mask_token_id: int,
+    decay: float,
+    *,
+    first: int = 1,
+    unbroken: bool = False,
 ) -> Blocks:
     """The blocks that start at `anchors` (per sequence, as from sample_anchors).
 
-    Offset k ≥ 1 of a block predicts token p + k and weighs exp(−(k − 1) / decay) where p + k is inside the sequence
-    and under the loss mask. Without any anchor there is one block that predicts nothing: its gradients are zeros,
-    and a batch without labels takes the same path as every other.
+    Token j ≥ first of a block predicts token p + k, k = j + 1 − first, and weighs exp(−(k − 1) / decay) where p + k is
+    inside the sequence and under the loss mask; `unbroken`: and so is every token from p + 1 on. Without any anchor
+    there is one block that predicts nothing: its gradients are zeros, and a batch without labels takes the same path
+    as every other.
     """
     ends = np.cumsum(batch.lengths, dtype=np.int64)
     begins = ends - batch.lengths
@@ -67,21 +76,24 @@ def make_blocks(
         anchors = [np.zeros(1, np.int64), *anchors[1:]]
     counts = [part.size for part in anchors]
     starts, stops = np.repeat(begins, counts), np.repeat(ends, counts)
-    first = starts + np.concatenate(anchors)
+    places = starts + np.concatenate(anchors)
     steps = np.arange(block_size)
 
-    tokens = np.full((first.size, block_size), mask_token_id, np.int64)
-    tokens[:, 0] = batch.tokens[first]
-    targets = first[:, None] + steps
+    tokens = np.full((places.size, block_size), mask_token_id, np.int64)
+    tokens[:, 0] = batch.tokens[places]
+    targets = places[:, None] + steps + 1 - first
     known = np.minimum(targets, batch.num_tokens - 1)
-    counted = (targets < stops[:, None]) & batch.loss_mask[known] & (steps > 0) & (not idle)
+    counted = (targets < stops[:, None]) & batch.loss_mask[known] & (not idle)
+    if unbroken:
+        counted[:, first:] = np.logical_and.accumulate(counted[:, first:], axis=1)
+    counted[:, :first] = False
     rows = np.flatnonzero(counted)
-    offsets = rows % block_size
+    offsets = rows % block_size + 1 - first
     weights = np.exp(-(offsets - 1) / decay) if decay else np.ones(rows.size)
     return Blocks(
-        layout=BlockLayout(starts=starts, anchors=first, block_size=block_size, num_context=batch.num_tokens),
+        layout=BlockLayout(starts=starts, anchors=places, block_size=block_size, num_context=batch.num_tokens),
         tokens=tokens.reshape(-1),
-        positions=(targets - starts[:, None]).reshape(-1),
+        positions=((places - starts)[:, None] + steps).reshape(-1),
         context_positions=np.arange(batch.num_tokens) - np.repeat(begins, batch.lengths),
         rows=rows,
         labels=batch.tokens[known.reshape(-1)[rows]].astype(np.int64),

@@ -52,7 +52,7 @@ def write_draft(path: Path, config: dict[str, Any], weights: Mapping[str, Tensor
             shutil.rmtree(scratch, ignore_errors=True)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"cannot write the draft to {str(path)!r}: {error}") from None
-    logger.info("draft of %d parameters written to %s", sum(tensor.numel() for tensor in tensors.values()), path)
+    logger.debug("draft of %d parameters written to %s", sum(tensor.numel() for tensor in tensors.values()), path)
 
 
 def sync(path: Path) -> None:

@@ -9,6 +9,7 @@ import contextlib
 from collections.abc import Iterator
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -125,6 +126,11 @@ def draw(module: nn.Module, seed: int) -> None:
         for parameter in module.parameters():
             if parameter.dim() > 1:
                 parameter.normal_(0.0, 0.02, generator=generator)
+
+
+def beside(seed: int) -> int:
+    """Another seed, for parts beside those that `seed` fills."""
+    return int(np.random.SeedSequence([seed % 2**64, 1]).generate_state(1)[0])
 
 
 def rotate(x: Tensor, rope: Rope) -> Tensor:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 BUILTIN: dict[str, str] = {
     "dflash": "specd.drafts.dflash.method:DFlashMethod",
     "dflash2": "specd.drafts.dflash2.method:DFlash2Method",
+    "dspark": "specd.drafts.dspark.method:DSparkMethod",
     "eagle3": "specd.drafts.eagle3.method:Eagle3Method",
 }
 DEFAULT = next(iter(BUILTIN))

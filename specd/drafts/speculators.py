@@ -25,7 +25,7 @@ def unwrapped(config: dict[str, Any], kind: str, where: str) -> dict[str, Any]:
         )
     found = dict(layers) | {key: value for key, value in config.items() if key not in _OWN}
     found["architectures"] = config.get("architectures")
-    if kind.startswith("dflash"):
+    if kind != "eagle3":
         if (ids := found.pop("aux_hidden_state_layer_ids", None)) is not None:
             found["target_layer_ids"] = [layer - 1 for layer in ids]
         if found.pop("sliding_window_non_causal", kind == "dflash2"):

@@ -83,7 +83,7 @@ class TaughtLoss(torch.autograd.Function):
             if grad is not None:
                 grad.index_copy_(0, own, logits @ head)
             if grad_head is not None:
-                _add_product(grad_head, logits, rows)
+                add_product(grad_head, logits, rows)
         ctx.slopes = grad, grad_head
         sums, counted, correct = torch.stack([part.sum(1) for part in torch.split(found, sizes, 1)], 1)
         ctx.mark_non_differentiable(counted, correct)
@@ -153,7 +153,7 @@ def _plain(logits: Tensor, shares: Tensor, teachers: Tensor, places: Tensor, wei
     return losses, right.float()
 
 
-def _add_product(total: Tensor, slopes: Tensor, rows: Tensor) -> None:
+def add_product(total: Tensor, slopes: Tensor, rows: Tensor) -> None:
     """Add slopesᵀ · rows to `total`, float32; on a GPU without rounding the product to their dtype first."""
     if rows.is_cuda and rows.dtype != total.dtype:
         total += torch.mm(slopes.T, rows, out_dtype=total.dtype)

@@ -122,7 +122,7 @@ def _unary(draft: Draft, directory: Path) -> Draft:
     alone = draft.unary() if isinstance(draft, Reduced) else None
     if alone is None:
         raise ConfigError(
-            f"draft {str(directory)!r} has no selector that could be left out: expected one as dflash2's; leave "
-            f"--unary out"
+            f"draft {str(directory)!r} guesses each token by itself: expected one with a part that joins them, as "
+            f"dflash2's or dspark's, to leave out; leave --unary out"
         )
     return alone

@@ -23,14 +23,15 @@ DEFINITIONS = {
         f"{ROUNDINGS} · epsilon · the largest logit"
     ),
     "teacher-forced accuracy": (
-        "share of predictions that are right when the draft is given true tokens: those of the data for DFlash and "
-        "DFlash2, the target's most likely ones for EAGLE-3; it is a training signal, not the acceptance length"
+        "share of predictions that are right when the draft is given true tokens: those of the data for block drafts, "
+        "the target's most likely ones for EAGLE-3; it is a training signal, not the acceptance length"
     ),
     "loss": (
         "cross-entropy, later offsets weighted less, averaged over an optimizer step: for DFlash and DFlash2 on the "
         "tokens of the data, over the weights of all predictions, or, where draft.loss is dpace, whose weights grow as "
-        "the draft learns, over the blocks; for EAGLE-3 on the target's distribution, the sum of its steps over the "
-        "number of first guesses"
+        "the draft learns, over the blocks; for DSpark a tenth of that, with the distance from the target's "
+        "distribution and the error of its confidence; for EAGLE-3 on the target's distribution, the sum of its steps "
+        "over the number of first guesses"
     ),
     "time split": (
         "target: the trainer waited while its next batch was being computed; wire: it waited while the batch was ready "

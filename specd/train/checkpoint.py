@@ -2,6 +2,7 @@
 
 A checkpoint is a directory `step-00000123` with `model.safetensors`, `optimizer.safetensors` and `state.json`, written
 under another name, synced and renamed: it exists whole or not at all. `state.json` holds size and crc32 of the others.
+The draft of that step, as engines read it, lies in `draft/`.
 """
 
 from __future__ import annotations
@@ -10,9 +11,10 @@ import logging
 import os
 import random
 import re
+import shlex
 import shutil
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ from specd.errors import CheckpointError
 logger = logging.getLogger(__name__)
 
 FORMAT = 1
+STATE = "state.json"
 _NAME = re.compile(r"step-(\d{8,})")
 
 
@@ -92,9 +95,12 @@ class _Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
 
 class Checkpoints:
-    """The checkpoints of one run directory. keep: how many of the newest stay on disk."""
+    """The checkpoints of one run directory. keep: how many of the newest stay on disk.
 
-    __slots__ = ("directory", "identity", "keep")
+    export: writes the draft of a step to a directory, in the form that engines read; None for checkpoints without one.
+    """
+
+    __slots__ = ("directory", "export", "identity", "keep")
 
     def __init__(self, directory: Path, identity: Identity, keep: int = 2) -> None:
         if keep < 1:
@@ -102,6 +108,7 @@ class Checkpoints:
         self.directory = directory
         self.identity = identity
         self.keep = keep
+        self.export: Callable[[Path, int], None] | None = None
 
     def __repr__(self) -> str:
         return f"Checkpoints({str(self.directory)!r}, steps={[step for step, _ in self._complete()]})"
@@ -122,9 +129,16 @@ class Checkpoints:
             self._clear_partial()
             shutil.rmtree(final, ignore_errors=True)
             partial.mkdir()
+            mode = partial.stat().st_mode & 0o666
             save_file(_host(_weights(module)), partial / "model.safetensors")
             save_file(_host(_moments(module, optimizer) | _rng_tensors(rng)), partial / "optimizer.safetensors")
+            for path in partial.iterdir():
+                path.chmod(mode)  # safetensors lets nobody else read it
             files = {path.name: _seal(path) for path in sorted(partial.iterdir())}
+            if self.export is not None:
+                self.export(partial / "draft", position.step)
+                for path in (partial / "draft").rglob("*"):
+                    sync(path)
             state = _Manifest(
                 format=FORMAT,
                 position=position,
@@ -133,16 +147,15 @@ class Checkpoints:
                 numpy_rng=rng.numpy,
                 files=files,
             )
-            (partial / "state.json").write_bytes(msgspec.json.encode(state))
-            _seal(partial / "state.json")
+            (partial / STATE).write_bytes(msgspec.json.encode(state))
+            _seal(partial / STATE)
             sync(partial)
             partial.rename(final)
             sync(self.directory)
-        except (OSError, SafetensorError) as error:
+        except (OSError, SafetensorError, CheckpointError) as error:
             shutil.rmtree(partial, ignore_errors=True)
             raise CheckpointError(
-                f"cannot write checkpoint {final}: {error}; free some space there or choose another --output, "
-                f"then continue with --resume"
+                f"cannot write checkpoint {final}: {error}; free some space there, then go on with `{self._resume}`"
             ) from None
         for _, old in self._complete()[: -self.keep]:
             shutil.rmtree(old, ignore_errors=True)
@@ -154,8 +167,7 @@ class Checkpoints:
         if not complete:
             torn = len([path for path in self.directory.glob("*step-*") if path.is_dir()])
             raise CheckpointError(
-                f"no complete checkpoint in {self.directory} ({torn} torn): "
-                f"start the run without --resume, in an empty --output"
+                f"no complete checkpoint in {self.directory} ({torn} torn): begin the run anew, in another --output"
             )
         return complete[-1][1]
 
@@ -167,7 +179,9 @@ class Checkpoints:
         """The state of a checkpoint. Raises CheckpointError when another target, draft or data plan made it."""
         state = _state(path)
         if state is None:
-            raise CheckpointError(f"{path} is no complete checkpoint: delete it and --resume from the one before")
+            raise CheckpointError(
+                f"{path} is no complete checkpoint: delete it, and `{self._resume}` goes on from the one before"
+            )
         _compare(path, state.identity, self.identity)
         return state
 
@@ -181,13 +195,16 @@ class Checkpoints:
         for name, file in state.files.items():
             if _crc32(path / name) != file.crc32:
                 raise CheckpointError(
-                    f"{path / name} is corrupt (its checksum differs): delete {path} and --resume again"
+                    f"{path / name} is corrupt (its checksum differs): delete {path}, and "
+                    f"`{self._resume}` goes on from the one before"
                 )
         try:
             weights = load_file(path / "model.safetensors")
             extra = load_file(path / "optimizer.safetensors")
         except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{path} cannot be read: {error}; delete it and --resume again") from None
+            raise CheckpointError(
+                f"{path} cannot be read: {error}; delete it, and `{self._resume}` goes on from the one before"
+            ) from None
         _check_shapes(path, weights, _weights(module))
         module.load_state_dict(weights, strict=False)
         _load_moments(module, optimizer, extra)
@@ -200,12 +217,12 @@ class Checkpoints:
         ).restore()
         return state.position
 
+    @property
+    def _resume(self) -> str:
+        return f"specd resume {shlex.quote(str(self.directory.parent))}"
+
     def _complete(self) -> list[tuple[int, Path]]:
-        found = []
-        for path in self.directory.glob("step-*"):
-            if (match := _NAME.fullmatch(path.name)) and _state(path) is not None:
-                found.append((int(match[1]), path))
-        return sorted(found)
+        return finished_checkpoints(self.directory)
 
     def _clear_partial(self) -> None:
         """Remove partial checkpoints of a killed run: the directory has one owner, so no other process writes there."""
@@ -213,16 +230,24 @@ class Checkpoints:
             shutil.rmtree(path, ignore_errors=True)
 
 
+def finished_checkpoints(directory: Path) -> list[tuple[int, Path]]:
+    """Step and directory of all complete checkpoints in a run's `checkpoints`, in order."""
+    named = ((path, _NAME.fullmatch(path.name)) for path in directory.glob("step-*"))
+    return sorted((int(match[1]), path) for path, match in named if match and _state(path) is not None)
+
+
 def _state(path: Path) -> _Manifest | None:
     """The state of a checkpoint, None unless all its files are there in full length."""
     try:
-        state = msgspec.json.decode((path / "state.json").read_bytes(), type=_Manifest)
+        state = msgspec.json.decode((path / STATE).read_bytes(), type=_Manifest)
         whole = all((path / name).stat().st_size == file.nbytes for name, file in state.files.items())
     except (OSError, msgspec.DecodeError, msgspec.ValidationError, UnicodeDecodeError):
         return None
     return state if whole and state.format == FORMAT else None
 
 
+PLAN = frozenset({"train.epochs", "train.max_steps"})
+"""Settings of an identity that say how long a run goes on: a resumed run may have others, by a new plan."""
 _BEFORE = {
     "data.columns": {}, "data.date": "", "data.long": "cut", "data.subset": "", "data.weights": [],
     "draft.loss": "decay", "draft.dpace_alpha": 0.5,
@@ -243,6 +268,7 @@ def _compare(path: Path, old: Identity, new: Identity) -> None:
         # Made by specd 0.1.0: DFlash was its only method, and the -1 of a mask token that its recipe chose is all that
         # it stored of it, so that one cannot be compared.
         keys -= {"method", "draft.mask_token_id"} if old.settings.get("draft.mask_token_id") == -1 else {"method"}
+    keys -= PLAN
     before = _BEFORE | old.settings
     changed = [
         f"{key} was {before.get(key)!r}, is {now.get(key)!r}" for key in sorted(keys) if before.get(key) != now.get(key)

@@ -6,19 +6,22 @@ import importlib.metadata
 import logging
 import os
 import platform
+import shlex
+import shutil
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import msgspec
+from msgspec.structs import replace
 
 from specd.config.load import convert
 from specd.config.settings import Config, RunConfig
 from specd.drafts.directory import digest, draft_directory
 from specd.drafts.initial import FACT, began_with
 from specd.errors import CheckpointError, ConfigError, ProtocolError, writing
-from specd.evaluate.results import load_facts
+from specd.evaluate.results import EVALS, load_facts
 from specd.protocol.contract import TEMPLATES, TargetContract, is_file_name
 from specd.train.checkpoint import Identity
 from specd.train.journal import read
@@ -88,7 +91,8 @@ class RunDirectory:
                 read(self.journal)
             return True
         if any(path.name not in (LOCK, _NEW_FACTS) for path in self.path.iterdir()):
-            remedy = "continue that run with --resume, " if self.begun else "it holds no run to resume: " * resume
+            go_on = f"go on with that run by `specd resume {shlex.quote(str(self.path))}`, "
+            remedy = go_on if self.begun else "it holds no run to resume: " * resume
             raise ConfigError(
                 f"output {str(self.path)!r} exists and is not empty: {remedy}choose another --output, or remove it"
             )
@@ -116,6 +120,26 @@ class RunDirectory:
             return None
         return facts if facts.finished and self.draft.is_dir() else None
 
+    def reopen(self, config: RunConfig, change: str = "") -> RunFacts:
+        """Note that the run goes on, under which settings, and how they change its plan; returns its facts.
+
+        What a finished run left behind, its draft and the evaluations of that, is put aside as `draft-STEP`.
+        """
+        old = read_facts(self.path)
+        changes = (*old.changes, change) if change else old.changes
+        facts = replace(old, finished="", config=msgspec.to_builtins(config), changes=changes)
+        if old.finished and self.draft.is_dir() and change:
+            aside = self.path / f"draft-{len(read(self.journal)):08d}"
+            with writing(aside):
+                shutil.rmtree(aside, ignore_errors=True)
+                self.draft.rename(aside)
+                for name in EVALS.values():
+                    if (self.path / name).is_file():
+                        (self.path / name).replace(aside / name)
+            logger.info("the draft that the run had is in %s", aside)
+        write_facts(self.path, facts)
+        return facts
+
     def finish(self) -> None:
         """Note in run.json that the run is finished."""
         try:
@@ -123,7 +147,7 @@ class RunDirectory:
         except CheckpointError as error:  # nothing else of the run needs it
             logger.warning("the run is not marked as finished: %s", error)
             return
-        write_facts(self.path, msgspec.structs.replace(facts, finished=utc()))
+        write_facts(self.path, replace(facts, finished=utc()))
 
     def has_checkpoint(self, save_every: int) -> bool:
         """Whether there is a checkpoint to resume from.
@@ -192,7 +216,9 @@ def fixed(config: RunConfig, draft: Config, free: frozenset[str]) -> dict[str, A
 class RunFacts(msgspec.Struct, frozen=True, kw_only=True):
     """The facts of a run. All values are for people to read; `config` is the full RunConfig.
 
-    finished: when its draft was exported, empty before that. launcher: identity of the one that began it.
+    finished: when its draft was exported, empty before that. launcher: identity of the one that began it. directory:
+    where its command was given, which relative paths in `config` start from. changes: what a resumed run had changed
+    of its plan.
     """
 
     started: str
@@ -204,6 +230,8 @@ class RunFacts(msgspec.Struct, frozen=True, kw_only=True):
     transports: dict[str, str]
     machine: dict[str, str]
     config: dict[str, Any]
+    directory: str = ""
+    changes: tuple[str, ...] = ()
 
 
 def beginning(facts: RunFacts) -> int | Path:

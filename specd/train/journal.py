@@ -36,7 +36,8 @@ class StepRecord(msgspec.Struct, frozen=True, kw_only=True):
     step: optimizer steps done, this one included. loss: weighted mean over the step; None when the whole step had no
     weight. teacher_forced_accuracy: share of predictions that are right, given true tokens; it is not the acceptance
     length. teacher_forced_by_offset: the same for each offset 1, 2, …; None where nothing counted. by_offset: what else
-    a draft measures there, as means over its predictions (cross_entropy; of dflash2 unary_correct, covered).
+    a draft measures there, as means over its predictions (cross_entropy; of dflash2 unary_correct, covered; of dspark
+    accepted, confidence_error).
     grad_norm: before clipping. tokens: of the target. step_s = target_wait_s (next batch not computed yet) +
     wire_wait_s (computed, not fetched yet) + train_s (the rest). draft_s: the step's own time on its device, also the
     part during those waits; wall time on a CPU; 0 if not measured. forward_s: the daemons' forward time of its batches,

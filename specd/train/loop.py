@@ -46,6 +46,10 @@ class Feed(Protocol):
         """How many batches there are."""
         ...
 
+    def before(self, epoch: int, index: int) -> int:
+        """How many batches there are before number `index` of `epoch`."""
+        ...
+
     def places(self, epoch: int, index: int) -> Iterator[Place]:
         """All batches from number `index` of `epoch` on, not packed; `index` may be the length of that epoch."""
         ...
@@ -237,8 +241,9 @@ def train(
     optimizer = make_optimizer(objective.module, config)
     position = _begin(checkpoints, objective.module, optimizer, resume, ranks)
     batches = feed.num_batches
-    steps = total_steps(config, batches)
-    left = min(batches, steps * config.accumulation) - position.step * config.accumulation
+    trained = feed.before(position.epoch, position.index)
+    steps = total_steps(config, batches, position.step, trained)
+    left = min(batches - trained, (steps - position.step) * config.accumulation)
     planned = islice(feed.places(position.epoch, position.index), max(0, left))
     ahead, coming = tee(_steps(planned, config.accumulation))
     with Journal(journal, position.step) if ranks.leads else contextlib.nullcontext() as lines:
@@ -311,7 +316,7 @@ def _train_step(
             run.step(window, places, sums)
     except torch.OutOfMemoryError as error:
         what = _no_memory(run.position.step + 1, delivery.batch if delivery else None)
-        raise out_of_memory(what, error, "continue with --resume where more is free") from None
+        raise out_of_memory(what, error, "go on with `specd resume RUN` where more is free") from None
 
 
 def out_of_memory(what: str, error: torch.OutOfMemoryError, remedy: str) -> SpecdError:

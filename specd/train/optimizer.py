@@ -11,9 +11,12 @@ from torch.optim.adamw import adamw
 from specd.config.settings import TrainConfig
 
 
-def total_steps(config: TrainConfig, num_batches: int) -> int:
-    """Optimizer steps of a run over `num_batches` batches: at most max_steps, if that is set."""
-    steps = math.ceil(num_batches / config.accumulation)
+def total_steps(config: TrainConfig, num_batches: int, step: int = 0, trained: int = 0) -> int:
+    """Optimizer steps of a run over `num_batches` batches: at most max_steps, if that is set.
+
+    step, trained: steps done and batches they took, of which the last may have been fewer if the run was to end there.
+    """
+    steps = step + math.ceil((num_batches - trained) / config.accumulation)
     return min(steps, config.max_steps) if config.max_steps else steps
 
 

@@ -7,6 +7,7 @@ import errno
 import fcntl
 import logging
 import os
+import shlex
 import socket
 import time
 from collections.abc import Iterator
@@ -127,8 +128,8 @@ def _lock(directory: Path, lock: int, *, patient: bool) -> bool:
 def _taken(directory: Path, owner: _Owner | None) -> ConfigError:
     who = f"process {owner.pid} on {owner.host}" if owner else "another process"
     return ConfigError(
-        f"{who} trains in {str(directory)!r}: wait for its end, or stop it and continue with --resume, or choose "
-        f"another --output"
+        f"{who} trains in {str(directory)!r}: wait for its end, or stop it and go on with `specd resume "
+        f"{shlex.quote(str(directory))}`, or choose another --output"
     )
 
 

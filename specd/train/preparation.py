@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import msgspec
 from msgspec.structs import replace
@@ -15,6 +15,7 @@ from specd.data import mask_token
 from specd.data.dataset import Dataset, dated, prepare
 from specd.data.portion import Report
 from specd.data.progress import progress
+from specd.data.rows import DEMO
 from specd.train.distributed import Ranks
 
 _LENGTHS = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "seq_length")
@@ -143,3 +144,24 @@ def data_facts(path: str | tuple[str, ...], dataset: Dataset) -> dict[str, Any]:
     if report.dropped:
         facts["answers in part left out by the template"] = report.dropped
     return facts | {"digest": dataset.digest}
+
+
+def with_dtype(config: RunConfig, device: str) -> RunConfig:
+    """`config` with a dtype for `auto`: bfloat16 on a GPU and float32 on a CPU, where bfloat16 is emulated."""
+    if config.train.dtype != "auto":
+        return config
+    dtype: Literal["float32", "bfloat16"] = "float32" if device == "cpu" else "bfloat16"
+    return replace(config, train=replace(config.train, dtype=dtype))
+
+
+def with_data(config: RunConfig, target: str) -> RunConfig:
+    """`config` with specd's own conversations where it names no data, and one line that says so."""
+    if config.data.path:
+        return config
+    logger.warning(
+        "no data given: training on the conversations that come with specd (%s), whose answers are not %s's own, so "
+        "this only shows the path; for a draft worth serving give --data FILE with answers of %s, as `specd data "
+        "regenerate FILE --model %s --output FILE` writes them",
+        DEMO, target, target, target,
+    )  # fmt: skip
+    return replace(config, data=replace(config.data, path=DEMO))

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import msgspec
 import torch
@@ -26,33 +26,28 @@ from msgspec.structs import replace
 from specd.client.seats import Seat
 from specd.client.subscriber import Subscriber
 from specd.config.load import convert
-from specd.config.presets import run_config
 from specd.config.settings import Config, RunConfig
-from specd.data import dataset as datasets
 from specd.data.batching import Loader
 from specd.data.dataset import Dataset
 from specd.data.payloads import ImagePayloads
-from specd.data.rows import DEMO
 from specd.drafts import registry
 from specd.drafts.base import Objective, TargetParts
-from specd.drafts.initial import initial_config
-from specd.errors import ConfigError, SpecdError
 from specd.memory.streams import on_device
 from specd.protocol.capture import CaptureSpec
 from specd.protocol.contract import TargetContract
 from specd.train import launcher
+from specd.train.asked import Settle, by_target, check, check_recipe, is_finished, output_of, see_init
 from specd.train.checkpoint import Checkpoints
-from specd.train.directory import RunDirectory, RunFacts, fixed, identity, machine_facts, target_files, utc, write_facts
+from specd.train.directory import RunDirectory, RunFacts, identity, machine_facts, target_files, utc, write_facts
 from specd.train.display import Display
 from specd.train.distributed import Ranks
+from specd.train.export import sign
 from specd.train.interrupt import Interrupt
 from specd.train.journal import Sink, read, tell_unless_trained
-from specd.train.launcher import Launch
 from specd.train.loop import out_of_memory, train
-from specd.train.optimizer import total_steps
 from specd.train.owner import owned
-from specd.train.preparation import data_facts, kept, prepared, warn_of_length, with_date
-from specd.train.sinks import check as check_log
+from specd.train.plan import Plan, planned
+from specd.train.preparation import data_facts, prepared, warn_of_length, with_data, with_date, with_dtype
 from specd.train.sinks import opened
 from specd.transports import registry as transports
 
@@ -60,8 +55,6 @@ logger = logging.getLogger(__name__)
 
 TARGETS_OWN = ("config.json", "preprocessor_config.json")
 """Files of a target that are not its draft's: that reads no images."""
-Settle = Callable[[str], RunConfig]
-"""A run's settings, given the name of its target: recipes go by that name."""
 
 
 class LocalDaemon(Protocol):
@@ -100,8 +93,9 @@ def train_draft(
     not depend on it). Only whoever hosts a target reads the section `target`, so settings that are no function may not
     have it. host: a daemon of this process, or a context that makes one, which is entered once the run may begin.
     resume: go on from the newest checkpoint; begin where there is no run yet, and do nothing where it is finished under
-    the same settings. show: progress on the terminal. ranks: entered, if the caller has already met those that this
-    process was started with, as torchrun does; they share the batches of a step, and rank 0 alone writes and shows.
+    the same settings; train.epochs and train.max_steps may be others by now. show: progress on the terminal. ranks:
+    entered, if the caller has already met those that this process was started with, as torchrun does; they share the
+    batches of a step, and rank 0 alone writes and shows.
     Raises ConfigError for settings that cannot work, and when another process trains in the same output; what
     `Subscriber`, `prepare` and `loop.train` raise; PeerError when another rank ends.
     """
@@ -110,7 +104,7 @@ def train_draft(
             return train_draft(
                 config, host=host, resume=resume, interrupt=interrupt, show=show and ranks.leads, ranks=ranks
             )
-    settle = _settle(config)
+    settle = by_target(config)
     first = settle("")
     device = check(first, ranks.launch)
     if ranks.size > 1:
@@ -120,7 +114,7 @@ def train_draft(
         begun, done = ranks.decide("begin", partial(_begun, directory, settle, device, resume, ranks))
         if done is not None:
             return TrainedRun(directory.path, directory.draft, done, was_finished=True, ranks=ranks.size)
-        _see_init(first)
+        see_init(first)
         with host if isinstance(host, AbstractContextManager) else contextlib.nullcontext(host) as local:
             return _train(settle, first, device, directory, local, begun, interrupt or Interrupt(), show, ranks)
 
@@ -132,7 +126,7 @@ def _begun(directory: RunDirectory, settle: Settle, device: str, resume: bool, r
     """
     again = ranks.restarts > 0 and directory.began_by(launcher.identity())
     begun = directory.check(resume or again)
-    return begun, len(read(directory.journal)) if begun and _is_finished(directory, settle, device) else None
+    return begun, len(read(directory.journal)) if begun and is_finished(directory, settle, device) else None
 
 
 def _train(
@@ -166,7 +160,7 @@ def _train(
         known, draft = recipe(contract)
         if (idle := launcher.check_shares(known.train.accumulation, ranks.size)) and ranks.leads:
             logger.warning("%s", idle)
-        settled = _with_data(_with_dtype(known, device), contract.model)
+        settled = with_data(with_dtype(known, device), contract.model)
         settled = replace(settled, output=str(directory.path))
         again = ranks.decide("again", lambda: resume and directory.has_checkpoint(settled.train.save_every))
         told = ranks.decide("settings", lambda: msgspec.to_builtins(directory.settings() if resume else None))
@@ -190,14 +184,14 @@ def _train(
             images = ImagePayloads(dataset, Path(scratch), contract) if dataset.illustrated else None
         if images:
             images.check(contract, subscriber.ring, settled.data.batch_tokens)
-        plan = dataset.plan(settled.data, settled.train.seed)
-        loader = Loader(dataset, plan, epochs=settled.train.epochs, payloads=images)
+        batches = dataset.plan(settled.data, settled.train.seed)
+        loader = Loader(dataset, batches, epochs=settled.train.epochs, payloads=images)
         own = identity(settled, draft, method.free, contract, dataset.digest)
         ranks.agree(launcher.facts(own, device, settled.train.collectives))
         checkpoints = Checkpoints(directory.checkpoints, own, settled.train.keep)
-        if again and ranks.leads:
-            checkpoints.compare(checkpoints.latest())
-        steps, done = total_steps(settled.train, loader.num_batches), checkpoints.step() if again else 0
+        old = checkpoints if again else None
+        plan = Plan(**ranks.decide("plan", lambda: planned(old, loader, settled.train)._asdict()))
+        steps, done = plan.steps, plan.done
         patience, wait = settled.train.peer_patience_s, first.subscriber.timeout_s + first.subscriber.connect_s + 60
         ranks.join(device, wait, collectives=settled.train.collectives, patience_s=patience)
         dtype: torch.dtype = getattr(torch, settled.train.dtype)
@@ -210,9 +204,20 @@ def _train(
         except torch.OutOfMemoryError as error:
             what = f"no memory left on {device} for the draft and what it needs of {contract.model}"
             raise out_of_memory(what, error, "free some there or name another GPU in train.device") from None
-        if not again and ranks.leads:
-            facts = _facts(settled, method.title, contract, dataset, objective, subscriber.stats().transports, ranks)
-            write_facts(directory.path, facts)
+
+        def export(path: Path, step: int) -> None:
+            objective.export(path, {name: data for name, data in files.items() if name not in TARGETS_OWN})
+            sign(path, facts, step, steps)
+
+        if ranks.leads:
+            if again:
+                facts = directory.reopen(settled, plan.change)
+            else:
+                facts = _facts(
+                    settled, method.title, contract, dataset, objective, subscriber.stats().transports, ranks
+                )
+                write_facts(directory.path, facts)
+            checkpoints.export = export
         sinks: list[Sink] = []
         if show and ranks.leads:
             title = f"{settled.method} draft for {contract.model} → {directory.path}{ranks.title}{subscriber.title}"
@@ -243,7 +248,7 @@ def _train(
             return TrainedRun(directory.path, directory.draft, end.step, ranks=ranks.size)
         tell_unless_trained(read(directory.journal), contract.model)
         with interrupt.shield():
-            objective.export(directory.draft, {name: data for name, data in files.items() if name not in TARGETS_OWN})
+            export(directory.draft, steps)
             directory.finish()
     return TrainedRun(directory.path, directory.draft, len(read(directory.journal)), ranks=ranks.size)
 
@@ -265,100 +270,6 @@ def _connect(
         return Subscriber(link, spec, device=device, name=name, context=host.context)
     seat = Seat(launch.rank, launch.local, launch.here) if ranks.size > 1 else None
     return Subscriber(link, spec, device=device, name=name, run=ranks.run, ranks=ranks.size, seat=seat)
-
-
-def output_of(config: RunConfig) -> RunDirectory:
-    """The run's directory."""
-    return RunDirectory(Path(config.output or f"runs/{config.method}"))
-
-
-def check(config: RunConfig, launch: Launch | None = None) -> str:
-    """See that a run can begin, whatever its target; returns its device. Nothing is made yet.
-
-    Raises ConfigError, DataError for data that is not there.
-    """
-    registry.settings(config.method, config.draft, "settings")
-    check_log(config.log)
-    if config.data.path:
-        datasets.check(config.data)
-    if (asked := config.subscriber.transport) not in (known := ["auto", *transports.names()]):
-        raise ConfigError(f"subscriber.transport={asked!r}: expected one of {', '.join(known)}; leave it out for auto")
-    return launcher.device_of(config.train, launch or Launch())
-
-
-def _see_init(config: RunConfig) -> None:
-    """Raise ConfigError or CheckpointError where the draft to begin with is not there; its shape is compared later."""
-    if init := getattr(registry.settings(config.method, config.draft, "settings"), "init", ""):
-        initial_config(init)
-
-
-def _is_finished(directory: RunDirectory, settle: Settle, device: str) -> bool:
-    """Whether the run is finished and was made with these settings, as far as it shows without its target.
-
-    Its data is known by its path here, and a target hosted here by its settings.
-    """
-    facts = directory.finished()
-    if facts is None:
-        return False
-    try:
-        first = convert(facts.config, RunConfig, "run.json")
-        known = settle(str(facts.target["model"]))
-        now = replace(_with_dtype(known, device), data=replace(known.data, path=known.data.path or DEMO))
-        now, draft = kept(now, registry.settings(now.method, now.draft, "settings"), first)
-        free = registry.load(now.method).free
-        old = fixed(first, registry.settings(first.method, first.draft, "settings"), free)
-        new = fixed(now, draft, free)
-    except (SpecdError, KeyError):  # whatever it is, a run that goes on says it better
-        return False
-    return (old, first.data.path, first.target) == (new, now.data.path, now.target)
-
-
-def check_recipe(config: RunConfig, target: str) -> Config:
-    """The draft's own settings for a target. Raises ConfigError for what cannot work, before anything is loaded."""
-    draft = registry.settings(config.method, config.draft, "settings")
-    registry.load(config.method).check(draft, target)
-    datasets.check(config.data if config.data.path else replace(config.data, path=DEMO))
-    return draft
-
-
-def _settle(config: RunConfig | Mapping[str, Any] | Settle) -> Settle:
-    """`config` as a function of the target's name. Raises ConfigError for what is no settings of a run."""
-    if callable(config):
-        return config
-    if not isinstance(config, RunConfig | Mapping):
-        raise ConfigError(f"config is {config!r}: expected a RunConfig, a mapping of its settings, or a function")
-    try:
-        data = msgspec.to_builtins(config if isinstance(config, RunConfig) else dict(config), enc_hook=os.fspath)
-    except TypeError as error:
-        raise ConfigError(f"settings: {error}; expected numbers, strings, paths, lists and mappings") from None
-    checked = convert(data, RunConfig, "settings")
-    if checked.target:
-        raise ConfigError(
-            f"settings: target={checked.target}: expected none, as the target is hosted already; give them to whoever "
-            f"hosts it: `specd start`, or the DaemonConfig of `specd.embedded`"
-        )
-    return (lambda target: checked) if isinstance(config, RunConfig) else partial(run_config, data)
-
-
-def _with_dtype(config: RunConfig, device: str) -> RunConfig:
-    """`config` with a dtype for `auto`: bfloat16 on a GPU and float32 on a CPU, where bfloat16 is emulated."""
-    if config.train.dtype != "auto":
-        return config
-    dtype: Literal["float32", "bfloat16"] = "float32" if device == "cpu" else "bfloat16"
-    return replace(config, train=replace(config.train, dtype=dtype))
-
-
-def _with_data(config: RunConfig, target: str) -> RunConfig:
-    """`config` with specd's own conversations where it names no data, and one line that says so."""
-    if config.data.path:
-        return config
-    logger.warning(
-        "no data given: training on the conversations that come with specd (%s), whose answers are not %s's own, so "
-        "this only shows the path; for a draft worth serving give --data FILE with answers of %s, as `specd data "
-        "regenerate FILE --model %s --output FILE` writes them",
-        DEMO, target, target, target,
-    )  # fmt: skip
-    return replace(config, data=replace(config.data, path=DEMO))
 
 
 def _target_parts(subscriber: Subscriber, config: dict[str, object], dataset: Dataset) -> TargetParts:
@@ -394,4 +305,5 @@ def _facts(
         transports=transports,
         machine=machine_facts() | ({"ranks": ranks.title.removeprefix(" · ")} if ranks.size > 1 else {}),
         config=msgspec.to_builtins(config),
+        directory=os.getcwd(),
     )

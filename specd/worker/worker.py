@@ -24,6 +24,7 @@ import zmq
 
 from specd.config.settings import DaemonConfig
 from specd.errors import SpecdError, TransportError, first_line
+from specd.log import log_as
 from specd.memory.arena import HostArena
 from specd.memory.device_arena import DeviceArena
 from specd.parent import when_parent_dies
@@ -378,8 +379,7 @@ def main() -> None:
     """Entry of a worker process: its WorkerConfig is one JSON line on standard input."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C reaches control, which ends its worker in order
     line = sys.stdin.buffer.readline()
-    level = os.environ.get("SPECD_LOG", "WARNING")
-    logging.basicConfig(level=level, format="%(asctime)s %(levelname)s worker %(name)s: %(message)s")
+    log_as("worker")
     config = msgspec.json.decode(line, type=WorkerConfig)
     when_parent_dies(signal.SIGCONT)  # it sees that by itself, unless it is stopped
     with zmq.Context() as context:

@@ -70,6 +70,23 @@ def test_operations_of_dflash2_are_those_that_torch_executes() -> None:
     assert 0 < batched <= executed[torch.ops.aten.bmm]
 
 
+def test_operations_of_dspark_are_those_that_torch_executes() -> None:
+    """All products but attention's; where a chunk ends between rows of a teacher, that is computed twice."""
+    way = Variant(SETTINGS | {"markov_rank": 8, "loss_chunk": 512})
+    trained = draft._Trained.made("dspark", TINY, way, torch.device("cpu"), torch.float32)
+    batch = Batch(
+        tokens=np.arange(50, dtype=np.int32),
+        lengths=np.array([50], np.int32),
+        loss_mask=np.ones(50, np.bool_),
+        samples=(0,),
+    )
+    with FlopCounterMode(display=False) as counter:
+        trained.objective.loss(Delivery(batch, *trained.states(50))).sum.backward()  # type: ignore[no-untyped-call]
+    executed, counted = counter.get_flop_counts()["Global"], trained.method.workload(trained.objective, batch).flops
+    assert counted.pop("attention") > 0
+    assert executed[torch.ops.aten.mm] + executed[torch.ops.aten.addmm] == sum(counted.values())
+
+
 @pytest.fixture(scope="module")
 def result() -> DraftResult:
     # Of fifteen steps: with a few, one that the machine held up moves the medians of stretches and whole apart.

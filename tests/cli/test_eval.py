@@ -79,7 +79,8 @@ def printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     settings = [*(f"draft.{one}" for one in small), "data.max_length=256", "data.batch_tokens=256", "train.threads=1"]
     arguments = ["--model", "./Qwen3-8B", "--data", data, "--output", str(tmp_path / "my run"), "--max-steps", "1"]
     assert run(["train", "dflash", *arguments, "--device", "cpu", *(f"--set={one}" for one in settings)]) == 0
-    command = capsys.readouterr().out.splitlines()[-1].removeprefix("next: ").partition(", then ")[0]
+    (command,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("next:")]
+    command = command.removeprefix("next:").strip()
     monkeypatch.chdir(tmp_path)
     return [*shlex.split(command)[1:], "--device", "cpu", "--dtype", "float32", "--limit", "2", "--max-new-tokens", "4"]
 

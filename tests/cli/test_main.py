@@ -13,7 +13,7 @@ import typer
 from typer.testing import CliRunner
 
 import specd
-from specd.cli import doctor, main
+from specd.cli import doctor, furnish
 from specd.cli.main import app, run
 from specd.errors import ConfigError, DaemonError
 
@@ -26,11 +26,15 @@ VERBS = (
     ["keys", "list"],
     ["keys", "revoke"],
     ["train", "dflash"],
+    ["resume"],
     ["eval"],
+    ["export"],
+    ["push"],
     ["report"],
     ["data", "regenerate"],
     ["data", "show"],
     ["data", "stats"],
+    ["config"],
     ["doctor"],
     ["bench", "transport"],
     ["bench", "daemon"],
@@ -88,7 +92,7 @@ def test_wrong_option_is_a_usage_error(capsys: pytest.CaptureFixture[str]) -> No
 
 def test_logging_is_set_up_once() -> None:
     for _ in range(3):
-        main.log_to_stderr(logging.DEBUG)
+        furnish.log_to_stderr(logging.DEBUG)
     logger = logging.getLogger("specd")
     assert (len(logger.handlers), logger.level, os.environ["SPECD_LOG"]) == (1, logging.DEBUG, "DEBUG")
 
@@ -97,7 +101,7 @@ def test_logs_go_to_the_standard_error_of_the_moment(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """As a bar has it, which takes lines above itself."""
-    main.log_to_stderr(logging.INFO)
+    furnish.log_to_stderr(logging.INFO)
     with monkeypatch.context() as moment:
         moment.setattr(sys, "stderr", above := io.StringIO())
         logging.getLogger("specd.x").info("while")

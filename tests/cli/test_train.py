@@ -205,7 +205,7 @@ def test_the_recipe_of_a_preset_is_used_as_a_whole(
     ("where", "remedy"),
     [
         ("specd.train.preparation.prepare", "give the same command again"),
-        ("specd.train.trainer.train", "the same command and --resume"),
+        ("specd.train.trainer.train", "specd resume"),
     ],
 )
 def test_an_interrupted_run_goes_on_as_it_says(
@@ -224,5 +224,7 @@ def test_an_interrupted_run_goes_on_as_it_says(
         patched.setattr(where, interrupt)
         assert train(tmp_path / "run", *command) == 130
     assert remedy in capsys.readouterr().err
-    resume = ["--resume"] if "--resume" in remedy else []
-    assert train(tmp_path / "run", *command, *resume) == 0, capsys.readouterr().err
+    if remedy == "specd resume":
+        assert run(["--quiet", "resume", str(tmp_path / "run")]) == 0, capsys.readouterr().err
+    else:
+        assert train(tmp_path / "run", *command) == 0, capsys.readouterr().err

@@ -20,7 +20,7 @@ from specd.config.settings import DaemonConfig, RingConfig, SubscriberConfig, Ta
 from specd.daemon.control import Control
 from specd.daemon.serve import Embedded, embedded
 from specd.daemon.supervisor import Supervisor, ThreadHandle
-from specd.errors import BatchError, DaemonError, RejectedError
+from specd.errors import BatchError, ConfigError, DaemonError, RejectedError
 from specd.protocol import messages as wire
 from specd.protocol.batch import Batch, batch_id
 from specd.protocol.capture import CaptureSpec
@@ -99,6 +99,17 @@ def test_a_token_outside_the_vocabulary_is_named(host: Embedded) -> None:
     bad.tokens[2] = 128
     with subscriber(host) as source, pytest.raises(BatchError, match="token id 128 is outside"):
         next(source.stream([bad]))
+
+
+def test_a_second_stream_is_refused_while_the_first_is_open(host: Embedded) -> None:
+    with subscriber(host) as source:
+        first = source.stream([batch(0), batch(1)])
+        next(first)
+        with pytest.raises(ConfigError, match="another stream of this subscriber is open"):
+            next(source.stream([batch(2)]))
+        assert next(first).batch.index == 1
+        first.close()
+        assert next(source.stream([batch(2)])).batch.index == 2
 
 
 def test_the_window_never_exceeds_the_depth(host: Embedded) -> None:

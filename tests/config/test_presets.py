@@ -24,6 +24,8 @@ from specd.drafts.backbone.shape import draft_shape as block_shape
 from specd.drafts.dflash.settings import DFlashConfig
 from specd.drafts.dflash2.objective import DFLASH2
 from specd.drafts.dflash2.settings import DFlash2Config
+from specd.drafts.dspark.objective import DSPARK
+from specd.drafts.dspark.settings import DSparkConfig
 from specd.drafts.eagle3.model import Eagle3Draft, draft_shape
 from specd.drafts.eagle3.settings import Eagle3Config
 from specd.drafts.taps import eagle3_taps, spread_taps
@@ -121,6 +123,21 @@ def test_recipes_of_dflash2_fit_the_configuration(name: str) -> None:
             networks = (DFLASH2.network(shape), DFLASH.network(shape))
         whole, backbone = (sum(weight.numel() for weight in network.parameters()) for network in networks)
         assert whole - backbone == pytest.approx(88.9e6, rel=0.01)
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_recipes_of_dspark_fit_the_configuration(name: str) -> None:
+    recipe = known(name)
+    run = convert({"method": "dspark"} | recipe.run["dspark"], RunConfig, f"preset {name}")
+    draft = convert(run.draft, DSparkConfig, f"preset {name}")
+    taps = spread_taps(recipe.config["num_hidden_layers"], 5)
+    shape = block_shape(draft, recipe.config, taps, DSPARK.shape, DSPARK.own)
+    assert (shape.num_guesses, draft.loss_decay) == (7, 4.0)
+    ring = convert(recipe.ring, RingConfig, f"preset {name}")
+    states = draft.num_taps + 1
+    assert run.data.batch_tokens * states <= ring.slot_tokens * recipe.capture["num_taps"], "what a daemon's slots hold"
+    assert recipe.run["dspark"]["data"] == recipe.run["dflash"]["data"]
+    assert recipe.run["dspark"]["train"] == recipe.run["dflash"]["train"]
 
 
 @pytest.mark.parametrize("name", PARAMETERS)

@@ -99,7 +99,7 @@ def test_a_lack_of_pyarrow_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     (tmp_path / "a.jsonl.zst").write_bytes(zstd(LINES))
     monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
     for path in tmp_path.iterdir():
-        with pytest.raises(ConfigError, match=r"'pyarrow' is not installed; install it with: pip install .*hub"):
+        with pytest.raises(ConfigError, match=r"'pyarrow' is not installed; install it with: pip install .*parquet"):
             rows(path)
 
 

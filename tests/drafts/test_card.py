@@ -7,11 +7,12 @@ from typing import Any
 
 import msgspec
 import pytest
+import yaml
 
 from drafts import CONFIG as DRAFT
 from drafts import make_draft
 from eagle import make_eagle
-from specd.drafts.card import sglang, vllm
+from specd.drafts.card import card, sglang, vllm, with_section
 
 WINDOW = {"sliding_window": 6}
 
@@ -32,7 +33,7 @@ WINDOW = {"sliding_window": 6}
 def test_dflash(tmp_path: Path, changes: dict[str, Any], said: list[str], unsaid: list[str]) -> None:
     make_draft(msgspec.structs.replace(DRAFT, **changes)).export(tmp_path, {"README.md": b"the target's"})
     text = (tmp_path / "README.md").read_text()
-    assert text.startswith("# DFlash draft for tiny\n")
+    assert text.startswith("---\ntags:\n- speculative-decoding\n- dflash\n---\n\n# DFlash draft for tiny\n")
     for part in (
         "--model-path tiny --speculative-draft-model-path DRAFT --speculative-algorithm DFLASH",
         "vllm serve tiny --speculative-config "
@@ -63,6 +64,7 @@ def test_eagle3(tmp_path: Path, shape: dict[str, Any], said: str) -> None:
         said,
     ):
         assert part in text
+    assert yaml.safe_load(text.split("---\n")[1])["tags"] == ["speculative-decoding", "eagle3"]
     assert ("SGLang from" in text, "Not with" in text) == ("SGLang from" in said, "Not with" in said)
 
 
@@ -82,3 +84,21 @@ def test_whoever_may_read_the_config_may_read_the_weights(tmp_path: Path) -> Non
 def test_engines_are_given_a_target_that_they_know(target: str, served: str) -> None:
     assert f" --model-path {served} --spec" in sglang(target, "")
     assert f"vllm serve {served} --spec" in vllm(target, "eagle3", 3)
+
+
+def test_a_hub_reads_whose_draft_it_is() -> None:
+    for target, base in (
+        ("qwen3-8b", "Qwen/Qwen3-8B"),
+        ("a/b-1.0", "a/b-1.0"),
+        ("/a/b", None),
+        ("synthetic:hidden=8", None),
+    ):
+        head = card("DFlash", target, {}, {}, []).decode().split("---\n")[1]
+        assert yaml.safe_load(head).get("base_model") == base
+
+
+def test_a_section_stands_once_and_last() -> None:
+    once = with_section("# A\n\ntext\n", "Training", ["one", "", "more"])
+    assert once == "# A\n\ntext\n\n## Training\n\none\n\nmore\n"
+    assert with_section(once, "Training", ["two"]) == "# A\n\ntext\n\n## Training\n\ntwo\n"
+    assert with_section("", "Training", ["two"]) == "## Training\n\ntwo\n"

@@ -128,7 +128,7 @@ def test_a_draft_is_decoded_without_its_selector(
     found = evaluate_draft(tmp_path / "selecting", *target, prompts, max_new_tokens=8, unary=True)
     assert list(found) == ["unary", "trained"]
     assert all(facts.result.identical for facts in found.values())
-    with pytest.raises(ConfigError, match=r"has no selector that could be left out.* leave --unary out"):
+    with pytest.raises(ConfigError, match=r"guesses each token by itself: .* leave --unary out"):
         evaluate_draft(draft, *target, prompts, max_new_tokens=8, unary=True)
 
 

@@ -36,7 +36,7 @@ def sglang() -> Iterator[None]:
     quiet: Any = types.ModuleType("sglang.srt.configs.utils")
     quiet.register_image_processor = quiet.register_processor = lambda *_: None
     sys.modules[quiet.__name__] = quiet
-    for name in ("dflash", "llama_eagle3"):
+    for name in ("dflash", "dspark", "llama_eagle3"):
         peer(f"sglang.srt.models.{name}")
     spec = types.SimpleNamespace(speculative_draft_window_size=None)
     answers = {"get_parallel": OneRank, "get_exec": Off, "get_spec": lambda: spec}

@@ -7,8 +7,18 @@ import os
 
 os.environ["TORCHDYNAMO_DISABLE"] = "1"  # read by torch when it is first imported
 
-from golden_drafts import DFLASH_CASES, EAGLE_CASES, FILE, figures, golden_dflash, golden_eagle
+from golden_drafts import (
+    DFLASH_CASES,
+    DSPARK_CASES,
+    EAGLE_CASES,
+    FILE,
+    figures,
+    golden_dflash,
+    golden_dspark,
+    golden_eagle,
+)
 from peer_dflash import of_specforge as dflash_of_specforge
+from peer_dspark import of_specforge as dspark_of_specforge
 from peer_eagle import of_specforge, of_speculators
 
 if __name__ == "__main__":
@@ -20,4 +30,7 @@ if __name__ == "__main__":
     for name, settings in DFLASH_CASES.items():
         dflash = dflash_of_specforge(*golden_dflash(settings))
         found[f"dflash: {name}"] = figures(dflash.total, [dflash.counted], dflash.gradients)
+    for name, own in DSPARK_CASES.items():
+        dspark, _ = dspark_of_specforge(*golden_dspark(own))
+        found[f"dspark: {name}"] = figures(dspark.total, [dspark.counted], dspark.gradients)
     FILE.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")

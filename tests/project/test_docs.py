@@ -19,6 +19,7 @@ from chats import write_target
 from specd.cli.main import app
 from specd.config.load import overrides
 from specd.config.settings import DaemonConfig, RunConfig
+from streams import hosted
 
 TEXT = Path(__file__).parents[2] / "docs" / "use.md"
 
@@ -65,3 +66,15 @@ def test_commands_of_the_multi_gpu_page_have_the_options_they_name() -> None:
                 kind = DaemonConfig if verb == "start" else RunConfig
                 needed = {"target": {"model": "m"}} if verb == "start" else {"method": "dflash"}
                 msgspec.convert(needed | settings, kind)
+
+
+def test_other_loops_draw_states_as_it_is_written() -> None:
+    """tests/oracles/test_adapters.py runs the rest of the page, beside the trainers that it names."""
+    code = re.findall(r"```python\n(.*?)```", TEXT.with_name("adapters.md").read_text(encoding="utf-8"), re.DOTALL)[0]
+    names: dict[str, Any] = {"__name__": "adapters"}
+    exec(compile(code, "adapters.md", "exec"), names)
+    with hosted() as host:
+        ends = [names["train"](host.subscriber_config(), host.context, rank, 2) for rank in range(2)]
+        assert ends[0] == ends[1]
+        assert ends[0]["epoch"] == 2
+        assert names["train"](host.subscriber_config(), host.context, state=ends[0]) == ends[0]

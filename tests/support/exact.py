@@ -22,6 +22,8 @@ from specd.drafts.dflash.method import DFlashMethod
 from specd.drafts.dflash.settings import DFlashConfig
 from specd.drafts.dflash2.method import DFlash2Method
 from specd.drafts.dflash2.settings import DFlash2Config
+from specd.drafts.dspark.method import DSparkMethod
+from specd.drafts.dspark.settings import DSparkConfig
 from specd.drafts.eagle3.method import Eagle3Method
 from specd.drafts.eagle3.settings import Eagle3Config
 from specd.protocol.batch import Batch
@@ -50,6 +52,18 @@ DRAFTS: dict[str, tuple[type[Method], Config]] = {
             selector_weight=0.2,  # its part comes only as labels are covered
         ),
     ),
+    "dspark": (
+        DSparkMethod,
+        DSparkConfig(
+            num_layers=2,
+            num_taps=3,
+            block_size=4,
+            num_anchors=6,
+            attention="sdpa",
+            mask_token_id=255,
+            markov_rank=8,
+        ),
+    ),
     "eagle3": (Eagle3Method, Eagle3Config(num_steps=4, draft_vocab_size=40)),
 }
 TARGET = {
@@ -66,6 +80,9 @@ class Feed:
     """Twenty batches that count, from a random start and in random lengths: something a draft can learn."""
 
     num_batches = STEPS
+
+    def before(self, epoch: int, index: int) -> int:
+        return index
 
     def places(self, epoch: int, index: int) -> Iterator[Place]:
         for number in range(index, STEPS):

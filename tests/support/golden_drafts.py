@@ -14,9 +14,13 @@ from torch import Tensor
 
 from drafts import CONFIG as DFLASH
 from drafts import HIDDEN, VOCAB, make_draft
+from dspark import CONFIG as DSPARK
+from dspark import make_dspark
 from eagle import parts
 from specd.drafts.dflash.objective import DFlash
 from specd.drafts.dflash.settings import DFlashConfig
+from specd.drafts.dspark.objective import DSpark
+from specd.drafts.dspark.settings import DSparkConfig
 from specd.drafts.eagle3.objective import Eagle3
 from specd.drafts.eagle3.settings import Eagle3Config
 from specd.protocol.batch import Batch, Delivery
@@ -36,6 +40,8 @@ DFLASH_CASES: dict[str, DFlashConfig] = {
     "specforge": DFLASH,
     "specforge, dpace": msgspec.structs.replace(DFLASH, loss="dpace", dpace_alpha=0.3),
 }
+
+DSPARK_CASES: dict[str, DSparkConfig] = {"specforge": msgspec.structs.replace(DSPARK, num_anchors=50)}
 
 
 def wave(number: int, *shape: int) -> Tensor:
@@ -61,6 +67,14 @@ def golden_dflash(config: DFlashConfig) -> tuple[DFlash, Delivery]:
     objective = make_draft(config)
     _fill(objective)
     return objective, Delivery(_batch(), 2 * wave(500, sum(LENGTHS), 3, HIDDEN))
+
+
+def golden_dspark(config: DSparkConfig) -> tuple[DSpark, Delivery]:
+    """A draft that has every anchor there is, the same batch, and final states."""
+    objective = make_dspark(config)
+    _fill(objective)
+    states = 2 * wave(500, sum(LENGTHS), 4, HIDDEN)
+    return objective, Delivery(_batch(), states[:, :3], states[:, 3])
 
 
 def figures(total: float, counted: list[int], gradients: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -91,7 +105,7 @@ def read_golden() -> dict[str, Any]:
     return found
 
 
-def _fill(objective: Eagle3 | DFlash) -> None:
+def _fill(objective: Eagle3 | DFlash | DSpark) -> None:
     with torch.no_grad():
         for number, parameter in enumerate(objective.module.parameters()):
             values = wave(number, *parameter.shape)

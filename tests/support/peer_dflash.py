@@ -14,6 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from drafts import draft_config, taps_of
 from peers import peer
+from specd.drafts.backbone.objective import BlockObjective
 from specd.drafts.blocks import sample_anchors
 from specd.drafts.dflash.objective import DFlash
 from specd.protocol.batch import Delivery
@@ -34,19 +35,17 @@ def of_specd(objective: DFlash, delivery: Delivery) -> Result:
     loss = objective.loss(delivery)
     counted, correct = (int(loss.metrics[key].sum()) for key in ("counted", "correct"))
     return Result(
-        float(loss.sum.detach()), float(loss.weight), counted, correct, _gradients(objective.module, loss.sum)
+        float(loss.sum.detach()), float(loss.weight), counted, correct, gradients_of(objective.module, loss.sum)
     )
 
 
 def of_specforge(objective: DFlash, delivery: Delivery) -> Result:
     """Its OnlineDFlashModel, sequences side by side."""
-    shape, batch, config = objective.draft.shape, delivery.batch, objective.config
+    shape, config = objective.draft.shape, objective.config
     described: dict[str, Any] = {**draft_config(shape, torch.float32), "attn_implementation": "sdpa"}
     draft = peer("specforge.modeling.draft.dflash").DFlashDraftModel(transformers.Qwen3Config(**described))
     draft.load_state_dict(objective.module.state_dict())
-    embedding, head = nn.Embedding(shape.vocab_size, shape.hidden_size), nn.Linear(1, 1, bias=False)
-    embedding.weight = nn.Parameter(objective.embedding, requires_grad=False)
-    head.weight = nn.Parameter(objective.lm_head, requires_grad=False)
+    embedding, head = target_modules(objective)
     model = peer("specforge.algorithms.common.dflash_family_model").OnlineDFlashModel(
         draft,
         head,
@@ -60,20 +59,39 @@ def of_specforge(objective: DFlash, delivery: Delivery) -> Result:
         loss_type="dpace" if config.loss == "dpace" else "dflash",
         dpace_alpha=config.dpace_alpha,
     )
-    drawn = sample_anchors(
-        batch.loss_mask, batch.lengths, batch.samples, batch.epoch, objective.seed, config.num_anchors
-    )
-    anchors = pad_sequence([torch.from_numpy(one) for one in drawn], batch_first=True)
-    kept = pad_sequence([torch.ones(one.size, dtype=torch.bool) for one in drawn], batch_first=True)
-    model._sample_anchor_positions = lambda *_: (anchors, kept)
-    columns = (torch.from_numpy(batch.tokens).long(), taps_of(delivery).flatten(1), torch.from_numpy(batch.loss_mask))
-    tokens, taps, labels = (
-        pad_sequence(list(torch.split(one, batch.lengths.tolist())), batch_first=True) for one in columns
-    )
-    _, _, measured = model(tokens, taps, labels.float())
+    model._sample_anchor_positions = lambda *_: anchors_of(objective, delivery)
+    tokens, taps, labels = side_by_side(delivery)
+    _, _, measured = model(tokens, taps, labels)
     total, weight = measured["loss_terms"]
     correct, counted = (int(part) for part in measured["ratio_metrics"]["acc"])
-    return Result(float(total.detach()), float(weight), counted, correct, _gradients(draft, total))
+    return Result(float(total.detach()), float(weight), counted, correct, gradients_of(draft, total))
+
+
+def target_modules(objective: BlockObjective) -> tuple[nn.Embedding, nn.Linear]:
+    """The target's embedding and lm_head."""
+    shape = objective.draft.shape
+    embedding, head = nn.Embedding(shape.vocab_size, shape.hidden_size), nn.Linear(1, 1, bias=False)
+    embedding.weight = nn.Parameter(objective.embedding, requires_grad=False)
+    head.weight = nn.Parameter(objective.lm_head, requires_grad=False)
+    return embedding, head
+
+
+def anchors_of(objective: BlockObjective, delivery: Delivery) -> tuple[Tensor, Tensor]:
+    """The anchors of each sequence, and which of these are there, [B, most]."""
+    batch = delivery.batch
+    drawn = sample_anchors(
+        batch.loss_mask, batch.lengths, batch.samples, batch.epoch, objective.seed, objective.config.num_anchors
+    )
+    anchors = pad_sequence([torch.from_numpy(one) for one in drawn], batch_first=True)
+    return anchors, pad_sequence([torch.ones(one.size, dtype=torch.bool) for one in drawn], batch_first=True)
+
+
+def side_by_side(delivery: Delivery, *states: Tensor) -> list[Tensor]:
+    """Tokens, taps, labels and more states [T, H] of a batch, its sequences padded to the longest."""
+    batch = delivery.batch
+    tokens, labels = torch.from_numpy(batch.tokens).long(), torch.from_numpy(batch.loss_mask).float()
+    columns, lengths = (tokens, taps_of(delivery).flatten(1), labels, *states), batch.lengths.tolist()
+    return [pad_sequence(list(torch.split(one, lengths)), batch_first=True) for one in columns]
 
 
 def of_speculators(objective: DFlash, delivery: Delivery) -> Result:
@@ -118,10 +136,11 @@ def of_speculators(objective: DFlash, delivery: Delivery) -> Result:
         )
     counted = len(objective.draw(batch).rows)
     total = total * (counted + 1e-5)
-    return Result(float(total.detach()), counted, counted, -1, _gradients(model, total))
+    return Result(float(total.detach()), counted, counted, -1, gradients_of(model, total))
 
 
-def _gradients(model: nn.Module, total: Tensor) -> dict[str, Tensor]:
+def gradients_of(model: nn.Module, total: Tensor) -> dict[str, Tensor]:
+    """Of a loss, by the names of trained parameters."""
     model.zero_grad()
     total.backward()  # type: ignore[no-untyped-call]
     found: dict[str, Tensor] = {}

@@ -45,8 +45,10 @@ def apart(found: Tensor, states: Tensor) -> float:
     return float((found - states).abs().max() / states.abs().max())
 
 
-def in_sglang(objective: BlockObjective, path: Path, patch: pytest.MonkeyPatch, name: str) -> tuple[Any, Tensor]:
-    """SGLang's draft `name` read from `path`, and its states of `one_block`."""
+def in_sglang(
+    objective: BlockObjective, path: Path, patch: pytest.MonkeyPatch, name: str, home: str = "dflash"
+) -> tuple[Any, Tensor]:
+    """SGLang's draft `name` of its module `home` read from `path`, and its states of `one_block`."""
     objective.export(path)
     taps, tokens, _ = one_block(objective)
     module, shape = peer("sglang.srt.models.dflash"), objective.draft.shape
@@ -57,7 +59,7 @@ def in_sglang(objective: BlockObjective, path: Path, patch: pytest.MonkeyPatch, 
         return [norm.forward_native(x.reshape(-1, shape.head_dim)).view(x.shape) for x, norm in heads]
 
     patch.setattr(module, "apply_qk_norm", normed)
-    draft = getattr(module, name)(transformers.AutoConfig.from_pretrained(path))
+    draft = getattr(peer(f"sglang.srt.models.{home}"), name)(transformers.AutoConfig.from_pretrained(path))
     for parameter in draft.parameters():
         parameter.fill_(torch.nan)
     draft.load_weights(load_file(path / "model.safetensors").items())
@@ -92,7 +94,7 @@ def in_vllm(
             self.layer_name, self.kv_cache = prefix, None
             self.impl = types.SimpleNamespace(do_kv_cache_update=lambda _, key, value, *__: self.keep(key, value))
 
-    config = vllm_config(as_vllm_reads(path, method, shape.block_size - 1))
+    config = vllm_config(as_vllm_reads(path, method, shape.num_guesses))
     patch.setattr(module, "Attention", Attention)
     patch.setattr(module, "get_draft_quant_config", lambda _: None)
     patch.setattr(type(config), "use_v2_model_runner", True)  # where layers differ it asks for that runner

@@ -69,6 +69,9 @@ class Plan:
     def num_batches(self) -> int:
         return self.epochs * self.per_epoch
 
+    def before(self, epoch: int, index: int) -> int:
+        return epoch * self.per_epoch + index
+
     def places(self, epoch: int, index: int) -> Iterator[Place]:
         for number in range(epoch * self.per_epoch + index, self.num_batches):
             epoch, index = divmod(number, self.per_epoch)

@@ -119,7 +119,7 @@ def test_a_signal_to_torchrun_ends_the_run_with_its_step_saved(data: list[str], 
         assert process.wait(30) != 0
         assert time.monotonic() - began < 10
     said = (tmp_path / "log").read_text()
-    assert said.count("specd: ") == said.count("specd: interrupted; continue with the same command") == 1, said
+    assert said.count("specd: ") == said.count("specd: interrupted; ") == said.count("specd resume ") == 1, said
     steps = len(read(output / "metrics.jsonl"))
     assert (output / "checkpoints" / f"step-{steps:08d}").is_dir()
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 import torch._inductor.config
 
-from drafts import MASK, deliver, make_batch, parts, taps_of
+from drafts import MASK, make_batch, parts, taps_of
+from dspark import deliver
 from specd.config.settings import AttentionKind, TrainConfig
 from specd.drafts.backbone.objective import BlockObjective
 from specd.drafts.backbone.settings import BlockConfig
@@ -16,6 +17,8 @@ from specd.drafts.dflash.objective import DFlash
 from specd.drafts.dflash.settings import DFlashConfig
 from specd.drafts.dflash2.objective import DFlash2
 from specd.drafts.dflash2.settings import DFlash2Config
+from specd.drafts.dspark.objective import DSpark
+from specd.drafts.dspark.settings import DSparkConfig
 from specd.protocol.batch import Delivery
 from specd.train.optimizer import apply_gradients, make_optimizer
 
@@ -32,13 +35,25 @@ KINDS: dict[str, tuple[type[BlockObjective], BlockConfig]] = {
             selector_rank=24,
         ),
     ),
+    "dspark": (
+        DSpark,
+        DSparkConfig(
+            num_layers=2, num_taps=3, block_size=7, num_anchors=40, loss_chunk=128, head_dim=64, mask_token_id=MASK,
+            markov_rank=24,
+        ),
+    ),
 }  # fmt: skip
 
 
 def on_gpu(lengths: tuple[int, ...], seed: int = 0) -> Delivery:
-    """A batch of sequences of these lengths, its taps bfloat16 on the GPU."""
-    delivery = deliver(make_batch(lengths, seed=seed))
-    return Delivery(delivery.batch, taps_of(delivery).cuda().bfloat16())
+    """A batch of sequences of these lengths, its states bfloat16 on the GPU."""
+    return moved(deliver(make_batch(lengths, seed=seed)), torch.bfloat16)
+
+
+def moved(delivery: Delivery, dtype: torch.dtype) -> Delivery:
+    """A delivery with its states on the GPU."""
+    assert delivery.final is not None
+    return Delivery(delivery.batch, taps_of(delivery).to("cuda", dtype), delivery.final.to("cuda", dtype))
 
 
 @pytest.mark.gpu(1)
@@ -51,7 +66,7 @@ def test_loss_on_a_gpu_equals_the_cpu_and_never_waits_for_the_device(kind: str) 
     delivery = deliver(make_batch((200, 31, 90)))
     on_cpu, on_gpu = make(config, parts()), make(config, parts(), "cuda")
     here = on_cpu.loss(delivery)
-    there = Delivery(delivery.batch, taps_of(delivery).cuda())
+    there = moved(delivery, torch.float32)
     on_gpu.loss(there).sum.backward()  # type: ignore[no-untyped-call]
     torch.cuda.set_sync_debug_mode("error")
     try:

@@ -127,7 +127,7 @@ def test_a_full_disk_is_one_clear_error(tmp_path: Path, monkeypatch: pytest.Monk
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(checkpoint, "save_file", full)
-    with pytest.raises(CheckpointError, match=r"step-00000002.*No space left.*--resume"):
+    with pytest.raises(CheckpointError, match=r"step-00000002.*No space left.*`specd resume "):
         checkpoints.save(Position(step=2), draft, optimizer, RngStates.capture())
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
 
@@ -135,7 +135,7 @@ def test_a_full_disk_is_one_clear_error(tmp_path: Path, monkeypatch: pytest.Monk
 def test_nothing_to_resume_says_so(tmp_path: Path) -> None:
     checkpoints, _, _ = saved(tmp_path / "a", steps=(1,))
     (checkpoints.latest() / "state.json").unlink()
-    with pytest.raises(CheckpointError, match=r"no complete checkpoint in .*1 torn.*without --resume"):
+    with pytest.raises(CheckpointError, match=r"no complete checkpoint in .*1 torn.*anew, in another --output"):
         checkpoints.latest()
     with pytest.raises(CheckpointError, match="0 torn"):
         Checkpoints(tmp_path / "nowhere", IDENTITY).latest()

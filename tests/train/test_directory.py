@@ -48,13 +48,13 @@ def test_a_new_run_takes_an_empty_place_only(tmp_path: Path, resume: bool) -> No
     with pytest.raises(ConfigError, match=r"exists and is not empty: .*choose another --output") as refused:
         run.check(resume)
     assert ("holds no run to resume" in str(refused.value)) is resume
-    assert "--resume" not in str(refused.value), "there is no run to resume"
+    assert "specd resume" not in str(refused.value), "there is no run to resume"
 
 
 def test_a_run_is_resumed_and_not_overwritten(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path)
     (tmp_path / "run.json").touch()
-    with pytest.raises(ConfigError, match="not empty: continue that run with --resume"):
+    with pytest.raises(ConfigError, match=f"not empty: go on with that run by `specd resume {tmp_path}`"):
         run.check(resume=False)
     assert run.check(resume=True), "it was killed before its first step"
     journal(run, 3)

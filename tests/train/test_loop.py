@@ -154,7 +154,7 @@ def test_out_of_memory_names_the_batch_and_loses_no_step(tmp_path: Path, at: tup
     done = (at[0] * 10 + at[1]) // 3
     said = (
         rf"step {done + 1}: no memory left for batch {at[1]} of epoch {at[0]} \(1 sequences, (\d) tokens, \1 of them "
-        r"labels\): CUDA out of memory\. .* 2\.00 GiB\.; .*--resume.*data\.max_batch_sequences.*data\.batch_tokens"
+        r"labels\): CUDA out of memory\. .* 2\.00 GiB\.; .*specd resume.*data\.max_batch_sequences.*data\.batch_tokens"
     )
     with pytest.raises(SpecdError, match=said) as refused:
         run(tmp_path / "cut", config, Big())

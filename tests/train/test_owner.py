@@ -46,7 +46,7 @@ print(refused)
 
 
 def taken(pid: int) -> str:
-    return rf"process {pid} on {re.escape(socket.gethostname())} trains in '.*run': wait for its end.*--resume"
+    return rf"process {pid} on {re.escape(socket.gethostname())} trains in '.*run': wait for its end.* resume .*run`"
 
 
 def test_the_second_is_told_who_owns_it_and_nothing_is_left_behind(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ import torch
 from chats import talk, write_rows, write_target
 from specd.cli.main import run
 from specd.client.subscriber import Subscriber
-from specd.config.settings import DaemonConfig, DataConfig, RingConfig, RunConfig, TargetConfig, TrainConfig
+from specd.config.settings import DaemonConfig, DataConfig, RingConfig, RunConfig, TargetConfig
 from specd.daemon.serve import Embedded, embedded
 from specd.data.rows import DEMO
 from specd.drafts.dflash.objective import DFlash
@@ -57,10 +57,10 @@ def settings(tmp_path: Path) -> dict[str, Any]:
 def test_without_data_it_trains_on_the_conversations_that_come_along_and_says_so(
     host: Embedded, model: Path, settings: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level(logging.WARNING, "specd.train.trainer")
+    caplog.set_level(logging.WARNING, "specd.train.preparation")
     done = train_draft(settings, host=host)
     assert done.steps == 2
-    (said,) = [record.message for record in caplog.records if record.name == "specd.train.trainer"]
+    (said,) = [record.message for record in caplog.records if record.name == "specd.train.preparation"]
     for part in (DEMO, f"not {model}'s own", "--data FILE", f"specd data regenerate FILE --model {model}"):
         assert part in said
     assert "\n" not in said
@@ -139,9 +139,8 @@ def test_one_command_survives_being_started_again(settings: dict[str, Any], host
         again = train_draft(settings | free, host=Unused(), resume=True)
         assert again == done._replace(was_finished=True)
     assert not [*done.directory.glob(".lock")]
-    for other in ({"max_steps": 3}, {"lr": 1e-9}):
-        with pytest.raises(CheckpointError, match=f"train.{next(iter(other))} was .*give the old values back"):
-            train_draft(settings | {"train": TRAIN | other}, host=host, resume=True)
+    with pytest.raises(CheckpointError, match=r"train.lr was .*give the old values back"):
+        train_draft(settings | {"train": TRAIN | {"lr": 1e-9}}, host=host, resume=True)
     with pytest.raises(DataError, match="no data at 'none'"):
         train_draft(settings | {"data": {"path": "none"}}, host=host, resume=True)
     (done.directory / "metrics.jsonl").write_bytes((done.directory / "metrics.jsonl").read_bytes() * 2)
@@ -182,7 +181,7 @@ def test_the_directory_is_owned_from_before_the_target_is_loaded_until_the_draft
 
     monkeypatch.setattr(DFlash, "export", exported)
     train_draft(settings, host=hosting())
-    assert seen == [f"{os.getpid()} {socket.gethostname()}\n"] * 2
+    assert seen == [f"{os.getpid()} {socket.gethostname()}\n"] * 3, "of the last checkpoint, too"
     assert not (output / ".lock").exists()
 
 
@@ -208,7 +207,7 @@ def test_with_data_it_says_nothing_of_it(
     path = write_rows(tmp_path / "a.jsonl", *({"messages": talk("Hi", "Hello. " * 9)} for _ in range(9)))
     settings["data"]["path"] = path
     train_draft(settings, host=host)
-    assert not [record for record in caplog.records if record.name == "specd.train.trainer" and record.levelno > 20]
+    assert not [record for record in caplog.records if record.name == "specd.train.preparation" and record.levelno > 20]
 
 
 @pytest.mark.parametrize(
@@ -305,19 +304,3 @@ def test_bad_rows_are_in_the_facts_and_in_the_report(host: Embedded, settings: d
     assert said.startswith("1, the first: a.jsonl line 2")
     assert run(["report", str(done.directory)]) == 0
     assert "a.jsonl line 2" in (done.directory / "report.html").read_text()
-
-
-@pytest.mark.parametrize(
-    ("config", "message"),
-    [
-        (None, "config is None: expected a RunConfig, a mapping of its settings, or a function"),
-        ("dflash", "config is 'dflash': expected a RunConfig"),
-        ({}, "missing required field `method`"),
-        (RunConfig(method="dflash", train=TrainConfig(lr=-1)), r"> 0\.0, got -1.* - at `\$\.train\.lr`"),
-        (RunConfig(method="dflash", train=TrainConfig(accumulation=0)), r">= 1, got 0 - at `\$\.train\.accumulation`"),
-        (RunConfig(method="dflash", target={"dtype": "float16"}), "expected none, as the target is hosted already"),
-    ],
-)
-def test_what_is_no_settings_is_refused(host: Embedded, config: Any, message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        train_draft(config, host=host)

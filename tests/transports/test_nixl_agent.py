@@ -20,7 +20,7 @@ import torch
 from specd.errors import TransportError, pip_install
 from specd.memory.arena import PAGE, HostArena
 from specd.transports.base import ServerContext
-from specd.transports.nixl.agent import Destinations, NixlAgent, Region
+from specd.transports.nixl.agent import Destinations, NixlAgent, Region, _nixl
 from specd.transports.nixl.transport import Nixl
 
 installed = pytest.mark.skipif(
@@ -162,8 +162,21 @@ def test_without_nixl_the_error_says_what_to_install(
     for name in ("nixl_cu13", "nixl_cu12"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     monkeypatch.setattr(sys, "meta_path", [_Missing(), *sys.meta_path])
-    with HostArena.create(1, PAGE, None) as arena, pytest.raises(TransportError, match=re.escape(pip_install("nixl"))):
+    with (
+        HostArena.create(1, PAGE, None) as arena,
+        pytest.raises(TransportError, match=re.escape(pip_install("nixl-cuda13"))),
+    ):
         make(arena)
+
+
+@pytest.mark.parametrize(("cuda", "extra"), [("12.8", "cuda12"), ("13.0", "cuda13"), (None, "cuda13")])
+def test_what_to_install_follows_torchs_cuda(cuda: str | None, extra: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    for name in ("nixl_cu12", "nixl_cu13"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.setattr(sys, "meta_path", [_Missing(), *sys.meta_path])
+    with pytest.raises(TransportError, match=re.escape(pip_install(f"nixl-{extra}"))):
+        _nixl("cuda:0")
 
 
 class _Missing:

@@ -278,7 +278,8 @@ def _nixl(device: str) -> Any:
             except ImportError as error:
                 if error.name != name:
                     raise TransportError(f"nixl: {name} is installed and cannot be imported: {error}") from None
-    raise TransportError(str(missing_extra("nixl-cu13", "nixl")))
+    wanted = names[0]
+    raise TransportError(str(missing_extra(wanted.replace("_", "-"), wanted.replace("nixl_cu", "nixl-cuda"))))
 
 
 @contextlib.contextmanager

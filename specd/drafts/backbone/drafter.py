@@ -48,7 +48,7 @@ class BlockDrafter:
 
     @property
     def block_size(self) -> int:
-        return self._draft.shape.block_size
+        return self._draft.shape.num_guesses + 1
 
     def reset(self) -> None:
         self._cache = []
@@ -75,5 +75,5 @@ class BlockDrafter:
         return self._guess(token, self._draft.block(noise, positions, self._cache, plain_attention(layout, device)))
 
     def _guess(self, token: int, states: Tensor) -> Tensor:
-        """Guesses int64 [b − 1] of a block's states [b, H], whose first token is `token`."""
-        return F.linear(states[1:], self._lm_head).argmax(-1)
+        """Guesses int64 [guesses] of a block's states [b, H], whose first token is `token`."""
+        return F.linear(states[self._draft.shape.first :], self._lm_head).argmax(-1)

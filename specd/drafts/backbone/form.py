@@ -16,7 +16,9 @@ class Form(NamedTuple):
 
     title: for people. architectures: what its config.json may name, its own first. kind: what Speculators calls it.
     shape, network, drafter: its classes. own: fields of `shape` that BlockShape lacks; settings and keys of config.json
-    have the same names. only: keys of config.json that may have other values than DFlash's, see `export.ONLY`.
+    have the same names. final: the target's final states teach it. unbroken: of a block only predictions up to the
+    first token that is no label count. only: keys of config.json that may have other values than DFlash's, see
+    `export.ONLY`.
     """
 
     title: str
@@ -26,6 +28,8 @@ class Form(NamedTuple):
     network: type[Backbone] = Backbone
     drafter: type[BlockDrafter] = BlockDrafter
     own: tuple[str, ...] = ()
+    final: bool = False
+    unbroken: bool = False
     only: Mapping[str, tuple[Any, ...]] = {}
 
 

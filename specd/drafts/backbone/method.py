@@ -39,15 +39,20 @@ class BlockMethod:
         initial_shape(settings, cls.form)
         loss_decay(settings)
         layer_types(settings)
+        if cls.form.shape.names_causal and settings.sliding_window and settings.sliding_causal:
+            raise ConfigError(
+                f"draft.sliding_causal=true: expected false, as {cls.form.title} drafts are published and served; "
+                f"leave it out"
+            )
         kv = settings.num_kv_heads if settings.num_heads else 0
         window = settings.sliding_window or None
         if reason := conflict(settings.num_heads, kv or 1, settings.head_dim or 2, settings.block_size, window):
             raise ConfigError(f"draft: {reason}")
 
-    @staticmethod
-    def capture_config(settings: Any) -> CaptureConfig:
-        """Taps alone."""
-        return CaptureConfig(num_taps=settings.num_taps)
+    @classmethod
+    def capture_config(cls, settings: Any) -> CaptureConfig:
+        """Taps, and the final states where these teach it."""
+        return CaptureConfig(num_taps=settings.num_taps, final=cls.form.final)
 
     @classmethod
     def capture(cls, settings: Any, contract: TargetContract) -> CaptureSpec:
@@ -58,7 +63,7 @@ class BlockMethod:
                 f"vocabulary has {contract.vocab_size}; give one that it never writes"
             )
         dtype = cast(StateDtype, contract.dtype if contract.dtype in DTYPE_BYTES else "bfloat16")
-        return CaptureSpec(taps=taps_of(settings, contract, cls.form), dtype=dtype)
+        return CaptureSpec(taps=taps_of(settings, contract, cls.form), final=cls.form.final, dtype=dtype)
 
     @classmethod
     def load(cls, path: Path) -> TrainedBlocks:

@@ -76,7 +76,7 @@ class BlockObjective(ABC):
         self.embedding, self.lm_head = target.frozen(self.device, dtype)
 
     @abstractmethod
-    def score(self, batch: Batch, blocks: Blocks, states: Tensor) -> Loss:
+    def score(self, delivery: Delivery, blocks: Blocks, states: Tensor) -> Loss:
         """The loss of a batch, from the states of all tokens of its blocks [N, H]."""
 
     @abstractmethod
@@ -96,7 +96,16 @@ class BlockObjective(ABC):
         anchors = sample_anchors(
             batch.loss_mask, batch.lengths, batch.samples, batch.epoch, self.seed, self.config.num_anchors
         )
-        return make_blocks(batch, anchors, self.draft.shape.block_size, self.draft.shape.mask_token_id, self.decay)
+        shape = self.draft.shape
+        return make_blocks(
+            batch,
+            anchors,
+            shape.block_size,
+            shape.mask_token_id,
+            self.decay,
+            first=shape.first,
+            unbroken=self.form.unbroken,
+        )
 
     def loss(self, delivery: Delivery) -> Loss:
         """The loss of one batch; its backward must run before the delivery's tensors are given up."""
@@ -110,30 +119,36 @@ class BlockObjective(ABC):
         noise = self.draft.scaled(F.embedding(tokens, self.embedding))
         features = taps.flatten(1).detach()  # or compilers would tell slots and staging buffers from other memory
         states = self.module(features, context, noise, positions, self.attention(blocks.layout))
-        return self.score(batch, blocks, states)
+        return self.score(delivery, blocks, states)
 
     def read(self, states: Tensor, labels: Tensor, top_k: int = 0) -> Scores:
         """What the target's head says of rows of states [R, H], through the target's own logit transform."""
-        shape = self.draft.shape
-        if shape.output_multiplier != 1.0:
-            states = states * shape.output_multiplier
-        fused = self._flex if self.tuning.fused_head is None else self.tuning.fused_head
         return row_head(
-            states,
+            self.multiplied(states),
             self.lm_head,
             labels,
             self.config.loss_chunk,
             top_k=top_k,
-            fused=fused,
-            softcap=shape.final_logit_softcapping,
+            fused=self.fused,
+            softcap=self.draft.shape.final_logit_softcapping,
         )
 
+    def multiplied(self, states: Tensor) -> Tensor:
+        """What the head reads, so that its products are the target's logits before any soft-cap."""
+        factor = self.draft.shape.output_multiplier
+        return states if factor == 1.0 else states * factor
+
+    @property
+    def fused(self) -> bool:
+        """Whether losses come from kernels; see Tuning."""
+        return self._flex if self.tuning.fused_head is None else self.tuning.fused_head
+
     def by_offset(self, blocks: Blocks, rows: Tensor, **sums: Tensor) -> dict[str, Tensor]:
-        """Metrics float32 [b − 1]: each of `sums` [R] by its offset, and how many were `counted`. rows: of `blocks`."""
+        """Metrics float32 [guesses]: each of `sums` [R] by offset, and how many were `counted`. rows: of `blocks`."""
         columns = torch.stack([*(part.float() for part in sums.values()), torch.ones(len(rows), device=self.device)])
         # Through zeros, as atomic additions would round in another order from run to run.
         dense = torch.zeros(len(columns), len(blocks.tokens), device=self.device).index_copy(1, rows, columns)
-        found = dense.view(len(columns), -1, blocks.layout.block_size).sum(1)[:, 1:]
+        found = dense.view(len(columns), -1, blocks.layout.block_size).sum(1)[:, self.draft.shape.first :]
         return dict(zip((*sums, "counted"), found, strict=True))
 
     def warm_up(self, dtype: torch.dtype) -> None:
@@ -149,7 +164,7 @@ class BlockObjective(ABC):
         shape, (batch, sizes) = self.draft.shape, made_up(self.draft.shape, self.config.num_anchors)
         taps = torch.zeros(batch.num_tokens, len(shape.taps), shape.hidden_size, dtype=dtype, device=self.device)
         with torch.enable_grad(), compiling_for(*sizes):
-            self.loss(Delivery(batch, taps)).sum.backward()  # type: ignore[no-untyped-call]
+            self.loss(Delivery(batch, taps, taps[:, 0] if self.form.final else None)).sum.backward()  # type: ignore[no-untyped-call]
         self.module.zero_grad()
         logger.info("compiled in %.0f s", time.perf_counter() - began)
 

@@ -12,9 +12,10 @@ from specd.config.settings import AttentionKind, Config, NotNegative, Positive
 class BlockConfig(Config, kw_only=True, frozen=True):
     """A draft that guesses blocks of tokens (DFlash, arXiv 2602.06036).
 
-    loss: what predictions weigh; `decay` by their offset alone, with loss_decay, the γ of the position weights, 0 for
-    none, −1 for the paper's choice; `dpace` (arXiv 2605.18810) by how likely the draft is to get there, with
-    dpace_alpha, 1 for weights that fall in a straight line, smaller ones for what the draft has learnt.
+    num_layers: its depth. num_taps: how many of the target's layers it reads, evenly spread. loss: what predictions
+    weigh; `decay` by their offset alone, `dpace` (arXiv 2605.18810) by how likely the draft is to get there.
+    loss_decay: γ of the position weights under `decay`, 0 for none, −1 for the paper's choice. dpace_alpha: under
+    `dpace`, 1 for weights that fall in a straight line, smaller ones for what the draft has learnt.
     block_size: tokens a block, its anchor included. num_anchors: blocks drawn from a sequence, at most.
     loss_chunk: predictions whose logits exist at a time. attention: `flex` needs a GPU.
     num_heads, num_kv_heads, head_dim, intermediate_size: 0 takes the target's.
@@ -23,7 +24,7 @@ class BlockConfig(Config, kw_only=True, frozen=True):
     sliding_window: positions back that layers see, 0 for full attention in every layer. full_layers: how many of the
     last layers see everything all the same. sliding_causal: in a sliding layer a token of a block sees only those
     before it, as in published checkpoints; false lets it see the whole block.
-    init: directory of a draft, or of the run that exported it, whose weights training begins with.
+    init: directory of a draft or a run whose weights training begins with.
     """
 
     num_layers: Positive = 5

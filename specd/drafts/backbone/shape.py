@@ -26,9 +26,10 @@ class BlockShape(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     the anchor included. sliding_window: how many positions back the sliding layers see, 0 where there are none.
     is_causal: whether a token sees only those of its block that are before it, in every layer; None, as most
     checkpoints, for in sliding layers alone. attention_bias: queries, keys, values and output have biases.
-    names_causal: whether every config.json says it. input_embedding_scale: its block embeddings over the rows of the
-    target's table. output_multiplier, final_logit_softcapping: what it was trained to have done to its logits, 1 and
-    0 for nothing; no guess of each place by itself depends on it.
+    names_causal: whether every config.json says it. first: the first token of a block whose state guesses, 1 where that
+    is the token itself, 0 where each guesses the one behind it. input_embedding_scale: its block embeddings over the
+    rows of the target's table. output_multiplier, final_logit_softcapping: what it was trained to have done to its
+    logits, 1 and 0 for nothing; no guess of each place by itself depends on it.
     """
 
     hidden_size: int
@@ -56,6 +57,12 @@ class BlockShape(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     final_logit_softcapping: float = 0.0
 
     names_causal: ClassVar[bool] = False
+    first: ClassVar[int] = 1
+
+    @property
+    def num_guesses(self) -> int:
+        """Tokens that a block guesses."""
+        return self.block_size - self.first
 
     def window(self, kind: LayerType) -> int:
         """How many positions back a layer of that kind sees, 0 for all."""

@@ -15,7 +15,7 @@ from specd.drafts.base import Loss
 from specd.drafts.blocks import Blocks
 from specd.drafts.card import sglang, vllm
 from specd.drafts.device import to_device
-from specd.protocol.batch import Batch
+from specd.protocol.batch import Delivery
 
 
 class DFlash(BlockObjective):
@@ -23,7 +23,7 @@ class DFlash(BlockObjective):
 
     form: ClassVar[Form] = DFLASH
 
-    def score(self, batch: Batch, blocks: Blocks, states: Tensor) -> Loss:
+    def score(self, delivery: Delivery, blocks: Blocks, states: Tensor) -> Loss:
         """See BlockObjective.score."""
         rows, labels = to_device(blocks.rows, self.device), to_device(blocks.labels, self.device)
         scores = self.read(states.index_select(0, rows), labels)
@@ -37,7 +37,9 @@ class DFlash(BlockObjective):
 
     def serving(self) -> dict[str, str]:
         """See BlockObjective.serving."""
+        shape = self.draft.shape
+        least = "0.5.18" if shape.is_causal is False and "sliding_attention" in shape.layer_types else "0.5.14"
         return {
-            "SGLang": sglang(self._target, "--speculative-algorithm DFLASH"),
-            "vLLM": vllm(self._target, "dflash", self.draft.shape.block_size - 1),
+            f"SGLang, {least} or later": sglang(self._target, "--speculative-algorithm DFLASH"),
+            "vLLM, 0.33 or later": vllm(self._target, "dflash", self.draft.shape.num_guesses),
         }

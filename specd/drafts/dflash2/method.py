@@ -35,10 +35,6 @@ class DFlash2Method(BlockMethod):
                 f"draft.conv_kernel_size={settings.conv_kernel_size}: expected no more than the "
                 f"{settings.block_size} tokens of a block (draft.block_size)"
             )
-        if settings.sliding_window and settings.sliding_causal:
-            raise ConfigError(
-                "draft.sliding_causal=true: expected false, as DFlash2 drafts are published and served; leave it out"
-            )
 
     @staticmethod
     def workload(objective: DFlash2, batch: Batch) -> Workload:

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from specd.drafts.backbone.network import Backbone, Layer
 from specd.drafts.backbone.shape import BlockShape
-from specd.drafts.layers import KeyValue, Linear, Rope, draw
+from specd.drafts.layers import KeyValue, Linear, Rope, beside, draw
 
 
 class DFlash2Shape(BlockShape, kw_only=True, frozen=True, forbid_unknown_fields=True):
@@ -50,6 +49,53 @@ class DFlash2Shape(BlockShape, kw_only=True, frozen=True, forbid_unknown_fields=
         return super().problem()
 
 
+class Mix(torch.autograd.Function):
+    """Σ_t (base[t, c] + asked[i, t, c div g]) · x[i − t, c] of each block, where x is 0 before it.
+
+    Its backward is written out because compilers keep shifted rows for it: they do not compute a padding twice. Here it
+    moves the gradient instead, and reads nothing but x. Kernels' gradients are summed block by block first, so that
+    there is enough to do at a time.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, base: Tensor, asked: Tensor, block_size: int) -> Tensor:
+        """x [N, H], base float32 [taps, H], asked [N, taps, G] -> [N, H]."""
+        ctx.save_for_backward(x, base, asked)
+        ctx.block_size = block_size
+        rows, kernels = _by_block(x, base, asked, block_size)
+        out = kernels[0] * rows
+        for tap in range(1, len(kernels)):
+            out = out + kernels[tap] * F.pad(rows[:, :-tap], (0, 0, 0, 0, tap, 0))
+        return out.view(x.shape)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:
+        x, base, asked = ctx.saved_tensors
+        rows, kernels = _by_block(x, base, asked, ctx.block_size)
+        grad, by_x = grad_outputs[0].view(rows.shape), torch.zeros_like(rows)
+        by_base, by_asked = [], []
+        for tap, kernel in enumerate(kernels):
+            # Of the row `tap` behind each: what it did with this one.
+            by_x = by_x + _earlier(kernel * grad, tap)
+            products = rows * _earlier(grad, tap)
+            by_base.append(products.sum(1, dtype=torch.float32).sum(0).view(-1))
+            by_asked.append(F.pad(products.sum(-1), (0, 0, tap, -tap)).flatten(0, 1))
+        return by_x.view(x.shape), torch.stack(by_base), torch.stack(by_asked, 1), None
+
+
+def _by_block(x: Tensor, base: Tensor, asked: Tensor, block_size: int) -> tuple[Tensor, list[Tensor]]:
+    """x as [blocks, b, G, g], and for each tap the kernels of its rows, of the same shape."""
+    taps, groups = asked.shape[1:]
+    rows, by_row = x.view(-1, block_size, groups, x.shape[1] // groups), asked.view(-1, block_size, taps, groups)
+    own = base.to(x.dtype).view(taps, groups, -1)
+    return rows, [own[tap] + by_row[:, :, tap, :, None] for tap in range(taps)]
+
+
+def _earlier(rows: Tensor, tap: int) -> Tensor:
+    """Rows [blocks, b, G, g] moved `tap` places towards the beginning of their blocks, zeros behind them."""
+    return F.pad(rows[:, tap:], (0, 0, 0, 0, 0, tap)) if tap else rows
+
+
 class Convolution(nn.Module):
     """A convolution over the tokens of a block on the way into a sublayer, and one on the way out.
 
@@ -77,15 +123,8 @@ class Convolution(nn.Module):
         return self._convolve(x, asked, 1)
 
     def _convolve(self, x: Tensor, asked: Tensor, side: int) -> Tensor:
-        """Σ_t (base[t, c] + asked[i, t, c div g]) · x[i − t, c], where x is 0 before the block."""
-        base = self.base_kernel[side].to(x.dtype).view(self.taps, -1, self.group)
-        groups = x.view(x.shape[0], -1, self.group)
-        out = (base[0] + asked[:, 0, :, None]) * groups
-        place = torch.arange(x.shape[0], device=x.device) % self.block_size
-        for tap in range(1, self.taps):
-            before = F.pad(groups[:-tap], (0, 0, 0, 0, tap, 0)).where((place >= tap)[:, None, None], 0)
-            out = out + (base[tap] + asked[:, tap, :, None]) * before
-        return out.view(x.shape)
+        mixed: Tensor = Mix.apply(x, self.base_kernel[side], asked, self.block_size)  # type: ignore[no-untyped-call]
+        return mixed
 
 
 class ConvolvedLayer(Layer):
@@ -140,6 +179,4 @@ class DFlash2Draft(Backbone):
         for layer in self.layers:
             assert isinstance(layer, ConvolvedLayer)
             layer.attention_conv, layer.mlp_conv = Convolution(shape), Convolution(shape)
-        # Other numbers than the backbone's of the same seed.
-        own = int(np.random.SeedSequence([seed % 2**64, 1]).generate_state(1)[0])
-        self.candidate_selector = Selector(shape, own)
+        self.candidate_selector = Selector(shape, beside(seed))

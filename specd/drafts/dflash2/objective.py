@@ -23,7 +23,7 @@ from specd.drafts.device import to_device
 from specd.drafts.dflash2.drafter import DFlash2Drafter
 from specd.drafts.dflash2.network import DFlash2Draft, DFlash2Shape
 from specd.drafts.dflash2.settings import DFlash2Config
-from specd.protocol.batch import Batch
+from specd.protocol.batch import Delivery
 
 OWN = ("conv_kernel_size", "conv_group_size", "selector_rank", "selector_top_k")
 DFLASH2 = Form(
@@ -48,7 +48,7 @@ class DFlash2(BlockObjective):
 
     form: ClassVar[Form] = DFLASH2
 
-    def score(self, batch: Batch, blocks: Blocks, states: Tensor) -> Loss:
+    def score(self, delivery: Delivery, blocks: Blocks, states: Tensor) -> Loss:
         """See BlockObjective.score. correct: what the selector picks, which is what is drafted; unary_correct: the
         head's own best; covered: labels among the candidates.
         """
@@ -56,7 +56,7 @@ class DFlash2(BlockObjective):
         assert isinstance(config, DFlash2Config)
         assert isinstance(shape, DFlash2Shape)
         assert isinstance(draft, DFlash2Draft)
-        before = batch.tokens[blocks.layout.anchors[blocks.rows // shape.block_size] + blocks.offsets - 1]
+        before = delivery.batch.tokens[blocks.layout.anchors[blocks.rows // shape.block_size] + blocks.offsets - 1]
         rows, labels, before = (
             to_device(part, self.device) for part in (blocks.rows, blocks.labels, before.astype(np.int64))
         )
@@ -89,5 +89,5 @@ class DFlash2(BlockObjective):
         """See BlockObjective.serving."""
         return {
             "SGLang, from 0.5.20 on": sglang(self._target, "--speculative-algorithm DFLASH"),
-            "vLLM, with its V2 model runner": vllm(self._target, "dflash", self.draft.shape.block_size - 1),
+            "vLLM, with its V2 model runner": vllm(self._target, "dflash", self.draft.shape.num_guesses),
         }

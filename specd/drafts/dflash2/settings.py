@@ -11,11 +11,12 @@ from specd.drafts.backbone.settings import BlockConfig
 
 
 class DFlash2Config(BlockConfig, kw_only=True, frozen=True):
-    """The DFlash2 draft. init: also a DFlash draft, whose weights become its backbone.
+    """The DFlash2 draft.
 
-    conv_kernel_size: tokens of a block, itself included, that a convolution reads. conv_group_size: adjacent channels
-    that share a kernel. selector_top_k: tokens of each place that the selector chooses from. selector_rank: of its
-    scores of two tokens in a row. selector_weight: of the selector's loss beside the head's.
+    init: directory of a draft or a run whose weights training begins with, also a DFlash draft, which becomes its
+    backbone. conv_kernel_size: tokens of a block, itself included, that a convolution reads. conv_group_size: adjacent
+    channels that share a kernel. selector_top_k: tokens of each place that the selector chooses from. selector_rank:
+    inner size of its scores of two tokens in a row. selector_weight: of the selector's loss beside the head's.
     """
 
     block_size: Annotated[int, Meta(ge=2)] = 8

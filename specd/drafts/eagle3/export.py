@@ -115,9 +115,10 @@ def model_card(shape: Eagle3Shape, target: str, facts: Mapping[str, str]) -> byt
     """The README of a draft for `target`. facts: as of Objective.facts."""
     steps = shape.num_steps
     chain = f"--speculative-num-steps {steps} --speculative-eagle-topk 1 --speculative-num-draft-tokens {steps + 1}"
+    least = "0.5.17" if shape.norm_before_fc else "0.5.14"
     serving = {
-        "SGLang": sglang(target, f"--speculative-algorithm EAGLE3 {chain}"),
-        "vLLM": vllm(target, "eagle3", steps),
+        f"SGLang, {least} or later": sglang(target, f"--speculative-algorithm EAGLE3 {chain}"),
+        "vLLM, 0.33 or later": vllm(target, "eagle3", steps),
     }
     notes = ["Fewer guesses in a row may be faster: measure with your texts."]
     if shape.norm_before_residual:

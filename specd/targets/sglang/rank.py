@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import select
 import signal
@@ -13,6 +12,7 @@ from typing import IO
 import msgspec
 import numpy as np
 
+from specd.log import log_as
 from specd.protocol import payload
 from specd.targets.sglang.setup import RankSetup, Step
 
@@ -41,8 +41,7 @@ def die_with(parent_pid: int) -> None:
 def main() -> None:
     """Entry of a rank's process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C reaches control, which ends all in order
-    level = os.environ.get("SPECD_LOG", "WARNING")
-    logging.basicConfig(level=level, format="%(asctime)s %(levelname)s rank %(name)s: %(message)s")
+    log_as("rank")
     stream = sys.stdin.buffer
     frame = read_frame(stream)
     if frame is None:

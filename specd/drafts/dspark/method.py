@@ -1,0 +1,52 @@
+"""DSpark as the registry knows it."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import numpy as np
+import torch
+
+from specd.config.settings import Config
+from specd.drafts.backbone.form import Form
+from specd.drafts.backbone.method import BlockMethod
+from specd.drafts.backbone.workload import workload
+from specd.drafts.base import TargetParts, Tuning, Workload
+from specd.drafts.dspark.network import DSparkShape
+from specd.drafts.dspark.objective import DSPARK, DSpark, last_known
+from specd.drafts.dspark.settings import DSparkConfig
+from specd.protocol.batch import Batch
+
+
+class DSparkMethod(BlockMethod):
+    """See `specd.drafts.base.Method`."""
+
+    form: ClassVar[Form] = DSPARK
+    title: ClassVar[str] = "DSpark (DeepSeek)"
+    settings: ClassVar[type[Config]] = DSparkConfig
+    architectures: ClassVar[tuple[str, ...]] = DSPARK.architectures
+
+    @staticmethod
+    def workload(objective: DSpark, batch: Batch) -> Workload:
+        """See Method.workload. A teacher counts once, however many chunks it is needed in."""
+        work, shape = workload(objective, batch), objective.draft.shape
+        assert isinstance(shape, DSparkShape)
+        teachers = np.unique(last_known(objective.draw(batch))).size
+        own = {
+            "teachers": 2.0 * teachers * shape.hidden_size * shape.vocab_size,
+            "markov head": 3 * 2.0 * work.predictions * shape.markov_rank * shape.vocab_size,
+            "confidence head": 3 * 2.0 * work.predictions * (shape.hidden_size + shape.markov_rank),
+        }
+        return work._replace(flops=work.flops | own)
+
+    @staticmethod
+    def objective(
+        settings: DSparkConfig,
+        target: TargetParts,
+        device: str | torch.device,
+        dtype: torch.dtype,
+        seed: int = 0,
+        tuning: Tuning | None = None,
+    ) -> DSpark:
+        """The draft that is trained."""
+        return DSpark(settings, target, device, dtype, seed, tuning)

@@ -1,0 +1,67 @@
+"""The plan of a run's steps: how many there are, how many are done, and what a resumed run changes of it."""
+
+from __future__ import annotations
+
+import logging
+from typing import NamedTuple, Protocol
+
+from msgspec.structs import replace
+
+from specd.config.settings import TrainConfig
+from specd.errors import CheckpointError
+from specd.train.checkpoint import PLAN, Checkpoints
+from specd.train.optimizer import learning_rate, total_steps
+
+logger = logging.getLogger(__name__)
+
+
+class Counted(Protocol):
+    """Batches that can be counted."""
+
+    @property
+    def num_batches(self) -> int: ...
+
+    def before(self, epoch: int, index: int) -> int: ...
+
+
+class Plan(NamedTuple):
+    """steps: of the whole run. done: how many a resumed run has behind it. change: what it changed, for people."""
+
+    steps: int
+    done: int = 0
+    change: str = ""
+
+
+def planned(checkpoints: Checkpoints | None, batches: Counted, config: TrainConfig) -> Plan:
+    """The plan of a run. checkpoints: of one that goes on, None for a new one. batches: of all epochs.
+
+    `train.epochs` and `train.max_steps` of a run that goes on may differ from before: its learning rate then follows
+    the new number of steps, and a line says so. Raises CheckpointError for fewer steps than are done, and what
+    `Checkpoints.compare` raises.
+    """
+    if checkpoints is None:
+        return Plan(total_steps(config, batches.num_batches))
+    path = checkpoints.latest()
+    state = checkpoints.compare(path)
+    step = state.position.step
+    trained = batches.before(state.position.epoch, state.position.index)
+    steps = total_steps(config, batches.num_batches, step, trained)
+    before, now = state.identity.settings, checkpoints.identity.settings
+    changed = [
+        f"{key} was {before[key]}, is {now[key]}" for key in sorted(PLAN & before.keys()) if before[key] != now[key]
+    ]
+    if steps < step or trained > batches.num_batches:
+        raise CheckpointError(
+            f"cannot resume {path}: {'; '.join(changed)}, and {step} steps are done: expected at least as many; `specd "
+            f"export` gives the draft as it is"
+        )
+    if not changed:
+        return Plan(steps, step)
+    old = replace(config, epochs=before["train.epochs"], max_steps=before["train.max_steps"])
+    had = total_steps(old, batches.before(old.epochs, 0))
+    logger.warning(
+        "%s: %d steps in place of %d; the learning rate follows the new plan, at step %d it is %.3g in place of "
+        "%.3g, so the run is no longer the one that it would have been",
+        "; ".join(changed), steps, had, step + 1, learning_rate(config, step, steps), learning_rate(config, step, had),
+    )  # fmt: skip
+    return Plan(steps, step, f"at step {step}: {'; '.join(changed)}")
