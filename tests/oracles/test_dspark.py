@@ -64,6 +64,36 @@ def test_a_directory_of_specforge(tmp_path: Path) -> None:
     same(objective, tmp_path)
 
 
+def test_a_directory_of_speculators(tmp_path: Path) -> None:
+    objective = made({})
+    own = objective.draft.shape
+    eager: dict[str, Any] = specforge_config(objective) | {"attn_implementation": "eager"}
+    del eager["dflash_config"]
+    config = peer("speculators.config")
+    algorithm = peer("speculators.proposals.greedy").GreedyTokenProposalConfig()
+    settings = peer("speculators.models.dspark.config").DSparkSpeculatorConfig(
+        transformer_layer_config=transformers.Qwen3Config(
+            **{key: eager[key] for key in eager if key != "dflash_config"}
+        ),
+        draft_vocab_size=own.vocab_size,
+        block_size=own.block_size,
+        aux_hidden_state_layer_ids=[tap + 1 for tap in own.taps],
+        mask_token_id=own.mask_token_id,
+        sliding_window_non_causal=True,
+        markov_rank=CONFIG.markov_rank,
+        speculators_config=config.SpeculatorsConfig(
+            algorithm="dspark",
+            proposal_methods=[algorithm],
+            default_proposal_method="greedy",
+            verifier=config.VerifierConfig(name_or_path=None, architectures=[]),
+        ),
+    )
+    model = peer("speculators.models.dspark.core").DSparkDraftModel(config=settings)
+    model.load_state_dict(objective.module.state_dict(), strict=False)
+    model.save_pretrained(tmp_path)
+    same(objective, tmp_path)
+
+
 def same(objective: DSpark, path: Path) -> None:
     """Read what a peer wrote of the weights of `objective`."""
     found = DSparkMethod.load(path).network

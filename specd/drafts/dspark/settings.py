@@ -13,8 +13,9 @@ Weight = Annotated[float, Meta(ge=0)]
 
 
 class DSparkConfig(BlockConfig, kw_only=True, frozen=True):
-    """The DSpark draft. init: also a DFlash draft, whose weights become its backbone.
+    """The DSpark draft.
 
+    init: directory of a draft or a run whose weights training begins with; those of a DFlash become its backbone.
     block_size: tokens a block, each of which guesses the one behind it: so many guesses. loss_decay: γ of the position
     weights, 0 for none. markov_rank: of the scores of two tokens in a row. ce_weight: of the cross-entropy on the
     text's tokens. l1_weight: of the L1 distance from the target's distribution, which is twice the total variation.
