@@ -26,6 +26,11 @@ def check_link(link: SubscriberConfig, model: str) -> None:
         raise ConfigError(
             f"--model {model} hosts the target here, --endpoint {link.endpoints[0]} uses a daemon: give one"
         )
+    if link.share:
+        raise ConfigError(
+            f"share {link.share!r}: expected none, as --model {model} hosts the target for this run alone; leave it "
+            f"out, or give --endpoint of a daemon that others train from, too"
+        )
     if link.transport not in ("auto", WITHIN_PROCESS):
         raise ConfigError(
             f"transport {link.transport!r}: expected auto or {WITHIN_PROCESS}, as --model {model} hosts the target "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated
 
@@ -89,8 +90,18 @@ def _facts(report: StatusReport) -> Iterator[tuple[str, str]]:
     yield "slots", ", ".join(f"{count} {state}" for state, count in report.slots.items()) or "–"
     yield "queued", str(report.queued)
     yield "sessions", f"{len(report.sessions)} of {report.max_sessions}" + "".join(f"; {run}" for run in _runs(report))
+    yield from _shared(report)
     counts = {name: count for name, count in report.counters.items() if not name.endswith("_us")}
     yield "counters", ", ".join(f"{name} {count:,}" for name, count in counts.items()) or "–"
+
+
+def _shared(report: StatusReport) -> Iterator[tuple[str, str]]:
+    """What was saved, and for whom."""
+    shares = Counter(session.share for session in report.sessions if session.share)
+    joins, fills = report.counters.get("joins", 0), report.counters.get("fills", 0)
+    if shares or joins:
+        here = "".join(f"; {share}: {count} trainers" for share, count in sorted(shares.items()))
+        yield "shared", f"{joins:,} of {fills + joins:,} requests needed no forward of their own{here}"
 
 
 def _rates(found: Rates) -> Iterator[tuple[str, str]]:

@@ -77,6 +77,12 @@ def train(
         bool | None,
         typer.Option("--insecure-data", help="With a key: also nccl and nixl, unencrypted.", rich_help_panel=STATES),
     ] = None,
+    share: Annotated[
+        str,
+        typer.Option(
+            help="Share forwards with other trainings that name the same one.", metavar="NAME", rich_help_panel=STATES
+        ),
+    ] = "",
     depth: Annotated[
         int | None, typer.Option(help="Batches in flight beyond the one in use.", rich_help_panel=STATES)
     ] = None,
@@ -148,6 +154,7 @@ def train(
             "endpoints": endpoint,
             "transport": transport,
             "depth": depth,
+            "share": share,
             "auth": {"key": key, "servers": servers_of(endpoint or [], server_key or [])},
             "insecure_data": insecure_data,
         },

@@ -47,4 +47,5 @@ def gb(nbytes: float) -> str:
 def _name(session: SessionStatus) -> str:
     uses = ", ".join((session.transport or "–", *(gpu[:12] for gpu in session.gpus)))
     run = f", run {session.run}" if session.run else ""
-    return f"{units.printable(f'{session.name} {session.session[:8]}{run}')}\n{units.printable(uses)}"
+    share = f", share {session.share}{' (behind)' * session.behind}" if session.share else ""
+    return f"{units.printable(f'{session.name} {session.session[:8]}{run}{share}')}\n{units.printable(uses)}"

@@ -44,6 +44,7 @@ class Stats(msgspec.Struct, kw_only=True):
     wire_wait_s: it waited while its next batch was READY but not fetched (wire-bound).
     batches, tokens, nbytes: delivered. fetch_s, forward_s: of the same batches, the time inside `transport.fetch`,
     overlapped or not, and their share of the target's forwards, as in READY.
+    shared: batches that no forward was made for, as another trainer had asked for them.
     busy_slots, num_slots: the rings' occupancy as last reported. transports: endpoint → transport in use.
     """
 
@@ -54,6 +55,7 @@ class Stats(msgspec.Struct, kw_only=True):
     wire_wait_s: float = 0.0
     fetch_s: float = 0.0
     forward_s: float = 0.0
+    shared: int = 0
     resubmitted: int = 0
     reconnects: int = 0
     busy_slots: int = 0
@@ -71,6 +73,7 @@ class Stats(msgspec.Struct, kw_only=True):
             wire_wait_s=self.wire_wait_s - earlier.wire_wait_s,
             fetch_s=self.fetch_s - earlier.fetch_s,
             forward_s=self.forward_s - earlier.forward_s,
+            shared=self.shared - earlier.shared,
             resubmitted=self.resubmitted - earlier.resubmitted,
             reconnects=self.reconnects - earlier.reconnects,
         )

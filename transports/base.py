@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple, Protocol, runti
 
 import msgspec
 
+from specd.protocol.cut import Piece
+
 if TYPE_CHECKING:
     import torch
 
@@ -35,6 +37,7 @@ class Traits(msgspec.Struct, frozen=True, kw_only=True):
     from the daemon, where `ServerContext.curve` asks for that; one that reaches further than a host and is not sealed
     is refused there, unless its users accept that (`insecure_data`). floor_gb_s: slower than this, `auto` does not take
     it.
+    cuts: it takes the `pieces` of a SlotRef; one that does not serves no trainer that shares forwards.
     rank: where `auto` tries it, lowest first: inproc 100, cuda_ipc 200, nixl 300, nccl 400, shm 500, bytes 600, so that
     a plug-in may stand between any two. None: only for those who name it; `auto` tries it last, where a daemon does.
     """
@@ -46,16 +49,21 @@ class Traits(msgspec.Struct, frozen=True, kw_only=True):
     abortable: bool
     borrow: bool = False
     sealed: bool = False
+    cuts: bool = False
     floor_gb_s: float = 0.0
     rank: int | None = None
 
 
 class SlotRef(NamedTuple):
-    """One leased slot: its index, the generation the lease is for, and the number of bytes that count."""
+    """One leased slot: its index, the generation the lease is for, and the number of bytes that count.
+
+    pieces: what of the slot goes where in these bytes; none where they are the slot's first.
+    """
 
     slot: int
     generation: int
     nbytes: int
+    pieces: tuple[Piece, ...] = ()
 
 
 class ServerContext(msgspec.Struct, frozen=True, kw_only=True):
@@ -120,6 +128,8 @@ class Client(Protocol):
 
     def fetch(self, ref: SlotRef, into: torch.Tensor, deadline_s: float) -> None:
         """Copy the slot's first `ref.nbytes` bytes to `into` (uint8 [≥ nbytes], on the client's device).
+
+        Of a ref with pieces, these; what lies between them in `into` stays, or becomes 0.
 
         Nothing may still be reading or writing `into`: a transfer waits for no stream but its own.
         On return the bytes are usable on any stream and were verified to be of `ref.generation`.

@@ -42,13 +42,23 @@ def unwrap(data: bytes, kind: type[T], what: str) -> T:
         raise TransportError(f"not a {what}: {error}") from None
 
 
-def check_ref(ref: SlotRef, num_slots: int, slot_bytes: int) -> None:
-    """Raise TransportError unless `ref` lies inside the ring."""
+def check_ref(ref: SlotRef, num_slots: int, slot_bytes: int, *, cuts: bool = False) -> None:
+    """Raise TransportError unless `ref` lies inside the ring, and has no pieces where these are not taken."""
+    if ref.pieces and not cuts:
+        raise TransportError(f"slot {ref.slot} holds more than is wanted, and this transport cannot cut it: use shm")
     if not (0 <= ref.slot < num_slots and 1 <= ref.nbytes <= slot_bytes and ref.generation >= 1):
         raise TransportError(
             f"slot {ref.slot}, generation {ref.generation}, {ref.nbytes} bytes: expected a slot below {num_slots}, a "
             f"generation from 1 and 1 to {slot_bytes} bytes"
         )
+    for piece in ref.pieces:
+        source, target, rows, width, pitch, step = piece
+        ordered = min(source, target) >= 0 and min(rows, width) >= 1 and min(pitch, step) >= width
+        here, home = source + (rows - 1) * pitch + width, target + (rows - 1) * step + width
+        if not (ordered and here <= slot_bytes and home <= ref.nbytes):
+            raise TransportError(
+                f"{piece}: expected rows within the {slot_bytes} bytes of a slot, and within {ref.nbytes} where they go"
+            )
 
 
 def check_into(ref: SlotRef, into: torch.Tensor) -> None:
@@ -62,11 +72,17 @@ def check_into(ref: SlotRef, into: torch.Tensor) -> None:
 
 def pull(arena: Arena, ref: SlotRef, into: torch.Tensor, copier: Copier) -> None:
     """Copy a slot that this process can address, as `Client.fetch` specifies: what the one-sided transports share."""
-    check_ref(ref, arena.num_slots, arena.slot_bytes)
+    check_ref(ref, arena.num_slots, arena.slot_bytes, cuts=True)
     check_into(ref, into)
     if (found := arena.generation(ref.slot)) != ref.generation:
         raise stale(ref, found)
-    copier.copy(into[: ref.nbytes], arena.tensor(ref.slot)[: ref.nbytes])
+    slot = arena.tensor(ref.slot)
+    if not ref.pieces:
+        copier.copy(into[: ref.nbytes], slot[: ref.nbytes])
+    for piece in ref.pieces:
+        # Not as_strided with an offset: that would be one into the storage, of which this may be a part.
+        there = slot[piece.source :].as_strided((piece.rows, piece.width), (piece.pitch, 1))
+        copier.copy(into[piece.target :].as_strided((piece.rows, piece.width), (piece.step, 1)), there)
     if (found := arena.generation(ref.slot)) != ref.generation:
         raise stale(ref, found)
 

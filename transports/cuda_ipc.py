@@ -156,10 +156,10 @@ class CudaIpcClient:
                 raise cancelled("cuda_ipc")
             ring = self._opened()
             offer = ring.offer
-            check_ref(ref, offer.num_slots, offer.slot_bytes)
+            check_ref(ref, offer.num_slots, offer.slot_bytes, cuts=True)
             check_into(ref, into)
             ring.check(ref)
-            ring.mapping.read(ref.slot * offer.stride, ref.nbytes, into.data_ptr())
+            ring.mapping.read(ref.slot * offer.stride, ref.nbytes, into.data_ptr(), ref.pieces)
             ring.check(ref)
 
     def view(self, ref: SlotRef) -> torch.Tensor:
@@ -220,6 +220,7 @@ class CudaIpc:
         needs_recv_ready=False,
         abortable=True,
         borrow=True,
+        cuts=True,
         floor_gb_s=10.0,
         rank=200,
     )

@@ -105,6 +105,7 @@ class Inproc:
         one_sided=True,
         needs_recv_ready=False,
         abortable=True,
+        cuts=True,
         rank=100,
     )
 

@@ -132,7 +132,13 @@ class Shm:
     """Registry entry of `shm`."""
 
     traits: ClassVar[Traits] = Traits(
-        memory=frozenset({"host"}), scope="host", one_sided=True, needs_recv_ready=False, abortable=True, rank=500
+        memory=frozenset({"host"}),
+        scope="host",
+        one_sided=True,
+        needs_recv_ready=False,
+        abortable=True,
+        cuts=True,
+        rank=500,
     )
 
     @staticmethod

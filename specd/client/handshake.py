@@ -46,7 +46,7 @@ class Terms(NamedTuple):
     spec: of the capture, given the target. device: `cpu` or one with its index. borrow: read slots in place.
     fingerprint: empty for any target. payloads: names of what sequences bring beside their tokens. identity: who the
     trainer is over TCP, None without keys. insecure_data: whether states may come from another host in the clear
-    although there are keys. run, ranks: as in a HELLO.
+    although there are keys. run, ranks, share: as in a HELLO.
     """
 
     name: str
@@ -61,6 +61,7 @@ class Terms(NamedTuple):
     run: bytes = b""
     ranks: int = 1
     payloads: tuple[str, ...] = ()
+    share: str = ""
 
 
 class Session(NamedTuple):
@@ -147,6 +148,7 @@ class _Handshake:
             gpus=(cuda.uuid(terms.device),) if terms.device.startswith("cuda") else (),
             transports=(terms.transport,),
             spec=spec,
+            share=terms.share,
             credits=terms.credits,
             fingerprint=terms.fingerprint,
             run=terms.run,

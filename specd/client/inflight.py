@@ -121,6 +121,7 @@ class InFlight:
             self._stats.nbytes += pending.layout.nbytes
             self._stats.fetch_s += pending.fetch_s
             self._stats.forward_s += pending.forward_s
+            self._stats.shared += pending.shared
         return pending
 
     def give_back(self, pending: Item) -> None:

@@ -14,7 +14,7 @@ from specd.client.fetch import Item
 from specd.client.handshake import Terms
 from specd.client.inflight import InFlight
 from specd.client.line import identity
-from specd.client.pending import Pending
+from specd.client.pending import Pending, place_of
 from specd.client.seats import Seat, places, thin
 from specd.config.settings import SubscriberConfig
 from specd.endpoints import resolve_endpoint
@@ -39,7 +39,8 @@ class Subscriber:
     when one refuses, TransportError when the transport asked for cannot be used, ConfigError for keys that cannot be.
 
     contract: of the target all its daemons serve. spec: what is captured. ring: of the first daemon met. thin: what is
-    wrong with that ring for so many ranks of this depth, empty if nothing.
+    wrong with that ring for so many ranks of this depth, empty if nothing. sharing: how many other runs that daemon had
+    in `subscriber.share`.
     """
 
     def __init__(
@@ -58,6 +59,11 @@ class Subscriber:
     ) -> None:
         if config.depth < 0 or not config.endpoints:
             raise ConfigError(f"depth {config.depth} and endpoints {config.endpoints}: need depth ≥ 0 and an endpoint")
+        if config.share and config.borrow:
+            raise ConfigError(
+                f"subscriber.share={config.share} with subscriber.borrow=true: a slot of a share holds what all its "
+                f"trainers want, and cannot be read in place; leave one of them out"
+            )
         self._depth = config.depth
         self._closed = False
         trainer = identity(config.auth, config.endpoints)
@@ -78,6 +84,7 @@ class Subscriber:
             insecure_data=config.insecure_data,
             payloads=payloads,
             run=run,
+            share=config.share,
         )
         endpoints = [resolve_endpoint(endpoint) for endpoint in config.endpoints]
         seats = places(endpoints, ranks, seat, near=config.place == "near")
@@ -87,6 +94,8 @@ class Subscriber:
         except BaseException:
             self.close()
             raise
+        self._share = config.share
+        self.sharing = session.welcome.sharing
         self.contract: TargetContract = session.welcome.contract
         self.ring: RingInfo = session.welcome.ring
         self.spec: CaptureSpec = session.spec
@@ -150,6 +159,12 @@ class Subscriber:
         ref = self.contract.artifacts[name]
         return torch.frombuffer(data, dtype=getattr(torch, ref.dtype)).view(ref.shape)
 
+    @property
+    def title(self) -> str:
+        """What a run's title says of its share; empty without one."""
+        runs = "1 run" if self.sharing == 1 else f"{self.sharing} runs"
+        return f" · shares forwards with {runs} so far ({self._share})" if self._share else ""
+
     def stats(self) -> Stats:
         """Counters since the start."""
         return self._in_flight.stats()
@@ -181,8 +196,8 @@ class Subscriber:
         fresh: list[Item] = []
         while len(self._in_flight) + len(fresh) < size and (batch := next(source, None)) is not None:
             layout = slot_layout(self.spec, self.contract.hidden_size, batch.num_tokens)
-            identity = batch_id(self.contract.fingerprint, self.spec, batch.tokens, batch.lengths, batch.payloads)
-            fresh.append(Pending(batch, identity, layout))
+            identity = batch_id(self.contract.fingerprint, batch.tokens, batch.lengths, batch.payloads)
+            fresh.append(Pending(batch, identity, layout, self.spec, place_of(batch)))
         if fresh:
             self._in_flight.submit(fresh)
 

@@ -180,9 +180,8 @@ class Window(Generic[S, B]):
         if not peer.pace.asks(message.seq):
             raise ProtocolError(f"{peer.endpoint} announced seq {message.seq}, which was not asked for")
         pending = peer.held[message.seq]
-        if message.batch_id != pending.identity or message.layout != pending.layout:
-            identity = message.batch_id.hex()
-            raise ProtocolError(f"{peer.endpoint} announced {pending} as id {identity}, {message.layout}")
+        if problem := pending.unlike(message):
+            raise ProtocolError(f"{peer.endpoint} announced {pending} as {problem}")
         peer.pace.answer(message.seq, message.target_us / 1e6, self._clock())
         if pending.state is not State.SUBMITTED or pending.dropped:  # another was first, or nobody wants it any more
             self._todo.append(effects.SendRelease(session, message.lease))
@@ -190,6 +189,7 @@ class Window(Generic[S, B]):
             return self._settle()
         pending.daemon, pending.session, pending.ready, pending.state = peer.place, session, message, State.READY
         pending.forward_s = message.target_us / 1e6
+        pending.shared = message.source != "forward"
         if peer.borrow:
             pending.borrowed = True
             self._todo.append(effects.SendBorrow(session, message.lease))

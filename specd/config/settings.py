@@ -63,6 +63,8 @@ class RingConfig(Config, kw_only=True, frozen=True):
     max_sessions: trainers at once; each always has one slot of its own, the other slots − max_sessions are shared.
     payload_mib: MiB that the images of a batch may bring for the target, 0 to take text alone.
     lease_ttl_s: seconds for which a trainer of another host may hold a slot without a sign of life.
+    pace_s: seconds a batch for which a trainer may be held for others that share its forwards; 0 never, two forwards of
+    a batch, as measured, where it is left out.
     """
 
     slots: Positive = 8
@@ -70,6 +72,7 @@ class RingConfig(Config, kw_only=True, frozen=True):
     max_sessions: Positive = 4
     payload_mib: Annotated[int, Meta(ge=0, le=256)] = 0
     lease_ttl_s: Annotated[float, Meta(ge=0.05, le=86_400)] = 30.0
+    pace_s: Annotated[float, Meta(ge=0, le=3600)] | None = None
 
 
 class CaptureConfig(Config, kw_only=True, frozen=True):
@@ -140,6 +143,8 @@ class SubscriberConfig(Config, kw_only=True, frozen=True):
     takes where a training has several ranks. `near` means those on its own host, or all if none is, shared evenly among
     the ranks, and the rest only while none of these is up; `all` means every one. auth: keys, for TCP endpoints.
     insecure_data: with keys, also take transports from another host that do not encrypt states (nccl, nixl).
+    share: trainers that name the same one, and train on the same batches, share forwards of the target, whatever layers
+    each of them wants; empty to share with nobody.
     """
 
     endpoints: tuple[str, ...] = ("auto",)
@@ -149,6 +154,7 @@ class SubscriberConfig(Config, kw_only=True, frozen=True):
     connect_s: Annotated[float, Meta(ge=0)] = 120.0
     borrow: bool = False
     place: Literal["near", "all"] = "near"
+    share: Annotated[str, Meta(max_length=200)] = ""
     auth: TrainerAuth | None = None
     insecure_data: bool = False
 

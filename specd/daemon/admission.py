@@ -8,68 +8,102 @@ from typing import Any
 
 import numpy as np
 
-from specd.daemon.slots import Grant
+from specd.daemon.slots import Grant, Lease
 from specd.errors import ProtocolError
 from specd.protocol import limits, payload
 from specd.protocol import messages as wire
-from specd.protocol.batch import Layout, batch_id, slot_layout
-from specd.protocol.capture import CaptureSpec
+from specd.protocol.batch import Layout, batch_id, slot_bytes, slot_layout
+from specd.protocol.capture import CaptureSpec, union
 from specd.protocol.contract import RingInfo, TargetContract
+from specd.protocol.cut import Piece, cut
+from specd.transports.base import SlotRef
 from specd.worker import messages as channel
 
 Tokens = np.ndarray[Any, np.dtype[np.int32]]
 
 
 class Request:
-    """One admitted request of a session. layout: of its states in a slot."""
+    """One admitted request of a session. want: its states, None for a probe. layout: of these. place: in its plan."""
 
-    __slots__ = ("_message", "batch_id", "layout")
+    __slots__ = ("_message", "batch_id", "layout", "place", "want")
 
-    def __init__(self, message: wire.Submit | wire.Probe, identity: bytes, layout: Layout) -> None:
+    def __init__(
+        self, message: wire.Submit | wire.Probe, identity: bytes, layout: Layout, want: CaptureSpec | None = None
+    ) -> None:
         self._message: wire.Submit | wire.Probe | None = message
+        self.want = want
+        self.place = message.place if isinstance(message, wire.Submit) else 0
         self.batch_id = identity
         self.layout = layout
 
-    def task(self, fill: Grant, spec: CaptureSpec) -> channel.FillSlot | channel.FillNoise:
-        """The worker's task for this request. Call it once: it drops the tokens."""
+    def task(self, fill: Grant) -> channel.FillSlot | channel.FillNoise:
+        """The worker's task for this request, to capture all that is held. Call it once: it drops the tokens."""
         message, self._message = self._message, None
         assert message is not None, "a request is given a slot once"
         if isinstance(message, wire.Probe):
             return channel.FillNoise(
                 slot=fill.slot, generation=fill.generation, nonce=message.nonce, nbytes=message.nbytes
             )
+        assert fill.held is not None, "only a probe wants nothing"
+        num_tokens, *_, hidden_size = self.layout.tensors[0].shape
         return channel.FillSlot(
             slot=fill.slot,
             generation=fill.generation,
-            spec=spec,
+            spec=fill.held,
             tokens=message.tokens,
             lengths=message.lengths,
             payloads=message.payloads,
-            layout=self.layout,
+            layout=slot_layout(fill.held, hidden_size, num_tokens),
         )
+
+    def ref(self, lease: Lease) -> SlotRef:
+        """Where its own states lie, and how they are cut out of what its lease's slot holds."""
+        pieces: tuple[Piece, ...] = ()
+        if self.want is not None and lease.held is not None:
+            num_tokens, *_, hidden_size = self.layout.tensors[0].shape
+            pieces = cut(lease.held, self.want, hidden_size, num_tokens)
+        return SlotRef(lease.slot, lease.generation, self.layout.nbytes, pieces)
 
 
 class Unfit(Exception):
     """A well-formed request that this daemon can never serve; the message tells the trainer why."""
 
 
-def check_hello(hello: wire.Hello, contract: TargetContract, ring: RingInfo) -> str | None:
-    """Why a trainer's HELLO does not match this target and ring, or None if it does."""
+def check_hello(
+    hello: wire.Hello, contract: TargetContract, ring: RingInfo, wanted: Sequence[CaptureSpec] = ()
+) -> str | None:
+    """Why a trainer's HELLO does not match this target and ring, or None if it does. wanted: by others of its share."""
     if hello.fingerprint not in {"", contract.fingerprint}:
         return (
             f"this daemon's target is not the trainer's: it serves {contract.model} ({contract.fingerprint}), the "
             f"trainer needs ({hello.fingerprint})"
         )
-    return _strange_payloads(hello.payloads, contract, ring) or hello.spec.problem(contract.num_layers)
+    strange = _strange_payloads(hello.payloads, contract, ring) or hello.spec.problem(contract.num_layers)
+    return strange or _unlike_share(hello, wanted, contract, ring)
 
 
-def admit_batch(message: wire.Submit, spec: CaptureSpec, contract: TargetContract, ring: RingInfo) -> Request:
-    """Check a SUBMIT and return its Request. Raises ProtocolError if forged or malformed, Unfit if out of bounds."""
+def check_attach(transport: str, share: str, started: channel.Started) -> str | None:
+    """Why a trainer may not use a transport, or None if it may try."""
+    if transport not in started.transports:
+        return f"the daemon does not serve it (it serves {', '.join(started.transports)})"
+    if share and transport not in started.cutting:
+        able = ", ".join(started.cutting) or "none"
+        return f"it cannot cut a trainer's own states out of what a share captures ({able} can); leave out --share"
+    return None
+
+
+def admit_batch(
+    message: wire.Submit, spec: CaptureSpec, contract: TargetContract, ring: RingInfo, *, shared: bool = False
+) -> Request:
+    """Check a SUBMIT and return its Request. Raises ProtocolError if forged or malformed, Unfit if out of bounds.
+
+    shared: more than its spec may be captured.
+    """
     tokens, lengths = _ints(message.tokens, "tokens"), _ints(message.lengths, "lengths")
     if tokens.size == 0 or lengths.size == 0 or lengths.min() < 1 or lengths.sum(dtype=np.int64) != tokens.size:
         raise ProtocolError(f"{lengths.size} lengths do not cover {tokens.size} tokens with positive parts")
     _check_payloads(message.payloads, lengths.size)
-    identity = batch_id(contract.fingerprint, spec, tokens, lengths, message.payloads)
+    identity = batch_id(contract.fingerprint, tokens, lengths, message.payloads)
     if message.batch_id != identity:
         raise ProtocolError(f"batch id {message.batch_id.hex()} is not that of its content, {identity.hex()}")
     low, high = int(tokens.min()), int(tokens.max())
@@ -90,7 +124,12 @@ def admit_batch(message: wire.Submit, spec: CaptureSpec, contract: TargetContrac
             f"{ring.slot_tokens} tokens of the daemon's capture): start the daemon with a larger ring.slot_tokens, or "
             f"train with a smaller data.batch_tokens"
         )
-    return Request(message, identity, layout)
+    if shared and tokens.size > ring.slot_tokens:
+        raise Unfit(
+            f"{tokens.size} tokens in a share, and the states of all its trainers fit a slot up to {ring.slot_tokens}: "
+            f"start the daemon with a larger ring.slot_tokens, or train with a smaller data.batch_tokens"
+        )
+    return Request(message, identity, layout, spec)
 
 
 def admit_probe(message: wire.Probe, session: bytes, ring: RingInfo) -> Request:
@@ -145,6 +184,26 @@ def _strange_payloads(names: Sequence[str], contract: TargetContract, ring: Ring
         return f"{brought}, and {contract.model} takes {', '.join(contract.payloads)}, not {', '.join(unknown)}"
     if not ring.payload_bytes:
         return f"{brought}, and the daemon is set to take text alone: start it with --set ring.payload_mib=64"
+    return None
+
+
+def _unlike_share(
+    hello: wire.Hello, wanted: Sequence[CaptureSpec], contract: TargetContract, ring: RingInfo
+) -> str | None:
+    """Why a trainer cannot share forwards with those whose specs are wanted, or None if it can, or need not."""
+    if not hello.share:
+        return None
+    share = f"share {hello.share}"
+    if others := {spec.dtype for spec in wanted} - {hello.spec.dtype}:
+        return f"{share} captures {others.pop()}, this trainer wants {hello.spec.dtype}: give it another share, or none"
+    spec = union([hello.spec, *wanted])
+    if slot_bytes(spec, contract.hidden_size, ring.slot_tokens) > ring.slot_bytes:
+        taps, final = len(spec.taps), " + final" * spec.final
+        return (
+            f"{share} would capture {taps} taps{final} = {spec.bytes_per_token(contract.hidden_size):,} bytes a token; "
+            f"slots hold {ring.slot_bytes // ring.slot_tokens:,}: specd start --set capture.num_taps={taps} "
+            f"--set capture.final={str(spec.final).lower()}"
+        )
     return None
 
 

@@ -14,7 +14,7 @@ import zmq
 
 from specd.config.settings import DaemonConfig
 from specd.daemon.account import Account
-from specd.daemon.admission import Unfit, admit_batch, admit_probe, check_fetch, check_hello
+from specd.daemon.admission import Unfit, admit_batch, admit_probe, check_attach, check_fetch, check_hello
 from specd.daemon.connections import Connection
 from specd.daemon.dispatch import Dispatch, Fill
 from specd.daemon.ending import Ending
@@ -30,7 +30,6 @@ from specd.errors import ProtocolError
 from specd.protocol import limits
 from specd.protocol import messages as wire
 from specd.protocol.messages import Message
-from specd.transports.base import SlotRef
 from specd.worker import messages as channel
 
 log = logging.getLogger(__name__)
@@ -60,7 +59,7 @@ class Control:
         self._on_ready = on_ready
         self._clock = time.monotonic
         ring = settings.ring
-        self._ring = Ring(ring.slots, ring.max_sessions, ring.lease_ttl_s, self._clock)
+        self._ring = Ring(ring.slots, ring.max_sessions, ring.lease_ttl_s, self._clock, ring.pace_s)
         self._dispatch: Dispatch[channel.FillSlot] = Dispatch(settings.hang_s, self._clock)
         self._started: channel.Started | None = None
         self._reads = Reads()
@@ -167,7 +166,7 @@ class Control:
             case wire.Submit() | wire.Probe():
                 self._submit(session, message)
             case wire.Borrow():
-                self._ring.borrow(key, message.lease)
+                session.borrow(self._ring, message.lease)
             case wire.Release():
                 lease = self._ring.lease(key, message.lease)
                 if self._ring.release(key, message.lease) and lease is not None:
@@ -194,7 +193,8 @@ class Control:
             reason = f"the daemon is {state}"
             return wire.Reject(epoch=self._epoch, reason=reason, retry_ms=RETRY_MS, loading_ms=self._loading_ms())
         stranger, many = self._front.stranger(connection), self._front.too_many(connection, hello.ranks)
-        if problem := stranger or many or check_hello(hello, started.contract, started.ring):
+        wanted = self._ring.shares.wanted(hello.share)
+        if problem := stranger or many or check_hello(hello, started.contract, started.ring, wanted):
             return wire.Reject(epoch=self._epoch, reason=problem)
         over = self._front.over_quota(connection, self._sessions.connections())
         session = over or self._sessions.open(key, hello, connection, self._clock())
@@ -208,6 +208,7 @@ class Control:
             slots=1 + self._ring.pool,
             lease_ttl_ms=round(self._settings.ring.lease_ttl_s * 1000),
             transports=started.transports,
+            sharing=self._ring.sharing(key),
         )
 
     def _loading_ms(self) -> int:
@@ -243,14 +244,15 @@ class Control:
             if isinstance(message, wire.Probe):
                 request = admit_probe(message, session.key, ring)
             else:
-                request = admit_batch(message, session.spec, contract, ring)
+                request = admit_batch(message, session.spec, contract, ring, shared=bool(session.share))
             if (poison := self._dispatch.poison(request.batch_id)) is not None:
                 raise Unfit(poison)
         except Unfit as error:
             identity = message.batch_id if isinstance(message, wire.Submit) else bytes(limits.BATCH_ID_BYTES)
             self._fail(session.key, message.seq, identity, str(error), retry=self.ending.draining)
             return
-        self._ring.submit(session.key, message.seq, request.batch_id)
+        cuts = session.cuts(self._started.cutting)
+        self._ring.submit(session.key, message.seq, request.batch_id, request.want, place=request.place, cuts=cuts)
         session.requests[message.seq] = request
 
     def _schedule(self) -> None:
@@ -259,7 +261,7 @@ class Control:
         for grant in plan.fills:
             session = self._sessions.get(grant.holder)
             assert session is not None, "nothing was sent since it was scheduled"
-            task = session.requests[grant.seq].task(grant, session.spec)
+            task = session.requests[grant.seq].task(grant)
             if isinstance(task, channel.FillSlot):
                 self._dispatch.add(Fill(grant.slot, grant.generation, grant.batch_id, task))
             else:
@@ -293,6 +295,8 @@ class Control:
                 layout=layout,
                 busy_slots=self._ring.busy,
                 target_us=target_us,
+                held=lease.held,
+                source=lease.source,
             ),
         )
 
@@ -306,13 +310,12 @@ class Control:
         if lease is None or not session.transport:
             raise ProtocolError(f"lease {message.lease} cannot be received: expected a READY lease and a transport")
         self._ring.renew(session.key)
-        ref = SlotRef(lease.slot, lease.generation, session.requests[lease.seq].layout.nbytes)
+        ref = session.requests[lease.seq].ref(lease)
         self._supervisor.send(channel.Publish(session=session.key, transport=session.transport, ref=ref))
 
     def _attach(self, session: TrainerSession, message: wire.Attach) -> None:
         assert self._started is not None
-        if message.transport not in self._started.transports:
-            reason = f"the daemon does not serve it (it serves {', '.join(self._started.transports)})"
+        if reason := check_attach(message.transport, session.share, self._started):
             self._send(session.key, wire.Refuse(epoch=self._epoch, transport=message.transport, reason=reason))
             return
         self._supervisor.send(channel.Accept(session=session.key, transport=message.transport, hello=message.hello))
@@ -346,7 +349,7 @@ class Control:
             case channel.Filled():
                 self.counters.add("forward_us", note.target_us)
                 self._dispatch.done(note.slot, note.generation)
-                for lease in self._ring.filled(note.slot, note.generation):
+                for lease in self._ring.filled(note.slot, note.generation, note.target_us / 1e6):
                     self._announce(lease, note.target_us)
             case channel.FillFailed():
                 self._dispatch.done(note.slot, note.generation)

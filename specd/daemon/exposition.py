@@ -36,6 +36,9 @@ COUNTS = {
     "submitted": Count("specd_requests", "Batches and probes asked for."),
     "fills": Count("specd_ring_fills", "Slots given to a request to be filled."),
     "joins": Count("specd_ring_joins", "Requests served by a slot that has the same content."),
+    "kept_hits": Count("specd_ring_kept_hits", "Those of them whose slot was kept for their share."),
+    "kept_evicted": Count("specd_ring_kept_evictions", "Kept slots that were filled anew before all had read them."),
+    "held_ms": Count("specd_ring_held_seconds", "Time that trainers were held for others of their share.", 1e3),
     "released": Count("specd_ring_releases", "Leases given back."),
     "expired": Count("specd_ring_expired_holders", "Sessions whose lease ran out."),
 }

@@ -4,13 +4,21 @@ A *holder* is one trainer session. It has credits, a FIFO queue of requests, lea
 call of it renews. A request waits in its holder's queue until `schedule` gives it a lease: on a free slot, which the
 worker then fills, or on the slot that holds or is getting the same content already (it *joins* that slot).
 
-    FREE ──schedule──▶ FILLING ──filled──▶ READY ──last lease ends──▶ FREE
-                          └──failed, or filled after its last lease ended──▶ FREE
-    READY ──its holder ends while borrowing it──▶ QUARANTINED ──every such reader is dead──▶ READY or FREE
+    FREE ──schedule──▶ FILLING ──filled──▶ READY ──last lease ends──▶ FREE, or KEPT while a run is owed it
+                          └──failed, or filled after its last lease ended──▶ FREE, or KEPT if it was filled
+    KEPT ──a request joins──▶ READY    KEPT ──evicted, or nobody is owed it any more──▶ FREE
+    READY ──its holder ends while borrowing it──▶ QUARANTINED ──every such reader is dead──▶ READY, KEPT or FREE
 
 A holder *borrows* a leased slot to read it in place. If it ends without having released it, it may read on: the slot
 is quarantined, that is not filled again until the holder's process, its *reader*, is `dead`, or the worker is
 (`reset`). Its content stays: leases on it go on, and requests may join it.
+
+**Sharing** (`shares.py`). Holders are of runs, and runs may share. A slot is filled with the union of what its share
+wants, and is *owed* to each other run of the share that has not come past its place; a lease of a run pays it. A slot
+that was read and is still owed is KEPT. A fill that finds no FREE slot takes a KEPT one: the newest that no other run
+of its own share waits for, at once; else its run is held as long as its credit lasts, then takes the newest of all (who
+is owed it needs it last), and the runs owed it are *behind*: nobody waits for them until they join a slot again. It is
+held as well while another of its share, at an earlier place, has a fill of its own being made. Joins are never held.
 
 **The slot guarantee.** With N slots and at most M holders, P = N − M slots form a shared pool. h is a holder's number
 of leases; *extras* = Σ max(h − 1, 0); an *orphan* is a FILLING slot without a lease (its holders are gone, but the
@@ -23,7 +31,9 @@ first leaves extras + Q ≤ P, and holders ≤ M; a holder that ends with b of i
 and max(h − 1, 0) from extras and adds at most b ≤ h to Q; nothing else adds to any of them. So used slots ≤ Σh + Q +
 orphans ≤ extras + (holders − 1) + Q + orphans, and without orphans used ≤ N − 1. Orphans come only from holders that
 ended, end when the worker reports the slot, and extras never take the place they still occupy: the slot is there at
-once, or as soon as the worker answers.
+once, or as soon as the worker answers. A KEPT slot has no lease and no reader, and can be evicted: used slots are those
+neither FREE nor KEPT. So h = 0 finds a slot as before, but for a wait of at most its run's credit, and that only for
+runs of its own share.
 
 So no holder that is in pays for quarantine: the pool pays, then the places of those that ended; while Q > P, Q − P
 fewer fit. A reader's quarantined slots count against its credits when it opens again; with 1 + P it is not let in.
@@ -34,17 +44,31 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 
-from specd.daemon.slots import Grant, Holder, Lease, Schedule, Slot, SlotState
+from specd.daemon.contents import Contents
+from specd.daemon.shares import Shares
+from specd.daemon.slots import Ask, Grant, Holder, Lease, Schedule, Slot, SlotState
 from specd.errors import ConfigError, ProtocolError
+from specd.protocol.capture import CaptureSpec
+from specd.protocol.messages import Source
 
-COUNTERS = ("submitted", "fills", "joins", "released", "stale_release", "stale_fill", "expired", "resets")
+COUNTERS = (
+    "submitted", "fills", "joins", "kept_hits", "kept_evicted", "held_ms", "released", "stale_release", "stale_fill",
+    "expired", "resets",
+)  # fmt: skip
 
 
 class Ring:
     """Slots, leases and credits of one daemon. Not thread-safe: the control loop owns it."""
 
-    def __init__(self, num_slots: int, max_holders: int, ttl_s: float, clock: Callable[[], float]) -> None:
-        """ttl_s: a holder expires this long after its last valid call. clock: monotonic seconds."""
+    def __init__(
+        self,
+        num_slots: int,
+        max_holders: int,
+        ttl_s: float,
+        clock: Callable[[], float],
+        pace_s: float | None = None,
+    ) -> None:
+        """ttl_s: a holder expires this long after its last valid call. clock: monotonic seconds. pace_s: see Shares."""
         if not 1 <= max_holders <= num_slots:
             raise ConfigError(
                 f"a ring of {num_slots} slots cannot give {max_holders} sessions a slot each: "
@@ -57,14 +81,14 @@ class Ring:
         self.pool = num_slots - max_holders
         self._ttl_s = ttl_s
         self._clock = clock
-        self._slots = [Slot() for _ in range(num_slots)]
-        self._free = deque(range(num_slots))  # longest free first: a late reader of old bytes sees them longest
-        self._resident: dict[bytes, int] = {}  # content of every slot that is not FREE
+        self.counters: dict[str, int] = dict.fromkeys(COUNTERS, 0)
+        self.shares = Shares(clock, pace_s)
+        self.contents = Contents(num_slots, self.shares, self.counters)
+        self._slots = self.contents.slots
         self._holders: dict[bytes, Holder] = {}
         self._turns: deque[bytes] = deque()  # whose turn it is to be served, next one first
         self._leases: dict[int, Lease] = {}
         self._last_lease = 0
-        self.counters: dict[str, int] = dict.fromkeys(COUNTERS, 0)
 
     def __repr__(self) -> str:
         states = ", ".join(f"{count} {name}" for name, count in self.counts().items())
@@ -72,19 +96,30 @@ class Ring:
 
     # Holders
 
-    def open(self, holder: bytes, credits: int, reader: int = -1) -> int | None:
+    def open(
+        self,
+        holder: bytes,
+        credits: int,
+        reader: int = -1,
+        *,
+        spec: CaptureSpec | None = None,
+        share: str = "",
+        run: bytes = b"",
+    ) -> int | None:
         """Let `holder` in and return its credits, at most 1 + pool; None when there is no room.
 
         reader: identity of its process; −1 when its death cannot be watched: it cannot borrow then. There is room
         for max_holders, fewer while slots are quarantined, and none for a reader with 1 + pool quarantined slots. A
-        holder that is in already is closed first: its old requests and leases are void.
+        holder that is in already is closed first: its old requests and leases are void. spec: what it wants. share: by
+        whom forwards are shared, empty for nobody. run: whose rank it is, empty for a run of its own.
         """
         self.close(holder)
         most = 1 + self.pool - self.quarantined(reader)
         taken = len(self._holders) + self._extras() + self.counts()["quarantined"]
         if len(self._holders) >= self.max_holders or taken >= self.num_slots or most < 1:
             return None
-        state = self._holders[holder] = Holder(max(1, min(credits, most)), reader)
+        entered = self.shares.enter(holder, run, share, spec)
+        state = self._holders[holder] = Holder(max(1, min(credits, most)), reader, entered)
         self._turns.append(holder)  # at the end: reopening never jumps the queue
         self.renew(holder)
         return state.credits
@@ -102,6 +137,8 @@ class Ring:
             self._end(lease)
         del self._holders[holder]
         self._turns.remove(holder)
+        if self.shares.leave(holder, state.run):
+            self.contents.forget(state.run)
 
     def dead(self, reader: int) -> None:
         """End a dead reader's quarantine: a slot held for it alone becomes READY, or FREE without a lease."""
@@ -109,7 +146,7 @@ class Ring:
             slot.readers.discard(reader)
             if slot.state is SlotState.QUARANTINED and not slot.readers:
                 slot.state = SlotState.READY
-                self._settle(index)
+                self.contents.settle(index)
 
     def renew(self, holder: bytes) -> bool:
         """Move the holder's deadline to ttl_s from now; False when it is not in."""
@@ -120,8 +157,8 @@ class Ring:
         return True
 
     def next_deadline(self) -> float | None:
-        """When the next holder expires, in the clock's seconds; None without holders."""
-        return min((state.deadline for state in self._holders.values()), default=None)
+        """When the next holder expires, or is not held any longer, in the clock's seconds; None without holders."""
+        return min([*self.shares.dues(), *(state.deadline for state in self._holders.values())], default=None)
 
     def expire(self) -> list[bytes]:
         """Close the holders whose deadline has passed, and return them."""
@@ -139,19 +176,31 @@ class Ring:
         for index, slot in enumerate(self._slots):
             slot.readers.clear()
             if slot.state is not SlotState.FREE:
-                self._vacate(index)
+                self.contents.vacate(index)
         self.counters["resets"] += 1
 
     # Requests
 
-    def submit(self, holder: bytes, seq: int, batch_id: bytes) -> None:
+    def submit(
+        self,
+        holder: bytes,
+        seq: int,
+        batch_id: bytes,
+        want: CaptureSpec | None = None,
+        *,
+        place: int = 0,
+        cuts: bool = True,
+    ) -> None:
         """Queue a request and renew its holder.
+
+        want: the states it wants, None for a probe. place: of the batch in its run's plan. cuts: whether its holder can
+        take them out of a slot that holds more.
 
         Raises ProtocolError for an unknown holder, for one without a credit left, and for a seq that is outstanding.
         """
         state = self.check(holder, seq)
         state.seqs.add(seq)
-        state.queue.append((seq, batch_id))
+        state.queue.append(Ask(seq, batch_id, want, place, cuts))
         self.counters["submitted"] += 1
         self.renew(holder)
 
@@ -172,20 +221,27 @@ class Ring:
     def schedule(self) -> Schedule:
         """Give leases to queued requests: round-robin over holders, in order inside one, until nothing more fits."""
         schedule = Schedule([], [])
+        self.shares.look()
         passed = 0
         while passed < len(self._turns):
             holder = self._turns[0]
             self._turns.rotate(-1)
             passed = 0 if self._grant(holder, schedule) else passed + 1
+        self.counters["held_ms"] += round(1000 * self.shares.held_s())
         return schedule
 
-    def filled(self, slot: int, generation: int) -> list[Lease]:
-        """Mark a filled slot READY and return its leases to announce. A stale report is a counted no-op."""
+    def filled(self, slot: int, generation: int, forward_s: float = 0.0) -> list[Lease]:
+        """Mark a filled slot READY and return its leases to announce. A stale report is a counted no-op.
+
+        forward_s: its share of the forward.
+        """
         found = self._filling(slot, generation)
         if found is None:
             return []
+        if found.held is not None:
+            self.shares.measured(forward_s)
         found.state = SlotState.READY
-        self._settle(slot)
+        self.contents.settle(slot)
         return [self._leases[lease] for lease in sorted(found.leases)]
 
     def failed(self, slot: int, generation: int) -> list[Lease]:
@@ -196,7 +252,7 @@ class Ring:
         leases = [self._leases[lease] for lease in sorted(found.leases)]
         for lease in leases:
             self._end(lease)
-        self._vacate(slot)
+        self.contents.vacate(slot)
         return leases
 
     # Leases
@@ -239,8 +295,8 @@ class Ring:
 
     @property
     def busy(self) -> int:
-        """Slots that are not FREE."""
-        return self.num_slots - len(self._free)
+        """Slots that are neither FREE nor KEPT."""
+        return sum(slot.state not in (SlotState.FREE, SlotState.KEPT) for slot in self._slots)
 
     def quarantined(self, reader: int) -> int:
         """Slots that are quarantined for this reader, alone or with others."""
@@ -261,38 +317,50 @@ class Ring:
         return sum(len(state.queue) for state in self._holders.values())
 
     def counts(self) -> dict[str, int]:
-        """How many slots are in each state: free, filling, ready, quarantined."""
+        """How many slots are in each state: free, filling, ready, quarantined; and kept, if any is."""
         states = [slot.state for slot in self._slots]
-        return {state.value: states.count(state) for state in SlotState}
+        kept = SlotState.KEPT in states
+        return {state.value: states.count(state) for state in SlotState if kept or state is not SlotState.KEPT}
+
+    def sharing(self, holder: bytes) -> int:
+        """How many other runs the holder's run shares with."""
+        state = self._holders.get(holder)
+        return len(self.shares.others(state.run)) if state is not None else 0
+
+    def behind(self, holder: bytes) -> bool:
+        """Whether the holder's run is so far behind its share that nobody waits for it."""
+        state = self._holders.get(holder)
+        return state is not None and state.run.behind
 
     # Transitions
 
     def _grant(self, name: bytes, schedule: Schedule) -> bool:
-        """Give the holder's oldest request a lease if the guarantee allows it."""
+        """Give the holder's oldest request a lease if the guarantee allows it, and its share does not hold it."""
         holder = self._holders[name]
         if not holder.queue:
             return False
-        seq, batch_id = holder.queue[0]
-        index = self._resident.get(batch_id)
-        if index is None and not self._free:
-            return False
+        ask, run = holder.queue[0], holder.run
+        index = self.contents.find(ask)
         if holder.leases and self._pool_left() + (index is not None and self._orphaned(index)) < 1:
             return False
-        holder.queue.popleft()
+        source: Source = "forward"
         if index is None:
-            index = self._free.popleft()
+            index = self.contents.fill(run, ask)
+            if index is None:
+                return False
             slot = self._slots[index]
-            slot.state, slot.batch_id, slot.generation = SlotState.FILLING, batch_id, slot.generation + 1
-            self._resident[batch_id] = index
-            schedule.fills.append(Grant(index, slot.generation, batch_id, name, seq))
-            self.counters["fills"] += 1
+            schedule.fills.append(Grant(index, slot.generation, ask.batch_id, name, ask.seq, slot.held))
         else:
+            source = self.contents.join(index, run)
             slot = self._slots[index]
-            self.counters["joins"] += 1
+        holder.queue.popleft()
         self._last_lease += 1
-        lease = Lease(self._last_lease, name, seq, index, slot.generation, batch_id)
+        lease = Lease(self._last_lease, name, ask.seq, index, slot.generation, ask.batch_id, slot.held, source)
         self._leases[lease.id] = holder.leases[lease.id] = lease
         slot.leases.add(lease.id)
+        slot.owed.discard(run)
+        if ask.want is not None:
+            self.shares.leased(run, ask.place)
         if slot.state is not SlotState.FILLING:
             schedule.ready.append(lease)
         return True
@@ -324,18 +392,4 @@ class Ring:
         holder.seqs.remove(lease.seq)
         holder.borrowed.discard(lease.id)
         slot.leases.remove(lease.id)
-        self._settle(lease.slot)
-
-    def _settle(self, index: int) -> None:
-        """Free a READY slot that has no lease."""
-        if self._slots[index].state is SlotState.READY and not self._slots[index].leases:
-            self._vacate(index)
-
-    def _vacate(self, index: int) -> None:
-        slot = self._slots[index]
-        assert not slot.leases | slot.readers, (
-            f"slot {index} is freed while leased by {slot.leases}, read by {slot.readers}"
-        )
-        del self._resident[slot.batch_id]
-        slot.state, slot.batch_id = SlotState.FREE, b""
-        self._free.append(index)
+        self.contents.settle(lease.slot)

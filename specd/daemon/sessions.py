@@ -15,6 +15,7 @@ from specd.daemon.admission import Request
 from specd.daemon.connections import Connection
 from specd.daemon.ring import Ring
 from specd.endpoints import host_id
+from specd.errors import ProtocolError
 from specd.protocol import messages as wire
 from specd.protocol.batch import Layout
 
@@ -25,13 +26,13 @@ class TrainerSession:
     """A trainer's session.
 
     key: routing id. connection: the one that it was opened over and belongs to, None within the process. label: names
-    it without telling its key. name: for people, after whose key it is, if there are keys. run, ranks: as in its HELLO.
-    requests: by seq. pidfd: readable once its process ended, −1 if unknown.
+    it without telling its key. name: for people, after whose key it is, if there are keys. run, ranks, share: as in its
+    HELLO. requests: by seq. pidfd: readable once its process ended, −1 if unknown. borrows: it reads slots in place.
     """
 
     __slots__ = (
-        "batches", "connection", "credits", "gpus", "key", "label", "name", "nbytes", "opened", "pidfd", "ranks",
-        "requests", "run", "spec", "tokens", "transport",
+        "batches", "borrows", "connection", "credits", "gpus", "key", "label", "name", "nbytes", "opened", "pidfd",
+        "ranks", "requests", "run", "share", "spec", "tokens", "transport",
     )  # fmt: skip
 
     def __init__(
@@ -45,16 +46,32 @@ class TrainerSession:
         self.gpus = hello.gpus
         self.run = hello.run
         self.ranks = hello.ranks
+        self.share = hello.share
         self.spec = hello.spec
         self.credits = credits
         self.opened = opened
         self.pidfd = pidfd
         self.transport = ""
+        self.borrows = False
         self.requests: dict[int, Request] = {}
         self.batches = self.tokens = self.nbytes = 0
 
     def __str__(self) -> str:
         return f"{self.label[:8]} of {self.name}"
+
+    def cuts(self, cutting: Container[str]) -> bool:
+        """Whether it can take its states out of a slot that holds more. cutting: transports that can."""
+        return self.transport in cutting and not self.borrows
+
+    def borrow(self, ring: Ring, lease: int) -> None:
+        """Read a leased slot in place. Raises ProtocolError as `Ring.borrow` does, and for a session of a share."""
+        if self.share:
+            raise ProtocolError(
+                f"lease {lease} cannot be borrowed: a slot of share {self.share} holds more than its own states; "
+                f"set subscriber.borrow=false, or leave the share out"
+            )
+        ring.borrow(self.key, lease)
+        self.borrows = True
 
     def served(self, layout: Layout) -> None:
         """Count a batch that was announced to it."""
@@ -78,6 +95,8 @@ class TrainerSession:
             age_s=now - self.opened,
             run=hashlib.blake2b(self.run, digest_size=4).hexdigest() if self.run else "",
             ranks=self.ranks,
+            share=units.printable(self.share),
+            behind=ring.behind(self.key),
         )
 
 
@@ -121,7 +140,7 @@ class Sessions:
         if problem := self._kept(hello):
             return problem
         pidfd = self._watch(hello, connection.pid if connection is not None else 0)
-        credits = self._ring.open(key, hello.credits, pidfd)
+        credits = self._ring.open(key, hello.credits, pidfd, spec=hello.spec, share=hello.share, run=hello.run)
         if credits is None:
             self._unwatch(pidfd)
             return self._why_full()

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from specd.errors import ConfigError, TransportError, pip_install
+from specd.protocol.cut import Piece
 
 if TYPE_CHECKING:
     import torch
@@ -186,20 +187,24 @@ class Mapping:
             except self._runtime.CUDARuntimeError as error:
                 raise TransportError(f"{device} gives no stream to copy on: {error}") from None
 
-    def read(self, offset: int, nbytes: int, into: int) -> None:
+    def read(self, offset: int, nbytes: int, into: int, pieces: Sequence[Piece] = ()) -> None:
         """Copy `nbytes` bytes at `offset` to the address `into`; on return they are there, for any stream.
 
+        With pieces, these of what lies at `offset`, which make `nbytes` bytes with what is between them.
         It waits for nothing but its copy: no kernel may still be using `into`. Raises TransportError, as lost, when the
         driver or the device reports a fault.
         """
         cuda = self._runtime
         source = self._address + offset
         try:
-            if cuda.getDevice() == self._index:
-                cuda.memcpyAsync(into, source, nbytes, MEMCPY_DEFAULT, self._stream)
-            else:  # on a thread that has no device yet, the call would open device 0
-                with _current(self.device):
+            # On a thread that has no device yet, the calls would open device 0.
+            with contextlib.nullcontext() if cuda.getDevice() == self._index else _current(self.device):
+                if not pieces:
                     cuda.memcpyAsync(into, source, nbytes, MEMCPY_DEFAULT, self._stream)
+                for piece in pieces:
+                    there, here = source + piece.source, into + piece.target
+                    size = piece.width, piece.rows
+                    cuda.memcpy2DAsync(here, piece.step, there, piece.pitch, *size, MEMCPY_DEFAULT, self._stream)
             cuda.streamSynchronize(self._stream)
         except cuda.CUDARuntimeError as error:
             raise TransportError(f"the copy to {self.device} failed: {error}", lost=True) from None

@@ -94,14 +94,13 @@ def slot_bytes(spec: CaptureSpec, hidden_size: int, num_tokens: int) -> int:
 
 def batch_id(
     fingerprint: str,
-    spec: CaptureSpec,
     tokens: NDArray[np.int32],
     lengths: NDArray[np.int32],
     payloads: Sequence[bytes] = (),
 ) -> bytes:
-    """16-byte content id of a batch: the same target, spec, tokens, lengths and payloads always give the same id."""
+    """16-byte content id of a batch: the same target, tokens, lengths and payloads always give the same id."""
     digest = hashlib.blake2b(digest_size=16)
-    parts = [fingerprint.encode(), msgspec.msgpack.encode(spec), _bytes(tokens), _bytes(lengths)]
+    parts = [fingerprint.encode(), _bytes(tokens), _bytes(lengths)]
     if payloads:
         parts.append(payload.digests(payloads))
     for part in parts:

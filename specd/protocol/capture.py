@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterable
 from typing import Annotated, Literal
 
 import msgspec
@@ -43,3 +44,20 @@ class CaptureSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
                 f"layers; for the state after the last layer ask for `final`"
             )
         return None
+
+
+def covers(held: CaptureSpec | None, want: CaptureSpec | None) -> bool:
+    """Whether states that are `held` contain all that is wanted. None, as of a probe, goes with None alone."""
+    if held is None or want is None:
+        return held is want
+    return held.dtype == want.dtype and held.final >= want.final and set(held.taps) >= set(want.taps)
+
+
+def union(specs: Iterable[CaptureSpec]) -> CaptureSpec:
+    """The least spec that covers each of one or more of one dtype. Raises ValueError where dtypes differ."""
+    found = list(specs)
+    dtypes = sorted({spec.dtype for spec in found})
+    if len(dtypes) != 1:
+        raise ValueError(f"states of dtypes {', '.join(dtypes) or 'of nothing'} have no union: expected one dtype")
+    taps = tuple(sorted({tap for spec in found for tap in spec.taps}))
+    return CaptureSpec(taps=taps, final=any(spec.final for spec in found), dtype=found[0].dtype)

@@ -34,6 +34,7 @@ MAX_INT31 = (1 << 31) - 1
 
 Name = Annotated[str, Meta(min_length=1, max_length=MAX_NAME_CHARS)]
 Names = Annotated[tuple[Name, ...], Meta(max_length=MAX_TRANSPORTS)]
+Share = Annotated[str, Meta(max_length=MAX_NAME_CHARS)]
 Reason = Annotated[str, Meta(max_length=MAX_REASON_CHARS)]
 BatchId = Annotated[bytes, Meta(min_length=BATCH_ID_BYTES, max_length=BATCH_ID_BYTES)]
 Int31 = Annotated[int, Meta(ge=0, le=MAX_INT31)]

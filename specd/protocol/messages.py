@@ -7,7 +7,7 @@ ring are checked where those are known.
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta
@@ -34,9 +34,12 @@ from specd.protocol.limits import (
     Payloads,
     Positive,
     Reason,
+    Share,
 )
 
 VERSION = 5
+
+Source = Literal["forward", "joined", "kept"]
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="type"):
@@ -51,7 +54,8 @@ class Message(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
 class SessionStatus(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One trainer as STATUS shows it. session: a name of it that opens nothing. gpus: as in its HELLO. counts are since
-    then. run: a name of its run that opens nothing, empty for a trainer of its own. ranks: that run's, here.
+    then. run: a name of its run that opens nothing, empty for a trainer of its own. ranks: that run's, here. share: as
+    in its HELLO. behind: the others of its share do not wait for it.
     """
 
     session: str
@@ -67,6 +71,8 @@ class SessionStatus(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     tokens: int = 0
     run: str = ""
     ranks: int = 1
+    share: str = ""
+    behind: bool = False
 
 
 # Trainer → daemon
@@ -77,7 +83,8 @@ class Hello(Message, kw_only=True, frozen=True, tag="hello"):
 
     credits: how many batches the trainer wants outstanding. fingerprint: the target it must be, empty for any.
     payloads: names of the arrays that its sequences bring; none for text alone. run: equal on all ranks of one
-    training, empty for one alone. ranks: how many of them come to this daemon.
+    training, empty for one alone. ranks: how many of them come to this daemon. share: runs that name the same one share
+    forwards; empty for none.
     """
 
     name: Name
@@ -91,6 +98,7 @@ class Hello(Message, kw_only=True, frozen=True, tag="hello"):
     payloads: Names = ()
     run: Annotated[bytes, Meta(max_length=RUN_BYTES)] = b""
     ranks: Positive = 1
+    share: Share = ""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -118,7 +126,8 @@ class Probe(Message, kw_only=True, frozen=True, tag="probe"):
 class Submit(Message, kw_only=True, frozen=True, tag="submit"):
     """Ask for one batch. seq: the trainer's number for it, echoed back. tokens, lengths: int32 little-endian.
 
-    payloads: one for each sequence, empty for one that has none; none at all if no sequence has any.
+    payloads: one for each sequence, empty for one that has none; none at all if no sequence has any. place: where
+    it stands in its run's plan, higher for a later batch.
     """
 
     seq: U64
@@ -126,6 +135,7 @@ class Submit(Message, kw_only=True, frozen=True, tag="submit"):
     tokens: Int32s
     lengths: Int32s
     payloads: Payloads = ()
+    place: U64 = 0
 
 
 class RecvReady(Message, kw_only=True, frozen=True, tag="recv_ready"):
@@ -172,7 +182,10 @@ class Bye(Message, kw_only=True, frozen=True, tag="bye"):
 
 
 class Welcome(Message, kw_only=True, frozen=True, tag="welcome"):
-    """The session is open. credits: granted. slots: how many slots it can hold at most; one is always its own."""
+    """The session is open. credits: granted. slots: how many slots it can hold at most; one is always its own.
+
+    sharing: how many other runs its share has now.
+    """
 
     contract: TargetContract
     ring: RingInfo
@@ -180,6 +193,7 @@ class Welcome(Message, kw_only=True, frozen=True, tag="welcome"):
     slots: Positive
     lease_ttl_ms: Positive
     transports: Names
+    sharing: Int31 = 0
 
 
 class Reject(Message, kw_only=True, frozen=True, tag="reject"):
@@ -208,7 +222,11 @@ class Refuse(Message, kw_only=True, frozen=True, tag="refuse"):
 
 
 class Ready(Message, kw_only=True, frozen=True, tag="ready"):
-    """A batch lies in its slot. busy_slots: slots in use now, for display. target_us: its share of its forward."""
+    """A batch lies in its slot. busy_slots: slots in use now, for display. target_us: its share of its forward.
+
+    layout: of the trainer's own states, which it cuts out of what is held there; None for a probe. source: whether the
+    forward was made for this request, was joined, or lay kept for its share.
+    """
 
     seq: U64
     batch_id: BatchId
@@ -218,6 +236,8 @@ class Ready(Message, kw_only=True, frozen=True, tag="ready"):
     layout: Layout
     busy_slots: Int31
     target_us: U64
+    held: CaptureSpec | None = None
+    source: Source = "forward"
 
 
 class Failed(Message, kw_only=True, frozen=True, tag="failed"):

@@ -245,6 +245,8 @@ def _subtitle(facts: RunFacts, records: Sequence[StepRecord]) -> str:
     parts.append(_time_caption(records).split(":")[0])
     if (ratio := step_over_bound(records, len(facts.transports))) is not None:
         parts.append(f"step over bound {ratio:.2f}")
+    if shared := sum(record.shared for record in records):
+        parts.append(f"{shared:,} of {sum(len(record.batches) for record in records):,} batches from others' forwards")
     if again:
         parts.append(f"{again} batches resubmitted")
     return " · ".join(parts)

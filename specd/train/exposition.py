@@ -47,6 +47,7 @@ class Exposition:
             ("specd_train_tokens", "Tokens of the target that were trained on."),
             ("specd_train_resubmitted_batches", "Batches that had to be asked for again."),
             ("specd_train_reconnects", "Sessions opened after the first."),
+            ("specd_train_shared_batches", "Batches whose forward was another run's."),
         ):
             yield CounterMetricFamily(name, text, value=sums.get(name, 0))
         seconds = CounterMetricFamily(
@@ -68,6 +69,7 @@ def _amounts(record: StepRecord) -> Iterator[tuple[str, float]]:
     yield "specd_train_tokens", record.tokens
     yield "specd_train_resubmitted_batches", record.resubmitted
     yield "specd_train_reconnects", record.reconnects
+    yield "specd_train_shared_batches", record.shared
     for part in PARTS:
         yield part, getattr(record, f"{part}_s")
 

@@ -247,6 +247,7 @@ class _Run:
             num_slots=stats.num_slots,
             resubmitted=stats.resubmitted,
             reconnects=stats.reconnects,
+            shared=stats.shared,
         )
 
 

@@ -21,8 +21,9 @@ from specd.train.journal import StepRecord, TrainedBatch
 from specd.train.measurement import means
 from specd.train.stopwatch import Stopwatch
 
-TOLD = 6
-"""What a rank tells of its own time: waits for target and wire, forwards, its work, resubmitted, reconnects."""
+TOLD = 7
+"""What a rank tells of its own time: waits for target and wire, forwards, its work, resubmitted, reconnects,
+shared."""
 
 
 class Torn(Exception):
@@ -169,12 +170,13 @@ class UnloggedStep:
 def told_of(stats: Stats, work_s: float) -> NDArray[np.float64]:
     """What a rank tells the others of its own time in a step. work_s: of its device."""
     waits = stats.target_wait_s, stats.wire_wait_s
-    return np.array([*waits, stats.forward_s, sum(waits) + work_s, stats.resubmitted, stats.reconnects], np.float64)
+    counts = stats.resubmitted, stats.reconnects, stats.shared
+    return np.array([*waits, stats.forward_s, sum(waits) + work_s, *counts], np.float64)
 
 
 def _of_all(record: StepRecord, told: Sequence[float]) -> StepRecord:
     """The record with means and sums over all ranks. told: of each, TOLD numbers."""
-    target, wire, forward, busy, resubmitted, reconnects = (list(told[at::TOLD]) for at in range(TOLD))
+    target, wire, forward, busy, resubmitted, reconnects, shared = (list(told[at::TOLD]) for at in range(TOLD))
     size = len(target)
     waits = sum(target) / size, sum(wire) / size
     mean = sum(busy) / size
@@ -188,6 +190,7 @@ def _of_all(record: StepRecord, told: Sequence[float]) -> StepRecord:
         forward_s=sum(forward),
         resubmitted=int(sum(resubmitted)),
         reconnects=int(sum(reconnects)),
+        shared=int(sum(shared)),
     )
 
 

@@ -21,7 +21,7 @@ class Totals:
     def __init__(self) -> None:
         self.held_out: Measurement | None = None
         self.recent: deque[StepRecord] = deque(maxlen=RECENT)
-        self.steps = self.tokens = self.resubmitted = self.reconnects = 0
+        self.steps = self.tokens = self.resubmitted = self.reconnects = self.batches = self.shared = 0
         self.step_s = self.target_s = self.wire_s = self.train_s = 0.0
 
     def add(self, record: StepRecord) -> None:
@@ -31,6 +31,8 @@ class Totals:
         self.tokens += record.tokens
         self.resubmitted += record.resubmitted
         self.reconnects += record.reconnects
+        self.batches += len(record.batches)
+        self.shared += record.shared
         self.step_s += record.step_s
         self.target_s += record.target_wait_s
         self.wire_s += record.wire_wait_s
@@ -64,6 +66,9 @@ class Totals:
         split = ", ".join(f"{name} {spent / total:.0%}" for name, spent in parts.items())
         yield f"went to {split}: {bound(*parts.values())}-bound"
         yield f"memory  {memory}"
+        if self.shared:
+            own = self.batches - self.shared
+            yield f"shared  {self.batches:,} batches from {own:,} forwards of its own and {self.shared:,} of others"
         if self.reconnects or self.resubmitted:
             yield f"faults  {self.reconnects} reconnects, {self.resubmitted} batches asked for again"
 

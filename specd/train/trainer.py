@@ -231,7 +231,7 @@ def _train(
             checkpoints.export = export
         sinks: list[Sink] = []
         if show and ranks.leads:
-            title = f"{settled.method} draft for {contract.model} → {directory.path}{ranks.title}"
+            title = f"{settled.method} draft for {contract.model} → {directory.path}{ranks.title}{subscriber.title}"
             shown = Display(
                 title,
                 done,

@@ -83,11 +83,15 @@ class Stop(Note, kw_only=True, frozen=True, tag="stop"):
 
 
 class Started(Note, kw_only=True, frozen=True, tag="started"):
-    """The target is loaded and the ring's memory exists. segment: the shared segment's path, empty if private."""
+    """The target is loaded and the ring's memory exists. segment: the shared segment's path, empty if private.
+
+    cutting: those of the transports that take pieces of a slot.
+    """
 
     contract: TargetContract
     ring: RingInfo
     transports: tuple[str, ...]
+    cutting: tuple[str, ...]
     segment: str
     load_s: float
 

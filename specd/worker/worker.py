@@ -34,6 +34,7 @@ from specd.protocol.capture import CaptureSpec
 from specd.protocol.contract import RingInfo, TargetContract
 from specd.targets.base import CaptureJob, Completion, Target
 from specd.targets.registry import load_target
+from specd.transports import registry
 from specd.transports.base import Server, ServerContext
 from specd.transports.checks import pattern
 from specd.worker import first_batches
@@ -234,6 +235,7 @@ class Worker:
                 payload_bytes=config.ring.payload_mib << 20 if contract.payloads else 0,
             ),
             transports=tuple(self._servers),
+            cutting=tuple(name for name in self._servers if registry.load(name).traits.cuts),
             segment=self._arena.path,
             load_s=time.monotonic() - begin,
         )

@@ -95,6 +95,18 @@ def test_a_run_of_several_ranks_is_one_line(
     assert text.count(", run 7f3a91c2") == 2, "each of its sessions says so, the other does not"
 
 
+def test_what_sharing_saves_is_one_line_and_who_is_behind_is_said(
+    report: StatusReport, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (trainer,) = report.sessions
+    shares = tuple(msgspec.structs.replace(trainer, share="sweep", behind=behind) for behind in (False, True))
+    saved = {"fills": 1200, "joins": 890}
+    text = show(msgspec.structs.replace(report, sessions=(trainer, *shares), counters=saved), monkeypatch, capsys)
+    assert "890 of 2,090 requests needed no forward of their own; sweep: 2 trainers" in text
+    assert (text.count(", share sweep"), text.count("share sweep (behind)")) == (2, 1)
+    assert "of their own" not in show(report, monkeypatch, capsys)
+
+
 @pytest.mark.parametrize("timeout_s", [-1.0, float("nan"), float("inf"), 2 * LONGEST_S])
 def test_a_timeout_that_cannot_be_waited_is_refused_before_anything_is_asked(timeout_s: float, tmp_path: Path) -> None:
     begin = time.monotonic()

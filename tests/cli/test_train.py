@@ -104,6 +104,7 @@ def test_the_model_is_named_once(
     ("arguments", "message"),
     [
         (["--endpoint", "ipc:///a"], "--endpoint ipc:///a uses a daemon: give one"),
+        (["--share", "s"], "share 's': expected none, as --model"),
         (["--set", "subscriber.endpoints=['ipc:///a']"], "--endpoint ipc:///a uses a daemon: give one"),
         (["--transport", "shm"], "transport 'shm': expected auto or inproc, as --model"),
         (["--set", "draft.mask_token_id=-1"], "no mask token is known for target"),

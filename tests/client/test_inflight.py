@@ -198,7 +198,7 @@ def test_a_lost_daemons_transfer_is_cancelled_and_its_batches_come_from_another(
     monkeypatch.setattr(transport, "client", client)
     monkeypatch.setattr("specd.client.handshake.load", lambda name: transport)
     monkeypatch.setattr("specd.client.conversation.FIRST_S", 0.05)  # the lost one is not waited for long
-    batches = {batch_id(CONTRACT.fingerprint, SPEC, each.tokens, each.lengths): each for each in map(batch, range(3))}
+    batches = {batch_id(CONTRACT.fingerprint, each.tokens, each.lengths): each for each in map(batch, range(3))}
     with Daemon(context) as one, Daemon(context) as two, ThreadPoolExecutor() as pool:
         config = SubscriberConfig(
             endpoints=(one.endpoint, two.endpoint), transport="scripted", depth=2, timeout_s=EXPECT_S

@@ -223,7 +223,7 @@ def test_a_trainer_that_holds_all_it_may_does_not_block_another(host: Embedded) 
         welcome = wire.decode_reply(greedy.recv())
         for index in range(welcome.credits):
             work = batch(1000 + index)
-            identity = batch_id(welcome.contract.fingerprint, SPEC, work.tokens, work.lengths)
+            identity = batch_id(welcome.contract.fingerprint, work.tokens, work.lengths)
             submit = wire.Submit(
                 epoch=welcome.epoch,
                 seq=index,

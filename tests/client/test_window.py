@@ -21,6 +21,7 @@ from specd.client.pending import State
 from specd.client.window import Window
 from specd.errors import BatchError, ProtocolError
 from specd.protocol.batch import Layout
+from specd.protocol.capture import CaptureSpec
 from specd.transports.base import SlotRef
 from windows import BUFFER, SLOT, Clock, Token, added, fetched, item, make, ready
 
@@ -233,6 +234,8 @@ def test_an_announcement_of_something_else_than_was_asked_for_is_refused() -> No
         (TWO, message, "daemon-1 announced seq 1, which was not asked for"),
         (ONE, msgspec.structs.replace(message, batch_id=b"x" * 16), f"announced batch 0 .* as id {(b'x' * 16).hex()}"),
         (ONE, msgspec.structs.replace(message, layout=Layout(tensors=(), nbytes=4)), "announced batch 0 .* nbytes=4"),
+        (ONE, msgspec.structs.replace(message, held=CaptureSpec(taps=(99,))), "which does not cover CaptureSpec"),
+        (ONE, msgspec.structs.replace(message, held=None), "as None, which does not cover CaptureSpec"),
     ):
         with pytest.raises(ProtocolError, match=match):
             window.ready(session, wrong)

@@ -176,7 +176,10 @@ def test_images_go_to_a_daemon_that_takes_as_many_bytes_of_them() -> None:
     window = make(2)
     one, two = (
         Pending[Token, Token](
-            msgspec.structs.replace(each.batch, payloads=(bytes(each.batch.index + 9),)), each.identity, each.layout
+            msgspec.structs.replace(each.batch, payloads=(bytes(each.batch.index + 9),)),
+            each.identity,
+            each.layout,
+            each.spec,
         )
         for each in (item(0), item(1))
     )

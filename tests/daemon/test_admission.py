@@ -9,16 +9,17 @@ import msgspec
 import numpy as np
 import pytest
 
-from specd.daemon.admission import Unfit, admit_batch, admit_probe, check_fetch, check_hello
-from specd.daemon.slots import Grant
+from specd.daemon.admission import Unfit, admit_batch, admit_probe, check_attach, check_fetch, check_hello
+from specd.daemon.slots import Grant, Lease
 from specd.errors import ProtocolError
 from specd.protocol import messages as wire
-from specd.protocol.batch import batch_id, slot_bytes
+from specd.protocol.batch import batch_id, slot_bytes, slot_layout
 from specd.protocol.capture import CaptureSpec
 from specd.protocol.contract import ArtifactRef, RingInfo, TargetContract
+from specd.protocol.cut import cut
 from specd.protocol.limits import ARTIFACT_CHUNK_BYTES, MAX_FETCHES
 from specd.protocol.payload import Array, pack
-from specd.worker.messages import FillNoise, FillSlot
+from specd.worker.messages import FillNoise, FillSlot, Started
 
 CONTRACT = TargetContract(
     model="tiny", model_type="llama", hidden_size=8, num_layers=6, vocab_size=50, dtype="float32", weights="w",
@@ -31,19 +32,19 @@ RING = RingInfo(num_slots=4, slot_bytes=slot_bytes(SPEC, 8, 64), slot_tokens=64)
 def submit(content: list[int], lengths: list[int] | None = None, **changes: Any) -> wire.Submit:
     ids, sizes = np.array(content, "<i4"), np.array(lengths or [len(content)], "<i4")
     message = wire.Submit(
-        seq=7, batch_id=batch_id(CONTRACT.fingerprint, SPEC, ids, sizes), tokens=ids.tobytes(), lengths=sizes.tobytes()
+        seq=7, batch_id=batch_id(CONTRACT.fingerprint, ids, sizes), tokens=ids.tobytes(), lengths=sizes.tobytes()
     )
     return msgspec.structs.replace(message, **changes)
 
 
 def test_a_batch_becomes_one_task_for_the_worker() -> None:
     request = admit_batch(submit([1, 2, 3, 49], [3, 1]), SPEC, CONTRACT, RING)
-    task = request.task(Grant(2, 5, request.batch_id, b"holder", 7), SPEC)
+    task = request.task(Grant(2, 5, request.batch_id, b"holder", 7, SPEC))
     assert isinstance(task, FillSlot)
     assert (task.slot, task.generation, task.spec, task.layout) == (2, 5, SPEC, request.layout)
     assert np.frombuffer(task.tokens, "<i4").tolist() == [1, 2, 3, 49]
     with pytest.raises(AssertionError):
-        request.task(Grant(3, 1, request.batch_id, b"holder", 7), SPEC)
+        request.task(Grant(3, 1, request.batch_id, b"holder", 7, SPEC))
 
 
 @pytest.mark.parametrize(
@@ -73,11 +74,54 @@ def test_one_that_can_never_be_served_is_told_why(tokens: list[int], said: str) 
         admit_batch(submit(tokens), SPEC, CONTRACT, RING)
 
 
+def test_what_is_captured_is_what_is_held_and_its_own_is_cut_out_of_it() -> None:
+    held = CaptureSpec(taps=(1, 2, 3), dtype="float32")
+    request = admit_batch(submit([1, 2, 3], place=9), SPEC, CONTRACT, RING, shared=True)
+    assert (request.want, request.place) == (SPEC, 9)
+    ref = request.ref(Lease(1, b"holder", 7, 2, 5, request.batch_id, held))
+    assert ref.nbytes == request.layout.nbytes
+    assert ref.pieces == cut(held, SPEC, 8, 3)
+    task = request.task(Grant(2, 5, request.batch_id, b"holder", 7, held))
+    assert isinstance(task, FillSlot)
+    assert (task.spec, task.layout) == (held, slot_layout(held, 8, 3))
+
+
+def test_a_longer_batch_than_the_slots_are_sized_for_cannot_be_shared() -> None:
+    room = msgspec.structs.replace(RING, slot_tokens=2)
+    with pytest.raises(
+        Unfit, match=r"3 tokens in a share, .* up to 2: start the daemon with a larger ring.slot_tokens"
+    ):
+        admit_batch(submit([1, 2, 3]), SPEC, CONTRACT, room, shared=True)
+    assert admit_batch(submit([1, 2, 3]), SPEC, CONTRACT, room).want == SPEC
+
+
+def test_a_share_that_no_slot_can_hold_is_refused() -> None:
+    hello = wire.Hello(name="t", host="h", pid=1, transports=("shm",), spec=SPEC, credits=1, share="s")
+    wide = CaptureSpec(taps=(0, 2), final=True, dtype="float32")
+    assert check_hello(hello, CONTRACT, RING, [SPEC]) is None
+    assert check_hello(hello, CONTRACT, RING, [wide]) == (
+        "share s would capture 4 taps + final = 160 bytes a token; slots hold 64: specd start --set capture.num_taps=4 "
+        "--set capture.final=true"
+    )
+    other = check_hello(hello, CONTRACT, RING, [CaptureSpec(taps=(1,))])
+    assert other == "share s captures bfloat16, this trainer wants float32: give it another share, or none"
+
+
+def test_a_share_takes_only_transports_that_cut() -> None:
+    started = Started(
+        contract=CONTRACT, ring=RING, transports=("shm", "nixl"), cutting=("shm",), segment="", load_s=1.0
+    )
+    assert check_attach("shm", "s", started) is None
+    assert check_attach("nixl", "", started) is None
+    assert str(check_attach("nixl", "s", started)).endswith("(shm can); leave out --share")
+    assert check_attach("nccl", "", started) == "the daemon does not serve it (it serves shm, nixl)"
+
+
 def test_no_two_probes_share_content() -> None:
     probe = wire.Probe(seq=1, nonce=b"n" * 16, nbytes=100)
     one, other = admit_probe(probe, b"one", RING), admit_probe(probe, b"other", RING)
     assert one.batch_id != other.batch_id
-    task = one.task(Grant(0, 1, one.batch_id, b"one", 1), SPEC)
+    task = one.task(Grant(0, 1, one.batch_id, b"one", 1, SPEC))
     assert isinstance(task, FillNoise)
     with pytest.raises(ProtocolError, match="does not fit a slot"):
         admit_probe(msgspec.structs.replace(probe, nbytes=RING.slot_bytes + 1), b"one", RING)
@@ -124,14 +168,14 @@ def with_images(*payloads: bytes, room: int = 1000) -> tuple[wire.Submit, RingIn
     """A SUBMIT of two sequences that bring payloads, with its id, and the ring."""
     message = submit([1, 2, 3], [1, 2], payloads=payloads)
     ids, sizes = np.array([1, 2, 3], "<i4"), np.array([1, 2], "<i4")
-    identity = batch_id(CONTRACT.fingerprint, SPEC, ids, sizes, payloads)
+    identity = batch_id(CONTRACT.fingerprint, ids, sizes, payloads)
     return msgspec.structs.replace(message, batch_id=identity), msgspec.structs.replace(RING, payload_bytes=room)
 
 
 def test_payloads_reach_the_worker_and_make_another_batch() -> None:
     message, ring = with_images(b"", IMAGE)
     request = admit_batch(message, SPEC, CONTRACT, ring)
-    task = request.task(Grant(2, 5, request.batch_id, b"holder", 7), SPEC)
+    task = request.task(Grant(2, 5, request.batch_id, b"holder", 7, SPEC))
     assert isinstance(task, FillSlot)
     assert task.payloads == (b"", IMAGE)
     assert request.batch_id != admit_batch(submit([1, 2, 3], [1, 2]), SPEC, CONTRACT, ring).batch_id

@@ -11,7 +11,6 @@ import gc
 import mmap
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -20,94 +19,10 @@ import numpy as np
 import pytest
 import torch
 
+from cuda_driver import HANDLE, SIZE, Device, Driver
 from specd.errors import ConfigError, TransportError
 from specd.memory import cuda
-
-HANDLE = b"h" * cuda.HANDLE_BYTES
-SIZE = 4096
-
-
-class CUDARuntimeError(RuntimeError):
-    """As cupy's, whose text is `cudaErrorName: what it means`."""
-
-
-class Driver(ModuleType):
-    """Stands for cupy.cuda.runtime over host memory. calls: in order, with the device that was current."""
-
-    CUDARuntimeError = CUDARuntimeError
-
-    def __init__(self) -> None:
-        super().__init__("cupy.cuda.runtime")
-        self.exported = (ctypes.c_uint8 * SIZE)(*(i % 251 for i in range(SIZE)))
-        self.calls: list[tuple[object, ...]] = []
-        self.refusals: dict[str, str] = {}
-        self.threads = threading.local()
-
-    def note(self, name: str, *arguments: object) -> None:
-        if name in self.refusals:
-            raise CUDARuntimeError(self.refusals[name])
-        self.calls.append((name, *arguments, self.getDevice()))
-
-    def names(self) -> list[object]:
-        return [call[0] for call in self.calls]
-
-    def getDevice(self) -> int:
-        return getattr(self.threads, "device", 0)
-
-    def setDevice(self, device: int) -> None:
-        self.threads.device = device
-
-    def malloc(self, nbytes: int) -> int:
-        self.note("malloc", nbytes)
-        return ctypes.addressof(self.exported)
-
-    def free(self, address: int) -> None:
-        self.note("free", address)
-
-    def ipcGetMemHandle(self, address: int) -> bytes:
-        self.note("ipcGetMemHandle", address)
-        return HANDLE
-
-    def ipcOpenMemHandle(self, handle: bytes, flags: int) -> int:
-        assert (handle, flags) == (HANDLE, 1)
-        self.note("ipcOpenMemHandle")
-        return ctypes.addressof(self.exported)
-
-    def ipcCloseMemHandle(self, address: int) -> None:
-        self.note("ipcCloseMemHandle", address)
-
-    def deviceSynchronize(self) -> None:
-        self.note("deviceSynchronize")
-
-    def streamCreateWithFlags(self, flags: int) -> int:
-        assert flags == 1
-        self.note("streamCreateWithFlags")
-        return 77
-
-    def streamDestroy(self, stream: int) -> None:
-        self.note("streamDestroy", stream)
-
-    def memcpyAsync(self, into: int, source: int, nbytes: int, kind: int, stream: int) -> None:
-        assert kind == 4
-        self.note("memcpyAsync", nbytes, stream)
-        ctypes.memmove(into, source, nbytes)
-
-    def streamSynchronize(self, stream: int) -> None:
-        self.note("streamSynchronize", stream)
-
-
-class _Device:
-    """torch.cuda.device: makes a device current for a while."""
-
-    def __init__(self, driver: Driver, index: int) -> None:
-        self._driver, self._index = driver, index
-
-    def __enter__(self) -> None:
-        self._before = self._driver.getDevice()
-        self._driver.setDevice(self._index)
-
-    def __exit__(self, *_: object) -> None:
-        self._driver.setDevice(self._before)
+from specd.protocol.cut import Piece
 
 
 @pytest.fixture
@@ -129,7 +44,7 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[Driver]:
     properties = [SimpleNamespace(uuid=f"0{index}23-45") for index in range(2)]
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "current_device", driver.getDevice)
-    monkeypatch.setattr(torch.cuda, "device", lambda index: _Device(driver, index))
+    monkeypatch.setattr(torch.cuda, "device", lambda index: Device(driver, index))
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties[index])
     monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda device, peer: (device, peer) == (1, 0))
     yield driver
@@ -228,6 +143,18 @@ def test_a_mapping_copies_on_a_stream_of_its_own_device(driver: Driver) -> None:
         ("memcpyAsync", 100, 77, 1), ("streamSynchronize", 77, 0),
         ("memcpyAsync", 50, 77, 1), ("streamSynchronize", 77, 1),
         ("ipcCloseMemHandle", address, 1), ("streamDestroy", 77, 1),
+    ]  # fmt: skip
+
+
+def test_a_mapping_copies_pieces_and_waits_for_them_once(driver: Driver) -> None:
+    mapping = cuda.Mapping(HANDLE, "cuda:1")
+    into = (ctypes.c_uint8 * 30)()
+    mapping.read(10, 30, ctypes.addressof(into), (Piece(2, 0, 5, 3, 8, 4), Piece(60, 20, 1, 10, 10, 10)))
+    mapping.close()
+    rows = [list(driver.exported[12 + 8 * row : 15 + 8 * row]) for row in range(5)]
+    assert list(into) == [*[byte for row in rows for byte in (*row, 0)], *driver.exported[70:80]]
+    assert driver.calls[2:-2] == [
+        ("memcpy2DAsync", 5, 77, 1), ("memcpy2DAsync", 1, 77, 1), ("streamSynchronize", 77, 0),
     ]  # fmt: skip
 
 

@@ -135,17 +135,20 @@ rings = st.builds(
 finite = st.floats(allow_nan=False)
 sessions = st.builds(
     wire.SessionStatus, session=text, name=text, transport=text, gpus=names, credits=u64, outstanding=u64, leases=u64,
-    batches=u64, nbytes=u64, age_s=finite, run=text, ranks=u64,
+    batches=u64, nbytes=u64, age_s=finite, run=text, ranks=u64, share=text, behind=st.booleans(),
 )  # fmt: skip
 counts = st.dictionaries(text, u64, max_size=3)
 FIELDS: dict[type[wire.Message], dict[str, st.SearchStrategy[Any]]] = {
     wire.Hello: {
         "name": name, "host": text, "pid": int31, "gpus": names, "transports": names, "spec": specs,
         "credits": positive, "fingerprint": text, "payloads": names, "run": batch_ids, "ranks": positive,
+        "share": text,
     },
     wire.Attach: {"transport": name, "hello": st.binary(max_size=64)},
     wire.Probe: {"seq": u64, "nonce": st.binary(min_size=8, max_size=64), "nbytes": st.integers(1, 2**64 - 1)},
-    wire.Submit: {"seq": u64, "batch_id": batch_ids, "tokens": data, "lengths": data, "payloads": payloads},
+    wire.Submit: {
+        "seq": u64, "batch_id": batch_ids, "tokens": data, "lengths": data, "payloads": payloads, "place": u64,
+    },
     wire.RecvReady: {"lease": u64},
     wire.Borrow: {"lease": u64},
     wire.Release: {"lease": u64},
@@ -155,7 +158,7 @@ FIELDS: dict[type[wire.Message], dict[str, st.SearchStrategy[Any]]] = {
     wire.Bye: {},
     wire.Welcome: {
         "contract": contracts, "ring": rings, "credits": positive, "slots": positive, "lease_ttl_ms": positive,
-        "transports": names,
+        "transports": names, "sharing": int31,
     },
     wire.Reject: {"reason": text, "retry_ms": int31, "loading_ms": int31},
     wire.Offer: {"transport": name, "offer": st.binary(max_size=64)},
@@ -163,6 +166,7 @@ FIELDS: dict[type[wire.Message], dict[str, st.SearchStrategy[Any]]] = {
     wire.Ready: {
         "seq": u64, "batch_id": batch_ids, "lease": u64, "slot": int31, "generation": st.integers(1, 2**64 - 1),
         "layout": layouts, "busy_slots": int31, "target_us": u64,
+        "held": st.none() | specs, "source": st.sampled_from(["forward", "joined", "kept"]),
     },
     wire.Failed: {"seq": u64, "batch_id": batch_ids, "reason": text, "retry": st.booleans()},
     wire.Revoke: {"reason": text},

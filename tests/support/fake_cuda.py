@@ -14,6 +14,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+from collections.abc import Sequence
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -27,6 +28,7 @@ from specd.errors import TransportError
 from specd.memory import cuda
 from specd.memory import device_arena as device
 from specd.memory.arena import PAGE
+from specd.protocol.cut import Piece
 
 DEVICES = 2
 HANDLE_BYTES = 64
@@ -168,10 +170,13 @@ class Mapping:
         finally:
             os.close(fd)
 
-    def read(self, offset: int, nbytes: int, into: int) -> None:
+    def read(self, offset: int, nbytes: int, into: int, pieces: Sequence[Piece] = ()) -> None:
         assert self.address, "a copy from memory that is not mapped: the real thing faults"
         assert 0 <= offset <= offset + nbytes <= len(self._mapping)
-        ctypes.memmove(into, self.address + offset, nbytes)
+        for piece in pieces or (Piece(0, 0, 1, nbytes, nbytes, nbytes),):
+            for row in range(piece.rows):
+                source = self.address + offset + piece.source + row * piece.pitch
+                ctypes.memmove(into + piece.target + row * piece.step, source, piece.width)
 
     def tensor(self, offset: int, nbytes: int) -> torch.Tensor:
         assert 0 <= offset <= offset + nbytes <= len(self._mapping)

@@ -34,13 +34,13 @@ RING = contract.RingInfo(num_slots=8, slot_bytes=12288, slot_tokens=4096, payloa
 SAMPLES: tuple[wire.Message, ...] = (
     wire.Hello(
         epoch=EPOCH, name="trainer", host="h1", pid=4242, gpus=("GPU-0",), transports=("shm", "bytes"), spec=SPEC,
-        credits=3, fingerprint="llama:576", payloads=("pixel_values",), run=BATCH, ranks=2,
+        credits=3, fingerprint="llama:576", payloads=("pixel_values",), run=BATCH, ranks=2, share="sweep",
     ),
     wire.Attach(epoch=EPOCH, transport="shm", hello=b"\x01\x02"),
     wire.Probe(epoch=EPOCH, seq=0, nonce=bytes(range(16)), nbytes=65536),
     wire.Submit(
         epoch=EPOCH, seq=1, batch_id=BATCH, tokens=struct.pack("<3i", 5, 6, 49151), lengths=struct.pack("<2i", 1, 2),
-        payloads=(b"", b"\x80"),
+        payloads=(b"", b"\x80"), place=1 << 32,
     ),
     wire.RecvReady(epoch=EPOCH, lease=7),
     wire.Borrow(epoch=EPOCH, lease=8),
@@ -50,14 +50,15 @@ SAMPLES: tuple[wire.Message, ...] = (
     wire.Status(),
     wire.Bye(epoch=EPOCH),
     wire.Welcome(
-        epoch=EPOCH, contract=CONTRACT, ring=RING, credits=3, slots=5, lease_ttl_ms=30000, transports=("shm", "bytes")
+        epoch=EPOCH, contract=CONTRACT, ring=RING, credits=3, slots=5, lease_ttl_ms=30000, transports=("shm", "bytes"),
+        sharing=1,
     ),
     wire.Reject(epoch=EPOCH, reason="the daemon is starting its worker", retry_ms=300, loading_ms=600000),
     wire.Offer(epoch=EPOCH, transport="shm", offer=b"{}"),
     wire.Refuse(epoch=EPOCH, transport="shm", reason="another host"),
     wire.Ready(
         epoch=EPOCH, seq=1, batch_id=BATCH, lease=9, slot=2, generation=17, layout=slot_layout(SPEC, 4, 3),
-        busy_slots=3, target_us=70125,
+        busy_slots=3, target_us=70125, held=SPEC, source="kept",
     ),
     wire.Failed(epoch=EPOCH, seq=1, batch_id=BATCH, reason="the daemon is draining", retry=True),
     wire.Revoke(epoch=EPOCH, reason="its lease expired"),
@@ -70,6 +71,7 @@ SAMPLES: tuple[wire.Message, ...] = (
             wire.SessionStatus(
                 session="00ff", name="trainer", transport="shm", gpus=("GPU-0",), credits=3, outstanding=1, leases=1,
                 batches=2, nbytes=24576, age_s=0.5, tokens=512, run="7f3a91c2", ranks=2,
+                share="sweep", behind=True,
             ),
         ),
         counters={"batches": 2}, endpoints=("ipc:///run/s.sock",), transports=("shm", "bytes"),

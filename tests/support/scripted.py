@@ -196,7 +196,7 @@ class Daemon:
         stale: the slot is filled with something else by then.
         """
         layout = slot_layout(SPEC, CONTRACT.hidden_size, batch.num_tokens)
-        assert submit.batch_id == batch_id(CONTRACT.fingerprint, SPEC, batch.tokens, batch.lengths)
+        assert submit.batch_id == batch_id(CONTRACT.fingerprint, batch.tokens, batch.lengths)
         ref = self._fill(states(batch).flatten().view(torch.uint8), layout.nbytes)
         if stale:
             MEMORY[ref.slot] = (ref.generation + 1, torch.empty(0))
@@ -228,7 +228,7 @@ class Daemon:
     def _ready(self, ref: SlotRef, seq: int, identity: bytes, layout: Any) -> wire.Ready:
         return wire.Ready(
             epoch=self.epoch, seq=seq, batch_id=identity, lease=ref.slot, slot=ref.slot, generation=ref.generation,
-            layout=layout, busy_slots=1, target_us=1,
+            layout=layout, busy_slots=1, target_us=1, held=SPEC if layout.tensors else None,
         )  # fmt: skip
 
     def _run(self, bound: threading.Event) -> None:

@@ -60,19 +60,19 @@ def show_pace(window: Window[Token, Token], clock: Clock, place: int, seconds: f
 @cache
 def content(index: int) -> tuple[Batch, bytes, Layout]:
     made = batch(index)
-    return made, batch_id("", SPEC, made.tokens, made.lengths), slot_layout(SPEC, 4, made.num_tokens)
+    return made, batch_id("", made.tokens, made.lengths), slot_layout(SPEC, 4, made.num_tokens)
 
 
 def item(index: int) -> Item:
     """A batch that no window knows yet."""
-    return Pending(*content(index))
+    return Pending(*content(index), SPEC)
 
 
 def ready(pending: Item, lease: int, target_us: int = 0) -> Ready:
     """What a daemon announces for a batch that it has been asked for: under a lease of its slot's number."""
     return Ready(
         epoch=b"e" * 16, seq=pending.seq, batch_id=pending.identity, lease=lease, slot=lease, generation=1,
-        layout=pending.layout, busy_slots=1, target_us=target_us,
+        layout=pending.layout, busy_slots=1, target_us=target_us, held=SPEC,
     )  # fmt: skip
 
 

@@ -43,6 +43,14 @@ def test_every_line_fits_80_columns() -> None:
     assert lines[1] == "loss    123.4568, mean of the last 20: 123.4568"
 
 
+def test_what_others_forwards_have_saved_is_said() -> None:
+    totals = Totals()
+    for step in range(1, 5):
+        totals.add(record(step, shared=step % 2))
+    batches = 4 * len(record(1).batches)
+    assert f"shared  {batches} batches from {batches - 2} forwards of its own and 2 of others" in totals.lines(1.0, "")
+
+
 def test_a_run_that_learnt_nothing_has_no_loss_to_show() -> None:
     totals = Totals()
     totals.add(record(1, loss=None, teacher_forced_accuracy=None))

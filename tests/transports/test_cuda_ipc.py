@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import msgspec
@@ -16,6 +16,7 @@ from specd.errors import TransportError
 from specd.memory import cuda
 from specd.memory.arena import HostArena
 from specd.memory.device_arena import DeviceArena
+from specd.protocol.cut import Piece
 from specd.transports.base import ServerContext, SlotRef
 from specd.transports.checks import unwrap, wrap
 from specd.transports.cuda_ipc import CudaIpc, CudaIpcClient, CudaIpcOffer
@@ -130,9 +131,9 @@ def test_cuda_ipc_is_refilled_under_the_copy(monkeypatch: pytest.MonkeyPatch) ->
     host.fill(0, 1, b"old", 5000)
     read = cuda.Mapping.read
 
-    def refilled(self: cuda.Mapping, offset: int, nbytes: int, into: int) -> None:
+    def refilled(self: cuda.Mapping, offset: int, nbytes: int, into: int, pieces: Sequence[Piece] = ()) -> None:
         host.fill(0, 2, b"new", 5000)
-        read(self, offset, nbytes, into)
+        read(self, offset, nbytes, into, pieces)
 
     monkeypatch.setattr(cuda.Mapping, "read", refilled)
     with pytest.raises(TransportError, match="holds generation 2, the lease is for 1"):
@@ -149,10 +150,10 @@ def test_cuda_ipc_closes_only_between_two_copies(monkeypatch: pytest.MonkeyPatch
     host.fill(0, 1, b"whole", 5000)
     read, reading, closing = cuda.Mapping.read, threading.Event(), threading.Event()
 
-    def slow(self: cuda.Mapping, offset: int, nbytes: int, into: int) -> None:
+    def slow(self: cuda.Mapping, offset: int, nbytes: int, into: int, pieces: Sequence[Piece] = ()) -> None:
         reading.set()
         assert closing.wait(10)
-        read(self, offset, nbytes, into)
+        read(self, offset, nbytes, into, pieces)
 
     def close() -> None:
         assert reading.wait(10)

@@ -94,7 +94,7 @@ class BytesClient:
             self._check_open()
             if self._offer is None:
                 raise TransportError("bytes: not attached, or closed")
-            check_ref(ref, self._offer.num_slots, self._offer.slot_bytes)
+            check_ref(ref, self._offer.num_slots, self._offer.slot_bytes, cuts=True)
             check_into(ref, into)
             host = into[: ref.nbytes] if into.device.type == "cpu" else self._stage(ref.nbytes)
             try:

@@ -22,6 +22,7 @@ from specd.curve import keys
 from specd.curve.zap import Zap, user_of
 from specd.endpoints import address, boot_id
 from specd.errors import TransportError
+from specd.protocol.cut import gather
 from specd.transports.base import ServerContext, SlotRef, Traits
 from specd.transports.bytes.client import BytesClient
 from specd.transports.bytes.frames import CHUNK_BYTES, WINDOW, Header, Kind, checksum, unpack
@@ -126,7 +127,7 @@ class BytesServer:
         return wrap(offer)
 
     def publish(self, session: bytes, ref: SlotRef) -> None:
-        check_ref(ref, self._arena.num_slots, self._arena.slot_bytes)
+        check_ref(ref, self._arena.num_slots, self._arena.slot_bytes, cuts=True)
         self._tell(partial(self._on_publish, session, ref))
 
     def drop(self, session: bytes) -> None:
@@ -232,9 +233,11 @@ class BytesServer:
         transfer = peer.transfers[0]
         ref, offset = transfer.ref, transfer.offset
         length = min(CHUNK_BYTES, ref.nbytes - offset)
-        payload = self._arena.slot(ref.slot)[offset : offset + length]
+        before, slot = self._arena.generation(ref.slot), self._arena.slot(ref.slot)
+        end = offset + length
+        payload = gather(slot, ref.pieces, offset, end) if ref.pieces else slot[offset:end]
         # A refill after this second look shows in the checksum.
-        before, digest, after = self._arena.generation(ref.slot), checksum(payload), self._arena.generation(ref.slot)
+        digest, after = checksum(payload), self._arena.generation(ref.slot)
         gone = not before == after == ref.generation
         if gone:
             frames: list[bytes | memoryview] = [Header(Kind.GONE, slot=ref.slot, generation=ref.generation).pack()]
@@ -274,6 +277,7 @@ class Bytes:
         needs_recv_ready=True,
         abortable=True,
         sealed=True,
+        cuts=True,
         rank=600,
     )
 

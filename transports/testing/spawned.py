@@ -17,6 +17,7 @@ import msgspec
 
 from specd.errors import TransportError
 from specd.memory.segment import remove
+from specd.protocol.cut import Piece
 from specd.transports.base import SlotRef
 from specd.transports.registry import load
 from specd.transports.testing.hosts import LocalHost
@@ -38,6 +39,7 @@ class _Call(msgspec.Struct, frozen=True, kw_only=True):
     slot: int = 0
     generation: int = 0
     nbytes: int = 0
+    pieces: tuple[Piece, ...] = ()
     what: str = ""
 
 
@@ -115,9 +117,7 @@ class SpawnedHost:
 
     def announce(self, session: bytes, ref: SlotRef) -> None:
         self._settle()
-        self._send(
-            _Call(method="publish", session=session, slot=ref.slot, generation=ref.generation, nbytes=ref.nbytes)
-        )
+        self._send(_Call(method="publish", session=session, **ref._asdict()))
         self._owed += 1
 
     def drop(self, session: bytes) -> None:
@@ -256,7 +256,7 @@ def _apply(host: LocalHost, call: _Call) -> _Reply:
         case "accept":
             return _Reply(data=host.accept(call.session, call.data))
         case "publish":
-            host.publish(call.session, SlotRef(call.slot, call.generation, call.nbytes))
+            host.publish(call.session, SlotRef(call.slot, call.generation, call.nbytes, call.pieces))
         case "drop":
             host.drop(call.session)
         case "begin":

@@ -20,6 +20,7 @@ from specd.errors import TransportError, missing_extra
 from specd.memory.segment import segment_path
 from specd.transports.base import SlotRef, Traits, Transport
 from specd.transports.testing.hosts import Host, LocalHost
+from specd.transports.testing.pieces_suite import PiecesConformance
 from specd.transports.testing.rig import Rig, holds
 
 try:
@@ -30,7 +31,7 @@ except ImportError as error:
 __all__ = ["Rig", "TransportConformance", "holds"]
 
 
-class TransportConformance:
+class TransportConformance(PiecesConformance):
     """Override `host` to serve from elsewhere, for example from another process."""
 
     transport: ClassVar[type[Transport]]

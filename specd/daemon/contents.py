@@ -1,0 +1,116 @@
+"""What the ring's slots hold: finding the content of a request, room for another, and what is kept for others."""
+
+from __future__ import annotations
+
+from collections import deque
+
+from specd.daemon.shares import Run, Shares
+from specd.daemon.slots import Ask, Slot, SlotState
+from specd.protocol.capture import covers
+from specd.protocol.messages import Source
+
+
+class Contents:
+    """The slots of a ring; it alone says which requests may have one. counters: of the ring."""
+
+    def __init__(self, num_slots: int, shares: Shares, counters: dict[str, int]) -> None:
+        self.slots = [Slot() for _ in range(num_slots)]
+        self._free = deque(range(num_slots))  # longest free first: a late reader of old bytes sees them longest
+        self._resident: dict[bytes, list[int]] = {}  # by content, every slot that is not FREE
+        self._shares = shares
+        self._counters = counters
+
+    def find(self, ask: Ask) -> int | None:
+        """A slot that holds, or is getting, what a request wants."""
+        for index in self._resident.get(ask.batch_id, ()):
+            held = self.slots[index].held
+            if held == ask.want or (ask.cuts and covers(held, ask.want)):
+                return index
+        return None
+
+    def join(self, index: int, run: Run) -> Source:
+        """A request of a run gets a lease on a slot that was found."""
+        slot = self.slots[index]
+        self._counters["joins"] += 1
+        run.behind = False
+        if slot.state is not SlotState.KEPT:
+            return "joined"
+        slot.state = SlotState.READY
+        self._counters["kept_hits"] += 1
+        return "kept"
+
+    def fill(self, run: Run, ask: Ask) -> int | None:
+        """A slot that is FILLING for a request now; None without room, or while its run is held."""
+        index = self._room(run, ask)
+        if index is None:
+            return None
+        self._counters["fills"] += 1
+        slot = self.slots[index]
+        slot.state, slot.batch_id, slot.generation = SlotState.FILLING, ask.batch_id, slot.generation + 1
+        slot.held = self._shares.held(run, ask.want) if ask.cuts else ask.want
+        slot.serial, slot.asker, slot.place = self._counters["fills"], run, ask.place
+        if ask.want is not None:
+            slot.owed = {other for other in self._shares.others(run) if other.reached <= ask.place}
+        self._resident.setdefault(ask.batch_id, []).append(index)
+        return index
+
+    def settle(self, index: int) -> None:
+        """Keep or free a slot whose content is in place, if it has no lease."""
+        slot = self.slots[index]
+        if slot.state in (SlotState.READY, SlotState.KEPT) and not slot.leases:
+            if slot.owed:
+                slot.state = SlotState.KEPT
+            else:
+                self.vacate(index)
+
+    def forget(self, run: Run) -> None:
+        """Nothing is owed a run any more."""
+        for index, slot in enumerate(self.slots):
+            slot.owed.discard(run)
+            self.settle(index)
+
+    def vacate(self, index: int) -> None:
+        """Free a slot."""
+        slot = self.slots[index]
+        assert not slot.leases | slot.readers, (
+            f"slot {index} is freed while leased by {slot.leases}, read by {slot.readers}"
+        )
+        self._resident[slot.batch_id].remove(index)
+        if not self._resident[slot.batch_id]:
+            del self._resident[slot.batch_id]
+        slot.state, slot.batch_id, slot.held, slot.asker = SlotState.FREE, b"", None, None
+        slot.owed.clear()
+        self._free.append(index)
+
+    def _room(self, run: Run, ask: Ask) -> int | None:
+        """A FREE slot, made of a KEPT one if need be."""
+        others = self._shares.others(run) if ask.want is not None else set()
+        if self._follows(others, ask.place) and self._shares.holds(run):
+            return None
+        if not self._free and not self._evict(run, others):
+            return None
+        return self._free.popleft()
+
+    def _follows(self, others: set[Run], place: int) -> bool:
+        """Whether another run has a fill of its own being made at an earlier place, and so catches up."""
+        filling = (slot for slot in self.slots if slot.state is SlotState.FILLING and slot.asker in others)
+        return any(slot.place < place for slot in filling)
+
+    def _evict(self, run: Run, others: set[Run]) -> bool:
+        """Free a KEPT slot; False without one, or while the run waits for others of its share to read them.
+
+        The newest that nobody waits for; else the newest of all, and nobody waits any more for those that are owed it.
+        """
+        kept = [index for index, slot in enumerate(self.slots) if slot.state is SlotState.KEPT]
+        if not kept:
+            return False
+        awaited = {other for other in others if not other.behind}
+        free = [index for index in kept if not self.slots[index].owed & awaited]
+        if not free and self._shares.holds(run):
+            return False
+        index = max(free or kept, key=lambda each: self.slots[each].serial)
+        for other in self.slots[index].owed & others:
+            other.behind = True
+        self._counters["kept_evicted"] += 1
+        self.vacate(index)
+        return True
