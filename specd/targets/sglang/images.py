@@ -79,7 +79,7 @@ class Images:
         if not counts or (grids[:, 1:] % self._merge).any() or tuple(pixels.shape[1:]) != (self._patch,):
             raise TargetError(
                 f"pixel_values {list(pixels.shape)} of a sequence are not the patches of image_grid_thw "
-                f"{grid.flatten()[:24].tolist()}, of {self._patch} numbers each and rows and columns that {self._merge} "
+                f"{grid.flatten()[:24].tolist()}, of {self._patch} numbers each, rows and columns that {self._merge} "
                 f"divides; prepare it with the processor"
             )
         items = []
