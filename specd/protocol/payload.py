@@ -15,20 +15,22 @@ import msgspec
 from msgspec import Meta
 
 from specd.errors import ProtocolError
-from specd.protocol.limits import MAX_ARRAYS, MAX_DIMENSIONS, MAX_PAYLOAD_BYTES, U64, Name
+from specd.protocol.limits import MAX_ARRAYS, MAX_DIMENSIONS, MAX_PAYLOAD_BYTES, Name
 
 ArrayDtype = Literal["float32", "bfloat16", "float16", "int64", "int32", "uint8", "bool"]
 ITEM_BYTES: dict[str, int] = {
     "float32": 4, "bfloat16": 2, "float16": 2, "int64": 8, "int32": 4, "uint8": 1, "bool": 1,
 }  # fmt: skip
 DIGEST_BYTES = 16
+Dimension = Annotated[int, Meta(ge=0, le=MAX_PAYLOAD_BYTES)]
+"""Bounded where another one is 0, too: tensors of such shapes overflow."""
 
 
 class Array(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One array of a payload. data: row-major, little-endian."""
 
     dtype: ArrayDtype
-    shape: Annotated[tuple[U64, ...], Meta(max_length=MAX_DIMENSIONS)]
+    shape: Annotated[tuple[Dimension, ...], Meta(max_length=MAX_DIMENSIONS)]
     data: Annotated[memoryview, Meta(max_length=MAX_PAYLOAD_BYTES)]
 
     def __post_init__(self) -> None:

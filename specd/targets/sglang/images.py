@@ -75,12 +75,13 @@ class Images:
             raise TargetError(f"a sequence with images lacks {', '.join(missing)}; prepare it with the processor")
         grid, pixels = payload_tensor(brought["image_grid_thw"]), payload_tensor(brought["pixel_values"])
         counts = patch_counts(grid, pixels.shape[0]) if pixels.ndim else []
-        if not counts or tuple(pixels.shape[1:]) != (self._patch,):
+        grids: NDArray[np.int64] = grid.numpy().astype(np.int64) if counts else np.empty((0, 3), np.int64)
+        if not counts or (grids[:, 1:] % self._merge).any() or tuple(pixels.shape[1:]) != (self._patch,):
             raise TargetError(
                 f"pixel_values {list(pixels.shape)} of a sequence are not the patches of image_grid_thw "
-                f"{grid.flatten()[:24].tolist()}, of {self._patch} numbers each; prepare it with the processor"
+                f"{grid.flatten()[:24].tolist()}, of {self._patch} numbers each, rows and columns that {self._merge} "
+                f"divides; prepare it with the processor"
             )
-        grids: NDArray[np.int64] = grid.numpy().astype(np.int64)
         items = []
         for (first, end), one, part in zip(
             _runs(ids, self._token, grids, self._merge), grid, torch.split(pixels, counts), strict=True

@@ -109,6 +109,8 @@ def test_the_same_pixels_in_another_shape_are_another_image(reads: Images) -> No
         ({"pixel_values": [[0.5] * 99] * 24}, r"\[24, 99\] of a sequence are not the patches .* of 1176 numbers each"),
         ({"image_grid_thw": [[0, 4, 6]]}, "are not the patches"),
         ({"image_grid_thw": [[-1, -4, 6]]}, "are not the patches"),
+        ({"image_grid_thw": [[1, 3, 8]]}, "are not the patches .* that 2 divides"),
+        ({"image_grid_thw": [[24, 1, 1]]}, "are not the patches .* that 2 divides"),
         (
             {"image_grid_thw": [[1, 2, 6], [1, 2, 6]], "split": True},
             r"6 tokens of images, and .* asks for runs of \[3, 3\]",
