@@ -130,6 +130,8 @@ def test_grids_of_no_image_are_refused_before_memory_is_taken_for_them(grid: lis
     pixels = arguments["pixel_values"] if min(grid) < 0 else arguments["pixel_values"][:0]
     with pytest.raises(TargetError, match=r"image_grid_thw \[.*\] asks for other patches"):
         check_grids(arguments | {"pixel_values": pixels, "image_grid_thw": torch.tensor([grid])})
+    with pytest.raises(TargetError, match="image_grid_thw without pixel_values"):
+        check_grids({"image_grid_thw": torch.tensor([[1, 4, 6]])})
     check_grids(arguments)
 
 
