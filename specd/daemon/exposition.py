@@ -66,7 +66,8 @@ def metrics(report: StatusReport) -> Iterator[Metric]:
         yield CounterMetricFamily(count.name, count.help, value=report.counters.get(key, 0) / count.per)
     worker = CounterMetricFamily(
         "specd_worker_seconds",
-        "Time of the worker, by what it waited for: filling (nothing), no_slot (trainers hold all), no_request, down.",
+        "Time of the worker, by what it waited for: filling (nothing), no_slot (all are held by trainers, or kept for "
+        "some), no_request, down.",
         labels=["state"],
     )
     for name, key in WAITS.items():
