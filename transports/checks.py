@@ -45,7 +45,10 @@ def unwrap(data: bytes, kind: type[T], what: str) -> T:
 def check_ref(ref: SlotRef, num_slots: int, slot_bytes: int, *, cuts: bool = False) -> None:
     """Raise TransportError unless `ref` lies inside the ring, and has no pieces where these are not taken."""
     if ref.pieces and not cuts:
-        raise TransportError(f"slot {ref.slot} holds more than is wanted, and this transport cannot cut it: use shm")
+        raise TransportError(
+            f"slot {ref.slot} holds more than is wanted, and this transport cannot cut it: take one that can, as "
+            f"bytes, or train without subscriber.share"
+        )
     if not (0 <= ref.slot < num_slots and 1 <= ref.nbytes <= slot_bytes and ref.generation >= 1):
         raise TransportError(
             f"slot {ref.slot}, generation {ref.generation}, {ref.nbytes} bytes: expected a slot below {num_slots}, a "

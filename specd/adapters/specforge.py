@@ -48,7 +48,7 @@ class Form:
             from specforge.runtime.contracts import TrainBatch
         except ImportError as error:
             raise ConfigError(
-                "package 'specforge' is not installed; it comes with the trainer: pip install specforge"
+                f"SpecForge cannot be imported: {error}; where it is not installed: pip install specforge"
             ) from error
         self._algorithm, self._batch = algorithm, TrainBatch
         self._taps, self._final = _names(algorithm)

@@ -309,9 +309,8 @@ class InFlight:
     def _lose(self, link: Link, reason: str) -> None:
         """Hang up a session that is over, retry its batches, and open it anew; one that stands by only when needed."""
         left = link.place.standby and self._links.near
-        log.log(
-            logging.INFO if left else logging.WARNING, "%s %s: %s", "left" if left else "lost", link.endpoint, reason
-        )
+        level, word = (logging.INFO, "left") if left else (logging.WARNING, "lost")
+        log.log(level, "%s %s: %s", word, link.endpoint, reason)
         session = self._links.hang_up(link, reason)
         self._fetcher.retire(session)
         self._stats.reconnects += not left

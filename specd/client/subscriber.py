@@ -66,6 +66,7 @@ class Subscriber:
             )
         self._depth = config.depth
         self._closed = False
+        self._owner: object = None
         trainer = identity(config.auth, config.endpoints)
         self._own_context = context is None
         self._context = zmq.Context() if context is None else context
@@ -121,12 +122,11 @@ class Subscriber:
         RejectedError, ProtocolError or TransportError when a daemon refuses the trainer, breaks the protocol, or
         overwrote a borrowed slot.
         """
-        if self._in_flight:
-            raise ConfigError("another stream of this subscriber is open; close it, or open a subscriber for each")
-        source = iter(batches)
+        source, stream = iter(batches), object()
         try:
             while True:
                 self._check_open()
+                self._claim(stream)
                 self._extend(source, self._depth + 1)
                 if not self._in_flight:
                     return
@@ -138,7 +138,8 @@ class Subscriber:
                 finally:
                     self._in_flight.give_back(pending)
         finally:
-            self._in_flight.drop()
+            if self._owner is stream:
+                self._in_flight.drop()
 
     def artifact(self, name: str) -> bytes:
         """The bytes of one artifact of the target.
@@ -190,6 +191,12 @@ class Subscriber:
     def _check_open(self) -> None:
         if self._closed:
             raise DaemonError("the subscriber is closed: open another one to go on")
+
+    def _claim(self, stream: object) -> None:
+        """What is in flight from now on is this stream's. Raises ConfigError while anything is another's."""
+        if self._in_flight and self._owner is not stream:
+            raise ConfigError("another stream of this subscriber is open; close it, or open a subscriber for each")
+        self._owner = stream
 
     def _extend(self, source: Iterator[Batch], size: int) -> None:
         """Draw batches from the loader until `size` are in flight."""

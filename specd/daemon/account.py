@@ -13,7 +13,7 @@ COUNTERS = (
 )  # fmt: skip
 """batches, tokens, bytes: announced as READY, once for each trainer. forward_us: of the target's forwards, in
 microseconds, once for each fill. The last four add up to the daemon's age: the worker had batches to capture; requests
-waited and trainers held every slot; no trainer asked for anything; there was no worker."""
+waited, and every slot was held by trainers or kept for some; no trainer asked for anything; there was no worker."""
 
 
 class Account:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import select
 import socket
@@ -15,6 +14,7 @@ from contextlib import contextmanager
 from specd import scrape
 from specd.daemon.exposition import metrics
 from specd.daemon.questions import Questions, ask
+from specd.log import log_as
 
 ANSWER_S = 5.0
 END_S = 5.0
@@ -48,7 +48,7 @@ def exporting(address: str, questions: Questions, answer_s: float = ANSWER_S) ->
 def main() -> None:
     """Entry of the process: descriptors of the socket that listens and of the questions, the daemon's pid, answer_s."""
     listening, asking, pid, answer_s = int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4])
-    logging.basicConfig(level=os.environ.get("SPECD_LOG", "WARNING"), format="%(levelname)s %(name)s: %(message)s")
+    log_as("metrics")
     with socket.socket(fileno=listening) as listener, socket.socket(fileno=asking) as peer:
         server = scrape.answer(listener, lambda: metrics(ask(peer, answer_s)), pid)
         threading.Thread(target=server.serve_forever, daemon=True).start()

@@ -66,7 +66,8 @@ def metrics(report: StatusReport) -> Iterator[Metric]:
         yield CounterMetricFamily(count.name, count.help, value=report.counters.get(key, 0) / count.per)
     worker = CounterMetricFamily(
         "specd_worker_seconds",
-        "Time of the worker, by what it waited for: filling (nothing), no_slot (trainers hold all), no_request, down.",
+        "Time of the worker, by what it waited for: filling (nothing), no_slot (all are held by trainers, or kept for "
+        "some), no_request, down.",
         labels=["state"],
     )
     for name, key in WAITS.items():
@@ -77,7 +78,7 @@ def metrics(report: StatusReport) -> Iterator[Metric]:
 
 def _ring(report: StatusReport) -> Iterator[Metric]:
     slots = GaugeMetricFamily("specd_ring_slots", "Slots of the ring in each state.", labels=["state"])
-    for state, number in report.slots.items():
+    for state, number in ({"kept": 0} | report.slots).items():  # the report leaves it out where none is
         slots.add_metric([state], number)
     yield slots
     if (ring := report.ring) is not None:
@@ -101,8 +102,8 @@ def _sessions(report: StatusReport) -> Iterator[Metric]:
         "specd_session_tokens": ("Tokens of the batches announced to a trainer.", "tokens"),
         "specd_session_served_bytes": ("Bytes of the states announced to a trainer.", "nbytes"),
     }
-    for kind, metrics in ((GaugeMetricFamily, gauges), (CounterMetricFamily, counters)):
-        for name, (text, field) in metrics.items():
+    for kind, families in ((GaugeMetricFamily, gauges), (CounterMetricFamily, counters)):
+        for name, (text, field) in families.items():
             family = kind(name, text, labels=labels)
             for session in report.sessions:
                 family.add_metric([session.name, session.session, session.transport], getattr(session, field))

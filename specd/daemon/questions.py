@@ -45,11 +45,13 @@ def ask(peer: socket.socket, timeout_s: float) -> wire.StatusReport:
         while peer.recv(MOST_BYTES):  # the answer to a question that was given up
             pass
     peer.settimeout(timeout_s)
-    peer.send(ASK)
     try:
+        peer.send(ASK)
         frame = peer.recv(MOST_BYTES)
     except TimeoutError:
         raise TimeoutError(f"the daemon's control did not answer within {timeout_s:g} s") from None
+    except (BrokenPipeError, ConnectionResetError):
+        frame = b""
     if not frame:
         raise EOFError("the daemon is gone")
     report = wire.decode_reply(frame)

@@ -58,6 +58,6 @@ def union(specs: Iterable[CaptureSpec]) -> CaptureSpec:
     found = list(specs)
     dtypes = sorted({spec.dtype for spec in found})
     if len(dtypes) != 1:
-        raise ValueError(f"states of dtypes {', '.join(dtypes) or 'of nothing'} have no union: expected one dtype")
+        raise ValueError(f"specs of dtypes {', '.join(dtypes) or 'none'} have no union: expected one dtype")
     taps = tuple(sorted({tap for spec in found for tap in spec.taps}))
     return CaptureSpec(taps=taps, final=any(spec.final for spec in found), dtype=found[0].dtype)

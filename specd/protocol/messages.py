@@ -305,7 +305,7 @@ _replies: msgspec.msgpack.Decoder[ToTrainer] = msgspec.msgpack.Decoder(ToTrainer
 
 
 def encode(message: Message) -> bytes:
-    """The frame of one message. Raises ProtocolError when it exceeds what no peer accepts."""
+    """The frame of one message. Raises ProtocolError when it is longer than any peer accepts."""
     frame = bytes((VERSION,)) + _encoder.encode(message)
     limit = MAX_MESSAGE_BYTES + (MAX_PAYLOAD_BYTES if isinstance(message, Submit) and message.payloads else 0)
     if len(frame) > limit:

@@ -74,5 +74,5 @@ def test_peagle_takes_one_sequence() -> None:
 
 def test_specforge_may_be_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "specforge", None)
-    with pytest.raises(ConfigError, match="package 'specforge' is not installed"):
+    with pytest.raises(ConfigError, match=r"SpecForge cannot be imported: .*pip install specforge"):
         Form("dflash")

@@ -112,6 +112,16 @@ def test_a_second_stream_is_refused_while_the_first_is_open(host: Embedded) -> N
         assert next(source.stream([batch(2)])).batch.index == 2
 
 
+def test_a_stream_with_nothing_in_flight_takes_nothing_of_the_next_one(host: Embedded) -> None:
+    with subscriber(host) as source:
+        first, second = source.stream([batch(0)]), source.stream([batch(1), batch(2), batch(3)])
+        next(first)
+        assert next(second).batch.index == 1
+        with pytest.raises(ConfigError, match="another stream of this subscriber is open"):
+            next(first)
+        assert [item.batch.index for item in second] == [2, 3], "the end of the first dropped what is the second's"
+
+
 def test_the_window_never_exceeds_the_depth(host: Embedded) -> None:
     drawn = 0
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import json
 import logging
 import os
 import select
@@ -90,8 +91,10 @@ def command_of(pid: int) -> str:
 
 
 def test_a_loop_that_does_not_answer_is_a_503_and_the_next_scrape_is_answered(
-    caplog: pytest.LogCaptureFixture,
+    caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("SPECD_LOG", "DEBUG")
+    monkeypatch.setenv("SPECD_LOG_FORMAT", "json")
     questions = Questions()
     try:
         with caplog.at_level(logging.INFO, "specd.scrape"), exporting("0", questions, answer_s=1.0):
@@ -105,6 +108,8 @@ def test_a_loop_that_does_not_answer_is_a_503_and_the_next_scrape_is_answered(
             asked.join()
     finally:
         questions.close()
+    said = [json.loads(line) for line in capfd.readouterr().err.splitlines() if '"specd.scrape"' in line]
+    assert {line["process"] for line in said} == {"metrics"}, "it logs in the form of all processes"
 
 
 def answer_next(questions: Questions) -> None:

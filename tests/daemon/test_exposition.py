@@ -29,6 +29,7 @@ def page(report: StatusReport = REPORT) -> str:
 def test_everything_a_daemon_says_is_a_sample() -> None:
     found = samples(page())
     assert found['specd_ring_slots{state="free"}'] == 5
+    assert found['specd_ring_slots{state="kept"}'] == 0
     assert found['specd_daemon_state{state="serving"}'] == 1
     assert found["specd_batches_total"] == 1234
     session = 'session="abababababababababababababababab",trainer="trainer-1",transport="shm"'

@@ -92,5 +92,8 @@ def test_who_asks_is_answered_and_a_loop_that_does_not_is_said() -> None:
         thread.start()
         assert ask(questions.peer, 20) == late
         thread.join()
+        peer = questions.peer.dup()
     finally:
         questions.close()
+    with peer, pytest.raises(EOFError, match="the daemon is gone"):
+        ask(peer, 20)
