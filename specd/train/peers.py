@@ -103,11 +103,6 @@ class Watch:
         """Have `call` called when the run ends for a peer."""
         self._at_end.append(call)
 
-    @property
-    def ended(self) -> bool:
-        """Whether the run ends for a peer."""
-        return self._ended.is_set()
-
     def wait(self, timeout_s: float) -> bool:
         """Wait until the run ends for a peer; whether it does."""
         return self._ended.wait(timeout_s)
