@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 import typer
 
 from specd import units
+from specd.cli.hosting import laid_out
 from specd.cli.training import Job
 from specd.config.settings import RunConfig
 from specd.errors import ConfigError, DaemonError
@@ -30,12 +28,8 @@ def rehearse(job: Job) -> None:
     name = source.name
     asked = str(first.target.get("dtype", "auto"))
     dtype = str(pick_dtype(asked, source)).removeprefix("torch.")
-    files = {"config.json": json.dumps(source.config).encode()} | source.files()
-    with TemporaryDirectory(prefix="specd-target-") as scratch:
-        for file, content in files.items():
-            (Path(scratch) / file).parent.mkdir(exist_ok=True)
-            (Path(scratch) / file).write_bytes(content)
-        found = rehearse(job.settle, name, source.config, Path(scratch), dtype, resume=job.resume, show=True)
+    with laid_out(source) as files:
+        found = rehearse(job.settle, name, source.config, files, dtype, resume=job.resume, show=True)
     width = max(len(label) for label, _ in _rows(found))
     for label, value in _rows(found):
         typer.echo(f"{label:<{width}}  {value}")

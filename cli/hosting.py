@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
@@ -16,6 +17,7 @@ from specd.errors import ConfigError
 from specd.transports.registry import WITHIN_PROCESS
 
 if TYPE_CHECKING:
+    from specd.targets.source import Source
     from specd.train.distributed import Ranks
     from specd.train.trainer import LocalDaemon
 
@@ -57,7 +59,7 @@ def hosted(
 def _check_mask(draft: Config, target: TargetConfig) -> None:
     """Raise ConfigError for a mask token that will not do, or when none can be chosen, before the target is loaded."""
     from specd.data.samples import vocabulary
-    from specd.targets.source import TOKENIZER_FILES, resolve, with_tokenizer
+    from specd.targets.source import resolve, with_tokenizer
     from specd.train.preparation import check_mask, mask_of
 
     if mask_of(draft) is None:
@@ -67,9 +69,15 @@ def _check_mask(draft: Config, target: TargetConfig) -> None:
         source = with_tokenizer(found, target.tokenizer)
     except ConfigError:  # not of a checkpoint: what its backend says of it is said by the trainer
         return
+    with laid_out(source) as files:
+        check_mask(draft, files, vocabulary(files), target.model)
+
+
+@contextmanager
+def laid_out(source: Source) -> Iterator[Path]:
+    """A directory with config.json and the tokenizer's files of a target, as its daemon gives them to trainers."""
     with TemporaryDirectory(prefix="specd-target-") as scratch:
-        files = {"config.json": json.dumps(source.config).encode()}
-        files |= {name: data for name in TOKENIZER_FILES if (data := source.file(name)) is not None}
-        for name, data in files.items():
+        for name, data in ({"config.json": json.dumps(source.config).encode()} | source.files()).items():
+            (Path(scratch) / name).parent.mkdir(exist_ok=True)
             (Path(scratch) / name).write_bytes(data)
-        check_mask(draft, Path(scratch), vocabulary(Path(scratch)), target.model)
+        yield Path(scratch)

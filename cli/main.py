@@ -137,20 +137,21 @@ def run(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except SpecdError as error:
-        said = "\n".join([str(error), *getattr(error, "__notes__", ())])
-        if log.as_json():
-            logging.getLogger("specd").error("%s", said)
-        else:
-            print(f"specd: error: {said}", file=sys.stderr)
+        _say("\n".join([str(error), *getattr(error, "__notes__", ())]))
         return 2 if isinstance(error, ConfigError) else 1
     except (MemoryError, RuntimeError) as error:  # torch has no class of its own for a CPU without memory
         if not (isinstance(error, MemoryError) or "can't allocate memory" in str(error)):
             raise
-        print(
-            f"specd: error: no memory left on this host: {error}; take smaller settings, or free some", file=sys.stderr
-        )
+        _say(f"no memory left on this host: {error}; take smaller settings, or free some")
         return 1
     return 0
+
+
+def _say(error: str) -> None:
+    if log.as_json():
+        logging.getLogger("specd").error("%s", error)
+    else:
+        print(f"specd: error: {error}", file=sys.stderr)
 
 
 def main() -> None:

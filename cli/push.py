@@ -64,7 +64,10 @@ def push(
                 f"the hub does not let you write to {repository!r} ({status}): log in with `hf auth login` or set "
                 f"HF_TOKEN, with a token that may write there"
             ) from None
-        raise SpecdError(f"the hub refused {repository!r}: {first_line(error)}") from None
+        raise SpecdError(
+            f"the hub refused {repository!r}, nothing was pushed: {first_line(error)}; see that "
+            f"--revision {revision} is there"
+        ) from None
     except (OSError, OfflineModeIsEnabled) as error:
         raise SpecdError(f"the hub cannot be reached, nothing was pushed: {first_line(error)}; try again") from None
     except Exception as error:  # httpx's own errors share no base class with those of the hub

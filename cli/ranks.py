@@ -70,6 +70,6 @@ def _log_as(rank: int) -> None:
         return
     if logger.level == logging.INFO:
         logger.setLevel(logging.WARNING)
-        os.environ["SPECD_LOG"] = logging.getLevelName(logging.WARNING)
+        os.environ[log.LEVEL] = logging.getLevelName(logging.WARNING)
     for handler in logger.handlers:
         handler.setFormatter(log.formatter(f"rank {rank}:"))

@@ -48,7 +48,7 @@ def rates(now: StatusReport, before: StatusReport | None = None) -> Rates:
 
     A daemon that was started anew in between is measured since its start.
     """
-    if before is not None and (before.pid, before.uptime_s) > (now.pid, now.uptime_s):
+    if before is not None and (before.pid != now.pid or before.uptime_s > now.uptime_s):
         before = None
     old = before.counters if before else {}
     counts = {name: count - old.get(name, 0) for name, count in now.counters.items()}

@@ -15,6 +15,7 @@ from specd.report import figures, page, run_report
 from specd.report.page import text
 from specd.report.run_report import Run
 from specd.train.journal import StepRecord
+from specd.train.trackers import flat
 
 NAME = "comparison.html"
 NONE = "–"
@@ -114,7 +115,7 @@ def _differences(runs: Mapping[str, Run]) -> str:
     for name, run in runs.items():
         parts = {"target": run.facts.target, "data": run.facts.data, "machine": run.facts.machine}
         facts = {f"{part}: {key}": value for part, known in parts.items() for key, value in known.items()}
-        rows[name] = {key: value for key, value in run_report.flat(run.facts.config).items() if key != "output"} | facts
+        rows[name] = {key: value for key, value in flat(run.facts.config).items() if key != "output"} | facts
     found = differing(rows)
     return page.columns(list(runs), found) if found else "<p>Nothing: settings, target, data and machine are alike.</p>"
 

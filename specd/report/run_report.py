@@ -20,6 +20,7 @@ from specd.train.directory import JOURNAL, VALIDATION, RunFacts, read_facts
 from specd.train.journal import StepRecord, bound, read
 from specd.train.measurement import Measurement
 from specd.train.measurement import read as measurements
+from specd.train.trackers import flat
 
 ACCEPTANCE = DEFINITION.partition(" = ")[2]
 DEFINITIONS = {
@@ -146,14 +147,6 @@ def key_settings(facts: RunFacts) -> dict[str, Any]:
         if name in ALWAYS or value != usual.get(name):
             shown[name] = ", ".join(map(str, value)) if isinstance(value, list) else value
     return shown
-
-
-def flat(config: Mapping[str, Any], above: str = "") -> dict[str, Any]:
-    """Settings by their `a.b` names."""
-    found: dict[str, Any] = {}
-    for key, value in config.items():
-        found |= flat(value, f"{above}{key}.") if isinstance(value, dict) else {f"{above}{key}": value}
-    return found
 
 
 def acceptance(evals: Mapping[str, EvalFacts]) -> tuple[Chart, str]:

@@ -356,12 +356,6 @@ class Ranks:
         if self._nccl:
             group.abort()
 
-    def tell(self, reason: str) -> None:
-        """End the run on every rank."""
-        if self._store is not None:
-            host = self.members[self.rank].host
-            tell(self._store, Ending(rank=self.rank, host=host, kind="error", reason=reason, teller=self.rank))
-
     def _check(self) -> None:
         """Raise PeerError when the run ends for a peer."""
         if self._watch is not None and (error := self._watch.error()) is not None:

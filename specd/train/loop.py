@@ -343,7 +343,7 @@ def _validate(run: _Run, objective: Objective, deliveries: Iterator[Delivery], c
         run.validate(objective, deliveries, checks)
     except torch.OutOfMemoryError as error:
         what = f"after step {run.position.step}: no memory left for the held-out batches"
-        raise out_of_memory(what, error, "continue with --resume where more is free") from None
+        raise out_of_memory(what, error, "go on with `specd resume RUN` where more is free") from None
 
 
 def _train_step(

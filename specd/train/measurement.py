@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from specd.errors import writing
+from specd.errors import CheckpointError, writing
 
 if TYPE_CHECKING:
     from specd.train.step import Sums
@@ -72,13 +72,20 @@ def means(sums: Sequence[float], counted: Sequence[float]) -> tuple[float | None
 
 
 def read(path: Path) -> list[Measurement]:
-    """All measurements of a run, in order, up to a torn end; none where there is no file."""
+    """All measurements of a run, in order, up to a torn end; none where there is no file.
+
+    Raises CheckpointError for a file that cannot be read.
+    """
     decoder = msgspec.json.Decoder(Measurement)
     found: list[Measurement] = []
     try:
         lines = path.read_bytes().splitlines(keepends=True)
-    except OSError:
+    except FileNotFoundError:
         return []
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot read {path}: {error.strerror}; let it be read, or remove it to go on without what was measured"
+        ) from None
     for line in lines:
         try:
             one = decoder.decode(line)

@@ -17,7 +17,7 @@ from typing import Any, Final, Literal
 
 import msgspec
 
-from specd.errors import ConfigError, PeerError, RejectedError
+from specd.errors import ConfigError, PeerError, RejectedError, first_line
 
 logger = logging.getLogger(__name__)
 
@@ -103,11 +103,6 @@ class Watch:
         """Have `call` called when the run ends for a peer."""
         self._at_end.append(call)
 
-    @property
-    def ended(self) -> bool:
-        """Whether the run ends for a peer."""
-        return self._ended.is_set()
-
     def wait(self, timeout_s: float) -> bool:
         """Wait until the run ends for a peer; whether it does."""
         return self._ended.wait(timeout_s)
@@ -115,10 +110,6 @@ class Watch:
     def error(self) -> PeerError | None:
         """Why the run ends, None while it does not."""
         return self._ending.error(self._me.rank) if self._ended.is_set() and self._ending else None
-
-    def tell(self, ending: Ending) -> None:
-        """Tell all ranks why the run ends. The first reason stands."""
-        tell(self._store, ending)
 
     def _run(self) -> None:
         beats: dict[int, tuple[bytes, float]] = dict.fromkeys(self._others, (b"", time.monotonic()))
@@ -138,7 +129,7 @@ class Watch:
             except RuntimeError as error:
                 if self._stopping:
                     return
-                gone = f"its launcher no longer answers ({str(error).splitlines()[0]})"
+                gone = f"its launcher no longer answers ({first_line(error)})"
                 ending = self._lost(self._me, gone)
             if ending is not None:
                 self._end(ending)

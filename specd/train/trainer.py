@@ -72,7 +72,10 @@ class LocalDaemon(Protocol):
 
 
 class TrainedRun(NamedTuple):
-    """What a run left behind. steps: optimizer steps of its whole life. was_finished: this call found it so."""
+    """What a run left behind.
+
+    steps: optimizer steps of its whole life. was_finished: this call found it so. ranks: how many trained it here.
+    """
 
     directory: Path
     draft: Path

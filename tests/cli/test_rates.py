@@ -49,7 +49,7 @@ def test_without_an_earlier_look_they_are_means_over_each_life() -> None:
     assert all(new == 0 for _, new in found.faults.values())
 
 
-@pytest.mark.parametrize("changes", [{"pid": 1, "uptime_s": 2.0}, {"uptime_s": 2.0}])
+@pytest.mark.parametrize("changes", [{"pid": 1, "uptime_s": 2.0}, {"pid": 1 << 22, "uptime_s": 2.0}, {"uptime_s": 2.0}])
 def test_a_daemon_that_was_started_anew_is_measured_since_then(changes: dict[str, Any]) -> None:
     anew = later(REPORT, 4.0, 1000, **changes)
     assert rates(anew, REPORT).pace.tokens == 1000 / 2.0

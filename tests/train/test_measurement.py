@@ -42,6 +42,12 @@ def test_what_stands_before_a_damaged_line_is_kept(
     assert len(read(path)) == 2, "a step that is there twice"
 
 
+def test_a_file_that_cannot_be_read_is_not_taken_for_none(tmp_path: Path) -> None:
+    assert read(tmp_path / "missing.jsonl") == []
+    with pytest.raises(CheckpointError, match="cannot read"):
+        read(tmp_path)
+
+
 def test_rows_without_a_prediction_have_no_loss() -> None:
     nothing = torch.zeros(2, dtype=torch.float64)
     found = measured(3, Sums(nothing, nothing, torch.zeros(2, 4, dtype=torch.float64)), (), 9)

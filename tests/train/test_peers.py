@@ -42,7 +42,7 @@ def test_a_peer_that_is_killed_is_seen_at_once() -> None:
             assert not watch.wait(0.3)
             assert watch.error() is None
             called: list[bool] = []
-            watch.at_end(lambda: called.append(watch.ended))
+            watch.at_end(lambda: called.append(watch.wait(0)))
             began = time.monotonic()
             process.kill()
             assert watch.wait(5)

@@ -59,10 +59,10 @@ class Encoders:
 def check_grids(arguments: dict[str, torch.Tensor]) -> None:
     """Raise TargetError unless there are as many patches as the grids say, before a GPU finds out."""
     for grids, pixels in (("image_grid_thw", "pixel_values"), ("video_grid_thw", "pixel_values_videos")):
-        if grids in arguments and pixels not in arguments:
-            raise TargetError(f"a sequence brings {grids} without {pixels}: give both, as the processor made them")
-        if grids not in arguments or pixels not in arguments:
+        if grids not in arguments:
             continue
+        if pixels not in arguments:
+            raise TargetError(f"a sequence brings {grids} without {pixels}: give both, as the processor made them")
         grid, patches = arguments[grids], arguments[pixels]
         if not patches.ndim or not patch_counts(grid, patches.shape[0]):
             raise TargetError(
