@@ -88,6 +88,6 @@ class DFlash2(BlockObjective):
     def serving(self) -> dict[str, str]:
         """See BlockObjective.serving."""
         return {
-            "SGLang, from 0.5.20 on": sglang(self._target, "--speculative-algorithm DFLASH"),
-            "vLLM, with its V2 model runner": vllm(self._target, "dflash", self.draft.shape.num_guesses),
+            "SGLang, 0.5.20 or later": sglang(self._target, "--speculative-algorithm DFLASH"),
+            "vLLM, 0.33 or later, with its V2 model runner": vllm(self._target, "dflash", self.draft.shape.num_guesses),
         }

@@ -127,8 +127,8 @@ class DSpark(BlockObjective):
     def serving(self) -> dict[str, str]:
         """See BlockObjective.serving."""
         return {
-            "SGLang": sglang(self._target, "--speculative-algorithm DSPARK"),
-            "vLLM": vllm(self._target, "dspark", self.draft.shape.num_guesses),
+            "SGLang, checked with 0.5.23": sglang(self._target, "--speculative-algorithm DSPARK"),
+            "vLLM, checked with 0.33": vllm(self._target, "dspark", self.draft.shape.num_guesses),
         }
 
 
