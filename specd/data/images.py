@@ -112,7 +112,6 @@ class Processor:
     """
 
     def __init__(self, directory: Path) -> None:
-        self.token, self._dtype = 0, ""
         config = _json(directory / "config.json")
         token = config.get("image_token_id")
         if not isinstance(token, int) or not (directory / "preprocessor_config.json").is_file():
@@ -120,7 +119,7 @@ class Processor:
                 f"the data has images, and the target ({config.get('model_type')}) has no preprocessor_config.json or "
                 f"image_token_id to read them by; train on text, or take a target that reads images"
             )
-        self.token = token
+        self.token: int = token
         self._processor = _load(directory)
         if not all(hasattr(self._processor, name) for name in ("merge_size", "get_number_of_image_patches")):
             raise DataError(

@@ -62,10 +62,11 @@ class Renderer:
 
         render: Any = render_jinja_template
         if self._template.parts:
-            turns = [{**turn, "content": _parts(turn["content"])} for turn in turns]
+            turns = [{**turn, "content": _parts(turn["content"], self._images)} for turn in turns]
         elif self._images:
             turns = [
-                {**turn, "content": _parts(turn["content"])} if PLACE in turn["content"] else turn for turn in turns
+                {**turn, "content": _parts(turn["content"], True)} if PLACE in turn["content"] else turn
+                for turn in turns
             ]
         if self._template.json_arguments:
             turns = [_with_json(turn) if turn.get("tool_calls") else turn for turn in turns]
@@ -126,10 +127,10 @@ class Template:
         return self._now.strftime(form)
 
 
-def _parts(content: str) -> list[dict[str, str]]:
-    """A text as a list of parts, with an image for each place of one."""
+def _parts(content: str, images: bool) -> list[dict[str, str]]:
+    """A text as a list of parts, with an image for each place of one where there are `images`."""
     parts: list[dict[str, str]] = []
-    for number, text in enumerate(content.split(PLACE)):
+    for number, text in enumerate(content.split(PLACE) if images else [content]):
         if number:
             parts.append({"type": "image"})
         if text or not number:

@@ -109,30 +109,25 @@ def _processors_template(file: Path) -> str | dict[str, str] | None:
     return found
 
 
-_NO_END = "the target's tokenizer names no end-of-sequence token; set eos_token in tokenizer_config.json"
-
-
 def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """All tokens that end a text: the tokenizer's, and those of the model's generation config.
 
     Raises DataError when there is none.
     """
     configured = model.generation_config.eos_token_id if model.generation_config else None
-    found = [tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])]
-    ends = list(dict.fromkeys(token for token in found if isinstance(token, int)))
-    if not ends:
-        raise DataError(_NO_END)
-    return ends
+    return _ends(tokenizer.eos_token_id, configured)
 
 
 def ends_of(directory: Path) -> list[int]:
     """The same of a target whose files lie in `directory`, without the target itself."""
-    configured: list[Any] = [load_tokenizer(directory).eos_token_id]
-    for name in ("generation_config.json", "config.json"):
-        if (directory / name).is_file():
-            ids = json.loads((directory / name).read_bytes()).get("eos_token_id")
-            configured += ids if isinstance(ids, list) else [ids]
-    ends = list(dict.fromkeys(token for token in configured if isinstance(token, int)))
-    if not ends:
-        raise DataError(_NO_END)
-    return ends
+    files = [file for name in ("generation_config.json", "config.json") if (file := directory / name).is_file()]
+    configured = [json.loads(file.read_bytes()).get("eos_token_id") for file in files]
+    return _ends(load_tokenizer(directory).eos_token_id, *configured)
+
+
+def _ends(*named: Any) -> list[int]:
+    """The tokens among `named`: of each an id, a list of them, or None."""
+    found = [token for ids in named for token in (ids if isinstance(ids, list) else [ids]) if isinstance(token, int)]
+    if not found:
+        raise DataError("the target's tokenizer names no end-of-sequence token; set eos_token in tokenizer_config.json")
+    return list(dict.fromkeys(found))

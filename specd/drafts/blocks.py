@@ -31,6 +31,15 @@ class Blocks(msgspec.Struct, frozen=True, kw_only=True):
     offsets: NDArray[np.int64]
     weights: NDArray[np.float32]
 
+    @property
+    def before(self) -> NDArray[np.int64]:
+        """Of each prediction the token before its label, int64 [R], as an index into the batch.
+
+        Serving knows the tokens up to it, and the target's state there predicts the label.
+        """
+        anchors: NDArray[np.int64] = self.layout.anchors[self.rows // self.layout.block_size]
+        return anchors + self.offsets - 1
+
 
 def sample_anchors(
     loss_mask: NDArray[np.bool_],

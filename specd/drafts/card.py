@@ -15,7 +15,7 @@ _HERE = "DRAFT is this directory."
 def card(title: str, target: str, facts: Mapping[str, str], serving: Mapping[str, str], notes: Sequence[str]) -> bytes:
     """As Markdown, with the head that a hub reads. target: its name. facts: of the draft, as of Objective.facts.
 
-    serving: engine, with its least version, -> command. notes: what else whoever serves it has to know.
+    serving: engine, with the versions that serve it, -> command. notes: what else whoever serves it has to know.
     """
     about = f"For speculative decoding with this target alone. Trained by specd {__version__}."
     lines = [*_metadata(title, target), f"# {title} draft for {target}", "", about, ""]

@@ -70,6 +70,7 @@ def test_a_template_that_reads_parts_alone_gets_them(tokenizer: Any) -> None:
     rendered = chat.conversation(Conversation(turns=talk("Hi", "Ho")), "row 1")
     assert rendered.text.endswith("user\nHi<|im_end|>\n<|im_start|>assistant\nHo<|im_end|>\n")
     assert [rendered.text[start:end] for start, end in rendered.spans] == ["Ho<|im_end|>"]
+    assert "user\nHi\ufdd0!<|im_end|>" in chat.render(talk("Hi\ufdd0!"))  # what stands for an image elsewhere
 
 
 @pytest.mark.parametrize("shown_as", ["'' + call.function.arguments", "call.function.arguments"])

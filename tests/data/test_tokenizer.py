@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from chats import talk, write_base, write_tokenizer
 from specd.data.chat import Chat, Rendered, document
 from specd.data.forms import conversation
-from specd.data.tokenizer import Encoder, _labels, end_tokens, load_tokenizer
+from specd.data.tokenizer import Encoder, _labels, end_tokens, ends_of, load_tokenizer
 from specd.errors import DataError
 
 
@@ -92,6 +93,8 @@ def test_a_text_ends_at_the_tokens_of_the_tokenizer_and_of_the_generation_config
     for ids, ends in models:
         model: Any = Configured(ids)
         assert end_tokens(model, tokenizer) == ends
+        (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": ids}))
+        assert ends_of(tmp_path) == ends
     tokenizer.eos_token = None
     unending: Any = Configured(None)
     with pytest.raises(DataError, match="no end-of-sequence token"):

@@ -58,5 +58,9 @@ def test_blocks_predict_inside_their_sequence_and_under_the_loss_mask() -> None:
     # Block 0 skips the masked token 12; block 1 ends with its sequence; block 2 with the batch.
     assert blocks.rows.tolist() == [1, 3, 5, 9, 10]
     assert blocks.labels.tolist() == [11, 13, 15, 18, 19]
+    assert batch.tokens[blocks.before].tolist() == [10, 12, 14, 17, 18]
+    all_guess = make_blocks(batch, [np.array([0, 4]), np.array([1])], 3, MASK, decay=2.0, first=0)
+    assert all_guess.labels.tolist() == [11, 13, 15, 18, 19]
+    assert batch.tokens[all_guess.before].tolist() == [10, 12, 14, 17, 18]
     assert np.allclose(blocks.weights, [1.0, math.exp(-1.0), 1.0, 1.0, math.exp(-0.5)])
     assert np.array_equal(make_blocks(batch, [np.array([0])] * 2, 4, MASK, decay=0.0).weights, np.ones(5))

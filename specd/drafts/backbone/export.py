@@ -26,9 +26,9 @@ SURPLUS = ("embed_tokens.weight", "lm_head.weight", "rotary_emb.inv_freq", "veri
 READ = frozenset({
     "attention_bias", "block_size", "causal", "final_logit_softcapping", "head_dim", "hidden_size",
     "input_embedding_scale", "intermediate_size", "is_causal", "layer_types", "logit_scale", "mask_token_id",
-    "max_position_embeddings",
-    "num_attention_heads", "num_hidden_layers", "num_key_value_heads", "num_target_layers", "output_multiplier",
-    "rms_norm_eps", "sliding_window", "target_layer_ids", "tie_word_embeddings", "use_sliding_window", "vocab_size",
+    "max_position_embeddings", "num_attention_heads", "num_hidden_layers", "num_key_value_heads", "num_target_layers",
+    "output_multiplier", "rms_norm_eps", "sliding_window", "target_layer_ids", "tie_word_embeddings",
+    "use_sliding_window", "vocab_size",
 })  # fmt: skip
 """Keys that are read, or that leave the order of the draft's logits as it is."""
 ONLY: dict[str, tuple[Any, ...]] = {

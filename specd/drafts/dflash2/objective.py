@@ -56,10 +56,8 @@ class DFlash2(BlockObjective):
         assert isinstance(config, DFlash2Config)
         assert isinstance(shape, DFlash2Shape)
         assert isinstance(draft, DFlash2Draft)
-        before = delivery.batch.tokens[blocks.layout.anchors[blocks.rows // shape.block_size] + blocks.offsets - 1]
-        rows, labels, before = (
-            to_device(part, self.device) for part in (blocks.rows, blocks.labels, before.astype(np.int64))
-        )
+        known = delivery.batch.tokens[blocks.before].astype(np.int64)
+        rows, labels, before = (to_device(part, self.device) for part in (blocks.rows, blocks.labels, known))
         chosen = states.index_select(0, rows)
         scores = self.read(chosen, labels, shape.selector_top_k)
         weights, total = weighted(config, blocks, scores.losses, rows)
@@ -88,6 +86,6 @@ class DFlash2(BlockObjective):
     def serving(self) -> dict[str, str]:
         """See BlockObjective.serving."""
         return {
-            "SGLang, from 0.5.20 on": sglang(self._target, "--speculative-algorithm DFLASH"),
-            "vLLM, with its V2 model runner": vllm(self._target, "dflash", self.draft.shape.num_guesses),
+            "SGLang, 0.5.20 or later": sglang(self._target, "--speculative-algorithm DFLASH"),
+            "vLLM, 0.33 or later, with its V2 model runner": vllm(self._target, "dflash", self.draft.shape.num_guesses),
         }

@@ -13,7 +13,7 @@ from specd.drafts.backbone.method import BlockMethod
 from specd.drafts.backbone.workload import workload
 from specd.drafts.base import TargetParts, Tuning, Workload
 from specd.drafts.dspark.network import DSparkShape
-from specd.drafts.dspark.objective import DSPARK, DSpark, last_known
+from specd.drafts.dspark.objective import DSPARK, DSpark
 from specd.drafts.dspark.settings import DSparkConfig
 from specd.protocol.batch import Batch
 
@@ -31,7 +31,7 @@ class DSparkMethod(BlockMethod):
         """See Method.workload. A teacher counts once, however many chunks it is needed in."""
         work, shape = workload(objective, batch), objective.draft.shape
         assert isinstance(shape, DSparkShape)
-        teachers = np.unique(last_known(objective.draw(batch))).size
+        teachers = np.unique(objective.draw(batch).before).size
         own = {
             "teachers": 2.0 * teachers * shape.hidden_size * shape.vocab_size,
             "markov head": 3 * 2.0 * work.predictions * shape.markov_rank * shape.vocab_size,

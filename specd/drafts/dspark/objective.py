@@ -20,7 +20,7 @@ from specd.drafts.blocks import Blocks
 from specd.drafts.card import sglang, vllm
 from specd.drafts.device import to_device
 from specd.drafts.dspark.drafter import DSparkDrafter
-from specd.drafts.dspark.loss import Ints, Teacher, distances
+from specd.drafts.dspark.loss import Teacher, distances
 from specd.drafts.dspark.network import DSparkDraft, DSparkShape
 from specd.drafts.dspark.settings import DSparkConfig
 from specd.protocol.batch import Delivery
@@ -79,10 +79,9 @@ class DSpark(BlockObjective):
         assert isinstance(config, DSparkConfig)
         assert isinstance(draft, DSparkDraft)
         assert final is not None, "the capture spec of a DSpark draft has the final state"
-        known = last_known(blocks)
+        known = delivery.batch.tokens[blocks.before].astype(np.int64)
         rows, labels, weights, tokens = (
-            to_device(part, self.device)
-            for part in (blocks.rows, blocks.labels, blocks.weights, delivery.batch.tokens[known].astype(np.int64))
+            to_device(part, self.device) for part in (blocks.rows, blocks.labels, blocks.weights, known)
         )
         chosen, markov = states.index_select(0, rows), draft.markov_head
         before = markov.before(tokens, chosen.dtype)
@@ -100,7 +99,7 @@ class DSpark(BlockObjective):
             self.multiplied(before),
             markov.markov_w2.weight,
             teacher,
-            known,
+            blocks.before,
             labels,
             weights,
         )
@@ -127,13 +126,6 @@ class DSpark(BlockObjective):
     def serving(self) -> dict[str, str]:
         """See BlockObjective.serving."""
         return {
-            "SGLang": sglang(self._target, "--speculative-algorithm DSPARK"),
-            "vLLM": vllm(self._target, "dspark", self.draft.shape.num_guesses),
+            "SGLang, checked with 0.5.23": sglang(self._target, "--speculative-algorithm DSPARK"),
+            "vLLM, checked with 0.33": vllm(self._target, "dspark", self.draft.shape.num_guesses),
         }
-
-
-def last_known(blocks: Blocks) -> Ints:
-    """Of each prediction the last token that is known, as an index into the batch: its state predicts the next one."""
-    size = blocks.layout.block_size
-    known: Ints = blocks.layout.anchors[blocks.rows // size] + blocks.rows % size
-    return known

@@ -141,7 +141,8 @@ class Engine:
         self, tokens: NDArray[np.int32], lengths: Sequence[int], stop: int, capture: Capture, source: Source | None
     ) -> None:
         handles = []
-        batch = self._batch(tokens, list(lengths), capture.brought)
+        with torch.inference_mode(), self._current():  # clearing states may be a kernel of SGLang's own
+            batch = self._batch(tokens, list(lengths), capture.brought)
         # A graph's embeddings are of tokens alone.
         if source is None and self._graphs is not None and not capture.brought and self._graphs.replays(batch):
             source = self._graphs
