@@ -281,7 +281,7 @@ def _receive(transfers: Transfers, coming: _Coming, watch: Watch) -> int:
     watch.until(lambda: transfers.over(transfer), f"receiving {ref.nbytes} bytes", eager_s)
     assert transfer.note is not None
     *sent, generation = NOTE.unpack(transfer.note.numpy().tobytes())
-    if tuple(sent) != ref:
+    if tuple(sent) != (ref.slot, ref.generation, ref.nbytes):
         raise TransportError(
             f"slot, generation and bytes {tuple(sent)} came: fetches are not in the order of RECV_READY"
         )
