@@ -37,8 +37,8 @@ def altered(change: Callable[[Loss], Loss]) -> type[Method]:
 
 
 class TooSmall(DFlashMethod):
-    @staticmethod
-    def capture_config(settings: DFlashConfig) -> CaptureConfig:
+    @classmethod
+    def capture_config(cls, settings: Any) -> CaptureConfig:
         return CaptureConfig(num_taps=1)
 
 

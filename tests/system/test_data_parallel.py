@@ -180,7 +180,8 @@ def test_daemons_that_serve_ranks(
     """One of two dies; then the other does, with nothing left to train on. More ranks than it takes are refused."""
     with daemons() as start:
         one, two = start("a"), start("b")
-        one.status(), two.status()
+        for daemon in (one, two):
+            daemon.status()
         ends = ["--endpoint", one.endpoint, "--endpoint", two.endpoint]
         run = Launched(nursery, 2, tmp_path / "run", [*data[:2], *data[4:], *ends])
         run.wait_for(3)
