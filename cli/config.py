@@ -32,8 +32,12 @@ def config(
     preset: Annotated[str, typer.Option("--preset", help="The recipe of this preset.")] = "",
     run: Annotated[Path | None, typer.Option("--run", help="Those of this run.", metavar="RUN")] = None,
     method: Annotated[
-        str, typer.Option("--method", help=f"Which draft: {', '.join(registry.BUILTIN)}, or a plug-in's.")
-    ] = registry.DEFAULT,
+        str | None,
+        typer.Option(
+            "--method",
+            help=f"Which draft: {', '.join(registry.BUILTIN)}, or a plug-in's; {registry.DEFAULT} unless said.",
+        ),
+    ] = None,
     daemon: Annotated[bool, typer.Option("--daemon", help="Those of `specd start` in place of `specd train`.")] = False,
     reference: Annotated[
         bool, typer.Option("--reference", help="All settings of daemons and drafts as a page of Markdown.")
@@ -42,6 +46,8 @@ def config(
     """Print settings as YAML that `--config FILE` takes, each with what it means."""
     if sum((defaults, bool(preset), run is not None, reference)) != 1:
         raise ConfigError("expected one of --defaults, --preset NAME, --run RUN and --reference")
+    if method and run is not None:
+        raise ConfigError(f"--method {method} with --run: a run has the draft that it trains; leave one out")
     if reference:
         typer.echo(page(), nl=False)
     elif daemon:
@@ -56,7 +62,7 @@ def config(
 
         typer.echo(as_yaml(convert(read_facts(run).config, RunConfig, "run.json")), nl=False)
     else:
-        typer.echo(as_yaml(run_config({"method": method}, "", preset=preset)), nl=False)
+        typer.echo(as_yaml(run_config({"method": method or registry.DEFAULT}, "", preset=preset)), nl=False)
 
 
 def run_file(path: Path) -> dict[str, Any]:

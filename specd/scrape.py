@@ -9,10 +9,10 @@ import socket
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from ipaddress import ip_address
 from typing import TYPE_CHECKING, Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 
+from specd.endpoints import is_loopback
 from specd.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def listen(address: str) -> socket.socket:
     listener, host = _bound(address), parse(address)[0]
     shown = f"[{host}]" if ":" in host else host
     url = f"http://{shown}:{listener.getsockname()[1]}/metrics"
-    if not _is_loopback(host):
+    if not is_loopback(host):
         logger.warning("metrics at %s are read by everybody who reaches it: they ask for no key", url)
     logger.info("metrics at %s", url)
     return listener
@@ -146,10 +146,3 @@ def _app(collect: Collect, pid: int) -> Any:
 def _say(start_response: Any, status: str, text: str) -> list[bytes]:
     start_response(status, [("Content-Type", "text/plain; charset=utf-8")])
     return [f"{text}\n".encode()]
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

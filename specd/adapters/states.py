@@ -109,6 +109,8 @@ class States(IterableDataset[Item], Generic[Item]):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from there. Raises ConfigError for a state of other data, or of another order."""
+        if missing := sorted({"epoch", "batch", "of", "plan"} - state.keys()):
+            raise ConfigError(f"the state has no {', '.join(missing)}: expected what `state_dict` gave")
         plan = self._loader.plan
         epoch, done = int(state["epoch"]), int(state["batch"])
         count = plan.num_batches(epoch)

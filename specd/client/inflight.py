@@ -255,7 +255,10 @@ class InFlight:
             if (first := self._links.session) is not None:  # two may have been met at the same moment
                 one, other = (each.welcome.contract.fingerprint for each in (first, session))
                 if one != other:
-                    served = f"{session.endpoint} serves target {other}, {first.endpoint} serves {one}"
+                    served = (
+                        f"{session.endpoint} serves target {other}, {first.endpoint} serves {one}: "
+                        f"expected one target; name only daemons that host the same"
+                    )
                     self._guard.fail(RejectedError(served))
                     return False
             link.open(session)

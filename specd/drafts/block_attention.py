@@ -22,11 +22,9 @@ from torch import Tensor
 
 from specd.config.settings import AttentionKind
 from specd.drafts.compile import compiled
-from specd.drafts.device import to_device
+from specd.drafts.device import Ints, to_device
 from specd.drafts.flex import INSTEAD, TILE, in_tiles, in_whole_tiles, tiled_mask, uses_flex
 from specd.drafts.layers import Attend, KeyValue
-
-Ints = NDArray[np.int64]
 
 
 class BlockLayout(msgspec.Struct, frozen=True, kw_only=True):

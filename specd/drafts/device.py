@@ -1,4 +1,4 @@
-"""From the host to the device without waiting for it."""
+"""Whole numbers on the host, and from there to the device without waiting for it."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+Ints = NDArray[np.int64]
 
 
 def to_device(array: NDArray[Any], device: torch.device) -> Tensor:

@@ -11,13 +11,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from specd.drafts.device import to_device
+from specd.drafts.device import Ints, to_device
 from specd.drafts.logits import LogitTransform
-
-Ints = NDArray[np.int64]
 
 
 class Teacher(NamedTuple):

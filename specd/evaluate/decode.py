@@ -51,7 +51,8 @@ class Text(Protocol):
 def greedy(model: Any, prompt: Sequence[int], *, max_new_tokens: int, eos: Collection[int]) -> Generation:
     """The target's own greedy text: one token a forward, with its cache.
 
-    model: a transformers causal LM. prompt: at least one token id. eos: ids that end the text, as of `chat.end_tokens`.
+    model: a transformers causal LM. prompt: at least one token id. eos: ids that end the text,
+    as of `tokenizer.end_tokens`.
     """
     began = time.perf_counter()
     target = _CachedModel(model, ())

@@ -147,8 +147,11 @@ def _check_payloads(contract: TargetContract, fill: CaptureJob) -> None:
     if len(fill.payloads) != fill.lengths.size:
         raise TargetError(f"{len(fill.payloads)} payloads for {fill.lengths.size} sequences: expected one for each")
     if unknown := sorted({name for payload in fill.payloads for name in payload} - set(contract.payloads)):
-        taken = ", ".join(contract.payloads) or "text alone; give --backend transformers for images"
-        raise TargetError(f"a sequence brings {', '.join(unknown)}: target {contract.model} takes {taken}")
+        taken = ", ".join(contract.payloads) or "text alone"
+        raise TargetError(
+            f"a sequence brings {', '.join(unknown)}: target {contract.model} takes {taken}; leave them out, or host a "
+            f"target, or by a backend, that takes them"
+        )
 
 
 def slot_tensors(fill: CaptureJob) -> dict[str, torch.Tensor]:

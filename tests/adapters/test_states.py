@@ -127,6 +127,8 @@ def test_what_cannot_be_is_refused(source: Subscriber) -> None:
     other = States(source, loader(batch_tokens=48), place)
     with pytest.raises(ConfigError, match=r"32 tokens a batch.* the data is .*48 tokens a batch"):
         other.load_state_dict(data.state_dict())
+    with pytest.raises(ConfigError, match="the state has no batch, of, plan"):
+        other.load_state_dict({"epoch": 1})
 
 
 def test_a_worker_of_a_data_loader_is_refused(source: Subscriber, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,9 +22,9 @@ def altered(change: Callable[[Loss], Loss]) -> type[Method]:
     """DFlash, whose loss is `change`d."""
 
     class Changed(DFlashMethod):
-        @staticmethod
-        def objective(*arguments: Any, **options: Any) -> Any:
-            objective = DFlashMethod.objective(*arguments, **options)
+        @classmethod
+        def objective(cls, *arguments: Any, **options: Any) -> Any:
+            objective = super().objective(*arguments, **options)
             loss = objective.loss
 
             def changed(delivery: Delivery) -> Loss:

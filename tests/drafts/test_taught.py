@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from specd.drafts.device import Ints
 from specd.drafts.logits import LogitTransform
-from specd.drafts.taught import Ints, Teacher, taught_loss
+from specd.drafts.taught import Teacher, taught_loss
 
 V, W, H, U = 31, 11, 8, 13
 PLACES = (np.array([0, 1, 2, 5, 12]), np.array([1, 2, 12]), np.array([], np.int64))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
+import torch
 from torch import Tensor
 
 from specd.config.settings import CaptureConfig, Config
@@ -12,11 +13,12 @@ from specd.drafts.backbone.drafter import BlockDrafter
 from specd.drafts.backbone.export import load_network
 from specd.drafts.backbone.form import Form
 from specd.drafts.backbone.network import Backbone
+from specd.drafts.backbone.objective import BlockObjective
 from specd.drafts.backbone.shape import conflict, layer_types
 from specd.drafts.backbone.start import first_network, initial_shape, taps_of
 from specd.drafts.backbone.weighting import loss_decay
 from specd.drafts.backbone.workload import workload
-from specd.drafts.base import Workload
+from specd.drafts.base import TargetParts, Tuning, Workload
 from specd.errors import ConfigError
 from specd.protocol.batch import Batch
 from specd.protocol.capture import DTYPE_BYTES, CaptureSpec, StateDtype
@@ -24,8 +26,12 @@ from specd.protocol.contract import TargetContract
 
 
 class BlockMethod:
-    """See `specd.drafts.base.Method`. An anchor is a label with another one right behind it."""
+    """See `specd.drafts.base.Method`. An anchor is a label with another one right behind it.
 
+    trains: the draft of this form and its loss.
+    """
+
+    trains: ClassVar[type[BlockObjective]]
     form: ClassVar[Form]
     title: ClassVar[str]
     settings: ClassVar[type[Config]]
@@ -64,6 +70,19 @@ class BlockMethod:
             )
         dtype = cast(StateDtype, contract.dtype if contract.dtype in DTYPE_BYTES else "bfloat16")
         return CaptureSpec(taps=taps_of(settings, contract, cls.form), final=cls.form.final, dtype=dtype)
+
+    @classmethod
+    def objective(
+        cls,
+        settings: Any,
+        target: TargetParts,
+        device: str | torch.device,
+        dtype: torch.dtype,
+        seed: int = 0,
+        tuning: Tuning | None = None,
+    ) -> BlockObjective:
+        """See Method.objective."""
+        return cls.trains(settings, target, device, dtype, seed, tuning)
 
     @classmethod
     def load(cls, path: Path) -> TrainedBlocks:

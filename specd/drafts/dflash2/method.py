@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-import torch
-
 from specd.config.settings import Config
 from specd.drafts.backbone.form import Form
 from specd.drafts.backbone.method import BlockMethod
+from specd.drafts.backbone.objective import BlockObjective
 from specd.drafts.backbone.workload import workload
-from specd.drafts.base import TargetParts, Tuning, Workload
+from specd.drafts.base import Workload
 from specd.drafts.dflash2.network import DFlash2Shape
 from specd.drafts.dflash2.objective import DFLASH2, DFlash2
 from specd.drafts.dflash2.settings import DFlash2Config
@@ -21,6 +20,7 @@ from specd.protocol.batch import Batch
 class DFlash2Method(BlockMethod):
     """See `specd.drafts.base.Method`."""
 
+    trains: ClassVar[type[BlockObjective]] = DFlash2
     form: ClassVar[Form] = DFLASH2
     title: ClassVar[str] = "DFlash2 (z-lab)"
     settings: ClassVar[type[Config]] = DFlash2Config
@@ -48,15 +48,3 @@ class DFlash2Method(BlockMethod):
             "selector": 3 * 2.0 * work.predictions * shape.selector_top_k * shape.selector_rank,
         }
         return work._replace(flops=work.flops | own)
-
-    @staticmethod
-    def objective(
-        settings: DFlash2Config,
-        target: TargetParts,
-        device: str | torch.device,
-        dtype: torch.dtype,
-        seed: int = 0,
-        tuning: Tuning | None = None,
-    ) -> DFlash2:
-        """The draft that is trained."""
-        return DFlash2(settings, target, device, dtype, seed, tuning)

@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import ClassVar
 
 import numpy as np
-import torch
 
 from specd.config.settings import Config
 from specd.drafts.backbone.form import Form
 from specd.drafts.backbone.method import BlockMethod
+from specd.drafts.backbone.objective import BlockObjective
 from specd.drafts.backbone.workload import workload
-from specd.drafts.base import TargetParts, Tuning, Workload
+from specd.drafts.base import Workload
 from specd.drafts.dspark.network import DSparkShape
 from specd.drafts.dspark.objective import DSPARK, DSpark
 from specd.drafts.dspark.settings import DSparkConfig
@@ -21,6 +21,7 @@ from specd.protocol.batch import Batch
 class DSparkMethod(BlockMethod):
     """See `specd.drafts.base.Method`."""
 
+    trains: ClassVar[type[BlockObjective]] = DSpark
     form: ClassVar[Form] = DSPARK
     title: ClassVar[str] = "DSpark (DeepSeek)"
     settings: ClassVar[type[Config]] = DSparkConfig
@@ -38,15 +39,3 @@ class DSparkMethod(BlockMethod):
             "confidence head": 3 * 2.0 * work.predictions * (shape.hidden_size + shape.markov_rank),
         }
         return work._replace(flops=work.flops | own)
-
-    @staticmethod
-    def objective(
-        settings: DSparkConfig,
-        target: TargetParts,
-        device: str | torch.device,
-        dtype: torch.dtype,
-        seed: int = 0,
-        tuning: Tuning | None = None,
-    ) -> DSpark:
-        """The draft that is trained."""
-        return DSpark(settings, target, device, dtype, seed, tuning)

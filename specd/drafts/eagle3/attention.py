@@ -17,8 +17,7 @@ import torch
 from torch import Tensor
 
 from specd.drafts.compile import compiled
-from specd.drafts.device import to_device
-from specd.drafts.eagle3.rows import Ints
+from specd.drafts.device import Ints, to_device
 from specd.drafts.flex import INSTEAD, TILE, Bools, in_tiles, tiled_mask
 from specd.drafts.layers import KeyValue
 

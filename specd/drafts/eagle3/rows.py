@@ -10,12 +10,10 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
+from specd.drafts.device import Ints
 from specd.drafts.flex import in_whole_tiles
 from specd.protocol.batch import Batch
-
-Ints = NDArray[np.int64]
 
 
 class Rows(NamedTuple):

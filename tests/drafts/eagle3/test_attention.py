@@ -13,8 +13,9 @@ from torch.nn import functional as F
 import specd.drafts.eagle3.attention as module
 from dense_flex import dense_flex, noting
 from drafts import make_batch
+from specd.drafts.device import Ints
 from specd.drafts.eagle3.attention import attention, flex_attention, merge, sequence_mask, tiles
-from specd.drafts.eagle3.rows import Ints, Rows, in_tiles, rows_of
+from specd.drafts.eagle3.rows import Rows, in_tiles, rows_of
 from specd.drafts.layers import KeyValue
 
 CPU = torch.device("cpu")
