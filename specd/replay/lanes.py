@@ -214,8 +214,8 @@ class Lanes:
                 with self._lock:
                     tier.store.done(entry)
                 self._arena.seal(task.slot, task.generation, task.nbytes)
+                self._count("hit")  # before: whoever asks then is told of it
                 self._filled(task)
-                self._count("hit")
 
     def _read(self, task: Task, tier: Tier, entry: Entry, bounce: int, copier: Copier) -> None:
         """Put a batch's bytes into its slot. Raises DamageError or OSError."""
