@@ -151,8 +151,10 @@ class Lanes:
     def close(self) -> None:
         """End the threads, each after what it does now. The arena must still be there. Idempotent."""
         self._ending.set()
-        for lane in (*[self._reads] * READERS, self._copies, self._writes):
-            lane.put(None)
+        for _ in range(READERS):
+            self._reads.put(None)
+        self._copies.put(None)
+        self._writes.put(None)
         for thread in self._threads:
             thread.join(END_S)
         if any(thread.is_alive() for thread in self._threads):

@@ -138,8 +138,8 @@ def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Make]:
     fake_cuda.install(monkeypatch)
     made: list[Rig] = []
 
-    def build(*arguments: Any, **sizes: int) -> Rig:
-        made.append(Rig(tmp_path / "store", *arguments, **sizes))
+    def build(device: str = "cpu", *, ram: int = 0, disk: int = 0) -> Rig:
+        made.append(Rig(tmp_path / "store", device, ram=ram, disk=disk))
         return made[-1]
 
     yield build

@@ -7,7 +7,7 @@ import random
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -76,7 +76,7 @@ def keep(endpoint: str, cells: int, computed: list[str]) -> int:
 
 
 @pytest.fixture(scope="module")
-def computed() -> Iterator[list[str]]:
+def computed() -> list[str]:
     """The digests of batches that nothing was kept of."""
     with own_process() as endpoint:
         digests = epochs([endpoint], 1)
@@ -109,17 +109,18 @@ def test_later_epochs_are_read_as_far_as_they_fit_and_the_next_daemon_goes_on(
 def test_a_worker_that_is_killed_while_it_writes_leaves_nothing_wrong(computed: list[str], tmp_path: Path) -> None:
     rng = random.Random(SEED)
     with own_process("--replay", str(tmp_path / "s"), "--replay-gb", budget(COUNT)) as endpoint:
-        kills, wait = 0, rng.randrange(5)
+        killed, wait = {0}, rng.randrange(5)  # 0 while there is none
 
         def kill() -> None:
-            nonlocal kills, wait
+            nonlocal wait
             wait -= 1
-            if wait < 0 and kills < KILLS and (pid := ask_status(endpoint, 30).worker_pid):
+            if wait < 0 and len(killed) <= KILLS and (pid := ask_status(endpoint, 30).worker_pid) not in killed:
                 os.kill(pid, signal.SIGKILL)
-                kills, wait = kills + 1, rng.randrange(10)
+                killed.add(pid)
+                wait = rng.randrange(10)
 
         lives = 0
-        while kills < KILLS or not lives:
+        while len(killed) <= KILLS:
             assert epochs([endpoint], 2, seed=lives, meanwhile=kill) == computed, f"seed {SEED}"
             lives += 1
         keep(endpoint, COUNT, computed)
