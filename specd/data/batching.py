@@ -65,7 +65,8 @@ class BatchPlan:
     """
 
     __slots__ = (
-        "_counts", "_epochs", "_lengths", "_packs", "_weights", "batch_tokens", "max_batch_sequences", "packing", "seed",
+        "_counts", "_epochs", "_lengths", "_packs", "_weights", "batch_tokens", "max_batch_sequences", "packing",
+        "seed",
     )  # fmt: skip
 
     def __init__(
