@@ -49,7 +49,16 @@ from specd.train.journal import Sink, read, tell_unless_trained
 from specd.train.loop import out_of_memory, train
 from specd.train.owner import owned
 from specd.train.plan import Plan, planned
-from specd.train.preparation import data_facts, prepared, target_parts, warn_of_length, with_data, with_date, with_dtype
+from specd.train.preparation import (
+    data_facts,
+    prepared,
+    target_parts,
+    warn_of_length,
+    warn_of_packing,
+    with_data,
+    with_date,
+    with_dtype,
+)
 from specd.train.sinks import opened
 from specd.train.validation import Held
 from specd.train.validation import planned as measurements
@@ -167,6 +176,8 @@ def _train(
         known, draft = recipe(contract)
         if (idle := launcher.check_shares(known.train.accumulation, ranks.size)) and ranks.leads:
             logger.warning("%s", idle)
+        if ranks.leads:
+            warn_of_packing(known, subscriber.replay)
         settled = with_data(with_dtype(known, device), contract.model)
         settled = replace(settled, output=str(directory.path))
         again = ranks.decide("again", lambda: resume and directory.has_checkpoint(settled.train.save_every))
@@ -242,6 +253,7 @@ def _train(
                 lambda: subscriber.stats().transports,
                 checkpoints=directory.checkpoints,
                 device=device,
+                keeps=subscriber.replay is not None,
             )
             sinks.append(stack.enter_context(shown))
         if ranks.leads:
