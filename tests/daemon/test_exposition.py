@@ -82,6 +82,6 @@ def test_the_dashboard_asks_for_what_is_served() -> None:
     unknown = set(re.findall(r"\bspecd_\w+", asked)) - served
     assert not unknown
     assert all(panel["title"] for panel in board["panels"])
-    assert {"specd_train_validation_loss", "specd_train_validation_acceptance_length"} <= {*re.findall(r"specd_\w+", asked)}
+    assert {f"specd_train_validation_{name}" for name in ("loss", "acceptance_length")} <= {*re.findall(r"\w+", asked)}
     places = [tuple(panel["gridPos"][key] for key in "xy") for panel in board["panels"]]
     assert len({*places}) == len(places) == len({panel["id"] for panel in board["panels"]})
