@@ -330,6 +330,7 @@ def _facts(
         launcher=launcher.identity() if ranks.size > 1 else "",
         target={
             "model": contract.model,
+            "revision": contract.revision or f"weights {contract.weights}",
             "layers": contract.num_layers,
             "hidden size": contract.hidden_size,
             "vocabulary": contract.vocab_size,
