@@ -231,14 +231,15 @@ class TrainConfig(Config, kw_only=True, frozen=True):
     lr: the highest learning rate; it rises linearly, then falls along a cosine to 0 at the last step. betas: decay of
     AdamW's two moments. weight_decay: of AdamW, on matrices. warmup_ratio: share of the steps in which the rate rises.
     clip: largest norm of the gradients, 0 for no clipping. epochs: how often the data is gone through. max_steps:
-    optimizer steps at most, 0 for all epochs. accumulation: batches an optimizer step. dtype: of the draft's forward,
-    `auto` is bfloat16 on a GPU; master weights are float32. device: cpu, cuda or cuda:N; `auto` is a GPU where there is
-    one. threads: CPU threads of torch, 0 for its choice. seed: of initial weights, data order and what a draft draws.
-    save_every: steps between checkpoints, 0 for none but the last. keep: how many checkpoints stay. log_every: steps
-    between two looks at the device's figures; it changes no number. collectives: by what several ranks, which share the
-    batches of a step, sum gradients; `auto` is nccl on GPUs, one for each rank, and gloo on CPUs; gloo also has ranks
-    share a GPU. peer_patience_s: how long a rank may show no life before the others end, 0 for 5 s on one host and 30 s
-    on several.
+    optimizer steps at most, 0 for all epochs. max_minutes: of training at most, 0 for no limit, counted over the steps
+    and across resumes; the learning rate then falls by the clock, where that is ahead of the steps. accumulation:
+    batches an optimizer step. dtype: of the draft's forward, `auto` is bfloat16 on a GPU; master weights are float32.
+    device: cpu, cuda or cuda:N; `auto` is a GPU where there is one. threads: CPU threads of torch, 0 for its choice.
+    seed: of initial weights, data order and what a draft draws. save_every: steps between checkpoints, 0 for none but
+    the last. keep: how many checkpoints stay. log_every: steps between two looks at the device's figures; it changes no
+    number. collectives: by what several ranks, which share the batches of a step, sum gradients; `auto` is nccl on
+    GPUs, one for each rank, and gloo on CPUs; gloo also has ranks share a GPU. peer_patience_s: how long a rank may
+    show no life before the others end, 0 for 5 s on one host and 30 s on several.
     """
 
     lr: Annotated[float, Meta(gt=0)] = 6e-4
@@ -248,6 +249,7 @@ class TrainConfig(Config, kw_only=True, frozen=True):
     clip: Annotated[float, Meta(ge=0)] = 1.0
     epochs: Positive = 6
     max_steps: NotNegative = 0
+    max_minutes: Annotated[float, Meta(ge=0)] = 0.0
     accumulation: Positive = 1
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     device: str = "auto"

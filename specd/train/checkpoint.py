@@ -279,7 +279,7 @@ def _state(path: Path) -> _Manifest | None:
     return state if whole and state.format == FORMAT else None
 
 
-PLAN = frozenset({"train.epochs", "train.max_steps"})
+PLAN = frozenset({"train.epochs", "train.max_steps", "train.max_minutes"})
 """Settings of an identity that say how long a run goes on: a resumed run may have others, by a new plan."""
 _BEFORE = {
     "data.columns": {}, "data.date": "", "data.long": "cut", "data.packing": "anew", "data.subset": "",

@@ -23,6 +23,7 @@ from rich.text import Text
 
 from specd import units
 from specd.train.journal import StepRecord, bound
+from specd.train.limit import TimeLimit
 from specd.train.measurement import Measurement
 from specd.train.summary import Epoch, Totals, held_out_line, memory_use
 
@@ -35,9 +36,10 @@ class Display:
     """Shows the steps of a run as they come; a context manager and a sink of the loop.
 
     title: what is trained, on what. first, steps: the step the run starts from and its last. transports: endpoint →
-    transport in use, read at each refresh. every_s: seconds between two plain lines. checkpoints: their directory, if
-    the age of the newest is to be shown. device: the trainer's, whose memory is shown. keeps: whether a daemon keeps
-    states over epochs: then each epoch ends with a line of what was replayed.
+    transport in use, read at each refresh. every_s: seconds between two plain lines. limit: of the run's time, as it
+    stands at `first`. checkpoints: their directory, if the age of the newest is to be shown. device: the trainer's,
+    whose memory is shown. keeps: whether a daemon keeps states over epochs: then each epoch ends with a line of what
+    was replayed.
     """
 
     def __init__(
@@ -49,6 +51,7 @@ class Display:
         console: Console | None = None,
         every_s: float = 10.0,
         *,
+        limit: TimeLimit | None = None,
         checkpoints: Path | None = None,
         device: str = "cpu",
         keeps: bool = False,
@@ -57,6 +60,7 @@ class Display:
         self._transports = transports
         self._console = console or Console()
         self._every_s = every_s
+        self._limit = limit or TimeLimit(0.0)
         self._checkpoints, self._device, self._keeps = checkpoints, device, keeps
         self._totals = Totals()
         self._recent = self._totals.recent
@@ -97,6 +101,7 @@ class Display:
     def step(self, record: StepRecord) -> None:
         """Show one more optimizer step."""
         over = self._totals.add(record)
+        self._limit.take(record)
         if record.loss is not None:
             self._losses.append(record.loss)
         self._end(over)
@@ -215,8 +220,8 @@ class Display:
     def _left(self) -> str:
         if not self._recent:
             return ""
-        left = self.steps - self._recent[-1].step
-        return f"{units.duration(self._step_s() * left)} left" if left else "done"
+        left = min(self._step_s() * (self.steps - self._recent[-1].step), self._limit.left_s)
+        return f"{units.duration(left)} left" if left > 0 else "done"
 
 
 def sparkline(values: Sequence[float], width: int) -> str:

@@ -69,6 +69,7 @@ def test_without_data_it_trains_on_the_conversations_that_come_along_and_says_so
     assert "\n" not in said
     facts = json.loads((done.directory / "run.json").read_bytes())
     assert (facts["data"]["path"], facts["config"]["data"]["path"]) == (DEMO, DEMO)
+    assert facts["target"]["revision"] == f"weights {facts['target']['fingerprint'].split(':')[5]}"
     assert facts["draft"]["method"].startswith("DFlash")
     assert facts["config"]["draft"] == msgspec.to_builtins(msgspec.convert(DRAFT, DFlashConfig)), (
         "those that were not given, too"
