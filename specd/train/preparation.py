@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 import msgspec
 from msgspec.structs import replace
@@ -18,6 +18,7 @@ from specd.data.portion import Report
 from specd.data.progress import progress
 from specd.data.rows import DEMO
 from specd.drafts.base import TargetParts
+from specd.protocol.contract import ReplayInfo
 from specd.train.distributed import Ranks
 from specd.train.validation import Held, held_out
 
@@ -25,6 +26,13 @@ _LENGTHS = ("max_position_embeddings", "n_positions", "max_sequence_length", "ma
 """How configs call the number of positions that a model was trained for."""
 
 logger = logging.getLogger(__name__)
+
+
+class Keeper(Protocol):
+    """A source of states, as far as it is known what its daemons keep; as a Subscriber has it."""
+
+    replay: ReplayInfo | None
+    stands_by: bool
 
 
 class Prepared(NamedTuple):
@@ -103,6 +111,23 @@ def warn_of_length(longest: int, target: Mapping[str, Any], name: str) -> None:
             "the longest sample has %d tokens, and %s turns to other rotary frequencies beyond %d: a draft sees both, "
             "each sample by its own length; data.max_length=%d keeps to one", longest, name, before, before,
         )  # fmt: skip
+
+
+def warn_of_packing(config: RunConfig, source: Keeper) -> None:
+    """Warn where a daemon keeps states that no later epoch asks it for."""
+    if source.replay is None or config.train.epochs == 1:
+        return
+    if config.data.packing == "anew":
+        logger.warning(
+            "the daemon keeps states, but data.packing=anew makes every epoch's batches new, so none of them is "
+            "replayed within this run: a new run with --set data.packing=fixed has the same ones in every epoch"
+        )
+    elif source.stands_by:
+        logger.warning(
+            "daemons keep states, but subscriber.place=near has each rank ask its own, and a batch comes to another "
+            "rank each epoch, so most are computed and kept more than once: with --set subscriber.place=all each comes "
+            "back to the daemon that keeps it"
+        )
 
 
 def kept(config: RunConfig, draft: Config, begun: RunConfig | None) -> tuple[RunConfig, Config]:

@@ -23,6 +23,7 @@ import torch
 import zmq
 from msgspec.structs import replace
 
+from specd.client.peers import Keeping
 from specd.client.seats import Seat
 from specd.client.subscriber import Subscriber
 from specd.config.load import convert
@@ -46,10 +47,21 @@ from specd.train.distributed import Ranks
 from specd.train.export import sign
 from specd.train.interrupt import Interrupt
 from specd.train.journal import Sink, read, tell_unless_trained
-from specd.train.loop import out_of_memory, train
+from specd.train.limit import TimeLimit, spent
+from specd.train.loop import train
 from specd.train.owner import owned
 from specd.train.plan import Plan, planned
-from specd.train.preparation import data_facts, prepared, target_parts, warn_of_length, with_data, with_date, with_dtype
+from specd.train.preparation import (
+    data_facts,
+    prepared,
+    target_parts,
+    warn_of_length,
+    warn_of_packing,
+    with_data,
+    with_date,
+    with_dtype,
+)
+from specd.train.shortage import out_of_memory
 from specd.train.sinks import opened
 from specd.train.validation import Held
 from specd.train.validation import planned as measurements
@@ -100,9 +112,9 @@ def train_draft(
     not depend on it). Only whoever hosts a target reads the section `target`, so settings that are no function may not
     have it. host: a daemon of this process, or a context that makes one, which is entered once the run may begin.
     resume: go on from the newest checkpoint; begin where there is no run yet, and do nothing where it is finished under
-    the same settings; train.epochs and train.max_steps may be others by now. show: progress on the terminal. ranks:
-    entered, if the caller has already met those that this process was started with, as torchrun does; they share the
-    batches of a step, and rank 0 alone writes and shows.
+    the same settings; train.epochs, max_steps and max_minutes may be others by now. show: progress on the terminal.
+    ranks: entered, if the caller has already met those that this process was started with, as torchrun does; they share
+    the batches of a step, and rank 0 alone writes and shows.
     Raises ConfigError for settings that cannot work, and when another process trains in the same output; what
     `Subscriber`, `prepare` and `loop.train` raise; PeerError when another rank ends.
     """
@@ -162,11 +174,14 @@ def _train(
         return method.capture(recipe(contract)[1], contract)
 
     with contextlib.ExitStack() as stack:
-        subscriber = stack.enter_context(_connect(first, spec, device, directory.path.name, host, ranks))
+        keeping: Keeping = "home" if first.data.packing == "fixed" else "anywhere"
+        subscriber = stack.enter_context(_connect(first, spec, device, directory.path.name, host, ranks, keeping))
         contract = subscriber.contract
         known, draft = recipe(contract)
         if (idle := launcher.check_shares(known.train.accumulation, ranks.size)) and ranks.leads:
             logger.warning("%s", idle)
+        if ranks.leads:
+            warn_of_packing(known, subscriber)
         settled = with_data(with_dtype(known, device), contract.model)
         settled = replace(settled, output=str(directory.path))
         again = ranks.decide("again", lambda: resume and directory.has_checkpoint(settled.train.save_every))
@@ -193,13 +208,16 @@ def _train(
         if images:
             images.check(contract, subscriber.ring, settled.data.batch_tokens)
         batches = dataset.plan(settled.data, settled.train.seed, held.samples)
+        if settled.data.packing == "fixed":
+            subscriber.tell_epoch(batches.num_batches(0))
         loader = Loader(dataset, batches, epochs=settled.train.epochs, payloads=images)
         validation = measurements(settled, dataset, held, batches, directory.validation)
         own = identity(settled, draft, method.free, contract, dataset.digest)
         ranks.agree(launcher.facts(own, device, settled.train.collectives))
         checkpoints = Checkpoints(directory.checkpoints, own, settled.train.keep)
         old = checkpoints if again else None
-        plan = Plan(**ranks.decide("plan", lambda: planned(old, loader, settled.train)._asdict()))
+        clock = partial(spent, directory.journal)
+        plan = Plan(**ranks.decide("plan", lambda: planned(old, loader, settled.train, clock)._asdict()))
         steps, done = plan.steps, plan.done
         patience, wait = settled.train.peer_patience_s, first.subscriber.timeout_s + first.subscriber.connect_s + 60
         ranks.join(device, wait, collectives=settled.train.collectives, patience_s=patience)
@@ -214,9 +232,9 @@ def _train(
             what = f"no memory left on {device} for the draft and what it needs of {contract.model}"
             raise out_of_memory(what, error, "free some there or name another GPU in train.device") from None
 
-        def export(path: Path, step: int) -> None:
+        def export(path: Path, step: int, planned: int = steps) -> None:
             objective.export(path, {name: data for name, data in files.items() if name not in TARGETS_OWN})
-            sign(path, facts, step, steps)
+            sign(path, facts, step, planned)
 
         if settled.validation.decode_every and ranks.leads:
             source = stack.enter_context(_beside(first, subscriber, device, directory.path.name, host))
@@ -240,8 +258,10 @@ def _train(
                 done,
                 steps,
                 lambda: subscriber.stats().transports,
+                limit=TimeLimit(settled.train.max_minutes, clock(done)),
                 checkpoints=directory.checkpoints,
                 device=device,
+                keeps=subscriber.replay is not None,
             )
             sinks.append(stack.enter_context(shown))
         if ranks.leads:
@@ -268,7 +288,7 @@ def _train(
             step = checkpoints.compare(best).position.step
             logger.info("the draft is that of %s, which has the lowest held-out loss", best)
         with interrupt.shield():
-            export(directory.draft, step)
+            export(directory.draft, step, steps if validation.ended else end.step)
             directory.finish()
     return TrainedRun(directory.path, directory.draft, len(read(directory.journal)), ranks=ranks.size)
 
@@ -280,6 +300,7 @@ def _connect(
     name: str,
     host: LocalDaemon | None,
     ranks: Ranks,
+    keeping: Keeping,
 ) -> Subscriber:
     """The source of states: a daemon within this process is this rank's alone."""
     link, launch = first.subscriber, ranks.launch
@@ -287,16 +308,16 @@ def _connect(
         name = f"{name}, rank {ranks.rank}"
     if host is not None:
         link = replace(link, endpoints=(host.endpoint,), transport=transports.WITHIN_PROCESS)
-        return Subscriber(link, spec, device=device, name=name, context=host.context)
+        return Subscriber(link, spec, device=device, name=name, context=host.context, keeping=keeping)
     seat = Seat(launch.rank, launch.local, launch.here) if ranks.size > 1 else None
-    return Subscriber(link, spec, device=device, name=name, run=ranks.run, ranks=ranks.size, seat=seat)
+    return Subscriber(link, spec, device=device, name=name, run=ranks.run, ranks=ranks.size, seat=seat, keeping=keeping)
 
 
 def _beside(first: RunConfig, subscriber: Subscriber, device: str, name: str, host: LocalDaemon | None) -> Subscriber:
-    """A source of the same states and the final ones, for decoding."""
-    link = replace(first.subscriber, depth=0, borrow=False)
+    """A source of the same states and the final ones, for decoding: nobody asks for them again."""
+    own = replace(first, subscriber=replace(first.subscriber, depth=0, borrow=False))
     spec = replace(subscriber.spec, final=True)
-    return _connect(replace(first, subscriber=link), lambda contract: spec, device, f"{name}, decoding", host, Ranks())
+    return _connect(own, lambda contract: spec, device, f"{name}, decoding", host, Ranks(), "nowhere")
 
 
 def _facts(
@@ -314,6 +335,7 @@ def _facts(
         launcher=launcher.identity() if ranks.size > 1 else "",
         target={
             "model": contract.model,
+            "revision": contract.revision or f"weights {contract.weights}",
             "layers": contract.num_layers,
             "hidden size": contract.hidden_size,
             "vocabulary": contract.vocab_size,
