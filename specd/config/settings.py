@@ -139,10 +139,11 @@ class SubscriberConfig(Config, kw_only=True, frozen=True):
     endpoints: of the daemons, `auto` for this user's. transport: `auto`, or one by name: that one or an error. depth:
     batches in flight beyond the one in use; 0 requests on demand only. timeout_s: longest wait for one batch.
     connect_s: longest time without any usable daemon. borrow: read the daemon's slots in place, without a copy, where
-    trainer and target share one GPU; a slot then stays taken until its batch was trained. place: which daemons a rank
-    takes where a training has several ranks. `near` means those on its own host, or all if none is, shared evenly among
-    the ranks, and the rest only while none of these is up; `all` means every one. auth: keys, for TCP endpoints.
-    insecure_data: with keys, also take transports from another host that do not encrypt states (nccl, nixl).
+    trainer and target share one GPU; a slot then stays taken until its batch was trained; in a share only what lies in
+    one piece, such as final states alone. place: which daemons a rank takes where a training has several ranks. `near`
+    means those on its own host, or all if none is, shared evenly among the ranks, and the rest only while none of these
+    is up; `all` means every one. auth: keys, for TCP endpoints. insecure_data: with keys, also take transports from
+    another host that do not encrypt states (nccl, nixl).
     share: trainers that name the same one, and train on the same batches, share forwards of the target, whatever layers
     each of them wants; empty to share with nobody.
     """

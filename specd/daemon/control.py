@@ -166,7 +166,7 @@ class Control:
             case wire.Submit() | wire.Probe():
                 self._submit(session, message)
             case wire.Borrow():
-                session.borrow(self._ring, message.lease)
+                self._ring.borrow(key, message.lease)
             case wire.Release():
                 lease = self._ring.lease(key, message.lease)
                 if self._ring.release(key, message.lease) and lease is not None:
