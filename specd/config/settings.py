@@ -87,6 +87,31 @@ class CaptureConfig(Config, kw_only=True, frozen=True):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
 
 
+class ReplayConfig(Config, kw_only=True, frozen=True):
+    """States that are kept over epochs, to be read instead of computed; only trainings with data.packing=fixed profit.
+
+    dir: on a local disk, for this daemon alone; empty for no disk. gb: size of its file, in 10⁹ bytes. ram_gb: memory
+    that keeps states, too, for the life of the worker; 0 for none.
+    """
+
+    dir: str = ""
+    gb: Annotated[float, Meta(ge=0, le=1e9)] = 0.0
+    ram_gb: Annotated[float, Meta(ge=0, le=1e6)] = 0.0
+
+    @property
+    def on(self) -> bool:
+        """Whether anything is kept."""
+        return bool(self.dir or self.ram_gb)
+
+    def problem(self) -> str | None:
+        """Why this cannot be meant, or None if it can."""
+        if bool(self.dir) == bool(self.gb):
+            return None
+        if self.dir:
+            return f"replay.dir={self.dir} without a size: say how much of that disk may be used, as --replay-gb 500"
+        return f"replay.gb={self.gb:g} without a directory: say where, as --replay DIR, or use --replay-ram-gb"
+
+
 class DaemonAuth(Config, kw_only=True, frozen=True):
     """Whom a daemon lets in over TCP.
 
@@ -102,12 +127,12 @@ class DaemonConfig(Config, kw_only=True, frozen=True):
     """All settings of one `specd start`.
 
     target: what it hosts. endpoint: where it listens, ipc://PATH or tcp://ADDRESS:PORT; `auto` is the ipc endpoint of
-    this user. ring: its slots. capture: what they are sized for. transports: what it serves; `auto` is everything that
-    can be served from where its ring lies. hang_s: a worker that has work and finishes none for so long, and for 20
-    times the usual, is replaced; ten times as long for its first. auth: keys, for a TCP endpoint. insecure: without
-    keys, trainers need not be of this user, nor on this host. insecure_data: with keys, also serve transports beyond
-    this host that do not encrypt states (nccl, nixl). metrics: PORT or ADDRESS:PORT of a page for
-    Prometheus, for this machine alone where no address is named; empty for none.
+    this user. ring: its slots. capture: what they are sized for. replay: what is kept over epochs. transports: what
+    it serves; `auto` is everything that can be served from where its ring lies. hang_s: a worker that has work and
+    finishes none for so long, and for 20 times the usual, is replaced; ten times as long for its first. auth: keys,
+    for a TCP endpoint. insecure: without keys, trainers need not be of this user, nor on this host. insecure_data:
+    with keys, also serve transports beyond this host that do not encrypt states (nccl, nixl). metrics: PORT or
+    ADDRESS:PORT of a page for Prometheus, for this machine alone where no address is named; empty for none.
     """
 
     target: TargetConfig
@@ -115,6 +140,7 @@ class DaemonConfig(Config, kw_only=True, frozen=True):
     transports: tuple[str, ...] = ("auto",)
     ring: RingConfig = RingConfig()
     capture: CaptureConfig = CaptureConfig()
+    replay: ReplayConfig = ReplayConfig()
     hang_s: Annotated[float, Meta(gt=0, le=86_400)] = 60.0
     auth: DaemonAuth | None = None
     insecure: bool = False

@@ -25,13 +25,13 @@ class TrainerSession:
     """A trainer's session.
 
     key: routing id. connection: the one that it was opened over and belongs to, None within the process. label: names
-    it without telling its key. name: for people, after whose key it is, if there are keys. run, ranks, share: as in its
-    HELLO. requests: by seq. pidfd: readable once its process ended, −1 if unknown.
+    it without telling its key. name: for people, after whose key it is, if there are keys. run, ranks, share,
+    epoch_batches: as in its HELLO. requests: by seq. pidfd: readable once its process ended, −1 if unknown.
     """
 
     __slots__ = (
-        "batches", "connection", "credits", "gpus", "key", "label", "name", "nbytes", "opened", "pidfd",
-        "ranks", "requests", "run", "share", "spec", "tokens", "transport",
+        "batches", "connection", "credits", "epoch_batches", "gpus", "key", "label", "name", "nbytes", "opened",
+        "pidfd", "ranks", "requests", "run", "share", "spec", "tokens", "transport",
     )  # fmt: skip
 
     def __init__(
@@ -46,6 +46,7 @@ class TrainerSession:
         self.run = hello.run
         self.ranks = hello.ranks
         self.share = hello.share
+        self.epoch_batches = hello.epoch_batches
         self.spec = hello.spec
         self.credits = credits
         self.opened = opened
@@ -107,6 +108,14 @@ class Sessions:
 
     def __contains__(self, key: bytes) -> bool:
         return key in self._by_key
+
+    def lookups(self, unknown: int) -> int:
+        """How many batches all runs here ask for in two epochs, the longest until one comes again.
+
+        unknown: at least so many where a run did not say how long its epoch is.
+        """
+        runs = {each.run or each.key: each.epoch_batches for each in self}
+        return max(2 * sum(runs.values()), 0 if all(runs.values()) else unknown)
 
     def get(self, key: bytes) -> TrainerSession | None:
         """The session of a key, if it is open."""
