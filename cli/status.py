@@ -12,6 +12,7 @@ import typer
 
 from specd import units
 from specd.cli.rates import Rates, rates
+from specd.cli.replay import kept, replayed
 from specd.cli.settings import Key, ServerKey, asker
 from specd.cli.trainers import gb, trainers
 
@@ -91,6 +92,8 @@ def _facts(report: StatusReport) -> Iterator[tuple[str, str]]:
     yield "queued", str(report.queued)
     yield "sessions", f"{len(report.sessions)} of {report.max_sessions}" + "".join(f"; {run}" for run in _runs(report))
     yield from _shared(report)
+    if report.replay is not None:
+        yield "replay", f"{kept(report.replay)}; {replayed(report.counters)}"
     counts = {name: count for name, count in report.counters.items() if not name.endswith("_us")}
     yield "counters", ", ".join(f"{name} {count:,}" for name, count in counts.items()) or "–"
 

@@ -11,6 +11,7 @@ import typer
 
 from specd import units
 from specd.cli.rates import Rates, rates, who_waits
+from specd.cli.replay import kept, replayed
 from specd.cli.settings import Key, servers_of
 from specd.cli.trainers import gb, trainers
 from specd.errors import ConfigError
@@ -128,6 +129,8 @@ def _facts(report: StatusReport, found: Rates) -> Iterator[tuple[str, Renderable
     ways = ", ".join(f"{name} {gb(nbytes)}" for name, nbytes in found.transports.items() if nbytes)
     yield "speed", f"{found.pace.tokens:,.0f} tokens/s   {found.pace.batches:,.1f} batches/s"
     yield "states", units.printable(f"{gb(found.pace.nbytes)} GB/s{f'   by {ways}' if ways else ''}")
+    if report.replay is not None:
+        yield "replay", f"{kept(report.replay)}; {replayed(found.counts)}"
     yield "time", _split(found.shares)
     yield "", "   ".join(f"{word} {share:.0%}" for word, share in found.shares.items() if share >= 0.005)
     yield "", f"{who_waits(found.shares)}; forwards {found.forward:.0%}"

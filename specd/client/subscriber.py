@@ -59,11 +59,6 @@ class Subscriber:
     ) -> None:
         if config.depth < 0 or not config.endpoints:
             raise ConfigError(f"depth {config.depth} and endpoints {config.endpoints}: need depth ≥ 0 and an endpoint")
-        if config.share and config.borrow:
-            raise ConfigError(
-                f"subscriber.share={config.share} with subscriber.borrow=true: a slot of a share holds what all its "
-                f"trainers want, and cannot be read in place; leave one of them out"
-            )
         self._depth = config.depth
         self._closed = False
         self._owner: object = None

@@ -53,6 +53,8 @@ class Request:
             tokens=message.tokens,
             lengths=message.lengths,
             payloads=message.payloads,
+            content=self.batch_id,
+            keep=message.keep,
             layout=slot_layout(fill.held, hidden_size, num_tokens),
         )
 

@@ -11,9 +11,10 @@ from collections.abc import Callable
 from typing import Any
 
 import zmq
+from msgspec.structs import replace
 
 from specd.config.settings import DaemonConfig
-from specd.daemon.account import Account
+from specd.daemon.account import REPLAY, Account
 from specd.daemon.admission import Unfit, admit_batch, admit_probe, check_attach, check_fetch, check_hello
 from specd.daemon.connections import Connection
 from specd.daemon.dispatch import Dispatch, Fill
@@ -21,7 +22,7 @@ from specd.daemon.ending import Ending
 from specd.daemon.front import Front
 from specd.daemon.questions import Questions
 from specd.daemon.reads import Reads
-from specd.daemon.report import status_report
+from specd.daemon.report import status_report, welcome
 from specd.daemon.ring import Ring
 from specd.daemon.sessions import Sessions, TrainerSession
 from specd.daemon.slots import Lease
@@ -166,7 +167,7 @@ class Control:
             case wire.Submit() | wire.Probe():
                 self._submit(session, message)
             case wire.Borrow():
-                session.borrow(self._ring, message.lease)
+                self._ring.borrow(key, message.lease)
             case wire.Release():
                 lease = self._ring.lease(key, message.lease)
                 if self._ring.release(key, message.lease) and lease is not None:
@@ -200,16 +201,9 @@ class Control:
         session = over or self._sessions.open(key, hello, connection, self._clock())
         if isinstance(session, str):
             return wire.Reject(epoch=self._epoch, reason=session, retry_ms=RETRY_MS)
-        return wire.Welcome(
-            epoch=self._epoch,
-            contract=started.contract,
-            ring=started.ring,
-            credits=session.credits,
-            slots=1 + self._ring.pool,
-            lease_ttl_ms=round(self._settings.ring.lease_ttl_s * 1000),
-            transports=started.transports,
-            sharing=self._ring.sharing(key),
-        )
+        if started.replay is not None:
+            self._supervisor.send(channel.Lasts(lookups=self._sessions.lookups(4 * started.replay.cells)))
+        return welcome(session, self._ring, self._supervisor, started, self._settings.ring.lease_ttl_s)
 
     def _loading_ms(self) -> int:
         return 0 if self.ending.draining else round(self._supervisor.loading_s() * 1000)
@@ -273,7 +267,7 @@ class Control:
         for lease in plan.ready:
             self._announce(lease, 0)
 
-    def _announce(self, lease: Lease, target_us: int) -> None:
+    def _announce(self, lease: Lease, target_us: int, *, replayed: bool = False) -> None:
         session = self._sessions.get(lease.holder)
         if session is None:  # it was lost while its other leases were announced
             return
@@ -296,7 +290,7 @@ class Control:
                 busy_slots=self._ring.busy,
                 target_us=target_us,
                 held=lease.held,
-                source=lease.source,
+                source="replay" if replayed and lease.source == "forward" else lease.source,
             ),
         )
 
@@ -349,8 +343,14 @@ class Control:
             case channel.Filled():
                 self.counters.add("forward_us", note.target_us)
                 self._dispatch.done(note.slot, note.generation)
-                for lease in self._ring.filled(note.slot, note.generation, note.target_us / 1e6):
-                    self._announce(lease, note.target_us)
+                forward_s = None if note.replayed else note.target_us / 1e6
+                for lease in self._ring.filled(note.slot, note.generation, forward_s):
+                    self._announce(lease, note.target_us, replayed=note.replayed)
+            case channel.Kept():
+                for name, count in note.counts.items():
+                    self.counters.add(REPLAY[name], count)
+                if (started := self._started) is not None and started.replay is not None:
+                    self._started = replace(started, replay=replace(started.replay, used=note.used))
             case channel.FillFailed():
                 self._dispatch.done(note.slot, note.generation)
                 for lease in self._ring.failed(note.slot, note.generation):

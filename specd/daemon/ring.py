@@ -230,15 +230,15 @@ class Ring:
         self.counters["held_ms"] += round(1000 * self.shares.held_s())
         return schedule
 
-    def filled(self, slot: int, generation: int, forward_s: float = 0.0) -> list[Lease]:
+    def filled(self, slot: int, generation: int, forward_s: float | None = 0.0) -> list[Lease]:
         """Mark a filled slot READY and return its leases to announce. A stale report is a counted no-op.
 
-        forward_s: its share of the forward.
+        forward_s: its share of the forward, None if there was none.
         """
         found = self._filling(slot, generation)
         if found is None:
             return []
-        if found.held is not None:
+        if found.held is not None and forward_s is not None:
             self.shares.measured(forward_s)
         found.state = SlotState.READY
         self.contents.settle(slot)
