@@ -200,7 +200,7 @@ class DataConfig(Config, kw_only=True, frozen=True):
     count them. max_length: most tokens of a sample. long: what becomes of longer ones, `cut`, or `split` into several
     where they are documents. batch_tokens: size of a batch, in tokens at most. max_batch_sequences: most sequences of
     one, 0 for no limit. packing: of samples into batches: `anew` each epoch, or `fixed`, every epoch has the batches of
-    the first, in another order, so that a daemon that keeps states over epochs has them. max_samples: only
+    the first, in another order, so that a daemon that keeps states (`specd start --replay`) has them. max_samples: only
     the first N rows, 0 for all. template: variables of the chat template, as enable_thinking. date: the day that a
     template is told which asks for it, as 2026-01-31; empty for the day on which the run begins. cache_dir: where
     prepared data is kept; empty for specd's own cache. processes: that prepare it, 0 for one a core and at most 16.

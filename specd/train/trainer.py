@@ -23,6 +23,7 @@ import torch
 import zmq
 from msgspec.structs import replace
 
+from specd.client.peers import Keeping
 from specd.client.seats import Seat
 from specd.client.subscriber import Subscriber
 from specd.config.load import convert
@@ -173,13 +174,14 @@ def _train(
         return method.capture(recipe(contract)[1], contract)
 
     with contextlib.ExitStack() as stack:
-        subscriber = stack.enter_context(_connect(first, spec, device, directory.path.name, host, ranks))
+        keeping: Keeping = "home" if first.data.packing == "fixed" else "anywhere"
+        subscriber = stack.enter_context(_connect(first, spec, device, directory.path.name, host, ranks, keeping))
         contract = subscriber.contract
         known, draft = recipe(contract)
         if (idle := launcher.check_shares(known.train.accumulation, ranks.size)) and ranks.leads:
             logger.warning("%s", idle)
         if ranks.leads:
-            warn_of_packing(known, subscriber.replay)
+            warn_of_packing(known, subscriber)
         settled = with_data(with_dtype(known, device), contract.model)
         settled = replace(settled, output=str(directory.path))
         again = ranks.decide("again", lambda: resume and directory.has_checkpoint(settled.train.save_every))
@@ -296,6 +298,7 @@ def _connect(
     name: str,
     host: LocalDaemon | None,
     ranks: Ranks,
+    keeping: Keeping,
 ) -> Subscriber:
     """The source of states: a daemon within this process is this rank's alone."""
     link, launch = first.subscriber, ranks.launch
@@ -303,16 +306,16 @@ def _connect(
         name = f"{name}, rank {ranks.rank}"
     if host is not None:
         link = replace(link, endpoints=(host.endpoint,), transport=transports.WITHIN_PROCESS)
-        return Subscriber(link, spec, device=device, name=name, context=host.context)
+        return Subscriber(link, spec, device=device, name=name, context=host.context, keeping=keeping)
     seat = Seat(launch.rank, launch.local, launch.here) if ranks.size > 1 else None
-    return Subscriber(link, spec, device=device, name=name, run=ranks.run, ranks=ranks.size, seat=seat)
+    return Subscriber(link, spec, device=device, name=name, run=ranks.run, ranks=ranks.size, seat=seat, keeping=keeping)
 
 
 def _beside(first: RunConfig, subscriber: Subscriber, device: str, name: str, host: LocalDaemon | None) -> Subscriber:
-    """A source of the same states and the final ones, for decoding."""
-    link = replace(first.subscriber, depth=0, borrow=False)
+    """A source of the same states and the final ones, for decoding: nobody asks for them again."""
+    own = replace(first, subscriber=replace(first.subscriber, depth=0, borrow=False))
     spec = replace(subscriber.spec, final=True)
-    return _connect(replace(first, subscriber=link), lambda contract: spec, device, f"{name}, decoding", host, Ranks())
+    return _connect(own, lambda contract: spec, device, f"{name}, decoding", host, Ranks(), "nowhere")
 
 
 def _facts(
