@@ -70,13 +70,26 @@ class Unfit(Exception):
 
 
 def check_hello(
-    hello: wire.Hello, contract: TargetContract, ring: RingInfo, wanted: Sequence[CaptureSpec] = ()
+    hello: wire.Hello,
+    contract: TargetContract,
+    ring: RingInfo,
+    wanted: Sequence[CaptureSpec] = (),
+    *,
+    exact: bool = False,
 ) -> str | None:
-    """Why a trainer's HELLO does not match this target and ring, or None if it does. wanted: by others of its share."""
+    """Why a trainer's HELLO does not match this target and ring, or None if it does. wanted: by others of its share.
+
+    exact: its target is to give the states of a local run, to the bit.
+    """
     if hello.fingerprint not in {"", contract.fingerprint}:
         return (
             f"this daemon's target is not the trainer's: it serves {contract.model} ({contract.fingerprint}), the "
             f"trainer needs ({hello.fingerprint})"
+        )
+    if exact and hello.spec.scaled:
+        return (
+            f"the trainer asks for states in {hello.spec.dtype}, which rounds them, and this daemon's target is exact: "
+            f"leave out capture.dtype={hello.spec.dtype}, or start the daemon without --exact"
         )
     strange = _strange_payloads(hello.payloads, contract, ring) or hello.spec.problem(contract.num_layers)
     return strange or _unlike_share(hello, wanted, contract, ring)

@@ -215,6 +215,8 @@ def fixed(config: RunConfig, draft: Config, free: frozenset[str]) -> dict[str, A
     for section, (struct, names) in sections.items():
         values: Mapping[str, Any] = msgspec.to_builtins(struct)
         settings |= {f"{section}.{key}": value for key, value in values.items() if key not in names}
+    if config.capture.dtype != "auto":  # runs from before it was a setting have none
+        settings["capture.dtype"] = config.capture.dtype
     if settings["validation.share"] in ("auto", 0):  # `auto` is of a run from before rows were held out
         settings["validation.share"] = 0.0
         del settings["validation.rows"]

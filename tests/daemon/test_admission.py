@@ -140,6 +140,16 @@ def test_a_trainer_of_another_target_or_for_layers_it_lacks_is_refused() -> None
     assert "leave the legal range 0…4" in deep
 
 
+def test_an_exact_target_gives_no_rounded_states() -> None:
+    hello = wire.Hello(name="t", host="h", pid=0, transports=("shm",), spec=CaptureSpec(taps=(1,)), credits=1)
+    rounded = msgspec.structs.replace(hello, spec=CaptureSpec(taps=(1,), dtype="float8_e4m3fn"))
+    assert check_hello(hello, CONTRACT, RING, exact=True) is None
+    assert check_hello(rounded, CONTRACT, RING) is None
+    assert "leave out capture.dtype=float8_e4m3fn, or start the daemon without --exact" in str(
+        check_hello(rounded, CONTRACT, RING, exact=True)
+    )
+
+
 @pytest.mark.parametrize(
     ("taken", "room", "said"),
     [
