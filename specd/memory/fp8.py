@@ -29,7 +29,7 @@ DEVICE_CHUNK_BYTES: Final = 32 << 20
 def encode(states: Tensor, codes: Tensor, scales: Tensor, plus: Tensor | None = None) -> None:
     """Fill codes, float8_e4m3fn [T, H], and scales, float32 [T], from states [T, H], float32, bfloat16 or float16.
 
-    plus: added to the states first, rounded to their dtype as `states + plus` is. Codes and scales may be strided
+    plus: added to the states first, rounded as `states + plus` is, whatever its dtype. Codes and scales may be strided
     views; all are on one device, where the work is launched on the current stream.
     """
     if (kernel := _kernel(states)) is not None:

@@ -35,6 +35,7 @@ def _encode(  # type: ignore[no-untyped-def] # triton reads annotations as code
     HIDDEN: tl.constexpr,
     SIZE: tl.constexpr,
     PLUS: tl.constexpr,
+    ROUND: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, SIZE)
@@ -42,7 +43,9 @@ def _encode(  # type: ignore[no-untyped-def] # triton reads annotations as code
     value = tl.load(states + row * state_stride + column, mask=inside, other=0.0)
     if PLUS:
         other = tl.load(plus + row * plus_stride + column, mask=inside, other=0.0)
-        value = (value.to(tl.float32) + other.to(tl.float32)).to(states.dtype.element_ty)
+        value = value.to(tl.float32) + other.to(tl.float32)
+        if ROUND:  # as a sum of one dtype is
+            value = value.to(states.dtype.element_ty)
     bits = value.to(tl.float32).to(tl.int32, bitcast=True)
     # As integers, infinity is above every number and NaN above infinity.
     top = tl.max(bits & 0x7FFFFFFF, 0)
@@ -91,7 +94,8 @@ def _decode(  # type: ignore[no-untyped-def] # triton reads annotations as code
 def encode(states: Tensor, codes: Tensor, scales: Tensor, plus: Tensor | None) -> None:
     """See `fp8.encode`; rows are contiguous, their strides are free. Scales are stored as bits."""
     rows, hidden = states.shape
-    other = states if plus is None else plus
+    pair = (states, states if plus is None else plus)
+    states, other = (each if each.stride(1) == 1 else each.contiguous() for each in pair)
     if not rows:
         return
     with torch.cuda.device(states.device):
@@ -107,6 +111,7 @@ def encode(states: Tensor, codes: Tensor, scales: Tensor, plus: Tensor | None) -
             HIDDEN=hidden,
             SIZE=triton.next_power_of_2(hidden),
             PLUS=plus is not None,
+            ROUND=other.dtype == states.dtype,
             num_warps=_warps(hidden),
         )
 

@@ -33,7 +33,8 @@ logger = logging.getLogger(__name__)
 FACTS, JOURNAL, VALIDATION = "run.json", "metrics.jsonl", "validation.jsonl"
 _NEW_FACTS = f".{FACTS}.new"
 
-FREE = {
+FREE: dict[str, set[str]] = {
+    "capture": set(),
     "data": {"path", "cache_dir", "processes", "bad_rows"},
     "train": {"device", "threads", "save_every", "keep", "log_every", "collectives", "peer_patience_s"},
     "validation": {"every", "patience", "decode_every", "prompts", "max_new_tokens"},
@@ -215,8 +216,6 @@ def fixed(config: RunConfig, draft: Config, free: frozenset[str]) -> dict[str, A
     for section, (struct, names) in sections.items():
         values: Mapping[str, Any] = msgspec.to_builtins(struct)
         settings |= {f"{section}.{key}": value for key, value in values.items() if key not in names}
-    if config.capture.dtype != "auto":  # runs from before it was a setting have none
-        settings["capture.dtype"] = config.capture.dtype
     if settings["validation.share"] in ("auto", 0):  # `auto` is of a run from before rows were held out
         settings["validation.share"] = 0.0
         del settings["validation.rows"]

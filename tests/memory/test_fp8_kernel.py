@@ -43,7 +43,7 @@ def passed(states: Tensor, more: Tensor | None) -> list[Tensor]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_bits_are_the_same_on_every_device(dtype: torch.dtype, hidden: int, monkeypatch: pytest.MonkeyPatch) -> None:
     states, more = made(dtype, hidden)
-    for plus in (None, more):
+    for plus in (None, more, more.float()):
         on_cpu = passed(states, plus)
         fused = passed(states.cuda(), None if plus is None else plus.cuda())
         assert all(torch.equal(one, other) for one, other in zip(on_cpu, fused, strict=True)), "triton"

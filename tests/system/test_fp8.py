@@ -122,3 +122,16 @@ def test_a_draft_learns_from_them(tmp_path: Path) -> None:
     assert learns(found)
     assert found != plain
     assert all(abs(one - other) < 0.05 * other for one, other in zip(found, plain, strict=True) if one and other)
+
+
+@pytest.mark.gpu(1)
+@pytest.mark.parametrize("transport", ["cuda_ipc", "shm", "bytes"])
+def test_a_gpu_gives_the_same_bits(transport: str, expected: list[str]) -> None:
+    """Encoded and decoded there, alone and as a cut of a share; the target's states have the same bits there, too."""
+    options = ("--set", "target.exact=false", "--device", "cuda:0", "--transports", transport)
+    less = CaptureSpec(taps=(3, 5), dtype=FP8)
+    with own_process(*options) as endpoint:
+        stream = partial(follow, endpoint, transport, device="cuda:0")
+        own, meet = stream(less, COUNT).digests, threading.Barrier(2)
+        found = together([partial(stream, spec, COUNT, share="s", meet=meet) for spec in (SCALED, less)])
+    assert [one.digests for one in found] == [expected, own]
