@@ -106,6 +106,8 @@ def plan(
         "gpus_per_trainer": gpus_per_trainer,
         "depth": depth,
     }
+    if dtype != "auto" and not model:
+        raise ConfigError(f"--dtype {dtype}: expected --model with it; what --from names has a dtype of its own")
     known = _of_preset(model, num_taps, dtype) if model else {}
     known |= _measured(measured, draft=draft_tokens_per_s is None) if measured else {}
     known |= {name: value for name, value in flags.items() if value is not None}

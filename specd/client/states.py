@@ -14,8 +14,8 @@ from specd.protocol.capture import CaptureSpec, PlainDtype, plain
 class States:
     """What a subscriber's deliveries are made of. read_as: what float8 states become. dtype: of its deliveries.
 
-    float8 states are decoded on the training thread, on its current stream: every delivery has the same buffer, whose
-    last reader was launched there before, and what is in flight takes the bytes of float8 alone.
+    float8 states are decoded on the training thread, on its current stream. All deliveries share one buffer, since the
+    kernels that read the last one come before on that stream; what is in flight takes the bytes of float8 alone.
     """
 
     __slots__ = ("_buffer", "_device", "_hidden_size", "_scaled", "_spec", "dtype")

@@ -132,10 +132,12 @@ def admit_batch(
         )
     layout = slot_layout(spec, contract.hidden_size, tokens.size)
     if layout.nbytes > ring.slot_bytes:
+        wider = "a wider capture.num_taps, capture.final or capture.dtype"  # than what these tokens would fit in
+        larger = "a larger ring.slot_tokens" if tokens.size > ring.slot_tokens else wider
         raise Unfit(
             f"{tokens.size} tokens need {layout.nbytes} bytes and a slot has {ring.slot_bytes} (sized for "
-            f"{ring.slot_tokens} tokens of the daemon's capture): start the daemon with a larger ring.slot_tokens, or "
-            f"train with a smaller data.batch_tokens"
+            f"{ring.slot_tokens} tokens of the daemon's capture): start the daemon with {larger}, or train with a "
+            f"smaller data.batch_tokens"
         )
     if shared and tokens.size > ring.slot_tokens:
         raise Unfit(

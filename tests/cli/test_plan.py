@@ -30,6 +30,8 @@ def test_flags_and_a_preset(capsys: pytest.CaptureFixture[str]) -> None:
     assert plan(capsys, *RATES, "--model", "qwen3-30b-a3b-fp8", "--num-taps", "3").work.bytes_per_token == 12_288
     rounded = plan(capsys, *RATES, "--model", "qwen3-30b-a3b-fp8", "--dtype", "float8_e4m3fn").work
     assert rounded.bytes_per_token == 5 * (2048 + 4)
+    assert run(["plan", *RATES, "--dtype", "float8_e4m3fn", "--bytes-per-token", "9", "--batch-tokens", "9"]) == 2
+    assert "--dtype float8_e4m3fn: expected --model with it" in capsys.readouterr().err
     assert run(["plan", *RATES, "--model", "qwen3-30b-a3b-fp8", "--dtype", "int8"]) == 2
     assert "--dtype 'int8': expected auto, for the preset's, or one of float32, " in capsys.readouterr().err
 
