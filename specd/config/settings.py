@@ -13,6 +13,9 @@ AttentionKind = Literal["auto", "flex", "sdpa"]
 Collectives = Literal["auto", "gloo", "nccl"]
 """By what the ranks of a training exchange gradients."""
 
+Packing = Literal["anew", "fixed"]
+"""Whether each epoch packs its samples into batches anew, or all have the same batches."""
+
 Positive = Annotated[int, Meta(ge=1)]
 NotNegative = Annotated[int, Meta(ge=0)]
 Decay = Annotated[float, Meta(ge=0, lt=1)]
@@ -169,10 +172,11 @@ class DataConfig(Config, kw_only=True, frozen=True):
     turn is a label. bad_rows: `stop` at a file with rows that cannot be used, once all are counted, or `skip` and
     count them. max_length: most tokens of a sample. long: what becomes of longer ones, `cut`, or `split` into several
     where they are documents. batch_tokens: size of a batch, in tokens at most. max_batch_sequences: most sequences of
-    one, 0 for no limit. max_samples: only the first N rows, 0 for all. template: variables of the chat template, as
-    enable_thinking. date: the day that a template is told which asks for it, as 2026-01-31; empty for the day on which
-    the run begins. cache_dir: where prepared data is kept; empty for specd's own cache. processes: that prepare it, 0
-    for one a core and at most 16.
+    one, 0 for no limit. packing: of samples into batches: `anew` each epoch, or `fixed`, every epoch has the batches of
+    the first, in another order, so that a daemon that keeps states over epochs has them. max_samples: only
+    the first N rows, 0 for all. template: variables of the chat template, as enable_thinking. date: the day that a
+    template is told which asks for it, as 2026-01-31; empty for the day on which the run begins. cache_dir: where
+    prepared data is kept; empty for specd's own cache. processes: that prepare it, 0 for one a core and at most 16.
     """
 
     path: str | tuple[str, ...] = ""
@@ -187,6 +191,7 @@ class DataConfig(Config, kw_only=True, frozen=True):
     long: Literal["cut", "split"] = "cut"
     batch_tokens: Positive = 3072
     max_batch_sequences: int = 0
+    packing: Packing = "anew"
     max_samples: int = 0
     template: dict[str, Any] = {}
     date: Annotated[str, Meta(pattern=r"^(\d{4}-\d{2}-\d{2})?$")] = ""

@@ -258,6 +258,7 @@ class _Run:
             resubmitted=stats.resubmitted,
             reconnects=stats.reconnects,
             shared=stats.shared,
+            replayed=stats.replayed,
         )
 
 

@@ -50,7 +50,16 @@ from specd.train.limit import TimeLimit, spent
 from specd.train.loop import train
 from specd.train.owner import owned
 from specd.train.plan import Plan, planned
-from specd.train.preparation import data_facts, prepared, target_parts, warn_of_length, with_data, with_date, with_dtype
+from specd.train.preparation import (
+    data_facts,
+    prepared,
+    target_parts,
+    warn_of_length,
+    warn_of_packing,
+    with_data,
+    with_date,
+    with_dtype,
+)
 from specd.train.shortage import out_of_memory
 from specd.train.sinks import opened
 from specd.train.validation import Held
@@ -169,6 +178,8 @@ def _train(
         known, draft = recipe(contract)
         if (idle := launcher.check_shares(known.train.accumulation, ranks.size)) and ranks.leads:
             logger.warning("%s", idle)
+        if ranks.leads:
+            warn_of_packing(known, subscriber.replay)
         settled = with_data(with_dtype(known, device), contract.model)
         settled = replace(settled, output=str(directory.path))
         again = ranks.decide("again", lambda: resume and directory.has_checkpoint(settled.train.save_every))
@@ -246,6 +257,7 @@ def _train(
                 limit=TimeLimit(settled.train.max_minutes, clock(done)),
                 checkpoints=directory.checkpoints,
                 device=device,
+                keeps=subscriber.replay is not None,
             )
             sinks.append(stack.enter_context(shown))
         if ranks.leads:
@@ -318,6 +330,7 @@ def _facts(
         launcher=launcher.identity() if ranks.size > 1 else "",
         target={
             "model": contract.model,
+            "revision": contract.revision or f"weights {contract.weights}",
             "layers": contract.num_layers,
             "hidden size": contract.hidden_size,
             "vocabulary": contract.vocab_size,

@@ -41,6 +41,7 @@ def test_one_is_killed_all_are_interrupted_and_all_go_on(tmp_path: Path) -> None
     process = subprocess.Popen(SWEEP, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdout is not None
     pids: dict[str, int] = {}
+    line = ""
     while len(pids) < len(runs):
         line = process.stdout.readline().decode()
         assert line, process.communicate()

@@ -71,7 +71,9 @@ def unlogged(losses: list[float], norm: float = 2.0, *, intact: bool = True) -> 
         np.stack(
             [
                 told_of(Stats(target_wait_s=0.5, forward_s=1.0, resubmitted=1), work_s=0.5, step_s=2.0),
-                told_of(Stats(wire_wait_s=0.5, forward_s=2.0, reconnects=2, shared=3), work_s=2.5, step_s=7.0),
+                told_of(
+                    Stats(wire_wait_s=0.5, forward_s=2.0, reconnects=2, shared=3, replayed=4), work_s=2.5, step_s=7.0
+                ),
             ]
         )
     )
@@ -97,7 +99,8 @@ def test_a_record_tells_of_all_ranks() -> None:
     assert (found.loss, found.grad_norm, found.weight, found.ranks) == (2.0, 2.0, 2.0, 2)
     assert (found.target_wait_s, found.wire_wait_s, found.train_s) == (0.25, 0.25, 1.5)
     assert found.step_s == 2.0, "the clock of rank 0, on every rank"
-    assert (found.forward_s, found.resubmitted, found.reconnects, found.shared) == (3.0, 1, 2, 3)
+    assert (found.forward_s, found.resubmitted, found.reconnects) == (3.0, 1, 2)
+    assert (found.shared, found.replayed) == (3, 4)
     assert found.slowest == pytest.approx(0.5), "3 s, and 2 in the mean"
 
 
