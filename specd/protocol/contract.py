@@ -93,6 +93,17 @@ class TargetContract(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         return ":".join(str(getattr(self, name)) for name in FINGERPRINT)
 
 
+class ReplayInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The states that a daemon keeps over epochs, as of now. used: how many of its cells hold a batch.
+
+    cell_bytes: most bytes of states in one cell; a batch fills one, however small it is.
+    """
+
+    cells: U64
+    used: U64
+    cell_bytes: U64
+
+
 class RingInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The ring's geometry. slot_tokens: longest batch of the daemon's own capture, in tokens.
 

@@ -15,7 +15,7 @@ from msgspec import Meta
 from specd.errors import ProtocolError
 from specd.protocol.batch import Layout
 from specd.protocol.capture import CaptureSpec
-from specd.protocol.contract import RingInfo, TargetContract
+from specd.protocol.contract import ReplayInfo, RingInfo, TargetContract
 from specd.protocol.limits import (
     ARTIFACT_CHUNK_BYTES,
     EPOCH_BYTES,
@@ -39,7 +39,7 @@ from specd.protocol.limits import (
 
 VERSION = 5
 
-Source = Literal["forward", "joined", "kept"]
+Source = Literal["forward", "joined", "kept", "replay"]
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="type"):
@@ -84,7 +84,7 @@ class Hello(Message, kw_only=True, frozen=True, tag="hello"):
     credits: how many batches the trainer wants outstanding. fingerprint: the target it must be, empty for any.
     payloads: names of the arrays that its sequences bring; none for text alone. run: equal on all ranks of one
     training, empty for one alone. ranks: how many of them come to this daemon. share: runs that name the same one share
-    forwards; empty for none.
+    forwards; empty for none. epoch_batches: how many batches its run has in an epoch, 0 if unknown.
     """
 
     name: Name
@@ -99,6 +99,7 @@ class Hello(Message, kw_only=True, frozen=True, tag="hello"):
     run: Annotated[bytes, Meta(max_length=RUN_BYTES)] = b""
     ranks: Positive = 1
     share: Share = ""
+    epoch_batches: U64 = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -127,7 +128,8 @@ class Submit(Message, kw_only=True, frozen=True, tag="submit"):
     """Ask for one batch. seq: the trainer's number for it, echoed back. tokens, lengths: int32 little-endian.
 
     payloads: one for each sequence, empty for one that has none; none at all if no sequence has any. place: where
-    it stands in its run's plan, higher for a later batch.
+    it stands in its run's plan, higher for a later batch. keep: whether this daemon may keep its states for
+    later epochs.
     """
 
     seq: U64
@@ -136,6 +138,7 @@ class Submit(Message, kw_only=True, frozen=True, tag="submit"):
     lengths: Int32s
     payloads: Payloads = ()
     place: U64 = 0
+    keep: bool = True
 
 
 class RecvReady(Message, kw_only=True, frozen=True, tag="recv_ready"):
@@ -184,7 +187,7 @@ class Bye(Message, kw_only=True, frozen=True, tag="bye"):
 class Welcome(Message, kw_only=True, frozen=True, tag="welcome"):
     """The session is open. credits: granted. slots: how many slots it can hold at most; one is always its own.
 
-    sharing: how many other runs its share has now.
+    sharing: how many other runs its share has now. replay: what it keeps over epochs, None for nothing.
     """
 
     contract: TargetContract
@@ -194,6 +197,7 @@ class Welcome(Message, kw_only=True, frozen=True, tag="welcome"):
     lease_ttl_ms: Positive
     transports: Names
     sharing: Int31 = 0
+    replay: ReplayInfo | None = None
 
 
 class Reject(Message, kw_only=True, frozen=True, tag="reject"):
@@ -225,7 +229,8 @@ class Ready(Message, kw_only=True, frozen=True, tag="ready"):
     """A batch lies in its slot. busy_slots: slots in use now, for display. target_us: its share of its forward.
 
     layout: of the trainer's own states, which it cuts out of what is held there; None for a probe. source: whether the
-    forward was made for this request, was joined, or lay kept for its share.
+    forward was made for this request, was joined, lay kept for its share, or was replayed: its states were kept from an
+    earlier one.
     """
 
     seq: U64
@@ -271,6 +276,7 @@ class StatusReport(Message, kw_only=True, frozen=True, tag="status_report"):
     """Answer to STATUS. state: starting, serving, draining. slots: how many are in each state.
 
     transports: what the worker serves, empty while none does. loading_ms: as in Reject. max_sessions: trainers at once.
+    replay: as in Welcome.
     """
 
     state: str
@@ -288,6 +294,7 @@ class StatusReport(Message, kw_only=True, frozen=True, tag="status_report"):
     transports: tuple[str, ...]
     loading_ms: Int31 = 0
     max_sessions: Int31 = 0
+    replay: ReplayInfo | None = None
 
 
 class Error(Message, kw_only=True, frozen=True, tag="error"):

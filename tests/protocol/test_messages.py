@@ -22,7 +22,7 @@ from specd.protocol import limits
 from specd.protocol import messages as wire
 from specd.protocol.batch import Layout, TensorRef
 from specd.protocol.capture import CaptureSpec
-from specd.protocol.contract import ArtifactRef, RingInfo, TargetContract
+from specd.protocol.contract import ArtifactRef, ReplayInfo, RingInfo, TargetContract
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "protocol.json"
 TEXT = Path(__file__).parents[2] / "docs" / "protocol.md"
@@ -132,6 +132,7 @@ rings = st.builds(
     RingInfo, num_slots=positive, slot_bytes=st.integers(1, 2**64 - 1), slot_tokens=positive,
     payload_bytes=st.integers(0, limits.MAX_PAYLOAD_BYTES),
 )  # fmt: skip
+replays = st.none() | st.builds(ReplayInfo, cells=u64, used=u64, cell_bytes=u64)
 finite = st.floats(allow_nan=False)
 sessions = st.builds(
     wire.SessionStatus, session=text, name=text, transport=text, gpus=names, credits=u64, outstanding=u64, leases=u64,
@@ -142,12 +143,13 @@ FIELDS: dict[type[wire.Message], dict[str, st.SearchStrategy[Any]]] = {
     wire.Hello: {
         "name": name, "host": text, "pid": int31, "gpus": names, "transports": names, "spec": specs,
         "credits": positive, "fingerprint": text, "payloads": names, "run": batch_ids, "ranks": positive,
-        "share": text,
+        "share": text, "epoch_batches": u64,
     },
     wire.Attach: {"transport": name, "hello": st.binary(max_size=64)},
     wire.Probe: {"seq": u64, "nonce": st.binary(min_size=8, max_size=64), "nbytes": st.integers(1, 2**64 - 1)},
     wire.Submit: {
         "seq": u64, "batch_id": batch_ids, "tokens": data, "lengths": data, "payloads": payloads, "place": u64,
+        "keep": st.booleans(),
     },
     wire.RecvReady: {"lease": u64},
     wire.Borrow: {"lease": u64},
@@ -158,7 +160,7 @@ FIELDS: dict[type[wire.Message], dict[str, st.SearchStrategy[Any]]] = {
     wire.Bye: {},
     wire.Welcome: {
         "contract": contracts, "ring": rings, "credits": positive, "slots": positive, "lease_ttl_ms": positive,
-        "transports": names, "sharing": int31,
+        "transports": names, "sharing": int31, "replay": replays,
     },
     wire.Reject: {"reason": text, "retry_ms": int31, "loading_ms": int31},
     wire.Offer: {"transport": name, "offer": st.binary(max_size=64)},
@@ -166,7 +168,7 @@ FIELDS: dict[type[wire.Message], dict[str, st.SearchStrategy[Any]]] = {
     wire.Ready: {
         "seq": u64, "batch_id": batch_ids, "lease": u64, "slot": int31, "generation": st.integers(1, 2**64 - 1),
         "layout": layouts, "busy_slots": int31, "target_us": u64,
-        "held": st.none() | specs, "source": st.sampled_from(["forward", "joined", "kept"]),
+        "held": st.none() | specs, "source": st.sampled_from(["forward", "joined", "kept", "replay"]),
     },
     wire.Failed: {"seq": u64, "batch_id": batch_ids, "reason": text, "retry": st.booleans()},
     wire.Revoke: {"reason": text},
@@ -176,7 +178,7 @@ FIELDS: dict[type[wire.Message], dict[str, st.SearchStrategy[Any]]] = {
         "state": text, "version": text, "pid": u64, "worker_pid": u64, "uptime_s": finite,
         "contract": st.none() | contracts, "ring": st.none() | rings, "slots": counts, "queued": u64,
         "sessions": st.lists(sessions, max_size=2).map(tuple), "counters": counts, "endpoints": names,
-        "transports": names, "loading_ms": int31, "max_sessions": int31,
+        "transports": names, "loading_ms": int31, "max_sessions": int31, "replay": replays,
     },
     wire.Error: {"reason": text},
 }  # fmt: skip

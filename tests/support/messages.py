@@ -31,16 +31,18 @@ CONTRACT = contract.TargetContract(
     },
 )
 RING = contract.RingInfo(num_slots=8, slot_bytes=12288, slot_tokens=4096, payload_bytes=64 << 20)
+REPLAY = contract.ReplayInfo(cells=7936, used=36, cell_bytes=63 << 20)
 SAMPLES: tuple[wire.Message, ...] = (
     wire.Hello(
         epoch=EPOCH, name="trainer", host="h1", pid=4242, gpus=("GPU-0",), transports=("shm", "bytes"), spec=SPEC,
         credits=3, fingerprint="llama:576", payloads=("pixel_values",), run=BATCH, ranks=2, share="sweep",
+        epoch_batches=1 << 33,
     ),
     wire.Attach(epoch=EPOCH, transport="shm", hello=b"\x01\x02"),
     wire.Probe(epoch=EPOCH, seq=0, nonce=bytes(range(16)), nbytes=65536),
     wire.Submit(
         epoch=EPOCH, seq=1, batch_id=BATCH, tokens=struct.pack("<3i", 5, 6, 49151), lengths=struct.pack("<2i", 1, 2),
-        payloads=(b"", b"\x80"), place=1 << 32,
+        payloads=(b"", b"\x80"), place=1 << 32, keep=False,
     ),
     wire.RecvReady(epoch=EPOCH, lease=7),
     wire.Borrow(epoch=EPOCH, lease=8),
@@ -51,14 +53,14 @@ SAMPLES: tuple[wire.Message, ...] = (
     wire.Bye(epoch=EPOCH),
     wire.Welcome(
         epoch=EPOCH, contract=CONTRACT, ring=RING, credits=3, slots=5, lease_ttl_ms=30000, transports=("shm", "bytes"),
-        sharing=1,
+        sharing=1, replay=REPLAY,
     ),
     wire.Reject(epoch=EPOCH, reason="the daemon is starting its worker", retry_ms=300, loading_ms=600000),
     wire.Offer(epoch=EPOCH, transport="shm", offer=b"{}"),
     wire.Refuse(epoch=EPOCH, transport="shm", reason="another host"),
     wire.Ready(
         epoch=EPOCH, seq=1, batch_id=BATCH, lease=9, slot=2, generation=17, layout=slot_layout(SPEC, 4, 3),
-        busy_slots=3, target_us=70125, held=SPEC, source="kept",
+        busy_slots=3, target_us=70125, held=SPEC, source="replay",
     ),
     wire.Failed(epoch=EPOCH, seq=1, batch_id=BATCH, reason="the daemon is draining", retry=True),
     wire.Revoke(epoch=EPOCH, reason="its lease expired"),
@@ -75,7 +77,7 @@ SAMPLES: tuple[wire.Message, ...] = (
             ),
         ),
         counters={"batches": 2}, endpoints=("ipc:///run/s.sock",), transports=("shm", "bytes"),
-        max_sessions=4,
+        max_sessions=4, replay=REPLAY,
     ),
     wire.Error(epoch=EPOCH, reason="seq 1 is outstanding already"),
 )  # fmt: skip
