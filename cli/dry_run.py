@@ -71,6 +71,8 @@ def _rows(found: Rehearsal) -> Iterator[tuple[str, str]]:
         "steps",
         f"{found.steps:,} over {found.batches:,} batches in {found.epochs} epochs, {found.warmup:,} of warm-up",
     )
+    if found.max_minutes:
+        yield "", f"and {found.max_minutes:g} minutes of training at most"
     if found.done:
         yield "", f"{found.done:,} of them are done"
     yield "captured", f"layers {', '.join(map(str, found.taps))}{' and the final state' if found.final else ''}"

@@ -25,7 +25,7 @@ DEFAULTS: dict[str, tuple[type[msgspec.Struct], dict[str, str]]] = {
         RunConfig,
         {
             "endpoint": "subscriber.endpoints", "transport": "subscriber.transport", "depth": "subscriber.depth",
-            "max_steps": "train.max_steps", "device": "train.device",
+            "max_steps": "train.max_steps", "max_minutes": "train.max_minutes", "device": "train.device",
         },
     ),
     "start": (

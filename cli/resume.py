@@ -29,6 +29,10 @@ def resume(
     max_steps: Annotated[
         int | None, typer.Option(min=0, help="Optimizer steps in all, in place of those planned; 0 for all epochs.")
     ] = None,
+    max_minutes: Annotated[
+        float | None,
+        typer.Option(min=0, help="Minutes of training in all, in place of those planned; 0 for no limit."),
+    ] = None,
     endpoint: Annotated[
         list[str] | None, typer.Option("--endpoint", "-e", help="A daemon elsewhere; give it again for more.")
     ] = None,
@@ -51,8 +55,8 @@ def resume(
 
     The same data and settings give the same weights, bit for bit, as if it had never stopped. What changes nothing that
     is computed may be given anew: daemons, device, data paths, loggers, save_every, keep, log_every. More or fewer
-    epochs or steps are a new plan: the learning rate then follows it, a line says so, and a finished run trains on.
-    Anything else is refused by name. Relative paths mean what they meant where the run was begun.
+    epochs, steps or minutes are a new plan: the learning rate then follows it, a line says so, and a finished run
+    trains on. Anything else is refused by name. Relative paths mean what they meant where the run was begun.
     """
     from specd.train.directory import FACTS, read_facts
 
@@ -64,7 +68,7 @@ def resume(
         facts = read_facts(run)
         flags = given(
             {
-                "train": {"epochs": epochs, "max_steps": max_steps, "device": device},
+                "train": {"epochs": epochs, "max_steps": max_steps, "max_minutes": max_minutes, "device": device},
                 "subscriber": {
                     "endpoints": endpoint,
                     "auth": {"key": key, "servers": servers_of(endpoint or [], server_key or [])},

@@ -113,6 +113,10 @@ def train(
     max_steps: Annotated[
         int | None, typer.Option(min=0, help="Optimizer steps, 0 for all epochs.", rich_help_panel=RUN)
     ] = None,
+    max_minutes: Annotated[
+        float | None,
+        typer.Option(min=0, help="Minutes of training, 0 for no limit.", rich_help_panel=RUN),
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.", rich_help_panel=RUN)] = "",
     logger: Annotated[
         list[str] | None,
@@ -159,7 +163,7 @@ def train(
             "insecure_data": insecure_data,
         },
         "data": paths(data or []),
-        "train": {"max_steps": max_steps, "device": device},
+        "train": {"max_steps": max_steps, "max_minutes": max_minutes, "device": device},
         "log": {"to": logger, "metrics": metrics},
     }
 

@@ -44,7 +44,8 @@ class Stats(msgspec.Struct, kw_only=True):
     wire_wait_s: it waited while its next batch was READY but not fetched (wire-bound).
     batches, tokens, nbytes: delivered. fetch_s, forward_s: of the same batches, the time inside `transport.fetch`,
     overlapped or not, and their share of the target's forwards, as in READY.
-    shared: batches that no forward was made for, as another trainer had asked for them.
+    shared: batches that no forward was made for, as another trainer had asked for them. replayed: those that none was
+    made for as their daemon had kept their states.
     busy_slots, num_slots: the rings' occupancy as last reported. transports: endpoint → transport in use.
     """
 
@@ -56,6 +57,7 @@ class Stats(msgspec.Struct, kw_only=True):
     fetch_s: float = 0.0
     forward_s: float = 0.0
     shared: int = 0
+    replayed: int = 0
     resubmitted: int = 0
     reconnects: int = 0
     busy_slots: int = 0
@@ -74,6 +76,7 @@ class Stats(msgspec.Struct, kw_only=True):
             fetch_s=self.fetch_s - earlier.fetch_s,
             forward_s=self.forward_s - earlier.forward_s,
             shared=self.shared - earlier.shared,
+            replayed=self.replayed - earlier.replayed,
             resubmitted=self.resubmitted - earlier.resubmitted,
             reconnects=self.reconnects - earlier.reconnects,
         )

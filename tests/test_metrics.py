@@ -53,15 +53,15 @@ def test_threads_lose_no_count() -> None:
 def test_difference_subtracts_sums_and_keeps_the_latest_state() -> None:
     earlier = Stats(
         batches=1, tokens=10, nbytes=100, target_wait_s=0.5, wire_wait_s=0.25, fetch_s=1.0, forward_s=2.0,
-        resubmitted=1, reconnects=1, busy_slots=3, num_slots=8, transports={"ipc://a": "bytes"},
+        shared=1, replayed=2, resubmitted=1, reconnects=1, busy_slots=3, num_slots=8, transports={"ipc://a": "bytes"},
     )  # fmt: skip
     later = Stats(
         batches=5, tokens=70, nbytes=900, target_wait_s=1.5, wire_wait_s=0.75, fetch_s=1.5, forward_s=6.0,
-        resubmitted=3, reconnects=2, busy_slots=2, num_slots=16, transports={"ipc://a": "shm"},
+        shared=3, replayed=7, resubmitted=3, reconnects=2, busy_slots=2, num_slots=16, transports={"ipc://a": "shm"},
     )  # fmt: skip
     assert later.difference(earlier) == Stats(
         batches=4, tokens=60, nbytes=800, target_wait_s=1.0, wire_wait_s=0.5, fetch_s=0.5, forward_s=4.0,
-        resubmitted=2, reconnects=1, busy_slots=2, num_slots=16, transports={"ipc://a": "shm"},
+        shared=2, replayed=5, resubmitted=2, reconnects=1, busy_slots=2, num_slots=16, transports={"ipc://a": "shm"},
     )  # fmt: skip
     assert later.difference(Stats()) == later
     assert Stats().transports is not Stats().transports

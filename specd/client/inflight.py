@@ -121,7 +121,8 @@ class InFlight:
             self._stats.nbytes += pending.layout.nbytes
             self._stats.fetch_s += pending.fetch_s
             self._stats.forward_s += pending.forward_s
-            self._stats.shared += pending.shared
+            self._stats.shared += pending.source in ("joined", "kept")
+            self._stats.replayed += pending.source == "replay"
         return pending
 
     def give_back(self, pending: Item) -> None:

@@ -9,7 +9,7 @@ from specd.errors import SpecdError
 from specd.protocol.batch import Batch, Layout
 from specd.protocol.capture import CaptureSpec, covers
 from specd.protocol.cut import cut
-from specd.protocol.messages import Ready, Submit
+from specd.protocol.messages import Ready, Source, Submit
 from specd.protocol.payload import total_bytes
 from specd.transports.base import SlotRef
 
@@ -46,18 +46,17 @@ class Pending(Generic[S, B]):
     spec: the states it wants. place: in its plan. seq: its number, once it is added. daemon: who is to bring it and
     whose credit it takes, by its place among the endpoints; others may have been asked for copies. session, ready:
     whose lease it has, and the lease; a borrowed batch in use keeps both if the session is lost. announced: RECV_READY
-    was sent for it. borrowed: its slot is read in place. shared: no forward was made for it, another request had one.
-    dropped: it is no longer wanted. buffer: its bytes while FETCHED or USED. error: why it never comes. submissions,
-    misses: how often it was asked for, and how often its transfer failed. missed_at: whose did last, by place. problem:
-    why it was retried last, empty if it was not. rests_until: when it may be submitted again, begun: when its transfer
-    began, in the window's seconds. fetch_s, forward_s: seconds of its last transfer, and of its share of the target's
-    forward.
+    was sent for it. borrowed: its slot is read in place. source: where its states came from, as in READY. dropped: it
+    is no longer wanted. buffer: its bytes while FETCHED or USED. error: why it never comes. submissions, misses: how
+    often it was asked for, and how often its transfer failed. missed_at: whose did last, by place. problem: why it was
+    retried last, empty if it was not. rests_until: when it may be submitted again, begun: when its transfer began, in
+    the window's seconds. fetch_s, forward_s: seconds of its last transfer, and of its share of the target's forward.
     """
 
     __slots__ = (
         "announced", "batch", "begun", "borrowed", "buffer", "daemon", "dropped", "error", "fetch_s", "forward_s",
         "identity", "layout", "missed_at", "misses", "place", "problem", "ready", "rests_until", "seq", "session",
-        "shared", "spec", "state", "submissions",
+        "source", "spec", "state", "submissions",
     )  # fmt: skip
 
     def __init__(self, batch: Batch, identity: bytes, layout: Layout, spec: CaptureSpec, place: int = 0) -> None:
@@ -72,7 +71,8 @@ class Pending(Generic[S, B]):
         self.missed_at: int | None = None
         self.problem = ""
         self.rests_until = self.begun = 0.0
-        self.announced = self.borrowed = self.dropped = self.shared = False
+        self.announced = self.borrowed = self.dropped = False
+        self.source: Source = "forward"
         self.fetch_s = self.forward_s = 0.0
         self.daemon: int | None = None
         self.session: S | None = None

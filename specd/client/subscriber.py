@@ -40,7 +40,7 @@ class Subscriber:
 
     contract: of the target all its daemons serve. spec: what is captured. ring: of the first daemon met. thin: what is
     wrong with that ring for so many ranks of this depth, empty if nothing. sharing: how many other runs that daemon had
-    in `subscriber.share`.
+    in `subscriber.share`. replay: what that daemon keeps over epochs, None for nothing.
     """
 
     def __init__(
@@ -92,6 +92,7 @@ class Subscriber:
             raise
         self._share = config.share
         self.sharing = session.welcome.sharing
+        self.replay = session.welcome.replay
         self.contract: TargetContract = session.welcome.contract
         self.ring: RingInfo = session.welcome.ring
         self.spec: CaptureSpec = session.spec

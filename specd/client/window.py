@@ -189,7 +189,7 @@ class Window(Generic[S, B]):
             return self._settle()
         pending.daemon, pending.session, pending.ready, pending.state = peer.place, session, message, State.READY
         pending.forward_s = message.target_us / 1e6
-        pending.shared = message.source != "forward"
+        pending.source = message.source
         if peer.borrow and pending.ref.begin is not None:
             pending.borrowed = True
             self._todo.append(effects.SendBorrow(session, message.lease))

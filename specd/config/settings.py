@@ -13,6 +13,9 @@ AttentionKind = Literal["auto", "flex", "sdpa"]
 Collectives = Literal["auto", "gloo", "nccl"]
 """By what the ranks of a training exchange gradients."""
 
+Packing = Literal["anew", "fixed"]
+"""Whether each epoch packs its samples into batches anew, or all have the same batches."""
+
 Positive = Annotated[int, Meta(ge=1)]
 NotNegative = Annotated[int, Meta(ge=0)]
 Decay = Annotated[float, Meta(ge=0, lt=1)]
@@ -198,10 +201,11 @@ class DataConfig(Config, kw_only=True, frozen=True):
     turn is a label. bad_rows: `stop` at a file with rows that cannot be used, once all are counted, or `skip` and
     count them. max_length: most tokens of a sample. long: what becomes of longer ones, `cut`, or `split` into several
     where they are documents. batch_tokens: size of a batch, in tokens at most. max_batch_sequences: most sequences of
-    one, 0 for no limit. max_samples: only the first N rows, 0 for all. template: variables of the chat template, as
-    enable_thinking. date: the day that a template is told which asks for it, as 2026-01-31; empty for the day on which
-    the run begins. cache_dir: where prepared data is kept; empty for specd's own cache. processes: that prepare it, 0
-    for one a core and at most 16.
+    one, 0 for no limit. packing: of samples into batches: `anew` each epoch, or `fixed`, every epoch has the batches of
+    the first, in another order, so that a daemon that keeps states over epochs has them. max_samples: only
+    the first N rows, 0 for all. template: variables of the chat template, as enable_thinking. date: the day that a
+    template is told which asks for it, as 2026-01-31; empty for the day on which the run begins. cache_dir: where
+    prepared data is kept; empty for specd's own cache. processes: that prepare it, 0 for one a core and at most 16.
     """
 
     path: str | tuple[str, ...] = ""
@@ -216,6 +220,7 @@ class DataConfig(Config, kw_only=True, frozen=True):
     long: Literal["cut", "split"] = "cut"
     batch_tokens: Positive = 3072
     max_batch_sequences: int = 0
+    packing: Packing = "anew"
     max_samples: int = 0
     template: dict[str, Any] = {}
     date: Annotated[str, Meta(pattern=r"^(\d{4}-\d{2}-\d{2})?$")] = ""
@@ -229,14 +234,15 @@ class TrainConfig(Config, kw_only=True, frozen=True):
     lr: the highest learning rate; it rises linearly, then falls along a cosine to 0 at the last step. betas: decay of
     AdamW's two moments. weight_decay: of AdamW, on matrices. warmup_ratio: share of the steps in which the rate rises.
     clip: largest norm of the gradients, 0 for no clipping. epochs: how often the data is gone through. max_steps:
-    optimizer steps at most, 0 for all epochs. accumulation: batches an optimizer step. dtype: of the draft's forward,
-    `auto` is bfloat16 on a GPU; master weights are float32. device: cpu, cuda or cuda:N; `auto` is a GPU where there is
-    one. threads: CPU threads of torch, 0 for its choice. seed: of initial weights, data order and what a draft draws.
-    save_every: steps between checkpoints, 0 for none but the last. keep: how many checkpoints stay. log_every: steps
-    between two looks at the device's figures; it changes no number. collectives: by what several ranks, which share the
-    batches of a step, sum gradients; `auto` is nccl on GPUs, one for each rank, and gloo on CPUs; gloo also has ranks
-    share a GPU. peer_patience_s: how long a rank may show no life before the others end, 0 for 5 s on one host and 30 s
-    on several.
+    optimizer steps at most, 0 for all epochs. max_minutes: of training at most, 0 for no limit, counted over the steps
+    and across resumes; the learning rate then falls by the clock, where that is ahead of the steps. accumulation:
+    batches an optimizer step. dtype: of the draft's forward, `auto` is bfloat16 on a GPU; master weights are float32.
+    device: cpu, cuda or cuda:N; `auto` is a GPU where there is one. threads: CPU threads of torch, 0 for its choice.
+    seed: of initial weights, data order and what a draft draws. save_every: steps between checkpoints, 0 for none but
+    the last. keep: how many checkpoints stay. log_every: steps between two looks at the device's figures; it changes no
+    number. collectives: by what several ranks, which share the batches of a step, sum gradients; `auto` is nccl on
+    GPUs, one for each rank, and gloo on CPUs; gloo also has ranks share a GPU. peer_patience_s: how long a rank may
+    show no life before the others end, 0 for 5 s on one host and 30 s on several.
     """
 
     lr: Annotated[float, Meta(gt=0)] = 6e-4
@@ -246,6 +252,7 @@ class TrainConfig(Config, kw_only=True, frozen=True):
     clip: Annotated[float, Meta(ge=0)] = 1.0
     epochs: Positive = 6
     max_steps: NotNegative = 0
+    max_minutes: Annotated[float, Meta(ge=0)] = 0.0
     accumulation: Positive = 1
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     device: str = "auto"

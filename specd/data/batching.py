@@ -9,6 +9,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from specd.config.settings import Packing
 from specd.errors import ConfigError
 from specd.protocol.batch import Batch
 
@@ -41,6 +42,16 @@ def check_budget(batch_tokens: int, max_batch_sequences: int) -> None:
         )
 
 
+def check_packing(packing: Packing, weights: Iterable[float]) -> None:
+    """Raise ConfigError for weights with which epochs have different samples, where all have the same batches."""
+    broken = [weight for weight in weights if weight % 1]
+    if packing == "fixed" and broken:
+        raise ConfigError(
+            f"data.packing=fixed with data.weights of {broken[0]:g}: every epoch has the same batches, so it cannot "
+            f"train a sample in some epochs and not in others; expected whole numbers, or data.packing=anew"
+        )
+
+
 class BatchPlan:
     """Every epoch as batches of sample numbers: each sample exactly once an epoch, each batch within its budget.
 
@@ -49,10 +60,14 @@ class BatchPlan:
     other, so that an epoch has as many samples as the weights say.
 
     A pure function of its arguments, the same on every machine and with every numpy. Samples of similar length share a
-    batch: sorted within groups of GROUP_BATCHES batches of shuffled samples; then the batches are shuffled.
+    batch: sorted within groups of GROUP_BATCHES batches of shuffled samples; then the batches are shuffled. With
+    `fixed` packing every epoch has the batches of epoch 0, in another order: their states can be kept.
     """
 
-    __slots__ = ("_counts", "_epochs", "_lengths", "_weights", "batch_tokens", "max_batch_sequences", "seed")
+    __slots__ = (
+        "_counts", "_epochs", "_lengths", "_packs", "_weights", "batch_tokens", "max_batch_sequences", "packing",
+        "seed",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -61,17 +76,22 @@ class BatchPlan:
         max_batch_sequences: int = 0,
         seed: int = 0,
         weights: Sequence[float] | NDArray[np.float64] | None = None,
+        packing: Packing = "anew",
     ) -> None:
         """lengths: tokens of each sample. max_batch_sequences: 0 for no limit. weights: of each sample, None for 1.
 
-        Raises ConfigError for a budget that a sample exceeds.
+        Raises ConfigError for a budget that a sample exceeds, and for weights that `fixed` packing cannot keep to.
         """
         self._lengths = np.asarray(lengths, np.int64)
         self._weights = None if weights is None else np.asarray(weights, np.float64)
         self.batch_tokens, self.max_batch_sequences, self.seed = batch_tokens, max_batch_sequences, seed
+        self.packing: Packing = packing
         self._epochs: dict[int, list[tuple[int, ...]]] = {}
         self._counts: dict[int, int] = {}
+        self._packs: list[tuple[int, ...]] | None = None
+        """Of `fixed` packing."""
         check_budget(batch_tokens, max_batch_sequences)
+        check_packing(packing, [] if self._weights is None else np.unique(self._weights).tolist())
         if not self._lengths.size:
             raise ConfigError("no samples to make batches of; give data with at least one trainable sample")
         longest = int(self._lengths.argmax())
@@ -82,16 +102,21 @@ class BatchPlan:
             )
 
     def __repr__(self) -> str:
-        return f"BatchPlan({self._lengths.size} samples, {self.batch_tokens} tokens a batch, seed {self.seed})"
+        fixed = ", the same in every epoch" if self.packing == "fixed" else ""
+        return f"BatchPlan({self._lengths.size} samples, {self.batch_tokens} tokens a batch{fixed}, seed {self.seed})"
 
     def epoch(self, epoch: int) -> list[tuple[int, ...]]:
         """The batches of one epoch (from 0), in order, as sample numbers."""
         if epoch not in self._epochs:
-            self._epochs = {epoch: self._build(epoch)}  # a run reads one epoch at a time
+            packs = self._packed(epoch)
+            order = np.argsort(random_keys(len(packs), self.seed, epoch, 1), kind="stable")
+            self._epochs = {epoch: [packs[i] for i in order.tolist()]}  # a run reads one epoch at a time
         return self._epochs[epoch]
 
     def num_batches(self, epoch: int) -> int:
-        """How many batches one epoch has; epochs differ a little, because each packs its samples anew."""
+        """How many batches one epoch has; epochs that pack their samples anew differ a little."""
+        if self.packing == "fixed":
+            return len(self._packed(epoch))
         if epoch not in self._counts:
             self._counts[epoch] = len(self.epoch(epoch))
         return self._counts[epoch]
@@ -106,6 +131,14 @@ class BatchPlan:
         for number in range(index, len(batches)):
             yield Place(epoch, number, batches[number], self.num_tokens(batches[number]))
 
+    def _packed(self, epoch: int) -> list[tuple[int, ...]]:
+        """The batches of one epoch, not in order yet."""
+        if self.packing == "anew":
+            return self._build(epoch)
+        if self._packs is None:
+            self._packs = self._build(0)
+        return self._packs
+
     def _build(self, epoch: int) -> list[tuple[int, ...]]:
         chosen = self._chosen(epoch)
         if not chosen.size:
@@ -119,8 +152,7 @@ class BatchPlan:
         for at in range(0, shuffled.size, group):
             members = shuffled[at : at + group]
             batches += self._fill(members[np.argsort(self._lengths[members], kind="stable")])
-        order = np.argsort(random_keys(len(batches), self.seed, epoch, 1), kind="stable")
-        return [batches[i] for i in order.tolist()]
+        return batches
 
     def _chosen(self, epoch: int) -> NDArray[np.int64]:
         """The samples of one epoch, ascending, each as often as it comes."""

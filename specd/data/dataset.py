@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from specd.config.settings import DataConfig
 from specd.data import forms, store
-from specd.data.batching import BatchPlan, check_budget, random_keys
+from specd.data.batching import BatchPlan, check_budget, check_packing, random_keys
 from specd.data.faults import Faults, RowError
 from specd.data.images import Picture, decode
 from specd.data.portion import Report as Report
@@ -125,12 +125,14 @@ class Dataset:
     def plan(self, config: DataConfig, seed: int, held: NDArray[np.bool_] | None = None) -> BatchPlan:
         """The order in which these samples are trained, without those held out.
 
-        Raises ConfigError for a budget that a sample exceeds.
+        Raises ConfigError as BatchPlan does.
         """
         weights = self.weights
         if held is not None and held.any():
             weights = np.where(held, 0.0, 1.0 if weights is None else weights)
-        return BatchPlan(self.lengths, config.batch_tokens, config.max_batch_sequences, seed, weights)
+        return BatchPlan(
+            self.lengths, config.batch_tokens, config.max_batch_sequences, seed, weights, packing=config.packing
+        )
 
     def plan_of(self, held: NDArray[np.bool_], config: DataConfig, seed: int) -> BatchPlan:
         """Batches of the samples that are held out, each once an epoch; epoch 0 is all that is needed."""
@@ -160,6 +162,7 @@ def check(config: DataConfig) -> None:
             f"least 2 tokens, and a number of samples or 0 for all"
         )
     check_budget(config.batch_tokens, config.max_batch_sequences)
+    check_packing(config.packing, config.weights)
     forms.check(config)
     for source in sources(config):
         locate(source.path)

@@ -50,17 +50,19 @@ class Renderer:
 
         Raises RowError when the template refuses it.
         """
-        return self._render(turns, add_generation_prompt=open_answer)[0]
+        return self._render(turns, open_answer=open_answer)[0]
 
     def marked(self, turns: list[Turn]) -> tuple[str, list[Span]]:
         """The conversation as text, and the spans that the template itself marks. Raises as `render`."""
-        text, spans = self._render(turns, return_assistant_tokens_mask=True)
+        text, spans = self._render(turns, marked=True)
         return text, [span for span in spans if span[0] < span[1]]
 
-    def _render(self, turns: list[Turn], **how: bool) -> tuple[str, list[Span]]:
-        from transformers.utils.chat_template_utils import render_jinja_template
+    def _render(self, turns: list[Turn], *, open_answer: bool = False, marked: bool = False) -> tuple[str, list[Span]]:
+        # Private, the same in transformers 5.8 to 5.24: render_jinja_template, which calls these two, gives templates
+        # plain data alone since 5.23, and a text in place of the function that tells the day.
+        from transformers.utils.chat_template_utils import _compile_jinja_template, _render_with_assistant_indices
 
-        render: Any = render_jinja_template
+        with_spans: Any = _render_with_assistant_indices
         if self._template.parts:
             turns = [{**turn, "content": _parts(turn["content"], self._images)} for turn in turns]
         elif self._images:
@@ -70,14 +72,16 @@ class Renderer:
             ]
         if self._template.json_arguments:
             turns = [_with_json(turn) if turn.get("tool_calls") else turn for turn in turns]
+        given = {"messages": turns, "tools": self._tools, "documents": None, "add_generation_prompt": open_answer}
         try:
-            texts, spans = render(
-                conversations=[turns], tools=self._tools, chat_template=self._source, **how, **self._variables
-            )
+            compiled: Any = _compile_jinja_template(self._source)
+            if not marked:
+                return compiled.render(**given, **self._variables), []
+            text, spans = with_spans(compiled, **given, **self._variables)
         except Exception as error:  # noqa: BLE001 - a template may raise anything: jinja's errors, TypeError, KeyError
             detail = f"the chat template refuses it: {first_line(error)}"
             raise RowError(self.where, "refused by the chat template", detail) from None
-        return texts[0], spans[0] if spans else []
+        return text, spans
 
 
 class Template:

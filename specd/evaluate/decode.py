@@ -6,6 +6,7 @@ best: a coarser dtype rounds the same text differently in a block than token by 
 
 from __future__ import annotations
 
+import inspect
 import time
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, Protocol
@@ -196,12 +197,14 @@ class _CachedModel:
         self._model, self._taps = model, taps
         # Without the model's config every layer keeps all its keys, so that any layer can be cut back.
         self._cache = DynamicCache()
+        takes = inspect.signature(model.forward).parameters
+        self._given = {"cache" if "cache" in takes else "past_key_values": self._cache}  # the former since 5.24
 
     def forward(self, tokens: Sequence[int], *, last_only: bool = False) -> tuple[Tensor, Tensor]:
         """The next tokens of the text -> logits [tokens or 1, V] and the taps [tokens, n·H]."""
         output = self._model(
             torch.tensor([tokens], device=self._model.device),
-            past_key_values=self._cache,
+            **self._given,
             use_cache=True,
             output_hidden_states=bool(self._taps),
             logits_to_keep=1 if last_only else 0,

@@ -60,6 +60,7 @@ class TargetContract(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     taps: the tap convention. tap_layers: the layers a draft's taps may be spread over, empty for all, as of every
     backend of specd's own: a residual stream runs through linear attention, too. dtype: of the weights as they run.
     artifacts: what FETCH serves, by name (`config.json`, tokenizer files, `embedding` [V, H], `lm_head` [V, H]).
+    revision: the commit of a model hub whose snapshot it was loaded from; empty where it came from elsewhere.
     embedding_scale: what its embedding multiplies a row of `embedding` by. logit_scale, logit_softcap: its logits are
     products of the final state with `lm_head` times the one, and c · tanh(… / c) of that where the other is c, not 0.
     odd_embedding, odd_logits: why that does not describe them; empty if it does. payloads: names of the arrays that a
@@ -77,6 +78,7 @@ class TargetContract(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     chat_template: str = ""
     taps: str = "residual-after-layer, 0-based"
     tap_layers: Annotated[tuple[Int31, ...], Meta(max_length=MAX_TAPS)] = ()
+    revision: Annotated[str, Meta(max_length=MAX_NAME_CHARS)] = ""
     artifacts: Annotated[dict[Name, ArtifactRef], Meta(max_length=1024)] = {}
     embedding_scale: PositiveFloat = 1.0
     logit_scale: PositiveFloat = 1.0

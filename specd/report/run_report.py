@@ -238,8 +238,11 @@ def _subtitle(facts: RunFacts, records: Sequence[StepRecord]) -> str:
     parts.append(_time_caption(records).split(":")[0])
     if (ratio := step_over_bound(records, len(facts.transports))) is not None:
         parts.append(f"step over bound {ratio:.2f}")
+    batches = sum(len(record.batches) for record in records)
     if shared := sum(record.shared for record in records):
-        parts.append(f"{shared:,} of {sum(len(record.batches) for record in records):,} batches from others' forwards")
+        parts.append(f"{shared:,} of {batches:,} batches from others' forwards")
+    if replayed := sum(record.replayed for record in records):
+        parts.append(f"{replayed:,} of {batches:,} batches replayed")
     if again:
         parts.append(f"{again} batches resubmitted")
     return " · ".join(parts)

@@ -70,6 +70,7 @@ class Artifacts:
             weights=weights,
             tokenizer=tokenizer,
             chat_template=chat_template,
+            revision="" if weights.startswith("dummy-") else source.revision,
             artifacts=refs,
             **msgspec.structs.asdict(transforms),
         )

@@ -57,6 +57,14 @@ class Source(msgspec.Struct, frozen=True, kw_only=True):
     preset: Preset | None = None
     tokenizer: Path | None = None
 
+    @property
+    def revision(self) -> str:
+        """The commit that `path` is a snapshot of in a cache of the hub, empty for other directories."""
+        match self.path.resolve().parts[-3:] if self.path else ():
+            case (repository, "snapshots", commit) if repository.startswith("models--"):
+                return commit
+        return ""
+
     def file(self, name: str) -> bytes | None:
         """One of the tokenizer's files, also if stored compressed (`tokenizer.json.gz`); None if missing."""
         directory = self.tokenizer or self.path

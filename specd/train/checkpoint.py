@@ -279,11 +279,11 @@ def _state(path: Path) -> _Manifest | None:
     return state if whole and state.format == FORMAT else None
 
 
-PLAN = frozenset({"train.epochs", "train.max_steps"})
+PLAN = frozenset({"train.epochs", "train.max_steps", "train.max_minutes"})
 """Settings of an identity that say how long a run goes on: a resumed run may have others, by a new plan."""
 _BEFORE = {
-    "data.columns": {}, "data.date": "", "data.long": "cut", "data.subset": "", "data.weights": [],
-    "draft.loss": "decay", "draft.dpace_alpha": 0.5, "validation.share": 0.0,
+    "data.columns": {}, "data.date": "", "data.long": "cut", "data.packing": "anew", "data.subset": "",
+    "data.weights": [], "draft.loss": "decay", "draft.dpace_alpha": 0.5, "validation.share": 0.0,
 }  # fmt: skip
 """Settings that runs of specd 0.1.0 do not name, and what they did."""
 

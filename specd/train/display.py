@@ -23,8 +23,9 @@ from rich.text import Text
 
 from specd import units
 from specd.train.journal import StepRecord, bound
+from specd.train.limit import TimeLimit
 from specd.train.measurement import Measurement
-from specd.train.summary import Totals, held_out_line, memory_use
+from specd.train.summary import Epoch, Totals, held_out_line, memory_use
 
 REFRESH_S = 0.1
 BLOCKS = "▁▂▃▄▅▆▇█"
@@ -35,8 +36,10 @@ class Display:
     """Shows the steps of a run as they come; a context manager and a sink of the loop.
 
     title: what is trained, on what. first, steps: the step the run starts from and its last. transports: endpoint →
-    transport in use, read at each refresh. every_s: seconds between two plain lines. checkpoints: their directory, if
-    the age of the newest is to be shown. device: the trainer's, whose memory is shown.
+    transport in use, read at each refresh. every_s: seconds between two plain lines. limit: of the run's time, as it
+    stands at `first`. checkpoints: their directory, if the age of the newest is to be shown. device: the trainer's,
+    whose memory is shown. keeps: whether a daemon keeps states over epochs: then each epoch ends with a line of what
+    was replayed.
     """
 
     def __init__(
@@ -48,14 +51,17 @@ class Display:
         console: Console | None = None,
         every_s: float = 10.0,
         *,
+        limit: TimeLimit | None = None,
         checkpoints: Path | None = None,
         device: str = "cpu",
+        keeps: bool = False,
     ) -> None:
         self.title, self.first, self.steps = title, first, steps
         self._transports = transports
         self._console = console or Console()
         self._every_s = every_s
-        self._checkpoints, self._device = checkpoints, device
+        self._limit = limit or TimeLimit(0.0)
+        self._checkpoints, self._device, self._keeps = checkpoints, device, keeps
         self._totals = Totals()
         self._recent = self._totals.recent
         self._began = time.monotonic()
@@ -94,9 +100,11 @@ class Display:
 
     def step(self, record: StepRecord) -> None:
         """Show one more optimizer step."""
-        self._totals.add(record)
+        over = self._totals.add(record)
+        self._limit.take(record)
         if record.loss is not None:
             self._losses.append(record.loss)
+        self._end(over)
         every_s = REFRESH_S if self._live else self._every_s
         if time.monotonic() - self._said_at < every_s and record.step != self.steps:
             return
@@ -106,6 +114,18 @@ class Display:
                 self._live.update(self.render(), refresh=True)
             else:
                 self._say(self.line())
+        if record.step == self.steps:
+            self._end(self._totals.epoch)
+
+    def _end(self, epoch: Epoch | None) -> None:
+        """Say of an epoch that is over where its batches came from."""
+        if line := self._states(epoch):
+            with suppress(OSError):
+                self._say(line)
+
+    def _states(self, epoch: Epoch | None) -> str:
+        """Where an epoch's batches came from; empty where that is always the target."""
+        return str(epoch) if epoch is not None and epoch.batches and (self._keeps or epoch.replayed) else ""
 
     def validated(self, found: Measurement) -> None:
         """Show what held-out rows show."""
@@ -156,6 +176,8 @@ class Display:
         rows.add_row("speed", pace)
         rows.add_row("ring", _bar(last.busy_slots, last.num_slots, f"{last.busy_slots} / {last.num_slots} slots busy"))
         rows.add_row("time", self._split())
+        if line := self._states(self._totals.epoch):
+            rows.add_row("states", line)
         ways = ", ".join(f"{name} ({endpoint})" for endpoint, name in self._transports().items()) or "reconnecting"
         rows.add_row("transport", Text(ways, overflow="ellipsis", no_wrap=True))
         rows.add_row("memory", memory_use(self._device))
@@ -198,8 +220,8 @@ class Display:
     def _left(self) -> str:
         if not self._recent:
             return ""
-        left = self.steps - self._recent[-1].step
-        return f"{units.duration(self._step_s() * left)} left" if left else "done"
+        left = min(self._step_s() * (self.steps - self._recent[-1].step), self._limit.left_s)
+        return f"{units.duration(left)} left" if left > 0 else "done"
 
 
 def sparkline(values: Sequence[float], width: int) -> str:

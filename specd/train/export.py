@@ -154,6 +154,7 @@ def describe(draft: Path, facts: DraftFacts, evaluated: EvalFacts | None) -> Non
     rows: dict[str, str] = {
         "steps": f"{facts.step:,}{whole}",
         "target": f"{facts.target.get('model', '')} ({facts.target.get('fingerprint', '')})",
+        "revision of the target": str(facts.target.get("revision", "")),
         **{name: facts.data[name] for name in ("samples", "tokens", "trainable tokens") if name in facts.data},
         "digest of the data": facts.data.get("digest", ""),
         "changes": "; ".join(facts.changes),

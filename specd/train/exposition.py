@@ -48,6 +48,7 @@ class Exposition:
             ("specd_train_resubmitted_batches", "Batches that had to be asked for again."),
             ("specd_train_reconnects", "Sessions opened after the first."),
             ("specd_train_shared_batches", "Batches whose forward was another run's."),
+            ("specd_train_replayed_batches", "Batches without a forward, whose states their daemon had kept."),
         ):
             yield CounterMetricFamily(name, text, value=sums.get(name, 0))
         seconds = CounterMetricFamily(
@@ -70,6 +71,7 @@ def _amounts(record: StepRecord) -> Iterator[tuple[str, float]]:
     yield "specd_train_resubmitted_batches", record.resubmitted
     yield "specd_train_reconnects", record.reconnects
     yield "specd_train_shared_batches", record.shared
+    yield "specd_train_replayed_batches", record.replayed
     for part in PARTS:
         yield part, getattr(record, f"{part}_s")
 

@@ -43,8 +43,10 @@ class StepRecord(msgspec.Struct, frozen=True, kw_only=True):
     wire_wait_s (computed, not fetched yet) + train_s (the rest). draft_s: the step's own time on its device, also the
     part during those waits; wall time on a CPU; 0 if not measured. forward_s: the daemons' forward time of its batches,
     overlapped or not. resubmitted, reconnects: in this step. shared: batches whose forward was another run's.
-    Of several ranks, waits are means, and forward_s, resubmitted, reconnects and shared sums over all of them; ranks:
-    how many. slowest: what the slowest one needs over their mean, 0.1 for 10 % more, without its waits for the others.
+    replayed: those that needed none, as their daemon had kept their states.
+    Of several ranks, waits are means, and forward_s, resubmitted, reconnects, shared and replayed sums over all of
+    them; ranks: how many. slowest: what the slowest one needs over their mean, 0.1 for 10 % more, without its waits for
+    the others.
     """
 
     step: int
@@ -69,6 +71,7 @@ class StepRecord(msgspec.Struct, frozen=True, kw_only=True):
     resubmitted: int = 0
     reconnects: int = 0
     shared: int = 0
+    replayed: int = 0
     ranks: int = 1
     slowest: float = 0.0
 

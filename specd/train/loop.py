@@ -30,8 +30,10 @@ from specd.train.checkpoint import Checkpoints, Position, RngStates, saved_tenso
 from specd.train.distributed import Ranks
 from specd.train.interrupt import Interrupt
 from specd.train.journal import Journal, Sink, StepRecord, TrainedBatch
+from specd.train.limit import TimeLimit, spent
 from specd.train.measurement import measured
 from specd.train.optimizer import apply_gradients, learning_rate, make_optimizer, total_steps
+from specd.train.shortage import no_memory_for, out_of_memory
 from specd.train.step import TOLD, Sums, Torn, UnloggedStep, Window, told_of
 from specd.train.validation import Validation, looked_at
 
@@ -90,8 +92,9 @@ class _Run:
         position: Position,
         steps: int,
         ranks: Ranks,
+        limit: TimeLimit,
     ) -> None:
-        self.config, self.steps, self.position, self.ranks = config, steps, position, ranks
+        self.config, self.steps, self.position, self.ranks, self.limit = config, steps, position, ranks, limit
         self.module = objective.module
         self.source, self.checkpoints, self.journal, self.sinks = source, checkpoints, journal, sinks
         self.optimizer = optimizer
@@ -107,7 +110,7 @@ class _Run:
         # logs.
         self._halted = torch.zeros((), device=self.device)
         self._stats = self._spent = source.stats()
-        self._mark = time.perf_counter()
+        self._mark, self._wall_s = time.perf_counter(), 0.0
 
     def exchange(self, window: Window, places: Sequence[Place]) -> Sums:
         """The sums of a step and its gradients, over all ranks. No weight is changed."""
@@ -115,14 +118,16 @@ class _Run:
         total = self.source.stats()
         step_stats, self._stats = total.difference(self._stats), total
         self._learn_counts(window)
-        self._spent = step_stats
+        self._spent, now = step_stats, time.perf_counter()
+        self._wall_s, self._mark = now - self._mark, now
         step, accumulation = self.position.step + 1, self.config.accumulation
-        told = told_of(step_stats, self._work_s if self._halted.is_cuda else window.watch.seconds())
+        work_s = self._work_s if self._halted.is_cuda else window.watch.seconds()
+        told = told_of(step_stats, work_s, self._wall_s)
         return window.sums(self.ranks, step, len(places), accumulation, self._num_counts, told)
 
     def step(self, window: Window, places: Sequence[Place], sums: Sums) -> None:
         """One optimizer step over the window, then log and save as configured."""
-        rate = learning_rate(self.config, self.position.step, self.steps)
+        rate = learning_rate(self.config, self.limit.stands_at(self.position.step, self.steps), self.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.savable = False
@@ -143,6 +148,11 @@ class _Run:
             self._show(self._log(keep=1 if self._halted.is_cuda and step < self.steps else 0))
         if step == self.steps or (self.config.save_every and step % self.config.save_every == 0):
             self.save()
+
+    @property
+    def late(self) -> bool:
+        """Whether the run ends here, before its last step, as its time is over."""
+        return self.limit.over and self.position.step < self.steps
 
     def _learn_counts(self, window: Window) -> None:
         """What a draft counts, which a rank without a batch does not see. Rank 0 has one, the first time."""
@@ -214,6 +224,7 @@ class _Run:
                 self.journal.append(records[-1])
             self._sound = self._pending[0].position, self._pending[0].rng
             self._work_s = records[-1].draft_s
+            self.limit.take(records[-1])
             del self._pending[0]
         return records
 
@@ -224,8 +235,7 @@ class _Run:
 
     def _facts(self, places: Sequence[Place], rate: float) -> StepRecord:
         """The host's part of a record: what was trained, and where the time since the last step went."""
-        now, stats = time.perf_counter(), self._spent
-        wall, self._mark = now - self._mark, now
+        wall, stats = self._wall_s, self._spent
         batches = tuple(TrainedBatch(epoch=at.epoch, index=at.index, samples=at.samples) for at in places)
         return StepRecord(
             step=self.position.step,
@@ -248,6 +258,7 @@ class _Run:
             resubmitted=stats.resubmitted,
             reconnects=stats.reconnects,
             shared=stats.shared,
+            replayed=stats.replayed,
         )
 
 
@@ -283,27 +294,36 @@ def train(
     left = min(batches - trained, (steps - position.step) * config.accumulation)
     checks = validation or Validation((), 0, 0, journal)
     checks.begin(position.step, ranks)
+    limit = TimeLimit(config.max_minutes, ranks.decide("spent", lambda: spent(journal, position.step)))
     planned = islice(feed.places(position.epoch, position.index), 0 if checks.ended else max(0, left))
     ahead, coming = tee(_steps(planned, config.accumulation))
     with Journal(journal, position.step) if ranks.leads else contextlib.nullcontext() as lines:
-        run = _Run(config, objective, source, checkpoints, lines, sinks, optimizer, position, steps, ranks)
+        run = _Run(config, objective, source, checkpoints, lines, sinks, optimizer, position, steps, ranks, limit)
         try:
             wanted = checks.among(ahead, position.step, steps)
             deliveries = source.stream(feed.packed(place for step in wanted for place in ranks.deal(step)))
             if checks.due(position.step, steps):
                 _validate(run, objective, deliveries, checks)
             for places in coming:
-                if checks.ended:
+                if checks.ended or run.late:
                     break
                 _train_step(run, objective, deliveries, places, left, interrupt)
                 left -= len(places)
                 if checks.due(run.position.step, steps):
                     _validate(run, objective, deliveries, checks)
-            if checks.ended:
-                run.save()
-                logger.warning("%s", checks.why_ended(steps))
+            if checks.ended or run.late:
+                step = run.position.step
+                if checks.ended:
+                    logger.warning("%s", checks.why_ended(steps))
+                else:
+                    logger.info("%s", limit.why_ended(step, steps))
                 if isinstance(deliveries, Generator):  # what is under way is given up
                     deliveries.close()
+                run.steps = step
+                if not checks.ended and checks.due(step, step):
+                    deliveries = source.stream(feed.packed(ranks.deal(checks.places)))
+                    _validate(run, objective, deliveries, checks)
+                run.save()
             next(deliveries, None)  # it takes back the last one
             ranks.part()
         except (KeyboardInterrupt, SpecdError) as error:
@@ -374,22 +394,5 @@ def _train_step(
         with interrupt.shield():
             run.step(window, places, sums)
     except torch.OutOfMemoryError as error:
-        what = _no_memory(run.position.step + 1, delivery.batch if delivery else None)
+        what = no_memory_for(run.position.step + 1, delivery.batch if delivery else None)
         raise out_of_memory(what, error, "go on with `specd resume RUN` where more is free") from None
-
-
-def out_of_memory(what: str, error: torch.OutOfMemoryError, remedy: str) -> SpecdError:
-    """The error of a run that needs more memory than there is. what: it is missing for. remedy: for the same run."""
-    return SpecdError(
-        f"{what}: {error}; {remedy}, or start a new run with a limit in data.max_batch_sequences, a smaller "
-        f"data.batch_tokens or a smaller draft"
-    )
-
-
-def _no_memory(step: int, batch: Batch | None) -> str:
-    if batch is None:
-        return f"step {step}: no memory left"
-    return (
-        f"step {step}: no memory left for batch {batch.index} of epoch {batch.epoch} ({batch.lengths.size} sequences, "
-        f"{batch.num_tokens} tokens, {int(batch.loss_mask.sum())} of them labels)"
-    )

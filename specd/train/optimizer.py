@@ -20,11 +20,14 @@ def total_steps(config: TrainConfig, num_batches: int, step: int = 0, trained: i
     return min(steps, config.max_steps) if config.max_steps else steps
 
 
-def learning_rate(config: TrainConfig, step: int, steps: int) -> float:
-    """Rate of optimizer step `step` (from 0) of `steps`: linear warm-up, then a cosine that reaches 0 at the end."""
+def learning_rate(config: TrainConfig, step: float, steps: int) -> float:
+    """Rate of optimizer step `step` (from 0) of `steps`: linear warm-up, then a cosine that reaches 0 at the end.
+
+    step: between two where a limit of time is what drives it.
+    """
     warmup = math.ceil(config.warmup_ratio * steps)
     if step < warmup:
-        return config.lr * (step + 1) / warmup
+        return config.lr * min(1.0, (step + 1) / warmup)
     return config.lr * 0.5 * (1.0 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 from msgspec.structs import replace
 
+from specd import units
 from specd.config.settings import TrainConfig
 from specd.errors import CheckpointError
 from specd.train.checkpoint import PLAN, Checkpoints
+from specd.train.limit import TimeLimit
 from specd.train.optimizer import learning_rate, total_steps
 
 logger = logging.getLogger(__name__)
@@ -32,12 +35,14 @@ class Plan(NamedTuple):
     change: str = ""
 
 
-def planned(checkpoints: Checkpoints | None, batches: Counted, config: TrainConfig) -> Plan:
+def planned(
+    checkpoints: Checkpoints | None, batches: Counted, config: TrainConfig, spent_s: Callable[[int], float]
+) -> Plan:
     """The plan of a run. checkpoints: of one that goes on, None for a new one. batches: of all epochs.
 
-    `train.epochs` and `train.max_steps` of a run that goes on may differ from before: its learning rate then follows
-    the new number of steps, and a line says so. Raises CheckpointError for fewer steps than are done, and what
-    `Checkpoints.compare` raises.
+    `train.epochs`, `train.max_steps` and `train.max_minutes` of a run that goes on may differ from before: its learning
+    rate then follows the new plan, and a line says so. spent_s: seconds that the first so many steps of a run took.
+    Raises CheckpointError for fewer steps or less time than are done, and what `Checkpoints.compare` raises.
     """
     if checkpoints is None:
         return Plan(total_steps(config, batches.num_batches))
@@ -46,22 +51,33 @@ def planned(checkpoints: Checkpoints | None, batches: Counted, config: TrainConf
     step = state.position.step
     trained = batches.before(state.position.epoch, state.position.index)
     steps = total_steps(config, batches.num_batches, step, trained)
-    before, now = state.identity.settings, checkpoints.identity.settings
+    before = {"train.max_minutes": 0.0} | state.identity.settings
+    now = checkpoints.identity.settings
     changed = [
         f"{key} was {before[key]}, is {now[key]}" for key in sorted(PLAN & before.keys()) if before[key] != now[key]
     ]
-    if steps < step or trained > batches.num_batches:
+    limit = TimeLimit(config.max_minutes, spent_s(step) if changed else 0.0)
+    if steps < step or trained > batches.num_batches or limit.over:
+        took = f" in {units.duration(limit.spent_s)}" if limit.over else ""
         raise CheckpointError(
-            f"cannot resume {path}: {'; '.join(changed)}, and {step} steps are done: expected at least as many; `specd "
-            f"export` gives the draft as it is"
+            f"cannot resume {path}: {'; '.join(changed)}, and {step} steps are done{took}: expected at least as many; "
+            f"`specd export` gives the draft as it is"
         )
     if not changed:
         return Plan(steps, step)
-    old = replace(config, epochs=before["train.epochs"], max_steps=before["train.max_steps"])
+    old = replace(
+        config,
+        epochs=before["train.epochs"],
+        max_steps=before["train.max_steps"],
+        max_minutes=before["train.max_minutes"],
+    )
     had = total_steps(old, batches.before(old.epochs, 0))
+    was = TimeLimit(old.max_minutes, limit.spent_s)
+    rates = [learning_rate(config, one.stands_at(step, end), end) for one, end in ((limit, steps), (was, had))]
     logger.warning(
-        "%s: %d steps in place of %d; the learning rate follows the new plan, at step %d it is %.3g in place of "
-        "%.3g, so the run is no longer the one that it would have been",
-        "; ".join(changed), steps, had, step + 1, learning_rate(config, step, steps), learning_rate(config, step, had),
+        "%s: %s; the learning rate follows the new plan, at step %d it is %.3g in place of %.3g, so the run is no "
+        "longer the one that it would have been",
+        "; ".join(changed), f"{steps} steps in place of {had}" if steps != had else f"at most {steps} steps",
+        step + 1, *rates,
     )  # fmt: skip
     return Plan(steps, step, f"at step {step}: {'; '.join(changed)}")

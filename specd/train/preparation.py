@@ -18,6 +18,7 @@ from specd.data.portion import Report
 from specd.data.progress import progress
 from specd.data.rows import DEMO
 from specd.drafts.base import TargetParts
+from specd.protocol.contract import ReplayInfo
 from specd.train.distributed import Ranks
 from specd.train.validation import Held, held_out
 
@@ -103,6 +104,15 @@ def warn_of_length(longest: int, target: Mapping[str, Any], name: str) -> None:
             "the longest sample has %d tokens, and %s turns to other rotary frequencies beyond %d: a draft sees both, "
             "each sample by its own length; data.max_length=%d keeps to one", longest, name, before, before,
         )  # fmt: skip
+
+
+def warn_of_packing(config: RunConfig, replay: ReplayInfo | None) -> None:
+    """Warn where a daemon keeps states that no later epoch asks for. replay: what it keeps, None for nothing."""
+    if replay is not None and config.data.packing == "anew" and config.train.epochs > 1:
+        logger.warning(
+            "the daemon keeps states, but data.packing=anew makes every epoch's batches new, so none of them is "
+            "replayed within this run: a new run with --set data.packing=fixed has the same ones in every epoch"
+        )
 
 
 def kept(config: RunConfig, draft: Config, begun: RunConfig | None) -> tuple[RunConfig, Config]:

@@ -26,7 +26,8 @@ from specd.train.preparation import prepared, warn_of_length, with_data, with_dt
 class Rehearsal(msgspec.Struct, frozen=True, kw_only=True):
     """What a run will take. All sizes in bytes.
 
-    batches: of all epochs. steps: of the whole run, done: those that it has behind it. parameters: trained ones.
+    batches: of all epochs. steps: of the whole run, done: those that it has behind it. max_minutes: of training, 0 for
+    no limit. parameters: trained ones.
     trainer_bytes: masters, gradients, moments and the target's frozen parts on the trainer's device; activations come
     on top. batch_bytes: states of the largest batch. staging_bytes: of the batches that a trainer holds.
     checkpoint_bytes: one of them; `keep` stay, and one more while it is written.
@@ -44,6 +45,7 @@ class Rehearsal(msgspec.Struct, frozen=True, kw_only=True):
     batches: int
     epochs: int
     steps: int
+    max_minutes: float
     done: int
     warmup: int
     parameters: int
@@ -123,6 +125,7 @@ def rehearse(
         batches=loader.num_batches,
         epochs=settled.train.epochs,
         steps=steps,
+        max_minutes=settled.train.max_minutes,
         done=kept[-1][0] if kept and resume else 0,
         warmup=ceil(settled.train.warmup_ratio * steps),
         parameters=parameters,

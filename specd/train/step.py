@@ -21,9 +21,9 @@ from specd.train.journal import StepRecord, TrainedBatch
 from specd.train.measurement import means
 from specd.train.stopwatch import Stopwatch
 
-TOLD = 7
-"""What a rank tells of its own time: waits for target and wire, forwards, its work, resubmitted, reconnects,
-shared."""
+TOLD = 9
+"""What a rank tells of its own time: waits for target and wire, forwards, its work, the step, resubmitted, reconnects,
+shared, replayed."""
 
 
 class Torn(Exception):
@@ -167,16 +167,17 @@ class UnloggedStep:
         return _of_all(record, told[0]) if told else record
 
 
-def told_of(stats: Stats, work_s: float) -> NDArray[np.float64]:
-    """What a rank tells the others of its own time in a step. work_s: of its device."""
+def told_of(stats: Stats, work_s: float, step_s: float) -> NDArray[np.float64]:
+    """What a rank tells the others of its own time in a step. work_s: of its device. step_s: of the whole step."""
     waits = stats.target_wait_s, stats.wire_wait_s
-    counts = stats.resubmitted, stats.reconnects, stats.shared
-    return np.array([*waits, stats.forward_s, sum(waits) + work_s, *counts], np.float64)
+    counts = stats.resubmitted, stats.reconnects, stats.shared, stats.replayed
+    return np.array([*waits, stats.forward_s, sum(waits) + work_s, step_s, *counts], np.float64)
 
 
 def _of_all(record: StepRecord, told: Sequence[float]) -> StepRecord:
-    """The record with means and sums over all ranks. told: of each, TOLD numbers."""
-    target, wire, forward, busy, resubmitted, reconnects, shared = (list(told[at::TOLD]) for at in range(TOLD))
+    """The record with means and sums over all ranks, and the time of rank 0. told: of each, TOLD numbers."""
+    target, wire, forward, busy, step, *counts = (list(told[at::TOLD]) for at in range(TOLD))
+    resubmitted, reconnects, shared, replayed = (int(sum(count)) for count in counts)
     size = len(target)
     waits = sum(target) / size, sum(wire) / size
     mean = sum(busy) / size
@@ -184,13 +185,15 @@ def _of_all(record: StepRecord, told: Sequence[float]) -> StepRecord:
         record,
         ranks=size,
         slowest=max(busy) / mean - 1 if mean else 0.0,
+        step_s=step[0],
         target_wait_s=waits[0],
         wire_wait_s=waits[1],
-        train_s=max(0.0, record.step_s - sum(waits)),
+        train_s=max(0.0, step[0] - sum(waits)),
         forward_s=sum(forward),
-        resubmitted=int(sum(resubmitted)),
-        reconnects=int(sum(reconnects)),
-        shared=int(sum(shared)),
+        resubmitted=resubmitted,
+        reconnects=reconnects,
+        shared=shared,
+        replayed=replayed,
     )
 
 

@@ -15,17 +15,44 @@ RECENT = 20
 """Steps that a recent mean is over."""
 
 
+class Epoch:
+    """Where the batches of one epoch came from. A step across the end of an epoch counts for neither."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.batches = self.shared = self.replayed = 0
+
+    def add(self, record: StepRecord) -> None:
+        """Take one of its steps."""
+        if all(batch.epoch == self.number for batch in record.batches):
+            self.batches += len(record.batches)
+            self.shared += record.shared
+            self.replayed += record.replayed
+
+    def __str__(self) -> str:
+        whole = max(1, self.batches)
+        own = self.batches - self.shared - self.replayed
+        others = f", forwards of others {self.shared / whole:.0%}" if self.shared else ""
+        return f"epoch {self.number + 1}: {self.replayed / whole:.0%} replayed, target {own / whole:.0%}{others}"
+
+
 class Totals:
-    """Sums over the steps of this process. recent: the last RECENT."""
+    """Sums over the steps of this process. recent: the last RECENT. epoch: the one that is trained."""
 
     def __init__(self) -> None:
         self.held_out: Measurement | None = None
         self.recent: deque[StepRecord] = deque(maxlen=RECENT)
-        self.steps = self.tokens = self.resubmitted = self.reconnects = self.batches = self.shared = 0
+        self.epoch: Epoch | None = None
+        self.steps = self.tokens = self.resubmitted = self.reconnects = self.batches = self.shared = self.replayed = 0
         self.step_s = self.target_s = self.wire_s = self.train_s = 0.0
 
-    def add(self, record: StepRecord) -> None:
-        """Take one more step."""
+    def add(self, record: StepRecord) -> Epoch | None:
+        """Take one more step; returns the epoch that is over with it, if one is."""
+        over = self.epoch
+        if over is None or record.epoch != over.number:
+            self.epoch = Epoch(record.epoch)
+        assert self.epoch is not None
+        self.epoch.add(record)
         self.recent.append(record)
         self.steps += 1
         self.tokens += record.tokens
@@ -33,10 +60,12 @@ class Totals:
         self.reconnects += record.reconnects
         self.batches += len(record.batches)
         self.shared += record.shared
+        self.replayed += record.replayed
         self.step_s += record.step_s
         self.target_s += record.target_wait_s
         self.wire_s += record.wire_wait_s
         self.train_s += record.train_s
+        return over if over is not self.epoch else None
 
     def mean_loss(self) -> float | None:
         """The mean loss of the recent steps that had one."""
@@ -67,8 +96,10 @@ class Totals:
         yield f"went to {split}: {bound(*parts.values())}-bound"
         yield f"memory  {memory}"
         if self.shared:
-            own = self.batches - self.shared
+            own = self.batches - self.shared - self.replayed
             yield f"shared  {self.batches:,} batches from {own:,} forwards of its own and {self.shared:,} of others"
+        if self.replayed:
+            yield f"replay  {self.replayed:,} of {self.batches:,} batches needed no forward: daemons had kept them"
         if self.reconnects or self.resubmitted:
             yield f"faults  {self.reconnects} reconnects, {self.resubmitted} batches asked for again"
 

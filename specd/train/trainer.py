@@ -46,10 +46,21 @@ from specd.train.distributed import Ranks
 from specd.train.export import sign
 from specd.train.interrupt import Interrupt
 from specd.train.journal import Sink, read, tell_unless_trained
-from specd.train.loop import out_of_memory, train
+from specd.train.limit import TimeLimit, spent
+from specd.train.loop import train
 from specd.train.owner import owned
 from specd.train.plan import Plan, planned
-from specd.train.preparation import data_facts, prepared, target_parts, warn_of_length, with_data, with_date, with_dtype
+from specd.train.preparation import (
+    data_facts,
+    prepared,
+    target_parts,
+    warn_of_length,
+    warn_of_packing,
+    with_data,
+    with_date,
+    with_dtype,
+)
+from specd.train.shortage import out_of_memory
 from specd.train.sinks import opened
 from specd.train.validation import Held
 from specd.train.validation import planned as measurements
@@ -100,9 +111,9 @@ def train_draft(
     not depend on it). Only whoever hosts a target reads the section `target`, so settings that are no function may not
     have it. host: a daemon of this process, or a context that makes one, which is entered once the run may begin.
     resume: go on from the newest checkpoint; begin where there is no run yet, and do nothing where it is finished under
-    the same settings; train.epochs and train.max_steps may be others by now. show: progress on the terminal. ranks:
-    entered, if the caller has already met those that this process was started with, as torchrun does; they share the
-    batches of a step, and rank 0 alone writes and shows.
+    the same settings; train.epochs, max_steps and max_minutes may be others by now. show: progress on the terminal.
+    ranks: entered, if the caller has already met those that this process was started with, as torchrun does; they share
+    the batches of a step, and rank 0 alone writes and shows.
     Raises ConfigError for settings that cannot work, and when another process trains in the same output; what
     `Subscriber`, `prepare` and `loop.train` raise; PeerError when another rank ends.
     """
@@ -167,6 +178,8 @@ def _train(
         known, draft = recipe(contract)
         if (idle := launcher.check_shares(known.train.accumulation, ranks.size)) and ranks.leads:
             logger.warning("%s", idle)
+        if ranks.leads:
+            warn_of_packing(known, subscriber.replay)
         settled = with_data(with_dtype(known, device), contract.model)
         settled = replace(settled, output=str(directory.path))
         again = ranks.decide("again", lambda: resume and directory.has_checkpoint(settled.train.save_every))
@@ -199,7 +212,8 @@ def _train(
         ranks.agree(launcher.facts(own, device, settled.train.collectives))
         checkpoints = Checkpoints(directory.checkpoints, own, settled.train.keep)
         old = checkpoints if again else None
-        plan = Plan(**ranks.decide("plan", lambda: planned(old, loader, settled.train)._asdict()))
+        clock = partial(spent, directory.journal)
+        plan = Plan(**ranks.decide("plan", lambda: planned(old, loader, settled.train, clock)._asdict()))
         steps, done = plan.steps, plan.done
         patience, wait = settled.train.peer_patience_s, first.subscriber.timeout_s + first.subscriber.connect_s + 60
         ranks.join(device, wait, collectives=settled.train.collectives, patience_s=patience)
@@ -214,9 +228,9 @@ def _train(
             what = f"no memory left on {device} for the draft and what it needs of {contract.model}"
             raise out_of_memory(what, error, "free some there or name another GPU in train.device") from None
 
-        def export(path: Path, step: int) -> None:
+        def export(path: Path, step: int, planned: int = steps) -> None:
             objective.export(path, {name: data for name, data in files.items() if name not in TARGETS_OWN})
-            sign(path, facts, step, steps)
+            sign(path, facts, step, planned)
 
         if settled.validation.decode_every and ranks.leads:
             source = stack.enter_context(_beside(first, subscriber, device, directory.path.name, host))
@@ -240,8 +254,10 @@ def _train(
                 done,
                 steps,
                 lambda: subscriber.stats().transports,
+                limit=TimeLimit(settled.train.max_minutes, clock(done)),
                 checkpoints=directory.checkpoints,
                 device=device,
+                keeps=subscriber.replay is not None,
             )
             sinks.append(stack.enter_context(shown))
         if ranks.leads:
@@ -268,7 +284,7 @@ def _train(
             step = checkpoints.compare(best).position.step
             logger.info("the draft is that of %s, which has the lowest held-out loss", best)
         with interrupt.shield():
-            export(directory.draft, step)
+            export(directory.draft, step, steps if validation.ended else end.step)
             directory.finish()
     return TrainedRun(directory.path, directory.draft, len(read(directory.journal)), ranks=ranks.size)
 
@@ -314,6 +330,7 @@ def _facts(
         launcher=launcher.identity() if ranks.size > 1 else "",
         target={
             "model": contract.model,
+            "revision": contract.revision or f"weights {contract.weights}",
             "layers": contract.num_layers,
             "hidden size": contract.hidden_size,
             "vocabulary": contract.vocab_size,

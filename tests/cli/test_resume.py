@@ -114,6 +114,9 @@ def test_more_and_fewer_steps_are_a_new_plan_and_said(
     assert ((first.step, first.steps), (last.step, last.steps)) == ((3, 3), (5, 5))
     assert run(["-q", "resume", "run", "--max-steps", "2"]) == 1
     assert "train.max_steps was 5, is 2, and 5 steps are done: expected at least as many" in capsys.readouterr().err
+    assert run(["-q", "resume", "run", "--max-minutes", "1e-6"]) == 1
+    said = capsys.readouterr().err
+    assert "train.max_minutes was 0.0, is 1e-06, and 5 steps are done in " in said
     assert run(["-q", "resume", "run", "--set", "train.lr=1"]) == 1
     assert "train.lr was 0.0006, is 1" in capsys.readouterr().err
     assert run(["-q", "resume", "elsewhere"]) == 2

@@ -17,7 +17,7 @@ from specd.daemon.exposition import COUNTS, WAITS, metrics
 from specd.daemon.ring import COUNTERS as RING_COUNTERS
 from specd.protocol.messages import StatusReport
 from specd.train.exposition import Exposition
-from step_records import record
+from step_records import measurement, record
 
 DASHBOARD = Path(__file__).parents[2] / "docs" / "grafana.json"
 
@@ -77,7 +77,11 @@ def test_the_dashboard_asks_for_what_is_served() -> None:
     asked = " ".join(target["expr"] for panel in board["panels"] for target in panel.get("targets", []))
     run = Exposition(40, {})
     run.step(record(1))
+    run.validated(measurement(1, acceptance_length=2.0))
     served = {name.partition("{")[0] for name in samples(page() + page_of(run.metrics()))}
     unknown = set(re.findall(r"\bspecd_\w+", asked)) - served
     assert not unknown
     assert all(panel["title"] for panel in board["panels"])
+    assert {f"specd_train_validation_{name}" for name in ("loss", "acceptance_length")} <= {*re.findall(r"\w+", asked)}
+    places = [tuple(panel["gridPos"][key] for key in "xy") for panel in board["panels"]]
+    assert len({*places}) == len(places) == len({panel["id"] for panel in board["panels"]})

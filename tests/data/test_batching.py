@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from specd.config.settings import Packing
 from specd.data.batching import BatchPlan, Loader, _splitmix
 from specd.errors import ConfigError
 from specd.protocol.batch import Batch
@@ -94,14 +95,43 @@ def test_resuming_in_an_epoch_without_any_sample() -> None:
 
 
 @settings(deadline=None)
-@given(lengths, st.integers(1, 3), st.data())
-def test_resuming_anywhere_gives_the_tail(sizes: list[int], epochs: int, data: st.DataObject) -> None:
-    plan = BatchPlan(sizes, 100, seed=7)
+@given(lengths, st.integers(0, 2**63 - 1), st.data())
+def test_fixed_packs_are_those_of_the_first_epoch_in_every_epoch(
+    sizes: list[int], seed: int, data: st.DataObject
+) -> None:
+    weights = data.draw(st.none() | st.lists(st.integers(0, 3), min_size=len(sizes), max_size=len(sizes)))
+    plan = BatchPlan(sizes, 100, seed=seed, weights=weights, packing="fixed")
+    anew = BatchPlan(sizes, 100, seed=seed, weights=weights)
+    assert plan.epoch(0) == anew.epoch(0)
+    for epoch in (3, 1, 2):
+        assert sorted(plan.epoch(epoch)) == sorted(anew.epoch(0))
+        assert plan.num_batches(epoch) == anew.num_batches(0)
+
+
+def test_fixed_packs_come_in_another_order_each_epoch() -> None:
+    plan = BatchPlan([5] * 100, 20, seed=4, packing="fixed")
+    epochs = [plan.epoch(epoch) for epoch in range(4)]
+    assert all(a != b for i, a in enumerate(epochs) for b in epochs[:i])
+    assert BatchPlan([4, 2, 3, 1, 5, 2], 6, seed=3, packing="fixed").epoch(1) == [(4,), (2,), (0,), (3, 5, 1)]
+
+
+def test_fixed_packs_cannot_have_a_sample_in_some_epochs_only() -> None:
+    said = r"^data\.packing=fixed with data\.weights of 1\.5: every .*; expected whole numbers, or data\.packing=anew$"
+    with pytest.raises(ConfigError, match=said):
+        BatchPlan([4, 4], 12, weights=[1, 1.5], packing="fixed")
+
+
+@settings(deadline=None)
+@given(lengths, st.integers(1, 3), st.sampled_from(["anew", "fixed"]), st.data())
+def test_resuming_anywhere_gives_the_tail(sizes: list[int], epochs: int, packing: Packing, data: st.DataObject) -> None:
+    plan = BatchPlan(sizes, 100, seed=7, packing=packing)
     whole = list(Loader(Numbers(sizes), plan, epochs=epochs))
     assert len(whole) == Loader(Numbers(sizes), plan, epochs=epochs).num_batches
     trained = data.draw(st.integers(0, len(whole)))
     epoch, index = (whole[trained - 1].epoch, whole[trained - 1].index + 1) if trained else (0, 0)
-    resumed = Loader(Numbers(sizes), BatchPlan(sizes, 100, seed=7), epochs=epochs).remaining(epoch, index)
+    resumed = Loader(Numbers(sizes), BatchPlan(sizes, 100, seed=7, packing=packing), epochs=epochs).remaining(
+        epoch, index
+    )
     assert [facts(batch) for batch in resumed] == [facts(batch) for batch in whole[trained:]]
 
 

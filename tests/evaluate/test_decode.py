@@ -256,6 +256,7 @@ def test_a_cached_draft_equals_one_that_reads_the_whole_context_each_time(model:
                 torch.testing.assert_close(one, other)
 
 
+@pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")  # dflash gives it so
 def test_the_drafter_agrees_with_the_published_decoder(model: Any) -> None:
     """The same guesses in every full block, and the same text."""
     module = pytest.importorskip("dflash.model", reason="the published implementation is a development dependency")

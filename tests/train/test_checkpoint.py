@@ -192,7 +192,7 @@ def test_a_run_of_0_1_0_resumes_whatever_its_recipes_mask_token_was(tmp_path: Pa
 
 def test_settings_that_a_run_of_0_1_0_does_not_name_are_what_it_did(tmp_path: Path) -> None:
     own = {f"data.{name}": value for name, value in msgspec.to_builtins(DataConfig()).items()}
-    later = {"data.columns", "data.date", "data.long", "data.subset", "data.weights"}
+    later = {"data.columns", "data.date", "data.long", "data.packing", "data.subset", "data.weights"}
     old = Checkpoints(tmp_path, Identity(target="", settings={k: own[k] for k in own.keys() - later}))
     path = old.save(Position(step=1), *trained(), RngStates.capture())
     Checkpoints(tmp_path, Identity(target="", settings=own)).compare(path)

@@ -13,6 +13,7 @@ from rich.console import Console
 from runs import Source, run
 from specd.protocol.batch import Batch
 from specd.train.display import Display, sparkline
+from specd.train.journal import TrainedBatch
 from step_records import measurement, record
 
 
@@ -77,6 +78,22 @@ def test_plain_lines_without_a_terminal() -> None:
     assert "4 steps, 250 tokens/s, 2.0 s a step" in lines[4]
     assert lines[5] == "loss    1.3333, mean of the last 4: 1.9000"
     assert lines[8] == "went to target 75%, wire 5%, trainer 20%: target-bound"
+
+
+@pytest.mark.parametrize("live", [True, False])
+def test_an_epoch_ends_with_what_was_replayed_if_a_daemon_keeps_states(live: bool) -> None:
+    console = Console(file=io.StringIO(), force_terminal=live, width=110, color_system=None)
+    assert isinstance(console.file, io.StringIO)
+    with Display("draft", 0, 4, dict, console, every_s=1e9, keeps=True) as display:
+        for step, epoch in enumerate((0, 0, 1, 1), 1):
+            batches = (TrainedBatch(epoch=epoch, index=step, samples=(step,)),)
+            display.step(record(step, epoch=epoch, batches=batches, replayed=int(step == 4)))
+        console.print(display.render())
+    shown = console.file.getvalue()
+    assert "epoch 1: 0% replayed, target 100%\n" in shown
+    assert "epoch 2: 50% replayed, target 50%\n" in shown
+    assert "states" in shown
+    assert "replay  1 of 4 batches needed no forward" in shown
 
 
 def test_sparkline_spans_the_blocks() -> None:

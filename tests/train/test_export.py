@@ -22,7 +22,7 @@ CONFIG = {
 }  # fmt: skip
 FACTS = RunFacts(
     started="then",
-    target={"model": "tiny", "fingerprint": "f" * 9},
+    target={"model": "tiny", "revision": "c0ffee", "fingerprint": "f" * 9},
     draft={"method": "DFlash"},
     data={"path": "/secret/rows.jsonl", "samples": "9", "digest": "abc", "cannot be used: x": "1, the first: /secret"},
     transports={"ipc:///run/x": "shm"},
@@ -107,6 +107,7 @@ def test_the_readme_says_how_it_was_trained_and_what_was_measured(run: Path, tmp
         "--speculative-algorithm DFLASH",
         "| steps | 2 of 5 planned",
         "| digest of the data | abc |",
+        "| revision of the target | c0ffee |",
         "not mea",
     ):
         assert part in text

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,11 +16,14 @@ from torch.optim.adamw import adamw
 
 from runs import CONFIG, Plan, Source, Tiny, curve, records, run, same, weights
 from specd.config.settings import TrainConfig
+from specd.data.batching import Place
 from specd.drafts.base import Loss
 from specd.errors import BatchError, CheckpointError, SpecdError
 from specd.protocol.batch import Batch
+from specd.train import measurement
 from specd.train.checkpoint import Checkpoints, Position
 from specd.train.optimizer import learning_rate, total_steps
+from specd.train.validation import Validation
 
 
 def test_every_batch_is_trained_once_and_the_last_window_is_flushed(tmp_path: Path) -> None:
@@ -282,3 +286,43 @@ def test_learning_rate_warms_up_and_ends_at_zero() -> None:
     assert rates[55] == pytest.approx(0.5)
     assert rates[100] == pytest.approx(0.0)
     assert rates[10:] == sorted(rates[10:], reverse=True)
+
+
+@pytest.mark.parametrize("log_every", [1, 2])
+def test_a_run_ends_when_its_time_is_over_and_its_rate_has_come_down(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, log_every: int
+) -> None:
+    now = 0.0
+
+    def take(batch: Batch) -> None:
+        nonlocal now
+        now += 1.0
+        if killed is not None and (batch.epoch, batch.index) == killed:
+            raise Killed
+
+    monkeypatch.setattr("specd.train.loop.time", SimpleNamespace(perf_counter=lambda: now))
+    config = structs.replace(CONFIG, epochs=20, max_minutes=0.5, log_every=log_every, save_every=2)
+    killed: tuple[int, int] | None = None
+    held = [Place(0, 0, (11,), 6), Place(0, 1, (12,), 3)]
+    checks = Validation(held, 1000, 0, tmp_path / "validation.jsonl")
+    whole, end = run(tmp_path / "whole", config, plan=Plan(20), source=Source(take), validation=checks)
+    assert end == Position(step=10, epoch=2, index=10), "30 s are 10 steps of 3 batches, of 67"
+    assert [record.step_s for record in records(tmp_path / "whole")] == [3.0] * 10
+    rates = [record.lr for record in records(tmp_path / "whole")]
+    assert rates[0] < 0.2 * config.lr < 0.9 * config.lr < max(rates)
+    assert rates[-1] < 0.12 * config.lr, "as behind nine tenths of a plan, or eight"
+    assert [(one.step, one.tokens) for one in measurement.read(tmp_path / "validation.jsonl")] == [(10, 9)]
+
+    killed = (1, 5)
+    with pytest.raises(Killed):
+        run(tmp_path / "cut", config, plan=Plan(20), source=Source(take))
+    killed = None
+    resumed, again = run(tmp_path / "cut", config, plan=Plan(20), source=Source(take), resume=True)
+    assert again == end, "the clock goes on where it was"
+    assert curve(tmp_path / "cut") == curve(tmp_path / "whole")
+    assert same(weights(resumed), weights(whole))
+    source = Source(take)
+    assert run(tmp_path / "cut", config, plan=Plan(20), source=source, resume=True)[1] == end
+    assert source.delivered == 0, "it is over"
+    longer = structs.replace(config, max_minutes=0.6)
+    assert run(tmp_path / "cut", longer, plan=Plan(20), source=Source(take), resume=True)[1].step == 12

@@ -15,7 +15,7 @@ from specd.train.checkpoint import Position, RngStates
 from specd.train.distributed import Ranks
 from specd.train.journal import TrainedBatch
 from specd.train.launcher import Launch
-from specd.train.step import Sums, Torn, UnloggedStep, Window, told_of
+from specd.train.step import TOLD, Sums, Torn, UnloggedStep, Window, told_of
 from step_records import record
 
 
@@ -50,7 +50,7 @@ def test_sums_are_in_the_order_of_the_plan(size: int, batches: int) -> None:
         for batch in ranks.deal(range(batches)):
             window.add(loss_of(batch))
         assert window.num_counts in ((2, 0), (3, 2))
-        told = told_of(Stats(target_wait_s=rank, resubmitted=2), work_s=1.0)
+        told = told_of(Stats(target_wait_s=rank, resubmitted=2), work_s=1.0, step_s=1.0)
         sums = window.sums(ranks, 1, batches, accumulation=5, counts=(3, 2), told=told)
     assert sums is not None
     assert sums.losses.tolist() == [10.0 + batch for batch in range(batches)]
@@ -65,13 +65,15 @@ def test_sums_are_in_the_order_of_the_plan(size: int, batches: int) -> None:
 
 def unlogged(losses: list[float], norm: float = 2.0, *, intact: bool = True) -> UnloggedStep:
     facts = record(
-        step=4, batches=tuple(TrainedBatch(epoch=0, index=i, samples=(i,)) for i in range(len(losses))), step_s=2.0
+        step=4, batches=tuple(TrainedBatch(epoch=0, index=i, samples=(i,)) for i in range(len(losses))), step_s=2.5
     )
     told = torch.from_numpy(
         np.stack(
             [
-                told_of(Stats(target_wait_s=0.5, forward_s=1.0, resubmitted=1), work_s=0.5),
-                told_of(Stats(wire_wait_s=0.5, forward_s=2.0, reconnects=2, shared=3), work_s=2.5),
+                told_of(Stats(target_wait_s=0.5, forward_s=1.0, resubmitted=1), work_s=0.5, step_s=2.0),
+                told_of(
+                    Stats(wire_wait_s=0.5, forward_s=2.0, reconnects=2, shared=3, replayed=4), work_s=2.5, step_s=7.0
+                ),
             ]
         )
     )
@@ -85,7 +87,7 @@ def unlogged(losses: list[float], norm: float = 2.0, *, intact: bool = True) -> 
 def test_a_record_has_means_of_what_else_is_measured() -> None:
     window = Window("cpu")
     window.add(loss_of(2))
-    sums = window.sums(Ranks(), 1, 1, accumulation=1, counts=(3, 2), told=np.zeros(6))
+    sums = window.sums(Ranks(), 1, 1, accumulation=1, counts=(3, 2), told=np.zeros(TOLD))
     facts = record(step=1, batches=(TrainedBatch(epoch=0, index=0, samples=(0,)),))
     found = UnloggedStep(window, sums, torch.tensor(1.0), facts, Position(step=1), RngStates.capture()).record()
     assert found.teacher_forced_by_offset == (2 / 7, 1 / 6)
@@ -96,7 +98,9 @@ def test_a_record_tells_of_all_ranks() -> None:
     found = unlogged([1.0, 3.0]).record()
     assert (found.loss, found.grad_norm, found.weight, found.ranks) == (2.0, 2.0, 2.0, 2)
     assert (found.target_wait_s, found.wire_wait_s, found.train_s) == (0.25, 0.25, 1.5)
-    assert (found.forward_s, found.resubmitted, found.reconnects, found.shared) == (3.0, 1, 2, 3)
+    assert found.step_s == 2.0, "the clock of rank 0, on every rank"
+    assert (found.forward_s, found.resubmitted, found.reconnects) == (3.0, 1, 2)
+    assert (found.shared, found.replayed) == (3, 4)
     assert found.slowest == pytest.approx(0.5), "3 s, and 2 in the mean"
 
 

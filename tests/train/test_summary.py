@@ -8,6 +8,7 @@ import pytest
 from rich.console import Console
 
 from specd.train.display import Display
+from specd.train.journal import TrainedBatch
 from specd.train.summary import Totals, memory_use
 from step_records import measurement, record
 
@@ -49,6 +50,24 @@ def test_what_others_forwards_have_saved_is_said() -> None:
         totals.add(record(step, shared=step % 2))
     batches = 4 * len(record(1).batches)
     assert f"shared  {batches} batches from {batches - 2} forwards of its own and 2 of others" in totals.lines(1.0, "")
+
+
+def test_what_daemons_had_kept_is_said_of_each_epoch_and_of_all() -> None:
+    totals = Totals()
+
+    def add(step: int, epochs: tuple[int, ...], **changes: int) -> str:
+        batches = tuple(TrainedBatch(epoch=epoch, index=step, samples=(step,)) for epoch in epochs)
+        over = totals.add(record(step, epoch=epochs[-1], batches=batches, **changes))
+        return str(over) if over else ""
+
+    assert add(1, (0, 0)) == add(2, (0, 0), replayed=1) == ""
+    assert add(3, (0, 1), replayed=1) == "epoch 1: 25% replayed, target 75%", "a step across its end counts for neither"
+    add(4, (1, 1), replayed=2)
+    add(5, (1, 1), replayed=1, shared=1)
+    assert str(totals.epoch) == "epoch 2: 75% replayed, target 0%, forwards of others 25%"
+    lines = list(totals.lines(1.0, ""))
+    assert "replay  5 of 10 batches needed no forward: daemons had kept them" in lines
+    assert "shared  10 batches from 4 forwards of its own and 1 of others" in lines
 
 
 def test_a_run_that_learnt_nothing_has_no_loss_to_show() -> None:

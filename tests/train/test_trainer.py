@@ -69,6 +69,7 @@ def test_without_data_it_trains_on_the_conversations_that_come_along_and_says_so
     assert "\n" not in said
     facts = json.loads((done.directory / "run.json").read_bytes())
     assert (facts["data"]["path"], facts["config"]["data"]["path"]) == (DEMO, DEMO)
+    assert facts["target"]["revision"] == f"weights {facts['target']['fingerprint'].split(':')[5]}"
     assert facts["draft"]["method"].startswith("DFlash")
     assert facts["config"]["draft"] == msgspec.to_builtins(msgspec.convert(DRAFT, DFlashConfig)), (
         "those that were not given, too"
@@ -144,6 +145,8 @@ def test_one_command_survives_being_started_again(settings: dict[str, Any], host
     assert not [*done.directory.glob(".lock")]
     with pytest.raises(CheckpointError, match=r"train.lr was .*give the old values back"):
         train_draft(settings | {"train": TRAIN | {"lr": 1e-9}}, host=host, resume=True)
+    with pytest.raises(CheckpointError, match=r"data\.packing was 'anew', is 'fixed': give the old values back"):
+        train_draft(settings | {"data": settings["data"] | {"packing": "fixed"}}, host=host, resume=True)
     with pytest.raises(DataError, match="no data at 'none'"):
         train_draft(settings | {"data": {"path": "none"}}, host=host, resume=True)
     (done.directory / "metrics.jsonl").write_bytes((done.directory / "metrics.jsonl").read_bytes() * 2)
@@ -361,3 +364,19 @@ def test_bad_rows_are_in_the_facts_and_in_the_report(host: Embedded, settings: d
     assert said.startswith("1, the first: a.jsonl line 2")
     assert run(["report", str(done.directory)]) == 0
     assert "a.jsonl line 2" in (done.directory / "report.html").read_text()
+
+
+def test_every_epoch_of_fixed_packs_trains_the_same_batches_also_when_resumed(
+    host: Embedded, settings: dict[str, Any]
+) -> None:
+    fixed = {"data": settings["data"] | {"packing": "fixed"}, "train": TRAIN | {"epochs": 2, "max_steps": 0}}
+    longer = settings | fixed | {"train": fixed["train"] | {"epochs": 3}}
+    train_draft(settings | fixed, host=host)
+    done = train_draft(longer, host=host, resume=True)
+    packs: dict[int, list[tuple[int, ...]]] = {}
+    for record in read(done.directory / "metrics.jsonl"):
+        for batch in record.batches:
+            packs.setdefault(batch.epoch, []).append(batch.samples)
+    first, second, third = packs.values()
+    assert sorted(first) == sorted(second) == sorted(third)
+    assert first != second != third
