@@ -67,7 +67,8 @@ class RingConfig(Config, kw_only=True, frozen=True):
     payload_mib: MiB that the images of a batch may bring for the target, 0 to take text alone.
     lease_ttl_s: seconds for which a trainer of another host may hold a slot without a sign of life.
     pace_s: seconds a batch for which a trainer may be held for others that share its forwards; 0 never, two forwards of
-    a batch, as measured, where it is left out.
+    a batch, as measured, where it is left out. lag_gb: memory for what trainers of a share were done with before others
+    that lag had it, in 10⁹ bytes: those read it from there, and no forward is made again; 0 for none.
     """
 
     slots: Positive = 8
@@ -76,6 +77,7 @@ class RingConfig(Config, kw_only=True, frozen=True):
     payload_mib: Annotated[int, Meta(ge=0, le=256)] = 0
     lease_ttl_s: Annotated[float, Meta(ge=0.05, le=86_400)] = 30.0
     pace_s: Annotated[float, Meta(ge=0, le=3600)] | None = None
+    lag_gb: Annotated[float, Meta(ge=0, le=1e6)] = 0.0
 
 
 class CaptureConfig(Config, kw_only=True, frozen=True):

@@ -40,6 +40,7 @@ from specd.worker import first_batches
 from specd.worker import messages as channel
 from specd.worker.announcer import Announcer
 from specd.worker.blank import blank
+from specd.worker.lag import LagCells
 from specd.worker.replaying import Replay, identity_of
 from specd.worker.ring_memory import open_ring
 
@@ -76,6 +77,7 @@ class Worker:
         self._tasks: queue.SimpleQueue[channel.FillSlot | None] = queue.SimpleQueue()
         self._announcer = Announcer(self._outbox, self._fail, 1 + config.daemon.ring.slots)
         self._replay: Replay | None = None
+        self._lag: LagCells | None = None
         self._ended = os.eventfd(0)  # the target thread's: it could not start, or crashed
         self._failure = ""
         self._first = first_batches.FirstBatches()
@@ -136,6 +138,8 @@ class Worker:
         """Handle one message of control, on the service thread; False ends the worker."""
         match note:
             case channel.FillSlot():
+                if self._lag is not None:
+                    self._lag.filling(note.slot, note.layout.nbytes)
                 if self._replay is None or not self._replay.take(note):
                     self._tasks.put(note)
             case channel.FillNoise():
@@ -160,6 +164,9 @@ class Worker:
                 data = bytes(self._target.artifact(note.name)[note.offset : note.offset + note.length])
                 reply = channel.ArtifactBytes(session=note.session, name=note.name, offset=note.offset, data=data)
                 outbox.send(channel.encode(reply))
+            case channel.SaveSlot() | channel.LoadSlot():
+                assert self._lag is not None
+                self._lag.copy(note)
             case channel.Lasts():
                 assert self._replay is not None
                 self._replay.lasts(note.lookups)
@@ -227,6 +234,8 @@ class Worker:
         self._arena, self._servers, self._on_host = open_ring(
             config, nbytes, target.device, self._config.epoch, self._config.serving
         )
+        if config.ring.lag_gb:
+            self._lag = LagCells(self._arena, config.ring.lag_gb, self._outbox, self._fail)
         replay = None
         if self._replay is not None:
             identity = identity_of(config.target, target)
@@ -244,6 +253,7 @@ class Worker:
             segment=self._arena.path,
             load_s=time.monotonic() - begin,
             replay=replay,
+            lag_cells=len(self._lag) if self._lag is not None else 0,
         )
 
     def _gather(self, first: channel.FillSlot) -> tuple[list[channel.FillSlot], channel.FillSlot | None]:
@@ -336,6 +346,8 @@ class Worker:
                 ends.callback(server.close)
             if self._replay is not None:
                 ends.callback(self._replay.close)
+            if self._lag is not None:
+                ends.callback(self._lag.close)
 
 
 def capture_of(config: DaemonConfig, contract: TargetContract) -> CaptureSpec:

@@ -127,6 +127,22 @@ def test_one_that_comes_late_and_one_that_was_stopped_get_their_own_states(daemo
         assert member.returncode == 0
 
 
+def test_one_that_was_stopped_for_3_s_reads_what_the_other_passed() -> None:
+    """At equal speeds they do not meet again: with a lag window no forward is made twice, and nobody waits."""
+    count, step_s = 150, 0.02
+    with own_process("--lag-gb", "0.02") as daemon, other_process(daemon, "lag", count, step_s) as member:
+        wakes = threading.Timer(3.5, member.send_signal, [signal.SIGCONT])
+        threading.Timer(0.5, member.send_signal, [signal.SIGSTOP]).start()
+        wakes.start()
+        went_on = follow(daemon, "shm", SPECS[2], count, share="lag", step_s=step_s)
+        wakes.join()
+        assert json.loads(member.communicate(timeout=60)[0]) == went_on.digests
+        counters = ask_status(daemon, 10).counters
+    assert counters["lag_hits"] >= 30, "they were together all the time"
+    assert counters["fills"] <= 0.6 * 2 * count
+    assert counters["kept_evicted"] == 0
+
+
 def test_a_real_target_within_one_process(tmp_path: Path) -> None:
     """Exact forwards of a transformer, over inproc; a trainer without a share takes what covers its own."""
     settings = replace(daemon_config(write_model(tmp_path)), capture=CaptureConfig(num_taps=6, final=True))
