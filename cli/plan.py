@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import msgspec
 import typer
@@ -16,7 +16,7 @@ from specd.drafts import registry
 from specd.errors import ConfigError
 from specd.plan.balance import Balance, Placement, Work, balance
 from specd.plan.replay import Saving, Store, saving
-from specd.protocol.capture import DTYPE_BYTES, CaptureSpec
+from specd.protocol.capture import DTYPE_BYTES, CaptureSpec, StateDtype, plain
 from specd.transports.registry import WITHIN_PROCESS
 
 if TYPE_CHECKING:
@@ -72,6 +72,10 @@ def plan(
     num_taps: Annotated[
         int, typer.Option(min=1, help="Taps, with --model; 4 for EAGLE-3: its final state, too.", rich_help_panel=SIZES)
     ] = 5,
+    dtype: Annotated[
+        str,
+        typer.Option(help="Of the states, with --model: auto, or float8_e4m3fn.", rich_help_panel=SIZES),
+    ] = "auto",
     samples: Annotated[int | None, typer.Option(help="Of the data set.", rich_help_panel=SIZES)] = None,
     tokens_per_sample: Annotated[float | None, typer.Option(help="On average.", rich_help_panel=SIZES)] = None,
     epochs: Annotated[float | None, typer.Option(help="Passes over it.", rich_help_panel=SIZES)] = None,
@@ -110,7 +114,9 @@ def plan(
         "gpus_per_trainer": gpus_per_trainer,
         "depth": depth,
     }
-    known = _of_preset(model, num_taps) if model else {}
+    if dtype != "auto" and not model:
+        raise ConfigError(f"--dtype {dtype}: expected --model with it; what --from names has a dtype of its own")
+    known = _of_preset(model, num_taps, dtype) if model else {}
     known |= _measured(measured, draft=draft_tokens_per_s is None) if measured else {}
     known |= {name: value for name, value in flags.items() if value is not None}
     asked = (daemons or 1, trainers or 1) if daemons or trainers else (0, 0)
@@ -141,12 +147,15 @@ def _work(known: dict[str, Any]) -> Work:
     return Work(**known)
 
 
-def _of_preset(name: str, num_taps: int) -> dict[str, Any]:
-    """Batch and bytes of a preset's recipe."""
+def _of_preset(name: str, num_taps: int, dtype: str) -> dict[str, Any]:
+    """Batch and bytes of a preset's recipe. Raises ConfigError for a preset or a dtype that there is not."""
+    if dtype not in ("auto", *DTYPE_BYTES):
+        raise ConfigError(f"--dtype {dtype!r}: expected auto, for the preset's, or one of {', '.join(DTYPE_BYTES)}")
     recipe = preset(name)
     if recipe is None or "hidden_size" not in recipe.config:
         raise ConfigError(f"--model {name!r}: expected one of {', '.join(presets())}; else give --bytes-per-token")
-    spec = CaptureSpec(taps=tuple(range(num_taps)), dtype=recipe.dtype)
+    asked = recipe.dtype if dtype == "auto" else cast(StateDtype, dtype)
+    spec = CaptureSpec(taps=tuple(range(num_taps)), dtype=asked)
     tokens = recipe.run.get(registry.DEFAULT, {}).get("data", {}).get("batch_tokens", 3072)
     return {"bytes_per_token": spec.bytes_per_token(int(recipe.config["hidden_size"])), "batch_tokens": tokens}
 
@@ -193,16 +202,21 @@ def _of_run(path: Path, *, draft: bool) -> dict[str, Any]:
         raise ConfigError(
             f"--from {str(path)!r}: its journal has no step with a forward time yet, all of whose batches needed one"
         )
-    dtype = str(facts.target["dtype"])
+    dtype = facts.config.get("capture", {}).get("dtype", "auto")
     taps = str(facts.draft["taps"]).split(",")
     method = str(facts.config.get("method", registry.DEFAULT))
     asked = registry.settings(method, facts.config.get("draft", {}), f"--from {str(path)!r}")
-    states = len(taps) + registry.load(method).capture_config(asked).final
+    final = registry.load(method).capture_config(asked).final
+    spec = CaptureSpec(
+        taps=tuple(range(len(taps))),
+        final=final,
+        dtype=plain(str(facts.target["dtype"])) if dtype == "auto" else dtype,
+    )
     known: dict[str, Any] = {
         "target_tokens_per_s": sum(step.tokens for step in computed) / forward_s,
         "batch_tokens": tokens / batches,
         "tokens_per_sample": tokens / samples,
-        "bytes_per_token": states * int(facts.target["hidden size"]) * DTYPE_BYTES.get(dtype, 2),
+        "bytes_per_token": spec.bytes_per_token(int(facts.target["hidden size"])),
         "samples": int(str(facts.data["samples"]).replace(",", "")),
         "depth": facts.config["subscriber"]["depth"],
         "epochs": facts.config["train"]["epochs"],

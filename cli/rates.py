@@ -74,6 +74,16 @@ def rates(now: StatusReport, before: StatusReport | None = None) -> Rates:
     )
 
 
+def saved(counts: dict[str, int]) -> str:
+    """What sharing saved, by the ring's counters; empty for nothing."""
+    joins, reads = counts.get("joins", 0), counts.get("lag_hits", 0)
+    if not joins + reads:
+        return ""
+    late = f", {reads:,} of them from the lag window" if reads else ""
+    total = counts.get("fills", 0) + joins + reads
+    return f"{joins + reads:,} of {total:,} requests needed no forward of their own{late}"
+
+
 def who_waits(shares: dict[str, float]) -> str:
     """In words, who waits for whom."""
     word = max(shares, key=lambda each: shares[each])

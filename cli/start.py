@@ -80,6 +80,10 @@ def start(
         int | None,
         typer.Option(min=0, help="With --trainers: batches each has in flight [default: 2].", rich_help_panel=SHAPE),
     ] = None,
+    lag_gb: Annotated[
+        float | None,
+        typer.Option("--lag-gb", help="Memory for what slower trainers of a share still need.", rich_help_panel=SHAPE),
+    ] = None,
     transports: Annotated[
         str, typer.Option(help="What to serve: auto for all that works here, or cuda_ipc,shm,…", rich_help_panel=SHAPE)
     ] = "",
@@ -141,7 +145,7 @@ def start(
             "memory_fraction": memory_fraction,
             "attention_backend": attention_backend,
         },
-        "ring": {"slots": slots, "slot_tokens": slot_tokens} | _ring_for(trainers, depth, slots),
+        "ring": {"slots": slots, "slot_tokens": slot_tokens, "lag_gb": lag_gb} | _ring_for(trainers, depth, slots),
         "transports": [name.strip() for name in transports.split(",") if name.strip()],
         "replay": {"dir": str(replay.absolute()) if replay else "", "gb": replay_gb, "ram_gb": replay_ram_gb},
         "endpoint": endpoint,

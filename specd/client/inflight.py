@@ -13,7 +13,6 @@ training loop only waits.
 from __future__ import annotations
 
 import logging
-import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
@@ -24,6 +23,7 @@ import zmq
 
 from specd.client import effects
 from specd.client.artifacts import ArtifactReader
+from specd.client.changed import Changed
 from specd.client.connect import Connector
 from specd.client.effects import Effect
 from specd.client.fetch import Fetcher, Item
@@ -70,7 +70,7 @@ class InFlight:
         self._config = config
         self._device = terms.device
         self._stats = Stats()
-        self._lock = threading.Condition()
+        self._lock = Changed()
         self._guard = Guard(self._lock)
         self._links = Links([resolve_endpoint(endpoint) for endpoint in config.endpoints], places)
         standby = [self._links.index(link) for link in self._links if link.place.standby]

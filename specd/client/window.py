@@ -190,7 +190,7 @@ class Window(Generic[S, B]):
             return self._settle()
         pending.daemon, pending.session, pending.ready, pending.state = peer.place, session, message, State.READY
         pending.forward_s, pending.source = message.target_us / 1e6, message.source
-        if peer.borrow:
+        if peer.borrow and pending.ref.begin is not None:
             pending.borrowed = True
             self._todo.append(effects.SendBorrow(session, message.lease))
         elif peer.announce:

@@ -67,7 +67,8 @@ class RingConfig(Config, kw_only=True, frozen=True):
     payload_mib: MiB that the images of a batch may bring for the target, 0 to take text alone.
     lease_ttl_s: seconds for which a trainer of another host may hold a slot without a sign of life.
     pace_s: seconds a batch for which a trainer may be held for others that share its forwards; 0 never, two forwards of
-    a batch, as measured, where it is left out.
+    a batch, as measured, where it is left out. lag_gb: memory for what trainers of a share were done with before others
+    that lag had it, in 10⁹ bytes: those read it from there, and no forward is made again; 0 for none.
     """
 
     slots: Positive = 8
@@ -76,18 +77,19 @@ class RingConfig(Config, kw_only=True, frozen=True):
     payload_mib: Annotated[int, Meta(ge=0, le=256)] = 0
     lease_ttl_s: Annotated[float, Meta(ge=0.05, le=86_400)] = 30.0
     pace_s: Annotated[float, Meta(ge=0, le=3600)] | None = None
+    lag_gb: Annotated[float, Meta(ge=0, le=1e6)] = 0.0
 
 
 class CaptureConfig(Config, kw_only=True, frozen=True):
     """The capture that the slots are sized for.
 
     num_taps: how many layers. final: the last hidden state after the final norm, too. dtype: of the states; `auto` is
-    the target's.
+    the target's. Slots of float8_e4m3fn take half the memory, and half the tokens of a trainer that asks for bfloat16.
     """
 
     num_taps: int = 5
     final: bool = False
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "float8_e4m3fn"] = "auto"
 
 
 class ReplayConfig(Config, kw_only=True, frozen=True):
@@ -168,10 +170,11 @@ class SubscriberConfig(Config, kw_only=True, frozen=True):
     endpoints: of the daemons, `auto` for this user's. transport: `auto`, or one by name: that one or an error. depth:
     batches in flight beyond the one in use; 0 requests on demand only. timeout_s: longest wait for one batch.
     connect_s: longest time without any usable daemon. borrow: read the daemon's slots in place, without a copy, where
-    trainer and target share one GPU; a slot then stays taken until its batch was trained. place: which daemons a rank
-    takes where a training has several ranks. `near` means those on its own host, or all if none is, shared evenly among
-    the ranks, and the rest only while none of these is up; `all` means every one. auth: keys, for TCP endpoints.
-    insecure_data: with keys, also take transports from another host that do not encrypt states (nccl, nixl).
+    trainer and target share one GPU; a slot then stays taken until its batch was trained; in a share only what lies in
+    one piece, such as final states alone. place: which daemons a rank takes where a training has several ranks. `near`
+    means those on its own host, or all if none is, shared evenly among the ranks, and the rest only while none of these
+    is up; `all` means every one. auth: keys, for TCP endpoints. insecure_data: with keys, also take transports from
+    another host that do not encrypt states (nccl, nixl).
     share: trainers that name the same one, and train on the same batches, share forwards of the target, whatever layers
     each of them wants; empty to share with nobody.
     """
@@ -262,6 +265,17 @@ class TrainConfig(Config, kw_only=True, frozen=True):
     peer_patience_s: Annotated[float, Meta(ge=0)] = 0.0
 
 
+class StatesConfig(Config, kw_only=True, frozen=True):
+    """How the states of the target come.
+
+    dtype: `auto` is the target's. float8_e4m3fn, with a scale for each tap of a token, takes half the bytes of bfloat16
+    on the wire, in the daemon's slots and in staging buffers, and rounds states to four significant bits; drafts read
+    them in the target's dtype.
+    """
+
+    dtype: Literal["auto", "float8_e4m3fn"] = "auto"
+
+
 class ValidationConfig(Config, kw_only=True, frozen=True):
     """Rows that are held out of training, and measured.
 
@@ -300,8 +314,8 @@ class RunConfig(Config, kw_only=True, frozen=True):
     """All settings of one `specd train METHOD`.
 
     method: which draft is trained. draft: its settings, those of its method. output: the run directory; empty is
-    runs/METHOD. data: what it trains on. train: the training loop. log: where its progress goes. subscriber: where
-    states come from.
+    runs/METHOD. data: what it trains on. capture: how states come. train: the training loop. log: where its progress
+    goes. subscriber: where states come from.
     target: settings of a target that the trainer hosts itself, as those of `specd start`; its device is the trainer's
     unless named here. Daemons have settings of their own.
     """
@@ -311,6 +325,7 @@ class RunConfig(Config, kw_only=True, frozen=True):
     target: dict[str, Any] = {}
     data: DataConfig = DataConfig()
     draft: dict[str, Any] = {}
+    capture: StatesConfig = StatesConfig()
     train: TrainConfig = TrainConfig()
     validation: ValidationConfig = ValidationConfig()
     log: LogConfig = LogConfig()

@@ -20,6 +20,7 @@ from specd.daemon.connections import Connection
 from specd.daemon.dispatch import Dispatch, Fill
 from specd.daemon.ending import Ending
 from specd.daemon.front import Front
+from specd.daemon.lag import LagWindow
 from specd.daemon.questions import Questions
 from specd.daemon.reads import Reads
 from specd.daemon.report import status_report, tell_epochs, welcome
@@ -167,7 +168,7 @@ class Control:
             case wire.Submit() | wire.Probe():
                 self._submit(session, message)
             case wire.Borrow():
-                session.borrow(self._ring, message.lease)
+                self._ring.borrow(key, message.lease)
             case wire.Release():
                 lease = self._ring.lease(key, message.lease)
                 if self._ring.release(key, message.lease) and lease is not None:
@@ -197,7 +198,8 @@ class Control:
             return wire.Reject(epoch=self._epoch, reason=reason, retry_ms=RETRY_MS, loading_ms=self._loading_ms())
         stranger, many = self._front.stranger(connection), self._front.too_many(connection, hello.ranks)
         wanted = self._ring.shares.wanted(hello.share)
-        if problem := stranger or many or check_hello(hello, started.contract, started.ring, wanted):
+        exact = self._settings.target.exact
+        if problem := stranger or many or check_hello(hello, started.contract, started.ring, wanted, exact=exact):
             return wire.Reject(epoch=self._epoch, reason=problem)
         over = self._front.over_quota(connection, self._sessions.connections())
         session = over or self._sessions.open(key, hello, connection, self._clock())
@@ -252,6 +254,8 @@ class Control:
 
     def _schedule(self) -> None:
         """Give free slots to waiting requests, and tell the worker what to fill and to read."""
+        for save in self._ring.contents.saves():
+            self._supervisor.send(channel.SaveSlot(**save._asdict()))
         plan = self._ring.schedule()
         for grant in plan.fills:
             session = self._sessions.get(grant.holder)
@@ -335,6 +339,7 @@ class Control:
                 self._started = note
                 self._supervisor.serving(note.load_s)
                 self._dispatch.started(note.load_s)
+                self._ring.contents.lag = LagWindow(note.lag_cells)
                 log.info("worker serves %s after %.1f s", note.contract.model, note.load_s)
                 if not self._served:
                     self._served = True
@@ -347,6 +352,8 @@ class Control:
                 forward_s = None if note.replayed else note.target_us / 1e6
                 for lease in self._ring.filled(note.slot, note.generation, forward_s):
                     self._announce(lease, note.target_us, replayed=note.replayed)
+            case channel.Saved():
+                self._ring.contents.lag.saved(note.number, note.ok)
             case channel.Kept():
                 for name, count in note.counts.items():
                     self.counters.add(REPLAY[name], count)
@@ -388,12 +395,6 @@ class Control:
     def status(self) -> wire.StatusReport:
         """What `specd status` shows."""
         return status_report(
-            self._account,
-            self._ring,
-            self._sessions,
-            self._supervisor,
-            self.ending,
-            self.endpoints,
-            self._started,
+            self._account, self._ring, self._sessions, self._supervisor, self.ending, self.endpoints, self._started,
             self._loading_ms(),
-        )
+        )  # fmt: skip

@@ -38,6 +38,8 @@ COUNTS = {
     "joins": Count("specd_ring_joins", "Requests served by a slot that has the same content."),
     "kept_hits": Count("specd_ring_kept_hits", "Those of them whose slot was kept for their share."),
     "kept_evicted": Count("specd_ring_kept_evictions", "Kept slots that were filled anew before all had read them."),
+    "lag_hits": Count("specd_ring_lag_hits", "Slots filled from the lag window, without a forward."),
+    "lag_saves": Count("specd_ring_lag_saves", "Kept slots copied to the lag window."),
     "held_ms": Count("specd_ring_held_seconds", "Time that trainers were held for others of their share.", 1e3),
     "replay_hit": Count("specd_replay_hits", "Batches read from what was kept, instead of computed."),
     "replay_miss": Count("specd_replay_misses", "Batches computed that may be kept."),
@@ -105,6 +107,7 @@ def _sessions(report: StatusReport) -> Iterator[Metric]:
         "specd_session_outstanding_requests": ("Requests of a trainer that are not over.", "outstanding"),
         "specd_session_leases": ("Slots that a trainer holds, filled or not.", "leases"),
         "specd_session_age_seconds": ("Time since a trainer came.", "age_s"),
+        "specd_session_behind": ("1 for a trainer so far behind its share that nobody waits for it.", "behind"),
     }
     counters = {
         "specd_session_batches": ("Batches announced to a trainer.", "batches"),

@@ -15,7 +15,6 @@ from specd.daemon.admission import Request
 from specd.daemon.connections import Connection
 from specd.daemon.ring import Ring
 from specd.endpoints import host_id
-from specd.errors import ProtocolError
 from specd.protocol import messages as wire
 from specd.protocol.batch import Layout
 
@@ -27,13 +26,12 @@ class TrainerSession:
 
     key: routing id. connection: the one that it was opened over and belongs to, None within the process. label: names
     it without telling its key. name: for people, after whose key it is, if there are keys. run, ranks, share,
-    epoch_batches: as in its HELLO. requests: by seq. pidfd: readable once its process ended, −1 if unknown. borrows: it
-    reads slots in place.
+    epoch_batches: as in its HELLO. requests: by seq. pidfd: readable once its process ended, −1 if unknown.
     """
 
     __slots__ = (
-        "batches", "borrows", "connection", "credits", "epoch_batches", "gpus", "key", "label", "name", "nbytes",
-        "opened", "pidfd", "ranks", "requests", "run", "share", "spec", "tokens", "transport",
+        "batches", "connection", "credits", "epoch_batches", "gpus", "key", "label", "name", "nbytes", "opened",
+        "pidfd", "ranks", "requests", "run", "share", "spec", "tokens", "transport",
     )  # fmt: skip
 
     def __init__(
@@ -54,7 +52,6 @@ class TrainerSession:
         self.opened = opened
         self.pidfd = pidfd
         self.transport = ""
-        self.borrows = False
         self.requests: dict[int, Request] = {}
         self.batches = self.tokens = self.nbytes = 0
 
@@ -63,17 +60,7 @@ class TrainerSession:
 
     def cuts(self, cutting: Container[str]) -> bool:
         """Whether it can take its states out of a slot that holds more. cutting: transports that can."""
-        return self.transport in cutting and not self.borrows
-
-    def borrow(self, ring: Ring, lease: int) -> None:
-        """Read a leased slot in place. Raises ProtocolError as `Ring.borrow` does, and for a session of a share."""
-        if self.share:
-            raise ProtocolError(
-                f"lease {lease} cannot be borrowed: a slot of share {self.share} holds more than its own states; "
-                f"set subscriber.borrow=false, or leave the share out"
-            )
-        ring.borrow(self.key, lease)
-        self.borrows = True
+        return self.transport in cutting
 
     def served(self, layout: Layout) -> None:
         """Count a batch that was announced to it."""

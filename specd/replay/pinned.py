@@ -57,20 +57,18 @@ class Pinned:
         return f"Pinned({self.cells} cells × {self.cell_bytes} bytes, for {self._device})"
 
 
-def cells_in(budget: int, cell_bytes: int) -> int:
-    """How many cells `budget` bytes have room for, at most as many as one mapping takes.
+def cells_in(budget: int, cell_bytes: int, asked: str = "--replay-ram-gb") -> int:
+    """How many cells `budget` bytes have room for, at most as many as one mapping takes. asked: by which flag.
 
     Raises ConfigError where that is none, or this host has not as much memory to give.
     """
     if (free := available()) < budget:
-        raise ConfigError(
-            f"--replay-ram-gb {budget / GB:g}: this host has {free / GB:.1f} GB of memory to give; ask for less"
-        )
+        raise ConfigError(f"{asked} {budget / GB:g}: this host has {free / GB:.1f} GB of memory to give; ask for less")
     # An arena has a line a slot, and one more, in pages of their own.
     cells = min(MAX_SLOTS, (budget - 2 * PAGE) // (cell_bytes + LINE))
     if cells < 1:
         raise ConfigError(
-            f"--replay-ram-gb {budget / GB:g} has no room for one batch: a slot has {cell_bytes / GB:.3f} GB here"
+            f"{asked} {budget / GB:g} has no room for one batch: a slot has {cell_bytes / GB:.3f} GB here"
         )
     return cells
 

@@ -79,6 +79,23 @@ class ReadArtifact(Note, kw_only=True, frozen=True, tag="read_artifact"):
     length: int
 
 
+class SaveSlot(Note, kw_only=True, frozen=True, tag="save"):
+    """Copy a slot to a cell of the lag window. number: of this copy, for SAVED."""
+
+    number: int
+    slot: int
+    generation: int
+    cell: int
+
+
+class LoadSlot(Note, kw_only=True, frozen=True, tag="load"):
+    """Fill a slot from a cell of the lag window, behind what was asked for that cell before."""
+
+    slot: int
+    generation: int
+    cell: int
+
+
 class Lasts(Note, kw_only=True, frozen=True, tag="lasts"):
     """A kept batch that nobody asked for during so many lookups is old."""
 
@@ -95,7 +112,8 @@ class Stop(Note, kw_only=True, frozen=True, tag="stop"):
 class Started(Note, kw_only=True, frozen=True, tag="started"):
     """The target is loaded and the ring's memory exists. segment: the shared segment's path, empty if private.
 
-    cutting: those of the transports that take pieces of a slot. replay: what is kept over epochs.
+    cutting: those of the transports that take pieces of a slot. replay: what is kept over epochs. lag_cells: of the lag
+    window.
     """
 
     contract: TargetContract
@@ -105,6 +123,7 @@ class Started(Note, kw_only=True, frozen=True, tag="started"):
     segment: str
     load_s: float
     replay: ReplayInfo | None = None
+    lag_cells: int = 0
 
 
 class StartFailed(Note, kw_only=True, frozen=True, tag="start_failed"):
@@ -132,6 +151,13 @@ class Kept(Note, kw_only=True, frozen=True, tag="kept"):
 
     used: int
     counts: dict[str, int]
+
+
+class Saved(Note, kw_only=True, frozen=True, tag="saved"):
+    """The answer to SaveSlot. ok: the slot was not filled anew under the copy."""
+
+    number: int
+    ok: bool
 
 
 class FillFailed(Note, kw_only=True, frozen=True, tag="fill_failed"):
@@ -167,8 +193,8 @@ class ArtifactBytes(Note, kw_only=True, frozen=True, tag="artifact_bytes"):
     data: bytes
 
 
-ToWorker = FillSlot | FillNoise | Accept | Publish | Drop | ReadArtifact | Lasts | Stop
-ToControl = Started | StartFailed | Filled | Kept | FillFailed | Accepted | Refused | ArtifactBytes
+ToWorker = FillSlot | FillNoise | SaveSlot | LoadSlot | Accept | Publish | Drop | ReadArtifact | Lasts | Stop
+ToControl = Started | StartFailed | Filled | Kept | Saved | FillFailed | Accepted | Refused | ArtifactBytes
 
 _decoder: msgspec.msgpack.Decoder[ToWorker | ToControl] = msgspec.msgpack.Decoder(ToWorker | ToControl)
 encode = msgspec.msgpack.Encoder().encode

@@ -28,7 +28,7 @@ from specd.memory.arena import HostArena
 from specd.memory.device_arena import DeviceArena
 from specd.parent import when_parent_dies
 from specd.protocol import payload
-from specd.protocol.batch import Layout, slot_bytes
+from specd.protocol.batch import slot_bytes
 from specd.protocol.capture import CaptureSpec
 from specd.protocol.contract import RingInfo, TargetContract
 from specd.targets.base import CaptureJob, Target
@@ -39,6 +39,8 @@ from specd.transports.checks import pattern
 from specd.worker import first_batches
 from specd.worker import messages as channel
 from specd.worker.announcer import Announcer
+from specd.worker.blank import blank
+from specd.worker.lag import LagCells
 from specd.worker.replaying import Replay, identity_of
 from specd.worker.ring_memory import open_ring
 
@@ -75,6 +77,7 @@ class Worker:
         self._tasks: queue.SimpleQueue[channel.FillSlot | None] = queue.SimpleQueue()
         self._announcer = Announcer(self._outbox, self._fail, 1 + config.daemon.ring.slots)
         self._replay: Replay | None = None
+        self._lag: LagCells | None = None
         self._ended = os.eventfd(0)  # the target thread's: it could not start, or crashed
         self._failure = ""
         self._first = first_batches.FirstBatches()
@@ -135,6 +138,8 @@ class Worker:
         """Handle one message of control, on the service thread; False ends the worker."""
         match note:
             case channel.FillSlot():
+                if self._lag is not None:
+                    self._lag.filling(note.slot, note.layout.nbytes)
                 if self._replay is None or not self._replay.take(note):
                     self._tasks.put(note)
             case channel.FillNoise():
@@ -159,6 +164,9 @@ class Worker:
                 data = bytes(self._target.artifact(note.name)[note.offset : note.offset + note.length])
                 reply = channel.ArtifactBytes(session=note.session, name=note.name, offset=note.offset, data=data)
                 outbox.send(channel.encode(reply))
+            case channel.SaveSlot() | channel.LoadSlot():
+                assert self._lag is not None
+                self._lag.copy(note)
             case channel.Lasts():
                 assert self._replay is not None
                 self._replay.lasts(note.lookups)
@@ -226,6 +234,8 @@ class Worker:
         self._arena, self._servers, self._on_host = open_ring(
             config, nbytes, target.device, self._config.epoch, self._config.serving
         )
+        if config.ring.lag_gb:
+            self._lag = LagCells(self._arena, config.ring.lag_gb, self._outbox, self._fail)
         replay = None
         if self._replay is not None:
             identity = identity_of(config.target, target)
@@ -243,6 +253,7 @@ class Worker:
             segment=self._arena.path,
             load_s=time.monotonic() - begin,
             replay=replay,
+            lag_cells=len(self._lag) if self._lag is not None else 0,
         )
 
     def _gather(self, first: channel.FillSlot) -> tuple[list[channel.FillSlot], channel.FillSlot | None]:
@@ -273,11 +284,7 @@ class Worker:
         for task in group:
             arena.begin(task.slot)
             slot = arena.tensor(task.slot) if isinstance(arena, DeviceArena) else arena.slot(task.slot)
-            for gap in gaps(task.layout):
-                if isinstance(slot, memoryview):
-                    slot[gap] = bytes(gap.stop - gap.start)
-                else:
-                    slot[gap] = 0
+            blank(slot, task.layout)
             tokens, lengths = np.frombuffer(task.tokens, "<i4"), np.frombuffer(task.lengths, "<i4")
             payloads = tuple(map(payload.unpack, task.payloads))
             fills.append(
@@ -339,13 +346,8 @@ class Worker:
                 ends.callback(server.close)
             if self._replay is not None:
                 ends.callback(self._replay.close)
-
-
-def gaps(layout: Layout) -> list[slice]:
-    """The bytes between a slot's tensors. They are sent and no target writes them: another trainer's may lie there."""
-    ends = [0, *(ref.offset + ref.nbytes for ref in layout.tensors)]
-    begins = [*(ref.offset for ref in layout.tensors), layout.nbytes]
-    return [slice(end, begin) for end, begin in zip(ends, begins, strict=True) if end < begin]
+            if self._lag is not None:
+                ends.callback(self._lag.close)
 
 
 def capture_of(config: DaemonConfig, contract: TargetContract) -> CaptureSpec:

@@ -28,6 +28,12 @@ def test_flags_and_a_preset(capsys: pytest.CaptureFixture[str]) -> None:
     assert found.target_s == pytest.approx(0.0701, abs=1e-4)
     assert found.colocated.hours == pytest.approx(50_000 * 6 * (3072 / 43_800 + 3072 / 51_000) / 3600)
     assert plan(capsys, *RATES, "--model", "qwen3-30b-a3b-fp8", "--num-taps", "3").work.bytes_per_token == 12_288
+    rounded = plan(capsys, *RATES, "--model", "qwen3-30b-a3b-fp8", "--dtype", "float8_e4m3fn").work
+    assert rounded.bytes_per_token == 5 * (2048 + 4)
+    assert run(["plan", *RATES, "--dtype", "float8_e4m3fn", "--bytes-per-token", "9", "--batch-tokens", "9"]) == 2
+    assert "--dtype float8_e4m3fn: expected --model with it" in capsys.readouterr().err
+    assert run(["plan", *RATES, "--model", "qwen3-30b-a3b-fp8", "--dtype", "int8"]) == 2
+    assert "--dtype 'int8': expected auto, for the preset's, or one of float32, " in capsys.readouterr().err
 
 
 def test_the_verdict_stands_on_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
@@ -100,6 +106,7 @@ def a_run(path: Path, method: dict[str, object] | None = None, /, **times: float
         machine={},
         config={"subscriber": {"depth": 3}, "train": {"epochs": 2}, **(method or {})},
     )
+    path.mkdir(exist_ok=True)
     write_facts(path, facts)
     with Journal(path / "metrics.jsonl") as journal:
         for step in range(1, 21):
@@ -133,6 +140,9 @@ def test_a_run_of_a_draft_that_reads_the_final_state_costs_it_too(
     eagle: dict[str, object] = {"method": "eagle3", "draft": {"num_steps": 3}}
     found = plan(capsys, "--from", a_run(tmp_path, eagle, forward_s=0.02, draft_s=0.05, train_s=0.05)).work
     assert found.bytes_per_token == (3 + 1) * 64 * 4
+    eagle["capture"] = {"dtype": "float8_e4m3fn"}
+    rounded = plan(capsys, "--from", a_run(tmp_path / "r", eagle, forward_s=0.02, draft_s=0.05, train_s=0.05)).work
+    assert rounded.bytes_per_token == (3 + 1) * (64 + 4)
     assert (found.samples, found.epochs, found.depth) == (1200, 2, 3)
 
 

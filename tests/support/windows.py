@@ -15,6 +15,8 @@ from specd.protocol.messages import Ready
 from specd.transports.base import SlotRef
 
 SPEC = CaptureSpec(taps=(1,), dtype="float32")
+MORE = CaptureSpec(taps=(1, 2), dtype="float32")
+"""Of a slot of a share: what is wanted lies in pieces there."""
 SLOT = 1 << 20
 """The size of a slot that any batch of the tests fits."""
 
@@ -69,11 +71,11 @@ def item(index: int) -> Item:
     return Pending(*content(index), SPEC)
 
 
-def ready(pending: Item, lease: int, target_us: int = 0) -> Ready:
+def ready(pending: Item, lease: int, target_us: int = 0, held: CaptureSpec = SPEC) -> Ready:
     """What a daemon announces for a batch that it has been asked for: under a lease of its slot's number."""
     return Ready(
         epoch=b"e" * 16, seq=pending.seq, batch_id=pending.identity, lease=lease, slot=lease, generation=1,
-        layout=pending.layout, busy_slots=1, target_us=target_us, held=SPEC,
+        layout=pending.layout, busy_slots=1, target_us=target_us, held=held,
     )  # fmt: skip
 
 
