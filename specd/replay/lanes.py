@@ -151,8 +151,10 @@ class Lanes:
     def close(self) -> None:
         """End the threads, each after what it does now. The arena must still be there. Idempotent."""
         self._ending.set()
-        for lane in (*[self._reads] * READERS, self._copies, self._writes):
-            lane.put(None)
+        for _ in range(READERS):
+            self._reads.put(None)
+        self._copies.put(None)
+        self._writes.put(None)
         for thread in self._threads:
             thread.join(END_S)
         if any(thread.is_alive() for thread in self._threads):
@@ -214,8 +216,8 @@ class Lanes:
                 with self._lock:
                     tier.store.done(entry)
                 self._arena.seal(task.slot, task.generation, task.nbytes)
+                self._count("hit")  # before: whoever asks then is told of it
                 self._filled(task)
-                self._count("hit")
 
     def _read(self, task: Task, tier: Tier, entry: Entry, bounce: int, copier: Copier) -> None:
         """Put a batch's bytes into its slot. Raises DamageError or OSError."""
