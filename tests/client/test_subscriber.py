@@ -223,6 +223,7 @@ def test_two_daemons_that_keep_states_have_each_batch_once_and_replay_it() -> No
         with Subscriber(link, SPEC, context=context, keeping="home") as source:
             wait_for(lambda: len(source.stats().transports) == 2)
             states: list[torch.Tensor] = []
+            replayed = 0
             for epoch in range(6):
                 before = source.stats().replayed
                 now = [torch.cat([item.taps.flatten(), item.final.flatten()])
