@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 import queue
 import threading
+import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -154,8 +155,9 @@ class Lanes:
         self._copies.put(None)
         self._writes.put(None)
         self._buffers.put(0)  # whoever waits for one ends then
+        limit = time.monotonic() + END_S
         for thread in self._threads:
-            thread.join(END_S)
+            thread.join(max(0.0, limit - time.monotonic()))
         if any(thread.is_alive() for thread in self._threads):
             log.warning("the disk of the replay tier did not answer within %.0f s", END_S)
             return  # what it still writes to stays
