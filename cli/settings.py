@@ -59,6 +59,11 @@ Preset = Annotated[
 ]
 Prompts = Annotated[list[str] | None, typer.Option("--prompts", "-p", hidden=True, help="The same as --data.")]
 
+TrustRemoteCode = Annotated[
+    bool,
+    typer.Option("--trust-remote-code", help="Run Python code that comes with the target, of which some consist."),
+]
+
 
 def given(flags: dict[str, Any]) -> dict[str, Any]:
     """Drop flags that were not given: None, empty texts and lists, and mappings of only those."""

@@ -14,6 +14,7 @@ from specd.client.fetch import Item
 from specd.client.handshake import Terms
 from specd.client.inflight import InFlight
 from specd.client.line import identity
+from specd.client.peers import Keeping
 from specd.client.pending import Pending, place_of
 from specd.client.seats import Seat, places, thin
 from specd.client.states import States
@@ -37,12 +38,15 @@ class Subscriber:
     target it must be, empty for any. payloads: names of the arrays that batches bring for the target beside their
     tokens (`specd.protocol.payload`). context: of embedded daemons. run: 16 bytes that are equal on all `ranks` of one
     training, each of which has a subscriber; empty for one alone. seat: which of them this is, for `subscriber.place`;
-    without it, every daemon is taken. Raises DaemonError when no daemon is reached within `connect_s`, RejectedError
-    when one refuses, TransportError when the transport asked for cannot be used, ConfigError for keys that cannot be.
+    without it, every daemon is taken. keeping: which daemon may keep a batch's states over epochs, of those that do so:
+    the one that made them (`anywhere`), always the same one (`home`), for batches that come again, or none (`nowhere`).
+    Raises DaemonError when no daemon is reached within `connect_s`, RejectedError when one refuses, TransportError when
+    the transport asked for cannot be used, ConfigError for keys that cannot be.
 
     contract: of the target all its daemons serve. spec: what is captured. dtype: of deliveries. ring: of the first
     daemon met. thin: what is wrong with that ring for so many ranks of this depth, empty if nothing. sharing: how many
-    other runs that daemon had in `subscriber.share`. replay: what it keeps over epochs, None for nothing.
+    other runs that daemon had in `subscriber.share`. replay: what that daemon keeps over epochs, None for nothing.
+    stands_by: whether some daemons are those of other ranks, and asked only while none of its own is up.
     """
 
     def __init__(
@@ -59,14 +63,10 @@ class Subscriber:
         run: bytes = b"",
         ranks: int = 1,
         seat: Seat | None = None,
+        keeping: Keeping = "anywhere",
     ) -> None:
         if config.depth < 0 or not config.endpoints:
             raise ConfigError(f"depth {config.depth} and endpoints {config.endpoints}: need depth ≥ 0 and an endpoint")
-        if config.share and config.borrow:
-            raise ConfigError(
-                f"subscriber.share={config.share} with subscriber.borrow=true: a slot of a share holds what all its "
-                f"trainers want, and cannot be read in place; leave one of them out"
-            )
         self._depth = config.depth
         self._closed = False
         self._owner: object = None
@@ -92,7 +92,7 @@ class Subscriber:
         )
         endpoints = [resolve_endpoint(endpoint) for endpoint in config.endpoints]
         seats = places(endpoints, ranks, seat, near=config.place == "near")
-        self._in_flight = InFlight(config, terms, self._context, seats)
+        self._in_flight = InFlight(config, terms, self._context, seats, keeping)
         try:
             session = self._in_flight.first_session()
         except BaseException:
@@ -101,6 +101,7 @@ class Subscriber:
         self._share = config.share
         self.sharing = session.welcome.sharing
         self.replay = session.welcome.replay
+        self.stands_by = any(each.standby for each in seats)
         self.contract: TargetContract = session.welcome.contract
         self.ring: RingInfo = session.welcome.ring
         self.spec: CaptureSpec = session.spec

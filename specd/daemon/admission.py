@@ -36,10 +36,12 @@ class Request:
         self.batch_id = identity
         self.layout = layout
 
-    def task(self, fill: Grant) -> channel.FillSlot | channel.FillNoise:
-        """The worker's task for this request, to capture all that is held. Call it once: it drops the tokens."""
+    def task(self, fill: Grant) -> channel.FillSlot | channel.FillNoise | channel.LoadSlot:
+        """The worker's task for this request, to get all that is held. Call it once: it drops the tokens."""
         message, self._message = self._message, None
         assert message is not None, "a request is given a slot once"
+        if fill.cell is not None:
+            return channel.LoadSlot(slot=fill.slot, generation=fill.generation, cell=fill.cell)
         if isinstance(message, wire.Probe):
             return channel.FillNoise(
                 slot=fill.slot, generation=fill.generation, nonce=message.nonce, nbytes=message.nbytes
@@ -53,6 +55,8 @@ class Request:
             tokens=message.tokens,
             lengths=message.lengths,
             payloads=message.payloads,
+            content=self.batch_id,
+            keep=message.keep,
             layout=slot_layout(fill.held, hidden_size, num_tokens),
         )
 

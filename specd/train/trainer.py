@@ -23,6 +23,7 @@ import torch
 import zmq
 from msgspec.structs import replace
 
+from specd.client.peers import Keeping
 from specd.client.seats import Seat
 from specd.client.subscriber import Subscriber
 from specd.config.load import convert
@@ -176,13 +177,16 @@ def _train(
         return travelling(recipe(contract)[0], wanted(contract))
 
     with contextlib.ExitStack() as stack:
-        subscriber = stack.enter_context(_connect(first, sent, wanted, device, directory.path.name, host, ranks))
+        keeping: Keeping = "home" if first.data.packing == "fixed" else "anywhere"
+        subscriber = stack.enter_context(
+            _connect(first, sent, wanted, device, directory.path.name, host, ranks, keeping)
+        )
         contract = subscriber.contract
         known, draft = recipe(contract)
         if (idle := launcher.check_shares(known.train.accumulation, ranks.size)) and ranks.leads:
             logger.warning("%s", idle)
         if ranks.leads:
-            warn_of_packing(known, subscriber.replay)
+            warn_of_packing(known, subscriber)
         settled = with_data(with_dtype(known, device), contract.model)
         settled = replace(settled, output=str(directory.path))
         again = ranks.decide("again", lambda: resume and directory.has_checkpoint(settled.train.save_every))
@@ -300,6 +304,7 @@ def _connect(
     name: str,
     host: LocalDaemon | None,
     ranks: Ranks,
+    keeping: Keeping,
 ) -> Subscriber:
     """The source of states: a daemon within this process is this rank's alone. wanted: as the draft reads them."""
 
@@ -311,17 +316,31 @@ def _connect(
         name = f"{name}, rank {ranks.rank}"
     if host is not None:
         link = replace(link, endpoints=(host.endpoint,), transport=transports.WITHIN_PROCESS)
-        return Subscriber(link, sent, dtype=dtype, device=device, name=name, context=host.context)
+        return Subscriber(link, sent, dtype=dtype, device=device, name=name, context=host.context, keeping=keeping)
     seat = Seat(launch.rank, launch.local, launch.here) if ranks.size > 1 else None
-    return Subscriber(link, sent, dtype=dtype, device=device, name=name, run=ranks.run, ranks=ranks.size, seat=seat)
+    return Subscriber(
+        link,
+        sent,
+        dtype=dtype,
+        device=device,
+        name=name,
+        run=ranks.run,
+        ranks=ranks.size,
+        seat=seat,
+        keeping=keeping,
+    )
 
 
 def _beside(first: RunConfig, subscriber: Subscriber, device: str, name: str, host: LocalDaemon | None) -> Subscriber:
-    """A source of the same states and the final ones, for decoding; never rounded, as what a target writes is not."""
-    link = replace(first.subscriber, depth=0, borrow=False)
+    """A source of the same states and the final ones, for decoding: nobody asks for them again.
+
+    Never rounded, as what a target writes is not.
+    """
+    own = replace(first, subscriber=replace(first.subscriber, depth=0, borrow=False))
     spec = replace(subscriber.spec, final=True, dtype=subscriber.dtype)
-    first = replace(first, subscriber=link)
-    return _connect(first, lambda contract: spec, lambda contract: spec, device, f"{name}, decoding", host, Ranks())
+    return _connect(
+        own, lambda contract: spec, lambda contract: spec, device, f"{name}, decoding", host, Ranks(), "nowhere"
+    )
 
 
 def _facts(

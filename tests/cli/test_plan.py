@@ -9,7 +9,7 @@ import msgspec
 import pytest
 
 from specd.cli.main import run
-from specd.plan import Balance, Work
+from specd.plan.balance import Balance, Work
 from specd.train.directory import RunFacts, write_facts
 from specd.train.journal import Journal, StepRecord, TrainedBatch
 
@@ -55,6 +55,22 @@ def test_daemons_and_trainers_are_judged_as_asked(capsys: pytest.CaptureFixture[
     out = " ".join(capsys.readouterr().out.split())
     assert "2 : 1 trains 2.16 × the samples/s of 1 GPU co-located, and 0.72 × those of 3 GPUs" in out
     assert "co-locate unless a target that runs batches alone takes over 120.5 ms for one: here 70.1 ms" in out
+
+
+def test_states_that_are_kept_are_weighed_against_the_target(capsys: pytest.CaptureFixture[str]) -> None:
+    options = [*RATES, "--batch-tokens", "3072", "--bytes-per-token", "20480", "--daemons", "1", "--trainers", "1"]
+    data = ["--samples", "50000", "--tokens-per-sample", "2000", "--epochs", "6"]
+    store = ["--replay-gb", "2500", "--disk-gb-s", "0.3"]
+    assert run(["plan", *options, *data, *store]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    for part in ("1 : 1: does not pay", "recompute is 3.0 × faster than 0.3 GB/s", "breaks even at 0.9 GB/s"):
+        assert part in out
+    assert run(["plan", *options, *data, *store, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["replay"]["outcome"] == "does not pay"
+    assert run(["plan", *options, *store]) == 2
+    assert "--replay-gb without the size of the data" in capsys.readouterr().err
+    assert run(["plan", *options, *data, *store[:2]]) == 2
+    assert "--replay-gb 2500.0 --disk-gb-s None: expected both, or neither" in capsys.readouterr().err
 
 
 def test_a_benchmark_gives_the_rates_and_flags_win(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -105,6 +121,17 @@ def test_a_run_gives_the_rates_of_its_steps(tmp_path: Path, capsys: pytest.Captu
     assert found.colocated_target_tokens_per_s == found.target_tokens_per_s
     assert found.draft_tokens_per_s == pytest.approx(400 / 0.05)
     assert (found.batch_tokens, found.tokens_per_sample, found.bytes_per_token) == (400, 200, 3 * 64 * 4)
+
+
+def test_batches_that_needed_no_forward_tell_nothing_of_the_target(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = a_run(tmp_path, forward_s=0.02, draft_s=0.05, train_s=0.05)
+    with Journal(tmp_path / "metrics.jsonl", 20) as journal:
+        for step in range(21, 41):
+            free = _record(step, train_s=0.05, draft_s=0.05)
+            journal.append(msgspec.structs.replace(free, replayed=step % 2, shared=1 - step % 2))
+    assert plan(capsys, "--from", path).work.target_tokens_per_s == pytest.approx(400 / 0.02)
 
 
 def test_a_run_of_a_draft_that_reads_the_final_state_costs_it_too(

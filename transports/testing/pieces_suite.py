@@ -47,12 +47,14 @@ class PiecesConformance:
             whole = rig.destination(ref.nbytes + OFFSET)
             rig.publish(b"one", ref)
             client.fetch(ref, whole[OFFSET:], 20.0)
-            found, untouched = bytes(whole.cpu().numpy()), bytes([0xA5]) * GUARD
-            assert found[:OFFSET] == untouched[:1] * OFFSET, "wrote before the destination"
-            assert found[OFFSET + ref.nbytes :] == untouched, "wrote behind the destination"
+            found, last = bytes(whole.cpu().numpy()), 0
+            assert found[:OFFSET] == bytes([0xA5]) * OFFSET, "wrote before the destination"
+            assert found[OFFSET + ref.nbytes :] == bytes([0xA5]) * GUARD, "wrote behind the destination"
             for tensor in layout.tensors:
                 at, end = tensor.offset, tensor.offset + tensor.nbytes
                 assert found[OFFSET + at : OFFSET + end] == expected[at:end], f"{own}: {tensor.name} arrived wrong"
+                assert set(found[OFFSET + last : OFFSET + at]) <= {0, 0xA5}, f"{own}: something else came before it"
+                last = end
         rig.host.fill(0, 1, b"whole", 5000)
         assert holds(rig.fetch(client, SlotRef(0, 1, 5000)), b"whole")
 
