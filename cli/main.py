@@ -22,6 +22,7 @@ from specd.cli import (
     keys,
     plan,
     push,
+    replay,
     report,
     resume,
     start,
@@ -47,6 +48,7 @@ class Verbs(TyperGroup):
         "status",
         "top",
         "stop",
+        "replay",
         "keys",
         "train",
         "resume",
@@ -93,6 +95,7 @@ app.command("start", rich_help_panel=SERVE, epilog=start.EXAMPLES)(start.start)
 app.command("status", rich_help_panel=SERVE, epilog=status.EXAMPLES)(status.status)
 app.command("top", rich_help_panel=SERVE, epilog=top.EXAMPLES)(top.top)
 app.command("stop", rich_help_panel=SERVE, epilog=stop.EXAMPLES)(stop.stop)
+app.command("replay", rich_help_panel=SERVE, epilog=replay.EXAMPLES)(replay.replay)
 app.add_typer(keys.app, name="keys", rich_help_panel=SERVE)
 app.command("train", rich_help_panel=TRAIN, epilog=train.EXAMPLES, no_args_is_help=True)(train.train)
 app.command("resume", rich_help_panel=TRAIN, epilog=resume.EXAMPLES)(resume.resume)
