@@ -30,7 +30,7 @@ runs:
   eagle: {method: eagle3, draft: {num_steps: 3}}
 """
 SWEEP = [sys.executable, "-m", "specd", "sweep", "three.yaml", "-m", "synthetic:hidden=32,layers=8,vocab=256,ms=100"]
-LIMIT_S = 60.0
+LIMIT_S = 120.0
 SHARED = 10
 """Batches for which another run made the forward, before one is killed."""
 
@@ -109,7 +109,7 @@ def test_what_was_trained_is_decoded_one_after_the_other(
     monkeypatch.setattr("specd.cli.fleet.Fleet", Noted)
     monkeypatch.setattr(sweeping, "_see_daemons", lambda runs: None)
     runs = [
-        Trainer(name, {"method": "dflash", "output": str(tmp_path / name), "train": {"device": device}}, "smollm2-135m")
+        Trainer(name, {"method": "dflash", "output": str(tmp_path / name)}, "smollm2-135m", device)
         for name, device in (("a", "cpu"), ("b", "cpu"), ("c", "cuda:3"))
     ]
     with pytest.raises(BaseException, match="1"):
