@@ -61,7 +61,8 @@ class Control:
         self._on_ready = on_ready
         self._clock = time.monotonic
         ring = settings.ring
-        self._ring = Ring(ring.slots, ring.max_sessions, ring.lease_ttl_s, self._clock, ring.pace_s)
+        always = settings.capture.always.spec
+        self._ring = Ring(ring.slots, ring.max_sessions, ring.lease_ttl_s, self._clock, ring.pace_s, always)
         self._dispatch: Dispatch[channel.FillSlot] = Dispatch(settings.hang_s, self._clock)
         self._started: channel.Started | None = None
         self._reads = Reads()
@@ -197,7 +198,7 @@ class Control:
             reason = f"the daemon is {'draining' if self.ending.draining else 'starting its worker'}"
             return wire.Reject(epoch=self._epoch, reason=reason, retry_ms=RETRY_MS, loading_ms=self._loading_ms())
         stranger, many = self._front.stranger(connection), self._front.too_many(connection, hello.ranks)
-        wanted = self._ring.shares.wanted(hello.share)
+        wanted = self._ring.shares.wanted(hello.share, hello.spec.dtype)
         exact = self._settings.target.exact
         if problem := stranger or many or check_hello(hello, started.contract, started.ring, wanted, exact=exact):
             return wire.Reject(epoch=self._epoch, reason=problem)

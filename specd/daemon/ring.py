@@ -69,8 +69,12 @@ class Ring:
         ttl_s: float,
         clock: Callable[[], float],
         pace_s: float | None = None,
+        always: CaptureSpec | None = None,
     ) -> None:
-        """ttl_s: a holder expires this long after its last valid call. clock: monotonic seconds. pace_s: see Shares."""
+        """ttl_s: a holder expires this long after its last valid call. clock: monotonic seconds.
+
+        pace_s, always: see Shares.
+        """
         if not 1 <= max_holders <= num_slots:
             raise ConfigError(
                 f"a ring of {num_slots} slots cannot give {max_holders} sessions a slot each: "
@@ -84,7 +88,7 @@ class Ring:
         self._ttl_s = ttl_s
         self._clock = clock
         self.counters: dict[str, int] = dict.fromkeys(COUNTERS, 0)
-        self.shares = Shares(clock, pace_s)
+        self.shares = Shares(clock, pace_s, always)
         self.contents = Contents(num_slots, self.shares, self.counters)
         self._slots = self.contents.slots
         self._holders: dict[bytes, Holder] = {}

@@ -334,11 +334,11 @@ def _connect(
 
 
 def _beside(first: RunConfig, subscriber: Subscriber, device: str, name: str, host: LocalDaemon | None) -> Subscriber:
-    """A source of the same states and the final ones, for decoding: nobody asks for them again.
+    """A source of the same states and the final ones, for decoding: nobody asks for them again, nor shares them.
 
     Never rounded, as what a target writes is not.
     """
-    own = replace(first, subscriber=replace(first.subscriber, depth=0, borrow=False))
+    own = replace(first, subscriber=replace(first.subscriber, depth=0, borrow=False, share=""))
     spec = replace(subscriber.spec, final=True, dtype=subscriber.dtype)
     return _connect(
         own, lambda contract: spec, lambda contract: spec, device, f"{name}, decoding", host, Ranks(), "nowhere"

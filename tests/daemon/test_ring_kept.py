@@ -30,10 +30,12 @@ class KeptWalk(RuleBasedStateMachine):
         pool=st.integers(0, 4),
         pace=st.sampled_from([0.0, 0.5, 3.0]),
         cells=st.integers(0, 5),
+        always=st.sampled_from([None, CaptureSpec(taps=(3, 5))]),
     )
-    def start(self, holders: int, pool: int, pace: float, cells: int) -> None:
+    def start(self, holders: int, pool: int, pace: float, cells: int, always: CaptureSpec | None) -> None:
         self.clock = Clock()
-        self.ring = Ring(holders + pool, holders, 1000.0, self.clock, pace)
+        self.ring = Ring(holders + pool, holders, 1000.0, self.clock, pace, always)
+        self.always = [] if always is None else [always]
         self.pace, self.cap = pace, max(1.0, 16 * pace) if pace else 0.0
         self.members: dict[bytes, tuple[str, bytes, CaptureSpec]] = {}
         self.allowance = 0.0
@@ -129,7 +131,7 @@ class KeptWalk(RuleBasedStateMachine):
             assert not any(covers(held, want) for held in kept), "a forward is made for what the window has"
             share, _, spec = self.members[grant.holder]
             together = [other for s, _, other in self.members.values() if share and s == share]
-            assert grant.held == union([spec, *together])
+            assert grant.held == union([spec, *together, *(self.always if share else [])])
             assert self.filling.get(grant.slot) is None
             self.filling[grant.slot] = grant.generation
         leases = {lease.id: lease for name in self.members for lease in ring.leases(name)}
