@@ -92,6 +92,8 @@ def _facts(report: StatusReport) -> Iterator[tuple[str, str]]:
     yield "queued", str(report.queued)
     yield "sessions", f"{len(report.sessions)} of {report.max_sessions}" + "".join(f"; {run}" for run in _runs(report))
     yield from _shared(report)
+    if report.lag_cells:
+        yield "lag window", f"{report.lag_used:,} of {report.lag_cells:,} batches"
     if report.replay is not None:
         yield "replay", f"{kept(report.replay)}; {replayed(report.counters)}"
     counts = {name: count for name, count in report.counters.items() if not name.endswith("_us")}

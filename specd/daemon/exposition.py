@@ -91,6 +91,9 @@ def _ring(report: StatusReport) -> Iterator[Metric]:
     if (ring := report.ring) is not None:
         yield GaugeMetricFamily("specd_ring_slot_bytes", "Size of a slot.", value=ring.slot_bytes)
         yield GaugeMetricFamily("specd_ring_slot_tokens", "Longest batch that fits a slot.", value=ring.slot_tokens)
+    if report.lag_cells:
+        yield GaugeMetricFamily("specd_lag_cells", "Batches that the lag window has room for.", value=report.lag_cells)
+        yield GaugeMetricFamily("specd_lag_used_cells", "Batches in the lag window now.", value=report.lag_used)
     if (replay := report.replay) is not None:
         yield GaugeMetricFamily("specd_replay_cells", "Batches that can be kept over epochs.", value=replay.cells)
         yield GaugeMetricFamily("specd_replay_used_cells", "Batches that are kept now.", value=replay.used)

@@ -105,6 +105,12 @@ def test_what_sharing_saves_is_one_line_and_who_is_behind_is_said(
     assert "890 of 2,090 requests needed no forward of their own; sweep: 2 trainers" in text
     assert (text.count(", share sweep"), text.count("share sweep (behind)")) == (2, 1)
     assert "of their own" not in show(report, monkeypatch, capsys)
+    lagging = msgspec.structs.replace(
+        report, sessions=shares[:1], counters=saved | {"lag_hits": 110}, lag_cells=400, lag_used=87
+    )
+    text = show(lagging, monkeypatch, capsys)
+    assert "1,000 of 2,200 requests needed no forward of their own, 110 of them from the lag window; sweep: 1" in text
+    assert "87 of 400 batches" in text
 
 
 @pytest.mark.parametrize("timeout_s", [-1.0, float("nan"), float("inf"), 2 * LONGEST_S])
