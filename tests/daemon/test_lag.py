@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from rings import A, B, C, Clock, content, fill_all
 from specd.daemon.lag import LagWindow, Save
 from specd.daemon.ring import Ring
@@ -93,23 +95,25 @@ def test_reading_a_cell_is_no_forward_that_the_leader_would_wait_for() -> None:
 
 
 def test_who_reads_a_cell_is_not_held_for_a_slot() -> None:
-    bench = Bench(cells=1, num_slots=2)
-    bench.lead(0)
-    assert bench.read(A, 1) == "forward"
-    bench.save()
-    assert bench.cells == {0: 1}
-    assert bench.read(A, 2) == "forward", "the slot of 0 is safe"
-    assert bench.read(A, 3) == "", "1 and 2 would be lost"
+    bench = Bench(cells=1, num_slots=3, names=(A, B, C))
+    bench.lead(0, 1, 2)
+    assert bench.cells == {0: 2}
+    assert bench.read(A, 3) == "forward", "the slot of 0 is safe"
+    assert bench.read(A, 4) == "", "1, 2 and 3 would be lost"
     assert bench.ring.shares.dues()
     bench.ring.submit(B, 900, content(0), SPEC, place=0)
-    assert [fill.cell for fill in bench.ring.schedule().fills] == [0]
+    assert [fill.cell for fill in bench.ring.schedule().fills] == [0], "though C waits for all that is in the ring"
 
 
-def test_a_full_window_keeps_the_oldest_and_takes_the_next_once_a_cell_is_free() -> None:
+def test_a_full_window_keeps_the_oldest_and_takes_the_next_once_a_cell_is_free(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     bench = Bench(cells=2, num_slots=6)
     bench.lead(0, 1, 2, 3)
     assert bench.cells == {0: 1, 1: 1}
-    assert bench.ring.contents.saves() == [], "it is not looked for again and again"
+    with monkeypatch.context() as patch:
+        patch.setattr(bench.lag, "save", lambda *slot: pytest.fail("it is looked for again and again"))
+        assert bench.ring.contents.saves() == []
     assert bench.read(B, 0) == "kept"
     assert bench.cells == {1: 1}
     bench.save()
