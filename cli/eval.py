@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from specd.cli.settings import Prompts, data_config, named
+from specd.cli.settings import Prompts, TrustRemoteCode, data_config, named
 from specd.cli.training import then
 from specd.config.settings import DataConfig
 from specd.data.rows import HELDOUT
@@ -69,6 +69,7 @@ def evaluate(
     ] = False,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32 (shows identity best), bfloat16 or float16.")] = "auto",
+    trust_remote_code: TrustRemoteCode = False,
     settings: Annotated[
         list[str] | None,
         typer.Option("--set", help="How prompts are read, as data.template.enable_thinking=false, data.bad_rows=skip."),
@@ -103,8 +104,10 @@ def evaluate(
     of_run = found.run if found.checkpoint is None else None
     reading = _reading(named(data, prompts), model, settings, facts)
     registry.read(directory)  # fail before the target is loaded
-    target, own = _target(model, tokenizer, facts, found, other_target)
-    network = load_network(target, dtype=dtype, device=device, load_format="auto", num_layers=0)
+    target, own = _target(model, tokenizer, facts, found, other_target, trust_remote_code)
+    network = load_network(
+        target, dtype=dtype, device=device, load_format="auto", num_layers=0, trust_remote_code=trust_remote_code
+    )
     place = target.tokenizer or target.path
     tokenized = any(target.file(name) is not None for name in TOKENIZERS)
     console = Console(quiet=as_json)
@@ -147,7 +150,7 @@ def evaluate(
 
 
 def _target(
-    model: str, tokenizer: str, facts: RunFacts | None, found: Found, other_target: bool
+    model: str, tokenizer: str, facts: RunFacts | None, found: Found, other_target: bool, code: bool
 ) -> tuple[Source, bool]:
     """The target to evaluate on, and whether it is that of the run, or there is no run.
 
@@ -166,7 +169,7 @@ def _target(
             f"daemon on another machine hosted it; give --model DIR with the same checkpoint"
         )
     hosted = facts.config.get("target", {}).get("tokenizer", "") if facts else ""
-    source = with_tokenizer(resolve(model or trained), tokenizer or ("" if model else hosted))
+    source = with_tokenizer(resolve(model or trained, code=code), tokenizer or ("" if model else hosted))
     fingerprint = str(facts.target.get("fingerprint", "")) if facts else ""
     if not fingerprint:
         return source, True

@@ -28,6 +28,7 @@ from specd.cli import (
     start,
     status,
     stop,
+    sweep,
     top,
     train,
 )
@@ -51,6 +52,7 @@ class Verbs(TyperGroup):
         "keys",
         "train",
         "resume",
+        "sweep",
         "eval",
         "export",
         "push",
@@ -97,6 +99,7 @@ app.command("replay", rich_help_panel=SERVE, epilog=replay.EXAMPLES)(replay.repl
 app.add_typer(keys.app, name="keys", rich_help_panel=SERVE)
 app.command("train", rich_help_panel=TRAIN, epilog=train.EXAMPLES, no_args_is_help=True)(train.train)
 app.command("resume", rich_help_panel=TRAIN, epilog=resume.EXAMPLES)(resume.resume)
+app.command("sweep", rich_help_panel=TRAIN, epilog=sweep.EXAMPLES, no_args_is_help=True)(sweep.sweep)
 app.command("eval", rich_help_panel=TRAIN, epilog=eval.EXAMPLES)(eval.evaluate)
 app.command("export", rich_help_panel=TRAIN, epilog=export.EXAMPLES)(export.export)
 app.command("push", rich_help_panel=TRAIN, epilog=push.EXAMPLES)(push.push)

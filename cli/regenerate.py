@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import msgspec
 import typer
 
-from specd.cli.settings import Data, DataSettings, Files, Model, Prompts, data_config, named, needed
+from specd.cli.settings import Data, DataSettings, Files, Model, Prompts, TrustRemoteCode, data_config, named, needed
 from specd.cli.training import then
 from specd.config.settings import DataConfig
 from specd.drafts import registry
@@ -54,6 +54,7 @@ def regenerate(
     device: Annotated[str, typer.Option(rich_help_panel=HERE, help="auto, cpu, cuda or cuda:N.")] = "auto",
     dtype: Annotated[str, typer.Option(rich_help_panel=HERE, help="auto, float32, bfloat16 or float16.")] = "auto",
     threads: Annotated[int, typer.Option(min=0, rich_help_panel=HERE, help="CPU threads, 0 for torch's choice.")] = 0,
+    trust_remote_code: TrustRemoteCode = False,
     concurrency: Annotated[int, typer.Option(min=1, rich_help_panel=THERE, help="Conversations in flight.")] = 64,
     retries: Annotated[
         int, typer.Option(min=0, rich_help_panel=THERE, help="How often a failed request is repeated.")
@@ -109,12 +110,19 @@ def regenerate(
         # A day that the template is told is that of the first call, also when a later one resumes it.
         day = config.date or settings_of(output).get("date") or date.today().isoformat()
         config = msgspec.structs.replace(config, date=day)
-        answerer = _local(model, sampling, config, batch_size, device, dtype, threads)
+        answerer = _local(model, sampling, config, batch_size, device, dtype, threads, trust_remote_code)
     _run(config, answerer, model, output, overwrite)
 
 
 def _local(
-    model: str, sampling: Sampling, config: DataConfig, batch_size: int, device: str, dtype: str, threads: int
+    model: str,
+    sampling: Sampling,
+    config: DataConfig,
+    batch_size: int,
+    device: str,
+    dtype: str,
+    threads: int,
+    trust_remote_code: bool,
 ) -> Answerer:
     import torch
 
@@ -123,7 +131,7 @@ def _local(
 
     if threads:
         torch.set_num_threads(threads)
-    network, tokenizer = load_causal_lm(model, dtype=dtype, device=device)
+    network, tokenizer = load_causal_lm(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     if tokenizer is None:
         raise ConfigError(f"model {model!r} has no tokenizer, so it cannot answer text; add its tokenizer files")
     options: dict[str, Any] = {"template": config.template, "date": config.date}

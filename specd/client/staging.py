@@ -10,6 +10,7 @@ from functools import partial
 
 import torch
 
+from specd.client.changed import Changed
 from specd.client.guard import Guard
 from specd.memory.streams import Point, allocate, on_device
 
@@ -60,7 +61,7 @@ class Staging:
         self._device = device
         self._most = most
         self._afterwards = afterwards
-        self._changed = threading.Condition()
+        self._changed = Changed()
         self._free: deque[torch.Tensor] = deque()
         self._count = 0
         self._still_read = 0

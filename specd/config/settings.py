@@ -84,12 +84,12 @@ class CaptureConfig(Config, kw_only=True, frozen=True):
     """The capture that the slots are sized for.
 
     num_taps: how many layers. final: the last hidden state after the final norm, too. dtype: of the states; `auto` is
-    the target's.
+    the target's. Slots of float8_e4m3fn take half the memory, and half the tokens of a trainer that asks for bfloat16.
     """
 
     num_taps: int = 5
     final: bool = False
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "float8_e4m3fn"] = "auto"
 
 
 class ReplayConfig(Config, kw_only=True, frozen=True):
@@ -202,7 +202,7 @@ class DataConfig(Config, kw_only=True, frozen=True):
     count them. max_length: most tokens of a sample. long: what becomes of longer ones, `cut`, or `split` into several
     where they are documents. batch_tokens: size of a batch, in tokens at most. max_batch_sequences: most sequences of
     one, 0 for no limit. packing: of samples into batches: `anew` each epoch, or `fixed`, every epoch has the batches of
-    the first, in another order, so that a daemon that keeps states over epochs has them. max_samples: only
+    the first, in another order, so that a daemon that keeps states (`specd start --replay`) has them. max_samples: only
     the first N rows, 0 for all. template: variables of the chat template, as enable_thinking. date: the day that a
     template is told which asks for it, as 2026-01-31; empty for the day on which the run begins. cache_dir: where
     prepared data is kept; empty for specd's own cache. processes: that prepare it, 0 for one a core and at most 16.
@@ -265,6 +265,17 @@ class TrainConfig(Config, kw_only=True, frozen=True):
     peer_patience_s: Annotated[float, Meta(ge=0)] = 0.0
 
 
+class StatesConfig(Config, kw_only=True, frozen=True):
+    """How the states of the target come.
+
+    dtype: `auto` is the target's. float8_e4m3fn, with a scale for each tap of a token, takes half the bytes of bfloat16
+    on the wire, in the daemon's slots and in staging buffers, and rounds states to four significant bits; drafts read
+    them in the target's dtype.
+    """
+
+    dtype: Literal["auto", "float8_e4m3fn"] = "auto"
+
+
 class ValidationConfig(Config, kw_only=True, frozen=True):
     """Rows that are held out of training, and measured.
 
@@ -303,8 +314,8 @@ class RunConfig(Config, kw_only=True, frozen=True):
     """All settings of one `specd train METHOD`.
 
     method: which draft is trained. draft: its settings, those of its method. output: the run directory; empty is
-    runs/METHOD. data: what it trains on. train: the training loop. log: where its progress goes. subscriber: where
-    states come from.
+    runs/METHOD. data: what it trains on. capture: how states come. train: the training loop. log: where its progress
+    goes. subscriber: where states come from.
     target: settings of a target that the trainer hosts itself, as those of `specd start`; its device is the trainer's
     unless named here. Daemons have settings of their own.
     """
@@ -314,6 +325,7 @@ class RunConfig(Config, kw_only=True, frozen=True):
     target: dict[str, Any] = {}
     data: DataConfig = DataConfig()
     draft: dict[str, Any] = {}
+    capture: StatesConfig = StatesConfig()
     train: TrainConfig = TrainConfig()
     validation: ValidationConfig = ValidationConfig()
     log: LogConfig = LogConfig()

@@ -196,7 +196,8 @@ class Control:
             return wire.Reject(epoch=self._epoch, reason=reason, retry_ms=RETRY_MS, loading_ms=self._loading_ms())
         stranger, many = self._front.stranger(connection), self._front.too_many(connection, hello.ranks)
         wanted = self._ring.shares.wanted(hello.share)
-        if problem := stranger or many or check_hello(hello, started.contract, started.ring, wanted):
+        exact = self._settings.target.exact
+        if problem := stranger or many or check_hello(hello, started.contract, started.ring, wanted, exact=exact):
             return wire.Reject(epoch=self._epoch, reason=problem)
         over = self._front.over_quota(connection, self._sessions.connections())
         session = over or self._sessions.open(key, hello, connection, self._clock())

@@ -28,7 +28,7 @@ from specd.memory.arena import HostArena
 from specd.memory.device_arena import DeviceArena
 from specd.parent import when_parent_dies
 from specd.protocol import payload
-from specd.protocol.batch import Layout, slot_bytes
+from specd.protocol.batch import slot_bytes
 from specd.protocol.capture import CaptureSpec
 from specd.protocol.contract import RingInfo, TargetContract
 from specd.targets.base import CaptureJob, Target
@@ -39,6 +39,7 @@ from specd.transports.checks import pattern
 from specd.worker import first_batches
 from specd.worker import messages as channel
 from specd.worker.announcer import Announcer
+from specd.worker.blank import blank
 from specd.worker.lag import LagCells
 from specd.worker.replaying import Replay, identity_of
 from specd.worker.ring_memory import open_ring
@@ -283,11 +284,7 @@ class Worker:
         for task in group:
             arena.begin(task.slot)
             slot = arena.tensor(task.slot) if isinstance(arena, DeviceArena) else arena.slot(task.slot)
-            for gap in gaps(task.layout):
-                if isinstance(slot, memoryview):
-                    slot[gap] = bytes(gap.stop - gap.start)
-                else:
-                    slot[gap] = 0
+            blank(slot, task.layout)
             tokens, lengths = np.frombuffer(task.tokens, "<i4"), np.frombuffer(task.lengths, "<i4")
             payloads = tuple(map(payload.unpack, task.payloads))
             fills.append(
@@ -351,13 +348,6 @@ class Worker:
                 ends.callback(self._replay.close)
             if self._lag is not None:
                 ends.callback(self._lag.close)
-
-
-def gaps(layout: Layout) -> list[slice]:
-    """The bytes between a slot's tensors. They are sent and no target writes them: another trainer's may lie there."""
-    ends = [0, *(ref.offset + ref.nbytes for ref in layout.tensors)]
-    begins = [*(ref.offset for ref in layout.tensors), layout.nbytes]
-    return [slice(end, begin) for end, begin in zip(ends, begins, strict=True) if end < begin]
 
 
 def capture_of(config: DaemonConfig, contract: TargetContract) -> CaptureSpec:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from chats import THINKING, talk, write_rows, write_target, write_tokenizer
+from chats import THINKING, consist_of_code, talk, write_rows, write_target, write_tokenizer
 from drafts import save_draft
 from specd.cli.main import run
 from specd.config.settings import RunConfig
@@ -193,6 +193,18 @@ def test_a_target_without_a_tokenizer_takes_that_of_a_directory(
     assert run([*arguments, "--device", "cpu"]) == 2
     assert "has no tokenizer" in capsys.readouterr().err
     assert run([*arguments, "--device", "cpu", "--tokenizer", str(model), "--max-new-tokens", "4"]) == 0
+
+
+def test_code_of_a_target_is_run_when_asked_for(
+    tmp_path: Path, trained: Path, model: Path, prompts: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(model, tmp_path / "own")
+    consist_of_code(tmp_path / "own")
+    arguments = ["eval", str(trained), "--model", f"{tmp_path}/own", "--data", prompts, "--device", "cpu"]
+    arguments += ["--max-new-tokens", "2", "--limit", "1"]
+    assert run(arguments) == 2
+    assert "is not run unasked; read it, and give --trust-remote-code" in capsys.readouterr().err
+    assert run([*arguments, "--trust-remote-code"]) == 0
 
 
 @pytest.mark.parametrize("settings", [[], ["data.template.enable_thinking=true"]])

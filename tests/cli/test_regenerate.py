@@ -14,7 +14,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from chat_server import ChatServer, Said, failed, said
-from chats import talk, write_rows, write_target, write_tokenizer
+from chats import consist_of_code, talk, write_rows, write_target, write_tokenizer
 from specd.cli.data import app
 from specd.errors import ConfigError, DataError
 
@@ -84,6 +84,15 @@ def test_a_day_that_the_template_is_told_is_kept_by_unfinished_work(tmp_path: Pa
     (tmp_path / "o.partial").write_text(json.dumps(settings) + "\n")
     run(*arguments)
     assert out.read_bytes() == whole
+
+
+def test_code_of_a_target_is_run_when_asked_for(tmp_path: Path) -> None:
+    model, prompts = write_target(tmp_path / "own"), write_rows(tmp_path / "a.jsonl", {"messages": talk("Hi")})
+    consist_of_code(model)
+    arguments = (prompts, "--model", model, "--output", tmp_path / "out.jsonl", "--max-new-tokens", 2)
+    with pytest.raises(ConfigError, match="is not run unasked; read it, and give --trust-remote-code"):
+        run(*arguments)
+    assert "1 answered" in run(*arguments, "--trust-remote-code").output
 
 
 def test_a_server_is_asked_with_the_key_of_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

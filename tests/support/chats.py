@@ -153,3 +153,23 @@ def talk(*contents: str) -> list[dict[str, Any]]:
 def write_rows(file: Path, *rows: dict[str, Any]) -> str:
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return str(file)
+
+
+OWN_CODE = """
+from transformers.models.llama.configuration_llama import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaForCausalLM
+
+class OwnConfig(LlamaConfig):
+    model_type = "own_llama"
+
+class OwnForCausalLM(LlamaForCausalLM):
+    config_class = OwnConfig
+"""
+
+
+def consist_of_code(directory: Path) -> None:
+    """Make the llama in `directory` one whose Python code lies beside its weights."""
+    (directory / "own.py").write_text(OWN_CODE)
+    config = json.loads((directory / "config.json").read_text())
+    names = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnForCausalLM"}
+    (directory / "config.json").write_text(json.dumps(config | {"model_type": "own_llama", "auto_map": names}))

@@ -9,7 +9,10 @@ from __future__ import annotations
 
 from collections import Counter, deque
 
+from msgspec import structs
+
 from specd.client import effects
+from specd.client.peers import Keeping
 from specd.client.pending import MOST_REST_S, REST_S, State
 from specd.protocol.cut import cut
 from specd.transports.base import SlotRef
@@ -22,14 +25,16 @@ FAILED = "it has failed"
 class Life:
     """One session: what its daemon knows, by seq and by lease, and how many views of its slots there are.
 
-    tiny: no batch fits its slots.
+    tiny: no batch fits its slots. keeps: it keeps states over epochs.
     """
 
-    def __init__(self, token: Token, link: int, credits: int, kind: str, tiny: bool = False) -> None:
+    def __init__(
+        self, token: Token, link: int, credits: int, kind: str, tiny: bool = False, keeps: bool = False
+    ) -> None:
         self.token = token
         self.link = link
         self.credits = credits
-        self.tiny = tiny
+        self.tiny, self.keeps = tiny, keeps
         self.copies = kind == "copy"
         self.lends = kind == "borrow"
         self.up = True
@@ -73,9 +78,11 @@ class Work:
 class Model:
     """A window, and all that surrounds it."""
 
-    def __init__(self) -> None:
-        self.clock = Clock()
-        self.window = make(LINKS, self.clock)
+    def __init__(self, keeping: Keeping) -> None:
+        self.clock, self.keeping = Clock(), keeping
+        self.window = make(LINKS, self.clock, keeping)
+        self.keepers: dict[int, bool] = {}  # whether each link, as last known, keeps what it can hold
+        self.homes: dict[bytes, int] = {}
         self.links: list[Life | None] = [None] * LINKS
         self.lives: dict[Token, Life] = {}
         self.works: dict[Item, Work] = {}
@@ -89,6 +96,14 @@ class Model:
         self.num_leases = self.resubmitted = 0
         self.owed: Counter[object] = Counter()
         self._giving_up: Life | None = None
+
+    def open(self, life: Life) -> None:
+        """A session begins."""
+        self.links[life.link] = self.lives[life.token] = life
+        keeps = life.keeps and not life.tiny
+        if keeps != self.keepers.get(life.link, False):
+            self.homes.clear()
+        self.keepers[life.link] = keeps
 
     def up(self) -> list[Life]:
         return [life for life in self.links if life is not None]
@@ -125,8 +140,9 @@ class Model:
     def carry_out(self, todo: Effects) -> None:
         for effect in todo:
             match effect:
-                case effects.SendSubmit(session, pending, late):
+                case effects.SendSubmit(session, pending, late, keep):
                     self._submit(self.lives[session], self.works[pending], late)
+                    self._kept(self.lives[session], self.works[pending], keep)
                     self.owed[effect] += 1
                 case effects.SendRelease(session, lease):
                     self._released(self.lives[session], lease, effect)
@@ -171,6 +187,14 @@ class Model:
         work.submissions += 1
         work.place = State.SUBMITTED
         life.asked[work.pending.seq] = work
+
+    def _kept(self, life: Life, work: Work, keep: bool) -> None:
+        """Whether a daemon may keep a batch."""
+        if self.keeping != "home" or not any(self.keepers.values()):
+            assert keep == (self.keeping != "nowhere")
+        elif keep:
+            assert life.keeps, "it has no home there"
+            assert self.homes.setdefault(work.pending.identity, life.link) == life.link, "it has two homes"
 
     def _released(self, life: Life, lease: int, effect: object) -> None:
         assert life.up, "a message in a session that is gone"
@@ -268,7 +292,9 @@ class Model:
                 self.owe(effects.SendBorrow(life.token, lease))
             elif work.announced:
                 self.owe(effects.SendRecvReady(life.token, lease))
-        self.carry_out(self.window.ready(life.token, ready(work.pending, lease, held=held)))
+        message = ready(work.pending, lease, held=held)
+        source = "forward" if lease % 3 else "replay"
+        self.carry_out(self.window.ready(life.token, structs.replace(message, source=source)))
 
     def refuse(self, life: Life, work: Work) -> None:
         """A daemon cannot capture a batch."""

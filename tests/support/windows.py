@@ -6,6 +6,7 @@ from functools import cache
 
 from samples import batch
 from specd.client.effects import Effect
+from specd.client.peers import Keeping, Peers
 from specd.client.pending import Pending, State
 from specd.client.window import Window
 from specd.protocol.batch import Batch, Layout, batch_id, slot_layout
@@ -45,8 +46,8 @@ BUFFER = Token("buffer")
 Effects = list[Effect[Token, Token]]
 
 
-def make(num_daemons: int = 1, clock: Clock | None = None) -> Window[Token, Token]:
-    return Window([f"daemon-{place}" for place in range(num_daemons)], clock or Clock())
+def make(num_daemons: int = 1, clock: Clock | None = None, keeping: Keeping = "anywhere") -> Window[Token, Token]:
+    return Window(Peers([f"daemon-{place}" for place in range(num_daemons)], (), keeping), clock or Clock())
 
 
 def show_pace(window: Window[Token, Token], clock: Clock, place: int, seconds: float) -> None:

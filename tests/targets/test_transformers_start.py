@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 
+from chats import consist_of_code
 from fills import HIDDEN, LENGTHS, VOCAB, make_fill
 from specd.config.settings import TargetConfig
 from specd.errors import ConfigError, TargetError
@@ -79,21 +80,8 @@ def test_a_build_that_fails_is_one_sentence(llama: Path, monkeypatch: pytest.Mon
 
 
 def test_code_of_a_checkpoint_is_run_when_asked_for(llama: Path, tmp_path: Path) -> None:
-    code = """
-from transformers.models.llama.configuration_llama import LlamaConfig
-from transformers.models.llama.modeling_llama import LlamaForCausalLM
-
-class OwnConfig(LlamaConfig):
-    model_type = "own_llama"
-
-class OwnForCausalLM(LlamaForCausalLM):
-    config_class = OwnConfig
-"""
     shutil.copytree(llama, tmp_path, dirs_exist_ok=True)
-    (tmp_path / "own.py").write_text(code)
-    config = json.loads((tmp_path / "config.json").read_text())
-    names = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnForCausalLM"}
-    (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "own_llama", "auto_map": names}))
+    consist_of_code(tmp_path)
     with pytest.raises(
         ConfigError, match=r"Python code that comes with the checkpoint.*target\.trust_remote_code=true"
     ):

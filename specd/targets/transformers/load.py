@@ -85,7 +85,7 @@ def _read_model(source: Source, dtype: torch.dtype, trust_remote_code: bool) -> 
     if "auto_map" in source.config and not trust_remote_code and not _known(source.config):
         raise ConfigError(
             f"target {source.name}: its model is Python code that comes with the checkpoint, which is not run unasked; "
-            f"read it, and give --set target.trust_remote_code=true"
+            f"read it, and give --trust-remote-code, or --set target.trust_remote_code=true where it is hosted"
         )
     try:
         with no_bars():
