@@ -105,7 +105,9 @@ def _shared(report: StatusReport) -> Iterator[tuple[str, str]]:
     shares = Counter(session.share for session in report.sessions if session.share)
     if shares or saved(report.counters):
         here = "".join(f"; {share}: {count} trainer{'s' * (count > 1)}" for share, count in sorted(shares.items()))
-        yield "shared", f"{saved(report.counters) or 'no requests spared a forward'}{here}"
+        yield "shared", f"{saved(report.counters) or 'no request was spared a forward'}{here}"
+        if unlike := report.counters.get("unlike", 0):
+            yield "", f"{unlike:,} batches differ between runs of a share: other data, data.batch_tokens or train.seed"
 
 
 def _rates(found: Rates) -> Iterator[tuple[str, str]]:

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 from collections import deque
+from typing import Final
 
 from specd.daemon.lag import LagWindow, Save
 from specd.daemon.shares import Run, Shares
 from specd.daemon.slots import Ask, Slot, SlotState
 from specd.protocol.capture import covers
 from specd.protocol.messages import Source
+
+log = logging.getLogger(__name__)
+
+UNLIKE: Final = 8
+"""So many batches that differ are no accident."""
+WHY_UNLIKE: Final = (
+    "its runs have other batches at the same place, and share nothing there: give all the same data, "
+    "data.batch_tokens and train.seed"
+)
 
 
 class Contents:
@@ -47,10 +58,13 @@ class Contents:
 
         None without room, or while its run is held, which it is not for a cell.
         """
-        found = self.lag.find(ask)
+        found, unlike = self.lag.find(ask), self._is_unlike(run, ask)
         index = self._room(run, ask, held=found is None)
         if index is None:
             return None
+        self._counters["unlike"] += unlike
+        if unlike and self._counters["unlike"] == UNLIKE:
+            log.warning("share %s: %s", run.share, WHY_UNLIKE)
         self._counters["fills" if found is None else "lag_hits"] += 1
         self._serial += 1
         slot = self.slots[index]
@@ -138,6 +152,13 @@ class Contents:
         """Whether another run has a fill of its own being made at an earlier place, and so catches up."""
         filling = (slot for slot in self.slots if slot.state is SlotState.FILLING and slot.asker in others)
         return any(slot.place < place and slot.cell is None for slot in filling)
+
+    def _is_unlike(self, run: Run, ask: Ask) -> bool:
+        """Whether another run of a share has another batch at the same place of its plan."""
+        others = self._shares.others(run) if ask.want is not None else set()
+        return any(
+            slot.asker in others and slot.place == ask.place and slot.batch_id != ask.batch_id for slot in self.slots
+        )
 
     def _evict(self, run: Run, others: set[Run], *, held: bool) -> bool:
         """Free a KEPT slot; False without one, or while the run waits for others of its share to read them.

@@ -54,8 +54,8 @@ from specd.protocol.capture import CaptureSpec
 from specd.protocol.messages import Source
 
 COUNTERS = (
-    "submitted", "fills", "joins", "kept_hits", "kept_evicted", "lag_hits", "lag_saves", "held_ms", "released",
-    "stale_release", "stale_fill", "expired", "resets",
+    "submitted", "fills", "joins", "kept_hits", "kept_evicted", "lag_hits", "lag_saves", "unlike", "held_ms",
+    "released", "stale_release", "stale_fill", "expired", "resets",
 )  # fmt: skip
 
 

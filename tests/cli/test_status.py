@@ -106,11 +106,12 @@ def test_what_sharing_saves_is_one_line_and_who_is_behind_is_said(
     assert (text.count(", share sweep"), text.count("share sweep (behind)")) == (2, 1)
     assert "of their own" not in show(report, monkeypatch, capsys)
     lagging = msgspec.structs.replace(
-        report, sessions=shares[:1], counters=saved | {"lag_hits": 110}, lag_cells=400, lag_used=87
+        report, sessions=shares[:1], counters=saved | {"lag_hits": 110, "unlike": 12}, lag_cells=400, lag_used=87
     )
     text = show(lagging, monkeypatch, capsys)
     assert "1,000 of 2,200 requests needed no forward of their own, 110 of them from the lag window; sweep: 1" in text
     assert "87 of 400 batches" in text
+    assert "12 batches differ between runs of a share: other data" in text
 
 
 @pytest.mark.parametrize("timeout_s", [-1.0, float("nan"), float("inf"), 2 * LONGEST_S])

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
 from rings import A, B, C, Clock, content, fill_all
+from specd.daemon.contents import UNLIKE
 from specd.daemon.lag import LagWindow, Save
 from specd.daemon.ring import Ring
 from specd.daemon.slots import Grant, Lease, SlotState
@@ -288,6 +289,20 @@ def test_a_slot_is_kept_for_the_other_member_and_free_once_it_was_read() -> None
     read(ring, B, 0, 1)
     assert "kept" not in ring.counts()
     assert (ring.counters["fills"], ring.counters["kept_hits"]) == (2, 2)
+
+
+def test_runs_whose_batches_differ_are_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    ring, _ = sharing(pace_s=0.0)
+    read(ring, A, 0, 1)
+    read(ring, B, 0, 1)
+    assert ring.counters["unlike"] == 0
+    for place in range(2, 2 + 2 * UNLIKE):
+        read(ring, A, place)
+        ring.submit(B, 2000 + place, content(1000 + place), FINAL, place=place)
+        for lease in fill_all(ring):
+            ring.release(B, lease.id)
+    assert ring.counters["unlike"] >= UNLIKE
+    assert caplog.text.count("share s: its runs have other batches at the same place") == 1
 
 
 def test_what_is_kept_for_a_member_goes_with_it() -> None:
