@@ -14,6 +14,8 @@ from specd.protocol.messages import Source
 
 log = logging.getLogger(__name__)
 
+SPARE: Final = 4
+"""One in so many slots: runs that follow one another closely need no copies."""
 UNLIKE: Final = 8
 """So many batches that differ are no accident."""
 WHY_UNLIKE: Final = (
@@ -28,6 +30,8 @@ class Contents:
     def __init__(self, num_slots: int, shares: Shares, counters: dict[str, int]) -> None:
         self.slots = [Slot() for _ in range(num_slots)]
         self._free = deque(range(num_slots))  # longest free first: a late reader of old bytes sees them longest
+        self.spare = max(1, num_slots // SPARE)
+        """How many slots are to be FREE, or safe in the lag window, if that can be had."""
         self._serial = 0
         self._resident: dict[bytes, list[int]] = {}  # by content, every slot that is not FREE
         self._shares = shares
@@ -86,19 +90,19 @@ class Contents:
         self.lag.paid(slot.batch_id, run)
 
     def saves(self) -> list[Save]:
-        """The KEPT slots to be copied to the lag window now, the earliest places first."""
-        kept = (
-            [index for index, slot in enumerate(self.slots) if slot.state is SlotState.KEPT] if self.lag.cells else []
-        )
+        """The KEPT slots to be copied to the lag window now: the latest ones, until `spare` can be filled at once."""
+        if not self.lag.cells:
+            return []
         found: list[Save] = []
-        for index in sorted(kept, key=lambda each: self.slots[each].place):
-            slot = self.slots[index]
-            if slot.refused == self.lag.freed or self.lag.has(slot.batch_id, slot.held, saved=False):
-                continue
-            if (save := self.lag.save(index, slot)) is not None:
-                found.append(save)
-            else:
-                slot.refused = self.lag.freed
+        kept = [slot for slot in self.slots if slot.state is SlotState.KEPT]
+        lost = [slot for slot in kept if not self.lag.has(slot.batch_id, slot.held, saved=False)]
+        missing = self.spare - len(self._free) - (len(kept) - len(lost))
+        for slot in sorted(lost, key=lambda each: each.place, reverse=True):
+            if len(found) < missing and slot.refused != self.lag.freed:
+                if (save := self.lag.save(self.slots.index(slot), slot)) is not None:
+                    found.append(save)
+                else:
+                    slot.refused = self.lag.freed
         self._counters["lag_saves"] += len(found)
         return found
 

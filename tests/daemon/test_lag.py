@@ -7,7 +7,7 @@ import pytest
 from rings import A, B, C, Clock, content, fill_all
 from specd.daemon.lag import LagWindow, Save
 from specd.daemon.ring import Ring
-from specd.daemon.slots import Grant, SlotState
+from specd.daemon.slots import SlotState
 from specd.protocol.capture import CaptureSpec
 
 SPEC = CaptureSpec(taps=(1,))
@@ -15,13 +15,16 @@ MORE = CaptureSpec(taps=(1, 2))
 
 
 class Bench:
-    """A ring of runs that share, with a lag window, and its worker. A leads."""
+    """A ring of runs that share, with a lag window, and its worker. A leads. eager: all that is kept is saved."""
 
-    def __init__(self, cells: int, num_slots: int = 4, names: tuple[bytes, ...] = (A, B)) -> None:
+    def __init__(
+        self, cells: int, num_slots: int = 4, names: tuple[bytes, ...] = (A, B), *, eager: bool = True
+    ) -> None:
         self.clock = Clock()
         self.ring = Ring(num_slots, len(names), 1000.0, self.clock, 1.0)
         self.ring.contents.lag = self.lag = LagWindow(cells)
-        self.told: list[Save | Grant] = []
+        if eager:
+            self.ring.contents.spare = num_slots
         self.seq = 0
         for name in names:
             self.ring.open(name, num_slots, spec=SPEC, share="s")
@@ -64,6 +67,17 @@ def test_who_lags_reads_what_was_saved_and_the_leader_never_waits() -> None:
     counters = bench.ring.counters
     assert (counters["fills"], counters["lag_hits"] + counters["kept_hits"], counters["kept_evicted"]) == (12, 12, 0)
     assert (bench.lag.used, bench.ring.counts()["free"]) == (0, 4), "nobody is owed anything any more"
+
+
+def test_what_the_ring_has_room_for_is_not_copied() -> None:
+    bench = Bench(cells=20, num_slots=12, eager=False)
+    for place in range(9):
+        bench.lead(place)
+        assert bench.lag.used == 0
+    bench.lead(9, 10, 11, 12)
+    assert set(bench.cells) == {9, 10, 11, 12}, "so that 3 slots can be filled at once"
+    assert [bench.read(B, place) for place in range(13)] == ["kept"] * 13
+    assert (bench.ring.counters["fills"], bench.ring.counters["lag_saves"]) == (13, 4)
 
 
 def test_what_is_not_saved_yet_or_not_whole_is_computed() -> None:

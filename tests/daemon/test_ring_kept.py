@@ -31,8 +31,10 @@ class KeptWalk(RuleBasedStateMachine):
         pool=st.integers(0, 4),
         pace=st.sampled_from([0.0, 0.5, 3.0]),
         cells=st.integers(0, 5),
+        spare=st.integers(1, 9),
     )
-    def start(self, holders: int, pool: int, pace: float, cells: int) -> None:
+    def start(self, holders: int, pool: int, pace: float, cells: int, spare: int) -> None:
+        self.spare = spare
         self.clock = Clock()
         self.ring = Ring(holders + pool, holders, 1000.0, self.clock, pace)
         self.pace, self.cap = pace, max(1.0, 16 * pace) if pace else 0.0
@@ -54,6 +56,7 @@ class KeptWalk(RuleBasedStateMachine):
     def begin_window(self, cells: int) -> None:
         """A worker with so many cells."""
         self.ring.contents.lag = LagWindow(cells)
+        self.ring.contents.spare = self.spare
         self.cells: list[tuple[bytes, CaptureSpec | None] | None] = [None] * cells
         self.told.clear()
 
