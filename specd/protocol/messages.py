@@ -162,7 +162,11 @@ class Release(Message, kw_only=True, frozen=True, tag="release"):
 
 
 class Renew(Message, kw_only=True, frozen=True, tag="renew"):
-    """Renew every lease of the session; answered with Renewed."""
+    """Renew every lease of the session; answered with Renewed. epoch_batches: as in Hello, since it is known; 0 for as
+    before.
+    """
+
+    epoch_batches: U64 = 0
 
 
 class Fetch(Message, kw_only=True, frozen=True, tag="fetch"):

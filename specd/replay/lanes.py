@@ -2,7 +2,8 @@
 
 A batch is looked for in memory first, then on the disk; each keeps a fixed part of its own, and nothing moves between
 them. Whoever asks never waits: a slot that is to be kept is copied by one thread, into a cell in memory or into a
-buffer that another thread writes to the disk. Without a free buffer it is skipped, and kept the next time it comes by.
+buffer that another thread writes to the disk. One that is refilled before is skipped, and kept the next time it comes
+by: bursts, as of forwards that many batches share, wait in the ring's own slots.
 
     RAM beside the memory tier's: WRITE_BUFFERS + READERS slots, page-locked where the ring is on a GPU
 """
@@ -87,7 +88,7 @@ class Lanes:
         for buffer in range(WRITE_BUFFERS):
             self._buffers.put(buffer)
         self._reads: queue.SimpleQueue[tuple[Task, Tier, Entry] | None] = queue.SimpleQueue()
-        self._copies: queue.SimpleQueue[tuple[Task, Tier, Entry, int] | None] = queue.SimpleQueue()
+        self._copies: queue.SimpleQueue[tuple[Task, Tier, Entry] | None] = queue.SimpleQueue()
         self._writes: queue.SimpleQueue[tuple[Task, Tier, Entry, int] | None] = queue.SimpleQueue()
         self._ending = threading.Event()
         self.scanned = threading.Event()
@@ -140,19 +141,19 @@ class Lanes:
             claimed = self._claim(task.key)
         if claimed is None:
             return
-        tier, entry = claimed
-        try:
-            buffer = self._buffers.get_nowait()
-        except queue.Empty:
-            self._give_up(tier, entry)
-            return
-        self._copies.put((task, tier, entry, buffer))
+        if self._copies.qsize() < self._arena.num_slots:  # else the first ones are refilled already
+            self._copies.put((task, *claimed))
+        else:
+            self._give_up(*claimed)
 
     def close(self) -> None:
         """End the threads, each after what it does now. The arena must still be there. Idempotent."""
         self._ending.set()
-        for lane in (*[self._reads] * READERS, self._copies, self._writes):
-            lane.put(None)
+        for _ in range(READERS):
+            self._reads.put(None)
+        self._copies.put(None)
+        self._writes.put(None)
+        self._buffers.put(0)  # whoever waits for one ends then
         for thread in self._threads:
             thread.join(END_S)
         if any(thread.is_alive() for thread in self._threads):
@@ -214,8 +215,8 @@ class Lanes:
                 with self._lock:
                     tier.store.done(entry)
                 self._arena.seal(task.slot, task.generation, task.nbytes)
+                self._count("hit")  # before: whoever asks then is told of it
                 self._filled(task)
-                self._count("hit")
 
     def _read(self, task: Task, tier: Tier, entry: Entry, bounce: int, copier: Copier) -> None:
         """Put a batch's bytes into its slot. Raises DamageError or OSError."""
@@ -238,21 +239,32 @@ class Lanes:
     def _copy_all(self) -> None:
         copier = Copier()
         while (item := self._copies.get()) is not None and not self._ending.is_set():
-            task, tier, entry, buffer = item
-            cells, cell = (tier.cells, entry.cell) if isinstance(tier.cells, Pinned) else (self._bounce, buffer)
-            assert isinstance(cells, Pinned)
-            if isinstance(self._arena, DeviceArena):
-                copier.copy(cells.tensor(cell)[: task.nbytes], self._arena.tensor(task.slot)[: task.nbytes])
-            else:
-                _copy(cells.view(cell)[: task.nbytes], self._arena.slot(task.slot)[: task.nbytes])
-            if self._arena.generation(task.slot) != task.generation:  # refilled under the copy
-                self._give_up(tier, entry)
-            elif cells is self._bounce:
-                self._writes.put(item)
+            task, tier, entry = item
+            if isinstance(tier.cells, Pinned):
+                if self._copied(task, tier.cells, entry.cell, copier):
+                    self._keep(tier, entry)
+                else:
+                    self._give_up(tier, entry)
                 continue
+            assert self._bounce is not None
+            buffer = self._buffers.get()
+            if self._ending.is_set():
+                return
+            if self._copied(task, self._bounce, buffer, copier):
+                self._writes.put((*item, buffer))
             else:
-                self._keep(tier, entry)
-            self._buffers.put(buffer)
+                self._give_up(tier, entry)
+                self._buffers.put(buffer)
+
+    def _copied(self, task: Task, cells: Pinned, cell: int, copier: Copier) -> bool:
+        """Copy a slot; False if it was refilled before the last byte."""
+        if self._arena.generation(task.slot) != task.generation:
+            return False
+        if isinstance(self._arena, DeviceArena):
+            copier.copy(cells.tensor(cell)[: task.nbytes], self._arena.tensor(task.slot)[: task.nbytes])
+        else:
+            _copy(cells.view(cell)[: task.nbytes], self._arena.slot(task.slot)[: task.nbytes])
+        return self._arena.generation(task.slot) == task.generation
 
     def _write_all(self) -> None:
         assert self._bounce is not None

@@ -213,6 +213,8 @@ def _train(
         if images:
             images.check(contract, subscriber.ring, settled.data.batch_tokens)
         batches = dataset.plan(settled.data, settled.train.seed, held.samples)
+        if settled.data.packing == "fixed":
+            subscriber.tell_epoch(batches.num_batches(0))
         loader = Loader(dataset, batches, epochs=settled.train.epochs, payloads=images)
         validation = measurements(settled, dataset, held, batches, directory.validation)
         own = identity(settled, draft, method.free, contract, dataset.digest)

@@ -154,7 +154,7 @@ FIELDS: dict[type[wire.Message], dict[str, st.SearchStrategy[Any]]] = {
     wire.RecvReady: {"lease": u64},
     wire.Borrow: {"lease": u64},
     wire.Release: {"lease": u64},
-    wire.Renew: {},
+    wire.Renew: {"epoch_batches": u64},
     wire.Fetch: {"name": name, "offset": u64, "length": st.integers(1, limits.ARTIFACT_CHUNK_BYTES)},
     wire.Status: {},
     wire.Bye: {},

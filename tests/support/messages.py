@@ -47,7 +47,7 @@ SAMPLES: tuple[wire.Message, ...] = (
     wire.RecvReady(epoch=EPOCH, lease=7),
     wire.Borrow(epoch=EPOCH, lease=8),
     wire.Release(epoch=EPOCH, lease=1 << 40),
-    wire.Renew(epoch=EPOCH),
+    wire.Renew(epoch=EPOCH, epoch_batches=1 << 33),
     wire.Fetch(epoch=EPOCH, name="embedding", offset=1048576, length=262144),
     wire.Status(),
     wire.Bye(epoch=EPOCH),
