@@ -13,7 +13,6 @@ from chats import talk, write_rows, write_target
 from specd.cli.main import run
 from specd.train.loop import _Run
 
-
 LESS = "--limit 1 --max-new-tokens 4"
 
 
