@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Annotated, Self
@@ -21,17 +19,15 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from specd.cli.children import Children, ready
 from specd.cli.training import then
 from specd.drafts import registry
-from specd.errors import ConfigError, DaemonError
-from specd.memory import segment
+from specd.errors import ConfigError
 from specd.train.interrupt import Interrupt
 from specd.train.owner import LOCK, owned
 
 EXAMPLES = "Examples: `specd demo` · `specd demo --method eagle3` · `specd demo --quick --output runs/first-look`"
 MODEL = "smollm2-135m"
-SETTLE_S = 20.0
-"""Timeout of a child's orderly end; then it is killed."""
 
 
 def demo(
@@ -117,18 +113,13 @@ def remove_run(run: Path) -> None:
 
 
 class Stage:
-    """Runs the demo's commands, visibly, as child processes.
+    """Runs the demo's commands, visibly, as child processes, which never outlive it."""
 
-    Each has its own process group, which never outlives the stage, and a signal that ends it at once. If this process
-    is killed, the kernel kills them.
-    """
-
-    __slots__ = ("_children", "_console", "_interrupt", "_log", "times")
+    __slots__ = ("_children", "_console", "_log", "times")
 
     def __init__(self, interrupt: Interrupt, console: Console | None = None) -> None:
-        self._interrupt = interrupt
         self._console = console or Console(highlight=False)
-        self._children: list[tuple[subprocess.Popen[bytes], signal.Signals]] = []
+        self._children = Children(interrupt)
         self._log: IO[bytes] | None = None
         self.times: list[tuple[str, float]] = []
         """Each step's title and seconds."""
@@ -142,7 +133,7 @@ class Stage:
         self.close()
 
     def __repr__(self) -> str:
-        return f"Stage({len(self.times)} steps done, {len(self._children)} processes)"
+        return f"Stage({len(self.times)} steps done, {self._children!r})"
 
     @contextmanager
     def step(self, title: str) -> Iterator[None]:
@@ -166,7 +157,7 @@ class Stage:
         """Run one command to its end. Leaves the demo with the command's exit code when it fails."""
         child = self._spawn(arguments, signal.SIGTERM)
         code = child.wait()
-        self._children = [entry for entry in self._children if entry[0] is not child]
+        self._children.forget(child)
         if code:
             self._console.print(f"[red]`specd {arguments[0]}` failed with exit code {code}: the demo ends here[/]")
             raise typer.Exit(code if code > 0 else 128 - code)
@@ -174,34 +165,13 @@ class Stage:
     def serve(self, log: Path, *arguments: str) -> None:
         """Start a daemon and wait for its ready line. Its log goes to a file."""
         self._log = open(log, "wb")  # noqa: SIM115 (closed with the stage)
-        child = self._spawn(arguments, signal.SIGINT, stdout=subprocess.PIPE, stderr=self._log)
-        assert child.stdout is not None, "asked for a pipe"
-        ready = child.stdout.readline().decode().rstrip()
-        if not ready:
-            child.wait()
-            said = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-            raise DaemonError(f"the daemon did not start: {said[-1] if said else 'it said nothing'} (its log is {log})")
-        self.say(ready)
+        self.say(ready(self._spawn(arguments, signal.SIGINT, stdout=subprocess.PIPE, stderr=self._log), log))
 
     def close(self) -> None:
         """End every running child, the youngest first: by its signal, then by SIGKILL. Idempotent."""
-        killed = False
-        if any(child.poll() is None for child, _ in self._children):
+        if self._children.running:
             self._console.print("[dim]stopping child processes[/]")
-        while self._children:
-            child, end = self._children.pop()
-            child.send_signal(end)
-            try:
-                child.wait(SETTLE_S)
-            except subprocess.TimeoutExpired:
-                killed = True
-            with suppress(ProcessLookupError):
-                os.killpg(child.pid, signal.SIGKILL)  # the rest of its group
-            child.wait()
-            if child.stdout is not None:
-                child.stdout.close()
-        if killed:
-            segment.sweep()
+        self._children.close()
         if self._log is not None:
             self._log.close()
 
@@ -213,14 +183,7 @@ class Stage:
         stderr: IO[bytes] | None = None,
     ) -> subprocess.Popen[bytes]:
         self._console.print(f"[bold cyan]$[/] specd {shlex.join(arguments)}", soft_wrap=True)
-        command = [sys.executable, "-P", "-m", "specd.cli.child", str(os.getpid()), *arguments]
-        # A signal must not come between the birth of a child and its entry in the list that is cleaned up.
-        with self._interrupt.shield():
-            child = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr, start_new_session=True
-            )
-            self._children.append((child, end))
-        return child
+        return self._children.start(arguments, end, stdout=stdout, stderr=stderr)
 
 
 def summarise(stage: Stage, run: Path, seconds: float) -> None:

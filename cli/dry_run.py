@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from specd.train.rehearsal import Rehearsal
 
 
-def rehearse(job: Job) -> None:
-    """Check and print. A daemon is asked for its target if it is there."""
+def rehearsed(job: Job) -> Rehearsal:
+    """Check a run. A daemon is asked for its target if it is there."""
     from specd.targets.source import pick_dtype
     from specd.train.rehearsal import rehearse
 
@@ -29,7 +29,12 @@ def rehearse(job: Job) -> None:
     asked = str(first.target.get("dtype", "auto"))
     dtype = str(pick_dtype(asked, source)).removeprefix("torch.")
     with laid_out(source) as files:
-        found = rehearse(job.settle, name, source.config, files, dtype, resume=job.resume, show=True)
+        return rehearse(job.settle, name, source.config, files, dtype, resume=job.resume, show=True)
+
+
+def rehearse(job: Job) -> None:
+    """Check and print."""
+    found = rehearsed(job)
     width = max(len(label) for label, _ in _rows(found))
     for label, value in _rows(found):
         typer.echo(f"{label:<{width}}  {value}")

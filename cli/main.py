@@ -22,11 +22,13 @@ from specd.cli import (
     keys,
     plan,
     push,
+    replay,
     report,
     resume,
     start,
     status,
     stop,
+    sweep,
     top,
     train,
 )
@@ -46,9 +48,11 @@ class Verbs(TyperGroup):
         "status",
         "top",
         "stop",
+        "replay",
         "keys",
         "train",
         "resume",
+        "sweep",
         "eval",
         "export",
         "push",
@@ -91,9 +95,11 @@ app.command("start", rich_help_panel=SERVE, epilog=start.EXAMPLES)(start.start)
 app.command("status", rich_help_panel=SERVE, epilog=status.EXAMPLES)(status.status)
 app.command("top", rich_help_panel=SERVE, epilog=top.EXAMPLES)(top.top)
 app.command("stop", rich_help_panel=SERVE, epilog=stop.EXAMPLES)(stop.stop)
+app.command("replay", rich_help_panel=SERVE, epilog=replay.EXAMPLES)(replay.replay)
 app.add_typer(keys.app, name="keys", rich_help_panel=SERVE)
 app.command("train", rich_help_panel=TRAIN, epilog=train.EXAMPLES, no_args_is_help=True)(train.train)
 app.command("resume", rich_help_panel=TRAIN, epilog=resume.EXAMPLES)(resume.resume)
+app.command("sweep", rich_help_panel=TRAIN, epilog=sweep.EXAMPLES, no_args_is_help=True)(sweep.sweep)
 app.command("eval", rich_help_panel=TRAIN, epilog=eval.EXAMPLES)(eval.evaluate)
 app.command("export", rich_help_panel=TRAIN, epilog=export.EXAMPLES)(export.export)
 app.command("push", rich_help_panel=TRAIN, epilog=push.EXAMPLES)(push.push)

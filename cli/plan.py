@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import msgspec
 import typer
 
+from specd import units
 from specd.config.presets import preset, presets
 from specd.drafts import registry
 from specd.errors import ConfigError
-from specd.plan import Balance, Placement, Work, balance
-from specd.protocol.capture import DTYPE_BYTES, CaptureSpec
+from specd.plan.balance import Balance, Placement, Work, balance
+from specd.plan.replay import Saving, Store, saving
+from specd.protocol.capture import DTYPE_BYTES, CaptureSpec, StateDtype, plain
 from specd.transports.registry import WITHIN_PROCESS
 
 if TYPE_CHECKING:
@@ -25,9 +27,9 @@ if TYPE_CHECKING:
 EXAMPLES = (
     "Examples: `specd plan --model Qwen3-30B-A3B-FP8 --target-tokens-per-s 43800 --draft-tokens-per-s 51000 "
     "--samples 50000 --epochs 6` · `specd plan --from pipeline.json --daemons 2 --trainers 6` · "
-    "`specd plan --from runs/first`"
+    "`specd plan --from runs/first` · `specd plan --from runs/first --replay-gb 500 --disk-gb-s 6.5`"
 )
-RATES, SIZES, PLACES = "Rates", "Sizes", "Places"
+RATES, SIZES, PLACES, REPLAY = "Rates", "Sizes", "Places", "States that daemons keep over epochs"
 WARM_UP = 0.1
 """Share of a journal's first steps that is left out of its rates: they compile and load."""
 MOST_WAITS = 0.05
@@ -70,6 +72,10 @@ def plan(
     num_taps: Annotated[
         int, typer.Option(min=1, help="Taps, with --model; 4 for EAGLE-3: its final state, too.", rich_help_panel=SIZES)
     ] = 5,
+    dtype: Annotated[
+        str,
+        typer.Option(help="Of the states, with --model: auto, or float8_e4m3fn.", rich_help_panel=SIZES),
+    ] = "auto",
     samples: Annotated[int | None, typer.Option(help="Of the data set.", rich_help_panel=SIZES)] = None,
     tokens_per_sample: Annotated[float | None, typer.Option(help="On average.", rich_help_panel=SIZES)] = None,
     epochs: Annotated[float | None, typer.Option(help="Passes over it.", rich_help_panel=SIZES)] = None,
@@ -84,6 +90,12 @@ def plan(
     ] = None,
     trainers: Annotated[
         int | None, typer.Option(min=1, help="… and so many ranks of one training.", rich_help_panel=PLACES)
+    ] = None,
+    replay_gb: Annotated[
+        float | None, typer.Option(help="10⁹ bytes that each daemon keeps.", rich_help_panel=REPLAY)
+    ] = None,
+    disk_gb_s: Annotated[
+        float | None, typer.Option(help="10⁹ bytes a second that each reads of them.", rich_help_panel=REPLAY)
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
@@ -102,17 +114,25 @@ def plan(
         "gpus_per_trainer": gpus_per_trainer,
         "depth": depth,
     }
-    known = _of_preset(model, num_taps) if model else {}
+    if dtype != "auto" and not model:
+        raise ConfigError(f"--dtype {dtype}: expected --model with it; what --from names has a dtype of its own")
+    known = _of_preset(model, num_taps, dtype) if model else {}
     known |= _measured(measured, draft=draft_tokens_per_s is None) if measured else {}
     known |= {name: value for name, value in flags.items() if value is not None}
     asked = (daemons or 1, trainers or 1) if daemons or trainers else (0, 0)
+    if (replay_gb is None) != (disk_gb_s is None):
+        raise ConfigError(f"--replay-gb {replay_gb} --disk-gb-s {disk_gb_s}: expected both, or neither")
     found = balance(_work(known), *asked)
+    saved = None
+    if replay_gb is not None and disk_gb_s is not None:
+        saved = saving(found.work, found.asked or found.balanced, Store(gb=replay_gb, disk_gb_per_s=disk_gb_s))
     if as_json:
-        typer.echo(msgspec.json.format(msgspec.json.encode(found), indent=2).decode())
+        facts = msgspec.to_builtins(found) | ({} if saved is None else {"replay": msgspec.to_builtins(saved)})
+        typer.echo(msgspec.json.format(msgspec.json.encode(facts), indent=2).decode())
         return
     from rich.console import Console
 
-    Console().print(*render(found), sep="\n")
+    Console().print(*render(found), *(replayed(saved) if saved is not None else ()), sep="\n")
 
 
 def _work(known: dict[str, Any]) -> Work:
@@ -127,12 +147,15 @@ def _work(known: dict[str, Any]) -> Work:
     return Work(**known)
 
 
-def _of_preset(name: str, num_taps: int) -> dict[str, Any]:
-    """Batch and bytes of a preset's recipe."""
+def _of_preset(name: str, num_taps: int, dtype: str) -> dict[str, Any]:
+    """Batch and bytes of a preset's recipe. Raises ConfigError for a preset or a dtype that there is not."""
+    if dtype not in ("auto", *DTYPE_BYTES):
+        raise ConfigError(f"--dtype {dtype!r}: expected auto, for the preset's, or one of {', '.join(DTYPE_BYTES)}")
     recipe = preset(name)
     if recipe is None or "hidden_size" not in recipe.config:
         raise ConfigError(f"--model {name!r}: expected one of {', '.join(presets())}; else give --bytes-per-token")
-    spec = CaptureSpec(taps=tuple(range(num_taps)), dtype=recipe.dtype)
+    asked = recipe.dtype if dtype == "auto" else cast(StateDtype, dtype)
+    spec = CaptureSpec(taps=tuple(range(num_taps)), dtype=asked)
     tokens = recipe.run.get(registry.DEFAULT, {}).get("data", {}).get("batch_tokens", 3072)
     return {"bytes_per_token": spec.bytes_per_token(int(recipe.config["hidden_size"])), "batch_tokens": tokens}
 
@@ -161,7 +184,8 @@ def _measured(path: Path, *, draft: bool) -> dict[str, Any]:
 def _of_run(path: Path, *, draft: bool) -> dict[str, Any]:
     """Rates of a run: its daemons' forward times and, for the draft's, its optimizer steps' own times.
 
-    The forwards are as its daemons ran them, merged or not. A co-located run's are unmerged: they give both rates.
+    The forwards are as its daemons ran them, merged or not; steps with batches that needed none tell nothing of them.
+    A co-located run's are unmerged: they give both rates.
     Raises ConfigError for a journal without these times.
     """
     from specd.train.directory import JOURNAL, read_facts
@@ -170,21 +194,29 @@ def _of_run(path: Path, *, draft: bool) -> dict[str, Any]:
     facts, records = read_facts(path), read(path / JOURNAL)
     steps = records[int(len(records) * WARM_UP) :]
     tokens = sum(step.tokens for step in steps)
-    forward_s = sum(step.forward_s for step in steps)
+    computed = [step for step in steps if not (step.shared or step.replayed)]
+    forward_s = sum(step.forward_s for step in computed)
     batches = sum(len(step.batches) for step in steps)
     samples = sum(len(batch.samples) for step in steps for batch in step.batches)
     if not (tokens and forward_s):
-        raise ConfigError(f"--from {str(path)!r}: its journal has no step with a forward time yet")
-    dtype = str(facts.target["dtype"])
+        raise ConfigError(
+            f"--from {str(path)!r}: its journal has no step with a forward time yet, all of whose batches needed one"
+        )
+    dtype = facts.config.get("capture", {}).get("dtype", "auto")
     taps = str(facts.draft["taps"]).split(",")
     method = str(facts.config.get("method", registry.DEFAULT))
     asked = registry.settings(method, facts.config.get("draft", {}), f"--from {str(path)!r}")
-    states = len(taps) + registry.load(method).capture_config(asked).final
+    final = registry.load(method).capture_config(asked).final
+    spec = CaptureSpec(
+        taps=tuple(range(len(taps))),
+        final=final,
+        dtype=plain(str(facts.target["dtype"])) if dtype == "auto" else dtype,
+    )
     known: dict[str, Any] = {
-        "target_tokens_per_s": tokens / forward_s,
+        "target_tokens_per_s": sum(step.tokens for step in computed) / forward_s,
         "batch_tokens": tokens / batches,
         "tokens_per_sample": tokens / samples,
-        "bytes_per_token": states * int(facts.target["hidden size"]) * DTYPE_BYTES.get(dtype, 2),
+        "bytes_per_token": spec.bytes_per_token(int(facts.target["hidden size"])),
         "samples": int(str(facts.data["samples"]).replace(",", "")),
         "depth": facts.config["subscriber"]["depth"],
         "epochs": facts.config["train"]["epochs"],
@@ -247,6 +279,19 @@ def render(found: Balance) -> list[RenderableType]:
         *(f"· {reason}" for reason in found.why),
     ]
     return [times, "", placed, "", *facts]
+
+
+def replayed(found: Saving) -> list[RenderableType]:
+    """What keeping states saves, for people."""
+    return [
+        "",
+        f"states kept over epochs, {found.placement}: {found.outcome}",
+        *(f"· {reason}" for reason in found.why),
+        f"a disk breaks even at {found.break_even_gb_per_s:.2g} GB/s: there it reads states as fast as a daemon's "
+        f"target makes them",
+        f"epochs: the first {units.duration(found.first_s)}, later ones {units.duration(found.later_s)}; all of them "
+        f"{found.hours:,.2f} h in place of {found.hours_without:,.2f} h",
+    ]
 
 
 def _gpus(count: int) -> str:

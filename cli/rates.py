@@ -32,7 +32,7 @@ class Rates(NamedTuple):
     """A daemon's rates. pace: of all it announced. trainers: by session. transports: bytes a second of each.
 
     shares: of the worker's time, as SHARES names it. forward: share of the time that the target's forwards took.
-    faults: how many of each there ever were, and how many of them are new.
+    faults: how many of each there ever were, and how many of them are new. counts: by how much each counter went up.
     """
 
     pace: Pace
@@ -41,6 +41,7 @@ class Rates(NamedTuple):
     shares: dict[str, float]
     forward: float
     faults: dict[str, tuple[int, int]]
+    counts: dict[str, int]
 
 
 def rates(now: StatusReport, before: StatusReport | None = None) -> Rates:
@@ -69,7 +70,18 @@ def rates(now: StatusReport, before: StatusReport | None = None) -> Rates:
         faults={
             word: (now.counters.get(name, 0), counts.get(name, 0) if before else 0) for name, word in FAULTS.items()
         },
+        counts=counts,
     )
+
+
+def saved(counts: dict[str, int]) -> str:
+    """What sharing saved, by the ring's counters; empty for nothing."""
+    joins, reads = counts.get("joins", 0), counts.get("lag_hits", 0)
+    if not joins + reads:
+        return ""
+    late = f", {reads:,} of them from the lag window" if reads else ""
+    total = counts.get("fills", 0) + joins + reads
+    return f"{joins + reads:,} of {total:,} requests needed no forward of their own{late}"
 
 
 def who_waits(shares: dict[str, float]) -> str:

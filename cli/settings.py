@@ -15,6 +15,7 @@ from specd.config.settings import DaemonConfig, DataConfig, RunConfig, TrainerAu
 from specd.data.rows import DEMO
 from specd.drafts import registry
 from specd.errors import ConfigError
+from specd.protocol.capture import FP8
 from specd.protocol.limits import MAX_PAYLOAD_BYTES
 from specd.targets import registry as targets
 
@@ -87,6 +88,7 @@ def daemon_config(
     if found.target.backend not in ("auto", *targets.names()):
         known = ", ".join(targets.names())
         raise ConfigError(f"{where}: target.backend={found.target.backend!r}: expected auto or one of {known}")
+    _check_exact(found, found.capture.dtype, where)
     return found
 
 
@@ -122,10 +124,11 @@ def hosting_config(run: RunConfig, model: str, *, preset: str = "") -> DaemonCon
         raise ConfigError(f"settings: target.model={other!r}: expected {model!r}, as given by --model; leave it out")
     draft = registry.settings(run.method, run.draft, "settings")
     capture = registry.load(run.method).capture_config(draft)
-    sessions = 2 if run.validation.decode_every else 1  # whoever decodes has one of its own
+    sessions = 2 if run.validation.decode_every else 1  # whoever decodes has one of its own, of the target's dtype
+    dtype = capture.dtype if run.capture.dtype == "auto" or sessions > 1 else run.capture.dtype
     settings = {
         "target": {"device": run.train.device} | run.target | {"model": model},
-        "capture": {"num_taps": capture.num_taps, "final": capture.final, "dtype": capture.dtype},
+        "capture": {"num_taps": capture.num_taps, "final": capture.final, "dtype": dtype},
         "ring": {
             "slots": run.subscriber.depth + 1 + sessions,
             "slot_tokens": run.data.batch_tokens,
@@ -133,7 +136,18 @@ def hosting_config(run: RunConfig, model: str, *, preset: str = "") -> DaemonCon
             "payload_mib": MAX_PAYLOAD_BYTES >> 20,  # nobody else asks this daemon
         },
     }
-    return daemon_config({}, settings, [], preset=preset, where="settings")
+    found = daemon_config({}, settings, [], preset=preset, where="settings")
+    _check_exact(found, run.capture.dtype, "settings")
+    return found
+
+
+def _check_exact(config: DaemonConfig, dtype: str, where: str) -> None:
+    """Raise ConfigError where an exact target is to give rounded states."""
+    if config.target.exact and dtype == FP8:
+        raise ConfigError(
+            f"{where}: capture.dtype={dtype} with target.exact=true: states in it are rounded, expected those of a "
+            f"local run to the bit; leave one of them out"
+        )
 
 
 def needed(model: str) -> str:

@@ -16,6 +16,7 @@ import msgspec
 import typer
 
 from specd import units
+from specd.cli.replay import kept
 from specd.cli.settings import daemon_config, given
 from specd.config.load import load_yaml
 from specd.config.settings import DaemonConfig, SubscriberConfig
@@ -30,9 +31,10 @@ EXAMPLES = (
     "Examples: `specd start --model smollm2-135m` · "
     "`specd start --model Qwen3-8B --load-format dummy --num-layers 4 --detach` · "
     "`specd start --model Qwen3-8B --trainers 4 --depth 2` · "
+    "`specd start --model Qwen3-8B --replay /nvme/states --replay-gb 500` · "
     "`specd start --model Qwen3-8B --endpoint tcp://192.0.2.7:7070 --key gpu1`"
 )
-TARGET, SHAPE, PLACE = "Target", "Ring", "Endpoint"
+TARGET, SHAPE, REPLAY, PLACE = "Target", "Ring", "Replay", "Endpoint"
 
 
 def start(
@@ -78,9 +80,23 @@ def start(
         int | None,
         typer.Option(min=0, help="With --trainers: batches each has in flight [default: 2].", rich_help_panel=SHAPE),
     ] = None,
+    lag_gb: Annotated[
+        float | None,
+        typer.Option("--lag-gb", help="Memory for what slower trainers of a share still need.", rich_help_panel=SHAPE),
+    ] = None,
     transports: Annotated[
         str, typer.Option(help="What to serve: auto for all that works here, or cuda_ipc,shm,…", rich_help_panel=SHAPE)
     ] = "",
+    replay: Annotated[
+        Path | None,
+        typer.Option("--replay", help="Keep states here over epochs, on a local disk.", rich_help_panel=REPLAY),
+    ] = None,
+    replay_gb: Annotated[
+        float | None, typer.Option("--replay-gb", help="How much of that disk, in GB.", rich_help_panel=REPLAY)
+    ] = None,
+    replay_ram_gb: Annotated[
+        float | None, typer.Option("--replay-ram-gb", help="Keep states in so much memory.", rich_help_panel=REPLAY)
+    ] = None,
     endpoint: Annotated[
         str, typer.Option("--endpoint", "-e", help="ipc://… or tcp://ADDRESS:PORT.", rich_help_panel=PLACE)
     ] = "",
@@ -129,8 +145,9 @@ def start(
             "memory_fraction": memory_fraction,
             "attention_backend": attention_backend,
         },
-        "ring": {"slots": slots, "slot_tokens": slot_tokens} | _ring_for(trainers, depth, slots),
+        "ring": {"slots": slots, "slot_tokens": slot_tokens, "lag_gb": lag_gb} | _ring_for(trainers, depth, slots),
         "transports": [name.strip() for name in transports.split(",") if name.strip()],
+        "replay": {"dir": str(replay.absolute()) if replay else "", "gb": replay_gb, "ram_gb": replay_ram_gb},
         "endpoint": endpoint,
         "insecure": insecure,
         "auth": {"key": key},
@@ -138,6 +155,8 @@ def start(
         "metrics": metrics,
     }
     daemon = daemon_config(load_yaml(config) if config else {}, given(flags), settings or [], preset=preset)
+    if problem := daemon.replay.problem():
+        raise ConfigError(problem)
     if detach:
         raise typer.Exit(_detach(daemon))
     raise typer.Exit(_serve(daemon, ready_fd))
@@ -236,6 +255,8 @@ def ready_line(report: StatusReport) -> str:
             f"ring {ring.num_slots} slots × {ring.slot_tokens} tokens = {nbytes:,} bytes ({units.size(nbytes)})"
             f"{_for_trainers(ring.num_slots, report.max_sessions)}"
         )
+    if report.replay is not None:
+        parts.append(f"replay {kept(report.replay)}")
     if report.transports:
         parts.append(f"serves {', '.join(report.transports)}")
     parts.append(f"host memory {units.size(resident_bytes({report.pid, report.worker_pid}))}")

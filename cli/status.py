@@ -11,7 +11,8 @@ import msgspec
 import typer
 
 from specd import units
-from specd.cli.rates import Rates, rates
+from specd.cli.rates import Rates, rates, saved
+from specd.cli.replay import kept, replayed
 from specd.cli.settings import Key, ServerKey, asker
 from specd.cli.trainers import gb, trainers
 
@@ -91,6 +92,8 @@ def _facts(report: StatusReport) -> Iterator[tuple[str, str]]:
     yield "queued", str(report.queued)
     yield "sessions", f"{len(report.sessions)} of {report.max_sessions}" + "".join(f"; {run}" for run in _runs(report))
     yield from _shared(report)
+    if report.replay is not None:
+        yield "replay", f"{kept(report.replay)}; {replayed(report.counters)}"
     counts = {name: count for name, count in report.counters.items() if not name.endswith("_us")}
     yield "counters", ", ".join(f"{name} {count:,}" for name, count in counts.items()) or "–"
 
@@ -98,10 +101,9 @@ def _facts(report: StatusReport) -> Iterator[tuple[str, str]]:
 def _shared(report: StatusReport) -> Iterator[tuple[str, str]]:
     """What was saved, and for whom."""
     shares = Counter(session.share for session in report.sessions if session.share)
-    joins, fills = report.counters.get("joins", 0), report.counters.get("fills", 0)
-    if shares or joins:
-        here = "".join(f"; {share}: {count} trainers" for share, count in sorted(shares.items()))
-        yield "shared", f"{joins:,} of {fills + joins:,} requests needed no forward of their own{here}"
+    if shares or saved(report.counters):
+        here = "".join(f"; {share}: {count} trainer{'s' * (count > 1)}" for share, count in sorted(shares.items()))
+        yield "shared", f"{saved(report.counters) or 'no requests spared a forward'}{here}"
 
 
 def _rates(found: Rates) -> Iterator[tuple[str, str]]:

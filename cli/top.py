@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from specd import units
-from specd.cli.rates import Rates, rates, who_waits
+from specd.cli.rates import Rates, rates, saved, who_waits
+from specd.cli.replay import kept, replayed
 from specd.cli.settings import Key, servers_of
 from specd.cli.trainers import gb, trainers
 from specd.errors import ConfigError
@@ -119,7 +120,7 @@ def _facts(report: StatusReport, found: Rates) -> Iterator[tuple[str, Renderable
     target = f"{report.contract.model}, " if report.contract else ""
     yield "target", units.printable(f"{target}{report.state}, up {units.duration(report.uptime_s)}")
     slots = sum(report.slots.values())
-    busy = slots - report.slots.get("free", 0)
+    busy = slots - report.slots.get("free", 0) - report.slots.get("kept", 0)
     parts = ", ".join(f"{count} {state}" for state, count in report.slots.items() if count)
     bar = Text("█" * round(BAR * busy / max(1, slots)), style="cyan")
     bar.append("░" * (BAR - len(bar)), style="dim")
@@ -128,6 +129,10 @@ def _facts(report: StatusReport, found: Rates) -> Iterator[tuple[str, Renderable
     ways = ", ".join(f"{name} {gb(nbytes)}" for name, nbytes in found.transports.items() if nbytes)
     yield "speed", f"{found.pace.tokens:,.0f} tokens/s   {found.pace.batches:,.1f} batches/s"
     yield "states", units.printable(f"{gb(found.pace.nbytes)} GB/s{f'   by {ways}' if ways else ''}")
+    if shared := saved(found.counts):
+        yield "shared", shared
+    if report.replay is not None:
+        yield "replay", f"{kept(report.replay)}; {replayed(found.counts)}"
     yield "time", _split(found.shares)
     yield "", "   ".join(f"{word} {share:.0%}" for word, share in found.shares.items() if share >= 0.005)
     yield "", f"{who_waits(found.shares)}; forwards {found.forward:.0%}"

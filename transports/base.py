@@ -65,6 +65,15 @@ class SlotRef(NamedTuple):
     nbytes: int
     pieces: tuple[Piece, ...] = ()
 
+    @property
+    def begin(self) -> int | None:
+        """Where in the slot its bytes begin, if they follow one another there as they do at home; None if not."""
+        if not self.pieces:
+            return 0
+        piece = self.pieces[0]
+        whole = (piece.target, piece.rows, piece.width) == (0, 1, self.nbytes)
+        return piece.source if whole and len(self.pieces) == 1 else None
+
 
 class ServerContext(msgspec.Struct, frozen=True, kw_only=True):
     """Where a server that needs sockets may bind them.
@@ -173,8 +182,8 @@ class Borrower(Client, Protocol):
     def view(self, ref: SlotRef) -> torch.Tensor:
         """The slot's first `ref.nbytes` bytes in place, uint8, on the client's device, not to be written.
 
-        Valid until the lease is released, and verified to be of `ref.generation` now. Raises TransportError when they
-        are not, or lie on another device.
+        Of a ref with pieces, those from its `begin` on. Valid until the lease is released, and verified to be of
+        `ref.generation` now. Raises TransportError when they are not, have no `begin`, or lie on another device.
         """
         ...
 

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from specd.errors import TransportError
 from specd.transports.base import SlotRef
+from specd.transports.pieces import pairs
 
 if TYPE_CHECKING:
     import torch
@@ -82,10 +83,8 @@ def pull(arena: Arena, ref: SlotRef, into: torch.Tensor, copier: Copier) -> None
     slot = arena.tensor(ref.slot)
     if not ref.pieces:
         copier.copy(into[: ref.nbytes], slot[: ref.nbytes])
-    for piece in ref.pieces:
-        # Not as_strided with an offset: that would be one into the storage, of which this may be a part.
-        there = slot[piece.source :].as_strided((piece.rows, piece.width), (piece.pitch, 1))
-        copier.copy(into[piece.target :].as_strided((piece.rows, piece.width), (piece.step, 1)), there)
+    for here, there in pairs(ref.pieces, into, slot):
+        copier.copy(here, there)
     if (found := arena.generation(ref.slot)) != ref.generation:
         raise stale(ref, found)
 

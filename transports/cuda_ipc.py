@@ -105,12 +105,16 @@ class _MappedRing:
             raise stale(ref, found)
 
     def view(self, ref: SlotRef) -> torch.Tensor:
-        """The leased bytes in place."""
+        """The leased bytes in place. Raises TransportError when they do not follow one another there."""
+        if (begin := ref.begin) is None:
+            raise TransportError(
+                f"slot {ref.slot} has these states in {len(ref.pieces)} pieces: they have to be copied"
+            )
         whole = self._views.get(ref.slot)
         if whole is None:
             offer = self.offer
             whole = self._views[ref.slot] = self.mapping.tensor(ref.slot * offer.stride, offer.slot_bytes)
-        return whole[: ref.nbytes]
+        return whole[begin : begin + ref.nbytes]
 
     def close(self) -> None:
         """Unmap it all, except lent slots, which stay mapped as long as their views live."""
@@ -166,7 +170,7 @@ class CudaIpcClient:
         """See Borrower; the bytes stay mapped as long as the view lives, but only the lease keeps them as they are."""
         with self._lock:
             ring = self._opened()
-            check_ref(ref, ring.offer.num_slots, ring.offer.slot_bytes)
+            check_ref(ref, ring.offer.num_slots, ring.offer.slot_bytes, cuts=True)
             if ring.offer.gpu != self._gpu:
                 raise TransportError(
                     f"slots can only be read in place on the GPU that holds them: that is {ring.offer.gpu}, and the "

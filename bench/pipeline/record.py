@@ -16,7 +16,7 @@ from specd.bench.pipeline.result import PipelineResult, PipelineRow
 from specd.bench.pipeline.rows import settle
 from specd.bench.pipeline.settings import Lengths, Settings
 from specd.bench.pipeline.step import Clocked
-from specd.plan import Work
+from specd.plan.balance import Work
 from specd.protocol.capture import CaptureSpec
 from specd.protocol.contract import TargetContract
 

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import msgspec
 
 from specd.bench.pipeline.settings import Lengths
-from specd.plan import Work
+from specd.plan.balance import Work
 
 Mode = Literal["disaggregated", "co-located", "co-located data-parallel", "origin"]
 

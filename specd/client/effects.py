@@ -11,11 +11,12 @@ from specd.transports.base import SlotRef
 
 
 class SendSubmit(msgspec.Struct, Generic[S, B], frozen=True):
-    """Send SUBMIT. late: log that another daemon owes the batch for so many seconds, if it is not 0."""
+    """Send SUBMIT. late: log that another daemon owes the batch for so many seconds, if it is not 0. keep: as there."""
 
     session: S
     pending: Pending[S, B]
     late: float = 0.0
+    keep: bool = True
 
 
 class SendRecvReady(msgspec.Struct, Generic[S], frozen=True):

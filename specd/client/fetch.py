@@ -73,7 +73,7 @@ class Fetcher:
     def fetch(self, pending: Item, session: Session) -> None:
         """Transfer a READY batch, or view its slot, behind those asked for before."""
         self._asked.add(session.client)
-        self._work.put(partial(self._borrow, pending, session) if session.borrow else _Pull(pending, session))
+        self._work.put(partial(self._borrow, pending, session) if pending.borrowed else _Pull(pending, session))
 
     def recycle(self, buffer: torch.Tensor, after: Point | None = None) -> None:
         """Take a staging buffer back; its bytes may be overwritten once the training stream has come to `after`."""

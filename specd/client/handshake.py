@@ -18,7 +18,7 @@ import zmq
 from specd import endpoints, units
 from specd.client.conversation import RETRY_S, STEP_S, Conversation, Later, Waiting
 from specd.client.line import Context, Identity
-from specd.errors import RejectedError, TransportError
+from specd.errors import ConfigError, RejectedError, TransportError
 from specd.memory import cuda
 from specd.protocol import messages as wire
 from specd.protocol.capture import CaptureSpec
@@ -89,7 +89,7 @@ def open_session(context: Context, endpoint: str, terms: Terms, waiting: Waiting
     """Open a session and prove its transport.
 
     Raises Later when it may work another time, or the subscriber closes; RejectedError when the daemon refuses for
-    good; TransportError when the transport asked for cannot be used.
+    good; TransportError when the transport asked for cannot be used; ConfigError for float8 states that are borrowed.
     """
     handshake = _Handshake(Conversation(context, endpoint, waiting, terms.identity), endpoint, terms, waiting)
     try:
@@ -99,6 +99,14 @@ def open_session(context: Context, endpoint: str, terms: Terms, waiting: Waiting
         handshake.give_up()
         raise
     return handshake.session(*found)
+
+
+def no_borrowing(dtype: str) -> str:
+    """Why states of a float8 dtype cannot be read in a daemon's slot."""
+    return (
+        f"subscriber.borrow=true with states in {dtype}: they have to be decoded, and cannot be read in the daemon's "
+        f"slot; leave one of them out"
+    )
 
 
 def too_slow(transfer: Callable[[int], float], nbytes: int, floor_gb_s: float) -> str | None:
@@ -141,6 +149,8 @@ class _Handshake:
             self._waiting.closing.wait(RETRY_S)  # a worker takes seconds to load; only the next answer tells
         spec = self._terms.spec(contract)
         terms = self._terms
+        if terms.borrow and spec.scaled:
+            raise ConfigError(no_borrowing(spec.dtype))
         hello = wire.Hello(
             name=terms.name,
             host=endpoints.host_id(),

@@ -32,6 +32,7 @@ from specd.client.handshake import Session, Terms
 from specd.client.interrupt import Interrupt
 from specd.client.io import GONE, Closed, Lost, SocketLoop
 from specd.client.links import Link, Links
+from specd.client.peers import Keeping, Peers
 from specd.client.pending import State
 from specd.client.seats import Place
 from specd.client.window import Window
@@ -53,6 +54,8 @@ TICK_S = 0.25
 class InFlight:
     """Brings submitted batches home over any number of daemons, whatever dies on the way. places: of the endpoints.
 
+    keeping: which daemons may keep states over epochs.
+
     Everything public is called from one thread, the training loop's.
     """
 
@@ -62,6 +65,7 @@ class InFlight:
         terms: Terms,
         context: zmq.Context[zmq.Socket[bytes]],
         places: Sequence[Place] = (),
+        keeping: Keeping = "anywhere",
     ) -> None:
         self._config = config
         self._device = terms.device
@@ -70,9 +74,8 @@ class InFlight:
         self._guard = Guard(self._lock)
         self._links = Links([resolve_endpoint(endpoint) for endpoint in config.endpoints], places)
         standby = [self._links.index(link) for link in self._links if link.place.standby]
-        self._window: Window[Session, torch.Tensor] = Window(
-            [link.endpoint for link in self._links], time.monotonic, standby
-        )
+        daemons = [link.endpoint for link in self._links]
+        self._window: Window[Session, torch.Tensor] = Window(Peers(daemons, standby, keeping), time.monotonic)
         self.artifacts = ArtifactReader(self._lock, config.timeout_s, self._ask)
         self._closing = Interrupt()
         self._connector = Connector(context, terms, self._opened, self._closing, self._guard)
@@ -212,10 +215,10 @@ class InFlight:
         """Do what the window wants done. after: when the training stream has read what is given back. With the lock."""
         for effect in todo:
             match effect:
-                case effects.SendSubmit(session, pending, late):
+                case effects.SendSubmit(session, pending, late, keep):
                     if late:
                         log.warning("%s is asked for %s too: no answer for %.1f s", session.endpoint, pending, late)
-                    self._io.post(session, pending.request(session.epoch))
+                    self._io.post(session, pending.request(session.epoch, keep=keep))
                 case effects.SendRelease(session, lease):
                     self._io.post(session, wire.Release(epoch=session.epoch, lease=lease))
                 case effects.SendRecvReady(session, lease):
@@ -276,6 +279,7 @@ class InFlight:
                     session.welcome.ring.payload_bytes,
                     borrow=session.borrow,
                     announce=session.needs_recv_ready,
+                    keeps=session.welcome.replay is not None,
                 )
             )
             self._lock.notify_all()

@@ -80,8 +80,8 @@ class Pending(Generic[S, B]):
         self.buffer: B | None = None
         self.error: SpecdError | None = None
 
-    def request(self, epoch: bytes) -> Submit:
-        """What asks a daemon for it."""
+    def request(self, epoch: bytes, *, keep: bool = True) -> Submit:
+        """What asks a daemon for it. keep: whether that one may keep its states."""
         return Submit(
             epoch=epoch,
             seq=self.seq,
@@ -90,6 +90,7 @@ class Pending(Generic[S, B]):
             lengths=self.batch.lengths.astype("<i4", copy=False).tobytes(),
             payloads=self.batch.payloads,
             place=self.place,
+            keep=keep,
         )
 
     def unlike(self, message: Ready) -> str:

@@ -14,15 +14,17 @@ from specd.client.fetch import Item
 from specd.client.handshake import Terms
 from specd.client.inflight import InFlight
 from specd.client.line import identity
+from specd.client.peers import Keeping
 from specd.client.pending import Pending, place_of
 from specd.client.seats import Seat, places, thin
+from specd.client.states import States
 from specd.config.settings import SubscriberConfig
 from specd.endpoints import resolve_endpoint
 from specd.errors import ConfigError, DaemonError
 from specd.memory import cuda
 from specd.metrics import Stats
-from specd.protocol.batch import Batch, Delivery, Layout, batch_id, slot_layout
-from specd.protocol.capture import CaptureSpec
+from specd.protocol.batch import Batch, Delivery, batch_id, slot_layout
+from specd.protocol.capture import CaptureSpec, StateDtype
 from specd.protocol.contract import RingInfo, TargetContract
 
 log = logging.getLogger(__name__)
@@ -31,16 +33,20 @@ log = logging.getLogger(__name__)
 class Subscriber:
     """A trainer's source of hidden states.
 
-    spec: what to capture, or a function that gives it for the target. device: where deliveries go. fingerprint: the
+    spec: what to capture, or a function that gives it for the target. dtype: gives what float8 states are delivered in,
+    else the target's. device: where deliveries go. fingerprint: the
     target it must be, empty for any. payloads: names of the arrays that batches bring for the target beside their
     tokens (`specd.protocol.payload`). context: of embedded daemons. run: 16 bytes that are equal on all `ranks` of one
     training, each of which has a subscriber; empty for one alone. seat: which of them this is, for `subscriber.place`;
-    without it, every daemon is taken. Raises DaemonError when no daemon is reached within `connect_s`, RejectedError
-    when one refuses, TransportError when the transport asked for cannot be used, ConfigError for keys that cannot be.
+    without it, every daemon is taken. keeping: which daemon may keep a batch's states over epochs, of those that do so:
+    the one that made them (`anywhere`), always the same one (`home`), for batches that come again, or none (`nowhere`).
+    Raises DaemonError when no daemon is reached within `connect_s`, RejectedError when one refuses, TransportError when
+    the transport asked for cannot be used, ConfigError for keys that cannot be.
 
-    contract: of the target all its daemons serve. spec: what is captured. ring: of the first daemon met. thin: what is
-    wrong with that ring for so many ranks of this depth, empty if nothing. sharing: how many other runs that daemon had
-    in `subscriber.share`. replay: what that daemon keeps over epochs, None for nothing.
+    contract: of the target all its daemons serve. spec: what is captured. dtype: of deliveries. ring: of the first
+    daemon met. thin: what is wrong with that ring for so many ranks of this depth, empty if nothing. sharing: how many
+    other runs that daemon had in `subscriber.share`. replay: what that daemon keeps over epochs, None for nothing.
+    stands_by: whether some daemons are those of other ranks, and asked only while none of its own is up.
     """
 
     def __init__(
@@ -48,6 +54,7 @@ class Subscriber:
         config: SubscriberConfig,
         spec: CaptureSpec | Callable[[TargetContract], CaptureSpec],
         *,
+        dtype: Callable[[TargetContract], StateDtype] | None = None,
         device: str = "cpu",
         fingerprint: str = "",
         payloads: tuple[str, ...] = (),
@@ -56,14 +63,10 @@ class Subscriber:
         run: bytes = b"",
         ranks: int = 1,
         seat: Seat | None = None,
+        keeping: Keeping = "anywhere",
     ) -> None:
         if config.depth < 0 or not config.endpoints:
             raise ConfigError(f"depth {config.depth} and endpoints {config.endpoints}: need depth ≥ 0 and an endpoint")
-        if config.share and config.borrow:
-            raise ConfigError(
-                f"subscriber.share={config.share} with subscriber.borrow=true: a slot of a share holds what all its "
-                f"trainers want, and cannot be read in place; leave one of them out"
-            )
         self._depth = config.depth
         self._closed = False
         self._owner: object = None
@@ -89,7 +92,7 @@ class Subscriber:
         )
         endpoints = [resolve_endpoint(endpoint) for endpoint in config.endpoints]
         seats = places(endpoints, ranks, seat, near=config.place == "near")
-        self._in_flight = InFlight(config, terms, self._context, seats)
+        self._in_flight = InFlight(config, terms, self._context, seats, keeping)
         try:
             session = self._in_flight.first_session()
         except BaseException:
@@ -98,9 +101,13 @@ class Subscriber:
         self._share = config.share
         self.sharing = session.welcome.sharing
         self.replay = session.welcome.replay
+        self.stands_by = any(each.standby for each in seats)
         self.contract: TargetContract = session.welcome.contract
         self.ring: RingInfo = session.welcome.ring
         self.spec: CaptureSpec = session.spec
+        read_as = dtype(self.contract) if dtype else self.contract.dtype
+        self._states = States(self.spec, self.contract.hidden_size, read_as, terms.device)
+        self.dtype = self._states.dtype
         come = seats[endpoints.index(session.endpoint)].ranks
         self.thin = thin(self.ring.num_slots, session.welcome.slots - 1, credits, come)
         if self.thin and (ranks == 1 or (seat is not None and seat.rank == 0)):
@@ -135,7 +142,7 @@ class Subscriber:
                 try:
                     self._extend(source, self._depth)
                     assert pending.buffer is not None
-                    yield Delivery(pending.batch, **_views(pending.buffer, pending.layout))
+                    yield Delivery(pending.batch, **self._states.of(pending.buffer, pending.layout))
                 finally:
                     self._in_flight.give_back(pending)
         finally:
@@ -208,11 +215,3 @@ class Subscriber:
             fresh.append(Pending(batch, identity, layout, self.spec, place_of(batch)))
         if fresh:
             self._in_flight.submit(fresh)
-
-
-def _views(buffer: torch.Tensor, layout: Layout) -> dict[str, torch.Tensor]:
-    """The tensors of one batch in its staging buffer."""
-    return {
-        ref.name: buffer[ref.offset : ref.offset + ref.nbytes].view(getattr(torch, ref.dtype)).view(ref.shape)
-        for ref in layout.tensors
-    }

@@ -7,9 +7,9 @@ Batches leave it by `take` in the order they were added in, each exactly once, o
        └────────────┴───── retry ──────┴─────────────────┴─────────────────────┘
 
 **Who gets a batch.** After every change, pending batches are dealt out in order, each to the daemon that would bring it
-first (`peers.py`) at its measured pace (`pace.py`), among those whose slots it fits. If that daemon has no room, the
-batch waits for it, and the next ones are looked at. The first batch is what training waits for: it goes to one that has
-room, and if none has, the last borrowed batch that was not taken yet is released and retried.
+first, or that keeps it (`peers.py`), at its measured pace (`pace.py`), among those whose slots it fits. If that daemon
+has no room, the batch waits for it, and the next ones are looked at. The first batch is what training waits for: it
+goes to one that has room, and if none has, the last borrowed batch that was not taken yet is released and retried.
 
 **Copies.** Requests are idempotent, so a batch may be asked of several daemons: whoever announces it first brings it,
 and what others announce is released. If the first batch is late, another daemon is asked for it too (`tick`), unless
@@ -24,20 +24,19 @@ verifies itself and decides, and a borrowed batch in use keeps its bytes. Nothin
 word that it cannot be captured; one whose transfers fail again and again rests in between.
 
 Every method returns what is to be done now (`effects.py`), in order. Messages and transfers are only for sessions that
-are up; views are dropped in lost ones too, whose transport is closed when none is left. Sessions and buffers are opaque
-tokens, told apart by identity.
+are up; views are dropped in lost ones too, whose transport closes with the last. Sessions and buffers are mere tokens.
 """
 
 from __future__ import annotations
 
-from collections import Counter, deque
-from collections.abc import Callable, Container, Iterable, Sequence
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterable
 from typing import Generic
 
 from specd.client import effects
 from specd.client.effects import Effect
 from specd.client.pace import Pace
-from specd.client.peers import Peer, Peers, first_to_finish
+from specd.client.peers import Peer, Peers
 from specd.client.pending import B, Pending, S, State
 from specd.errors import BatchError, ProtocolError
 from specd.protocol.messages import Ready
@@ -47,12 +46,12 @@ from specd.transports.base import SlotRef
 class Window(Generic[S, B]):
     """The batches in flight over any number of daemons. Not thread-safe.
 
-    clock: monotonic seconds. standby: places of daemons that may never be up.
-    resubmitted: how often a batch was pending again because its session or transfer failed.
+    peers: the daemons, none of which is up yet. clock: monotonic seconds. resubmitted: how often a batch was pending
+    again because its session or transfer failed.
     """
 
-    def __init__(self, endpoints: Sequence[str], clock: Callable[[], float], standby: Container[int] = ()) -> None:
-        self._peers: Peers[S, B] = Peers(endpoints, standby)
+    def __init__(self, peers: Peers[S, B], clock: Callable[[], float]) -> None:
+        self._peers = peers
         self._clock = clock
         self._batches: deque[Pending[S, B]] = deque()
         self._in_use: set[Pending[S, B]] = set()
@@ -155,13 +154,15 @@ class Window(Generic[S, B]):
         *,
         borrow: bool = False,
         announce: bool = False,
+        keeps: bool = False,
     ) -> list[Effect[S, B]]:
         """A session with a daemon, given by its place among the endpoints, is up.
 
         slot_bytes: most that a batch may have. payload_bytes: most that its payloads may. borrow: its slots are read in
-        place. announce: its transport sends only after RECV_READY.
+        place. announce: its transport sends only after RECV_READY. keeps: it keeps states over epochs.
         """
-        self._peers[daemon].open(session, credits, slot_bytes, payload_bytes, borrow=borrow, announce=announce)
+        peer = self._peers[daemon]
+        peer.open(session, credits, slot_bytes, payload_bytes, borrow=borrow, announce=announce, keeps=keeps)
         return self._settle()
 
     def lost(self, session: S, reason: str) -> list[Effect[S, B]]:
@@ -182,15 +183,14 @@ class Window(Generic[S, B]):
         pending = peer.held[message.seq]
         if problem := pending.unlike(message):
             raise ProtocolError(f"{peer.endpoint} announced {pending} as {problem}")
-        peer.pace.answer(message.seq, message.target_us / 1e6, self._clock())
+        peer.pace.answer(message.seq, message.target_us / 1e6, self._clock(), replayed=message.source == "replay")
         if pending.state is not State.SUBMITTED or pending.dropped:  # another was first, or nobody wants it any more
             self._todo.append(effects.SendRelease(session, message.lease))
             self._refused(peer, pending)
             return self._settle()
         pending.daemon, pending.session, pending.ready, pending.state = peer.place, session, message, State.READY
-        pending.forward_s = message.target_us / 1e6
-        pending.source = message.source
-        if peer.borrow:
+        pending.forward_s, pending.source = message.target_us / 1e6, message.source
+        if peer.borrow and pending.ref.begin is not None:
             pending.borrowed = True
             self._todo.append(effects.SendBorrow(session, message.lease))
         elif peer.announce:
@@ -257,7 +257,7 @@ class Window(Generic[S, B]):
 
     def _settle(self) -> list[Effect[S, B]]:
         """Submit what is pending as far as there is room, and return all that is to be done."""
-        now, ahead = self._clock(), Counter[int]()
+        now, ahead = self._clock(), defaultdict[int, float](float)
         for pending in self._batches:
             if pending.state is State.PENDING and pending.rests_until <= now:
                 self._deal(pending, ahead, now)
@@ -266,27 +266,28 @@ class Window(Generic[S, B]):
         todo, self._todo = self._todo, []
         return todo
 
-    def _deal(self, pending: Pending[S, B], ahead: Counter[int], now: float) -> None:
-        """Submit a pending batch, or let it wait for its daemon. ahead: tokens that wait for each already, by place."""
+    def _deal(self, pending: Pending[S, B], ahead: dict[int, float], now: float) -> None:
+        """Submit a pending batch, or let it wait for its daemon. ahead: what waits for each already, by place."""
         able = self._peers.able(pending)
         if pending is self.first:
             able = self._with_room(able)
         if able:
-            peer = first_to_finish(able, pending, ahead, now)
+            peer = self._peers.choose(able, pending, ahead, now)
             if peer.room > 0 and (peer.trusted > 0 or len(able) == 1 or pending is self.first):
                 pending.daemon, pending.state = peer.place, State.SUBMITTED
                 self._ask(peer, pending)
             else:
-                ahead[peer.place] += pending.tokens
+                ahead[peer.place] += self._peers.cost(peer, pending)
         elif (error := self._peers.unfit(pending)) is not None:
             pending.state, pending.error = State.OVER, error
 
     def _ask(self, peer: Peer[S, B], pending: Pending[S, B], late: float = 0.0) -> None:
         assert peer.session is not None
         peer.held[pending.seq] = pending
-        peer.pace.ask(pending.seq, pending.tokens, self._clock())
+        keep = self._peers.may_keep(peer, pending)
+        peer.pace.ask(pending.seq, pending.tokens, self._clock(), kept=keep)
         pending.submissions += 1
-        self._todo.append(effects.SendSubmit(peer.session, pending, late))
+        self._todo.append(effects.SendSubmit(peer.session, pending, late, keep))
 
     def _measure(self, peer: Peer[S, B]) -> None:
         """Ask for a copy of the last batch that others are asked for, if there is one."""
@@ -302,7 +303,7 @@ class Window(Generic[S, B]):
             late = min(peer.pace.silence(now) for peer in asked)
             able = [peer for peer in self._peers.helpers(first, now) if peer.pace.finish(first.tokens, now) < late]
             if able := self._with_room(able):
-                self._ask(first_to_finish(able, first, Counter(), now), first, late)
+                self._ask(self._peers.first_to_finish(able, first, {}, now), first, late)
 
     def _cut_off(self, now: float) -> None:
         """Cancel a transfer that is late, because all others wait for it, if another daemon could bring its batch."""

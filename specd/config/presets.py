@@ -12,7 +12,7 @@ import msgspec
 from specd.config.load import convert, load_yaml, merge
 from specd.config.settings import Config, RunConfig
 from specd.errors import ConfigError
-from specd.protocol.capture import StateDtype
+from specd.protocol.capture import PlainDtype
 
 
 class Preset(Config, kw_only=True, frozen=True):
@@ -29,7 +29,7 @@ class Preset(Config, kw_only=True, frozen=True):
     hub: str = ""
     package: str = ""
     gguf: str = ""
-    dtype: StateDtype = "bfloat16"
+    dtype: PlainDtype = "bfloat16"
     config: dict[str, Any] = msgspec.field(default_factory=dict)
     target: dict[str, Any] = msgspec.field(default_factory=dict)
     capture: dict[str, Any] = msgspec.field(default_factory=dict)

@@ -67,7 +67,8 @@ class RingConfig(Config, kw_only=True, frozen=True):
     payload_mib: MiB that the images of a batch may bring for the target, 0 to take text alone.
     lease_ttl_s: seconds for which a trainer of another host may hold a slot without a sign of life.
     pace_s: seconds a batch for which a trainer may be held for others that share its forwards; 0 never, two forwards of
-    a batch, as measured, where it is left out.
+    a batch, as measured, where it is left out. lag_gb: memory for what trainers of a share were done with before others
+    that lag had it, in 10⁹ bytes: those read it from there, and no forward is made again; 0 for none.
     """
 
     slots: Positive = 8
@@ -76,18 +77,44 @@ class RingConfig(Config, kw_only=True, frozen=True):
     payload_mib: Annotated[int, Meta(ge=0, le=256)] = 0
     lease_ttl_s: Annotated[float, Meta(ge=0.05, le=86_400)] = 30.0
     pace_s: Annotated[float, Meta(ge=0, le=3600)] | None = None
+    lag_gb: Annotated[float, Meta(ge=0, le=1e6)] = 0.0
 
 
 class CaptureConfig(Config, kw_only=True, frozen=True):
     """The capture that the slots are sized for.
 
     num_taps: how many layers. final: the last hidden state after the final norm, too. dtype: of the states; `auto` is
-    the target's.
+    the target's. Slots of float8_e4m3fn take half the memory, and half the tokens of a trainer that asks for bfloat16.
     """
 
     num_taps: int = 5
     final: bool = False
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "float8_e4m3fn"] = "auto"
+
+
+class ReplayConfig(Config, kw_only=True, frozen=True):
+    """States that are kept over epochs, to be read instead of computed; only trainings with data.packing=fixed profit.
+
+    dir: on a local disk, for this daemon alone; empty for no disk. gb: size of its file, in 10⁹ bytes. ram_gb: memory
+    that keeps states, too, for the life of the worker; 0 for none.
+    """
+
+    dir: str = ""
+    gb: Annotated[float, Meta(ge=0, le=1e9)] = 0.0
+    ram_gb: Annotated[float, Meta(ge=0, le=1e6)] = 0.0
+
+    @property
+    def on(self) -> bool:
+        """Whether anything is kept."""
+        return bool(self.dir or self.ram_gb)
+
+    def problem(self) -> str | None:
+        """Why this cannot be meant, or None if it can."""
+        if bool(self.dir) == bool(self.gb):
+            return None
+        if self.dir:
+            return f"replay.dir={self.dir} without a size: say how much of that disk may be used, as --replay-gb 500"
+        return f"replay.gb={self.gb:g} without a directory: say where, as --replay DIR, or use --replay-ram-gb"
 
 
 class DaemonAuth(Config, kw_only=True, frozen=True):
@@ -105,12 +132,12 @@ class DaemonConfig(Config, kw_only=True, frozen=True):
     """All settings of one `specd start`.
 
     target: what it hosts. endpoint: where it listens, ipc://PATH or tcp://ADDRESS:PORT; `auto` is the ipc endpoint of
-    this user. ring: its slots. capture: what they are sized for. transports: what it serves; `auto` is everything that
-    can be served from where its ring lies. hang_s: a worker that has work and finishes none for so long, and for 20
-    times the usual, is replaced; ten times as long for its first. auth: keys, for a TCP endpoint. insecure: without
-    keys, trainers need not be of this user, nor on this host. insecure_data: with keys, also serve transports beyond
-    this host that do not encrypt states (nccl, nixl). metrics: PORT or ADDRESS:PORT of a page for
-    Prometheus, for this machine alone where no address is named; empty for none.
+    this user. ring: its slots. capture: what they are sized for. replay: what is kept over epochs. transports: what
+    it serves; `auto` is everything that can be served from where its ring lies. hang_s: a worker that has work and
+    finishes none for so long, and for 20 times the usual, is replaced; ten times as long for its first. auth: keys,
+    for a TCP endpoint. insecure: without keys, trainers need not be of this user, nor on this host. insecure_data:
+    with keys, also serve transports beyond this host that do not encrypt states (nccl, nixl). metrics: PORT or
+    ADDRESS:PORT of a page for Prometheus, for this machine alone where no address is named; empty for none.
     """
 
     target: TargetConfig
@@ -118,6 +145,7 @@ class DaemonConfig(Config, kw_only=True, frozen=True):
     transports: tuple[str, ...] = ("auto",)
     ring: RingConfig = RingConfig()
     capture: CaptureConfig = CaptureConfig()
+    replay: ReplayConfig = ReplayConfig()
     hang_s: Annotated[float, Meta(gt=0, le=86_400)] = 60.0
     auth: DaemonAuth | None = None
     insecure: bool = False
@@ -142,10 +170,11 @@ class SubscriberConfig(Config, kw_only=True, frozen=True):
     endpoints: of the daemons, `auto` for this user's. transport: `auto`, or one by name: that one or an error. depth:
     batches in flight beyond the one in use; 0 requests on demand only. timeout_s: longest wait for one batch.
     connect_s: longest time without any usable daemon. borrow: read the daemon's slots in place, without a copy, where
-    trainer and target share one GPU; a slot then stays taken until its batch was trained. place: which daemons a rank
-    takes where a training has several ranks. `near` means those on its own host, or all if none is, shared evenly among
-    the ranks, and the rest only while none of these is up; `all` means every one. auth: keys, for TCP endpoints.
-    insecure_data: with keys, also take transports from another host that do not encrypt states (nccl, nixl).
+    trainer and target share one GPU; a slot then stays taken until its batch was trained; in a share only what lies in
+    one piece, such as final states alone. place: which daemons a rank takes where a training has several ranks. `near`
+    means those on its own host, or all if none is, shared evenly among the ranks, and the rest only while none of these
+    is up; `all` means every one. auth: keys, for TCP endpoints. insecure_data: with keys, also take transports from
+    another host that do not encrypt states (nccl, nixl).
     share: trainers that name the same one, and train on the same batches, share forwards of the target, whatever layers
     each of them wants; empty to share with nobody.
     """
@@ -173,7 +202,7 @@ class DataConfig(Config, kw_only=True, frozen=True):
     count them. max_length: most tokens of a sample. long: what becomes of longer ones, `cut`, or `split` into several
     where they are documents. batch_tokens: size of a batch, in tokens at most. max_batch_sequences: most sequences of
     one, 0 for no limit. packing: of samples into batches: `anew` each epoch, or `fixed`, every epoch has the batches of
-    the first, in another order, so that a daemon that keeps states over epochs has them. max_samples: only
+    the first, in another order, so that a daemon that keeps states (`specd start --replay`) has them. max_samples: only
     the first N rows, 0 for all. template: variables of the chat template, as enable_thinking. date: the day that a
     template is told which asks for it, as 2026-01-31; empty for the day on which the run begins. cache_dir: where
     prepared data is kept; empty for specd's own cache. processes: that prepare it, 0 for one a core and at most 16.
@@ -236,6 +265,17 @@ class TrainConfig(Config, kw_only=True, frozen=True):
     peer_patience_s: Annotated[float, Meta(ge=0)] = 0.0
 
 
+class StatesConfig(Config, kw_only=True, frozen=True):
+    """How the states of the target come.
+
+    dtype: `auto` is the target's. float8_e4m3fn, with a scale for each tap of a token, takes half the bytes of bfloat16
+    on the wire, in the daemon's slots and in staging buffers, and rounds states to four significant bits; drafts read
+    them in the target's dtype.
+    """
+
+    dtype: Literal["auto", "float8_e4m3fn"] = "auto"
+
+
 class ValidationConfig(Config, kw_only=True, frozen=True):
     """Rows that are held out of training, and measured.
 
@@ -274,8 +314,8 @@ class RunConfig(Config, kw_only=True, frozen=True):
     """All settings of one `specd train METHOD`.
 
     method: which draft is trained. draft: its settings, those of its method. output: the run directory; empty is
-    runs/METHOD. data: what it trains on. train: the training loop. log: where its progress goes. subscriber: where
-    states come from.
+    runs/METHOD. data: what it trains on. capture: how states come. train: the training loop. log: where its progress
+    goes. subscriber: where states come from.
     target: settings of a target that the trainer hosts itself, as those of `specd start`; its device is the trainer's
     unless named here. Daemons have settings of their own.
     """
@@ -285,6 +325,7 @@ class RunConfig(Config, kw_only=True, frozen=True):
     target: dict[str, Any] = {}
     data: DataConfig = DataConfig()
     draft: dict[str, Any] = {}
+    capture: StatesConfig = StatesConfig()
     train: TrainConfig = TrainConfig()
     validation: ValidationConfig = ValidationConfig()
     log: LogConfig = LogConfig()

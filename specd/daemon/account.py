@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from specd.metrics import Counters
+from specd.replay.store import COUNTS
 
 FILLING, NO_SLOT, NO_REQUEST, DOWN = "filling_us", "no_slot_us", "no_request_us", "down_us"
+REPLAY = {name: f"replay_{name}" for name in COUNTS}
+"""What becomes of batches that are kept over epochs, by the worker's names."""
 COUNTERS = (
     "batches", "tokens", "bytes", "failed", "refused_messages", "revoked_sessions", "idle_connections",
-    "worker_restarts", "forward_us", FILLING, NO_SLOT, NO_REQUEST, DOWN,
+    "worker_restarts", "forward_us", *REPLAY.values(), FILLING,
+    NO_SLOT, NO_REQUEST, DOWN,
 )  # fmt: skip
 """batches, tokens, bytes: announced as READY, once for each trainer. forward_us: of the target's forwards, in
 microseconds, once for each fill. The last four add up to the daemon's age: the worker had batches to capture; requests

@@ -36,10 +36,12 @@ class Request:
         self.batch_id = identity
         self.layout = layout
 
-    def task(self, fill: Grant) -> channel.FillSlot | channel.FillNoise:
-        """The worker's task for this request, to capture all that is held. Call it once: it drops the tokens."""
+    def task(self, fill: Grant) -> channel.FillSlot | channel.FillNoise | channel.LoadSlot:
+        """The worker's task for this request, to get all that is held. Call it once: it drops the tokens."""
         message, self._message = self._message, None
         assert message is not None, "a request is given a slot once"
+        if fill.cell is not None:
+            return channel.LoadSlot(slot=fill.slot, generation=fill.generation, cell=fill.cell)
         if isinstance(message, wire.Probe):
             return channel.FillNoise(
                 slot=fill.slot, generation=fill.generation, nonce=message.nonce, nbytes=message.nbytes
@@ -53,6 +55,8 @@ class Request:
             tokens=message.tokens,
             lengths=message.lengths,
             payloads=message.payloads,
+            content=self.batch_id,
+            keep=message.keep,
             layout=slot_layout(fill.held, hidden_size, num_tokens),
         )
 
@@ -70,13 +74,26 @@ class Unfit(Exception):
 
 
 def check_hello(
-    hello: wire.Hello, contract: TargetContract, ring: RingInfo, wanted: Sequence[CaptureSpec] = ()
+    hello: wire.Hello,
+    contract: TargetContract,
+    ring: RingInfo,
+    wanted: Sequence[CaptureSpec] = (),
+    *,
+    exact: bool = False,
 ) -> str | None:
-    """Why a trainer's HELLO does not match this target and ring, or None if it does. wanted: by others of its share."""
+    """Why a trainer's HELLO does not match this target and ring, or None if it does. wanted: by others of its share.
+
+    exact: its target is to give the states of a local run, to the bit.
+    """
     if hello.fingerprint not in {"", contract.fingerprint}:
         return (
             f"this daemon's target is not the trainer's: it serves {contract.model} ({contract.fingerprint}), the "
             f"trainer needs ({hello.fingerprint})"
+        )
+    if exact and hello.spec.scaled:
+        return (
+            f"the trainer asks for states in {hello.spec.dtype}, which rounds them, and this daemon's target is exact: "
+            f"leave out capture.dtype={hello.spec.dtype}, or start the daemon without --exact"
         )
     strange = _strange_payloads(hello.payloads, contract, ring) or hello.spec.problem(contract.num_layers)
     return strange or _unlike_share(hello, wanted, contract, ring)
@@ -119,10 +136,12 @@ def admit_batch(
         )
     layout = slot_layout(spec, contract.hidden_size, tokens.size)
     if layout.nbytes > ring.slot_bytes:
+        wider = "a wider capture.num_taps, capture.final or capture.dtype"  # than what these tokens would fit in
+        larger = "a larger ring.slot_tokens" if tokens.size > ring.slot_tokens else wider
         raise Unfit(
             f"{tokens.size} tokens need {layout.nbytes} bytes and a slot has {ring.slot_bytes} (sized for "
-            f"{ring.slot_tokens} tokens of the daemon's capture): start the daemon with a larger ring.slot_tokens, or "
-            f"train with a smaller data.batch_tokens"
+            f"{ring.slot_tokens} tokens of the daemon's capture): start the daemon with {larger}, or train with a "
+            f"smaller data.batch_tokens"
         )
     if shared and tokens.size > ring.slot_tokens:
         raise Unfit(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 
+from specd.daemon.lag import LagWindow, Save
 from specd.daemon.shares import Run, Shares
 from specd.daemon.slots import Ask, Slot, SlotState
 from specd.protocol.capture import covers
@@ -16,9 +17,11 @@ class Contents:
     def __init__(self, num_slots: int, shares: Shares, counters: dict[str, int]) -> None:
         self.slots = [Slot() for _ in range(num_slots)]
         self._free = deque(range(num_slots))  # longest free first: a late reader of old bytes sees them longest
+        self._serial = 0
         self._resident: dict[bytes, list[int]] = {}  # by content, every slot that is not FREE
         self._shares = shares
         self._counters = counters
+        self.lag = LagWindow()
 
     def find(self, ask: Ask) -> int | None:
         """A slot that holds, or is getting, what a request wants."""
@@ -40,19 +43,50 @@ class Contents:
         return "kept"
 
     def fill(self, run: Run, ask: Ask) -> int | None:
-        """A slot that is FILLING for a request now; None without room, or while its run is held."""
-        index = self._room(run, ask)
+        """A slot that is FILLING for a request now, from a cell of the lag window or by a forward.
+
+        None without room, or while its run is held, which it is not for a cell.
+        """
+        found = self.lag.find(ask)
+        index = self._room(run, ask, held=found is None)
         if index is None:
             return None
-        self._counters["fills"] += 1
+        self._counters["fills" if found is None else "lag_hits"] += 1
+        self._serial += 1
         slot = self.slots[index]
         slot.state, slot.batch_id, slot.generation = SlotState.FILLING, ask.batch_id, slot.generation + 1
-        slot.held = self._shares.held(run, ask.want) if ask.cuts else ask.want
-        slot.serial, slot.asker, slot.place = self._counters["fills"], run, ask.place
-        if ask.want is not None:
-            slot.owed = {other for other in self._shares.others(run) if other.reached <= ask.place}
+        slot.serial, slot.asker, slot.place, slot.refused = self._serial, run, ask.place, -1
+        if found is not None:
+            slot.cell, slot.held, slot.owed, run.behind = found.cell, found.held, set(found.owed), False
+        else:
+            slot.cell, slot.held = None, self._shares.held(run, ask.want) if ask.cuts else ask.want
+            if ask.want is not None:
+                slot.owed = {other for other in self._shares.others(run) if other.reached <= ask.place}
         self._resident.setdefault(ask.batch_id, []).append(index)
         return index
+
+    def leased(self, index: int, run: Run) -> None:
+        """A run got a lease on a slot, which it is owed no more."""
+        slot = self.slots[index]
+        slot.owed.discard(run)
+        self.lag.paid(slot.batch_id, run)
+
+    def saves(self) -> list[Save]:
+        """The KEPT slots to be copied to the lag window now, the earliest places first."""
+        kept = (
+            [index for index, slot in enumerate(self.slots) if slot.state is SlotState.KEPT] if self.lag.cells else []
+        )
+        found: list[Save] = []
+        for index in sorted(kept, key=lambda each: self.slots[each].place):
+            slot = self.slots[index]
+            if slot.refused == self.lag.freed or self.lag.has(slot.batch_id, slot.held, saved=False):
+                continue
+            if (save := self.lag.save(index, slot)) is not None:
+                found.append(save)
+            else:
+                slot.refused = self.lag.freed
+        self._counters["lag_saves"] += len(found)
+        return found
 
     def settle(self, index: int) -> None:
         """Keep or free a slot whose content is in place, if it has no lease."""
@@ -65,9 +99,18 @@ class Contents:
 
     def forget(self, run: Run) -> None:
         """Nothing is owed a run any more."""
+        self.lag.forget(run)
         for index, slot in enumerate(self.slots):
             slot.owed.discard(run)
             self.settle(index)
+
+    def reset(self) -> None:
+        """The worker died: every slot is free, and nothing is in the lag window, which the next one brings."""
+        self.lag = LagWindow()
+        for index, slot in enumerate(self.slots):
+            slot.readers.clear()
+            if slot.state is not SlotState.FREE:
+                self.vacate(index)
 
     def vacate(self, index: int) -> None:
         """Free a slot."""
@@ -78,39 +121,46 @@ class Contents:
         self._resident[slot.batch_id].remove(index)
         if not self._resident[slot.batch_id]:
             del self._resident[slot.batch_id]
-        slot.state, slot.batch_id, slot.held, slot.asker = SlotState.FREE, b"", None, None
+        slot.state, slot.batch_id, slot.held, slot.asker, slot.cell = SlotState.FREE, b"", None, None, None
         slot.owed.clear()
         self._free.append(index)
 
-    def _room(self, run: Run, ask: Ask) -> int | None:
-        """A FREE slot, made of a KEPT one if need be."""
+    def _room(self, run: Run, ask: Ask, *, held: bool) -> int | None:
+        """A FREE slot, made of a KEPT one if need be. held: whether the run may be held."""
         others = self._shares.others(run) if ask.want is not None else set()
-        if self._follows(others, ask.place) and self._shares.holds(run):
+        if held and self._follows(others, ask.place) and self._shares.holds(run):
             return None
-        if not self._free and not self._evict(run, others):
+        if not self._free and not self._evict(run, others, held=held):
             return None
         return self._free.popleft()
 
     def _follows(self, others: set[Run], place: int) -> bool:
         """Whether another run has a fill of its own being made at an earlier place, and so catches up."""
         filling = (slot for slot in self.slots if slot.state is SlotState.FILLING and slot.asker in others)
-        return any(slot.place < place for slot in filling)
+        return any(slot.place < place and slot.cell is None for slot in filling)
 
-    def _evict(self, run: Run, others: set[Run]) -> bool:
+    def _evict(self, run: Run, others: set[Run], *, held: bool) -> bool:
         """Free a KEPT slot; False without one, or while the run waits for others of its share to read them.
 
-        The newest that nobody waits for; else the newest of all, and nobody waits any more for those that are owed it.
+        One that the lag window has, or else the newest that nobody waits for; else the newest of all, and nobody waits
+        any more for those that are owed it. held: whether the run may be held.
         """
         kept = [index for index, slot in enumerate(self.slots) if slot.state is SlotState.KEPT]
         if not kept:
             return False
+        safe = [index for index in kept if self._is_safe(index)]
         awaited = {other for other in others if not other.behind}
-        free = [index for index in kept if not self.slots[index].owed & awaited]
-        if not free and self._shares.holds(run):
+        free = safe or [index for index in kept if not self.slots[index].owed & awaited]
+        if not free and held and self._shares.holds(run):
             return False
         index = max(free or kept, key=lambda each: self.slots[each].serial)
-        for other in self.slots[index].owed & others:
-            other.behind = True
-        self._counters["kept_evicted"] += 1
+        if not safe:
+            for other in self.slots[index].owed & others:
+                other.behind = True
+            self._counters["kept_evicted"] += 1
         self.vacate(index)
         return True
+
+    def _is_safe(self, index: int) -> bool:
+        """Whether a slot's batch can be read from the lag window."""
+        return self.lag.has(self.slots[index].batch_id, self.slots[index].held, saved=True)

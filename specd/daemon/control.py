@@ -11,17 +11,19 @@ from collections.abc import Callable
 from typing import Any
 
 import zmq
+from msgspec.structs import replace
 
 from specd.config.settings import DaemonConfig
-from specd.daemon.account import Account
+from specd.daemon.account import REPLAY, Account
 from specd.daemon.admission import Unfit, admit_batch, admit_probe, check_attach, check_fetch, check_hello
 from specd.daemon.connections import Connection
 from specd.daemon.dispatch import Dispatch, Fill
 from specd.daemon.ending import Ending
 from specd.daemon.front import Front
+from specd.daemon.lag import LagWindow
 from specd.daemon.questions import Questions
 from specd.daemon.reads import Reads
-from specd.daemon.report import status_report
+from specd.daemon.report import status_report, welcome
 from specd.daemon.ring import Ring
 from specd.daemon.sessions import Sessions, TrainerSession
 from specd.daemon.slots import Lease
@@ -166,7 +168,7 @@ class Control:
             case wire.Submit() | wire.Probe():
                 self._submit(session, message)
             case wire.Borrow():
-                session.borrow(self._ring, message.lease)
+                self._ring.borrow(key, message.lease)
             case wire.Release():
                 lease = self._ring.lease(key, message.lease)
                 if self._ring.release(key, message.lease) and lease is not None:
@@ -194,22 +196,16 @@ class Control:
             return wire.Reject(epoch=self._epoch, reason=reason, retry_ms=RETRY_MS, loading_ms=self._loading_ms())
         stranger, many = self._front.stranger(connection), self._front.too_many(connection, hello.ranks)
         wanted = self._ring.shares.wanted(hello.share)
-        if problem := stranger or many or check_hello(hello, started.contract, started.ring, wanted):
+        exact = self._settings.target.exact
+        if problem := stranger or many or check_hello(hello, started.contract, started.ring, wanted, exact=exact):
             return wire.Reject(epoch=self._epoch, reason=problem)
         over = self._front.over_quota(connection, self._sessions.connections())
         session = over or self._sessions.open(key, hello, connection, self._clock())
         if isinstance(session, str):
             return wire.Reject(epoch=self._epoch, reason=session, retry_ms=RETRY_MS)
-        return wire.Welcome(
-            epoch=self._epoch,
-            contract=started.contract,
-            ring=started.ring,
-            credits=session.credits,
-            slots=1 + self._ring.pool,
-            lease_ttl_ms=round(self._settings.ring.lease_ttl_s * 1000),
-            transports=started.transports,
-            sharing=self._ring.sharing(key),
-        )
+        if started.replay is not None:
+            self._supervisor.send(channel.Lasts(lookups=self._sessions.lookups(4 * started.replay.cells)))
+        return welcome(session, self._ring, self._supervisor, started, self._settings.ring.lease_ttl_s)
 
     def _loading_ms(self) -> int:
         return 0 if self.ending.draining else round(self._supervisor.loading_s() * 1000)
@@ -257,6 +253,8 @@ class Control:
 
     def _schedule(self) -> None:
         """Give free slots to waiting requests, and tell the worker what to fill and to read."""
+        for save in self._ring.contents.saves():
+            self._supervisor.send(channel.SaveSlot(**save._asdict()))
         plan = self._ring.schedule()
         for grant in plan.fills:
             session = self._sessions.get(grant.holder)
@@ -273,7 +271,7 @@ class Control:
         for lease in plan.ready:
             self._announce(lease, 0)
 
-    def _announce(self, lease: Lease, target_us: int) -> None:
+    def _announce(self, lease: Lease, target_us: int, *, replayed: bool = False) -> None:
         session = self._sessions.get(lease.holder)
         if session is None:  # it was lost while its other leases were announced
             return
@@ -296,7 +294,7 @@ class Control:
                 busy_slots=self._ring.busy,
                 target_us=target_us,
                 held=lease.held,
-                source=lease.source,
+                source="replay" if replayed and lease.source == "forward" else lease.source,
             ),
         )
 
@@ -340,6 +338,7 @@ class Control:
                 self._started = note
                 self._supervisor.serving(note.load_s)
                 self._dispatch.started(note.load_s)
+                self._ring.contents.lag = LagWindow(note.lag_cells)
                 log.info("worker serves %s after %.1f s", note.contract.model, note.load_s)
                 if not self._served:
                     self._served = True
@@ -349,8 +348,16 @@ class Control:
             case channel.Filled():
                 self.counters.add("forward_us", note.target_us)
                 self._dispatch.done(note.slot, note.generation)
-                for lease in self._ring.filled(note.slot, note.generation, note.target_us / 1e6):
-                    self._announce(lease, note.target_us)
+                forward_s = None if note.replayed else note.target_us / 1e6
+                for lease in self._ring.filled(note.slot, note.generation, forward_s):
+                    self._announce(lease, note.target_us, replayed=note.replayed)
+            case channel.Saved():
+                self._ring.contents.lag.saved(note.number, note.ok)
+            case channel.Kept():
+                for name, count in note.counts.items():
+                    self.counters.add(REPLAY[name], count)
+                if (started := self._started) is not None and started.replay is not None:
+                    self._started = replace(started, replay=replace(started.replay, used=note.used))
             case channel.FillFailed():
                 self._dispatch.done(note.slot, note.generation)
                 for lease in self._ring.failed(note.slot, note.generation):
@@ -387,12 +394,6 @@ class Control:
     def status(self) -> wire.StatusReport:
         """What `specd status` shows."""
         return status_report(
-            self._account,
-            self._ring,
-            self._sessions,
-            self._supervisor,
-            self.ending,
-            self.endpoints,
-            self._started,
+            self._account, self._ring, self._sessions, self._supervisor, self.ending, self.endpoints, self._started,
             self._loading_ms(),
-        )
+        )  # fmt: skip

@@ -38,7 +38,14 @@ COUNTS = {
     "joins": Count("specd_ring_joins", "Requests served by a slot that has the same content."),
     "kept_hits": Count("specd_ring_kept_hits", "Those of them whose slot was kept for their share."),
     "kept_evicted": Count("specd_ring_kept_evictions", "Kept slots that were filled anew before all had read them."),
+    "lag_hits": Count("specd_ring_lag_hits", "Slots filled from the lag window, without a forward."),
+    "lag_saves": Count("specd_ring_lag_saves", "Kept slots copied to the lag window."),
     "held_ms": Count("specd_ring_held_seconds", "Time that trainers were held for others of their share.", 1e3),
+    "replay_hit": Count("specd_replay_hits", "Batches read from what was kept, instead of computed."),
+    "replay_miss": Count("specd_replay_misses", "Batches computed that may be kept."),
+    "replay_wrote": Count("specd_replay_writes", "Batches that were kept."),
+    "replay_skipped": Count("specd_replay_skips", "Batches not kept, as the writer had not yet written others."),
+    "replay_damaged": Count("specd_replay_damaged_cells", "Cells found that were not as written."),
     "released": Count("specd_ring_releases", "Leases given back."),
     "expired": Count("specd_ring_expired_holders", "Sessions whose lease ran out."),
 }
@@ -84,6 +91,10 @@ def _ring(report: StatusReport) -> Iterator[Metric]:
     if (ring := report.ring) is not None:
         yield GaugeMetricFamily("specd_ring_slot_bytes", "Size of a slot.", value=ring.slot_bytes)
         yield GaugeMetricFamily("specd_ring_slot_tokens", "Longest batch that fits a slot.", value=ring.slot_tokens)
+    if (replay := report.replay) is not None:
+        yield GaugeMetricFamily("specd_replay_cells", "Batches that can be kept over epochs.", value=replay.cells)
+        yield GaugeMetricFamily("specd_replay_used_cells", "Batches that are kept now.", value=replay.used)
+        yield GaugeMetricFamily("specd_replay_cell_bytes", "Largest batch that can be kept.", value=replay.cell_bytes)
     yield GaugeMetricFamily("specd_queued_requests", "Requests that wait for a slot.", value=report.queued)
 
 
@@ -96,6 +107,7 @@ def _sessions(report: StatusReport) -> Iterator[Metric]:
         "specd_session_outstanding_requests": ("Requests of a trainer that are not over.", "outstanding"),
         "specd_session_leases": ("Slots that a trainer holds, filled or not.", "leases"),
         "specd_session_age_seconds": ("Time since a trainer came.", "age_s"),
+        "specd_session_behind": ("1 for a trainer so far behind its share that nobody waits for it.", "behind"),
     }
     counters = {
         "specd_session_batches": ("Batches announced to a trainer.", "batches"),

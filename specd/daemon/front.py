@@ -14,6 +14,7 @@ from specd.daemon.gate import Gate
 from specd.errors import ConfigError, DaemonError
 from specd.protocol import limits
 from specd.protocol import messages as wire
+from specd.protocol.capture import DTYPE_BYTES
 from specd.protocol.messages import Message
 
 LISTEN_S = 0.01
@@ -191,8 +192,8 @@ def largest_request(settings: DaemonConfig) -> int:
     A trainer that captures less than the slots are sized for fits more tokens than `ring.slot_tokens`.
     """
     capture = settings.capture
-    halves = 1 if capture.dtype in ("bfloat16", "float16") else 2
-    tokens = settings.ring.slot_tokens * max(1, capture.num_taps + capture.final) * halves
+    widths = DTYPE_BYTES.get(capture.dtype, 4)  # as float8 has it, a state takes a byte
+    tokens = settings.ring.slot_tokens * max(1, capture.num_taps + capture.final) * widths
     payloads = settings.ring.payload_mib << 20
     a_token = 8 + (5 if payloads else 0)  # its id, a length, and how long a payload is
     return min(limits.MAX_MESSAGE_BYTES, a_token * tokens + limits.MAX_REQUEST_BYTES) + payloads

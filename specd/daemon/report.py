@@ -1,4 +1,4 @@
-"""What a daemon says of itself when it is asked: STATUS_REPORT."""
+"""What a daemon says of itself: STATUS_REPORT to whoever asks, WELCOME to a trainer."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import os
 from specd.daemon.account import Account
 from specd.daemon.ending import Ending
 from specd.daemon.ring import Ring
-from specd.daemon.sessions import Sessions
+from specd.daemon.sessions import Sessions, TrainerSession
 from specd.daemon.supervisor import Supervisor
-from specd.protocol.messages import StatusReport
+from specd.protocol.messages import StatusReport, Welcome
 from specd.version import __version__
 from specd.worker.messages import Started
 
@@ -43,4 +43,20 @@ def status_report(
         transports=started.transports if started else (),
         loading_ms=loading_ms,
         max_sessions=ring.max_holders,
+        replay=started.replay if started else None,
+    )
+
+
+def welcome(session: TrainerSession, ring: Ring, supervisor: Supervisor, started: Started, ttl_s: float) -> Welcome:
+    """The answer to a trainer that is let in. ttl_s: of a lease."""
+    return Welcome(
+        epoch=supervisor.epoch,
+        contract=started.contract,
+        ring=started.ring,
+        credits=session.credits,
+        slots=1 + ring.pool,
+        lease_ttl_ms=round(ttl_s * 1000),
+        transports=started.transports,
+        sharing=ring.sharing(session.key),
+        replay=started.replay,
     )

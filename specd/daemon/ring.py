@@ -19,6 +19,8 @@ that was read and is still owed is KEPT. A fill that finds no FREE slot takes a 
 of its own share waits for, at once; else its run is held as long as its credit lasts, then takes the newest of all (who
 is owed it needs it last), and the runs owed it are *behind*: nobody waits for them until they join a slot again. It is
 held as well while another of its share, at an earlier place, has a fill of its own being made. Joins are never held.
+With a **lag window** (`lag.py`) KEPT slots are copied to it. A slot that it has may be taken at once, and a fill whose
+batch it has is FILLING from there: that makes no forward, so it is not held, and nobody for it.
 
 **The slot guarantee.** With N slots and at most M holders, P = N − M slots form a shared pool. h is a holder's number
 of leases; *extras* = Σ max(h − 1, 0); an *orphan* is a FILLING slot without a lease (its holders are gone, but the
@@ -52,8 +54,8 @@ from specd.protocol.capture import CaptureSpec
 from specd.protocol.messages import Source
 
 COUNTERS = (
-    "submitted", "fills", "joins", "kept_hits", "kept_evicted", "held_ms", "released", "stale_release", "stale_fill",
-    "expired", "resets",
+    "submitted", "fills", "joins", "kept_hits", "kept_evicted", "lag_hits", "lag_saves", "held_ms", "released",
+    "stale_release", "stale_fill", "expired", "resets",
 )  # fmt: skip
 
 
@@ -173,10 +175,7 @@ class Ring:
         """Free every slot and close every holder: the worker died. Generations and ids keep counting."""
         for holder in list(self._holders):
             self.close(holder)
-        for index, slot in enumerate(self._slots):
-            slot.readers.clear()
-            if slot.state is not SlotState.FREE:
-                self.contents.vacate(index)
+        self.contents.reset()
         self.counters["resets"] += 1
 
     # Requests
@@ -230,15 +229,15 @@ class Ring:
         self.counters["held_ms"] += round(1000 * self.shares.held_s())
         return schedule
 
-    def filled(self, slot: int, generation: int, forward_s: float = 0.0) -> list[Lease]:
+    def filled(self, slot: int, generation: int, forward_s: float | None = 0.0) -> list[Lease]:
         """Mark a filled slot READY and return its leases to announce. A stale report is a counted no-op.
 
-        forward_s: its share of the forward.
+        forward_s: its share of the forward, None if there was none.
         """
         found = self._filling(slot, generation)
         if found is None:
             return []
-        if found.held is not None:
+        if found.held is not None and forward_s is not None:
             self.shares.measured(forward_s)
         found.state = SlotState.READY
         self.contents.settle(slot)
@@ -343,13 +342,14 @@ class Ring:
         index = self.contents.find(ask)
         if holder.leases and self._pool_left() + (index is not None and self._orphaned(index)) < 1:
             return False
-        source: Source = "forward"
+        source: Source
         if index is None:
             index = self.contents.fill(run, ask)
             if index is None:
                 return False
             slot = self._slots[index]
-            schedule.fills.append(Grant(index, slot.generation, ask.batch_id, name, ask.seq, slot.held))
+            schedule.fills.append(Grant(index, slot.generation, ask.batch_id, name, ask.seq, slot.held, slot.cell))
+            source = "forward" if slot.cell is None else "kept"
         else:
             source = self.contents.join(index, run)
             slot = self._slots[index]
@@ -358,7 +358,7 @@ class Ring:
         lease = Lease(self._last_lease, name, ask.seq, index, slot.generation, ask.batch_id, slot.held, source)
         self._leases[lease.id] = holder.leases[lease.id] = lease
         slot.leases.add(lease.id)
-        slot.owed.discard(run)
+        self.contents.leased(index, run)
         if ask.want is not None:
             self.shares.leased(run, ask.place)
         if slot.state is not SlotState.FILLING:

@@ -15,7 +15,6 @@ from specd.daemon.admission import Request
 from specd.daemon.connections import Connection
 from specd.daemon.ring import Ring
 from specd.endpoints import host_id
-from specd.errors import ProtocolError
 from specd.protocol import messages as wire
 from specd.protocol.batch import Layout
 
@@ -26,13 +25,13 @@ class TrainerSession:
     """A trainer's session.
 
     key: routing id. connection: the one that it was opened over and belongs to, None within the process. label: names
-    it without telling its key. name: for people, after whose key it is, if there are keys. run, ranks, share: as in its
-    HELLO. requests: by seq. pidfd: readable once its process ended, −1 if unknown. borrows: it reads slots in place.
+    it without telling its key. name: for people, after whose key it is, if there are keys. run, ranks, share,
+    epoch_batches: as in its HELLO. requests: by seq. pidfd: readable once its process ended, −1 if unknown.
     """
 
     __slots__ = (
-        "batches", "borrows", "connection", "credits", "gpus", "key", "label", "name", "nbytes", "opened", "pidfd",
-        "ranks", "requests", "run", "share", "spec", "tokens", "transport",
+        "batches", "connection", "credits", "epoch_batches", "gpus", "key", "label", "name", "nbytes", "opened",
+        "pidfd", "ranks", "requests", "run", "share", "spec", "tokens", "transport",
     )  # fmt: skip
 
     def __init__(
@@ -47,12 +46,12 @@ class TrainerSession:
         self.run = hello.run
         self.ranks = hello.ranks
         self.share = hello.share
+        self.epoch_batches = hello.epoch_batches
         self.spec = hello.spec
         self.credits = credits
         self.opened = opened
         self.pidfd = pidfd
         self.transport = ""
-        self.borrows = False
         self.requests: dict[int, Request] = {}
         self.batches = self.tokens = self.nbytes = 0
 
@@ -61,17 +60,7 @@ class TrainerSession:
 
     def cuts(self, cutting: Container[str]) -> bool:
         """Whether it can take its states out of a slot that holds more. cutting: transports that can."""
-        return self.transport in cutting and not self.borrows
-
-    def borrow(self, ring: Ring, lease: int) -> None:
-        """Read a leased slot in place. Raises ProtocolError as `Ring.borrow` does, and for a session of a share."""
-        if self.share:
-            raise ProtocolError(
-                f"lease {lease} cannot be borrowed: a slot of share {self.share} holds more than its own states; "
-                f"set subscriber.borrow=false, or leave the share out"
-            )
-        ring.borrow(self.key, lease)
-        self.borrows = True
+        return self.transport in cutting
 
     def served(self, layout: Layout) -> None:
         """Count a batch that was announced to it."""
@@ -119,6 +108,14 @@ class Sessions:
 
     def __contains__(self, key: bytes) -> bool:
         return key in self._by_key
+
+    def lookups(self, unknown: int) -> int:
+        """How many batches all runs here ask for in two epochs, the longest until one comes again.
+
+        unknown: at least so many where a run did not say how long its epoch is.
+        """
+        runs = {each.run or each.key: each.epoch_batches for each in self}
+        return max(2 * sum(runs.values()), 0 if all(runs.values()) else unknown)
 
     def get(self, key: bytes) -> TrainerSession | None:
         """The session of a key, if it is open."""

@@ -14,7 +14,8 @@ from specd.protocol.messages import Source
 class Grant(NamedTuple):
     """A slot the worker must fill with a batch. holder, seq: the request that caused it, and has the content.
 
-    held: the states that are captured, at least those it wants; None for a probe.
+    held: the states that are captured, at least those it wants; None for a probe. cell: of the lag window, which has
+    them already; None if they are to be captured.
     """
 
     slot: int
@@ -23,6 +24,7 @@ class Grant(NamedTuple):
     holder: bytes
     seq: int
     held: CaptureSpec | None = None
+    cell: int | None = None
 
 
 class Ask(NamedTuple):
@@ -38,7 +40,7 @@ class Ask(NamedTuple):
 class Lease(NamedTuple):
     """The right of one holder to read one generation of a slot. seq: the request it answers.
 
-    held: all states in the slot. source: whether it caused the forward, joined it or its slot, or found the slot kept.
+    held: all states in the slot. source: whether it caused the forward, joined it or its slot, or found them kept.
     """
 
     id: int
@@ -70,17 +72,23 @@ class Slot:
     """leases: ids of all leases on it. readers: why it is QUARANTINED. batch_id: its content, empty when FREE.
 
     held: its states. serial: of the fill, higher for a later one. asker, place: whose request caused it, and where that
-    stands. owed: the runs of the asker's share that have not had it yet.
+    stands. owed: the runs of the asker's share that have not had it yet. cell: of the lag window, where it came from;
+    refused: when that had no cell for it, by what it had freed until then.
     """
 
-    __slots__ = ("asker", "batch_id", "generation", "held", "leases", "owed", "place", "readers", "serial", "state")
+    __slots__ = (
+        "asker", "batch_id", "cell", "generation", "held", "leases", "owed", "place", "readers", "refused",
+        "serial", "state",
+    )  # fmt: skip
 
     def __init__(self) -> None:
         self.state = SlotState.FREE
         self.generation = self.serial = self.place = 0
+        self.refused = -1
         self.batch_id = b""
         self.held: CaptureSpec | None = None
         self.asker: Run | None = None
+        self.cell: int | None = None
         self.leases: set[int] = set()
         self.readers: set[int] = set()
         self.owed: set[Run] = set()

@@ -16,7 +16,7 @@ from msgspec import Meta
 from numpy.typing import NDArray
 
 from specd.protocol import payload
-from specd.protocol.capture import DTYPE_BYTES, CaptureSpec
+from specd.protocol.capture import DTYPE_BYTES, CaptureSpec, StateDtype
 from specd.protocol.limits import MAX_DIMENSIONS, MAX_TENSORS
 
 if TYPE_CHECKING:
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 ALIGNMENT = 4096
 """Byte alignment of every tensor in a slot: a page, so that copies and kernels see the same alignment everywhere."""
+
+TAPS_SCALE, FINAL_SCALE = "taps_scale", "final_scale"
 
 
 class Batch(msgspec.Struct, frozen=True, kw_only=True):
@@ -72,18 +74,26 @@ def slot_layout(spec: CaptureSpec, hidden_size: int, num_tokens: int) -> Layout:
     """Where a batch's states lie in its slot.
 
     `taps` [T, N, H] interleaves the taps of a token, so that it reads as [T, N·H] without a concatenation;
-    `final` [T, H] follows at the next aligned offset. Daemon and trainer both compute it and compare.
+    `final` [T, H] follows at the next aligned offset. Behind each of them lie its scales if it is float8, float32
+    [N, T] and [T]: those of a tap follow one another, so that a cut copies no single numbers. Daemon and trainer both
+    compute it and compare.
     """
+    taps, size = len(spec.taps), num_tokens
+    wanted: list[tuple[str, tuple[int, ...], StateDtype]] = []
+    if taps:
+        wanted.append(("taps", (size, taps, hidden_size), spec.dtype))
+        if spec.scaled:
+            wanted.append((TAPS_SCALE, (taps, size), "float32"))
+    if spec.final:
+        wanted.append(("final", (size, hidden_size), spec.dtype))
+        if spec.scaled:
+            wanted.append((FINAL_SCALE, (size,), "float32"))
     tensors: list[TensorRef] = []
     end = 0
-    for name, shape in (
-        ("taps", (num_tokens, len(spec.taps), hidden_size) if spec.taps else None),
-        ("final", (num_tokens, hidden_size) if spec.final else None),
-    ):
-        if shape is not None:
-            tensor = TensorRef(name=name, offset=-(-end // ALIGNMENT) * ALIGNMENT, shape=shape, dtype=spec.dtype)
-            tensors.append(tensor)
-            end = tensor.offset + tensor.nbytes
+    for name, shape, dtype in wanted:
+        tensor = TensorRef(name=name, offset=-(-end // ALIGNMENT) * ALIGNMENT, shape=shape, dtype=dtype)
+        tensors.append(tensor)
+        end = tensor.offset + tensor.nbytes
     return Layout(tensors=tuple(tensors), nbytes=end)
 
 
@@ -114,11 +124,12 @@ def _bytes(numbers: NDArray[np.int32]) -> bytes:
 
 
 class Delivery:
-    """One batch with its states on the trainer's device.
+    """One batch with its states on the trainer's device, in the target's dtype where they travelled as float8.
 
     taps: [T, N, H], so that `taps.flatten(1)` is [T, N·H] without a copy; final: [T, H]; None where not captured.
-    Both are views of a staging buffer, valid until the next delivery is requested, or stream or subscriber is closed;
-    kernels that read them must be launched by then, on the stream that is current then or on one that it waits for.
+    Both are views of a buffer of the subscriber's, valid until the next delivery is requested, or stream or subscriber
+    is closed; kernels that read them must be launched by then, on the stream that is current then or on one that it
+    waits for.
 
     With `subscriber.borrow` they are views of the daemon's slot: never write to them, nor touch them after that.
     Until then they do not change, whatever happens to the session: the daemon never refills a borrowed slot, and the

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable
-from typing import Annotated, Literal
+from typing import Annotated, Final, Literal, get_args
 
 import msgspec
 from msgspec import Meta
 
 from specd.protocol.limits import MAX_TAPS
 
-StateDtype = Literal["float32", "bfloat16", "float16"]
-DTYPE_BYTES: dict[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
+PlainDtype = Literal["float32", "bfloat16", "float16"]
+"""What targets compute in, and drafts read."""
+StateDtype = Literal["float32", "bfloat16", "float16", "float8_e4m3fn"]
+"""What states travel as: plain, or e4m3 with a scale a row (`specd.memory.fp8`)."""
+FP8: Final = "float8_e4m3fn"
+SCALE_BYTES: Final = 4
+DTYPE_BYTES: dict[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2, FP8: 1}
 
 
 class CaptureSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -21,7 +26,8 @@ class CaptureSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     taps: ascending 0-based decoder layers; tap i is the residual stream after layer i, un-normed
         (`hidden_states[i + 1]` of transformers).
     final: whether the last hidden state after the final norm (what lm_head reads) is captured too.
-    dtype: element type of the delivered states.
+    dtype: element type of the states as they travel. float8_e4m3fn has a float32 scale for each tap of a token, and is
+        delivered decoded, in the target's dtype.
     """
 
     taps: Annotated[tuple[int, ...], Meta(max_length=MAX_TAPS)]
@@ -29,8 +35,14 @@ class CaptureSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     dtype: StateDtype = "bfloat16"
 
     def bytes_per_token(self, hidden_size: int) -> int:
-        """Bytes one token occupies: (taps + final) · hidden_size · element size."""
-        return (len(self.taps) + self.final) * hidden_size * DTYPE_BYTES[self.dtype]
+        """Bytes one token occupies: (taps + final) · (hidden_size · element size + 4 for the scale of float8)."""
+        scale = SCALE_BYTES if self.scaled else 0
+        return (len(self.taps) + self.final) * (hidden_size * DTYPE_BYTES[self.dtype] + scale)
+
+    @property
+    def scaled(self) -> bool:
+        """Whether its states are codes that have scales."""
+        return self.dtype == FP8
 
     def problem(self, num_layers: int) -> str | None:
         """Why this spec cannot be captured from a target of `num_layers` layers, or None if it can."""
@@ -44,6 +56,11 @@ class CaptureSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
                 f"layers; for the state after the last layer ask for `final`"
             )
         return None
+
+
+def plain(dtype: str) -> PlainDtype:
+    """The dtype that states of a target of `dtype` are read in: that one, or bfloat16 where it is none for states."""
+    return next((known for known in get_args(PlainDtype) if known == dtype), "bfloat16")
 
 
 def covers(held: CaptureSpec | None, want: CaptureSpec | None) -> bool:

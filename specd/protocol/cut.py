@@ -11,8 +11,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
-from specd.protocol.batch import slot_layout
-from specd.protocol.capture import DTYPE_BYTES, CaptureSpec, covers
+from specd.protocol.batch import FINAL_SCALE, TAPS_SCALE, slot_layout
+from specd.protocol.capture import DTYPE_BYTES, SCALE_BYTES, CaptureSpec, covers
 
 
 class Piece(NamedTuple):
@@ -29,8 +29,8 @@ class Piece(NamedTuple):
 def cut(held: CaptureSpec, own: CaptureSpec, hidden_size: int, num_tokens: int) -> tuple[Piece, ...]:
     """The pieces that make [T, n, H] and `final` of a slot that holds [T, N, H] and perhaps `final`.
 
-    One for each run of adjacent taps, and one for `final`; none if both are the same. Bytes between tensors are of no
-    piece. Raises ValueError when `own` is not covered.
+    One for each run of adjacent taps, and one for `final`; as many again for scales; none if both are the same. Bytes
+    between tensors are of no piece. Raises ValueError when `own` is not covered.
     """
     if held == own:
         return ()
@@ -39,15 +39,19 @@ def cut(held: CaptureSpec, own: CaptureSpec, hidden_size: int, num_tokens: int) 
     here = {ref.name: ref for ref in slot_layout(held, hidden_size, num_tokens).tensors}
     there = {ref.name: ref for ref in slot_layout(own, hidden_size, num_tokens).tensors}
     pieces: list[Piece] = []
-    if own.taps:
-        state = hidden_size * DTYPE_BYTES[own.dtype]
-        pitch, step = len(held.taps) * state, len(own.taps) * state
-        for first, place, count in _adjacent([held.taps.index(tap) for tap in own.taps]):
-            piece = Piece(place * state, first * state, num_tokens, count * state, pitch, step)
-            pieces.append(_whole(piece))
-    if own.final:
-        nbytes = there["final"].nbytes
-        pieces.append(Piece(here["final"].offset, there["final"].offset, 1, nbytes, nbytes, nbytes))
+    state, scales = hidden_size * DTYPE_BYTES[own.dtype], num_tokens * SCALE_BYTES
+    pitch, step = len(held.taps) * state, len(own.taps) * state
+    runs = _adjacent([held.taps.index(tap) for tap in own.taps])
+    for first, place, count in runs:
+        pieces.append(_whole(Piece(place * state, first * state, num_tokens, count * state, pitch, step)))
+    for first, place, count in runs if own.scaled else ():
+        source, target = here[TAPS_SCALE].offset + place * scales, there[TAPS_SCALE].offset + first * scales
+        pieces.append(_row(source, target, count * scales))
+    pieces += [
+        _row(here[name].offset, there[name].offset, there[name].nbytes)
+        for name in ("final", FINAL_SCALE)
+        if name in there
+    ]
     return tuple(pieces)
 
 
@@ -85,5 +89,8 @@ def _whole(piece: Piece) -> Piece:
     """The piece as one row, if its rows follow one another on both sides."""
     if not piece.width == piece.pitch == piece.step:
         return piece
-    nbytes = piece.rows * piece.width
-    return Piece(piece.source, piece.target, 1, nbytes, nbytes, nbytes)
+    return _row(piece.source, piece.target, piece.rows * piece.width)
+
+
+def _row(source: int, target: int, nbytes: int) -> Piece:
+    return Piece(source, target, 1, nbytes, nbytes, nbytes)

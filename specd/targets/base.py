@@ -5,20 +5,22 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from specd.errors import TargetError
-from specd.protocol.batch import Layout, slot_layout
+from specd.protocol.batch import FINAL_SCALE, TAPS_SCALE, Layout, slot_layout
 from specd.protocol.capture import CaptureSpec
 from specd.protocol.contract import TargetContract
 from specd.protocol.payload import Array, Payload
 
 if TYPE_CHECKING:
     import torch
+
+    from specd.memory.fp8 import Rows
 
 
 class CaptureJob(msgspec.Struct, frozen=True, kw_only=True):
@@ -163,6 +165,29 @@ def slot_tensors(fill: CaptureJob) -> dict[str, torch.Tensor]:
         ref.name: slot[ref.offset : ref.offset + ref.nbytes].view(getattr(torch, ref.dtype)).view(ref.shape)
         for ref in fill.layout.tensors
     }
+
+
+class SlotRows(NamedTuple):
+    """Where states are written, [T, H] each. taps: in the order of the spec. final: None where it is not captured.
+
+    Each takes `copy_` and slices of its rows as a tensor does, and encodes what is written if the spec is float8.
+    """
+
+    taps: tuple[torch.Tensor | Rows, ...]
+    final: torch.Tensor | Rows | None
+
+
+def slot_rows(fill: CaptureJob) -> SlotRows:
+    """The rows of a slot, for a target to write to."""
+    from specd.memory.fp8 import Rows
+
+    found = slot_tensors(fill)
+    taps, final = found.get("taps"), found.get("final")
+    each = () if taps is None else taps.unbind(1)
+    if not fill.spec.scaled:
+        return SlotRows(each, final)
+    scales = found[TAPS_SCALE].unbind() if each else ()
+    return SlotRows(tuple(map(Rows, each, scales)), None if final is None else Rows(final, found[FINAL_SCALE]))
 
 
 def payload_tensor(array: Array) -> torch.Tensor:

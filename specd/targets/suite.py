@@ -18,8 +18,9 @@ import pytest
 import torch
 
 from specd.errors import TargetError
+from specd.memory.fp8 import encode
 from specd.protocol.batch import slot_layout
-from specd.protocol.capture import CaptureSpec, StateDtype
+from specd.protocol.capture import FP8, CaptureSpec, StateDtype
 from specd.targets.base import CaptureJob, Target
 
 GUARD = 64
@@ -122,6 +123,23 @@ class TargetConformance:
         torch.testing.assert_close(one["taps"][:, 0], both["taps"][:, 1], **self.tolerance)
         torch.testing.assert_close(final["final"], both["final"], **self.tolerance)
         assert not torch.equal(both["taps"][:, 0], both["taps"][:, 1])
+
+    def test_float8_states_are_its_own_encoded(self, target: Target) -> None:
+        """Whatever backend: what is written to `slot_rows` of the target's dtype, with scales."""
+        plain, scaled = (
+            self.job(target, (9, 1, 14), spec=msgspec.structs.replace(self.spec(target), dtype=dtype))
+            for dtype in (target.contract.dtype, FP8)
+        )
+        native, found = self.states(target, plain)[0], self.states(target, scaled)[0]
+        own = getattr(torch, target.contract.dtype)
+        for name, states_TNH in (("taps", native["taps"]), ("final", native["final"][:, None])):
+            num_tokens, count, hidden = states_TNH.shape
+            scales_NT = found[f"{name}_scale"].view(count, num_tokens)
+            for k in range(count):
+                codes, scales = torch.empty(num_tokens, hidden, dtype=torch.float8_e4m3fn), torch.empty(num_tokens)
+                encode(states_TNH[:, k].to(own), codes, scales)
+                assert torch.equal(scales_NT[k], scales)
+                assert torch.equal(found[name].view(num_tokens, count, hidden)[:, k], codes.float())
 
     def test_a_bad_fill_is_refused_and_the_target_survives(self, target: Target) -> None:
         good, layers = self.job(target, (5,)), target.contract.num_layers

@@ -15,9 +15,9 @@ from specd.config.settings import Config, TargetConfig
 from specd.errors import ConfigError, TargetError, TransportError
 from specd.memory import cuda
 from specd.protocol.batch import TensorRef, slot_layout
-from specd.protocol.capture import DTYPE_BYTES, StateDtype
+from specd.protocol.capture import DTYPE_BYTES, PlainDtype
 from specd.protocol.contract import ArtifactRef, TargetContract
-from specd.targets.base import CaptureJob, Launched
+from specd.targets.base import CaptureJob, Launched, slot_rows
 
 if TYPE_CHECKING:
     import torch
@@ -55,7 +55,7 @@ class SyntheticTarget:
     def __init__(self, config: TargetConfig) -> None:
         self._options = options = _parse(config.model)
         self.device = _pick_device(config.device)
-        dtype: StateDtype = "float32" if config.dtype == "auto" else config.dtype
+        dtype: PlainDtype = "float32" if config.dtype == "auto" else config.dtype
         layers = config.num_layers or options.layers
         self._config_json = json.dumps(_published(options, layers, dtype), indent=2).encode()
         self._artifacts: dict[str, memoryview] = {}  # computed when they are first asked for
@@ -93,6 +93,9 @@ class SyntheticTarget:
         for fill in fills:
             positions = np.concatenate([np.arange(length, dtype=np.uint32) for length in fill.lengths])
             row = self._rows(fill.tokens.astype(np.uint32), positions)
+            if spec.scaled:
+                self._encode(fill, row)
+                continue
             for ref in fill.layout.tensors:
                 column = self._columns(spec.taps if ref.name == "taps" else (self.contract.num_layers,))
                 if self.device == "cpu":
@@ -129,6 +132,23 @@ class SyntheticTarget:
 
     def close(self) -> None:
         """See Target.close."""
+
+    def _encode(self, fill: CaptureJob, row: _U32) -> None:
+        """The states of a float8 spec: those in the target's dtype, encoded."""
+        import torch
+
+        rows, dtype = slot_rows(fill), self.contract.dtype
+        shape = (row.size, self._options.hidden)
+        ref = TensorRef(name="layer", offset=0, shape=shape, dtype=dtype)
+        states = torch.empty(ref.nbytes, dtype=torch.uint8, device=fill.slot.device if self.device != "cpu" else "cpu")
+        for layer, out in zip((*fill.spec.taps, self.contract.num_layers), (*rows.taps, rows.final), strict=True):
+            if out is None:
+                continue
+            if self.device == "cpu":
+                _write(states.numpy().data, ref, row, self._columns((layer,)), 1.0)
+            else:
+                _write_on_device(states, ref, row, self._columns((layer,)))
+            out.copy_(states.view(getattr(torch, dtype)).view(shape))
 
     def _rows(self, tokens: _U32, positions: _U32) -> _U32:
         """A hash of each (token, position)."""

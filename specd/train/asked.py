@@ -11,6 +11,7 @@ from typing import Any
 import msgspec
 from msgspec.structs import replace
 
+from specd.client.handshake import no_borrowing
 from specd.config.load import convert
 from specd.config.presets import run_config
 from specd.config.settings import Config, RunConfig
@@ -19,6 +20,7 @@ from specd.data.rows import DEMO
 from specd.drafts import registry
 from specd.drafts.initial import initial_config
 from specd.errors import ConfigError, SpecdError
+from specd.protocol.capture import CaptureSpec
 from specd.train import launcher
 from specd.train.directory import RunDirectory, fixed
 from specd.train.launcher import Launch
@@ -63,6 +65,8 @@ def check(config: RunConfig, launch: Launch | None = None) -> str:
     check_log(config.log, (launch or Launch()).rank == 0)
     if config.data.path:
         datasets.check(config.data)
+    if config.capture.dtype != "auto" and config.subscriber.borrow:
+        raise ConfigError(no_borrowing(config.capture.dtype))
     if (asked := config.subscriber.transport) not in (known := ["auto", *transports.names()]):
         raise ConfigError(f"subscriber.transport={asked!r}: expected one of {', '.join(known)}; leave it out for auto")
     return launcher.device_of(config.train, launch or Launch())
@@ -101,3 +105,8 @@ def check_recipe(config: RunConfig, target: str) -> Config:
     registry.load(config.method).check(draft, target)
     datasets.check(config.data if config.data.path else replace(config.data, path=DEMO))
     return draft
+
+
+def travelling(config: RunConfig, spec: CaptureSpec) -> CaptureSpec:
+    """What is asked of a daemon for a draft that reads the states of `spec`."""
+    return spec if config.capture.dtype == "auto" else replace(spec, dtype=config.capture.dtype)

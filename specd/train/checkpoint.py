@@ -282,8 +282,8 @@ def _state(path: Path) -> _Manifest | None:
 PLAN = frozenset({"train.epochs", "train.max_steps", "train.max_minutes"})
 """Settings of an identity that say how long a run goes on: a resumed run may have others, by a new plan."""
 _BEFORE = {
-    "data.columns": {}, "data.date": "", "data.long": "cut", "data.packing": "anew", "data.subset": "",
-    "data.weights": [], "draft.loss": "decay", "draft.dpace_alpha": 0.5, "validation.share": 0.0,
+    "capture.dtype": "auto", "data.columns": {}, "data.date": "", "data.long": "cut", "data.packing": "anew",
+    "data.subset": "", "data.weights": [], "draft.loss": "decay", "draft.dpace_alpha": 0.5, "validation.share": 0.0,
 }  # fmt: skip
 """Settings that runs of specd 0.1.0 do not name, and what they did."""
 

@@ -33,7 +33,8 @@ logger = logging.getLogger(__name__)
 FACTS, JOURNAL, VALIDATION = "run.json", "metrics.jsonl", "validation.jsonl"
 _NEW_FACTS = f".{FACTS}.new"
 
-FREE = {
+FREE: dict[str, set[str]] = {
+    "capture": set(),
     "data": {"path", "cache_dir", "processes", "bad_rows"},
     "train": {"device", "threads", "save_every", "keep", "log_every", "collectives", "peer_patience_s"},
     "validation": {"every", "patience", "decode_every", "prompts", "max_new_tokens"},

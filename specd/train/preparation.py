@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 import msgspec
 from msgspec.structs import replace
@@ -26,6 +26,13 @@ _LENGTHS = ("max_position_embeddings", "n_positions", "max_sequence_length", "ma
 """How configs call the number of positions that a model was trained for."""
 
 logger = logging.getLogger(__name__)
+
+
+class Keeper(Protocol):
+    """A source of states, as far as it is known what its daemons keep; as a Subscriber has it."""
+
+    replay: ReplayInfo | None
+    stands_by: bool
 
 
 class Prepared(NamedTuple):
@@ -106,12 +113,20 @@ def warn_of_length(longest: int, target: Mapping[str, Any], name: str) -> None:
         )  # fmt: skip
 
 
-def warn_of_packing(config: RunConfig, replay: ReplayInfo | None) -> None:
-    """Warn where a daemon keeps states that no later epoch asks for. replay: what it keeps, None for nothing."""
-    if replay is not None and config.data.packing == "anew" and config.train.epochs > 1:
+def warn_of_packing(config: RunConfig, source: Keeper) -> None:
+    """Warn where a daemon keeps states that no later epoch asks it for."""
+    if source.replay is None or config.train.epochs == 1:
+        return
+    if config.data.packing == "anew":
         logger.warning(
             "the daemon keeps states, but data.packing=anew makes every epoch's batches new, so none of them is "
             "replayed within this run: a new run with --set data.packing=fixed has the same ones in every epoch"
+        )
+    elif source.stands_by:
+        logger.warning(
+            "daemons keep states, but subscriber.place=near has each rank ask its own, and a batch comes to another "
+            "rank each epoch, so most are computed and kept more than once: with --set subscriber.place=all each comes "
+            "back to the daemon that keeps it"
         )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from math import ceil
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import msgspec
 import torch
@@ -15,9 +15,9 @@ from specd.drafts import registry
 from specd.drafts.base import TargetParts
 from specd.errors import ConfigError
 from specd.protocol.batch import slot_bytes
-from specd.protocol.capture import DTYPE_BYTES, StateDtype
+from specd.protocol.capture import plain
 from specd.protocol.contract import TargetContract
-from specd.train.asked import Settle, check, check_recipe, output_of
+from specd.train.asked import Settle, check, check_recipe, output_of, travelling
 from specd.train.checkpoint import finished_checkpoints
 from specd.train.optimizer import total_steps
 from specd.train.preparation import prepared, warn_of_length, with_data, with_dtype
@@ -84,7 +84,8 @@ def rehearse(
     settled = with_data(with_dtype(known, device), name)
     contract = contract_of(name, config, state_dtype)
     method = registry.load(settled.method)
-    spec = method.capture(draft, contract)
+    wanted = method.capture(draft, contract)
+    spec = travelling(settled, wanted)
     settled, draft, dataset, held = prepared(
         settled,
         draft,
@@ -111,7 +112,7 @@ def rehearse(
     frozen = embedding.nbytes * (1 if head is embedding else 2)
     steps = total_steps(settled.train, loader.num_batches)
     kept = finished_checkpoints(directory.checkpoints) if directory.begun else []
-    batch = slot_bytes(spec, contract.hidden_size, settled.data.batch_tokens)
+    batch, decoded = (slot_bytes(one, contract.hidden_size, settled.data.batch_tokens) for one in (spec, wanted))
     return Rehearsal(
         method=settled.method,
         target=name,
@@ -131,7 +132,7 @@ def rehearse(
         parameters=parameters,
         trainer_bytes=16 * parameters + frozen,
         batch_bytes=batch,
-        staging_bytes=batch * (settled.subscriber.depth + 1),
+        staging_bytes=batch * (settled.subscriber.depth + 1) + decoded * spec.scaled,
         checkpoint_bytes=parameters * (12 + dtype.itemsize),
         keep=settled.train.keep,
         taps=spec.taps,
@@ -149,7 +150,7 @@ def contract_of(name: str, config: Mapping[str, Any], dtype: str) -> TargetContr
             hidden_size=int(text["hidden_size"]),
             num_layers=int(text["num_hidden_layers"]),
             vocab_size=int(text["vocab_size"]),
-            dtype=cast(StateDtype, dtype if dtype in DTYPE_BYTES else "bfloat16"),
+            dtype=plain(dtype),
             weights="",
         )
     except (KeyError, TypeError, ValueError) as error:

@@ -23,6 +23,7 @@ import torch
 import zmq
 from msgspec.structs import replace
 
+from specd.client.peers import Keeping
 from specd.client.seats import Seat
 from specd.client.subscriber import Subscriber
 from specd.config.load import convert
@@ -34,10 +35,10 @@ from specd.data.tokenizer import ends_of
 from specd.drafts import registry
 from specd.drafts.base import Objective
 from specd.memory.streams import on_device
-from specd.protocol.capture import CaptureSpec
+from specd.protocol.capture import CaptureSpec, StateDtype
 from specd.protocol.contract import TargetContract
 from specd.train import launcher
-from specd.train.asked import Settle, by_target, check, check_recipe, is_finished, output_of, see_init
+from specd.train.asked import Settle, by_target, check, check_recipe, is_finished, output_of, see_init, travelling
 from specd.train.checkpoint import Checkpoints
 from specd.train.decoding import decoder
 from specd.train.directory import RunDirectory, RunFacts, identity, machine_facts, target_files, utc, write_facts
@@ -169,17 +170,23 @@ def _train(
             recipes[contract.fingerprint] = known, check_recipe(known, contract.model)
         return recipes[contract.fingerprint]
 
-    def spec(contract: TargetContract) -> CaptureSpec:
+    def wanted(contract: TargetContract) -> CaptureSpec:
         return method.capture(recipe(contract)[1], contract)
 
+    def sent(contract: TargetContract) -> CaptureSpec:
+        return travelling(recipe(contract)[0], wanted(contract))
+
     with contextlib.ExitStack() as stack:
-        subscriber = stack.enter_context(_connect(first, spec, device, directory.path.name, host, ranks))
+        keeping: Keeping = "home" if first.data.packing == "fixed" else "anywhere"
+        subscriber = stack.enter_context(
+            _connect(first, sent, wanted, device, directory.path.name, host, ranks, keeping)
+        )
         contract = subscriber.contract
         known, draft = recipe(contract)
         if (idle := launcher.check_shares(known.train.accumulation, ranks.size)) and ranks.leads:
             logger.warning("%s", idle)
         if ranks.leads:
-            warn_of_packing(known, subscriber.replay)
+            warn_of_packing(known, subscriber)
         settled = with_data(with_dtype(known, device), contract.model)
         settled = replace(settled, output=str(directory.path))
         again = ranks.decide("again", lambda: resume and directory.has_checkpoint(settled.train.save_every))
@@ -223,7 +230,7 @@ def _train(
             warn_of_length(int(dataset.lengths.max()), published, contract.model)
             parts = target_parts(subscriber, published, dataset, held)
             objective = method.objective(draft, parts, device, dtype, settled.train.seed)
-            objective.warm_up(getattr(torch, subscriber.spec.dtype))
+            objective.warm_up(getattr(torch, subscriber.dtype))
         except torch.OutOfMemoryError as error:
             what = f"no memory left on {device} for the draft and what it needs of {contract.model}"
             raise out_of_memory(what, error, "free some there or name another GPU in train.device") from None
@@ -291,28 +298,49 @@ def _train(
 
 def _connect(
     first: RunConfig,
-    spec: Callable[[TargetContract], CaptureSpec],
+    sent: Callable[[TargetContract], CaptureSpec],
+    wanted: Callable[[TargetContract], CaptureSpec],
     device: str,
     name: str,
     host: LocalDaemon | None,
     ranks: Ranks,
+    keeping: Keeping,
 ) -> Subscriber:
-    """The source of states: a daemon within this process is this rank's alone."""
+    """The source of states: a daemon within this process is this rank's alone. wanted: as the draft reads them."""
+
+    def dtype(contract: TargetContract) -> StateDtype:
+        return wanted(contract).dtype
+
     link, launch = first.subscriber, ranks.launch
     if ranks.size > 1:
         name = f"{name}, rank {ranks.rank}"
     if host is not None:
         link = replace(link, endpoints=(host.endpoint,), transport=transports.WITHIN_PROCESS)
-        return Subscriber(link, spec, device=device, name=name, context=host.context)
+        return Subscriber(link, sent, dtype=dtype, device=device, name=name, context=host.context, keeping=keeping)
     seat = Seat(launch.rank, launch.local, launch.here) if ranks.size > 1 else None
-    return Subscriber(link, spec, device=device, name=name, run=ranks.run, ranks=ranks.size, seat=seat)
+    return Subscriber(
+        link,
+        sent,
+        dtype=dtype,
+        device=device,
+        name=name,
+        run=ranks.run,
+        ranks=ranks.size,
+        seat=seat,
+        keeping=keeping,
+    )
 
 
 def _beside(first: RunConfig, subscriber: Subscriber, device: str, name: str, host: LocalDaemon | None) -> Subscriber:
-    """A source of the same states and the final ones, for decoding."""
-    link = replace(first.subscriber, depth=0, borrow=False)
-    spec = replace(subscriber.spec, final=True)
-    return _connect(replace(first, subscriber=link), lambda contract: spec, device, f"{name}, decoding", host, Ranks())
+    """A source of the same states and the final ones, for decoding: nobody asks for them again.
+
+    Never rounded, as what a target writes is not.
+    """
+    own = replace(first, subscriber=replace(first.subscriber, depth=0, borrow=False))
+    spec = replace(subscriber.spec, final=True, dtype=subscriber.dtype)
+    return _connect(
+        own, lambda contract: spec, lambda contract: spec, device, f"{name}, decoding", host, Ranks(), "nowhere"
+    )
 
 
 def _facts(

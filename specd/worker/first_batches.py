@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from specd.protocol.batch import TensorRef
-from specd.protocol.capture import DTYPE_BYTES, CaptureSpec
+from specd.protocol.capture import DTYPE_BYTES, FP8, CaptureSpec
 from specd.targets.base import CaptureJob
 
 if TYPE_CHECKING:
@@ -44,11 +44,13 @@ def problem(fill: CaptureJob) -> str:
     On a GPU it costs one reduction on a stream of its own, behind no forward that was launched meanwhile.
     """
     for ref in fill.layout.tensors:
+        if ref.dtype == FP8:  # its scales tell
+            continue
         bad_TK = _on_host(fill, ref) if isinstance(fill.slot, memoryview) else _on_device(fill, ref)
         if bad_TK is None or not bad_TK.any():
             continue
         column = int(bad_TK.any(axis=0).argmax())
-        where = f"after layer {fill.spec.taps[column]}" if ref.name == "taps" else "after the final norm"
+        where = f"after layer {fill.spec.taps[column]}" if ref.name.startswith("taps") else "after the final norm"
         bad_T = bad_TK[:, column]
         return (
             f"the target's states {where} hold NaN or infinities in {int(bad_T.sum())} of {bad_T.size} rows of a "
@@ -57,11 +59,17 @@ def problem(fill: CaptureJob) -> str:
     return ""
 
 
+def _rows(fill: CaptureJob, ref: TensorRef, numbers: Any) -> Any:
+    """A tensor's numbers as [T, K, H], its scales as [T, K, 1]."""
+    size = fill.tokens.size
+    return numbers.reshape(-1, size, 1).swapaxes(0, 1) if fill.spec.scaled else numbers.reshape(size, -1, ref.shape[-1])
+
+
 def _on_host(fill: CaptureJob, ref: TensorRef) -> NDArray[np.bool_]:
     """Which rows hold no numbers: [T, K]."""
     stored: Any = np.uint32 if DTYPE_BYTES[ref.dtype] == 4 else np.uint16
     bits = np.frombuffer(fill.slot, stored, count=math.prod(ref.shape), offset=ref.offset)
-    rows = bits.reshape(fill.tokens.size, -1, ref.shape[-1])
+    rows = _rows(fill, ref, bits)
     bad = np.empty(rows.shape[:2], np.bool_)
     infinity = stored(_INFINITY[ref.dtype])
     positive = stored(np.iinfo(stored).max >> 1)
@@ -76,8 +84,7 @@ def _on_device(fill: CaptureJob, ref: TensorRef) -> NDArray[np.bool_] | None:
     import torch
 
     slot: torch.Tensor = fill.slot
-    states = slot[ref.offset : ref.offset + ref.nbytes].view(getattr(torch, ref.dtype)).view(ref.shape)
-    rows = states.view(fill.tokens.size, -1, ref.shape[-1])
+    rows = _rows(fill, ref, slot[ref.offset : ref.offset + ref.nbytes].view(getattr(torch, ref.dtype)))
     if slot.is_cuda:
         beside: Any = torch.cuda.Stream  # untyped
         with torch.cuda.stream(beside(slot.device)):

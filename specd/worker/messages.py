@@ -12,7 +12,7 @@ import msgspec
 
 from specd.protocol.batch import Layout
 from specd.protocol.capture import CaptureSpec
-from specd.protocol.contract import RingInfo, TargetContract
+from specd.protocol.contract import ReplayInfo, RingInfo, TargetContract
 from specd.transports.base import SlotRef
 
 
@@ -24,7 +24,9 @@ class Note(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
 
 class FillSlot(Note, kw_only=True, frozen=True, tag="fill"):
-    """Capture one batch into a slot. tokens, lengths: int32 little-endian. payloads: as in SUBMIT."""
+    """Capture one batch into a slot. tokens, lengths: int32 little-endian. payloads, keep: as in SUBMIT. content: its
+    content id.
+    """
 
     slot: int
     generation: int
@@ -33,6 +35,8 @@ class FillSlot(Note, kw_only=True, frozen=True, tag="fill"):
     lengths: bytes
     layout: Layout
     payloads: tuple[bytes, ...] = ()
+    content: bytes = b""
+    keep: bool = True
 
 
 class FillNoise(Note, kw_only=True, frozen=True, tag="noise"):
@@ -75,6 +79,29 @@ class ReadArtifact(Note, kw_only=True, frozen=True, tag="read_artifact"):
     length: int
 
 
+class SaveSlot(Note, kw_only=True, frozen=True, tag="save"):
+    """Copy a slot to a cell of the lag window. number: of this copy, for SAVED."""
+
+    number: int
+    slot: int
+    generation: int
+    cell: int
+
+
+class LoadSlot(Note, kw_only=True, frozen=True, tag="load"):
+    """Fill a slot from a cell of the lag window, behind what was asked for that cell before."""
+
+    slot: int
+    generation: int
+    cell: int
+
+
+class Lasts(Note, kw_only=True, frozen=True, tag="lasts"):
+    """A kept batch that nobody asked for during so many lookups is old."""
+
+    lookups: int
+
+
 class Stop(Note, kw_only=True, frozen=True, tag="stop"):
     """End the worker."""
 
@@ -85,7 +112,8 @@ class Stop(Note, kw_only=True, frozen=True, tag="stop"):
 class Started(Note, kw_only=True, frozen=True, tag="started"):
     """The target is loaded and the ring's memory exists. segment: the shared segment's path, empty if private.
 
-    cutting: those of the transports that take pieces of a slot.
+    cutting: those of the transports that take pieces of a slot. replay: what is kept over epochs. lag_cells: of the lag
+    window.
     """
 
     contract: TargetContract
@@ -94,6 +122,8 @@ class Started(Note, kw_only=True, frozen=True, tag="started"):
     cutting: tuple[str, ...]
     segment: str
     load_s: float
+    replay: ReplayInfo | None = None
+    lag_cells: int = 0
 
 
 class StartFailed(Note, kw_only=True, frozen=True, tag="start_failed"):
@@ -103,11 +133,31 @@ class StartFailed(Note, kw_only=True, frozen=True, tag="start_failed"):
 
 
 class Filled(Note, kw_only=True, frozen=True, tag="filled"):
-    """A slot's bytes are in place. target_us: its share, by tokens, of the forward that wrote them."""
+    """A slot's bytes are in place. target_us: its share, by tokens, of the forward that wrote them. replayed: none did,
+    they were kept.
+    """
 
     slot: int
     generation: int
     target_us: int
+    replayed: bool = False
+
+
+class Kept(Note, kw_only=True, frozen=True, tag="kept"):
+    """What became of batches that are, or could be, kept since the last such note. used: cells in use now.
+
+    counts: by the names of `replay.store.COUNTS`.
+    """
+
+    used: int
+    counts: dict[str, int]
+
+
+class Saved(Note, kw_only=True, frozen=True, tag="saved"):
+    """The answer to SaveSlot. ok: the slot was not filled anew under the copy."""
+
+    number: int
+    ok: bool
 
 
 class FillFailed(Note, kw_only=True, frozen=True, tag="fill_failed"):
@@ -143,8 +193,8 @@ class ArtifactBytes(Note, kw_only=True, frozen=True, tag="artifact_bytes"):
     data: bytes
 
 
-ToWorker = FillSlot | FillNoise | Accept | Publish | Drop | ReadArtifact | Stop
-ToControl = Started | StartFailed | Filled | FillFailed | Accepted | Refused | ArtifactBytes
+ToWorker = FillSlot | FillNoise | SaveSlot | LoadSlot | Accept | Publish | Drop | ReadArtifact | Lasts | Stop
+ToControl = Started | StartFailed | Filled | Kept | Saved | FillFailed | Accepted | Refused | ArtifactBytes
 
 _decoder: msgspec.msgpack.Decoder[ToWorker | ToControl] = msgspec.msgpack.Decoder(ToWorker | ToControl)
 encode = msgspec.msgpack.Encoder().encode

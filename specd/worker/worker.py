@@ -15,7 +15,6 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -29,25 +28,26 @@ from specd.memory.arena import HostArena
 from specd.memory.device_arena import DeviceArena
 from specd.parent import when_parent_dies
 from specd.protocol import payload
-from specd.protocol.batch import Layout, slot_bytes
+from specd.protocol.batch import slot_bytes
 from specd.protocol.capture import CaptureSpec
 from specd.protocol.contract import RingInfo, TargetContract
-from specd.targets.base import CaptureJob, Completion, Target
+from specd.targets.base import CaptureJob, Target
 from specd.targets.registry import load_target
 from specd.transports import registry
 from specd.transports.base import Server, ServerContext
 from specd.transports.checks import pattern
 from specd.worker import first_batches
 from specd.worker import messages as channel
+from specd.worker.announcer import Announcer
+from specd.worker.blank import blank
+from specd.worker.lag import LagCells
+from specd.worker.replaying import Replay, identity_of
 from specd.worker.ring_memory import open_ring
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
 log = logging.getLogger(__name__)
-
-Announce = Callable[[zmq.Socket[bytes], float], None]
-"""Send Filled for every slot of one forward; `took`: its seconds."""
 
 CRASH_S = 5.0
 """How long a failed worker waits for its target thread."""
@@ -75,10 +75,9 @@ class Worker:
         self._servers: dict[str, Server] = {}
         self._on_host: frozenset[str] = frozenset()
         self._tasks: queue.SimpleQueue[channel.FillSlot | None] = queue.SimpleQueue()
-        self._announcements: queue.SimpleQueue[tuple[Completion, float, Announce] | None] = queue.SimpleQueue()
-        self._announcer: threading.Thread | None = None
-        self._ahead = threading.Semaphore(1)
-        """Forwards launched behind a running one, at most 1: later batches then share the next."""
+        self._announcer = Announcer(self._outbox, self._fail, 1 + config.daemon.ring.slots)
+        self._replay: Replay | None = None
+        self._lag: LagCells | None = None
         self._ended = os.eventfd(0)  # the target thread's: it could not start, or crashed
         self._failure = ""
         self._first = first_batches.FirstBatches()
@@ -139,7 +138,10 @@ class Worker:
         """Handle one message of control, on the service thread; False ends the worker."""
         match note:
             case channel.FillSlot():
-                self._tasks.put(note)
+                if self._lag is not None:
+                    self._lag.filling(note.slot, note.layout.nbytes)
+                if self._replay is None or not self._replay.take(note):
+                    self._tasks.put(note)
             case channel.FillNoise():
                 assert self._arena is not None
                 self._arena.begin(note.slot)
@@ -162,6 +164,12 @@ class Worker:
                 data = bytes(self._target.artifact(note.name)[note.offset : note.offset + note.length])
                 reply = channel.ArtifactBytes(session=note.session, name=note.name, offset=note.offset, data=data)
                 outbox.send(channel.encode(reply))
+            case channel.SaveSlot() | channel.LoadSlot():
+                assert self._lag is not None
+                self._lag.copy(note)
+            case channel.Lasts():
+                assert self._replay is not None
+                self._replay.lasts(note.lookups)
             case channel.Stop():
                 return False
         return True
@@ -210,14 +218,14 @@ class Worker:
             log.exception("the target thread crashed")
             self._fail("the target failed")
         finally:
-            if self._announcer is not None:
-                self._announcements.put(None)
-                self._announcer.join()
+            self._announcer.close()
             outbox.close(linger=1000)
 
     def _start(self) -> channel.Started:
         config = self._config.daemon
         begin = time.monotonic()
+        if config.replay.on:  # before the target is loaded, which takes long
+            self._replay = Replay(config.replay, self._config.parent_pid or os.getpid())
         self._target = target = load_target(config.target)
         contract = target.contract
         if config.ring.payload_mib and not contract.payloads:
@@ -226,6 +234,12 @@ class Worker:
         self._arena, self._servers, self._on_host = open_ring(
             config, nbytes, target.device, self._config.epoch, self._config.serving
         )
+        if config.ring.lag_gb:
+            self._lag = LagCells(self._arena, config.ring.lag_gb, self._outbox, self._fail)
+        replay = None
+        if self._replay is not None:
+            identity = identity_of(config.target, target)
+            replay = self._replay.open(self._arena, identity, self._outbox(), self._tasks.put, self._fail)
         return channel.Started(
             contract=contract,
             ring=RingInfo(
@@ -238,6 +252,8 @@ class Worker:
             cutting=tuple(name for name in self._servers if registry.load(name).traits.cuts),
             segment=self._arena.path,
             load_s=time.monotonic() - begin,
+            replay=replay,
+            lag_cells=len(self._lag) if self._lag is not None else 0,
         )
 
     def _gather(self, first: channel.FillSlot) -> tuple[list[channel.FillSlot], channel.FillSlot | None]:
@@ -268,11 +284,7 @@ class Worker:
         for task in group:
             arena.begin(task.slot)
             slot = arena.tensor(task.slot) if isinstance(arena, DeviceArena) else arena.slot(task.slot)
-            for gap in gaps(task.layout):
-                if isinstance(slot, memoryview):
-                    slot[gap] = bytes(gap.stop - gap.start)
-                else:
-                    slot[gap] = 0
+            blank(slot, task.layout)
             tokens, lengths = np.frombuffer(task.tokens, "<i4"), np.frombuffer(task.lengths, "<i4")
             payloads = tuple(map(payload.unpack, task.payloads))
             fills.append(
@@ -304,40 +316,13 @@ class Worker:
                 arena.seal(task.slot, task.generation, task.layout.nbytes)
                 share = round(micros * len(task.tokens))
                 pipe.send(channel.encode(channel.Filled(slot=task.slot, generation=task.generation, target_us=share)))
+                if self._replay is not None:
+                    self._replay.offer(task)
 
         if completion is None:
             announce(outbox, time.monotonic() - begin)
         else:
-            self._announce_later(completion, begin, announce)
-
-    def _announce_later(self, completion: Completion, begin: float, announce: Announce) -> None:
-        """Hand a pending completion to the announcer thread, so that the next forward is launched meanwhile.
-
-        begin: when it was launched, in monotonic seconds. Blocks while another forward is in flight.
-        """
-        if self._announcer is None:
-            self._announcer = threading.Thread(target=self._run_announcer, name="specd-announcer", daemon=True)
-            self._announcer.start()
-        self._announcements.put((completion, begin, announce))
-        self._ahead.acquire()
-
-    def _run_announcer(self) -> None:
-        outbox = self._outbox()
-        end = 0.0
-        try:
-            while (item := self._announcements.get()) is not None:
-                completion, begin, announce = item
-                completion.wait()
-                # A forward launched behind another began when that one ended.
-                begin, end = max(begin, end), time.monotonic()
-                self._ahead.release()
-                announce(outbox, end - begin)
-        except BaseException:
-            log.exception("a forward failed on the device")
-            self._fail("a forward failed on the device")
-            self._ahead.release(1 + self._config.daemon.ring.slots)  # unblock whatever is queued
-        finally:
-            outbox.close(linger=1000)
+            self._announcer.later(completion, begin, announce)
 
     def _fail(self, reason: str) -> None:
         """Have the service thread end this worker."""
@@ -359,13 +344,10 @@ class Worker:
                 ends.callback(self._arena.close)
             for server in self._servers.values():
                 ends.callback(server.close)
-
-
-def gaps(layout: Layout) -> list[slice]:
-    """The bytes between a slot's tensors. They are sent and no target writes them: another trainer's may lie there."""
-    ends = [0, *(ref.offset + ref.nbytes for ref in layout.tensors)]
-    begins = [*(ref.offset for ref in layout.tensors), layout.nbytes]
-    return [slice(end, begin) for end, begin in zip(ends, begins, strict=True) if end < begin]
+            if self._replay is not None:
+                ends.callback(self._replay.close)
+            if self._lag is not None:
+                ends.callback(self._lag.close)
 
 
 def capture_of(config: DaemonConfig, contract: TargetContract) -> CaptureSpec:

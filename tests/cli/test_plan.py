@@ -9,7 +9,7 @@ import msgspec
 import pytest
 
 from specd.cli.main import run
-from specd.plan import Balance, Work
+from specd.plan.balance import Balance, Work
 from specd.train.directory import RunFacts, write_facts
 from specd.train.journal import Journal, StepRecord, TrainedBatch
 
@@ -28,6 +28,12 @@ def test_flags_and_a_preset(capsys: pytest.CaptureFixture[str]) -> None:
     assert found.target_s == pytest.approx(0.0701, abs=1e-4)
     assert found.colocated.hours == pytest.approx(50_000 * 6 * (3072 / 43_800 + 3072 / 51_000) / 3600)
     assert plan(capsys, *RATES, "--model", "qwen3-30b-a3b-fp8", "--num-taps", "3").work.bytes_per_token == 12_288
+    rounded = plan(capsys, *RATES, "--model", "qwen3-30b-a3b-fp8", "--dtype", "float8_e4m3fn").work
+    assert rounded.bytes_per_token == 5 * (2048 + 4)
+    assert run(["plan", *RATES, "--dtype", "float8_e4m3fn", "--bytes-per-token", "9", "--batch-tokens", "9"]) == 2
+    assert "--dtype float8_e4m3fn: expected --model with it" in capsys.readouterr().err
+    assert run(["plan", *RATES, "--model", "qwen3-30b-a3b-fp8", "--dtype", "int8"]) == 2
+    assert "--dtype 'int8': expected auto, for the preset's, or one of float32, " in capsys.readouterr().err
 
 
 def test_the_verdict_stands_on_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
@@ -49,6 +55,22 @@ def test_daemons_and_trainers_are_judged_as_asked(capsys: pytest.CaptureFixture[
     out = " ".join(capsys.readouterr().out.split())
     assert "2 : 1 trains 2.16 × the samples/s of 1 GPU co-located, and 0.72 × those of 3 GPUs" in out
     assert "co-locate unless a target that runs batches alone takes over 120.5 ms for one: here 70.1 ms" in out
+
+
+def test_states_that_are_kept_are_weighed_against_the_target(capsys: pytest.CaptureFixture[str]) -> None:
+    options = [*RATES, "--batch-tokens", "3072", "--bytes-per-token", "20480", "--daemons", "1", "--trainers", "1"]
+    data = ["--samples", "50000", "--tokens-per-sample", "2000", "--epochs", "6"]
+    store = ["--replay-gb", "2500", "--disk-gb-s", "0.3"]
+    assert run(["plan", *options, *data, *store]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    for part in ("1 : 1: does not pay", "recompute is 3.0 × faster than 0.3 GB/s", "breaks even at 0.9 GB/s"):
+        assert part in out
+    assert run(["plan", *options, *data, *store, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["replay"]["outcome"] == "does not pay"
+    assert run(["plan", *options, *store]) == 2
+    assert "--replay-gb without the size of the data" in capsys.readouterr().err
+    assert run(["plan", *options, *data, *store[:2]]) == 2
+    assert "--replay-gb 2500.0 --disk-gb-s None: expected both, or neither" in capsys.readouterr().err
 
 
 def test_a_benchmark_gives_the_rates_and_flags_win(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -84,6 +106,7 @@ def a_run(path: Path, method: dict[str, object] | None = None, /, **times: float
         machine={},
         config={"subscriber": {"depth": 3}, "train": {"epochs": 2}, **(method or {})},
     )
+    path.mkdir(exist_ok=True)
     write_facts(path, facts)
     with Journal(path / "metrics.jsonl") as journal:
         for step in range(1, 21):
@@ -100,12 +123,26 @@ def test_a_run_gives_the_rates_of_its_steps(tmp_path: Path, capsys: pytest.Captu
     assert (found.batch_tokens, found.tokens_per_sample, found.bytes_per_token) == (400, 200, 3 * 64 * 4)
 
 
+def test_batches_that_needed_no_forward_tell_nothing_of_the_target(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = a_run(tmp_path, forward_s=0.02, draft_s=0.05, train_s=0.05)
+    with Journal(tmp_path / "metrics.jsonl", 20) as journal:
+        for step in range(21, 41):
+            free = _record(step, train_s=0.05, draft_s=0.05)
+            journal.append(msgspec.structs.replace(free, replayed=step % 2, shared=1 - step % 2))
+    assert plan(capsys, "--from", path).work.target_tokens_per_s == pytest.approx(400 / 0.02)
+
+
 def test_a_run_of_a_draft_that_reads_the_final_state_costs_it_too(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     eagle: dict[str, object] = {"method": "eagle3", "draft": {"num_steps": 3}}
     found = plan(capsys, "--from", a_run(tmp_path, eagle, forward_s=0.02, draft_s=0.05, train_s=0.05)).work
     assert found.bytes_per_token == (3 + 1) * 64 * 4
+    eagle["capture"] = {"dtype": "float8_e4m3fn"}
+    rounded = plan(capsys, "--from", a_run(tmp_path / "r", eagle, forward_s=0.02, draft_s=0.05, train_s=0.05)).work
+    assert rounded.bytes_per_token == (3 + 1) * (64 + 4)
     assert (found.samples, found.epochs, found.depth) == (1200, 2, 3)
 
 

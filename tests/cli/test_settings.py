@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from specd.cli import settings
 from specd.config.presets import Preset
-from specd.config.settings import RunConfig, TargetConfig, TrainConfig, ValidationConfig
+from specd.config.settings import RunConfig, StatesConfig, TargetConfig, TrainConfig, ValidationConfig
 from specd.data.rows import DEMO
 from specd.errors import ConfigError
 
@@ -52,6 +53,18 @@ def test_what_is_hosted_here_is_sized_for_the_draft() -> None:
     decoding = RunConfig(method="dflash", validation=ValidationConfig(decode_every=9))
     ring = settings.hosting_config(decoding, "smollm2-135m").ring
     assert (ring.slots, ring.max_sessions) == (5, 2), "whoever decodes has a session of its own"
+    rounded = msgspec.structs.replace(run, capture=StatesConfig(dtype="float8_e4m3fn"))
+    assert settings.hosting_config(rounded, "smollm2-135m").capture.dtype == "float8_e4m3fn"
+    mixed = msgspec.structs.replace(rounded, validation=decoding.validation)
+    assert settings.hosting_config(mixed, "smollm2-135m").capture.dtype == "auto", (
+        "whoever decodes has them as they are"
+    )
+    exact = msgspec.structs.replace(mixed, target={"exact": True})
+    with pytest.raises(ConfigError, match=r"settings: capture.dtype=float8_e4m3fn with target.exact=true.*leave one"):
+        settings.hosting_config(exact, "smollm2-135m")
+    asked = ["target.model=smollm2-135m", "target.exact=true", "capture.dtype=float8_e4m3fn"]
+    with pytest.raises(ConfigError, match=r"specd start: capture.dtype=float8_e4m3fn with target.exact=true"):
+        settings.daemon_config({}, {}, asked)
     with pytest.raises(ConfigError, match=r"settings: .*num_tabs"):
         settings.hosting_config(RunConfig(method="dflash", draft={"num_tabs": 3}), "smollm2-135m")
 

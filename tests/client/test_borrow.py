@@ -13,11 +13,12 @@ import zmq
 from samples import batch
 from scripted import EXPECT_S, MEMORY, SPEC, Daemon, Scripted, Work, make, num_fetched, states, wait_for
 from specd.client.subscriber import Subscriber
-from specd.config.settings import DaemonConfig, RingConfig, SubscriberConfig, TargetConfig
+from specd.config.settings import CaptureConfig, DaemonConfig, RingConfig, SubscriberConfig, TargetConfig
 from specd.daemon.serve import embedded
 from specd.errors import TransportError
 from specd.protocol import messages as wire
 from specd.protocol.batch import Delivery
+from specd.protocol.capture import CaptureSpec
 from specd.transports import inproc
 from specd.transports.base import SlotRef, Traits
 
@@ -264,23 +265,69 @@ def test_what_cannot_be_borrowed_is_an_error_that_says_why(
 
 
 class LendingClient(inproc.InprocClient):
-    """An inproc client that lends."""
+    """An inproc client that lends. seen: told what is lent."""
+
+    def seen(self, ref: SlotRef) -> None:
+        pass
 
     def view(self, ref: SlotRef) -> torch.Tensor:
         arena = inproc._arenas[self._token]
         assert arena.generation(ref.slot) == ref.generation
-        return arena.tensor(ref.slot)[: ref.nbytes]
+        assert ref.begin is not None
+        self.seen(ref)
+        return arena.tensor(ref.slot)[ref.begin :][: ref.nbytes]
 
 
 class Lending:
     traits = Traits(
-        memory=frozenset({"host"}), scope="process", one_sided=True, needs_recv_ready=False, abortable=True, borrow=True
-    )
+        memory=frozenset({"host"}), scope="process", one_sided=True, needs_recv_ready=False, abortable=True,
+        borrow=True, cuts=True,
+    )  # fmt: skip
     server = inproc.Inproc.server
 
     @staticmethod
     def client(device: str) -> Any:
         return LendingClient()
+
+
+def test_a_member_of_a_share_reads_in_place_what_lies_in_one_stretch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside one that wants a layer more: final states are lent, taps among others are copied."""
+    monkeypatch.setattr("specd.client.handshake.load", lambda name: Lending)
+    viewed: list[bool] = []
+    monkeypatch.setattr(LendingClient, "seen", lambda self, ref: viewed.append(bool(ref.pieces)))
+    settings = DaemonConfig(
+        target=TargetConfig(model="synthetic:hidden=16,layers=6,vocab=128"),
+        ring=RingConfig(slots=6, max_sessions=2, slot_tokens=64),
+        capture=CaptureConfig(num_taps=4, final=True),
+    )
+    batches = [batch(i) for i in range(20)]
+    specs = [CaptureSpec(taps=(), final=True, dtype="float32"), CaptureSpec(taps=(1, 4), dtype="float32")]
+
+    def run(source: Subscriber) -> list[bytes]:
+        return [
+            states.clone().numpy().tobytes()
+            for delivery in source.stream(batches)
+            for states in (delivery.taps, delivery.final)
+            if states is not None
+        ]
+
+    def open_(spec: CaptureSpec, share: str) -> Subscriber:
+        config = SubscriberConfig(
+            endpoints=(host.endpoint,), depth=1, borrow=bool(share), share=share, timeout_s=EXPECT_S
+        )
+        return Subscriber(config, spec, context=host.context)
+
+    with embedded(settings) as host:
+        alone = []
+        for spec in specs:
+            with open_(spec, "") as source:
+                alone.append(run(source))
+        viewed.clear()
+        with open_(specs[0], "s") as first, open_(specs[1], "s") as second, ThreadPoolExecutor(2) as pool:
+            shared = list(pool.map(run, (first, second)))
+            assert first.stats().shared + second.stats().shared >= 15
+    assert shared == alone
+    assert sum(viewed) >= 20, "none of the final states were lent"
 
 
 @pytest.mark.parametrize("depth", [0, 3])

@@ -79,7 +79,7 @@ class Bench:
         self._go = threading.Event()
         self._held = False
         self._count = 0
-        self._session: Any = SimpleNamespace(client=self.client, borrow=False)
+        self._session: Any = SimpleNamespace(client=self.client)
         self.guard = Guard(threading.Condition())
         self.fetcher = Fetcher("cpu", 3, self._begin, self._end, self.guard)
 
@@ -88,7 +88,8 @@ class Bench:
             self._held = True
             self.fetcher._work.put(self._wait)
         for _ in range(count):
-            pending: Any = SimpleNamespace(index=self._count, layout=SimpleNamespace(nbytes=nbytes))
+            layout = SimpleNamespace(nbytes=nbytes)
+            pending: Any = SimpleNamespace(index=self._count, layout=layout, borrowed=False)
             self.fetcher.fetch(pending, session or self._session)
             self._count += 1
 
@@ -193,7 +194,7 @@ def test_a_session_is_closed_behind_what_it_expects(bench: Bench) -> None:
 def test_a_session_that_is_lost_is_not_waited_for(bench: Bench) -> None:
     """Nothing else would tell the transfer, and every other daemon's batches come behind it."""
     gone = Client([], gone=True)
-    lost: Any = SimpleNamespace(client=gone, borrow=False)
+    lost: Any = SimpleNamespace(client=gone)
     bench.ask(2, session=lost)
     bench.ask(1)
     bench.start()
@@ -212,7 +213,7 @@ def test_what_is_under_way_may_end_when_it_stops_but_not_for_long(
     monkeypatch.setattr("specd.client.fetch.GRACE_S", 0.05)
     gone = Client([], gone=True)
     bench.ask(1)
-    bench.ask(1, session=SimpleNamespace(client=gone, borrow=False))
+    bench.ask(1, session=SimpleNamespace(client=gone))
     bench.start()
     assert gone.waits.wait(WAIT_S)
     bench.fetcher.stop()

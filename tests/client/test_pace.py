@@ -60,6 +60,51 @@ def test_batches_of_one_forward_cost_their_share_and_slow_wires_their_transfer()
     assert pace.waiting == 0
 
 
+def test_what_was_kept_is_measured_apart_and_costs_what_it_takes_by_how_often_it_was() -> None:
+    pace, now = Pace(), 0.0
+    for seq, replayed in enumerate([False, False, True, True]):
+        assert pace.cost(10, kept=True) == 10, "nothing is known of it"
+        pace.ask(seq, 10, now, kept=not replayed)
+        now += 0.1 if replayed else 1.0
+        pace.answer(seq, 0.0, now, replayed=replayed)
+        pace.fetch(seq, 0.0)
+    assert pace.per_token == pytest.approx(0.1), "of a forward"
+    assert pace.cost(10, kept=True) == 10, "none of those was, that it may have kept"
+    for seq, replayed in enumerate([True, True, True, False], 4):
+        pace.ask(seq, 10, now, kept=True)
+        now += 0.1 if replayed else 1.0
+        pace.answer(seq, 0.0, now, replayed=replayed)
+        pace.fetch(seq, 0.0)
+    assert pace.cost(10, kept=True) == pytest.approx(10 * (0.5 + 0.5 * 0.1)), "three of six, at a tenth"
+    assert pace.cost(10, kept=False) == 10
+    pace.ask(8, 10, now, kept=True)
+    assert pace.finish(10, now) == pytest.approx(0.55 + 1.0)
+
+
+def test_what_was_kept_comes_beside_a_forward_which_is_not_shortened_by_it() -> None:
+    pace = shown(1.0, 1.0)
+    pace.ask(7, 10, 2.0)
+    pace.ask(8, 10, 2.0, kept=True)
+    pace.answer(8, 0.0, 2.9, replayed=True)
+    pace.answer(7, 0.0, 3.0)
+    assert pace.per_token == pytest.approx(0.1)
+
+
+def test_a_daemon_that_had_kept_all_is_known_and_its_forwards_are_not() -> None:
+    pace = Pace()
+    for seq in range(3):
+        pace.ask(seq, 10, seq * 1.0, kept=True)
+        pace.answer(seq, 0.0, seq + 0.5, replayed=True)
+        pace.fetch(seq, 0.1)
+    assert pace.known
+    assert pace.finish(pace.cost(10, kept=True), 3.0) == pytest.approx(0.5)
+    assert pace.finish(pace.cost(10, kept=False), 3.0) == 10.0, "a second a token until one was made"
+    pace.ask(9, 10, 3.0, kept=True)
+    assert (pace.late(3.0 + LATE * 0.5 - 0.1), pace.late(3.0 + LATE * 0.5 + 0.1)) == (False, True)
+    assert Pace().cost(10, kept=True) == 10
+    assert shown(0.0, 0.0).cost(10, kept=True) == 10, "what takes no time"
+
+
 def test_an_answer_is_late_after_some_times_its_usual_time_but_not_soon() -> None:
     pace = shown(0.01, 0.01)
     assert (pace.late(100.0), pace.silence(100.0)) == (False, 0.0), "it owes nothing"

@@ -72,6 +72,70 @@ def test_a_daemon_that_stops_holds_the_run_up_once() -> None:
     assert run.take(400) > 190, "it is used again"
 
 
+def keepers(*forwards: float) -> list[Simulated]:
+    """Daemons that keep states, and read them in 5 ms."""
+    return [Simulated(seconds, replay=0.005) for seconds in forwards]
+
+
+@pytest.mark.parametrize("depth", [0, 2, 8])
+@pytest.mark.parametrize("daemons", [2, 4])
+def test_batches_that_come_again_go_to_the_daemon_that_keeps_them(depth: int, daemons: int) -> None:
+    pool = keepers(*[0.07] * daemons)
+    run = Run(pool, depth, keeping="home")
+    rates = []
+    for _ in range(5):
+        before = sum(daemon.hits for daemon in pool)
+        rates.append((run.take(64), sum(daemon.hits for daemon in pool) - before))
+    stored = [index for daemon in pool for index in daemon.kept]
+    assert sorted(stored) == list(range(64)), "each is kept once"
+    assert rates[1][1] >= 0.85 * 64, rates
+    assert [hits for _, hits in rates[3:]] == [64, 64]
+    one = rate(Simulated(0.005), depth=depth)
+    assert rates[4][0] >= 0.99 * one, "replayed by all of them at least as fast as by one"
+
+
+def test_a_daemon_more_keeps_what_it_takes_over_and_the_others_keep_theirs() -> None:
+    def homes(count: int) -> dict[int, int]:
+        pool = keepers(*[0.07] * count)
+        Run(pool, 2, keeping="home", step_s=1.0).take(128)
+        return {index: place for place, daemon in enumerate(pool) for index in daemon.kept}
+
+    two, three = homes(2), homes(3)
+    moved = {index for index in two if three[index] != two[index]}
+    assert all(three[index] == 2 for index in moved)
+    assert 64 / 3 / 2 < len(moved) < 64 / 3 * 2
+
+
+def test_while_a_home_is_down_its_batches_are_made_elsewhere_and_not_kept() -> None:
+    pool = keepers(0.07, 0.07)
+    run = Run(pool, 2, keeping="home")
+    run.take(192)
+    kept = [set(daemon.kept) for daemon in pool]
+    run.lose(0)
+    run.take(64)
+    assert [daemon.kept for daemon in pool] == kept
+    run.open(0)
+    run.take(64)
+    hits = sum(daemon.hits for daemon in pool)
+    run.take(64)
+    assert [daemon.kept for daemon in pool] == kept
+    assert sum(daemon.hits for daemon in pool) - hits == 64
+
+
+def test_a_home_that_is_far_slower_is_left_alone() -> None:
+    pool = keepers(0.01, 1.0)
+    run = Run(pool, 2, keeping="home")
+    run.take(64)
+    assert run.take(256) >= rate(Simulated(0.01), depth=2)
+    assert len(pool[1].kept) <= 3, "what made its pace known"
+
+
+def test_states_that_nobody_asks_for_again_are_kept_nowhere() -> None:
+    pool = keepers(0.01, 0.01)
+    Run(pool, 2, keeping="nowhere").take(64)
+    assert not any(daemon.kept for daemon in pool)
+
+
 def test_both_that_stop_go_on_where_they_were() -> None:
     run = Run([Simulated(0.01, stopped=(1.0, 20.0)), Simulated(0.02, stopped=(1.0, 30.0))], depth=4)
     run.take(1000)

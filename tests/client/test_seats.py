@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
@@ -15,6 +16,7 @@ from specd.client.subscriber import Subscriber
 from specd.config.settings import SubscriberConfig
 from specd.errors import BatchError
 from specd.protocol import messages as wire
+from specd.protocol.contract import ReplayInfo
 
 FAR = tuple(f"tcp://240.0.0.{number}:7070" for number in range(1, 6))  # reserved: no host has them
 
@@ -117,3 +119,51 @@ def test_a_batch_that_fits_no_own_daemon_is_refused_though_others_stand_by(
             pytest.raises(BatchError, match=r"the largest slot of any daemon has 64"),
         ):
             next(source.stream([batch(0, (30,))]))
+
+
+def test_batches_that_come_again_may_be_kept_by_one_daemon_alone_and_are_counted_when_replayed(
+    context: zmq.Context[zmq.Socket[bytes]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = make()
+    monkeypatch.setattr("specd.client.handshake.load", lambda name: made)
+    keeps = ReplayInfo(cells=9, used=0, cell_bytes=4096)
+    batches = [batch(index) for index in range(8)]
+    sources: list[wire.Source] = ["forward", "joined", "replay", "kept", "replay", "replay", "forward", "forward"]
+    asked: list[tuple[bytes, str, bool]] = []
+    with Daemon(context, replay=keeps) as one, Daemon(context, replay=keeps) as two:
+        daemons = one, two
+        config = SubscriberConfig(
+            endpoints=(one.endpoint, two.endpoint), transport="scripted", depth=0, timeout_s=EXPECT_S
+        )
+
+        def serve(number: int) -> None:
+            """Answer all requests until the batch is released: the pace of a daemon is measured by copies."""
+            released: set[int] = set()
+            while number not in released:
+                for daemon in daemons:
+                    while not daemon.quiet():
+                        key, message = daemon.expect(wire.Message)
+                        if isinstance(message, wire.Submit):
+                            asked.append((message.batch_id, daemon.endpoint, message.keep))
+                            daemon.ready(key, message, batches[message.seq - 1], source=sources[message.seq - 1])
+                        elif isinstance(message, wire.Release):
+                            released.add(number)
+
+        with Subscriber(config, SPEC, context=context, keeping="home") as source, ThreadPoolExecutor(1) as pool:
+            wait_for(lambda: len(source.stats().transports) == 2)
+            assert (source.replay, source.stands_by) == (keeps, False)
+            stream = source.stream(batches)
+            for number in range(len(batches)):
+                served = pool.submit(serve, number)
+                next(stream)
+                served.result(EXPECT_S)
+            stats = source.stats()
+
+    def score(identity: bytes, endpoint: str) -> bytes:
+        return hashlib.blake2b(identity + endpoint.encode(), digest_size=8).digest()
+
+    for identity, endpoint, keep in asked:
+        home = max((daemon.endpoint for daemon in daemons), key=lambda one: score(identity, one))
+        assert keep == (endpoint == home), "written down: another hash would find nothing of an earlier run"
+    assert len(asked) >= len(batches)
+    assert (stats.replayed, stats.shared) == (3, 2)

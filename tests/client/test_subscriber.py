@@ -13,10 +13,11 @@ import torch
 import zmq
 
 from samples import batch
+from scripted import wait_for
 from specd.client.handshake import Session, open_session
 from specd.client.seats import Seat
 from specd.client.subscriber import Subscriber
-from specd.config.settings import DaemonConfig, RingConfig, SubscriberConfig, TargetConfig
+from specd.config.settings import DaemonConfig, ReplayConfig, RingConfig, SubscriberConfig, TargetConfig
 from specd.daemon.control import Control
 from specd.daemon.serve import Embedded, embedded
 from specd.daemon.supervisor import Supervisor, ThreadHandle
@@ -212,6 +213,27 @@ def test_two_daemons_share_the_work_and_order_holds() -> None:
             served = [ask(context, host.endpoint).counters["batches"] for host in (one, two)]
     assert seen == list(range(60))
     assert min(served) > 10
+
+
+def test_two_daemons_that_keep_states_have_each_batch_once_and_replay_it() -> None:
+    """What the writer skipped in one epoch it takes in the next, as it does what went elsewhere in a burst."""
+    config = msgspec.structs.replace(daemon_config(slots=8), replay=ReplayConfig(ram_gb=0.01))
+    with zmq.Context() as context, embedded(config, context) as one, embedded(config, context) as two:
+        link = SubscriberConfig(endpoints=(one.endpoint, two.endpoint), depth=3, timeout_s=20)
+        with Subscriber(link, SPEC, context=context, keeping="home") as source:
+            wait_for(lambda: len(source.stats().transports) == 2)
+            states: list[torch.Tensor] = []
+            for epoch in range(6):
+                before = source.stats().replayed
+                now = [torch.cat([item.taps.flatten(), item.final.flatten()])
+                       for item in source.stream(batch(i) for i in range(40))
+                       if item.taps is not None and item.final is not None]  # fmt: skip
+                states = states or now
+                assert all(map(torch.equal, now, states)), f"epoch {epoch}"
+                replayed = source.stats().replayed - before
+            reports = [ask(context, host.endpoint).replay for host in (one, two)]
+    assert replayed >= 36
+    assert 36 <= sum(report.used for report in reports if report is not None) <= 40
 
 
 def ask(context: zmq.Context[zmq.Socket[bytes]], endpoint: str) -> wire.StatusReport:

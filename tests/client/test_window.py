@@ -23,7 +23,7 @@ from specd.errors import BatchError, ProtocolError
 from specd.protocol.batch import Layout
 from specd.protocol.capture import CaptureSpec
 from specd.transports.base import SlotRef
-from windows import BUFFER, SLOT, Clock, Token, added, fetched, item, make, ready
+from windows import BUFFER, MORE, SLOT, SPEC, Clock, Token, added, fetched, item, make, ready
 
 ONE, TWO, AGAIN = Token("one"), Token("two"), Token("again")
 VIEW = Token("view")
@@ -69,6 +69,21 @@ def test_a_borrowed_batch_keeps_its_lease_until_the_training_stream_has_read_it(
     assert ref == SlotRef(5, 1, one.layout.nbytes)
     assert two.state is State.PENDING
     assert window.returned(one) == [SendRelease(ONE, 5), SendSubmit(ONE, two)], "and its credit"
+
+
+def test_what_lies_in_pieces_is_copied_instead_of_borrowed() -> None:
+    window = lending(credits=2)
+    first, second = added(window, 2)
+    assert window.ready(ONE, ready(first, 5, held=MORE)) == [SendRecvReady(ONE, 5), FetchSlot(ONE, first)]
+    begun = window.begin(first, ONE)
+    assert begun is not None
+    assert begun.pieces
+    assert window.fetched(first, BUFFER, 0.1) == [SendRelease(ONE, 5)], "its lease ends with the copy"
+    also_final = msgspec.structs.replace(SPEC, final=True)
+    assert window.ready(ONE, ready(second, 6, held=also_final)) == [
+        SendBorrow(ONE, 6),
+        FetchSlot(ONE, second),
+    ], "what it wants lies there in one stretch"
 
 
 def test_who_needs_recv_ready_is_told_before_the_transfer() -> None:

@@ -32,7 +32,7 @@ class Walk:
 
     def __init__(self, data: st.DataObject) -> None:
         self._data = data
-        self.model = Model()
+        self.model = Model(self.draw(st.sampled_from(["anywhere", "home", "home", "nowhere"]), "keeping"))
         for link in range(LINKS):
             self.open(link)
 
@@ -75,10 +75,13 @@ class Walk:
     def open(self, link: int) -> None:
         model, token = self.model, Token(f"session-{len(self.model.lives)}")
         tiny = link > 0 and self.draw(st.integers(0, 5), "seldom tiny") == 5
-        life = Life(token, link, self.draw(CREDITS, "credits"), self.draw(KINDS, "kind"), tiny)
-        model.links[link] = model.lives[token] = life
+        keeps = self.draw(st.booleans(), "keeps")
+        life = Life(token, link, self.draw(CREDITS, "credits"), self.draw(KINDS, "kind"), tiny, keeps)
+        model.open(life)
         slot_bytes = 0 if tiny else SLOT
-        opened = model.window.opened(link, token, life.credits, slot_bytes, borrow=life.lends, announce=not life.copies)
+        opened = model.window.opened(
+            link, token, life.credits, slot_bytes, borrow=life.lends, announce=not life.copies, keeps=keeps
+        )
         model.carry_out(opened)
 
     def requests(self) -> list[tuple[Life, Work]]:

@@ -74,6 +74,14 @@ def test_one_that_can_never_be_served_is_told_why(tokens: list[int], said: str) 
         admit_batch(submit(tokens), SPEC, CONTRACT, RING)
 
 
+def test_slots_that_are_sized_for_a_narrower_capture_are_said_to_be() -> None:
+    wide = CaptureSpec(taps=(0, 1, 2, 3, 4), dtype="float32")
+    with pytest.raises(
+        Unfit, match=r"64 tokens need .* with a wider capture\.num_taps, .* or capture\.dtype, or train"
+    ):
+        admit_batch(submit([1] * 64), wide, CONTRACT, RING)
+
+
 def test_what_is_captured_is_what_is_held_and_its_own_is_cut_out_of_it() -> None:
     held = CaptureSpec(taps=(1, 2, 3), dtype="float32")
     request = admit_batch(submit([1, 2, 3], place=9), SPEC, CONTRACT, RING, shared=True)
@@ -138,6 +146,16 @@ def test_a_trainer_of_another_target_or_for_layers_it_lacks_is_refused() -> None
     deep = check_hello(msgspec.structs.replace(hello, spec=CaptureSpec(taps=(5,))), CONTRACT, RING)
     assert deep is not None
     assert "leave the legal range 0…4" in deep
+
+
+def test_an_exact_target_gives_no_rounded_states() -> None:
+    hello = wire.Hello(name="t", host="h", pid=0, transports=("shm",), spec=CaptureSpec(taps=(1,)), credits=1)
+    rounded = msgspec.structs.replace(hello, spec=CaptureSpec(taps=(1,), dtype="float8_e4m3fn"))
+    assert check_hello(hello, CONTRACT, RING, exact=True) is None
+    assert check_hello(rounded, CONTRACT, RING) is None
+    assert "leave out capture.dtype=float8_e4m3fn, or start the daemon without --exact" in str(
+        check_hello(rounded, CONTRACT, RING, exact=True)
+    )
 
 
 @pytest.mark.parametrize(

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections import deque
+
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
 from rings import A, B, C, Clock, content, fill_all
+from specd.daemon.lag import LagWindow, Save
 from specd.daemon.ring import Ring
-from specd.daemon.slots import Lease, SlotState
+from specd.daemon.slots import Grant, Lease, SlotState
 from specd.protocol.capture import CaptureSpec, covers, union
 
 NAMES = [bytes((97 + index,)) for index in range(5)]
@@ -22,8 +25,13 @@ class KeptWalk(RuleBasedStateMachine):
     shares = st.sampled_from(["", "s", "s", "t"])
     runs_of = st.sampled_from([b"", b"", b"r"])
 
-    @initialize(holders=st.integers(1, 4), pool=st.integers(0, 4), pace=st.sampled_from([0.0, 0.5, 3.0]))
-    def start(self, holders: int, pool: int, pace: float) -> None:
+    @initialize(
+        holders=st.integers(1, 4),
+        pool=st.integers(0, 4),
+        pace=st.sampled_from([0.0, 0.5, 3.0]),
+        cells=st.integers(0, 5),
+    )
+    def start(self, holders: int, pool: int, pace: float, cells: int) -> None:
         self.clock = Clock()
         self.ring = Ring(holders + pool, holders, 1000.0, self.clock, pace)
         self.pace, self.cap = pace, max(1.0, 16 * pace) if pace else 0.0
@@ -33,10 +41,20 @@ class KeptWalk(RuleBasedStateMachine):
         self.wants: dict[tuple[bytes, int], CaptureSpec] = {}
         self.live: dict[int, Lease] = {}
         self.filling: dict[int, int] = {}
+        self.content: dict[tuple[int, int], tuple[bytes, CaptureSpec | None]] = {}
+        self.told: deque[Save | Grant] = deque()
+        """What the worker is to copy, in order."""
+        self.begin_window(cells)
         self.place: dict[tuple[str, bytes], int] = {}
         self.seq = 0
         for index, name in enumerate(NAMES[:holders]):
             self.open(name, "s" if index < 3 else "", b"", SPECS[index % 3], -1)
+
+    def begin_window(self, cells: int) -> None:
+        """A worker with so many cells."""
+        self.ring.contents.lag = LagWindow(cells)
+        self.cells: list[tuple[bytes, CaptureSpec | None] | None] = [None] * cells
+        self.told.clear()
 
     def runs(self) -> set[tuple[str, bytes]]:
         return {(share, run or name) for name, (share, run, _) in self.members.items()}
@@ -70,6 +88,7 @@ class KeptWalk(RuleBasedStateMachine):
         self.members.clear()
         self.live.clear()
         self.filling.clear()
+        self.begin_window(len(self.cells))
         self.open(A, "s", b"", LOW, -1)
         self.open(B, "s", b"", FINAL, -1)
 
@@ -97,8 +116,17 @@ class KeptWalk(RuleBasedStateMachine):
         ring, before = self.ring, {lease.id for name in self.members for lease in self.ring.leases(name)}
         orphans = any(slot.state is SlotState.FILLING and not slot.leases for slot in ring.contents.slots)
         idle = [name for name in self.members if ring.outstanding(name) and not ring.leases(name)]
+        self.told.extend(ring.contents.saves())
+        lag = [(entry.batch_id, entry.held) for entry in ring.contents.lag.entries if entry.saved]
         result = ring.schedule()
         for grant in result.fills:
+            self.content[grant.slot, grant.generation] = grant.batch_id, grant.held
+            if grant.cell is not None:
+                self.told.append(grant)
+                continue
+            want = self.wants[grant.holder, grant.seq]
+            kept = [held for batch_id, held in lag if batch_id == grant.batch_id and held is not None]
+            assert not any(covers(held, want) for held in kept), "a forward is made for what the window has"
             share, _, spec = self.members[grant.holder]
             together = [other for s, _, other in self.members.values() if share and s == share]
             assert grant.held == union([spec, *together])
@@ -133,6 +161,22 @@ class KeptWalk(RuleBasedStateMachine):
             waiting = [n for n in self.members if self.ring.outstanding(n) and not self.ring.leases(n)]
             assert orphans or not waiting or self.ring.shares.dues(), "S1"
 
+    @rule(count=st.integers(1, 4))
+    def copy(self, count: int) -> None:
+        """The worker copies slots to cells, and cells to slots."""
+        for _ in range(min(count, len(self.told))):
+            told = self.told.popleft()
+            slot = self.ring.contents.slots[told.slot]
+            if isinstance(told, Save):
+                ok = slot.generation == told.generation and slot.state is not SlotState.FILLING
+                self.cells[told.cell] = self.content[told.slot, told.generation] if ok else None
+                self.ring.contents.lag.saved(told.number, ok)
+            else:
+                assert told.cell is not None
+                assert self.cells[told.cell] == (told.batch_id, told.held), "another batch is in that cell"
+                leases = self.ring.filled(told.slot, told.generation, None)
+                self.live.update({lease.id: lease for lease in leases})
+
     @rule(data=st.data(), ok=st.integers(0, 4))
     def report(self, data: st.DataObject, ok: int) -> None:
         if not self.filling:
@@ -147,6 +191,7 @@ class KeptWalk(RuleBasedStateMachine):
     @rule()
     def work(self) -> None:
         self.schedule()
+        self.copy(len(self.told))
         for slot, generation in sorted(self.filling.items()):
             self.live.update({lease.id: lease for lease in self.ring.filled(slot, generation, 0.5)})
         self.filling.clear()
@@ -184,7 +229,7 @@ class KeptWalk(RuleBasedStateMachine):
         ring, runs = self.ring, self.runs()
         counts = ring.counts()
         assert sum(counts.values()) == ring.num_slots
-        assert counts["filling"] == len(self.filling)
+        assert counts["filling"] == len(self.filling) + sum(isinstance(each, Grant) for each in self.told)
         assert ring.busy == ring.num_slots - counts["free"] - counts.get("kept", 0)
         extras = sum(max(len(ring.leases(name)) - 1, 0) for name in self.members)
         assert len(self.members) + extras + counts["quarantined"] <= ring.num_slots, "the guarantee"
@@ -198,6 +243,15 @@ class KeptWalk(RuleBasedStateMachine):
                 assert not slot.leases | slot.owed | slot.readers
             if slot.state is SlotState.READY:
                 assert slot.leases
+
+    @invariant()
+    def the_window_adds_up(self) -> None:
+        lag = self.ring.contents.lag
+        cells = [entry.cell for entry in lag.entries]
+        assert len(set(cells)) == len(cells) == lag.used <= lag.cells
+        for entry in lag.entries:
+            assert entry.owed
+            assert {(run.share, run.name) for run in entry.owed} <= self.runs(), "a run that ended is owed a cell"
 
     @invariant()
     def nobody_is_held_too_long(self) -> None:

@@ -29,6 +29,19 @@ def test_taps_of_a_token_lie_side_by_side_and_final_follows_on_a_page() -> None:
     )
 
 
+def test_scales_follow_what_they_are_of() -> None:
+    spec = CaptureSpec(taps=(1, 8), final=True, dtype="float8_e4m3fn")
+    assert slot_layout(spec, 576, 3) == Layout(
+        tensors=(
+            TensorRef(name="taps", offset=0, shape=(3, 2, 576), dtype="float8_e4m3fn"),
+            TensorRef(name="taps_scale", offset=4096, shape=(2, 3), dtype="float32"),
+            TensorRef(name="final", offset=8192, shape=(3, 576), dtype="float8_e4m3fn"),
+            TensorRef(name="final_scale", offset=12288, shape=(3,), dtype="float32"),
+        ),
+        nbytes=12288 + 12,
+    )
+
+
 def test_what_is_not_captured_takes_no_room() -> None:
     only_final = slot_layout(CaptureSpec(taps=(), final=True), 8, 5)
     assert [tensor.name for tensor in only_final.tensors] == ["final"]
@@ -47,7 +60,7 @@ def test_bytes_of_the_design() -> None:
 @given(
     num_taps=st.integers(0, 8),
     final=st.booleans(),
-    dtype=st.sampled_from(["float32", "bfloat16", "float16"]),
+    dtype=st.sampled_from(["float32", "bfloat16", "float16", "float8_e4m3fn"]),
     hidden_size=st.integers(1, 5000),
     num_tokens=st.integers(1, 5000),
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 import pytest
 
-from specd.protocol.capture import CaptureSpec
+from specd.protocol.capture import CaptureSpec, plain
 
 
 def test_bytes_per_token_of_the_design() -> None:
@@ -15,6 +15,7 @@ def test_bytes_per_token_of_the_design() -> None:
     assert eagle.bytes_per_token(2048) == 16_384
     assert CaptureSpec(taps=(), final=True, dtype="float32").bytes_per_token(576) == 2_304
     assert CaptureSpec(taps=(1,), dtype="float16").bytes_per_token(576) == 1_152
+    assert CaptureSpec(taps=(1, 2), final=True, dtype="float8_e4m3fn").bytes_per_token(2048) == 3 * (2048 + 4)
 
 
 @pytest.mark.parametrize(
@@ -39,6 +40,12 @@ def test_problem_says_why_a_spec_cannot_be_captured(taps: tuple[int, ...], final
         assert problem in found
 
 
-def test_the_dtype_is_one_of_three() -> None:
+def test_states_are_read_in_a_dtype_that_can_be_computed_in() -> None:
+    assert [plain(dtype) for dtype in ("float32", "float16", "float8_e4m3fn", "int8")] == [
+        "float32", "float16", "bfloat16", "bfloat16",
+    ]  # fmt: skip
+
+
+def test_the_dtype_is_one_of_four() -> None:
     with pytest.raises(msgspec.ValidationError, match="int8"):
         msgspec.convert({"taps": [1], "dtype": "int8"}, CaptureSpec)

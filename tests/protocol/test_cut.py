@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from specd.protocol.batch import slot_layout
-from specd.protocol.capture import CaptureSpec, covers, union
+from specd.protocol.capture import CaptureSpec, StateDtype, covers, union
 from specd.protocol.cut import Piece, cut, gather
 
-specs = st.builds(
-    lambda taps, final, dtype: CaptureSpec(taps=tuple(sorted(taps)), final=final or not taps, dtype=dtype),
-    st.sets(st.integers(0, 7)), st.booleans(), st.just("bfloat16"),
-)  # fmt: skip
+
+def specs(dtype: StateDtype) -> st.SearchStrategy[CaptureSpec]:
+    return st.builds(
+        lambda taps, final: CaptureSpec(taps=tuple(sorted(taps)), final=final or not taps, dtype=dtype),
+        st.sets(st.integers(0, 7)), st.booleans(),
+    )  # fmt: skip
+
+
+members_of_one_dtype = st.sampled_from(["bfloat16", "float8_e4m3fn"]).flatmap(
+    lambda dtype: st.lists(specs(cast(StateDtype, dtype)), min_size=1, max_size=4)
+)
 
 
 def filled(spec: CaptureSpec, hidden: int, tokens: int) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:
@@ -22,14 +31,18 @@ def filled(spec: CaptureSpec, hidden: int, tokens: int) -> np.ndarray[tuple[int]
     layout = slot_layout(spec, hidden, tokens)
     slot = np.zeros(layout.nbytes, np.uint8)
     for ref in layout.tensors:
-        layers = spec.taps if ref.name == "taps" else (99,)
-        token, layer, place = np.ogrid[:tokens, : len(layers), :hidden]
-        values = (100 * token + np.array(layers)[layer] + 7 * place).astype("<u2")
+        layers = spec.taps if ref.name.startswith("taps") else (99,)
+        if ref.dtype == "float32":
+            layer, token = np.ogrid[: len(layers), :tokens]
+            values = (100 * token + np.array(layers)[layer]).astype("<f4")
+        else:
+            token, layer, place = np.ogrid[:tokens, : len(layers), :hidden]
+            values = (100 * token + np.array(layers)[layer] + 7 * place).astype("<u1" if spec.scaled else "<u2")
         slot[ref.offset : ref.offset + ref.nbytes] = values.view(np.uint8).ravel()
     return slot
 
 
-@given(st.lists(specs, min_size=1, max_size=4), st.integers(1, 3), st.integers(1, 300), st.data())
+@given(members_of_one_dtype, st.integers(1, 3), st.integers(1, 300), st.data())
 def test_a_cut_of_a_union_is_the_own_layout(
     members: list[CaptureSpec], hidden: int, tokens: int, data: st.DataObject
 ) -> None:
@@ -37,7 +50,7 @@ def test_a_cut_of_a_union_is_the_own_layout(
     slot, expected = filled(held, hidden, tokens), filled(own, hidden, tokens)
     pieces = cut(held, own, hidden, tokens)
     assert (pieces == ()) == (held == own)
-    assert len(pieces) <= len(own.taps) + own.final
+    assert len(pieces) <= (len(own.taps) + own.final) * (1 + own.scaled)
     if pieces:
         begin = data.draw(st.integers(0, expected.size - 1))
         end = data.draw(st.integers(begin + 1, expected.size))

@@ -7,12 +7,12 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 import zmq
+from msgspec.structs import replace
 
 from specd.client.subscriber import Subscriber
 from specd.config.settings import Config, DaemonConfig, RingConfig, SubscriberConfig, TargetConfig, TrainConfig
@@ -27,6 +27,8 @@ from specd.drafts.dspark.settings import DSparkConfig
 from specd.drafts.eagle3.method import Eagle3Method
 from specd.drafts.eagle3.settings import Eagle3Config
 from specd.protocol.batch import Batch
+from specd.protocol.capture import CaptureSpec, StateDtype
+from specd.protocol.contract import TargetContract
 from specd.train.checkpoint import Checkpoints, Identity
 from specd.train.journal import read
 from specd.train.loop import train
@@ -146,15 +148,21 @@ def losses(
     borrow: bool = False,
     draft: str = "dflash",
     every: int = 0,
+    travels: StateDtype | None = None,
 ) -> list[float | None]:
     """The losses of twenty steps of a new draft, its files in `path`; the states must have come over `transport`.
 
-    every: steps between measurements of three held-out batches, 0 for none.
+    every: steps between measurements of three held-out batches, 0 for none. travels: as what states come, None as the
+    draft reads them.
     """
     torch.set_num_threads(1)
     config = SubscriberConfig(endpoints=endpoints, transport=transport, depth=depth, timeout_s=60, borrow=borrow)
     method, own = DRAFTS[draft]
-    spec = partial(method.capture, own)
+
+    def spec(contract: TargetContract) -> CaptureSpec:
+        wanted = method.capture(own, contract)
+        return replace(wanted, dtype=travels) if travels else wanted
+
     with Subscriber(config, spec, device=device, context=context) as source:
         published = json.loads(source.artifact("config.json"))
         counts = np.where(np.arange(source.contract.vocab_size) < 20, 100, 1)

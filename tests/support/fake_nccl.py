@@ -79,6 +79,11 @@ class FakeSide(Side):
             raise FakeError("a copy on another stream")
         self.put(lambda: into.copy_(source))
 
+    def clear(self, into: torch.Tensor) -> None:
+        if _thread.current is not self:
+            raise FakeError("memory cleared on another stream")
+        self.put(into.zero_)
+
     def mark(self) -> Callable[[], bool]:
         event = threading.Event()
         self.put(event.set)

@@ -66,11 +66,14 @@ def follow(
     step_s: float = 0.0,
     first: int = 0,
     device: str = "cpu",
+    borrow: bool = False,
     context: zmq.Context[zmq.Socket[bytes]] | None = None,
     meet: threading.Barrier | None = None,
 ) -> Member:
     """Train on batches `first` to `count` of a plan that is alike for all. meet: passed once it is in."""
-    config = SubscriberConfig(endpoints=(endpoint,), transport=transport, depth=2, timeout_s=60, share=share)
+    config = SubscriberConfig(
+        endpoints=(endpoint,), transport=transport, depth=2, timeout_s=60, share=share, borrow=borrow
+    )
     step = threading.Event()
     with Subscriber(config, spec, device=device, context=context) as source:
         if meet is not None:

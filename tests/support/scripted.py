@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Self
 import pytest
 import torch
 import zmq
+from msgspec.structs import replace
 
 from specd.client.conversation import Waiting
 from specd.client.handshake import Session, Terms, open_session
@@ -27,7 +28,7 @@ from specd.protocol import limits
 from specd.protocol import messages as wire
 from specd.protocol.batch import Batch, batch_id, slot_layout
 from specd.protocol.capture import CaptureSpec
-from specd.protocol.contract import RingInfo, TargetContract
+from specd.protocol.contract import ReplayInfo, RingInfo, TargetContract
 from specd.protocol.messages import Message
 from specd.transports.base import Client, Server, SlotRef, Traits
 from specd.transports.checks import pattern, stale
@@ -124,8 +125,8 @@ class Work:
 class Daemon:
     """One endpoint. Every session gets `credits`; handshakes and RENEWs are answered, all else is for `expect`.
 
-    refuses_to_lend: it answers BORROW with ERROR. deaf: it answers nothing any more, not even RENEW. loading_s: for how
-    long it says that its worker may still load, 0 if one serves.
+    replay: what it says that it keeps over epochs. refuses_to_lend: it answers BORROW with ERROR. deaf: it answers
+    nothing any more, not even RENEW. loading_s: for how long it says that its worker may still load, 0 if one serves.
     """
 
     def __init__(
@@ -135,6 +136,7 @@ class Daemon:
         slot_bytes: int = 4096,
         credits: int = 100,
         ttl_s: float = 30.0,
+        replay: ReplayInfo | None = None,
     ) -> None:
         self.endpoint = f"inproc://scripted-{secrets.token_hex(4)}"
         self.epoch = secrets.token_bytes(limits.EPOCH_BYTES)
@@ -148,6 +150,7 @@ class Daemon:
         self._slot_bytes = slot_bytes
         self._credits = credits
         self._ttl_s = ttl_s
+        self._replay = replay
         self._inbox: queue.SimpleQueue[tuple[bytes, Any]] = queue.SimpleQueue()
         self._outbox: queue.SimpleQueue[tuple[bytes, Message]] = queue.SimpleQueue()
         self._probes: set[int] = set()
@@ -190,7 +193,9 @@ class Daemon:
         """End the session that was opened last."""
         self.say(self._keys[-1], wire.Revoke(epoch=self.epoch, reason="the worker died"))
 
-    def ready(self, key: bytes, submit: wire.Submit, batch: Batch, *, stale: bool = False) -> SlotRef:
+    def ready(
+        self, key: bytes, submit: wire.Submit, batch: Batch, *, stale: bool = False, source: wire.Source = "forward"
+    ) -> SlotRef:
         """Fill a slot with a batch's states and announce it under a lease of the slot's number.
 
         stale: the slot is filled with something else by then.
@@ -200,7 +205,7 @@ class Daemon:
         ref = self._fill(states(batch).flatten().view(torch.uint8), layout.nbytes)
         if stale:
             MEMORY[ref.slot] = (ref.generation + 1, torch.empty(0))
-        self.say(key, self._ready(ref, submit.seq, submit.batch_id, layout))
+        self.say(key, replace(self._ready(ref, submit.seq, submit.batch_id, layout), source=source))
         return ref
 
     def close(self) -> None:
@@ -275,6 +280,7 @@ class Daemon:
                     wire.Welcome(
                         epoch=self.epoch, contract=CONTRACT, ring=ring, credits=min(self._credits, message.credits),
                         slots=8, lease_ttl_ms=round(self._ttl_s * 1000), transports=self._transports,
+                        replay=self._replay,
                     )
                 ]  # fmt: skip
             case wire.Attach():

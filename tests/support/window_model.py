@@ -9,10 +9,14 @@ from __future__ import annotations
 
 from collections import Counter, deque
 
+from msgspec import structs
+
 from specd.client import effects
+from specd.client.peers import Keeping
 from specd.client.pending import MOST_REST_S, REST_S, State
+from specd.protocol.cut import cut
 from specd.transports.base import SlotRef
-from windows import Clock, Effects, Item, Token, item, make, ready
+from windows import MORE, SPEC, Clock, Effects, Item, Token, item, make, ready
 
 LINKS = 3
 FAILED = "it has failed"
@@ -21,17 +25,18 @@ FAILED = "it has failed"
 class Life:
     """One session: what its daemon knows, by seq and by lease, and how many views of its slots there are.
 
-    tiny: no batch fits its slots.
+    tiny: no batch fits its slots. keeps: it keeps states over epochs.
     """
 
-    def __init__(self, token: Token, link: int, credits: int, kind: str, tiny: bool = False) -> None:
+    def __init__(
+        self, token: Token, link: int, credits: int, kind: str, tiny: bool = False, keeps: bool = False
+    ) -> None:
         self.token = token
         self.link = link
         self.credits = credits
-        self.tiny = tiny
+        self.tiny, self.keeps = tiny, keeps
         self.copies = kind == "copy"
         self.lends = kind == "borrow"
-        self.announces = kind == "announce"
         self.up = True
         self.asked: dict[int, Work] = {}
         self.leases: dict[int, Work] = {}
@@ -40,7 +45,7 @@ class Life:
 
 
 class Work:
-    """One batch as the outside sees it. life: whose lease it has. place: where it is, or FAILED."""
+    """One batch as the outside sees it. life: whose lease it has, a slot of `held`. place: where it is, or FAILED."""
 
     def __init__(self, pending: Item) -> None:
         self.pending = pending
@@ -50,19 +55,34 @@ class Work:
         self.dropped = False
         self.life: Life | None = None
         self.lease = 0
+        self.held = SPEC
         self.buffer: Token | None = None
 
     @property
     def ref(self) -> SlotRef:
-        return SlotRef(self.lease, 1, self.pending.layout.nbytes)
+        layout = self.pending.layout
+        tokens, _, hidden = layout.tensors[0].shape
+        return SlotRef(self.lease, 1, layout.nbytes, cut(self.held, SPEC, hidden, tokens))
+
+    @property
+    def lent(self) -> bool:
+        """Whether it is read in place: what lies in pieces is copied."""
+        return self.life is not None and self.life.lends and self.held == SPEC
+
+    @property
+    def announced(self) -> bool:
+        """Whether RECV_READY is sent for it."""
+        return self.life is not None and not self.life.copies and not self.lent
 
 
 class Model:
     """A window, and all that surrounds it."""
 
-    def __init__(self) -> None:
-        self.clock = Clock()
-        self.window = make(LINKS, self.clock)
+    def __init__(self, keeping: Keeping) -> None:
+        self.clock, self.keeping = Clock(), keeping
+        self.window = make(LINKS, self.clock, keeping)
+        self.keepers: dict[int, bool] = {}  # whether each link, as last known, keeps what it can hold
+        self.homes: dict[bytes, int] = {}
         self.links: list[Life | None] = [None] * LINKS
         self.lives: dict[Token, Life] = {}
         self.works: dict[Item, Work] = {}
@@ -76,6 +96,14 @@ class Model:
         self.num_leases = self.resubmitted = 0
         self.owed: Counter[object] = Counter()
         self._giving_up: Life | None = None
+
+    def open(self, life: Life) -> None:
+        """A session begins."""
+        self.links[life.link] = self.lives[life.token] = life
+        keeps = life.keeps and not life.tiny
+        if keeps != self.keepers.get(life.link, False):
+            self.homes.clear()
+        self.keepers[life.link] = keeps
 
     def up(self) -> list[Life]:
         return [life for life in self.links if life is not None]
@@ -112,8 +140,9 @@ class Model:
     def carry_out(self, todo: Effects) -> None:
         for effect in todo:
             match effect:
-                case effects.SendSubmit(session, pending, late):
+                case effects.SendSubmit(session, pending, late, keep):
                     self._submit(self.lives[session], self.works[pending], late)
+                    self._kept(self.lives[session], self.works[pending], keep)
                     self.owed[effect] += 1
                 case effects.SendRelease(session, lease):
                     self._released(self.lives[session], lease, effect)
@@ -121,7 +150,7 @@ class Model:
                     self.lives[session].told.add(lease)
                 case effects.FetchSlot(session, pending):
                     life, work = self.lives[session], self.works[pending]
-                    assert work.lease in life.told or not (life.lends or life.announces), "its daemon was not told"
+                    assert work.lease in life.told or life.copies, "its daemon was not told"
                     self.queue.append((work, life))
                 case effects.Unborrow(session):
                     self._unborrowed(self.lives[session], effect)
@@ -158,6 +187,14 @@ class Model:
         work.submissions += 1
         work.place = State.SUBMITTED
         life.asked[work.pending.seq] = work
+
+    def _kept(self, life: Life, work: Work, keep: bool) -> None:
+        """Whether a daemon may keep a batch."""
+        if self.keeping != "home" or not any(self.keepers.values()):
+            assert keep == (self.keeping != "nowhere")
+        elif keep:
+            assert life.keeps, "it has no home there"
+            assert self.homes.setdefault(work.pending.identity, life.link) == life.link, "it has two homes"
 
     def _released(self, life: Life, lease: int, effect: object) -> None:
         assert life.up, "a message in a session that is gone"
@@ -239,23 +276,25 @@ class Model:
         self.carry_out(self.window.add(work.pending for work in fresh))
 
     def announce(self, life: Life, work: Work) -> None:
-        """A daemon has filled a slot."""
+        """A daemon has filled a slot, every third one for others of a share too."""
         del life.asked[work.pending.seq]
         self.num_leases += 1
-        lease = self.num_leases
+        lease, held = self.num_leases, SPEC if self.num_leases % 3 else MORE
         life.leases[lease] = work
         if work.dropped or work.place is not State.SUBMITTED:  # unwanted, or another was first
             self.owe(effects.SendRelease(life.token, lease))
             if work.dropped and work.place is State.SUBMITTED and not self.is_asked(work):
                 work.place = State.OVER
         else:
-            work.life, work.lease, work.place = life, lease, State.READY
+            work.life, work.lease, work.place, work.held = life, lease, State.READY, held
             self.owe(effects.FetchSlot(life.token, work.pending))
-            if life.lends:
+            if work.lent:
                 self.owe(effects.SendBorrow(life.token, lease))
-            elif life.announces:
+            elif work.announced:
                 self.owe(effects.SendRecvReady(life.token, lease))
-        self.carry_out(self.window.ready(life.token, ready(work.pending, lease)))
+        message = ready(work.pending, lease, held=held)
+        source = "forward" if lease % 3 else "replay"
+        self.carry_out(self.window.ready(life.token, structs.replace(message, source=source)))
 
     def refuse(self, life: Life, work: Work) -> None:
         """A daemon cannot capture a batch."""
@@ -279,7 +318,7 @@ class Model:
     def brought(self, work: Work, life: Life) -> None:
         self.transfers.remove((work, life))
         buffer = work.buffer = Token(f"buffer of {work.pending}")
-        if life.lends:
+        if work.lent:
             life.views += 1
             work.place = State.FETCHED
             if work.dropped:
@@ -340,7 +379,7 @@ class Model:
             work.dropped = True
             if work.place is State.FETCHED and work.life is None:
                 self.recycle(work)
-            elif work in self.borrowed() or (work.place is State.READY and work.life and not work.life.announces):
+            elif work in self.borrowed() or (work.place is State.READY and not work.announced):
                 self.release(work, State.OVER)
             elif work.place in (State.PENDING, FAILED):
                 work.place = State.OVER

@@ -6,6 +6,7 @@ from functools import cache
 
 from samples import batch
 from specd.client.effects import Effect
+from specd.client.peers import Keeping, Peers
 from specd.client.pending import Pending, State
 from specd.client.window import Window
 from specd.protocol.batch import Batch, Layout, batch_id, slot_layout
@@ -14,6 +15,8 @@ from specd.protocol.messages import Ready
 from specd.transports.base import SlotRef
 
 SPEC = CaptureSpec(taps=(1,), dtype="float32")
+MORE = CaptureSpec(taps=(1, 2), dtype="float32")
+"""Of a slot of a share: what is wanted lies in pieces there."""
 SLOT = 1 << 20
 """The size of a slot that any batch of the tests fits."""
 
@@ -43,8 +46,8 @@ BUFFER = Token("buffer")
 Effects = list[Effect[Token, Token]]
 
 
-def make(num_daemons: int = 1, clock: Clock | None = None) -> Window[Token, Token]:
-    return Window([f"daemon-{place}" for place in range(num_daemons)], clock or Clock())
+def make(num_daemons: int = 1, clock: Clock | None = None, keeping: Keeping = "anywhere") -> Window[Token, Token]:
+    return Window(Peers([f"daemon-{place}" for place in range(num_daemons)], (), keeping), clock or Clock())
 
 
 def show_pace(window: Window[Token, Token], clock: Clock, place: int, seconds: float) -> None:
@@ -68,11 +71,11 @@ def item(index: int) -> Item:
     return Pending(*content(index), SPEC)
 
 
-def ready(pending: Item, lease: int, target_us: int = 0) -> Ready:
+def ready(pending: Item, lease: int, target_us: int = 0, held: CaptureSpec = SPEC) -> Ready:
     """What a daemon announces for a batch that it has been asked for: under a lease of its slot's number."""
     return Ready(
         epoch=b"e" * 16, seq=pending.seq, batch_id=pending.identity, lease=lease, slot=lease, generation=1,
-        layout=pending.layout, busy_slots=1, target_us=target_us, held=SPEC,
+        layout=pending.layout, busy_slots=1, target_us=target_us, held=held,
     )  # fmt: skip
 
 

@@ -12,7 +12,7 @@ import pytest
 import zmq
 
 from fills import HIDDEN, VOCAB, draw_tokens
-from specd.config.settings import CaptureConfig, DaemonConfig, RingConfig, TargetConfig
+from specd.config.settings import CaptureConfig, DaemonConfig, ReplayConfig, RingConfig, TargetConfig
 from specd.errors import TargetError, TransportError
 from specd.protocol.batch import slot_layout
 from specd.protocol.capture import CaptureSpec
@@ -38,6 +38,7 @@ class Control:
         *transports: str,
         exact: bool = True,
         slots: int = 3,
+        replay: ReplayConfig | None = None,
     ) -> None:
         self.epoch = secrets.token_bytes(16)
         self.to, self.hears = context.socket(zmq.PUSH), context.socket(zmq.PULL)
@@ -50,6 +51,7 @@ class Control:
                 transports=transports,
                 ring=RingConfig(slots=slots, slot_tokens=64),
                 capture=CaptureConfig(num_taps=2, final=True),
+                replay=replay or ReplayConfig(),
             ),
             epoch=self.epoch,
             inbox=f"{prefix}.in",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import signal
@@ -26,16 +27,18 @@ from specd.client.ask import ask_status
 from specd.client.subscriber import Subscriber
 from specd.config.settings import CaptureConfig, SubscriberConfig
 from specd.daemon.serve import embedded
-from specd.errors import ConfigError, RejectedError
+from specd.errors import RejectedError
 from specd.protocol.capture import CaptureSpec
 from specd.protocol.messages import StatusReport
 
 COUNT = 20
+NIXL = any(importlib.util.find_spec(name) for name in ("nixl_cu13", "nixl_cu12"))
+nixl = pytest.mark.skipif(not NIXL, reason="needs NIXL: pip install --no-deps nixl-cu13")
 
 
 @pytest.fixture(scope="module")
 def daemon() -> Iterator[str]:
-    with own_process() as endpoint:
+    with own_process("--transports", "auto,nixl" if NIXL else "auto") as endpoint:
         yield endpoint
 
 
@@ -71,7 +74,7 @@ def alone(daemon: str) -> list[list[str]]:
     return [follow(daemon, "shm", spec, COUNT).digests for spec in SPECS]
 
 
-@pytest.mark.parametrize("transport", ["shm", "bytes"])
+@pytest.mark.parametrize("transport", ["shm", "bytes", pytest.param("nixl", marks=nixl)])
 def test_three_specs_get_the_bytes_of_separate_runs(transport: str, daemon: str, alone: list[list[str]]) -> None:
     before, meet = fills(daemon), threading.Barrier(len(SPECS))
     found = together([partial(follow, daemon, transport, spec, COUNT, share=transport, meet=meet) for spec in SPECS])
@@ -124,6 +127,22 @@ def test_one_that_comes_late_and_one_that_was_stopped_get_their_own_states(daemo
         assert member.returncode == 0
 
 
+def test_one_that_was_stopped_for_3_s_reads_what_the_other_passed() -> None:
+    """At equal speeds they do not meet again: with a lag window no forward is made twice, and nobody waits."""
+    count, step_s = 150, 0.02
+    with own_process("--lag-gb", "0.02") as daemon, other_process(daemon, "lag", count, step_s) as member:
+        wakes = threading.Timer(3.5, member.send_signal, [signal.SIGCONT])
+        threading.Timer(0.5, member.send_signal, [signal.SIGSTOP]).start()
+        wakes.start()
+        went_on = follow(daemon, "shm", SPECS[2], count, share="lag", step_s=step_s)
+        wakes.join()
+        assert json.loads(member.communicate(timeout=60)[0]) == went_on.digests
+        counters = ask_status(daemon, 10).counters
+    assert counters["lag_hits"] >= 30, "they were together all the time"
+    assert counters["fills"] <= 0.6 * 2 * count
+    assert counters["kept_evicted"] == 0
+
+
 def test_a_real_target_within_one_process(tmp_path: Path) -> None:
     """Exact forwards of a transformer, over inproc; a trainer without a share takes what covers its own."""
     settings = replace(daemon_config(write_model(tmp_path)), capture=CaptureConfig(num_taps=6, final=True))
@@ -145,11 +164,9 @@ def test_what_a_share_cannot_do_is_refused_in_one_sentence(daemon: str) -> None:
     wide = CaptureSpec(taps=tuple(range(7)), final=True, dtype="float32")
     with pytest.raises(RejectedError, match=r"share s would capture 7 taps \+ final .* --set capture.num_taps=7"):
         follow(daemon, "shm", wide, 1, share="s")
-    borrowing = SubscriberConfig(endpoints=(daemon,), transport="shm", borrow=True, share="s")
-    with pytest.raises(ConfigError, match="cannot be read in place"):
-        Subscriber(borrowing, SPECS[0])
+    member = SubscriberConfig(endpoints=(daemon,), transport="shm", share="s")
     with (
-        Subscriber(replace(borrowing, borrow=False), SPECS[0]),
+        Subscriber(member, SPECS[0]),
         pytest.raises(RejectedError, match="share s captures float32, this trainer wants bfloat16"),
     ):
         follow(daemon, "shm", CaptureSpec(taps=(1,), dtype="bfloat16"), 1, share="s")

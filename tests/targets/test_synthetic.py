@@ -79,7 +79,7 @@ def states_on_cpu(dtype: StateDtype) -> bytes:
     return bytes(fill.slot[: fill.layout.nbytes])
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float8_e4m3fn"])
 def test_synthetic_states_have_the_same_bits_on_a_device(dtype: StateDtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """The arithmetic of the device, done by torch on the CPU; in steps of a few rows, too."""
     fake_cuda.install(monkeypatch)
@@ -90,7 +90,7 @@ def test_synthetic_states_have_the_same_bits_on_a_device(dtype: StateDtype, monk
 
 
 @pytest.mark.gpu(1)
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float8_e4m3fn"])
 def test_synthetic_states_have_the_same_bits_on_a_gpu(dtype: StateDtype) -> None:
     slot = torch.zeros(1 << 20, dtype=torch.uint8, device="cuda:0")
     assert states_on("cuda", slot, dtype) == states_on_cpu(dtype)

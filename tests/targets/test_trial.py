@@ -17,7 +17,7 @@ import fake_sglang
 from chats import write_target
 from specd.config.settings import TargetConfig
 from specd.errors import TargetError
-from specd.protocol.capture import StateDtype
+from specd.protocol.capture import PlainDtype
 from specd.targets import trial
 from specd.targets.base import CaptureJob, slot_tensors
 from specd.targets.registry import load_target
@@ -192,7 +192,7 @@ def test_a_state_that_sequences_share_in_sglang_is_seen(tmp_path: Path, monkeypa
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_narrow_dtypes_are_sound_and_a_stranger_in_the_forward_is_not(
-    tmp_path: Path, dtype: StateDtype, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, dtype: PlainDtype, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = write_target(tmp_path / "model")
     config = TargetConfig(model=f"{path}/", device="cpu", dtype=dtype)

@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from specd.config.settings import RunConfig, SubscriberConfig, TrainConfig
+from specd.config.settings import RunConfig, StatesConfig, SubscriberConfig, TrainConfig
 from specd.errors import ConfigError
 from specd.train.asked import by_target, check, is_finished, output_of
 from specd.train.directory import RunDirectory, RunFacts, write_facts
@@ -31,6 +31,10 @@ def test_what_no_target_is_needed_for_is_checked() -> None:
     assert check(RUN) == "cpu"
     with pytest.raises(ConfigError, match=r"subscriber\.transport='pigeon': expected one of auto, "):
         check(msgspec.structs.replace(RUN, subscriber=SubscriberConfig(transport="pigeon")))
+    rounded = msgspec.structs.replace(RUN, capture=StatesConfig(dtype="float8_e4m3fn"))
+    assert check(rounded) == "cpu"
+    with pytest.raises(ConfigError, match=r"subscriber\.borrow=true with states in float8_e4m3fn: .*leave one of them"):
+        check(msgspec.structs.replace(rounded, subscriber=SubscriberConfig(borrow=True)))
 
 
 def test_a_run_is_finished_under_the_settings_that_it_was_made_with(tmp_path: Path) -> None:
@@ -46,7 +50,12 @@ def test_a_run_is_finished_under_the_settings_that_it_was_made_with(tmp_path: Pa
     directory.draft.mkdir()
     assert is_finished(directory, lambda target: first, "cpu")
     assert is_finished(directory, by_target(settings), "cpu"), "auto is float32 there"
-    for other in ({"train": {"lr": 1.0}}, {"data": {"path": "b.jsonl"}}, {"draft": {"mask_token_id": 4}}):
+    for other in (
+        {"train": {"lr": 1.0}},
+        {"data": {"path": "b.jsonl"}},
+        {"draft": {"mask_token_id": 4}},
+        {"capture": {"dtype": "float8_e4m3fn"}},
+    ):
         assert not is_finished(directory, by_target(settings | other), "cpu")
     assert not is_finished(directory, by_target({"method": "dflash", "draft": {"mask_tokens": 3}}), "cpu")
 

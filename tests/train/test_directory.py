@@ -7,7 +7,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from specd.config.settings import DataConfig, RunConfig, TrainConfig, ValidationConfig
+from specd.config.settings import DataConfig, RunConfig, StatesConfig, TrainConfig, ValidationConfig
 from specd.drafts.dflash.settings import DFlashConfig
 from specd.errors import CheckpointError, ConfigError, ProtocolError
 from specd.protocol.contract import TEMPLATES, ArtifactRef, TargetContract
@@ -166,6 +166,7 @@ def test_identity_holds_what_changes_the_numbers_and_nothing_else() -> None:
         {"train": msgspec.structs.replace(settled, lr=1e-5)},
         {"train": msgspec.structs.replace(settled, dtype="float32")},
         {"data": DataConfig(max_length=99)},
+        {"capture": StatesConfig(dtype="float8_e4m3fn")},
     ):
         assert identity(msgspec.structs.replace(plain, **change), "d1") != base
 

@@ -7,6 +7,7 @@ import logging
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -28,7 +29,8 @@ from specd.data.faults import Fault
 from specd.data.portion import Report
 from specd.drafts.dflash.settings import DFlashConfig
 from specd.errors import CheckpointError, ConfigError
-from specd.train.preparation import data_facts, kept, mask_of, prepared, warn_of_length
+from specd.protocol.contract import ReplayInfo
+from specd.train.preparation import data_facts, kept, mask_of, prepared, warn_of_length, warn_of_packing
 from specd.train.trainer import TrainedRun, train_draft
 
 DRAFT = {"num_layers": 1, "num_taps": 2, "block_size": 4, "num_anchors": 4}
@@ -188,3 +190,18 @@ def test_samples_beyond_what_a_target_was_made_for_are_told_of(
     with caplog.at_level(logging.WARNING):
         warn_of_length(longest, target, "tiny")
     assert [says in record.getMessage() for record in caplog.records] == ([True] if says else [])
+
+
+def test_what_keeps_states_from_coming_back_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    keeps = ReplayInfo(cells=9, used=0, cell_bytes=4096)
+    anew, fixed = (RunConfig(method="x", data=DataConfig(packing=packing)) for packing in ("anew", "fixed"))
+    once = replace(anew, train=replace(anew.train, epochs=1))
+
+    def said(config: RunConfig, replay: ReplayInfo | None, stands_by: bool = False) -> str:
+        caplog.clear()
+        warn_of_packing(config, SimpleNamespace(replay=replay, stands_by=stands_by))
+        return " ".join(record.message for record in caplog.records)
+
+    assert "data.packing=anew makes every epoch's batches new" in said(anew, keeps)
+    assert "--set subscriber.place=all" in said(fixed, keeps, True)
+    assert [said(anew, None), said(once, keeps), said(fixed, keeps), said(fixed, None, True)] == [""] * 4

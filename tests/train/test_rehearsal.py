@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,24 @@ def test_the_run_is_as_it_was_said(
     assert "exists and is not empty: go on with that run by `specd resume " in capsys.readouterr().err
     assert run([*command, "--dry-run", "--resume"]) == 0
     assert f"{steps} of them are done" in capsys.readouterr().out
+
+
+def test_a_run_of_float8_states_decodes_with_the_targets_own(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sizes = []
+    for dtype in ("auto", "float8_e4m3fn"):
+        assert run([*command, "--set", f"capture.dtype={dtype}", "--dry-run"]) == 0, capsys.readouterr().err
+        said = dict(line.split("  ", 1) for line in capsys.readouterr().out.splitlines() if "  " in line)
+        sizes.append(float(said["states"].split()[0]))
+    assert sizes == [32.0, 12.0], "float32 in a byte, and a page of scales"
+    arguments = ["--set", "capture.dtype=float8_e4m3fn", "--max-steps", "2", "--set", "validation.share=0.2"]
+    arguments += ["--set", "validation.decode_every=2", "--set", "validation.max_new_tokens=4"]
+    assert run([*command, *arguments]) == 0, capsys.readouterr().err
+    assert all(math.isfinite(step.loss or math.nan) for step in read(tmp_path / "run" / "metrics.jsonl"))
+    facts = json.loads((tmp_path / "run" / "run.json").read_bytes())
+    assert facts["config"]["capture"] == {"dtype": "float8_e4m3fn"}
+    assert "acceptance_length" in (tmp_path / "run" / "validation.jsonl").read_text()
 
 
 @pytest.mark.parametrize(

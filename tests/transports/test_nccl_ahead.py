@@ -21,7 +21,10 @@ from specd.client.fetch import Fetcher, Item
 from specd.client.guard import Guard
 from specd.client.handshake import Session
 from specd.errors import TransportError
+from specd.memory import device_arena
+from specd.protocol.cut import Piece, gather
 from specd.transports.base import Client, Receiver, SlotRef
+from specd.transports.checks import pattern
 from specd.transports.nccl import communicator as nccl_comm
 from specd.transports.nccl import sender as nccl_sender
 from specd.transports.nccl.transfer import WINDOW
@@ -77,6 +80,59 @@ def test_a_refill_behind_a_payload_is_told_of_with_the_next(rig: Rig) -> None:
         else:
             client.fetch(SlotRef(slot, 1, 4096), into, 20.0)
             assert holds(into[:4096], b"%d" % slot)
+
+
+ODD = tuple(Piece(64 + 1024 * row, 512 * row, 1, 512, 512, 512) for row in range(7))
+"""Seven stretches that do not follow one another."""
+
+
+def test_states_are_cut_out_of_one_slot_after_the_other_into_one_scratch(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All are published before the first is taken: a cut that did not wait for the send before it would show."""
+    made: list[int] = []
+    memory = device_arena.private_memory
+
+    def noted(nbytes: int, device: str) -> torch.Tensor:
+        made.append(nbytes)
+        return memory(nbytes, device)
+
+    monkeypatch.setattr(device_arena, "private_memory", noted)
+    client = rig.attach()
+    for slot in range(3):
+        rig.host.fill(slot, 1, b"%d" % slot, 8192)
+    refs = [SlotRef(count % 3, 1, 3584, ODD) for count in range(WINDOW)]
+    refs[2] = SlotRef(2, 1, 4096, (Piece(4096, 0, 1, 4096, 4096, 4096),))
+    intos = expect(client, rig, refs)
+    for ref in refs[:6]:  # as many as wait for a trainer
+        rig.host.publish(b"one", ref)
+    for index, (ref, into) in enumerate(zip(refs, intos, strict=True)):
+        if index >= 6:
+            rig.host.publish(b"one", ref)
+        client.fetch(ref, into, 20.0)
+        expected = gather(pattern(b"%d" % ref.slot, 8192).data, ref.pieces, 0, ref.nbytes)
+        assert bytes(into[: ref.nbytes].numpy()) == bytes(expected), index
+    assert made == [8192], "a scratch as large as a slot, once a session"
+
+
+def test_a_slot_that_is_refilled_behind_the_cut_is_stale(rig: Rig) -> None:
+    client = rig.attach()
+    rig.host.fill(0, 1, b"old", 8192)
+    NCCL.on_payload = lambda: rig.host.begin(0)
+    with pytest.raises(TransportError, match="holds generation 0, the lease is for 1") as refusal:
+        rig.fetch(client, SlotRef(0, 1, 3584, ODD))
+    assert not refusal.value.lost
+
+
+def test_without_memory_for_a_scratch_the_sender_says_so(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(nbytes: int, device: str) -> torch.Tensor:
+        raise TransportError(f"cannot reserve {nbytes} bytes on {device}")
+
+    monkeypatch.setattr(device_arena, "private_memory", full)
+    rig.attach()
+    rig.host.fill(0, 1, b"", 8192)
+    rig.host.publish(b"one", SlotRef(0, 1, 3584, ODD))
+    assert "has ended: cannot reserve 8192 bytes on cuda:1" in sender_ends(rig)
 
 
 def expect(client: Client, rig: Rig, refs: list[SlotRef]) -> list[torch.Tensor]:
@@ -187,7 +243,7 @@ def test_a_fetch_is_cancelled_at_once_however_long_the_abort_takes(rig: Rig) -> 
 
 def test_a_worker_that_is_gone_does_not_block_other_daemons_batches(rig: Rig) -> None:
     """A receive does not notice that its peer died; `retire`, at the session's end, cancels it."""
-    lost, live = (cast(Session, SimpleNamespace(client=rig.attach(key), borrow=False)) for key in (b"one", b"two"))
+    lost, live = (cast(Session, SimpleNamespace(client=rig.attach(key))) for key in (b"one", b"two"))
     rig.host.fill(0, 1, b"live", 4096)
     ended: queue.SimpleQueue[tuple[Item, torch.Tensor | TransportError]] = queue.SimpleQueue()
     waits = threading.Event()
@@ -202,7 +258,7 @@ def test_a_worker_that_is_gone_does_not_block_other_daemons_batches(rig: Rig) ->
     fetcher = Fetcher("cpu", 3, begin, end, Guard(threading.Condition()))
     rig.host.drop(b"one")  # aborts its end of the communicator; as after SIGKILL, the trainer's end does not notice
     rig.host.publish(b"two", SlotRef(0, 1, 4096))
-    items = [cast(Item, SimpleNamespace(layout=SimpleNamespace(nbytes=4096))) for _ in range(3)]
+    items = [cast(Item, SimpleNamespace(layout=SimpleNamespace(nbytes=4096), borrowed=False)) for _ in range(3)]
     for item, session in zip(items, (lost, lost, live), strict=True):
         fetcher.fetch(item, session)
     assert waits.wait(20)

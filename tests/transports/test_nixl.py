@@ -23,8 +23,10 @@ import torch
 
 from specd.errors import TransportError
 from specd.memory.arena import HostArena
+from specd.protocol.cut import Piece, gather
 from specd.transports.base import ServerContext, SlotRef
-from specd.transports.checks import wrap
+from specd.transports.checks import pattern, wrap
+from specd.transports.nixl import cutting
 from specd.transports.nixl.agent import Region
 from specd.transports.nixl.transport import Nixl, NixlServer, checked
 from specd.transports.testing.hosts import LocalHost
@@ -265,6 +267,43 @@ def test_a_refill_is_noticed_whenever_it_starts(monkeypatch: pytest.MonkeyPatch,
             client.fetch(SlotRef(1, 5, 5000), torch.zeros(5000, dtype=torch.uint8), 10.0)
         assert not stale.value.lost
         assert reads == ([8] if moment == 1 else [8, 5000, 8])
+
+
+@pytest.mark.usefixtures("loopback")
+@pytest.mark.parametrize("moment", [2, 3, 4])
+def test_rows_are_read_in_parts_and_a_refill_under_them_is_noticed(
+    monkeypatch: pytest.MonkeyPatch, moment: int
+) -> None:
+    """Of 62 rows of 1,000 bytes, two pieces each, with 20,000 bytes at once; and a stretch, which is read as it is."""
+    pieces = (
+        Piece(100, 0, 62, 30, 1000, 90), Piece(600, 30, 62, 60, 1000, 90), Piece(70_000, 5600, 1, 5000, 5000, 5000),
+    )  # fmt: skip
+    nbytes = 10_600
+    monkeypatch.setattr(cutting, "MOST_BYTES", 20_000)
+    with contextlib.closing(LocalHost(Nixl, 2, 80_000)) as host, contextlib.closing(Nixl.client("cpu")) as client:
+        client.attach(host.accept(b"one", client.hello()), 10.0)
+        host.fill(1, 5, b"rows", 80_000)
+        into = torch.zeros(nbytes, dtype=torch.uint8)
+        reads: list[int] = []
+        monkeypatch.setattr(Loopback, "before_read", staticmethod(lambda source: reads.append(source.nbytes)))
+        client.fetch(SlotRef(1, 5, nbytes, pieces), into, 10.0)
+        assert bytes(into.numpy()) == bytes(gather(pattern(b"rows", 80_000).data, pieces, 0, nbytes))
+        assert reads == [8, 5000, 19_560, 19_560, 19_560, 1_560, 8], "rows are read whole, and what is between them"
+
+        def refill(source: Region) -> None:
+            reads.append(source.nbytes)
+            if len(reads) == moment:
+                host.begin(1)
+
+        reads.clear()
+        monkeypatch.setattr(Loopback, "before_read", staticmethod(refill))
+        with pytest.raises(TransportError, match="holds generation 0"):
+            client.fetch(SlotRef(1, 5, nbytes, pieces), into, 10.0)
+        reads.clear()
+        monkeypatch.setattr(Loopback, "before_read", staticmethod(lambda source: reads.append(source.nbytes)))
+        host.fill(1, 6, b"one stretch", 80_000)
+        client.fetch(SlotRef(1, 6, 700, (Piece(4096, 0, 1, 700, 700, 700),)), into, 10.0)
+        assert reads == [8, 700, 8]
 
 
 @pytest.mark.usefixtures("loopback")

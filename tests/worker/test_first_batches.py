@@ -15,9 +15,11 @@ from specd.client.subscriber import Subscriber
 from specd.config.settings import DaemonConfig, RingConfig, SubscriberConfig, TargetConfig
 from specd.daemon.serve import embedded
 from specd.errors import BatchError
+from specd.memory.fp8 import Rows
 from specd.protocol.capture import CaptureSpec, StateDtype
-from specd.targets.base import CaptureJob, slot_tensors
+from specd.targets.base import CaptureJob, slot_rows, slot_tensors
 from specd.targets.synthetic import SyntheticTarget
+from specd.worker.blank import blank
 from specd.worker.first_batches import FIRST, FirstBatches, problem
 
 TAPS = (1, 4, 6)
@@ -43,6 +45,23 @@ def test_rows_that_are_no_numbers_are_named(dtype: StateDtype, memory: str) -> N
     states["taps"][70, 2] = -torch.inf
     states["taps"][152, 1] = torch.nan
     assert "after layer 4 hold NaN or infinities in 2 of 207 rows of a batch, first in row 150" in problem(looked)
+
+
+@pytest.mark.parametrize("memory", ["host", "tensor"])
+def test_rows_of_float8_are_told_by_their_scales(memory: str) -> None:
+    fill = make_fill((200, 7), CaptureSpec(taps=TAPS, final=True, dtype="float8_e4m3fn"))
+    slot = fill.slot if memory == "host" else torch.frombuffer(fill.slot, dtype=torch.uint8)
+    looked, rows = msgspec.structs.replace(fill, slot=slot), slot_rows(fill)
+    states = torch.randn(207, 64)
+    for out in (*rows.taps, rows.final):
+        assert isinstance(out, Rows)
+        out.copy_(states)
+    assert problem(looked) == ""
+    states[150, 5], states[152, 0] = torch.nan, -torch.inf
+    rows.taps[1].copy_(states)
+    assert "after layer 4 hold NaN or infinities in 2 of 207 rows of a batch, first in row 150" in problem(looked)
+    blank(slot, fill.layout)
+    assert "after layer 1 hold NaN or infinities in 207 of 207 rows" in problem(looked), "no target wrote scales"
 
 
 def test_each_spec_has_first_batches() -> None:

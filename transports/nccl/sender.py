@@ -11,6 +11,7 @@ from collections import deque
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from specd.errors import TransportError
+from specd.memory import device_arena
 from specd.transports.base import SlotRef
 from specd.transports.nccl.communicator import START_S, Communicator, Library
 from specd.transports.nccl.transfer import NOTE, WINDOW, WORD_BYTES, Transfer, Transfers
@@ -53,6 +54,8 @@ class Sender:
         self._stop = threading.Event()
         self._end = ""
         self._words: list[torch.Tensor] = []
+        self._scratch: torch.Tensor | None = None
+        """Where states are cut out of slots, one after the other; as large as a slot, once it is needed."""
         self._thread = threading.Thread(target=self._run, name="specd-nccl", daemon=True)
         self._thread.start()
 
@@ -126,11 +129,26 @@ class Sender:
             return None
 
     def _send(self, transfers: Transfers, ref: SlotRef, in_flight: deque[_Sent]) -> None:
-        payload, transfer = self._arena.tensor(ref.slot)[: ref.nbytes], Transfer()
+        payload, transfer = self._payload(transfers, ref), Transfer()
         in_flight.append(_Sent(ref, transfer, payload))
         note = NOTE.pack(ref.slot, ref.generation, ref.nbytes, 0)
         # The word is 0 before a kernel of a refill is launched: read behind the payload, it tells of every one.
         transfers.send(transfer, payload, note, self._words[ref.slot], Watch(START_S, self._stop))
+
+    def _payload(self, transfers: Transfers, ref: SlotRef) -> torch.Tensor:
+        """The bytes that a transfer sends: a stretch of the slot, or the scratch, into which the stream then cuts them.
+
+        Raises TransportError without memory for that.
+        """
+        slot = self._arena.tensor(ref.slot)
+        if (begin := ref.begin) is not None:
+            return slot[begin : begin + ref.nbytes]
+        if self._scratch is None:
+            # Of the stream that is current, and so free for others no earlier than that is past it.
+            self._scratch = device_arena.private_memory(self._arena.slot_bytes, self._arena.device)
+        payload = self._scratch[: ref.nbytes]
+        transfers.gather(ref.pieces, payload, slot)
+        return payload
 
 
 def _word(arena: Arena, slot: int) -> torch.Tensor:

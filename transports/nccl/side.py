@@ -72,6 +72,10 @@ class Side:
         """Copy once the stream, which is `current`, gets there; page-locked host memory is read no earlier."""
         into.copy_(source, non_blocking=True)
 
+    def clear(self, into: torch.Tensor) -> None:
+        """Fill with zeros once the stream, which is `current`, gets there."""
+        into.zero_()
+
     def mark(self) -> Callable[[], bool]:
         """Whether all that is on the stream now is over, asked later."""
         import torch

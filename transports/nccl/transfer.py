@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import struct
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 import numpy as np
 
+from specd.protocol.cut import Piece
 from specd.transports.nccl.communicator import Communicator
 from specd.transports.nccl.side import ROW_BYTES
 from specd.transports.nccl.watch import Watch
+from specd.transports.pieces import pairs
 
 if TYPE_CHECKING:
     import torch
@@ -99,6 +101,17 @@ class Transfers:
             self._side.copy(self._sent[row], self._outgoing[row])
             self._side.copy(self._sent[row, -WORD_BYTES:], word)
             self._owed = _Owed(transfer, self._sent[row], self._side.mark())
+
+    def gather(self, pieces: Sequence[Piece], into: torch.Tensor, slot: torch.Tensor) -> None:
+        """Cut pieces out of a slot: once the stream, which is `current`, gets there, `into` is a payload to `send`.
+
+        It may be the last payload's memory: by then that has left. What is of no piece becomes 0.
+        """
+        with self._communicator.translated():
+            if sum(piece.rows * piece.width for piece in pieces) < into.numel():
+                self._side.clear(into)
+            for here, there in pairs(pieces, into, slot):
+                self._side.copy(here, there)
 
     def finish(self, watch: Watch) -> None:
         """Put the note that is owed on the stream; until then the peer does not have the transfer."""

@@ -103,7 +103,7 @@ class NcclServer:
         return wrap(NcclOffer(unique_id=unique_id, max_ctas=MAX_CTAS, num_slots=slots, slot_bytes=nbytes))
 
     def publish(self, session: bytes, ref: SlotRef) -> None:
-        check_ref(ref, self._arena.num_slots, self._arena.slot_bytes)
+        check_ref(ref, self._arena.num_slots, self._arena.slot_bytes, cuts=True)
         with self._lock:
             sender = self._senders.get(session)
         if sender is None:
@@ -217,7 +217,7 @@ class NcclClient:
             raise TransportError(self._lost or "nccl: not attached, or closed", lost=bool(self._lost))
         if self._cancelled.is_set():
             raise cancelled("nccl")
-        check_ref(ref, self._offer.num_slots, self._offer.slot_bytes)
+        check_ref(ref, self._offer.num_slots, self._offer.slot_bytes, cuts=True)
         check_into(ref, into)
         return self._transfers
 
@@ -254,7 +254,7 @@ class Nccl:
 
     traits: ClassVar[Traits] = Traits(
         memory=frozenset({"device"}), scope="anywhere", one_sided=False, needs_recv_ready=True, abortable=False,
-        floor_gb_s=2.0, rank=400,
+        cuts=True, floor_gb_s=2.0, rank=400,
     )  # fmt: skip
 
     @staticmethod

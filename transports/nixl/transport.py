@@ -23,6 +23,7 @@ from specd.memory.arena import LINE, MAX_SLOTS, PAGE
 from specd.transports.base import ServerContext, SlotRef, Traits
 from specd.transports.checks import cancelled, check_into, check_ref, stale, unwrap, wrap
 from specd.transports.nixl.agent import Destinations, NixlAgent, Region
+from specd.transports.nixl.cutting import Cutter
 
 if TYPE_CHECKING:
     import torch
@@ -148,6 +149,7 @@ class NixlClient:
     def __init__(self, device: str) -> None:
         self._agent = NixlAgent(device)
         self._destinations = Destinations(self._agent)
+        self._cutter = Cutter(self._agent, self._destinations, device)
         self._offer: NixlOffer | None = None
         self._page = mmap.mmap(-1, PAGE)
         self._word = np.frombuffer(self._page, np.uint64, 1)
@@ -182,13 +184,16 @@ class NixlClient:
             offer = self._offer
             if offer is None:
                 raise TransportError("nixl: not attached, or closed")
-            check_ref(ref, offer.num_slots, offer.slot_bytes)
+            check_ref(ref, offer.num_slots, offer.slot_bytes, cuts=True)
             check_into(ref, into)
             local = self._destinations.region(into).part(0, ref.nbytes)
             if (found := self._generation(offer, ref.slot, deadline_s)) != ref.generation:
                 raise stale(ref, found)
-            remote = offer.slots.part(ref.slot * offer.stride, ref.nbytes)
-            self._agent.read(local, remote, time.monotonic() + deadline_s, self._stop)
+            slot = offer.slots.part(ref.slot * offer.stride, offer.slot_bytes)
+            if (begin := ref.begin) is not None:
+                self._agent.read(local, slot.part(begin, ref.nbytes), time.monotonic() + deadline_s, self._stop)
+            else:
+                self._cutter.bring(ref.pieces, slot, into, deadline_s, self._stop)
             if (found := self._generation(offer, ref.slot, deadline_s)) != ref.generation:
                 raise stale(ref, found)
 
@@ -230,6 +235,7 @@ class Nixl:
         one_sided=True,
         needs_recv_ready=False,
         abortable=False,
+        cuts=True,
         floor_gb_s=1.0,
         rank=300,
     )

@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from specd.errors import TransportError, missing_extra
 from specd.protocol.batch import slot_layout
-from specd.protocol.capture import CaptureSpec
+from specd.protocol.capture import FP8, CaptureSpec
 from specd.protocol.cut import Piece, cut, gather
 from specd.transports.base import SlotRef, Transport
 from specd.transports.checks import pattern
@@ -24,6 +24,8 @@ CUTS = (
     CaptureSpec(taps=(0, 1, 2, 3)), CaptureSpec(taps=(), final=True),
 )  # fmt: skip
 """What is cut out of four taps and the final states."""
+SCALED = CaptureSpec(taps=(0, 2, 3), final=True, dtype=FP8)
+"""The same of float8, with its scales."""
 
 
 class PiecesConformance:
@@ -37,9 +39,10 @@ class PiecesConformance:
         if not self.transport.traits.cuts:
             pytest.skip(f"{self.transport.__name__} takes no pieces (traits.cuts)")
         client = rig.attach()
-        held, hidden, tokens = CaptureSpec(taps=(0, 1, 2, 3), final=True), 200, 4000
-        slot = slot_layout(held, hidden, tokens).nbytes
-        for generation, own in enumerate(CUTS, start=1):
+        hidden, tokens = 200, 4000
+        for generation, own in enumerate((*CUTS, SCALED), start=1):
+            held = CaptureSpec(taps=(0, 1, 2, 3), final=True, dtype=own.dtype)
+            slot = slot_layout(held, hidden, tokens).nbytes
             rig.host.fill(1, generation, b"%d" % generation, slot)
             layout, pieces = slot_layout(own, hidden, tokens), cut(held, own, hidden, tokens)
             expected = bytes(gather(pattern(b"%d" % generation, slot).data, pieces, 0, layout.nbytes))
@@ -47,12 +50,14 @@ class PiecesConformance:
             whole = rig.destination(ref.nbytes + OFFSET)
             rig.publish(b"one", ref)
             client.fetch(ref, whole[OFFSET:], 20.0)
-            found, untouched = bytes(whole.cpu().numpy()), bytes([0xA5]) * GUARD
-            assert found[:OFFSET] == untouched[:1] * OFFSET, "wrote before the destination"
-            assert found[OFFSET + ref.nbytes :] == untouched, "wrote behind the destination"
+            found, last = bytes(whole.cpu().numpy()), 0
+            assert found[:OFFSET] == bytes([0xA5]) * OFFSET, "wrote before the destination"
+            assert found[OFFSET + ref.nbytes :] == bytes([0xA5]) * GUARD, "wrote behind the destination"
             for tensor in layout.tensors:
                 at, end = tensor.offset, tensor.offset + tensor.nbytes
                 assert found[OFFSET + at : OFFSET + end] == expected[at:end], f"{own}: {tensor.name} arrived wrong"
+                assert set(found[OFFSET + last : OFFSET + at]) <= {0, 0xA5}, f"{own}: something else came before it"
+                last = end
         rig.host.fill(0, 1, b"whole", 5000)
         assert holds(rig.fetch(client, SlotRef(0, 1, 5000)), b"whole")
 

@@ -6,7 +6,9 @@ import threading
 import time
 
 from specd.errors import TransportError, missing_extra
+from specd.protocol.cut import Piece, gather
 from specd.transports.base import Receiver, SlotRef
+from specd.transports.checks import pattern
 from specd.transports.testing.suite import Rig, TransportConformance, holds
 
 try:
@@ -51,6 +53,22 @@ class ReceiverConformance(TransportConformance):
         client.fetch(ref, into, 20.0)
         assert holds(into[:4096], b"early")
         assert holds(rig.fetch(client, ref), b"early"), "none is expected any more"
+
+    def test_pieces_of_expected_slots_are_cut_in_order(self, rig: Rig) -> None:
+        if not self.transport.traits.cuts:
+            pytest.skip(f"{self.transport.__name__} takes no pieces (traits.cuts)")
+        client = self._receiver(rig)
+        pieces = (Piece(4096, 0, 900, 96, 512, 192), Piece(4096 + 256, 96, 900, 96, 512, 192))
+        refs = [SlotRef(slot, 1, 900 * 192, pieces) for slot in range(self.num_slots)]
+        intos = [rig.destination(ref.nbytes) for ref in refs]
+        for ref, into in zip(refs, intos, strict=True):
+            rig.host.fill(ref.slot, 1, b"%d" % ref.slot, 500_000)
+            client.expect(ref, into)
+            rig.publish(b"one", ref)
+        for ref, into in zip(refs, intos, strict=True):
+            client.fetch(ref, into, 20.0)
+            expected = gather(pattern(b"%d" % ref.slot, 500_000).data, pieces, 0, ref.nbytes)
+            assert bytes(into[: ref.nbytes].cpu().numpy()) == bytes(expected), "another slot's states, or torn ones"
 
     def test_a_stale_slot_among_expected_ones_costs_nobody_else(self, rig: Rig) -> None:
         client = self._receiver(rig)

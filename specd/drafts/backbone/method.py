@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from specd.drafts.backbone.workload import workload
 from specd.drafts.base import TargetParts, Tuning, Workload
 from specd.errors import ConfigError
 from specd.protocol.batch import Batch
-from specd.protocol.capture import DTYPE_BYTES, CaptureSpec, StateDtype
+from specd.protocol.capture import CaptureSpec, plain
 from specd.protocol.contract import TargetContract
 
 
@@ -68,8 +68,9 @@ class BlockMethod:
                 f"draft.mask_token_id={settings.mask_token_id}: expected a token of {contract.model}, whose "
                 f"vocabulary has {contract.vocab_size}; give one that it never writes"
             )
-        dtype = cast(StateDtype, contract.dtype if contract.dtype in DTYPE_BYTES else "bfloat16")
-        return CaptureSpec(taps=taps_of(settings, contract, cls.form), final=cls.form.final, dtype=dtype)
+        return CaptureSpec(
+            taps=taps_of(settings, contract, cls.form), final=cls.form.final, dtype=plain(contract.dtype)
+        )
 
     @classmethod
     def objective(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import ClassVar, cast
+from typing import ClassVar
 
 import msgspec
 import torch
@@ -20,7 +20,7 @@ from specd.drafts.eagle3.start import initial_shape, taps_of
 from specd.drafts.eagle3.workload import workload
 from specd.errors import ConfigError
 from specd.protocol.batch import Batch
-from specd.protocol.capture import DTYPE_BYTES, CaptureSpec, StateDtype
+from specd.protocol.capture import CaptureSpec, plain
 from specd.protocol.contract import TargetContract
 
 
@@ -50,8 +50,7 @@ class Eagle3Method:
     @staticmethod
     def capture(settings: Eagle3Config, contract: TargetContract) -> CaptureSpec:
         """An early, a middle and a late tap and the final state, in the target's dtype."""
-        dtype = cast(StateDtype, contract.dtype if contract.dtype in DTYPE_BYTES else "bfloat16")
-        return CaptureSpec(taps=taps_of(settings, contract), final=True, dtype=dtype)
+        return CaptureSpec(taps=taps_of(settings, contract), final=True, dtype=plain(contract.dtype))
 
     @staticmethod
     def objective(

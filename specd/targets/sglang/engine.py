@@ -21,6 +21,7 @@ import torch
 from numpy.typing import NDArray
 
 from specd.errors import ConfigError, TargetError
+from specd.memory.fp8 import Rows, write_sum
 from specd.protocol.payload import Payload
 from specd.targets.sglang.graphs import Source, record
 from specd.targets.sglang.images import Images
@@ -177,7 +178,7 @@ class Engine:
         shape = len(self.layers) + 1, size, hidden
         states = torch.empty(shape, dtype=self.runner.dtype, device=self._device)
         *layers, final = states
-        taps = {layer: [(0, size, out)] for layer, out in enumerate(layers)}
+        taps: dict[int, Sink] = {layer: [(0, size, out)] for layer, out in enumerate(layers)}
         self._launch(tokens, lengths, AT_HEAD, Capture(taps=taps, final=[(0, size, final)]), None)
         return states
 
@@ -315,7 +316,7 @@ class Engine:
         tokens = np.arange(8, dtype=np.int32)
 
         def take(states: torch.Tensor, source: Official | None) -> None:
-            sinks = {tap: [(0, 8, states[k])] for k, tap in enumerate(taps)}
+            sinks: dict[int, Sink] = {tap: [(0, 8, states[k])] for k, tap in enumerate(taps)}
             self._launch(tokens, [5, 3], AT_HEAD, Capture(taps=sinks, final=[]), source)
 
         if self._source is not None:
@@ -339,8 +340,8 @@ class Engine:
                 )  # fmt: skip
 
 
-Sink = list[tuple[int, int, torch.Tensor]]
-"""Where rows [start, end) of a forward's states go: a tensor [end − start, H] each."""
+Sink = list[tuple[int, int, torch.Tensor | Rows]]
+"""Where rows [start, end) of a forward's states go: [end − start, H] each."""
 
 
 class Capture(msgspec.Struct, frozen=True, kw_only=True):
@@ -378,7 +379,7 @@ def _layer_hook(sink: Sink, num_tokens: int, hidden_alone: bool) -> Callable[...
             if residual is None or hidden_alone:
                 out.copy_(hidden[start:end])
             else:
-                torch.add(hidden[start:end], residual[start:end], out=out)
+                write_sum(out, hidden[start:end], residual[start:end])
         return returned
 
     return hook

@@ -21,7 +21,7 @@ from specd.errors import ConfigError, TargetError
 from specd.protocol import payload
 from specd.protocol.payload import Payload
 from specd.targets.artifacts import Artifacts
-from specd.targets.base import CaptureJob, Launched, check, recurrent, slot_tensors
+from specd.targets.base import CaptureJob, Launched, check, recurrent, slot_rows
 from specd.targets.digest import dummy_digest, weights_digest
 from specd.targets.sglang.engine import Capture, Engine
 from specd.targets.sglang.graphs import buckets
@@ -126,13 +126,10 @@ class SGLangTarget:
         brought = brought if any(brought) else []
         tokens = np.concatenate([fill.tokens for fill in fills])
         bounds = list(pairwise(accumulate((int(fill.tokens.size) for fill in fills), initial=0)))
-        slots = list(zip(bounds, map(slot_tensors, fills), strict=True))
+        slots = list(zip(bounds, map(slot_rows, fills), strict=True))
         capture = Capture(
-            taps={
-                tap: [(start, end, slot["taps"][:, k]) for (start, end), slot in slots]
-                for k, tap in enumerate(spec.taps)
-            },
-            final=[(start, end, slot["final"]) for (start, end), slot in slots] if spec.final else [],
+            taps={tap: [(start, end, slot.taps[k]) for (start, end), slot in slots] for k, tap in enumerate(spec.taps)},
+            final=[(start, end, slot.final) for (start, end), slot in slots if slot.final is not None],
         )
         stop = AT_HEAD if spec.final else spec.taps[-1]
         try:

@@ -21,7 +21,7 @@ from specd.protocol.batch import slot_layout
 from specd.protocol.capture import CaptureSpec
 from specd.protocol.payload import Payload
 from specd.targets.artifacts import Artifacts
-from specd.targets.base import CaptureJob, Launched, check, recurrent, slot_tensors
+from specd.targets.base import CaptureJob, Launched, SlotRows, check, recurrent, slot_rows, slot_tensors
 from specd.targets.digest import dummy_digest, weights_digest
 from specd.targets.quiet import no_warnings
 from specd.targets.source import Source, dummy_config, resolve, with_tokenizer
@@ -289,19 +289,19 @@ class TransformersTarget:
         size = packed.bounds[-1]
         positions = np.concatenate([np.arange(length, dtype=np.int64) for length in lengths])
         rows = accumulate((int(fill.tokens.size) for fill in fills), initial=0)
-        views: list[tuple[dict[str, torch.Tensor], slice, slice]] = []
-        """A slot's tensors, and which of their rows are which of this forward's."""
+        views: list[tuple[SlotRows, slice, slice]] = []
+        """A slot's rows, and which of their rows are which of this forward's."""
         for fill, (start, end) in zip(fills, pairwise(rows), strict=True):
             low, high = max(start, begin), min(end, begin + size)
             if low < high:
-                views.append((slot_tensors(fill), slice(low - start, high - start), slice(low - begin, high - begin)))
+                views.append((slot_rows(fill), slice(low - start, high - start), slice(low - begin, high - begin)))
         stop_after = -1 if spec.final or not spec.taps else spec.taps[-1]
 
         def copy_tap(tap: int, index: int) -> Callable[..., None]:
             def hook(_module: torch.nn.Module, _args: Any, output: Any) -> None:
                 hidden_TH = residual(output, self._name)
                 for view, into, of in views:
-                    view["taps"][into, index].copy_(hidden_TH[of])
+                    view.taps[index][into].copy_(hidden_TH[of])
                 if tap == stop_after:
                     raise _LastTap
 
@@ -320,8 +320,8 @@ class TransformersTarget:
             else:
                 output = self._decoder(input_ids=ids, use_cache=False, **how)
             for view, into, of in views:
-                if spec.final:
-                    view["final"][into].copy_(output.last_hidden_state[0, of])
+                if view.final is not None:
+                    view.final[into].copy_(output.last_hidden_state[0, of])
         except _LastTap:
             return  # perhaps below the first layer with attention
         finally:

@@ -18,7 +18,7 @@ from specd.bench.pipeline.run import run
 from specd.bench.pipeline.settings import Settings
 from specd.cli.main import run as command
 from specd.errors import DaemonError, TransportError
-from specd.plan import balance
+from specd.plan.balance import balance
 
 TINY = "synthetic:hidden=32,layers=8,vocab=64"
 SETTINGS = defaults(True, 1, TINY, {})

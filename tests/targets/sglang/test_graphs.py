@@ -18,7 +18,8 @@ from fake_sglang_stream import Gated
 from fills import make_fill, read
 from specd.config.settings import TargetConfig
 from specd.errors import ConfigError, TargetError
-from specd.protocol.capture import CaptureSpec
+from specd.memory.fp8 import encode
+from specd.protocol.capture import FP8, CaptureSpec
 from specd.targets.registry import load_target
 from specd.targets.sglang.graphs import BUCKETS, PrefillGraphs, buckets, compare
 from specd.targets.sglang.setup import RankSetup
@@ -195,3 +196,25 @@ def test_other_ranks_keep_no_states() -> None:
         with pytest.raises(TargetError, match="return neither"):
             layers[0](torch.zeros(1))
     layers[0](torch.zeros(1))
+
+
+@pytest.mark.parametrize("lengths", [(60, 64), (64, 60, 64, 64, 40)])
+def test_float8_states_are_the_same_encoded_whether_replayed_or_not(
+    target: SGLangTarget, lengths: tuple[int, ...]
+) -> None:
+    """In a graph they are copied out, else added up in a hook."""
+    _, theirs, _ = parts(target)
+    native, scaled = (
+        make_fill(lengths, msgspec.structs.replace(SPEC, dtype=dtype)) for dtype in (target.contract.dtype, FP8)
+    )
+    before = len(theirs.replayed)
+    target.run([native])
+    target.run([scaled])
+    assert len(theirs.replayed) - before == (2 if sum(lengths) <= 256 else 0)
+    found, states = read(scaled), read(native)
+    for rows_TNH, name in ((states["taps"], "taps"), (states["final"][:, None], "final")):
+        for k, rows_TH in enumerate(rows_TNH.unbind(1)):
+            codes, scales = torch.empty(rows_TH.shape, dtype=torch.float8_e4m3fn), torch.empty(len(rows_TH))
+            encode(rows_TH, codes, scales)
+            assert torch.equal(found[f"{name}_scale"].view(-1, len(rows_TH))[k], scales)
+            assert torch.equal(found[name].view(rows_TNH.shape)[:, k].float(), codes.float())

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from specd.errors import ConfigError
-from specd.plan import EVEN, MOST_PROCESSES, Work, balance
+from specd.plan.balance import EVEN, MOST_PROCESSES, Work, balance
 
 EQUAL = Work(target_tokens_per_s=50_000, draft_tokens_per_s=50_000, batch_tokens=3000, bytes_per_token=20_480)
 

@@ -1,0 +1,323 @@
+"""The lanes of the replay tier: threads that read kept batches into slots, and keep what was announced, behind it.
+
+A batch is looked for in memory first, then on the disk; each keeps a fixed part of its own, and nothing moves between
+them. Whoever asks never waits: a slot that is to be kept is copied by one thread, into a cell in memory or into a
+buffer that another thread writes to the disk. Without a free buffer it is skipped, and kept the next time it comes by.
+
+    RAM beside the memory tier's: WRITE_BUFFERS + READERS slots, page-locked where the ring is on a GPU
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from specd.memory.arena import HostArena
+from specd.memory.cuda import Copier
+from specd.memory.device_arena import DeviceArena
+from specd.metrics import Counters
+from specd.replay.files import Files
+from specd.replay.form import DamageError, whole_pages
+from specd.replay.pinned import Pinned
+from specd.replay.store import COUNTS, Entry, Store
+
+log = logging.getLogger(__name__)
+
+READERS = 4
+WRITE_BUFFERS = 4
+ERRORS = 3
+"""Input or output errors in a row that switch a disk off."""
+END_S = 10.0
+
+
+class Task(NamedTuple):
+    """A batch and its slot. key: content and what is held of it. keep: whether it comes again. note: the caller's."""
+
+    key: bytes
+    slot: int
+    generation: int
+    nbytes: int
+    tokens: int
+    keep: bool = True
+    note: Any = None
+
+
+class Tier:
+    """Cells of one kind, and what lies in them. on: whether it is used; a disk is not until it was looked through."""
+
+    def __init__(self, cells: Files | Pinned) -> None:
+        self.cells = cells
+        self.store = Store(cells.cells)
+        self.on = isinstance(cells, Pinned)
+        self.errors = 0
+
+
+class Lanes:
+    """The tiers of one ring, and their threads. `take` and `offer` may be called by any thread, and wait for nothing.
+
+    filled: called once a taken task's bytes are in its slot, which is sealed. missed: called if they could not be had,
+    so that it is computed. counted: called after anything in `counters` changed. crashed: a thread ended by a fault.
+    """
+
+    def __init__(
+        self,
+        arena: HostArena | DeviceArena,
+        tiers: list[Files | Pinned],
+        *,
+        filled: Callable[[Task], None],
+        missed: Callable[[Task], None],
+        counted: Callable[[], None],
+        crashed: Callable[[str], None],
+    ) -> None:
+        self._arena = arena
+        self._filled, self._missed, self._counted, self._crashed = filled, missed, counted, crashed
+        self.counters = Counters(COUNTS)
+        self._lock = threading.Lock()  # of the stores, and of tiers
+        self._tiers = [Tier(cells) for cells in tiers]
+        self._disk = next((tier for tier in self._tiers if isinstance(tier.cells, Files)), None)
+        on_gpu, bounces = isinstance(arena, DeviceArena), WRITE_BUFFERS if self._disk else 0
+        bounces += READERS if self._disk and on_gpu else 0
+        self._bounce = Pinned(bounces, arena.stride, arena.device) if bounces else None
+        self._buffers: queue.SimpleQueue[int] = queue.SimpleQueue()
+        for buffer in range(WRITE_BUFFERS):
+            self._buffers.put(buffer)
+        self._reads: queue.SimpleQueue[tuple[Task, Tier, Entry] | None] = queue.SimpleQueue()
+        self._copies: queue.SimpleQueue[tuple[Task, Tier, Entry, int] | None] = queue.SimpleQueue()
+        self._writes: queue.SimpleQueue[tuple[Task, Tier, Entry, int] | None] = queue.SimpleQueue()
+        self._ending = threading.Event()
+        self.scanned = threading.Event()
+        """Whether it is known what lies on the disk."""
+        self._threads: list[threading.Thread] = []
+
+    def start(self) -> None:
+        """Begin to work."""
+        for number in range(READERS):
+            self._run(f"read-{number}", self._read_all, WRITE_BUFFERS + number)
+        self._run("keep", self._copy_all)
+        if self._disk is None:
+            self.scanned.set()
+        else:
+            self._run("write", self._write_all)
+            self._run("scan", self._scan, self._disk)
+
+    @property
+    def used(self) -> int:
+        """Cells that hold a batch."""
+        with self._lock:
+            return sum(tier.store.used for tier in self._tiers if tier.on)
+
+    def lasts(self, lookups: int) -> None:
+        """After how many lookups a batch that nobody asked for is old."""
+        with self._lock:
+            for tier in self._tiers:
+                tier.store.horizon = lookups
+
+    def take(self, task: Task) -> bool:
+        """Whether a batch is kept: then it is read into its slot, and `filled` or `missed` is called."""
+        found: tuple[Tier, Entry] | None = None
+        with self._lock:
+            for tier in self._tiers:
+                if task.keep:
+                    tier.store.turn()
+                if found is None and tier.on and (entry := tier.store.look(task.key)) is not None:
+                    found = tier, entry
+        if found is None:
+            self._count("miss", task.keep)
+            return False
+        self._reads.put((task, *found))
+        return True
+
+    def offer(self, task: Task) -> None:
+        """Keep a batch whose slot is announced, if there is room for it."""
+        if not task.keep:
+            return
+        with self._lock:
+            claimed = self._claim(task.key)
+        if claimed is None:
+            return
+        tier, entry = claimed
+        try:
+            buffer = self._buffers.get_nowait()
+        except queue.Empty:
+            self._give_up(tier, entry)
+            return
+        self._copies.put((task, tier, entry, buffer))
+
+    def close(self) -> None:
+        """End the threads, each after what it does now. The arena must still be there. Idempotent."""
+        self._ending.set()
+        for lane in (*[self._reads] * READERS, self._copies, self._writes):
+            lane.put(None)
+        for thread in self._threads:
+            thread.join(END_S)
+        if any(thread.is_alive() for thread in self._threads):
+            log.warning("the disk of the replay tier did not answer within %.0f s", END_S)
+            return  # what it still writes to stays
+        self._threads.clear()
+        for cells in (*(tier.cells for tier in self._tiers), self._bounce):
+            if cells is not None:
+                cells.close()
+
+    # Threads
+
+    def _run(self, name: str, work: Callable[..., None], *arguments: Any) -> None:
+        def guarded() -> None:
+            try:
+                work(*arguments)
+            except BaseException:
+                log.exception("a thread of the replay tier crashed")
+                self._crashed("the replay tier failed")
+
+        thread = threading.Thread(target=guarded, name=f"specd-replay-{name}", daemon=True)
+        self._threads.append(thread)
+        thread.start()
+
+    def _scan(self, disk: Tier) -> None:
+        assert isinstance(disk.cells, Files)
+        found, tokens, damaged = {}, 0, 0
+        try:
+            for cell in disk.cells.scan(self._ending.is_set):
+                damaged += cell.damaged
+                if cell.header is not None:
+                    found[cell.cell] = cell.header.key
+                    tokens += cell.header.tokens
+        except OSError as error:
+            log.warning("the disk of the replay tier cannot be read, so it is not used: %s", error)
+        else:
+            with self._lock:
+                disk.store.load(found)
+                disk.on = True
+            log.info("replay: %d of %d cells hold %d tokens", len(found), disk.cells.cells, tokens)
+        if damaged:
+            log.warning("replay: %d of %d cells are damaged, and are written anew", damaged, disk.cells.cells)
+        self.counters.add("damaged", damaged)
+        self.scanned.set()
+        self._counted()
+
+    def _read_all(self, bounce: int) -> None:
+        copier = Copier()
+        while (item := self._reads.get()) is not None and not self._ending.is_set():
+            task, tier, entry = item
+            self._arena.begin(task.slot)
+            try:
+                self._read(task, tier, entry, bounce, copier)
+            except (DamageError, OSError) as error:
+                self._lose(tier, entry, error)
+                self._missed(task)
+            else:
+                tier.errors = 0
+                with self._lock:
+                    tier.store.done(entry)
+                self._arena.seal(task.slot, task.generation, task.nbytes)
+                self._filled(task)
+                self._count("hit")
+
+    def _read(self, task: Task, tier: Tier, entry: Entry, bounce: int, copier: Copier) -> None:
+        """Put a batch's bytes into its slot. Raises DamageError or OSError."""
+        cells, whole = tier.cells, whole_pages(task.nbytes)
+        if isinstance(cells, Pinned):
+            self._put(task, cells, entry.cell, copier)
+        elif isinstance(self._arena, HostArena):
+            cells.read(entry.cell, task.key, self._arena.slot(task.slot)[:whole])
+        else:
+            assert self._bounce is not None
+            cells.read(entry.cell, task.key, self._bounce.view(bounce)[:whole])
+            self._put(task, self._bounce, bounce, copier)
+
+    def _put(self, task: Task, cells: Pinned, cell: int, copier: Copier) -> None:
+        if isinstance(self._arena, DeviceArena):
+            copier.copy(self._arena.tensor(task.slot)[: task.nbytes], cells.tensor(cell)[: task.nbytes])
+        else:
+            _copy(self._arena.slot(task.slot)[: task.nbytes], cells.view(cell)[: task.nbytes])
+
+    def _copy_all(self) -> None:
+        copier = Copier()
+        while (item := self._copies.get()) is not None and not self._ending.is_set():
+            task, tier, entry, buffer = item
+            cells, cell = (tier.cells, entry.cell) if isinstance(tier.cells, Pinned) else (self._bounce, buffer)
+            assert isinstance(cells, Pinned)
+            if isinstance(self._arena, DeviceArena):
+                copier.copy(cells.tensor(cell)[: task.nbytes], self._arena.tensor(task.slot)[: task.nbytes])
+            else:
+                _copy(cells.view(cell)[: task.nbytes], self._arena.slot(task.slot)[: task.nbytes])
+            if self._arena.generation(task.slot) != task.generation:  # refilled under the copy
+                self._give_up(tier, entry)
+            elif cells is self._bounce:
+                self._writes.put(item)
+                continue
+            else:
+                self._keep(tier, entry)
+            self._buffers.put(buffer)
+
+    def _write_all(self) -> None:
+        assert self._bounce is not None
+        while (item := self._writes.get()) is not None and not self._ending.is_set():
+            task, tier, entry, buffer = item
+            assert isinstance(tier.cells, Files)
+            image = self._bounce.view(buffer)[: whole_pages(task.nbytes)]
+            image[task.nbytes :] = bytes(image.nbytes - task.nbytes)
+            try:
+                tier.cells.write(entry.cell, task.key, image, task.nbytes, task.tokens)
+            except OSError as error:
+                self._failed(tier, error)
+                self._give_up(tier, entry)
+            else:
+                tier.errors = 0
+                self._keep(tier, entry)
+            self._buffers.put(buffer)
+
+    # What became of a batch
+
+    def _claim(self, key: bytes) -> tuple[Tier, Entry] | None:
+        """A cell for a batch that is nowhere yet."""
+        if any(key in tier.store for tier in self._tiers if tier.on):
+            return None
+        for tier in self._tiers:
+            if tier.on and (entry := tier.store.claim(key)) is not None:
+                return tier, entry
+        return None
+
+    def _keep(self, tier: Tier, entry: Entry) -> None:
+        with self._lock:
+            tier.store.stored(entry)
+        self._count("wrote")
+
+    def _give_up(self, tier: Tier, entry: Entry) -> None:
+        with self._lock:
+            tier.store.abandon(entry)
+        self._count("skipped")
+
+    def _lose(self, tier: Tier, entry: Entry, error: DamageError | OSError) -> None:
+        """A stored batch could not be read."""
+        with self._lock:
+            tier.store.drop(entry)
+            tier.store.done(entry)
+        if isinstance(error, DamageError):
+            log.warning("replay: %s; it is computed again", error)
+            self._count("damaged")
+        else:
+            self._failed(tier, error)
+        self._count("miss")
+
+    def _failed(self, tier: Tier, error: OSError) -> None:
+        """The disk failed; after ERRORS times in a row it is not used any more."""
+        tier.errors += 1
+        log.info("replay: the disk failed: %s", error)
+        if tier.errors >= ERRORS and tier.on:
+            tier.on = False
+            log.warning("the disk of the replay tier is switched off after %d errors in a row: %s", tier.errors, error)
+
+    def _count(self, name: str, amount: int = 1) -> None:
+        if amount:
+            self.counters.add(name, amount)
+            self._counted()
+
+
+def _copy(into: memoryview, source: memoryview) -> None:
+    """Copy bytes and let other threads run meanwhile."""
+    np.copyto(np.frombuffer(into, np.uint8), np.frombuffer(source, np.uint8))
