@@ -72,10 +72,20 @@ def demo(
             stage.run("report", str(run))
         summarise(stage, run, time.monotonic() - began)
     then(
+        *activation(),
         f"specd data regenerate CHATS.jsonl --model {MODEL} --output answers.jsonl",
         f"specd train {method} --model {MODEL} --data answers.jsonl --output runs/first",
-        f"specd export {shlex.quote(str(run))} --to DIR",
+        f"specd export {shlex.quote(str(run))} --to drafts/demo",
     )
+
+
+def activation() -> list[str]:
+    """What has a shell find this copy's `specd`, where it does not."""
+    own = Path(sys.prefix, "bin")
+    if shutil.which("specd") == str(own / "specd") or not (own / "activate").is_file():
+        return []
+    place = own.relative_to(Path.cwd()) if own.is_relative_to(Path.cwd()) else own
+    return [f". {shlex.quote(str(place / 'activate'))}"]
 
 
 def remove_run(run: Path) -> None:

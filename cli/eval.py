@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from specd.cli.settings import Prompts, TrustRemoteCode, data_config, named
-from specd.cli.training import then
+from specd.cli.training import taken_away, then
 from specd.config.settings import DataConfig
 from specd.data.rows import HELDOUT
 from specd.drafts import registry
@@ -143,8 +143,10 @@ def evaluate(
         refresh(found)
         if not as_json:
             name = shlex.quote(str(of_run or found.checkpoint or directory))
-            away = f"specd export {name} --to DIR" if of_run or found.checkpoint else f"specd push {name} OWNER/NAME"
-            then(*([f"specd report {name}"] if of_run else []), away)
+            if of_run:
+                then(f"specd report {name}", taken_away(name))
+            else:
+                then(f"specd export {name}" if found.checkpoint else f"specd push {name} OWNER/NAME")
     if any(result.different for result in results.values()):
         raise typer.Exit(1)
 

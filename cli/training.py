@@ -92,7 +92,12 @@ def _say_done(done: TrainedRun, run: str) -> None:
     by = f" by {done.ranks} ranks" if done.ranks > 1 else ""
     state = "is finished" if done.was_finished else "finished"
     typer.echo(f"{run} {state}: {done.steps} steps trained{by}; draft in {run}/draft")
-    then(f"specd eval {run} --untrained", f"specd report {run}", f"specd export {run} --to DIR")
+    then(f"specd eval {run} --untrained", f"specd report {run}", taken_away(run))
+
+
+def taken_away(run: str) -> str:
+    """The command that takes a run's draft to a place of its own. run: its directory as it is typed."""
+    return f"specd export {run} --to {shlex.quote(f'drafts/{Path(shlex.split(run)[0]).absolute().name}')}"
 
 
 def then(*commands: str) -> None:

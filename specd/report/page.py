@@ -118,7 +118,7 @@ figure { margin: 0; break-inside: avoid; }
   box-shadow: 0 1px 4px #0002; font-variant-numeric: tabular-nums; }
 .tip b { display: block; font-weight: 600; }
 .tip span { display: block; }
-.settings { margin-top: 1rem; display: grid; grid-template-columns: repeat(auto-fill, minmax(170px, 1fr));
+.settings { margin-top: 1rem; display: grid; grid-template-columns: repeat(auto-fill, minmax(min(170px, 45%), 1fr));
   gap: .35rem 1.5rem; font-size: .8125rem; }
 .settings dt { font-weight: 400; color: #6b7280; }
 .settings dd { overflow-wrap: anywhere; line-height: 1.3; }

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Protocol
 MOST_PARAMS = 100
 """Parameters that MLflow takes at a time."""
 RUN_TAG = "specd.run"
+LOSSES = ("train/loss", "validation/loss")
 
 
 class Tracked(NamedTuple):
@@ -70,9 +71,13 @@ class MLflow:
         experiment = client.get_experiment_by_name(run.project)
         place = experiment.experiment_id if experiment else client.create_experiment(run.project)
         found = client.search_runs([place], filter_string=f"tags.`{RUN_TAG}` = '{run.id}'", max_results=1)
+        self._had: dict[tuple[str, int], float] = {}
+        """What a resumed run has already, by which steps are known that are trained again after a crash."""
         if found:
             self._id = found[0].info.run_id
             client.update_run(self._id, status="RUNNING")
+            for name in LOSSES:
+                self._had |= {(name, point.step): point.value for point in client.get_metric_history(self._id, name)}
             return
         self._id = client.create_run(place, run_name=run.name, tags={RUN_TAG: run.id}).info.run_id
         params = [Param(name, str(value)) for name, value in flat(run.facts).items()]
@@ -82,6 +87,9 @@ class MLflow:
     def log(self, step: int, scalars: Mapping[str, float]) -> None:
         from mlflow.entities import Metric
 
+        known = [(name, step) for name in LOSSES if name in scalars and (name, step) in self._had]
+        if known and all(self._had[name, step] == scalars[name] for name, _ in known):
+            return  # a step of another plan has another loss
         now = time.time_ns() // 1_000_000
         self._client.log_batch(self._id, metrics=[Metric(name, value, now, step) for name, value in scalars.items()])
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import subprocess
 import sys
@@ -11,14 +13,17 @@ from pathlib import Path
 import pytest
 import torch
 
+from specd.cli.main import run
 from tiny import TARGET, TINY
 
 
 def specd(*arguments: str) -> tuple[int, str]:
-    """Exit code and stderr of one command."""
-    done = subprocess.run([sys.executable, "-m", "specd", "--quiet", *arguments], capture_output=True, text=True)
-    assert "Traceback" not in done.stderr, done.stderr
-    return done.returncode, done.stderr
+    """Exit code and stderr of one command; what would be a traceback is raised."""
+    with contextlib.redirect_stderr(io.StringIO()) as stderr:
+        code = run(["--quiet", *arguments])
+    said = stderr.getvalue()
+    assert "Traceback" not in said, said
+    return code, said
 
 
 def train(output: Path, *arguments: str, **settings: object) -> tuple[int, str]:
@@ -59,10 +64,10 @@ def test_unknown_config_key() -> None:
     assert "unknown field `slotz`" in said
 
 
-def test_a_ring_that_does_not_fit_shared_memory() -> None:
+def test_a_ring_that_does_not_fit_shared_memory(capfd: pytest.CaptureFixture[str]) -> None:
     code, said = specd("start", "--model", TARGET, "--slots", "4096", "--slot-tokens", "1000000")
     assert code == 1
-    assert "shm is not served: the ring needs" in said
+    assert "shm is not served: the ring needs" in capfd.readouterr().err, "by the worker, a process of its own"
     assert "4096 slots of 640000000 bytes: Cannot allocate memory; configure fewer or shorter slots" in said
 
 

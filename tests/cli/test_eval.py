@@ -141,20 +141,18 @@ def test_what_training_prints_works_by_the_letter_and_on_no_other_target(
     assert "not kept with" in capsys.readouterr().out
     assert not figures.exists()
 
+    template = own / "chat_template.jinja"
+    before = template.read_text()
+    template.write_text(THINKING)
+    assert run(printed) == 2, "it takes the place of the run's"
+    assert "was trained on: chat template " in capsys.readouterr().err
+    template.write_text(before)
+
     own.rename(tmp_path / "moved")
     assert run(printed) == 2
     assert f"'{own}', is no directory of this machine" in capsys.readouterr().err
     assert run([*printed, "--model", str(tmp_path / "moved")]) == 0
     assert figures.exists()
-
-
-def test_a_target_that_takes_the_place_of_the_runs_is_refused(
-    tmp_path: Path, printed: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
-    template = tmp_path / "my models" / "Qwen3-8B" / "chat_template.jinja"
-    template.write_text(THINKING)
-    assert run(printed) == 2
-    assert "was trained on: chat template " in capsys.readouterr().err
 
 
 def test_a_target_without_a_chat_template_goes_on_with_prompts(

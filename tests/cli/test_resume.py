@@ -82,7 +82,7 @@ def test_the_draft_of_an_interrupted_run_is_exported_and_evaluated_by_what_is_pr
     capsys.readouterr()
     few = ["--limit", "1", "--max-new-tokens", "4", "--device", "cpu", "--dtype", "float32", "--data", "rows.jsonl"]
     assert run(["-q", "eval", "cut", *few]) == 0, capsys.readouterr().err
-    assert "next:  specd export cut/checkpoints/step-00000003 --to DIR" in capsys.readouterr().out
+    assert "next:  specd export cut/checkpoints/step-00000003\n" in capsys.readouterr().out
     assert run(["-q", "export", "cut"]) == 0
     said = capsys.readouterr().out
     assert said.startswith("draft of step 3 of 6 in cut/draft-00000003\nnext:  specd eval cut/draft-00000003\n")

@@ -89,7 +89,7 @@ def test_a_finished_run_says_what_comes_next(
         f"{run} finished: 9 steps trained; draft in {run}/draft",
         f"next:  specd eval {run} --untrained",
         f"       specd report {run}",
-        f"       specd export {run} --to DIR",
+        f"       specd export {run} --to drafts/run",
     ]
     then("one")
     assert capsys.readouterr().out == "next:  one\n"

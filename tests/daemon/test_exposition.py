@@ -11,7 +11,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from daemons import REPORT
-from exposed import lint, page_of, samples
+from exposed import lint, page_of, promtool, samples
 from specd.daemon.account import COUNTERS
 from specd.daemon.exposition import COUNTS, WAITS, metrics
 from specd.daemon.ring import COUNTERS as RING_COUNTERS
@@ -59,7 +59,7 @@ def test_a_hostile_trainer_cannot_forge_a_sample() -> None:
 
 
 def test_names_keep_promtools_rules() -> None:
-    assert lint(page()) == []
+    assert lint(page()) == promtool(page()) == []
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import shutil
+import subprocess
 from collections.abc import Iterable, Iterator
 
 from prometheus_client import CollectorRegistry, generate_latest
@@ -44,6 +46,14 @@ def samples(page: str) -> dict[str, float]:
 def lint(page: str) -> list[str]:
     """What promtool would say of a page's names."""
     return [problem for name, kind, text in _families(page) for problem in _problems(name, kind, text)]
+
+
+def promtool(page: str) -> list[str]:
+    """What promtool itself says of a page, where it is installed (Debian's package prometheus)."""
+    if (program := shutil.which("promtool")) is None:
+        return []
+    done = subprocess.run([program, "check", "metrics"], input=page, capture_output=True, text=True, check=False)
+    return [*done.stdout.splitlines(), *done.stderr.splitlines()]
 
 
 def _families(page: str) -> Iterator[tuple[str, str, str]]:

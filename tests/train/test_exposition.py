@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from exposed import lint, page_of, samples
+from exposed import lint, page_of, promtool, samples
 from specd.train.exposition import Exposition
 from step_records import measurement, record
 
@@ -48,4 +48,5 @@ def test_names_keep_promtools_rules() -> None:
     run = Exposition(40, {})
     run.step(record(1))
     run.validated(measurement(1))
-    assert lint(page_of(run.metrics())) == []
+    page = page_of(run.metrics())
+    assert lint(page) == promtool(page) == []

@@ -59,9 +59,9 @@ def test_facts_are_flat_parameters() -> None:
     }
 
 
-def twice(name: str, run: Tracked) -> None:
-    """A run of steps 1 to 3 that was interrupted, and went on to step 5."""
-    for steps in ((1, 2, 3), (4, 5)):
+def twice(name: str, run: Tracked, kept: int = 3) -> None:
+    """A run of steps 1 to 3 that was killed, and went on to step 5 from its checkpoint of step `kept`."""
+    for steps in ((1, 2, 3), range(kept + 1, 6)):
         tracker = TRACKERS[name](run)
         for step in steps:
             tracker.log(step, {"train/loss": 8.0 / step})
@@ -73,14 +73,21 @@ def test_mlflow_goes_on_with_the_run_it_had(run: Tracked, monkeypatch: pytest.Mo
     mlflow = pytest.importorskip("mlflow", reason="mlflow is not installed")
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     mlflow.set_tracking_uri(f"file:{run.directory}/runs")
-    twice("mlflow", run)
+    twice("mlflow", run, kept=1)
     client = mlflow.MlflowClient()
     (found,) = client.search_runs([client.get_experiment_by_name("project").experiment_id])
     assert found.info.status == "FINISHED"
     assert found.data.tags[RUN_TAG] == "abcd1234"
     assert found.data.params == {"train.lr": "0.001", "method": "dflash"}
     points = client.get_metric_history(found.info.run_id, "train/loss")
-    assert [(point.step, point.value) for point in points] == [(step, 8.0 / step) for step in range(1, 6)]
+    assert [(point.step, point.value) for point in points] == [(step, 8.0 / step) for step in range(1, 6)], (
+        "each step once"
+    )
+    changed = TRACKERS["mlflow"](run)
+    for step, loss in ((4, 2.0), (5, 7.0)):  # as of another plan from step 5 on
+        changed.log(step, {"train/loss": loss})
+    points = client.get_metric_history(found.info.run_id, "train/loss")
+    assert [(point.step, point.value) for point in points][5:] == [(5, 7.0)]
 
 
 @pytest.mark.filterwarnings("ignore")
