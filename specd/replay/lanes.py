@@ -201,7 +201,8 @@ class Lanes:
             with self._lock:
                 disk.store.load(found)
                 disk.on = True
-            log.info("replay: %d of %d cells hold %d tokens", len(found), disk.cells.cells, tokens)
+            how = "past the page cache" if disk.cells.direct else "through the page cache, without O_DIRECT"
+            log.info("replay: %d of %d cells hold %d tokens, read %s", len(found), disk.cells.cells, tokens, how)
         if damaged:
             log.warning("replay: %d of %d cells are damaged, and are written anew", damaged, disk.cells.cells)
         self.counters.add("damaged", damaged)
