@@ -44,6 +44,8 @@ def status_report(
         loading_ms=loading_ms,
         max_sessions=ring.max_holders,
         replay=started.replay if started else None,
+        lag_cells=ring.contents.lag.cells,
+        lag_used=ring.contents.lag.used,
     )
 
 

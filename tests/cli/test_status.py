@@ -106,6 +106,13 @@ def test_what_sharing_saves_is_one_line_and_who_is_behind_is_said(
     assert "890 of 2,090 requests needed no forward of their own; sweep: 2 trainers" in text
     assert (text.count(", share sweep"), text.count("share sweep (behind)")) == (2, 1)
     assert "of their own" not in show(report, monkeypatch, capsys)
+    lagging = msgspec.structs.replace(
+        report, sessions=shares[:1], counters=saved | {"lag_hits": 110, "unlike": 12}, lag_cells=400, lag_used=87
+    )
+    text = show(lagging, monkeypatch, capsys)
+    assert "1,000 of 2,200 requests needed no forward of their own, 110 of them from the lag window; sweep: 1" in text
+    assert "87 of 400 batches" in text
+    assert "12 batches differ between runs of a share: other data" in text
 
 
 def test_what_is_kept_over_epochs_is_one_line(

@@ -179,6 +179,7 @@ FIELDS: dict[type[wire.Message], dict[str, st.SearchStrategy[Any]]] = {
         "contract": st.none() | contracts, "ring": st.none() | rings, "slots": counts, "queued": u64,
         "sessions": st.lists(sessions, max_size=2).map(tuple), "counters": counts, "endpoints": names,
         "transports": names, "loading_ms": int31, "max_sessions": int31, "replay": replays,
+        "lag_cells": int31, "lag_used": int31,
     },
     wire.Error: {"reason": text},
 }  # fmt: skip

@@ -77,7 +77,7 @@ SAMPLES: tuple[wire.Message, ...] = (
             ),
         ),
         counters={"batches": 2}, endpoints=("ipc:///run/s.sock",), transports=("shm", "bytes"),
-        max_sessions=4, replay=REPLAY,
+        max_sessions=4, replay=REPLAY, lag_cells=9, lag_used=2,
     ),
     wire.Error(epoch=EPOCH, reason="seq 1 is outstanding already"),
 )  # fmt: skip

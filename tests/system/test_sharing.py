@@ -140,7 +140,6 @@ def test_one_that_was_stopped_for_3_s_reads_what_the_other_passed() -> None:
         counters = ask_status(daemon, 10).counters
     assert counters["lag_hits"] >= 30, "they were together all the time"
     assert counters["fills"] <= 0.6 * 2 * count
-    assert counters["kept_evicted"] == 0
 
 
 def test_a_real_target_within_one_process(tmp_path: Path) -> None:
