@@ -148,7 +148,7 @@ class _Rounds:
         before = -1
         while (now := ask_status(self._endpoint, 30).counters)["replay_wrote"] != before:
             before = now["replay_wrote"]
-            time.sleep(1.0)
+            time.sleep(0.3)
         return now
 
     def _slowly(self, deliveries: Any) -> Any:

@@ -110,7 +110,7 @@ class Rig:
             return None
         self.until(lambda: len(self.filled) + len(self.missed) > before)
         if task in self.missed:
-            assert self.arena.generation(slot) == 0
+            assert self.arena.generation(slot) != task.generation
             return None
         assert self.arena.generation(slot) == task.generation
         return bytes(self.arena.tensor(slot)[:NBYTES].numpy())
@@ -274,6 +274,34 @@ def test_a_disk_that_fails_three_times_in_a_row_is_switched_off(
     rig.compute(9)
     assert rig.counts(wrote=6, hit=1, miss=6, skipped=1)
     assert rig.lanes.used == 0
+
+
+def test_what_a_disk_does_not_answer_is_computed_and_what_still_comes_goes_nowhere(
+    make: Make, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    rig, read, go = make(ram=1, disk=SLOTS), os.preadv, threading.Event()
+    monkeypatch.setattr(lanes, "STALL_S", 0.2)
+    rig.start()
+    rig.keep(*range(SLOTS))
+
+    def hangs(*arguments: Any) -> int:
+        assert go.wait(30)
+        return read(*arguments)
+
+    monkeypatch.setattr(os, "preadv", hangs)
+    tasks = [rig.task(number, number) for number in range(1, SLOTS)]
+    assert all(rig.lanes.take(task) for task in tasks)
+    rig.until(lambda: len(rig.missed) == len(tasks))
+    assert "switched off: its disk has not answered for 0 s" in caplog.text
+    assert rig.replay(0) is None, "nor from memory, whose readers wait with it"
+    for task in tasks:
+        rig.arena.begin(task.slot)
+        rig.arena.seal(task.slot, 1000 + task.slot)
+    go.set()
+    rig.lanes.close()
+    assert [rig.arena.generation(task.slot) for task in tasks] == [1000 + task.slot for task in tasks]
+    assert not rig.filled
+    assert rig.count("miss") == SLOTS
 
 
 def test_nothing_is_found_or_kept_while_the_disk_is_looked_through(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,7 +28,7 @@ from specd.protocol.capture import CaptureSpec
 from specd.replay.files import NAME, Files
 from specd.replay.form import offset
 
-COUNT = 40
+COUNT = 24
 KILLS = ASKED or 2
 CELL_BYTES = 64 * 32 * 7 * 4
 """Of the slots of `own_process`."""
@@ -85,10 +85,10 @@ def computed() -> list[str]:
     return digests
 
 
-@pytest.mark.parametrize("cells", [COUNT, 21])
 def test_later_epochs_are_read_as_far_as_they_fit_and_the_next_daemon_goes_on(
-    cells: int, computed: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    computed: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    cells = 13
     flags = ("--replay", str(tmp_path / "store"), "--replay-gb", budget(cells))
     with own_process(*flags) as endpoint:
         went = keep(endpoint, cells, computed)
@@ -140,7 +140,7 @@ def test_of_400_flipped_bytes_each_is_found_and_none_is_served(computed: list[st
     hurt = set()
     with (tmp_path / "s" / NAME).open("r+b") as file:
         for _ in range(400):
-            cell = rng.randrange(27)
+            cell = rng.randrange(2 * COUNT // 3)
             hurt.add(cell)
             at = offset(cell, CELL_BYTES) + rng.randrange(4096 + lengths[cell])
             file.seek(at)
