@@ -36,13 +36,14 @@ TARGET = TargetConfig(model="synthetic:hidden=16,layers=6,vocab=128", device="cp
 
 
 class Timed(zmq.Poller):
-    """A poller that notes how long its thread computed between two polls."""
+    """A poller that notes how long control's thread computed between two polls."""
 
     turns: list[tuple[float, float]] = []  # noqa: RUF012
     _begin = 0.0
 
     def poll(self, timeout: int | None = None) -> list[tuple[object, int]]:
-        self.turns.append((time.monotonic(), time.thread_time() - self._begin))
+        if threading.current_thread().name == "specd-control":  # other threads of this process poll as well
+            self.turns.append((time.monotonic(), time.thread_time() - self._begin))
         events = super().poll(timeout)
         self._begin = time.thread_time()
         return events
@@ -139,6 +140,7 @@ def test_being_scraped_ten_times_a_second_leaves_controls_longest_turn(
                 pause.wait(0.1)
             longest[scraped].append(max(spent for at, spent in list(Timed.turns) if at >= begin))
     alone, read_too = (statistics.median(longest[scraped]) for scraped in (False, True))
+    print(f"\nlongest turn of control: {alone * 1e3:.2f} ms alone, {read_too * 1e3:.2f} ms when scraped")
     assert read_too < 1.5 * alone + 5e-4, longest
 
 

@@ -141,10 +141,10 @@ def attacked(served: Served, kind: str, pace: int, server: str = "") -> Outcome:
     beside: list[float] = []
     sent = 0
     with Honest(served) as honest:
-        honest.train(0.5)
+        begun = honest.train(0.5)
         before = after = served.memory()
         for _ in range(ROUNDS):
-            alone += honest.train(SECONDS)
+            alone += honest.train(SECONDS) if ASKED else begun  # a rate that is printed, and no more
             command = [sys.executable, attacks.__file__, served.endpoint, kind, str(SECONDS + 1), str(pace)]
             with subprocess.Popen([*command, *[server] * bool(server)], stdout=subprocess.PIPE, text=True) as attacker:
                 honest.train(0.7)  # it starts

@@ -23,7 +23,7 @@ from specd.drafts.directory import digest
 from specd.errors import CheckpointError, ConfigError
 from specd.evaluate.results import EvalFacts
 from specd.train.directory import beginning, read_facts
-from specd.train.trainer import train_draft
+from specd.train.trainer import TrainedRun, train_draft
 
 DRAFT = {"mask_token_id": 0, "num_layers": 1, "num_taps": 2, "block_size": 4, "num_anchors": 4}
 
@@ -48,14 +48,34 @@ def settings(tmp_path: Path, name: str, steps: int, init: Path | None = None, **
     }  # fmt: skip
 
 
+@pytest.fixture(scope="module")
+def first(host: Embedded, tmp_path_factory: pytest.TempPathFactory) -> TrainedRun:
+    """A run whose draft others begin with; whoever changes it takes a copy."""
+    return train_draft(settings(tmp_path_factory.mktemp("runs"), "first", 3, lr=1e-2), host=host)
+
+
+EAGLE = {"num_steps": 2, "draft_vocab_size": 50}
+
+
+@pytest.fixture(scope="module")
+def eagle(host: Embedded, tmp_path_factory: pytest.TempPathFactory) -> TrainedRun:
+    asked = settings(tmp_path_factory.mktemp("runs"), "eagle", 2, lr=1e-3) | {"method": "eagle3", "draft": EAGLE}
+    return train_draft(asked, host=host)
+
+
+def copied(run: TrainedRun, tmp_path: Path) -> TrainedRun:
+    directory = shutil.copytree(run.directory, tmp_path / run.directory.name)
+    return TrainedRun(directory, directory / "draft", run.steps)
+
+
 def losses(path: Path) -> list[float]:
     return [json.loads(line)["loss"] for line in (path / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_it_goes_on_from_another_draft_and_says_so(
-    host: Embedded, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    host: Embedded, first: TrainedRun, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    first = train_draft(settings(tmp_path, "first", 3, lr=1e-2), host=host)
+    first = copied(first, tmp_path)
     second = train_draft(settings(tmp_path, "second", 1, first.directory, lr=1e-30), host=host)
     cold = train_draft(settings(tmp_path, "cold", 1), host=host)
     assert losses(second.directory)[0] != losses(cold.directory)[0]
@@ -89,9 +109,10 @@ def test_it_goes_on_from_another_draft_and_says_so(
         beginning(facts)
 
 
-def test_a_resumed_run_begins_with_the_same_draft_wherever_it_lies(host: Embedded, tmp_path: Path) -> None:
-    first = train_draft(settings(tmp_path, "first", 3, lr=1e-2), host=host)
-    other = train_draft(settings(tmp_path, "other", 3, lr=2e-2), host=host)
+def test_a_resumed_run_begins_with_the_same_draft_wherever_it_lies(
+    host: Embedded, first: TrainedRun, tmp_path: Path
+) -> None:
+    other = train_draft(settings(tmp_path, "other", 1, lr=2e-2), host=host)
     whole = train_draft(settings(tmp_path, "whole", 4, first.draft, lr=1e-3), host=host)
     moved = tmp_path / "moved"
     shutil.copytree(first.draft, moved)
@@ -119,9 +140,8 @@ def test_a_resumed_run_begins_with_the_same_draft_wherever_it_lies(host: Embedde
     ],
 )
 def test_a_draft_of_another_shape_is_refused(
-    host: Embedded, tmp_path: Path, changes: dict[str, Any], reason: str
+    host: Embedded, first: TrainedRun, tmp_path: Path, changes: dict[str, Any], reason: str
 ) -> None:
-    first = train_draft(settings(tmp_path, "first", 1), host=host)
     asked = settings(tmp_path, "second", 1, first.draft)
     asked["draft"] |= changes
     with pytest.raises(ConfigError, match=reason):
@@ -133,8 +153,8 @@ def test_what_is_no_draft_is_refused(host: Embedded, tmp_path: Path) -> None:
         train_draft(settings(tmp_path, "run", 1, tmp_path / "nothing"), host=host)
 
 
-def test_a_published_draft_is_as_good_as_an_own_one(host: Embedded, tmp_path: Path) -> None:
-    first = train_draft(settings(tmp_path, "first", 1), host=host)
+def test_a_published_draft_is_as_good_as_an_own_one(host: Embedded, first: TrainedRun, tmp_path: Path) -> None:
+    first = copied(first, tmp_path)
     config = json.loads((first.draft / "config.json").read_text())
     config["dflash_config"]["block_size"] = config.pop("block_size")
     config["rope_parameters"] = {"rope_theta": config.pop("rope_theta"), "rope_type": "default"}
@@ -147,26 +167,24 @@ def test_a_published_draft_is_as_good_as_an_own_one(host: Embedded, tmp_path: Pa
     assert registry.read(second.draft)
 
 
-def test_an_eagle3_draft_keeps_its_vocabulary_from_run_to_run(host: Embedded, tmp_path: Path) -> None:
-    draft = {"num_steps": 2, "draft_vocab_size": 50}
-    asked = settings(tmp_path, "first", 2, lr=1e-3) | {"method": "eagle3", "draft": draft}
-    first = train_draft(asked, host=host)
-    asked |= {"output": str(tmp_path / "second"), "draft": draft | {"init": str(first.directory)}}
+def test_an_eagle3_draft_keeps_its_vocabulary_from_run_to_run(
+    host: Embedded, eagle: TrainedRun, tmp_path: Path
+) -> None:
+    asked = settings(tmp_path, "second", 2, lr=1e-3) | {"method": "eagle3"}
+    asked |= {"draft": EAGLE | {"init": str(eagle.directory)}}
     asked["data"] = asked["data"] | {"max_samples": 9}  # whose most frequent labels are others
     second = train_draft(asked, host=host)
-    ours, theirs = (load_file(path / "model.safetensors") for path in (second.draft, first.draft))
+    ours, theirs = (load_file(path / "model.safetensors") for path in (second.draft, eagle.draft))
     assert ours["d2t"].equal(theirs["d2t"])
     assert not ours["lm_head.weight"].equal(theirs["lm_head.weight"])
-    assert read_facts(second.directory).draft["initial weights"].startswith(str(first.draft))
+    assert read_facts(second.directory).draft["initial weights"].startswith(str(eagle.draft))
 
 
 def test_an_eagle3_draft_is_compared_with_what_it_began_with_by_as_many_guesses(
-    host: Embedded, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    host: Embedded, eagle: TrainedRun, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    draft = {"num_steps": 2, "draft_vocab_size": 50}
-    asked = settings(tmp_path, "first", 1) | {"method": "eagle3", "draft": draft}
-    first = train_draft(asked, host=host)
-    asked |= {"output": str(tmp_path / "second"), "draft": draft | {"num_steps": 4, "init": str(first.directory)}}
+    asked = settings(tmp_path, "second", 1) | {"method": "eagle3"}
+    asked |= {"draft": EAGLE | {"num_steps": 4, "init": str(eagle.directory)}}
     second = train_draft(asked, host=host)
     command = ["eval", "--draft", str(second.directory), "--model", str(model), "--untrained", "--limit", "1"]
     capsys.readouterr()
@@ -184,7 +202,7 @@ def test_a_run_that_had_nothing_to_learn_is_told_of(
 ) -> None:
     """The target's most likely token is in no draft vocabulary, as if it spoke another language."""
     caplog.set_level(logging.WARNING, "specd.train.trainer")
-    asked = settings(tmp_path, "first", 2) | {"method": "eagle3", "draft": {"num_steps": 2, "draft_vocab_size": 50}}
+    asked = settings(tmp_path, "first", 2) | {"method": "eagle3", "draft": EAGLE}
     train_draft(asked, host=host)
     assert "had a prediction to learn from" not in caplog.text
     inside = taught._inside
