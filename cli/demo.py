@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import shlex
 import shutil
-import sys
 import signal
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
