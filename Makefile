@@ -28,7 +28,7 @@ test-oracles: $(SETUP)
 test-gpu: $(SETUP)
 	@SPECD_REQUIRE_GPU=1 $(PYTHON) -m pytest -q -m 'gpu and not slow' --durations 10
 test-faults: $(SETUP)
-	@SPECD_FAULTS=20 $(PYTHON) -m pytest -q -m 'slow or not slow' --timeout 900 tests/system/test_*faults.py tests/daemon/test_control_fuzz.py tests/transports/test_bytes_fuzz.py tests/data/test_label_properties.py
+	@SPECD_FAULTS=20 $(PYTHON) -m pytest -q -m 'slow or not slow' --timeout 900 tests/system/test_*faults.py tests/system/test_replay.py tests/daemon/test_control_fuzz.py tests/transports/test_bytes_fuzz.py tests/data/test_label_properties.py
 # SGLANG=0.5.17 makes an environment of that version for the CPU; without it PYTHON needs the extras sglang and dev.
 test-sglang: $(if $(SGLANG),.venv-sglang-$(SGLANG)/.stamp,$(SETUP))
 	@SPECD_REQUIRE_SGLANG=1 SGLANG_USE_CPU_ENGINE=1 $(if $(SGLANG),.venv-sglang-$(SGLANG)/bin/python,$(PYTHON)) -m pytest -q tests/targets/test_sglang.py tests/targets/test_sglang_states.py

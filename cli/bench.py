@@ -243,6 +243,60 @@ def target(
         Console().print(*render(result), sep="\n")
 
 
+@app.command(
+    epilog="Examples: `specd bench replay /nvme/bench --gb 40 --ram-gb 8` · `specd bench replay /nvme/bench --gb 40 "
+    "--model Qwen3-30B-A3B-FP8 --rounds 20 --json`"
+)
+def replay(
+    directory: Annotated[Path | None, typer.Argument(metavar="DIR", help="On the disk to measure; new.")] = None,
+    gb: Annotated[float, typer.Option(min=0, help="How much of the disk, in GB.")] = 0.0,
+    ram_gb: Annotated[float, typer.Option(min=0, help="How much memory, in GB.")] = 0.0,
+    device: Annotated[str, typer.Option(help="Where the ring is: auto, cpu or cuda:N.")] = "auto",
+    slot: Annotated[str, typer.Option(help="Bytes of a slot, with K, M or G.")] = "60M",
+    asked: Annotated[float, typer.Option(min=0.001, help="GB/s at which slots come that are to be kept.")] = 1.8,
+    model: Annotated[str, typer.Option("--model", "-m", help="A target to keep states of, with dummy weights.")] = "",
+    tokens: Annotated[int, typer.Option(min=1, help="Of a batch of that target.")] = 3072,
+    rounds: Annotated[int, typer.Option(min=2, help="Rounds, each with states kept and not.")] = 20,
+    count: Annotated[int, typer.Option(min=8, help="Batches of half a round.")] = 40,
+    step_ms: Annotated[float, typer.Option(min=0, help="How long a trainer is busy with a batch.")] = 0.0,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="Of the target, e.g. --set target.max_forward_tokens=8192.")
+    ] = None,
+    save: Annotated[Path | None, typer.Option(help="Keep the JSON in FILE, written anew after each part.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """How fast are states kept and read again, and what does keeping them cost a daemon's trainers?"""
+    from rich.console import Console
+
+    from specd.bench import outputs
+    from specd.bench.replay.run import render, run
+
+    if save is not None:
+        outputs.check("--save", save)
+    logging.getLogger("specd").setLevel(logging.WARNING)  # sessions come and go all the time here
+    with _ended_by_signal(), Console(stderr=True).status("") as status:
+        result = run(
+            directory,
+            gb=gb,
+            ram_gb=ram_gb,
+            device=device,
+            slot_bytes=_bytes(slot),
+            asked=asked,
+            model=model,
+            tokens=tokens,
+            target=_of_target(settings or [], "--set"),
+            rounds=rounds,
+            count=count,
+            step_ms=step_ms,
+            progress=status.update,
+            keep=_keeper(save),
+        )
+    if as_json:
+        typer.echo(_json(result))
+    else:
+        Console().print(*render(result), sep="\n")
+
+
 def _of_target(settings: Sequence[str], option: str) -> dict[str, Any]:
     """What these settings say of the target. Raises ConfigError for others."""
     found = overrides(settings)

@@ -21,14 +21,18 @@ Runs = Mapping[str, RunConfig]
 
 
 def captured(runs: Runs, contract: TargetContract) -> CaptureSpec:
-    """The states that all runs together want. Raises ConfigError for a run that the target does not suit."""
+    """The states that all runs together want. Raises ConfigError for runs that do not suit the target or each other."""
+    from specd.train.asked import travelling
+
     found = []
     for name, run in runs.items():
         draft = registry.settings(run.method, run.draft, f"run {name}")
         spec = registry.load(run.method).capture(draft, contract)
         if run.validation.decode_every:
             spec = msgspec.structs.replace(spec, final=True)
-        found.append(spec)
+        found.append(travelling(run, spec))
+    if len(dtypes := sorted({spec.dtype for spec in found})) > 1:
+        raise ConfigError(f"runs want states in {' and in '.join(dtypes)}: expected one capture.dtype for all of them")
     return union(found)
 
 

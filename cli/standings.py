@@ -34,6 +34,7 @@ class Standing:
         self.state = ""
         self.held_out: float | None = None
         self.acceptance = ""
+        """Of an evaluation, with its 95 % interval; else of the last held-out rows that were decoded."""
         self._measured = 0
         self._decoded = 0
         self._forget()
@@ -60,6 +61,8 @@ class Standing:
             with suppress(msgspec.MsgspecError):
                 found = msgspec.json.decode(line, type=Measurement)
                 self._measured, self.held_out = found.step, found.loss
+                if found.acceptance_length is not None and not self._decoded:
+                    self.acceptance = f"{found.acceptance_length:.2f}"
         self._see_evaluation(self.directory / EVALS["trained"])
         return self._measured != before and self.held_out is not None
 

@@ -255,6 +255,8 @@ def ready_line(report: StatusReport) -> str:
             f"ring {ring.num_slots} slots × {ring.slot_tokens} tokens = {nbytes:,} bytes ({units.size(nbytes)})"
             f"{_for_trainers(ring.num_slots, report.max_sessions)}"
         )
+    if report.lag_cells:
+        parts.append(f"lag window of {report.lag_cells:,} batches")
     if report.replay is not None:
         parts.append(f"replay {kept(report.replay)}")
     if report.transports:

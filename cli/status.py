@@ -92,6 +92,8 @@ def _facts(report: StatusReport) -> Iterator[tuple[str, str]]:
     yield "queued", str(report.queued)
     yield "sessions", f"{len(report.sessions)} of {report.max_sessions}" + "".join(f"; {run}" for run in _runs(report))
     yield from _shared(report)
+    if report.lag_cells:
+        yield "lag window", f"{report.lag_used:,} of {report.lag_cells:,} batches"
     if report.replay is not None:
         yield "replay", f"{kept(report.replay)}; {replayed(report.counters)}"
     counts = {name: count for name, count in report.counters.items() if not name.endswith("_us")}
@@ -103,7 +105,9 @@ def _shared(report: StatusReport) -> Iterator[tuple[str, str]]:
     shares = Counter(session.share for session in report.sessions if session.share)
     if shares or saved(report.counters):
         here = "".join(f"; {share}: {count} trainer{'s' * (count > 1)}" for share, count in sorted(shares.items()))
-        yield "shared", f"{saved(report.counters) or 'no requests spared a forward'}{here}"
+        yield "shared", f"{saved(report.counters) or 'no request was spared a forward'}{here}"
+        if unlike := report.counters.get("unlike", 0):
+            yield "", f"{unlike:,} batches differ between runs of a share: other data, data.batch_tokens or train.seed"
 
 
 def _rates(found: Rates) -> Iterator[tuple[str, str]]:

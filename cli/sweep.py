@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ from specd.config.settings import RunConfig
 from specd.config.sweep import read_sweep
 from specd.errors import ConfigError, SpecdError
 
+logger = logging.getLogger(__name__)
 EXAMPLES = (
     "Examples: `specd sweep drafts.yaml -e ipc:///tmp/specd.sock` · `specd sweep drafts.yaml --devices 1,2,3 "
     "--eval-prompts 40` · `specd sweep drafts.yaml --model smollm2-135m --set train.max_minutes=10`"
@@ -106,7 +108,7 @@ def sweep(
         Trainer(name, _placed(own, place, name, device), preset)
         for (name, own), device in zip(asked.items(), _dealt(devices, len(asked)), strict=True)
     ]
-    _check(runs, resume)
+    runs = _checked(runs, resume)
     if dry_run:
         _rehearse(runs, target, resume)
         return
@@ -137,19 +139,25 @@ def _dealt(devices: str, count: int) -> list[str]:
     return [found[number % len(found)] if found else "" for number in range(count)]
 
 
-def _check(runs: Sequence[Trainer], resume: bool) -> None:
-    """See that every run can begin, before anything is made. Raises SpecdError that names the run."""
+def _checked(runs: Sequence[Trainer], resume: bool) -> list[Trainer]:
+    """The runs with their devices, once every one can begin; nothing is made. Raises SpecdError that names the run."""
+    import torch
+
     from specd.train.asked import check, output_of, see_init
 
+    found = []
     for run in runs:
         with _of(run):
-            check(run.first)
+            found.append(run._replace(device=check(run.first)))
             see_init(run.first)
             directory = output_of(run.first)
             if directory.begun and not resume:
                 raise ConfigError(f"{str(directory.path)!r} exists: go on with --resume, or choose another --output")
             if directory.path.exists():
                 directory.check(resume)
+    if {run.device for run in found} == {"cuda"} and torch.cuda.device_count() > 1 and len(found) > 1:
+        logger.warning("all runs train on the first GPU here; --devices 0,1 deals them to two, for instance")
+    return found
 
 
 @contextmanager

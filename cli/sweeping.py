@@ -39,11 +39,15 @@ ASK_S = 5.0
 
 
 class Trainer(NamedTuple):
-    """One run. asked: its settings, as in a file for `specd train --config`. preset: whose recipe lies under them."""
+    """One run. asked: its settings, as in a file for `specd train --config`. preset: whose recipe lies under them.
+
+    device: that it trains on, once that is known.
+    """
 
     name: str
     asked: Mapping[str, Any]
     preset: str
+    device: str = ""
 
     def settle(self, target: str) -> RunConfig:
         """Its settings for a target of that name."""
@@ -56,7 +60,7 @@ class Trainer(NamedTuple):
     @property
     def about(self) -> str:
         """What it trains, where, for a table."""
-        return f"{self.first.method}, {self.first.train.device}"
+        return f"{self.first.method}, {self.device}"
 
     @property
     def directory(self) -> Path:
@@ -100,8 +104,7 @@ def go(runs: Sequence[Trainer], target: Mapping[str, Any], place: Path, prompts:
             )
             for run, standing in zip(runs, standings, strict=True):
                 if prompts and standing not in fleet.failed:
-                    device = run.first.train.device
-                    asked = ["eval", str(run.directory), "--limit", str(prompts), "--device", device]
+                    asked = ["eval", str(run.directory), "--limit", str(prompts), "--device", run.device]
                     fleet.run([Command(standing, asked, place / f"{run.name}.log")], "evaluating")
         except KeyboardInterrupt:
             interrupted = True

@@ -83,8 +83,8 @@ def pull(arena: Arena, ref: SlotRef, into: torch.Tensor, copier: Copier) -> None
     slot = arena.tensor(ref.slot)
     if not ref.pieces:
         copier.copy(into[: ref.nbytes], slot[: ref.nbytes])
-    for here, there in pairs(ref.pieces, into, slot):
-        copier.copy(here, there)
+    else:
+        copier.copies(pairs(ref.pieces, into, slot))
     if (found := arena.generation(ref.slot)) != ref.generation:
         raise stale(ref, found)
 

@@ -101,6 +101,11 @@ class InFlight:
                 self._lock.wait(0.5)
             return session
 
+    def tell_epoch(self, batches: int) -> None:
+        """Tell all daemons how many batches an epoch has."""
+        with self._lock:
+            self._io.tell_epoch(batches)
+
     def submit(self, batches: Iterable[Item]) -> None:
         """Have batches captured; they come home by `take`, in this order."""
         with self._lock:

@@ -52,6 +52,7 @@ class SocketLoop:
         self._lock = lock
         self._act = act
         self._outbox: deque[tuple[Session, Message]] = deque()
+        self._epoch_batches = 0
         self._wake = os.eventfd(0, os.EFD_NONBLOCK)
         self._closing = threading.Event()
         self.ended = False
@@ -81,6 +82,13 @@ class SocketLoop:
         if (link := self._links.of(session)) is not None:
             link.broken = reason
             self.wake()
+
+    def tell_epoch(self, batches: int) -> None:
+        """Tell all daemons, now and at each RENEW, how many batches there are in an epoch. With the lock held."""
+        self._epoch_batches = batches
+        for link in self._links:
+            link.renew_at = 0.0
+        self.wake()
 
     def wake(self) -> None:
         """Have it look at the links and its outbox."""
@@ -161,4 +169,4 @@ class SocketLoop:
             self._act(link, Lost(f"it has not answered for {now - link.heard:.1f} s"))
         elif now >= link.renew_at:
             link.renew_at = now + ttl_s / RENEWALS_PER_TTL
-            self.post(session, wire.Renew(epoch=session.epoch))
+            self.post(session, wire.Renew(epoch=session.epoch, epoch_batches=self._epoch_batches))

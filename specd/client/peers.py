@@ -164,10 +164,10 @@ class Peers(Generic[S, B]):
 
     def home(self, pending: Pending[S, B]) -> Peer[S, B] | None:
         """The daemon that keeps a batch's states, up or not; None if that is no particular one."""
-        keep = [peer for peer in self._peers if peer.keeps and not peer.standby and peer.fits(pending)]
-        if self._keeping != "home" or not keep:
+        if self._keeping != "home":
             return None
-        return max(keep, key=lambda peer: _score(pending.identity, peer.endpoint))
+        keep = [peer for peer in self._peers if peer.keeps and not peer.standby and peer.fits(pending)]
+        return max(keep, key=lambda peer: _score(pending.identity, peer.endpoint), default=None)
 
     def may_keep(self, peer: Peer[S, B], pending: Pending[S, B]) -> bool:
         """Whether a daemon that is asked for a batch may keep its states."""

@@ -149,6 +149,14 @@ class Subscriber:
             if self._owner is stream:
                 self._in_flight.drop()
 
+    def tell_epoch(self, batches: int) -> None:
+        """Tell daemons how many batches of this run come until one comes again.
+
+        They then keep what may still be asked for. Without it a small store takes them for forgotten after four times
+        as many batches as it holds.
+        """
+        self._in_flight.tell_epoch(batches)
+
     def artifact(self, name: str) -> bytes:
         """The bytes of one artifact of the target.
 

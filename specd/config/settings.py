@@ -7,6 +7,8 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
+from specd.protocol.capture import CaptureSpec
+
 AttentionKind = Literal["auto", "flex", "sdpa"]
 """How a draft attends: flex_attention, plain torch ops, or whichever suits the device."""
 
@@ -80,16 +82,38 @@ class RingConfig(Config, kw_only=True, frozen=True):
     lag_gb: Annotated[float, Meta(ge=0, le=1e6)] = 0.0
 
 
+class AlwaysConfig(Config, kw_only=True, frozen=True):
+    """States that every forward for a share captures, whoever is in it, so that one who comes late finds its own.
+
+    taps: layers, from 0. final: the last hidden state after the final norm.
+    """
+
+    taps: tuple[NotNegative, ...] = ()
+    final: bool = False
+
+    @property
+    def spec(self) -> CaptureSpec | None:
+        """The same in the dtype of nobody yet, None where there is nothing."""
+        return CaptureSpec(taps=tuple(sorted(set(self.taps))), final=self.final) if self.taps or self.final else None
+
+
 class CaptureConfig(Config, kw_only=True, frozen=True):
     """The capture that the slots are sized for.
 
-    num_taps: how many layers. final: the last hidden state after the final norm, too. dtype: of the states; `auto` is
-    the target's. Slots of float8_e4m3fn take half the memory, and half the tokens of a trainer that asks for bfloat16.
+    num_taps: how many layers, or as many as there are in `always`. final: the last hidden state after the final norm,
+    too. dtype: of the states; `auto` is the target's. Slots of float8_e4m3fn take half the memory, and half the tokens
+    of a trainer that asks for bfloat16. always: what every forward for a share captures beside what its trainers want.
     """
 
     num_taps: int = 5
     final: bool = False
     dtype: Literal["auto", "float32", "bfloat16", "float16", "float8_e4m3fn"] = "auto"
+    always: AlwaysConfig = AlwaysConfig()
+
+    @property
+    def sized_for(self) -> tuple[int, bool]:
+        """How many layers slots hold, and whether the final state."""
+        return max(self.num_taps, len(set(self.always.taps))), self.final or self.always.final
 
 
 class ReplayConfig(Config, kw_only=True, frozen=True):

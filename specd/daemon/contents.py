@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+import logging
 from collections import deque
+from typing import Final
 
 from specd.daemon.lag import LagWindow, Save
 from specd.daemon.shares import Run, Shares
 from specd.daemon.slots import Ask, Slot, SlotState
 from specd.protocol.capture import covers
 from specd.protocol.messages import Source
+
+log = logging.getLogger(__name__)
+
+SPARE: Final = 4
+"""One in so many slots: runs that follow one another closely need no copies."""
+UNLIKE: Final = 8
+"""So many batches that differ are no accident."""
+WHY_UNLIKE: Final = (
+    "its runs have other batches at the same place, and share nothing there: give all the same data, "
+    "data.batch_tokens and train.seed"
+)
 
 
 class Contents:
@@ -17,6 +30,8 @@ class Contents:
     def __init__(self, num_slots: int, shares: Shares, counters: dict[str, int]) -> None:
         self.slots = [Slot() for _ in range(num_slots)]
         self._free = deque(range(num_slots))  # longest free first: a late reader of old bytes sees them longest
+        self.spare = max(1, num_slots // SPARE)
+        """How many slots are to be FREE, or safe in the lag window, if that can be had."""
         self._serial = 0
         self._resident: dict[bytes, list[int]] = {}  # by content, every slot that is not FREE
         self._shares = shares
@@ -47,10 +62,13 @@ class Contents:
 
         None without room, or while its run is held, which it is not for a cell.
         """
-        found = self.lag.find(ask)
+        found, unlike = self.lag.find(ask), self._is_unlike(run, ask)
         index = self._room(run, ask, held=found is None)
         if index is None:
             return None
+        self._counters["unlike"] += unlike
+        if unlike and self._counters["unlike"] == UNLIKE:
+            log.warning("share %s: %s", run.share, WHY_UNLIKE)
         self._counters["fills" if found is None else "lag_hits"] += 1
         self._serial += 1
         slot = self.slots[index]
@@ -72,19 +90,19 @@ class Contents:
         self.lag.paid(slot.batch_id, run)
 
     def saves(self) -> list[Save]:
-        """The KEPT slots to be copied to the lag window now, the earliest places first."""
-        kept = (
-            [index for index, slot in enumerate(self.slots) if slot.state is SlotState.KEPT] if self.lag.cells else []
-        )
+        """The KEPT slots to be copied to the lag window now: the latest ones, until `spare` can be filled at once."""
+        if not self.lag.cells:
+            return []
         found: list[Save] = []
-        for index in sorted(kept, key=lambda each: self.slots[each].place):
-            slot = self.slots[index]
-            if slot.refused == self.lag.freed or self.lag.has(slot.batch_id, slot.held, saved=False):
-                continue
-            if (save := self.lag.save(index, slot)) is not None:
-                found.append(save)
-            else:
-                slot.refused = self.lag.freed
+        kept = [slot for slot in self.slots if slot.state is SlotState.KEPT]
+        lost = [slot for slot in kept if not self.lag.has(slot.batch_id, slot.held, saved=False)]
+        missing = self.spare - len(self._free) - (len(kept) - len(lost))
+        for slot in sorted(lost, key=lambda each: each.place, reverse=True):
+            if len(found) < missing and slot.refused != self.lag.freed:
+                if (save := self.lag.save(self.slots.index(slot), slot)) is not None:
+                    found.append(save)
+                else:
+                    slot.refused = self.lag.freed
         self._counters["lag_saves"] += len(found)
         return found
 
@@ -138,6 +156,13 @@ class Contents:
         """Whether another run has a fill of its own being made at an earlier place, and so catches up."""
         filling = (slot for slot in self.slots if slot.state is SlotState.FILLING and slot.asker in others)
         return any(slot.place < place and slot.cell is None for slot in filling)
+
+    def _is_unlike(self, run: Run, ask: Ask) -> bool:
+        """Whether another run of a share has another batch at the same place of its plan."""
+        others = self._shares.others(run) if ask.want is not None else set()
+        return any(
+            slot.asker in others and slot.place == ask.place and slot.batch_id != ask.batch_id for slot in self.slots
+        )
 
     def _evict(self, run: Run, others: set[Run], *, held: bool) -> bool:
         """Free a KEPT slot; False without one, or while the run waits for others of its share to read them.

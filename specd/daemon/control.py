@@ -23,7 +23,7 @@ from specd.daemon.front import Front
 from specd.daemon.lag import LagWindow
 from specd.daemon.questions import Questions
 from specd.daemon.reads import Reads
-from specd.daemon.report import status_report, welcome
+from specd.daemon.report import status_report, tell_epochs, welcome
 from specd.daemon.ring import Ring
 from specd.daemon.sessions import Sessions, TrainerSession
 from specd.daemon.slots import Lease
@@ -61,7 +61,8 @@ class Control:
         self._on_ready = on_ready
         self._clock = time.monotonic
         ring = settings.ring
-        self._ring = Ring(ring.slots, ring.max_sessions, ring.lease_ttl_s, self._clock, ring.pace_s)
+        always = settings.capture.always.spec
+        self._ring = Ring(ring.slots, ring.max_sessions, ring.lease_ttl_s, self._clock, ring.pace_s, always)
         self._dispatch: Dispatch[channel.FillSlot] = Dispatch(settings.hang_s, self._clock)
         self._started: channel.Started | None = None
         self._reads = Reads()
@@ -177,6 +178,9 @@ class Control:
                 self._publish(session, message)
             case wire.Renew():
                 self._ring.renew(key)
+                if message.epoch_batches not in (0, session.epoch_batches):
+                    session.epoch_batches = message.epoch_batches
+                    tell_epochs(self._supervisor, self._sessions, self._started)
                 self._send(key, wire.Renewed(epoch=self._epoch))
             case wire.Attach():
                 self._attach(session, message)
@@ -191,11 +195,10 @@ class Control:
             self._end(key, "")
         started = self._started
         if started is None or self.ending.draining:
-            state = "draining" if self.ending.draining else "starting its worker"
-            reason = f"the daemon is {state}"
+            reason = f"the daemon is {'draining' if self.ending.draining else 'starting its worker'}"
             return wire.Reject(epoch=self._epoch, reason=reason, retry_ms=RETRY_MS, loading_ms=self._loading_ms())
         stranger, many = self._front.stranger(connection), self._front.too_many(connection, hello.ranks)
-        wanted = self._ring.shares.wanted(hello.share)
+        wanted = self._ring.shares.wanted(hello.share, hello.spec.dtype)
         exact = self._settings.target.exact
         if problem := stranger or many or check_hello(hello, started.contract, started.ring, wanted, exact=exact):
             return wire.Reject(epoch=self._epoch, reason=problem)
@@ -203,8 +206,7 @@ class Control:
         session = over or self._sessions.open(key, hello, connection, self._clock())
         if isinstance(session, str):
             return wire.Reject(epoch=self._epoch, reason=session, retry_ms=RETRY_MS)
-        if started.replay is not None:
-            self._supervisor.send(channel.Lasts(lookups=self._sessions.lookups(4 * started.replay.cells)))
+        tell_epochs(self._supervisor, self._sessions, started)
         return welcome(session, self._ring, self._supervisor, started, self._settings.ring.lease_ttl_s)
 
     def _loading_ms(self) -> int:

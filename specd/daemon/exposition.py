@@ -40,6 +40,7 @@ COUNTS = {
     "kept_evicted": Count("specd_ring_kept_evictions", "Kept slots that were filled anew before all had read them."),
     "lag_hits": Count("specd_ring_lag_hits", "Slots filled from the lag window, without a forward."),
     "lag_saves": Count("specd_ring_lag_saves", "Kept slots copied to the lag window."),
+    "unlike": Count("specd_ring_unlike_batches", "Batches that two runs of a share had different at one place."),
     "held_ms": Count("specd_ring_held_seconds", "Time that trainers were held for others of their share.", 1e3),
     "replay_hit": Count("specd_replay_hits", "Batches read from what was kept, instead of computed."),
     "replay_miss": Count("specd_replay_misses", "Batches computed that may be kept."),
@@ -91,6 +92,9 @@ def _ring(report: StatusReport) -> Iterator[Metric]:
     if (ring := report.ring) is not None:
         yield GaugeMetricFamily("specd_ring_slot_bytes", "Size of a slot.", value=ring.slot_bytes)
         yield GaugeMetricFamily("specd_ring_slot_tokens", "Longest batch that fits a slot.", value=ring.slot_tokens)
+    if report.lag_cells:
+        yield GaugeMetricFamily("specd_lag_cells", "Batches that the lag window has room for.", value=report.lag_cells)
+        yield GaugeMetricFamily("specd_lag_used_cells", "Batches in the lag window now.", value=report.lag_used)
     if (replay := report.replay) is not None:
         yield GaugeMetricFamily("specd_replay_cells", "Batches that can be kept over epochs.", value=replay.cells)
         yield GaugeMetricFamily("specd_replay_used_cells", "Batches that are kept now.", value=replay.used)

@@ -193,7 +193,7 @@ def largest_request(settings: DaemonConfig) -> int:
     """
     capture = settings.capture
     widths = DTYPE_BYTES.get(capture.dtype, 4)  # as float8 has it, a state takes a byte
-    tokens = settings.ring.slot_tokens * max(1, capture.num_taps + capture.final) * widths
+    tokens = settings.ring.slot_tokens * max(1, sum(capture.sized_for)) * widths
     payloads = settings.ring.payload_mib << 20
     a_token = 8 + (5 if payloads else 0)  # its id, a length, and how long a payload is
     return min(limits.MAX_MESSAGE_BYTES, a_token * tokens + limits.MAX_REQUEST_BYTES) + payloads

@@ -1,7 +1,7 @@
 """The lag window: batches that a run of a share was done with before others had them, in cells of the worker's memory.
 
-A KEPT slot is copied to a cell, if there is one. From then on it may be filled anew without a loss: who lags reads the
-batch from its cell, and no forward is made for it again.
+Where few slots can be filled at once, KEPT ones are copied to cells. From then on they may be filled anew without a
+loss: who lags reads a batch from its cell, and no forward is made for it again.
 
     FREE ──a slot is kept──▶ SAVING ──saved──▶ SAVED ──nobody is owed it──▶ FREE
                                 └──the slot was filled anew under the copy──▶ FREE

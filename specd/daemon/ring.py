@@ -19,8 +19,8 @@ that was read and is still owed is KEPT. A fill that finds no FREE slot takes a 
 of its own share waits for, at once; else its run is held as long as its credit lasts, then takes the newest of all (who
 is owed it needs it last), and the runs owed it are *behind*: nobody waits for them until they join a slot again. It is
 held as well while another of its share, at an earlier place, has a fill of its own being made. Joins are never held.
-With a **lag window** (`lag.py`) KEPT slots are copied to it. A slot that it has may be taken at once, and a fill whose
-batch it has is FILLING from there: that makes no forward, so it is not held, and nobody for it.
+With a **lag window** (`lag.py`) KEPT slots are copied to it, and may be taken at once from then on. A fill whose batch
+it has is FILLING from there: that makes no forward, so it is not held, and nobody is for it.
 
 **The slot guarantee.** With N slots and at most M holders, P = N − M slots form a shared pool. h is a holder's number
 of leases; *extras* = Σ max(h − 1, 0); an *orphan* is a FILLING slot without a lease (its holders are gone, but the
@@ -54,8 +54,8 @@ from specd.protocol.capture import CaptureSpec
 from specd.protocol.messages import Source
 
 COUNTERS = (
-    "submitted", "fills", "joins", "kept_hits", "kept_evicted", "lag_hits", "lag_saves", "held_ms", "released",
-    "stale_release", "stale_fill", "expired", "resets",
+    "submitted", "fills", "joins", "kept_hits", "kept_evicted", "lag_hits", "lag_saves", "unlike", "held_ms",
+    "released", "stale_release", "stale_fill", "expired", "resets",
 )  # fmt: skip
 
 
@@ -69,8 +69,12 @@ class Ring:
         ttl_s: float,
         clock: Callable[[], float],
         pace_s: float | None = None,
+        always: CaptureSpec | None = None,
     ) -> None:
-        """ttl_s: a holder expires this long after its last valid call. clock: monotonic seconds. pace_s: see Shares."""
+        """ttl_s: a holder expires this long after its last valid call. clock: monotonic seconds.
+
+        pace_s, always: see Shares.
+        """
         if not 1 <= max_holders <= num_slots:
             raise ConfigError(
                 f"a ring of {num_slots} slots cannot give {max_holders} sessions a slot each: "
@@ -84,7 +88,7 @@ class Ring:
         self._ttl_s = ttl_s
         self._clock = clock
         self.counters: dict[str, int] = dict.fromkeys(COUNTERS, 0)
-        self.shares = Shares(clock, pace_s)
+        self.shares = Shares(clock, pace_s, always)
         self.contents = Contents(num_slots, self.shares, self.counters)
         self._slots = self.contents.slots
         self._holders: dict[bytes, Holder] = {}

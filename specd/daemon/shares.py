@@ -15,7 +15,9 @@ from collections import deque
 from collections.abc import Callable
 from statistics import median
 
-from specd.protocol.capture import CaptureSpec, union
+from msgspec.structs import replace
+
+from specd.protocol.capture import CaptureSpec, StateDtype, union
 
 FORWARDS = 2
 """The pace, in forwards a batch."""
@@ -47,11 +49,17 @@ class Run:
 
 
 class Shares:
-    """The runs of all open holders. pace_s: seconds, None for the measured one, 0 never holds. clock: monotonic."""
+    """The runs of all open holders. pace_s: seconds, None for the measured one, 0 never holds. clock: monotonic.
 
-    def __init__(self, clock: Callable[[], float], pace_s: float | None = None) -> None:
+    always: what each forward for a share captures beside what its members want, in whatever dtype they want that.
+    """
+
+    def __init__(
+        self, clock: Callable[[], float], pace_s: float | None = None, always: CaptureSpec | None = None
+    ) -> None:
         self._clock = clock
         self._pace_s = pace_s
+        self._always = always
         self._runs: dict[tuple[str, bytes], Run] = {}
         self._waiting: set[Run] = set()
         self._took: deque[float] = deque(maxlen=MEASURED)
@@ -83,12 +91,15 @@ class Shares:
         """What a forward for a request of this run captures now."""
         if want is None or not run.share:
             return want
-        return union([want, *self.wanted(run.share)])
+        return union([want, *self.wanted(run.share, want.dtype)])
 
-    def wanted(self, share: str) -> list[CaptureSpec]:
-        """What the open members of a share want."""
-        runs = (run for run in self._runs.values() if share and run.share == share)
-        return [spec for run in runs for spec in run.specs.values() if spec is not None]
+    def wanted(self, share: str, dtype: StateDtype) -> list[CaptureSpec]:
+        """What the open members of a share want, and what is always captured, in that dtype."""
+        if not share:
+            return []
+        always = [] if self._always is None else [replace(self._always, dtype=dtype)]
+        runs = (run for run in self._runs.values() if run.share == share)
+        return always + [spec for run in runs for spec in run.specs.values() if spec is not None]
 
     def measured(self, forward_s: float) -> None:
         """A batch took so long. The first one is left out, as it may have compiled."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from specd.errors import ConfigError, TransportError, pip_install
@@ -239,15 +239,22 @@ class Copier:
 
     def copy(self, into: torch.Tensor, source: torch.Tensor) -> None:
         """Copy between any two devices; on return the bytes are there, for any stream."""
+        self.copies([(into, source)])
+
+    def copies(self, pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        """Copy into the first of each pair from the second, all of them between the same two devices."""
         import torch
 
-        streams = [self._stream(device) for device in {source.device, into.device} if device.type == "cuda"]
+        pairs = list(pairs)
+        devices = {tensor.device for pair in pairs for tensor in pair}
+        streams = [self._stream(device) for device in devices if device.type == "cuda"]
         with contextlib.ExitStack() as stack:
             if streams:  # a stream's context restores the device before it, even one that was never opened
                 stack.enter_context(torch.cuda.device(streams[0].device))
             for stream in streams:
                 stack.enter_context(torch.cuda.stream(stream))
-            into.copy_(source, non_blocking=True)
+            for into, source in pairs:
+                into.copy_(source, non_blocking=True)
         for stream in streams:
             stream.synchronize()
 

@@ -136,5 +136,5 @@ def decode(codes: Tensor, scales: Tensor, out: Tensor) -> None:
 
 
 def _warps(hidden: int) -> int:
-    """So many that a thread has 16 values or so."""
-    return max(1, min(16, hidden // 512))
+    """So many that a thread has 16 to 32 values; kernels want a power of 2."""
+    return 1 << (max(1, min(16, hidden // 512)).bit_length() - 1)

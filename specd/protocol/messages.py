@@ -162,7 +162,11 @@ class Release(Message, kw_only=True, frozen=True, tag="release"):
 
 
 class Renew(Message, kw_only=True, frozen=True, tag="renew"):
-    """Renew every lease of the session; answered with Renewed."""
+    """Renew every lease of the session; answered with Renewed. epoch_batches: as in Hello, since it is known; 0 for as
+    before.
+    """
+
+    epoch_batches: U64 = 0
 
 
 class Fetch(Message, kw_only=True, frozen=True, tag="fetch"):
@@ -276,7 +280,7 @@ class StatusReport(Message, kw_only=True, frozen=True, tag="status_report"):
     """Answer to STATUS. state: starting, serving, draining. slots: how many are in each state.
 
     transports: what the worker serves, empty while none does. loading_ms: as in Reject. max_sessions: trainers at once.
-    replay: as in Welcome.
+    replay: as in Welcome. lag_cells, lag_used: batches that the lag window has room for, and has.
     """
 
     state: str
@@ -295,6 +299,8 @@ class StatusReport(Message, kw_only=True, frozen=True, tag="status_report"):
     loading_ms: Int31 = 0
     max_sessions: Int31 = 0
     replay: ReplayInfo | None = None
+    lag_cells: Int31 = 0
+    lag_used: Int31 = 0
 
 
 class Error(Message, kw_only=True, frozen=True, tag="error"):

@@ -2,17 +2,23 @@
 
 A batch is looked for in memory first, then on the disk; each keeps a fixed part of its own, and nothing moves between
 them. Whoever asks never waits: a slot that is to be kept is copied by one thread, into a cell in memory or into a
-buffer that another thread writes to the disk. Without a free buffer it is skipped, and kept the next time it comes by.
+buffer that another thread writes to the disk. One that is refilled before is skipped, and kept the next time it comes
+by: bursts, as of forwards that many batches share, wait in the ring's own slots.
 
-    RAM beside the memory tier's: WRITE_BUFFERS + READERS slots, page-locked where the ring is on a GPU
+    RAM of a disk's lanes: WRITE_BUFFERS + READERS slots, page-locked where the ring is on a GPU
+
+A disk's bytes come to a slot by such a buffer, on the CPU, too: so what it does not answer can be computed into that
+slot, as whatever still comes from there comes to no slot.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import queue
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -33,6 +39,8 @@ WRITE_BUFFERS = 4
 ERRORS = 3
 """Input or output errors in a row that switch a disk off."""
 END_S = 10.0
+STALL_S = 10.0
+"""A disk that does not answer a read for so long is not used any more, nor is memory, whose readers wait with it."""
 
 
 class Task(NamedTuple):
@@ -80,15 +88,14 @@ class Lanes:
         self._lock = threading.Lock()  # of the stores, and of tiers
         self._tiers = [Tier(cells) for cells in tiers]
         self._disk = next((tier for tier in self._tiers if isinstance(tier.cells, Files)), None)
-        on_gpu, bounces = isinstance(arena, DeviceArena), WRITE_BUFFERS if self._disk else 0
-        bounces += READERS if self._disk and on_gpu else 0
-        self._bounce = Pinned(bounces, arena.stride, arena.device) if bounces else None
+        self._bounce = Pinned(WRITE_BUFFERS + READERS, arena.stride, arena.device) if self._disk else None
         self._buffers: queue.SimpleQueue[int] = queue.SimpleQueue()
         for buffer in range(WRITE_BUFFERS):
             self._buffers.put(buffer)
         self._reads: queue.SimpleQueue[tuple[Task, Tier, Entry] | None] = queue.SimpleQueue()
-        self._copies: queue.SimpleQueue[tuple[Task, Tier, Entry, int] | None] = queue.SimpleQueue()
+        self._copies: queue.SimpleQueue[tuple[Task, Tier, Entry] | None] = queue.SimpleQueue()
         self._writes: queue.SimpleQueue[tuple[Task, Tier, Entry, int] | None] = queue.SimpleQueue()
+        self._reading: dict[int, tuple[Task, float]] = {}  # by its buffer: what is read from the disk, and since when
         self._ending = threading.Event()
         self.scanned = threading.Event()
         """Whether it is known what lies on the disk."""
@@ -103,6 +110,7 @@ class Lanes:
             self.scanned.set()
         else:
             self._run("write", self._write_all)
+            self._run("watch", self._watch)
             self._run("scan", self._scan, self._disk)
 
     @property
@@ -126,11 +134,11 @@ class Lanes:
                     tier.store.turn()
                 if found is None and tier.on and (entry := tier.store.look(task.key)) is not None:
                     found = tier, entry
+            if found is not None:
+                self._reads.put((task, *found))
         if found is None:
             self._count("miss", task.keep)
-            return False
-        self._reads.put((task, *found))
-        return True
+        return found is not None
 
     def offer(self, task: Task) -> None:
         """Keep a batch whose slot is announced, if there is room for it."""
@@ -140,21 +148,22 @@ class Lanes:
             claimed = self._claim(task.key)
         if claimed is None:
             return
-        tier, entry = claimed
-        try:
-            buffer = self._buffers.get_nowait()
-        except queue.Empty:
-            self._give_up(tier, entry)
-            return
-        self._copies.put((task, tier, entry, buffer))
+        if self._copies.qsize() < self._arena.num_slots:  # else the first ones are refilled already
+            self._copies.put((task, *claimed))
+        else:
+            self._give_up(*claimed)
 
     def close(self) -> None:
         """End the threads, each after what it does now. The arena must still be there. Idempotent."""
         self._ending.set()
-        for lane in (*[self._reads] * READERS, self._copies, self._writes):
-            lane.put(None)
+        for _ in range(READERS):
+            self._reads.put(None)
+        self._copies.put(None)
+        self._writes.put(None)
+        self._buffers.put(0)  # whoever waits for one ends then
+        limit = time.monotonic() + END_S
         for thread in self._threads:
-            thread.join(END_S)
+            thread.join(max(0.0, limit - time.monotonic()))
         if any(thread.is_alive() for thread in self._threads):
             log.warning("the disk of the replay tier did not answer within %.0f s", END_S)
             return  # what it still writes to stays
@@ -192,7 +201,8 @@ class Lanes:
             with self._lock:
                 disk.store.load(found)
                 disk.on = True
-            log.info("replay: %d of %d cells hold %d tokens", len(found), disk.cells.cells, tokens)
+            how = "past the page cache" if disk.cells.direct else "through the page cache, without O_DIRECT"
+            log.info("replay: %d of %d cells hold %d tokens, read %s", len(found), disk.cells.cells, tokens, how)
         if damaged:
             log.warning("replay: %d of %d cells are damaged, and are written anew", damaged, disk.cells.cells)
         self.counters.add("damaged", damaged)
@@ -203,56 +213,103 @@ class Lanes:
         copier = Copier()
         while (item := self._reads.get()) is not None and not self._ending.is_set():
             task, tier, entry = item
-            self._arena.begin(task.slot)
-            try:
-                self._read(task, tier, entry, bounce, copier)
-            except (DamageError, OSError) as error:
+            cells, cell = tier.cells, entry.cell
+            error: DamageError | OSError | None = None
+            if isinstance(cells, Files):
+                error = self._read(task, cells, cell, bounce)
+                with self._lock:
+                    if self._reading.pop(bounce, None) is None:  # it was computed meanwhile
+                        tier.store.done(entry)
+                        continue
+                assert self._bounce is not None
+                cells, cell = self._bounce, bounce
+            if error is not None:
                 self._lose(tier, entry, error)
                 self._missed(task)
-            else:
-                tier.errors = 0
+                continue
+            self._put(task, cells, cell, copier)
+            tier.errors = 0
+            with self._lock:
+                tier.store.done(entry)
+            self._count("hit")  # before: whoever asks then is told of it
+            self._filled(task)
+
+    def _read(self, task: Task, disk: Files, cell: int, bounce: int) -> DamageError | OSError | None:
+        """Read a batch into a buffer; returns why that failed."""
+        assert self._bounce is not None
+        with self._lock:
+            self._reading[bounce] = task, time.monotonic()
+        try:
+            disk.read(cell, task.key, self._bounce.view(bounce)[: whole_pages(task.nbytes)])
+        except (DamageError, OSError) as error:
+            return error
+        return None
+
+    def _watch(self) -> None:
+        """Have computed what a disk is asked for in vain."""
+        while not self._ending.wait(STALL_S / 4):
+            with self._lock:
+                limit = time.monotonic() - STALL_S
+                late = {buffer: task for buffer, (task, since) in self._reading.items() if since < limit}
+                for buffer in late:
+                    del self._reading[buffer]
+                if late:
+                    for tier in self._tiers:
+                        tier.on = False
+            if late:
+                log.warning("the replay tier is switched off: its disk has not answered for %.0f s", STALL_S)
+            for task in (*late.values(), *(self._unread() if late else ())):
+                self._count("miss")
+                self._missed(task)
+
+    def _unread(self) -> Iterator[Task]:
+        """Take back what no reader has begun with."""
+        with contextlib.suppress(queue.Empty):
+            while (item := self._reads.get_nowait()) is not None:
+                task, tier, entry = item
                 with self._lock:
                     tier.store.done(entry)
-                self._arena.seal(task.slot, task.generation, task.nbytes)
-                self._filled(task)
-                self._count("hit")
-
-    def _read(self, task: Task, tier: Tier, entry: Entry, bounce: int, copier: Copier) -> None:
-        """Put a batch's bytes into its slot. Raises DamageError or OSError."""
-        cells, whole = tier.cells, whole_pages(task.nbytes)
-        if isinstance(cells, Pinned):
-            self._put(task, cells, entry.cell, copier)
-        elif isinstance(self._arena, HostArena):
-            cells.read(entry.cell, task.key, self._arena.slot(task.slot)[:whole])
-        else:
-            assert self._bounce is not None
-            cells.read(entry.cell, task.key, self._bounce.view(bounce)[:whole])
-            self._put(task, self._bounce, bounce, copier)
+                yield task
+            self._reads.put(None)  # for whom it was meant
 
     def _put(self, task: Task, cells: Pinned, cell: int, copier: Copier) -> None:
+        """Fill a slot from a cell."""
+        self._arena.begin(task.slot)
         if isinstance(self._arena, DeviceArena):
             copier.copy(self._arena.tensor(task.slot)[: task.nbytes], cells.tensor(cell)[: task.nbytes])
         else:
             _copy(self._arena.slot(task.slot)[: task.nbytes], cells.view(cell)[: task.nbytes])
+        self._arena.seal(task.slot, task.generation, task.nbytes)
 
     def _copy_all(self) -> None:
         copier = Copier()
         while (item := self._copies.get()) is not None and not self._ending.is_set():
-            task, tier, entry, buffer = item
-            cells, cell = (tier.cells, entry.cell) if isinstance(tier.cells, Pinned) else (self._bounce, buffer)
-            assert isinstance(cells, Pinned)
-            if isinstance(self._arena, DeviceArena):
-                copier.copy(cells.tensor(cell)[: task.nbytes], self._arena.tensor(task.slot)[: task.nbytes])
-            else:
-                _copy(cells.view(cell)[: task.nbytes], self._arena.slot(task.slot)[: task.nbytes])
-            if self._arena.generation(task.slot) != task.generation:  # refilled under the copy
-                self._give_up(tier, entry)
-            elif cells is self._bounce:
-                self._writes.put(item)
+            task, tier, entry = item
+            if isinstance(tier.cells, Pinned):
+                if self._copied(task, tier.cells, entry.cell, copier):
+                    self._keep(tier, entry)
+                else:
+                    self._give_up(tier, entry)
                 continue
+            assert self._bounce is not None
+            buffer = self._buffers.get()
+            if self._ending.is_set():
+                return
+            if self._copied(task, self._bounce, buffer, copier):
+                self._writes.put((*item, buffer))
             else:
-                self._keep(tier, entry)
-            self._buffers.put(buffer)
+                self._give_up(tier, entry)
+                self._buffers.put(buffer)
+
+    def _copied(self, task: Task, cells: Pinned, cell: int, copier: Copier) -> bool:
+        """Copy a slot; False if it was refilled before the last byte."""
+        if self._arena.generation(task.slot) != task.generation:
+            return False
+        if isinstance(self._arena, DeviceArena):
+            copier.copy(cells.tensor(cell)[: task.nbytes], self._arena.tensor(task.slot)[: task.nbytes])
+        else:
+            _copy(cells.view(cell)[: task.nbytes], self._arena.slot(task.slot)[: task.nbytes])
+        return self._arena.generation(task.slot) == task.generation
 
     def _write_all(self) -> None:
         assert self._bounce is not None

@@ -31,8 +31,11 @@ logger = logging.getLogger(__name__)
 class Keeper(Protocol):
     """A source of states, as far as it is known what its daemons keep; as a Subscriber has it."""
 
-    replay: ReplayInfo | None
-    stands_by: bool
+    @property
+    def replay(self) -> ReplayInfo | None: ...
+
+    @property
+    def stands_by(self) -> bool: ...
 
 
 class Prepared(NamedTuple):

@@ -213,6 +213,8 @@ def _train(
         if images:
             images.check(contract, subscriber.ring, settled.data.batch_tokens)
         batches = dataset.plan(settled.data, settled.train.seed, held.samples)
+        if settled.data.packing == "fixed":
+            subscriber.tell_epoch(batches.num_batches(0))
         loader = Loader(dataset, batches, epochs=settled.train.epochs, payloads=images)
         validation = measurements(settled, dataset, held, batches, directory.validation)
         own = identity(settled, draft, method.free, contract, dataset.digest)
@@ -332,11 +334,11 @@ def _connect(
 
 
 def _beside(first: RunConfig, subscriber: Subscriber, device: str, name: str, host: LocalDaemon | None) -> Subscriber:
-    """A source of the same states and the final ones, for decoding: nobody asks for them again.
+    """A source of the same states and the final ones, for decoding: nobody asks for them again, nor shares them.
 
     Never rounded, as what a target writes is not.
     """
-    own = replace(first, subscriber=replace(first.subscriber, depth=0, borrow=False))
+    own = replace(first, subscriber=replace(first.subscriber, depth=0, borrow=False, share=""))
     spec = replace(subscriber.spec, final=True, dtype=subscriber.dtype)
     return _connect(
         own, lambda contract: spec, lambda contract: spec, device, f"{name}, decoding", host, Ranks(), "nowhere"

@@ -22,7 +22,7 @@ import numpy as np
 import zmq
 
 from specd.config.settings import DaemonConfig
-from specd.errors import SpecdError, TransportError, first_line
+from specd.errors import ConfigError, SpecdError, TransportError, first_line
 from specd.log import log_as
 from specd.memory.arena import HostArena
 from specd.memory.device_arena import DeviceArena
@@ -228,6 +228,9 @@ class Worker:
             self._replay = Replay(config.replay, self._config.parent_pid or os.getpid())
         self._target = target = load_target(config.target)
         contract = target.contract
+        always = config.capture.always.spec
+        if always is not None and (problem := always.problem(contract.num_layers)):
+            raise ConfigError(f"capture.always: {problem}")
         if config.ring.payload_mib and not contract.payloads:
             log.info("ring.payload_mib is not used: %s takes text alone here", contract.model)
         nbytes = slot_bytes(capture_of(config, contract), contract.hidden_size, config.ring.slot_tokens)
@@ -354,7 +357,8 @@ def capture_of(config: DaemonConfig, contract: TargetContract) -> CaptureSpec:
     """The spec the daemon's slots are sized for; only the number of taps matters."""
     capture = config.capture
     dtype = contract.dtype if capture.dtype == "auto" else capture.dtype
-    return CaptureSpec(taps=tuple(range(capture.num_taps)), final=capture.final, dtype=dtype)  # type: ignore[arg-type]
+    num_taps, final = capture.sized_for
+    return CaptureSpec(taps=tuple(range(num_taps)), final=final, dtype=dtype)  # type: ignore[arg-type]
 
 
 def main() -> None:

@@ -131,6 +131,7 @@ def test_more_and_fewer_steps_are_a_new_plan_and_said(
         ({"target": {"model": "a", "exact": True}}, ["--model", "b"], "b", ("auto",)),
         ({"subscriber": {"endpoints": ["tcp://d:1"], "transport": "bytes"}}, [], "", ("tcp://d:1",)),
         ({"subscriber": {"endpoints": ["tcp://d:1"], "transport": "bytes"}}, ["--model", "a"], "a", ("auto",)),
+        ({"method": None, "target": {"model": "a"}}, [], "a", ("auto",)),
     ],
 )
 def test_its_target_may_be_elsewhere_by_now(
@@ -142,6 +143,8 @@ def test_its_target_may_be_elsewhere_by_now(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     config = {"method": "dflash", "train": {"lr": 0.5}} | began
+    if old := config["method"] is None:  # as specd 0.1.0 wrote it
+        del config["method"]
     facts = RunFacts(started="", target={}, draft={}, data={}, transports={}, machine={}, config=config)
     write_facts(tmp_path, facts)
     seen: list[tuple[RunConfig, str]] = []
@@ -154,7 +157,8 @@ def test_its_target_may_be_elsewhere_by_now(
     ((settled, hosted),) = seen
     assert (hosted, settled.subscriber.endpoints, settled.target.get("model", "")) == (model, endpoints, model)
     assert (settled.train.lr, settled.train.keep, settled.output) == (0.5, 5, str(tmp_path))
-    assert settled.target.get("exact", False) == bool(model and "target" in began)
+    assert settled.target.get("exact", False) == bool(model and began.get("target", {}).get("exact"))
+    assert settled.draft.get("loss") == ("decay" if old else None)
 
 
 def test_one_target_only(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

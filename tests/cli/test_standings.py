@@ -28,10 +28,11 @@ def test_a_run_is_followed_and_taken_anew_where_it_was_cut_back(tmp_path: Path) 
     assert not run.look()
     journal = tmp_path / JOURNAL
     journal.write_bytes(lines(record(1), record(2, shared=1)) + b'{"step":3')
-    (tmp_path / VALIDATION).write_bytes(lines(measurement(2)))
+    (tmp_path / VALIDATION).write_bytes(lines(measurement(2, acceptance_length=1.5)))
     assert run.look()
     assert (run.totals.steps, run.totals.shared, run.held_out) == (2, 1, measurement(2).loss)
     assert not run.look(), "nothing was measured since"
+    assert run.acceptance == "1.50"
     with journal.open("ab") as file:
         file.write(lines(record(3))[9:])
     run.look()

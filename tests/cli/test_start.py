@@ -14,6 +14,7 @@ from specd.cli import start
 from specd.cli.main import run
 from specd.client.seats import thin
 from specd.config.settings import DaemonConfig
+from specd.protocol.contract import ReplayInfo
 
 
 @pytest.mark.parametrize(
@@ -25,6 +26,9 @@ from specd.config.settings import DaemonConfig
         (["--model", "smollm2-135m", "--config", "/nowhere.yaml"], "/nowhere.yaml"),
         (["--model", "smollm2-135m", "--depth", "3"], "--depth 3 says how deep"),
         (["--model", "smollm2-135m", "--trainers", "4", "--slots", "9"], "--slots 9 with --trainers 4: expected one"),
+        (["--model", "smollm2-135m", "--replay", "states"], "states without a size: say how much"),
+        (["--model", "smollm2-135m", "--replay-gb", "5"], "replay.gb=5 without a directory: say where"),
+        (["--model", "smollm2-135m", "--replay-ram-gb", "-1"], "replay.ram_gb"),
     ],
 )
 def test_start_refuses_wrong_settings(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -40,6 +44,8 @@ def test_ready_line_says_where_what_and_how_much() -> None:
     for part in ("ipc:///tmp/x/daemon.sock", "tiny", "8 slots", "41,943,040 bytes", "40 MiB"):
         assert part in line
     assert "(40 MiB) for 4 trainers at depth 1 · " in start.ready_line(replace(REPORT, max_sessions=4))
+    info = ReplayInfo(cells=9, used=3, cell_bytes=5 << 20)
+    assert " · replay 3 of 9 cells hold a batch, 5 MiB each · " in start.ready_line(replace(REPORT, replay=info))
     assert "(40 MiB) for 1 trainer at depth 7 · " in start.ready_line(replace(REPORT, max_sessions=1))
 
 

@@ -21,6 +21,7 @@ from specd.config.settings import DaemonConfig, RingConfig, SubscriberConfig, Ta
 from specd.daemon.serve import embedded
 from specd.errors import ConfigError
 from specd.protocol.capture import CaptureSpec
+from specd.protocol.contract import ReplayInfo
 from specd.protocol.messages import Status, StatusReport, decode_reply, encode
 
 HOSTILE = "x[/y] [bold]:smile:\x1b]0;owned\x07\x9b2J\u202e\r\n"
@@ -105,6 +106,24 @@ def test_what_sharing_saves_is_one_line_and_who_is_behind_is_said(
     assert "890 of 2,090 requests needed no forward of their own; sweep: 2 trainers" in text
     assert (text.count(", share sweep"), text.count("share sweep (behind)")) == (2, 1)
     assert "of their own" not in show(report, monkeypatch, capsys)
+    lagging = msgspec.structs.replace(
+        report, sessions=shares[:1], counters=saved | {"lag_hits": 110, "unlike": 12}, lag_cells=400, lag_used=87
+    )
+    text = show(lagging, monkeypatch, capsys)
+    assert "1,000 of 2,200 requests needed no forward of their own, 110 of them from the lag window; sweep: 1" in text
+    assert "87 of 400 batches" in text
+    assert "12 batches differ between runs of a share: other data" in text
+
+
+def test_what_is_kept_over_epochs_is_one_line(
+    report: StatusReport, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    counts = {"replay_hit": 96, "replay_miss": 4, "replay_wrote": 4}
+    info = ReplayInfo(cells=9, used=4, cell_bytes=5 << 20)
+    text = show(msgspec.structs.replace(report, replay=info, counters=counts), monkeypatch, capsys)
+    said = "4 of 9 cells hold a batch, 5 MiB each; 96 of 100 batches replayed (96%), 4 written"
+    assert said in " ".join(text.split())
+    assert "replayed" not in show(report, monkeypatch, capsys)
 
 
 @pytest.mark.parametrize("timeout_s", [-1.0, float("nan"), float("inf"), 2 * LONGEST_S])

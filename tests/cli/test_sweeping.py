@@ -17,20 +17,26 @@ from specd.cli import sweeping
 from specd.cli.fleet import Command, Fleet
 from specd.cli.sweeping import Trainer, go
 from specd.train.checkpoint import finished_checkpoints
-from specd.train.journal import read
+from specd.train.journal import StepRecord, read
 
 FILE = """
 base:
   data: {path: tokens.jsonl, batch_tokens: 80, max_length: 40}
-  train: {epochs: 500, device: cpu, threads: 1, save_every: 20, dtype: float32}
+  train: {epochs: 500, device: cpu, threads: 1, save_every: 5, dtype: float32}
   draft.attention: sdpa
 runs:
   narrow: {method: dflash, draft: {num_layers: 1, num_taps: 2, block_size: 4, num_anchors: 4, mask_token_id: 255}}
   wide: {method: dspark, draft: {num_layers: 1, num_taps: 4, block_size: 4, num_anchors: 4, mask_token_id: 255}}
   eagle: {method: eagle3, draft: {num_steps: 3}}
 """
-SWEEP = [sys.executable, "-m", "specd", "sweep", "three.yaml", "-m", "synthetic:hidden=32,layers=8,vocab=256,ms=15"]
-LIMIT_S = 60.0
+SWEEP = [sys.executable, "-m", "specd", "sweep", "three.yaml", "-m", "synthetic:hidden=32,layers=8,vocab=256,ms=100"]
+LIMIT_S = 120.0
+SHARED = 10
+"""Batches for which another run made the forward, before one is killed."""
+
+
+def steps_of(run: Path) -> list[StepRecord]:
+    return read(run / "metrics.jsonl") if (run / "metrics.jsonl").exists() else []
 
 
 def test_one_is_killed_all_are_interrupted_and_all_go_on(tmp_path: Path) -> None:
@@ -48,11 +54,9 @@ def test_one_is_killed_all_are_interrupted_and_all_go_on(tmp_path: Path) -> None
         if found := re.match(r"(\w+): \w+, cpu, training, process (\d+); log ", line):
             pids[found[1]] = int(found[2])
     limit = time.monotonic() + LIMIT_S
-    while not all(
-        (path / "metrics.jsonl").exists() and len(read(path / "metrics.jsonl")) > 8 for path in runs.values()
-    ):
+    while sum(record.shared for path in runs.values() for record in steps_of(path)) < SHARED:
         assert time.monotonic() < limit, process.communicate()
-        time.sleep(0.02)  # progress of other processes: nothing to wait on
+        time.sleep(0.05)  # progress of other processes: nothing to wait on
     os.kill(pids["wide"], signal.SIGKILL)
     while "wide: killed by SIGKILL after step" not in line:
         line = process.stdout.readline().decode()
@@ -61,26 +65,32 @@ def test_one_is_killed_all_are_interrupted_and_all_go_on(tmp_path: Path) -> None
     said, errors = (text.decode() for text in process.communicate(timeout=LIMIT_S))
     assert process.returncode == 130, errors
     assert "interrupted: 2 runs end in order, each keeps what it has" in said
-    assert "go on:     specd sweep three.yaml -m synthetic:hidden=32,layers=8,vocab=256,ms=15 --resume" in errors
+    assert "go on:     specd sweep three.yaml -m synthetic:hidden=32,layers=8,vocab=256,ms=100 --resume" in errors
     for name in ("narrow", "eagle"):
-        kept = len(read(runs[name] / "metrics.jsonl"))
-        assert finished_checkpoints(runs[name] / "checkpoints")[-1][0] == kept > 8
+        if kept := len(steps_of(runs[name])):
+            assert finished_checkpoints(runs[name] / "checkpoints")[-1][0] == kept
     for pid in pids.values():
         assert not Path(f"/proc/{pid}").exists()
 
-    most = max(len(read(path / "metrics.jsonl")) for path in runs.values()) + 20
+    steps = {name: steps_of(path) for name, path in runs.items()}
+    batches = sum(map(len, steps.values()))
+    shared = sum(record.shared for records in steps.values() for record in records)
+    assert f"{batches:,} batches were trained from {batches - shared:,} forwards of the target: {shared:,} (" in said
+    assert shared >= SHARED
+
+    three = FILE.splitlines()
+    (tmp_path / "three.yaml").write_text(
+        "\n".join(line for line in three if "narrow" not in line and "eagle" not in line)
+    )
+    most = len(steps["wide"]) + 3
     again = [*SWEEP, "--resume", "--set", f"train.max_steps={most}"]
     done = subprocess.run(
         again, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=LIMIT_S, check=False
     )
     assert done.returncode == 0, done
-    steps = {name: read(path / "metrics.jsonl") for name, path in runs.items()}
-    assert {name: len(records) for name, records in steps.items()} == dict.fromkeys(runs, most)
-    batches, shared = 3 * most, sum(record.shared for records in steps.values() for record in records)
-    assert shared > 0.2 * batches, "of three runs that begin at other moments"
-    assert f"{batches:,} batches were trained from {batches - shared:,} forwards of the target: " in done.stdout
-    assert "next:  specd report runs/three/narrow runs/three/wide runs/three/eagle\n" in done.stdout
-    assert "eagle3, cpu, finished" in done.stdout
+    assert len(read(runs["wide"] / "metrics.jsonl")) == most
+    assert "dspark, cpu, finished" in done.stdout
+    assert "next:  specd report runs/three/wide\n       specd eval runs/three/wide\n" in done.stdout
 
 
 def test_what_was_trained_is_decoded_one_after_the_other(
@@ -99,7 +109,7 @@ def test_what_was_trained_is_decoded_one_after_the_other(
     monkeypatch.setattr("specd.cli.fleet.Fleet", Noted)
     monkeypatch.setattr(sweeping, "_see_daemons", lambda runs: None)
     runs = [
-        Trainer(name, {"method": "dflash", "output": str(tmp_path / name), "train": {"device": device}}, "smollm2-135m")
+        Trainer(name, {"method": "dflash", "output": str(tmp_path / name)}, "smollm2-135m", device)
         for name, device in (("a", "cpu"), ("b", "cpu"), ("c", "cuda:3"))
     ]
     with pytest.raises(BaseException, match="1"):

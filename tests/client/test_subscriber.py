@@ -23,7 +23,7 @@ from specd.daemon.serve import Embedded, embedded
 from specd.daemon.supervisor import Supervisor, ThreadHandle
 from specd.errors import BatchError, ConfigError, DaemonError, RejectedError
 from specd.protocol import messages as wire
-from specd.protocol.batch import Batch, batch_id
+from specd.protocol.batch import Batch, batch_id, slot_bytes
 from specd.protocol.capture import CaptureSpec
 from specd.transports.base import ServerContext
 
@@ -223,6 +223,7 @@ def test_two_daemons_that_keep_states_have_each_batch_once_and_replay_it() -> No
         with Subscriber(link, SPEC, context=context, keeping="home") as source:
             wait_for(lambda: len(source.stats().transports) == 2)
             states: list[torch.Tensor] = []
+            replayed = 0
             for epoch in range(6):
                 before = source.stats().replayed
                 now = [torch.cat([item.taps.flatten(), item.final.flatten()])
@@ -234,6 +235,24 @@ def test_two_daemons_that_keep_states_have_each_batch_once_and_replay_it() -> No
             reports = [ask(context, host.endpoint).replay for host in (one, two)]
     assert replayed >= 36
     assert 36 <= sum(report.used for report in reports if report is not None) <= 40
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_a_daemon_that_is_told_how_long_an_epoch_is_keeps_its_part_of_a_long_one(told: bool) -> None:
+    size = slot_bytes(SPEC, 16, 64)
+    config = msgspec.structs.replace(daemon_config(slots=8), replay=ReplayConfig(ram_gb=6 * (size + 8192) / 1e9))
+    with embedded(config) as host, subscriber(host, keeping="home") as source:
+        assert source.replay is not None
+        assert 2 <= source.replay.cells <= 8, "so that 60 batches are over four times as many"
+        if told:
+            source.tell_epoch(60)
+        hits = []
+        for _ in range(4):
+            before = source.stats().replayed
+            for item in source.stream(batch(i) for i in range(60)):
+                assert item.taps is not None
+            hits.append(source.stats().replayed - before)
+    assert hits[2:] == [source.replay.cells if told else 0] * 2, "in the same order, so what is evicted is never hit"
 
 
 def ask(context: zmq.Context[zmq.Socket[bytes]], endpoint: str) -> wire.StatusReport:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from rings import A, B, C, Clock, content
 from specd.daemon.contents import Contents
+from specd.daemon.ring import COUNTERS
 from specd.daemon.shares import Run, Shares
 from specd.daemon.slots import Ask, SlotState
 from specd.protocol.capture import CaptureSpec
@@ -12,7 +13,7 @@ SPEC = CaptureSpec(taps=(1,))
 
 
 def made(pace_s: float) -> tuple[Contents, Run, Run, Run, dict[str, int]]:
-    counters = {"fills": 0, "joins": 0, "kept_hits": 0, "kept_evicted": 0}
+    counters = dict.fromkeys(COUNTERS, 0)
     shares = Shares(Clock(), pace_s)
     runs = [shares.enter(name, b"", share, SPEC) for name, share in ((A, "s"), (B, "s"), (C, ""))]
     return Contents(3, shares, counters), runs[0], runs[1], runs[2], counters

@@ -15,6 +15,7 @@ from exposed import lint, page_of, promtool, samples
 from specd.daemon.account import COUNTERS
 from specd.daemon.exposition import COUNTS, WAITS, metrics
 from specd.daemon.ring import COUNTERS as RING_COUNTERS
+from specd.protocol.contract import ReplayInfo
 from specd.protocol.messages import StatusReport
 from specd.train.exposition import Exposition
 from step_records import measurement, record
@@ -31,6 +32,8 @@ def test_everything_a_daemon_says_is_a_sample() -> None:
     assert found['specd_ring_slots{state="free"}'] == 5
     assert found['specd_ring_slots{state="kept"}'] == 0
     assert found['specd_daemon_state{state="serving"}'] == 1
+    keeping = samples(page(msgspec.structs.replace(REPORT, replay=ReplayInfo(cells=9, used=3, cell_bytes=4096))))
+    assert [keeping[f"specd_replay_{name}"] for name in ("cells", "used_cells", "cell_bytes")] == [9, 3, 4096]
     assert found["specd_batches_total"] == 1234
     session = 'session="abababababababababababababababab",trainer="trainer-1",transport="shm"'
     assert found[f"specd_session_served_bytes_total{{{session}}}"] == 5 << 30

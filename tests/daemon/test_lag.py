@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
+
 from rings import A, B, C, Clock, content, fill_all
 from specd.daemon.lag import LagWindow, Save
 from specd.daemon.ring import Ring
-from specd.daemon.slots import Grant, SlotState
+from specd.daemon.slots import SlotState
 from specd.protocol.capture import CaptureSpec
 
 SPEC = CaptureSpec(taps=(1,))
@@ -13,13 +15,16 @@ MORE = CaptureSpec(taps=(1, 2))
 
 
 class Bench:
-    """A ring of runs that share, with a lag window, and its worker. A leads."""
+    """A ring of runs that share, with a lag window, and its worker. A leads. eager: all that is kept is saved."""
 
-    def __init__(self, cells: int, num_slots: int = 4, names: tuple[bytes, ...] = (A, B)) -> None:
+    def __init__(
+        self, cells: int, num_slots: int = 4, names: tuple[bytes, ...] = (A, B), *, eager: bool = True
+    ) -> None:
         self.clock = Clock()
         self.ring = Ring(num_slots, len(names), 1000.0, self.clock, 1.0)
         self.ring.contents.lag = self.lag = LagWindow(cells)
-        self.told: list[Save | Grant] = []
+        if eager:
+            self.ring.contents.spare = num_slots
         self.seq = 0
         for name in names:
             self.ring.open(name, num_slots, spec=SPEC, share="s")
@@ -64,14 +69,23 @@ def test_who_lags_reads_what_was_saved_and_the_leader_never_waits() -> None:
     assert (bench.lag.used, bench.ring.counts()["free"]) == (0, 4), "nobody is owed anything any more"
 
 
+def test_what_the_ring_has_room_for_is_not_copied() -> None:
+    bench = Bench(cells=20, num_slots=12, eager=False)
+    for place in range(9):
+        bench.lead(place)
+        assert bench.lag.used == 0
+    bench.lead(9, 10, 11, 12)
+    assert set(bench.cells) == {9, 10, 11, 12}, "so that 3 slots can be filled at once"
+    assert [bench.read(B, place) for place in range(13)] == ["kept"] * 13
+    assert (bench.ring.counters["fills"], bench.ring.counters["lag_saves"]) == (13, 4)
+
+
 def test_what_is_not_saved_yet_or_not_whole_is_computed() -> None:
     bench = Bench(cells=4, num_slots=2)
-    for place, ok in ((0, None), (1, False)):
-        assert bench.read(A, place) == "forward"
-        if ok is None:
-            (pending,) = bench.ring.contents.saves()
-        else:
-            bench.save(ok)
+    assert bench.read(A, 0) == "forward"
+    (pending,) = bench.ring.contents.saves()
+    assert bench.read(A, 1) == "forward"
+    bench.save(ok=False)
     slots = bench.ring.contents.slots
     for index, slot in enumerate(slots):
         if slot.state is SlotState.KEPT:
@@ -93,23 +107,25 @@ def test_reading_a_cell_is_no_forward_that_the_leader_would_wait_for() -> None:
 
 
 def test_who_reads_a_cell_is_not_held_for_a_slot() -> None:
-    bench = Bench(cells=1, num_slots=2)
-    bench.lead(0)
-    assert bench.read(A, 1) == "forward"
-    bench.save()
-    assert bench.cells == {0: 1}
-    assert bench.read(A, 2) == "forward", "the slot of 0 is safe"
-    assert bench.read(A, 3) == "", "1 and 2 would be lost"
+    bench = Bench(cells=1, num_slots=3, names=(A, B, C))
+    bench.lead(0, 1, 2)
+    assert bench.cells == {0: 2}
+    assert bench.read(A, 3) == "forward", "the slot of 0 is safe"
+    assert bench.read(A, 4) == "", "1, 2 and 3 would be lost"
     assert bench.ring.shares.dues()
     bench.ring.submit(B, 900, content(0), SPEC, place=0)
-    assert [fill.cell for fill in bench.ring.schedule().fills] == [0]
+    assert [fill.cell for fill in bench.ring.schedule().fills] == [0], "though C waits for all that is in the ring"
 
 
-def test_a_full_window_keeps_the_oldest_and_takes_the_next_once_a_cell_is_free() -> None:
+def test_a_full_window_keeps_the_oldest_and_takes_the_next_once_a_cell_is_free(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     bench = Bench(cells=2, num_slots=6)
     bench.lead(0, 1, 2, 3)
     assert bench.cells == {0: 1, 1: 1}
-    assert bench.ring.contents.saves() == [], "it is not looked for again and again"
+    with monkeypatch.context() as patch:
+        patch.setattr(bench.lag, "save", lambda *slot: pytest.fail("it is looked for again and again"))
+        assert bench.ring.contents.saves() == []
     assert bench.read(B, 0) == "kept"
     assert bench.cells == {1: 1}
     bench.save()

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
 from rings import A, B, C, Clock, content, fill_all
+from specd.daemon.contents import UNLIKE
 from specd.daemon.lag import LagWindow, Save
 from specd.daemon.ring import Ring
 from specd.daemon.slots import Grant, Lease, SlotState
@@ -30,10 +31,14 @@ class KeptWalk(RuleBasedStateMachine):
         pool=st.integers(0, 4),
         pace=st.sampled_from([0.0, 0.5, 3.0]),
         cells=st.integers(0, 5),
+        always=st.sampled_from([None, CaptureSpec(taps=(3, 5))]),
+        spare=st.integers(1, 9),
     )
-    def start(self, holders: int, pool: int, pace: float, cells: int) -> None:
+    def start(self, holders: int, pool: int, pace: float, cells: int, always: CaptureSpec | None, spare: int) -> None:
+        self.spare = spare
         self.clock = Clock()
-        self.ring = Ring(holders + pool, holders, 1000.0, self.clock, pace)
+        self.ring = Ring(holders + pool, holders, 1000.0, self.clock, pace, always)
+        self.always = [] if always is None else [always]
         self.pace, self.cap = pace, max(1.0, 16 * pace) if pace else 0.0
         self.members: dict[bytes, tuple[str, bytes, CaptureSpec]] = {}
         self.allowance = 0.0
@@ -53,6 +58,7 @@ class KeptWalk(RuleBasedStateMachine):
     def begin_window(self, cells: int) -> None:
         """A worker with so many cells."""
         self.ring.contents.lag = LagWindow(cells)
+        self.ring.contents.spare = self.spare
         self.cells: list[tuple[bytes, CaptureSpec | None] | None] = [None] * cells
         self.told.clear()
 
@@ -129,7 +135,7 @@ class KeptWalk(RuleBasedStateMachine):
             assert not any(covers(held, want) for held in kept), "a forward is made for what the window has"
             share, _, spec = self.members[grant.holder]
             together = [other for s, _, other in self.members.values() if share and s == share]
-            assert grant.held == union([spec, *together])
+            assert grant.held == union([spec, *together, *(self.always if share else [])])
             assert self.filling.get(grant.slot) is None
             self.filling[grant.slot] = grant.generation
         leases = {lease.id: lease for name in self.members for lease in ring.leases(name)}
@@ -288,6 +294,20 @@ def test_a_slot_is_kept_for_the_other_member_and_free_once_it_was_read() -> None
     read(ring, B, 0, 1)
     assert "kept" not in ring.counts()
     assert (ring.counters["fills"], ring.counters["kept_hits"]) == (2, 2)
+
+
+def test_runs_whose_batches_differ_are_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    ring, _ = sharing(pace_s=0.0)
+    read(ring, A, 0, 1)
+    read(ring, B, 0, 1)
+    assert ring.counters["unlike"] == 0
+    for place in range(2, 2 + 2 * UNLIKE):
+        read(ring, A, place)
+        ring.submit(B, 2000 + place, content(1000 + place), FINAL, place=place)
+        for lease in fill_all(ring):
+            ring.release(B, lease.id)
+    assert ring.counters["unlike"] >= UNLIKE
+    assert caplog.text.count("share s: its runs have other batches at the same place") == 1
 
 
 def test_what_is_kept_for_a_member_goes_with_it() -> None:

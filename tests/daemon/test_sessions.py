@@ -240,6 +240,21 @@ def test_the_first_rank_keeps_places_for_all_of_its_run(tmp_path: Path) -> None:
         assert isinstance(other.hello(run=two, ranks=2), wire.Welcome)
 
 
+def test_how_many_lookups_it_takes_until_a_batch_comes_again(tmp_path: Path) -> None:
+    with contextlib.ExitStack() as stack:
+        endpoint, control = stack.enter_context(daemon(tmp_path, slots=4, max_sessions=4))
+        one, rank, other = (stack.enter_context(Peer(endpoint)) for _ in range(3))
+        sessions = control._sessions
+        one.hello(run=bytes(16), ranks=2, epoch_batches=100)
+        rank.hello(run=bytes(16), ranks=2, epoch_batches=100)
+        assert sessions.lookups(4000) == 200, "ranks share an epoch"
+        other.hello(epoch_batches=10)
+        assert sessions.lookups(4000) == 220
+        other.hello()
+        assert sessions.lookups(4000) == 4000
+        assert sessions.lookups(40) == 200
+
+
 def test_a_run_may_have_more_sessions_than_it_said_if_there_is_room(tmp_path: Path) -> None:
     """A rank whose own daemon is down comes here."""
     with contextlib.ExitStack() as stack:

@@ -32,6 +32,15 @@ def test_nobody_shares_without_a_name() -> None:
     assert shares.held(first, LOW) == LOW
 
 
+def test_what_is_always_captured_is_captured_for_shares_alone_in_their_dtype() -> None:
+    shares = Shares(Clock(), always=CaptureSpec(taps=(2,), final=True, dtype="float32"))
+    alone, first = shares.enter(A, b"", "", LOW), shares.enter(B, b"", "s", LOW)
+    assert shares.held(alone, LOW) == LOW
+    assert shares.held(first, LOW) == CaptureSpec(taps=(1, 2, 3), final=True)
+    assert shares.wanted("", LOW.dtype) == []
+    assert shares.wanted("nobody", "float16") == [CaptureSpec(taps=(2,), final=True, dtype="float16")]
+
+
 def test_the_pace_is_two_forwards_of_the_usual_batch() -> None:
     shares = Shares(Clock())
     assert shares.pace_s == 0

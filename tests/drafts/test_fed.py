@@ -104,7 +104,9 @@ def trained(objective: Objective, deliveries: list[Delivery]) -> None:
 
 
 def test_dflash_guesses_right_as_each_engine_feeds_it(host: Host, tmp_path: Path) -> None:
-    settings = DFlashConfig(num_layers=1, num_taps=2, block_size=2, num_anchors=64, mask_token_id=VOCAB - 1)
+    settings = DFlashConfig(
+        num_layers=1, num_taps=2, block_size=2, num_anchors=64, loss="decay", mask_token_id=VOCAB - 1
+    )
     spec = DFlashMethod.capture(settings, host.served.contract)
     objective = DFlashMethod.objective(settings, host.parts(), "cpu", torch.float32)
     seen, fresh = ([host.deliver(spec, seed) for seed in seeds] for seeds in (range(24), range(99, 103)))

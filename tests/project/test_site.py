@@ -9,12 +9,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import pytest
 import typer
 import yaml
 
 from specd.cli.main import app
+from specd.config import describe
 from specd.config.presets import preset, presets
 from specd.config.settings import DaemonConfig, RunConfig
 from specd.drafts import registry
@@ -94,14 +94,13 @@ def test_commands_and_flags_exist(page: str) -> None:
 
 
 def settings() -> set[str]:
-    """Every setting's path; sections of free keys end in a dot."""
+    """Every setting's path, and those of sections within sections."""
     found: set[str] = set()
     roots: list[tuple[str, Any]] = [("", DaemonConfig), ("", RunConfig)]
     roots += [("draft.", registry.load(name).settings) for name in registry.names()]
     for prefix, struct in roots:
-        for field in msgspec.structs.fields(struct):
-            inner = getattr(field.type, "__struct_fields__", None)
-            found |= {f"{field.name}.{name}" for name in inner} if inner and not prefix else {prefix + field.name}
+        for path, _, _ in describe.settings(struct, prefix):
+            found |= {path, path.rpartition(".")[0]}
     return found
 
 

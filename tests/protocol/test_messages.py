@@ -154,7 +154,7 @@ FIELDS: dict[type[wire.Message], dict[str, st.SearchStrategy[Any]]] = {
     wire.RecvReady: {"lease": u64},
     wire.Borrow: {"lease": u64},
     wire.Release: {"lease": u64},
-    wire.Renew: {},
+    wire.Renew: {"epoch_batches": u64},
     wire.Fetch: {"name": name, "offset": u64, "length": st.integers(1, limits.ARTIFACT_CHUNK_BYTES)},
     wire.Status: {},
     wire.Bye: {},
@@ -179,6 +179,7 @@ FIELDS: dict[type[wire.Message], dict[str, st.SearchStrategy[Any]]] = {
         "contract": st.none() | contracts, "ring": st.none() | rings, "slots": counts, "queued": u64,
         "sessions": st.lists(sessions, max_size=2).map(tuple), "counters": counts, "endpoints": names,
         "transports": names, "loading_ms": int31, "max_sessions": int31, "replay": replays,
+        "lag_cells": int31, "lag_used": int31,
     },
     wire.Error: {"reason": text},
 }  # fmt: skip

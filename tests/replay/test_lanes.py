@@ -6,6 +6,7 @@ import errno
 import os
 import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -95,10 +96,12 @@ class Rig:
 
     def keep(self, *numbers: int) -> None:
         """Batches are computed, and kept, one by one."""
-        for number in numbers:
-            before = self.count("wrote")
+        for done, number in enumerate(numbers, self.count("wrote") + 1):
             self.compute(number)
-            self.until(lambda: self.count("wrote") > before)
+            self.until(partial(self._wrote, done))
+
+    def _wrote(self, number: int) -> bool:
+        return self.count("wrote") == number
 
     def replay(self, number: int, slot: int = 1) -> bytes | None:
         """The bytes that are found in a slot once it is read from what was kept; None if it has to be computed."""
@@ -107,7 +110,7 @@ class Rig:
             return None
         self.until(lambda: len(self.filled) + len(self.missed) > before)
         if task in self.missed:
-            assert self.arena.generation(slot) == 0
+            assert self.arena.generation(slot) != task.generation
             return None
         assert self.arena.generation(slot) == task.generation
         return bytes(self.arena.tensor(slot)[:NBYTES].numpy())
@@ -135,8 +138,8 @@ def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Make]:
     fake_cuda.install(monkeypatch)
     made: list[Rig] = []
 
-    def build(*arguments: Any, **sizes: int) -> Rig:
-        made.append(Rig(tmp_path / "store", *arguments, **sizes))
+    def build(device: str = "cpu", *, ram: int = 0, disk: int = 0) -> Rig:
+        made.append(Rig(tmp_path / "store", device, ram=ram, disk=disk))
         return made[-1]
 
     yield build
@@ -208,12 +211,16 @@ def test_a_slow_disk_keeps_nobody_waiting(make: Make, monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(os, "pwritev", slow)
     rig.start()
-    for number in range(WRITE_BUFFERS + 2):
+    for number in range(WRITE_BUFFERS + 3):
         rig.compute(number, slot=number)
-    assert rig.counts(skipped=2), "they were not waited for"
+    assert not rig.count("skipped"), "more than there are buffers: the rest lies in the ring"
+    for slot in (WRITE_BUFFERS, WRITE_BUFFERS + 1):
+        rig.arena.begin(slot)
     go.set()
-    rig.until(lambda: rig.count("wrote") == WRITE_BUFFERS)
-    assert [rig.replay(number) for number in range(WRITE_BUFFERS)] == list(map(states, range(WRITE_BUFFERS)))
+    rig.until(lambda: rig.count("wrote") == WRITE_BUFFERS + 1)
+    assert rig.counts(wrote=WRITE_BUFFERS + 1, skipped=2), "those that were refilled meanwhile"
+    kept = [*range(WRITE_BUFFERS), WRITE_BUFFERS + 2]
+    assert [rig.replay(number) for number in kept] == list(map(states, kept))
     rig.keep(WRITE_BUFFERS)
 
 
@@ -267,6 +274,34 @@ def test_a_disk_that_fails_three_times_in_a_row_is_switched_off(
     rig.compute(9)
     assert rig.counts(wrote=6, hit=1, miss=6, skipped=1)
     assert rig.lanes.used == 0
+
+
+def test_what_a_disk_does_not_answer_is_computed_and_what_still_comes_goes_nowhere(
+    make: Make, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    rig, read, go = make(ram=1, disk=SLOTS), os.preadv, threading.Event()
+    monkeypatch.setattr(lanes, "STALL_S", 0.2)
+    rig.start()
+    rig.keep(*range(SLOTS))
+
+    def hangs(*arguments: Any) -> int:
+        assert go.wait(30)
+        return read(*arguments)
+
+    monkeypatch.setattr(os, "preadv", hangs)
+    tasks = [rig.task(number, number) for number in range(1, SLOTS)]
+    assert all(rig.lanes.take(task) for task in tasks)
+    rig.until(lambda: len(rig.missed) == len(tasks))
+    assert "switched off: its disk has not answered for 0 s" in caplog.text
+    assert rig.replay(0) is None, "nor from memory, whose readers wait with it"
+    for task in tasks:
+        rig.arena.begin(task.slot)
+        rig.arena.seal(task.slot, 1000 + task.slot)
+    go.set()
+    rig.lanes.close()
+    assert [rig.arena.generation(task.slot) for task in tasks] == [1000 + task.slot for task in tasks]
+    assert not rig.filled
+    assert rig.count("miss") == SLOTS
 
 
 def test_nothing_is_found_or_kept_while_the_disk_is_looked_through(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -61,5 +61,5 @@ def test_a_host_or_a_container_without_so_much_memory_is_said(tmp_path: Path, mo
     assert available(tmp_path, tmp_path) == 950
     assert available() > 0
     monkeypatch.setattr(pinned, "available", lambda: 5 * 10**9)
-    with pytest.raises(ConfigError, match="--replay-ram-gb 64: this host has 5.0 GB"):
+    with pytest.raises(ConfigError, match=r"--replay-ram-gb 64: this host has 5\.0 GB"):
         cells_in(64 * 10**9, PAGE)

@@ -37,7 +37,7 @@ EAGLE_CASES: dict[str, Eagle3Config] = {
 }
 """The peer that was asked comes first."""
 DFLASH_CASES: dict[str, DFlashConfig] = {
-    "specforge": DFLASH,
+    "specforge": msgspec.structs.replace(DFLASH, loss="decay"),
     "specforge, dpace": msgspec.structs.replace(DFLASH, loss="dpace", dpace_alpha=0.3),
 }
 

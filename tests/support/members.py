@@ -69,8 +69,12 @@ def follow(
     borrow: bool = False,
     context: zmq.Context[zmq.Socket[bytes]] | None = None,
     meet: threading.Barrier | None = None,
+    pause_s: float = 0.0,
 ) -> Member:
-    """Train on batches `first` to `count` of a plan that is alike for all. meet: passed once it is in."""
+    """Train on batches `first` to `count` of a plan that is alike for all.
+
+    meet: passed once it is in. pause_s: before the tenth batch.
+    """
     config = SubscriberConfig(
         endpoints=(endpoint,), transport=transport, depth=2, timeout_s=60, share=share, borrow=borrow
     )
@@ -82,7 +86,7 @@ def follow(
         digests: list[str] = []
         for delivery in source.stream(batch(index) for index in range(first, count)):
             digests.append(digest(delivery))
-            step.wait(step_s)
+            step.wait(step_s + pause_s * (len(digests) == 10))
         return Member(digests, source.stats(), time.monotonic() - begin, source.sharing)
 
 

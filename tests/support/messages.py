@@ -47,7 +47,7 @@ SAMPLES: tuple[wire.Message, ...] = (
     wire.RecvReady(epoch=EPOCH, lease=7),
     wire.Borrow(epoch=EPOCH, lease=8),
     wire.Release(epoch=EPOCH, lease=1 << 40),
-    wire.Renew(epoch=EPOCH),
+    wire.Renew(epoch=EPOCH, epoch_batches=1 << 33),
     wire.Fetch(epoch=EPOCH, name="embedding", offset=1048576, length=262144),
     wire.Status(),
     wire.Bye(epoch=EPOCH),
@@ -77,7 +77,7 @@ SAMPLES: tuple[wire.Message, ...] = (
             ),
         ),
         counters={"batches": 2}, endpoints=("ipc:///run/s.sock",), transports=("shm", "bytes"),
-        max_sessions=4, replay=REPLAY,
+        max_sessions=4, replay=REPLAY, lag_cells=9, lag_used=2,
     ),
     wire.Error(epoch=EPOCH, reason="seq 1 is outstanding already"),
 )  # fmt: skip

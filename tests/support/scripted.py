@@ -40,7 +40,8 @@ CONTRACT = TargetContract(
 EXPECT_S = 20.0
 MEMORY: dict[int, tuple[int, torch.Tensor]] = {}
 """The rings of the process: generation and bytes of each slot that was filled; no two daemons use one number."""
-SLOTS = itertools.count(1)
+SLOTS = itertools.count(1 << 20)
+"""Beyond the leases that tests make up: those of probes are answered by the daemon itself."""
 
 
 def states(batch: Batch) -> torch.Tensor:

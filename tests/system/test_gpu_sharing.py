@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from members import SPECS, follow, own_process, together
+from specd.client.ask import ask_status
 from specd.protocol.batch import slot_layout
 from specd.protocol.capture import CaptureSpec
 from specd.protocol.cut import cut, gather
@@ -63,6 +64,24 @@ def test_members_that_borrow_get_the_bytes_of_separate_runs() -> None:
         shared = together([partial(stream, spec, count, share="s", borrow=True, meet=meet) for spec in SPECS])
     assert [one.digests for one in shared] == alone
     assert sum(one.stats.shared for one in shared) >= 1.5 * count
+
+
+@pytest.mark.gpu(1)
+def test_one_that_was_stopped_for_3_s_reads_what_the_other_passed_on_a_gpu() -> None:
+    """From page-locked memory, into the ring on the GPU."""
+    count, meet = 200, threading.Barrier(2)
+    with own_process("--device", "cuda:0", "--transports", "cuda_ipc", "--lag-gb", "0.05") as daemon:
+        stream = partial(follow, daemon, "cuda_ipc", device="cuda:0")
+        alone = [stream(spec, count).digests for spec in SPECS[:2]]
+        before = ask_status(daemon, 10).counters
+        found = together([
+            partial(stream, spec, count, share="s", step_s=0.03, meet=meet, pause_s=pause_s)
+            for spec, pause_s in zip(SPECS, (0.0, 3.0), strict=False)
+        ])  # fmt: skip
+        counters = ask_status(daemon, 10).counters
+    assert [one.digests for one in found] == alone
+    assert counters["lag_hits"] >= 30
+    assert counters["fills"] - before["fills"] <= 0.6 * 2 * count
 
 
 @pytest.mark.parametrize(

@@ -22,12 +22,12 @@ from msgspec.structs import replace
 
 import members
 from exact import daemon_config, write_model
-from members import FORWARD_S, SPECS, follow, own_process, together
+from members import FORWARD_S, SPECS, SYNTHETIC, follow, own_process, together
 from specd.client.ask import ask_status
 from specd.client.subscriber import Subscriber
-from specd.config.settings import CaptureConfig, SubscriberConfig
+from specd.config.settings import AlwaysConfig, CaptureConfig, DaemonConfig, SubscriberConfig, TargetConfig
 from specd.daemon.serve import embedded
-from specd.errors import RejectedError
+from specd.errors import RejectedError, SpecdError
 from specd.protocol.capture import CaptureSpec
 from specd.protocol.messages import StatusReport
 
@@ -140,7 +140,23 @@ def test_one_that_was_stopped_for_3_s_reads_what_the_other_passed() -> None:
         counters = ask_status(daemon, 10).counters
     assert counters["lag_hits"] >= 30, "they were together all the time"
     assert counters["fills"] <= 0.6 * 2 * count
-    assert counters["kept_evicted"] == 0
+
+
+def test_one_that_comes_when_the_others_are_over_reads_what_is_always_captured(alone: list[list[str]]) -> None:
+    always = ("--set", "capture.always.taps=[5,1,3]", "--set", "capture.always.final=true")
+    with own_process("--replay-ram-gb", "0.01", *always) as daemon:
+        assert follow(daemon, "shm", SPECS[2], COUNT, share="late").digests == alone[2]
+        before = ask_status(daemon, 10).counters
+        assert follow(daemon, "shm", SPECS[0], COUNT, share="late").digests == alone[0]
+        after = ask_status(daemon, 10).counters
+    assert after["replay_hit"] - before["replay_hit"] >= 0.9 * COUNT
+
+
+def test_what_is_always_captured_must_be_layers_of_the_target() -> None:
+    always = AlwaysConfig(taps=(1, 7))
+    config = DaemonConfig(target=TargetConfig(model=SYNTHETIC), capture=CaptureConfig(always=always))
+    with pytest.raises(SpecdError, match=r"capture.always: taps \[1, 7\] leave the legal range 0…6"), embedded(config):
+        pass
 
 
 def test_a_real_target_within_one_process(tmp_path: Path) -> None:

@@ -21,7 +21,8 @@ CONFIG = TrainConfig(epochs=2, accumulation=3)
 
 def batches(epochs: int) -> Loader:
     """Ten a time."""
-    return Loader(SimpleNamespace(), BatchPlan([4] * 10, 4, packing="fixed"), epochs=epochs)
+    nothing: Any = SimpleNamespace()
+    return Loader(nothing, BatchPlan([4] * 10, 4, packing="fixed"), epochs=epochs)
 
 
 def stopped(before: TrainConfig, now: TrainConfig, step: int = 4) -> Any:

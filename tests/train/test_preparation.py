@@ -7,8 +7,7 @@ import logging
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import pytest
@@ -192,6 +191,13 @@ def test_samples_beyond_what_a_target_was_made_for_are_told_of(
     assert [says in record.getMessage() for record in caplog.records] == ([True] if says else [])
 
 
+class Source(NamedTuple):
+    """What is known of daemons."""
+
+    replay: ReplayInfo | None
+    stands_by: bool
+
+
 def test_what_keeps_states_from_coming_back_is_said(caplog: pytest.LogCaptureFixture) -> None:
     keeps = ReplayInfo(cells=9, used=0, cell_bytes=4096)
     anew, fixed = (RunConfig(method="x", data=DataConfig(packing=packing)) for packing in ("anew", "fixed"))
@@ -199,7 +205,7 @@ def test_what_keeps_states_from_coming_back_is_said(caplog: pytest.LogCaptureFix
 
     def said(config: RunConfig, replay: ReplayInfo | None, stands_by: bool = False) -> str:
         caplog.clear()
-        warn_of_packing(config, SimpleNamespace(replay=replay, stands_by=stands_by))
+        warn_of_packing(config, Source(replay, stands_by))
         return " ".join(record.message for record in caplog.records)
 
     assert "data.packing=anew makes every epoch's batches new" in said(anew, keeps)

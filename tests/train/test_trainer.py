@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from chats import talk, write_rows, write_target
 from specd.cli.main import run
 from specd.client.subscriber import Subscriber
-from specd.config.settings import DaemonConfig, DataConfig, RingConfig, RunConfig, TargetConfig
+from specd.config.settings import DaemonConfig, DataConfig, RingConfig, RunConfig, SubscriberConfig, TargetConfig
 from specd.daemon.serve import Embedded, embedded
 from specd.data.rows import DEMO
 from specd.drafts.dflash.objective import DFlash
@@ -253,9 +253,17 @@ def test_rows_are_held_out_measured_and_the_best_draft_exported(
 
 
 def test_a_draft_is_decoded_as_it_is_trained(
-    host: Embedded, model: Path, settings: dict[str, Any], tmp_path: Path
+    host: Embedded, model: Path, settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By a session of its own, beside the run's."""
+    """By a session of its own, beside the run's, which is in no share: nothing is kept for it, nobody waits for it."""
+    shares: list[str] = []
+
+    def subscriber(link: SubscriberConfig, *rest: Any, **more: Any) -> Subscriber:
+        shares.append(link.share)
+        return Subscriber(link, *rest, **more)
+
+    monkeypatch.setattr("specd.train.trainer.Subscriber", subscriber)
+    settings["subscriber"] = {"share": "s"}
     rows = ({"messages": talk(f"Question {number}?", f"Hello. {number} " * 9)} for number in range(30))
     settings["data"] |= {"path": write_rows(tmp_path / "a.jsonl", *rows), "batch_tokens": 600}
     settings["train"] = TRAIN | {"max_steps": 5}
@@ -265,6 +273,7 @@ def test_a_draft_is_decoded_as_it_is_trained(
     assert [one.step for one in found] == [2, 4, 5]
     assert all(one.acceptance_length is not None and one.acceptance_length >= 1 for one in found)
     assert not [*done.directory.glob(".decoded-*")]
+    assert shares == ["s", ""]
     other = settings | {"output": str(tmp_path / "other"), "validation": settings["validation"] | {"share": 0}}
     with pytest.raises(ConfigError, match=r"validation\.decode_every=2: no rows are held out"):
         train_draft(other, host=host)

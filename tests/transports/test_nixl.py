@@ -53,6 +53,7 @@ def from_elsewhere(host: SpawnedHost, device: str) -> None:
         suite.test_bytes_are_exact_at_every_size(rig)
         suite.test_every_slot_and_large_generations(rig)
         suite.test_a_refill_under_way_is_noticed(rig)
+        suite.test_pieces_of_a_slot_are_cut_out_and_packed(rig)
         suite.test_two_sessions_do_not_disturb_each_other(rig)
         suite.test_a_dropped_session_gets_nothing(rig)
         suite.test_a_session_can_be_accepted_again(rig)

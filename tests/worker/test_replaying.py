@@ -1,4 +1,4 @@
-"""A worker that keeps states: what it read before it announces as it computed it, whatever a slot holds, and says so."""
+"""A worker that keeps states announces them with the bytes it computed, by what a slot holds, and says so."""
 
 from __future__ import annotations
 

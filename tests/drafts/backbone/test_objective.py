@@ -266,7 +266,8 @@ def test_what_is_compiled_meets_the_same_sizes_first_whatever_the_first_batch_is
 def test_its_inputs_and_logits_are_those_of_its_target(tmp_path: Path) -> None:
     figures = {"embedding_scale": 5.0, "logit_scale": 0.25, "logit_softcap": 3.0}
     delivery = deliver(make_batch())
-    plain = make_draft()
+    settings = msgspec.structs.replace(CONFIG, loss="decay")
+    plain = make_draft(settings)
     drawn = plain.draw(delivery.batch)
     tokens, positions, context, rows, labels, weights = (
         torch.from_numpy(np.asarray(column))
@@ -278,7 +279,7 @@ def test_its_inputs_and_logits_are_those_of_its_target(tmp_path: Path) -> None:
     wanted = (F.cross_entropy(logits, labels.long(), reduction="none") * weights).sum()
     wanted.backward()  # type: ignore[no-untyped-call]
 
-    objective = DFlash(CONFIG, parts(figures=figures))
+    objective = DFlash(settings, parts(figures=figures))
     loss = objective.loss(delivery)
     loss.sum.backward()  # type: ignore[no-untyped-call]
     torch.testing.assert_close(loss.sum, wanted)

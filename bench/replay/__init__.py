@@ -1,0 +1,1 @@
+"""The benchmark of the replay tier: its lanes alone, and behind a daemon."""
