@@ -61,7 +61,7 @@ class Replay:
         cells: list[Files | Pinned] = []
         try:
             if budget := round(self._config.ram_gb * GB):
-                cells.append(Pinned(cells_in(budget, arena.stride), arena.stride, arena.device))
+                cells.append(Pinned(cells_in(budget, arena.stride), arena))
             if self._place is not None:
                 cells.append(Files.open(self._place, arena.stride, identity))
             self._lanes = Lanes(
