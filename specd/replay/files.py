@@ -108,6 +108,8 @@ class Files:
             if there is not None:
                 _check_same(place.directory, there, identity, cell_bytes)
                 _check_kept(place, cls(fd, there.cells, cell_bytes, True), cells)
+            else:  # nobody knows whose states they are
+                os.ftruncate(fd, 0)
             _resize(fd, place, form.offset(cells, cell_bytes))
             os.pwrite(fd, form.pack_super(Super(identity, cells, cell_bytes)), 0)
             os.fsync(fd)
@@ -221,9 +223,9 @@ def _in_use(directory: Path) -> str:
 
 
 def _no_room(directory: Path, room: int, budget: int) -> str:
+    free = f"{room / GB:,.1f}" if room >= GB else f"{room / GB:.3g}"
     return (
-        f"{directory} has {room / GB:{',.1f' if room >= GB else '.3g'}} GB free, --replay-gb asks {budget / GB:g}: give fewer, free some, or take "
-        f"another disk"
+        f"{directory} has {free} GB free, --replay-gb asks {budget / GB:g}: give fewer, free some, or take another disk"
     )
 
 

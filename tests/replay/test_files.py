@@ -198,6 +198,8 @@ def test_a_first_page_that_is_not_whole_is_refused(at: int, told: str, disk: Dis
     disk.patch(at, b"\xff")
     with pytest.raises(ConfigError, match=rf"{told}.*remove it"):
         again(disk)
+    disk.patch(0, bytes(PAGE))
+    assert not any(each.header or each.damaged for each in again(disk).scan()), "whose states they are, nobody knows"
 
 
 def test_another_daemons_store_is_refused_and_a_dead_ones_is_not(disk: Disk) -> None:
