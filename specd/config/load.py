@@ -79,7 +79,15 @@ def _with_key(message: str, kind: Any) -> str:
 
 
 class _YamlLoader(yaml.SafeLoader):
-    """YAML 1.1, but a plain 3e-4 is a number and nothing is a date."""
+    """YAML 1.1, but a plain 3e-4 is a number, nothing is a date, and a key that is there twice is an error."""
+
+    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        keys = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for number, key in enumerate(keys):
+            if any(key.value == other.value for other in keys[:number]):
+                raise yaml.MarkedYAMLError(problem=f"{key.value} is given twice: keep one", problem_mark=key.start_mark)
+        return node
 
 
 _YamlLoader.yaml_implicit_resolvers = {
@@ -110,7 +118,8 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"config file {str(path)!r} is not YAML: {error}") from None
     if not isinstance(data, dict):
-        raise ConfigError(f"config file {str(path)!r} holds a {type(data).__name__}, expected a mapping of settings")
+        kind = "nothing" if data is None else f"a {type(data).__name__}"
+        raise ConfigError(f"config file {str(path)!r} holds {kind}, expected a mapping of settings")
     return data
 
 

@@ -64,6 +64,8 @@ def test_a_file_without_permission_is_named(tmp_path: Path) -> None:
     [
         ("- a\n- b\n", "holds a list, expected a mapping"),
         ("just words\n", "holds a str, expected a mapping"),
+        ("", "holds nothing, expected a mapping"),
+        ("a: {b: 1, 'b': 2}\n", "b is given twice: keep one"),
         ("a: [1,\n", "is not YAML"),
         ("a: 1\n\tb: 2\n", "is not YAML"),
         ("!!python/object/apply:os.system ['true']\n", "is not YAML"),
