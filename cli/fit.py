@@ -36,11 +36,6 @@ def captured(runs: Runs, contract: TargetContract) -> CaptureSpec:
     return union(found)
 
 
-def sessions(runs: Runs) -> int:
-    """How many trainers a daemon has: who decodes held-out prompts has two."""
-    return sum(1 + bool(run.validation.decode_every) for run in runs.values())
-
-
 def hosting(runs: Runs, contract: TargetContract | None) -> dict[str, Any]:
     """Settings of a daemon for these runs alone. contract: of its target, None where that shows only once it runs."""
     if contract is not None:
@@ -49,7 +44,7 @@ def hosting(runs: Runs, contract: TargetContract | None) -> dict[str, Any]:
     else:
         each = [_sized(run) for run in runs.values()]
         num_taps, final = sum(one.num_taps for one in each), any(one.final for one in each)
-    count = sessions(runs)
+    count = sum(run.sessions for run in runs.values())
     return {
         "capture": {"num_taps": num_taps, "final": final},
         "ring": {
@@ -86,7 +81,7 @@ def check_room(report: StatusReport, runs: Runs, endpoint: str) -> None:
     if (longest := max(run.data.batch_tokens for run in runs.values())) > ring.slot_tokens:
         problems.append(f"batches of {longest:,} tokens, where a slot has {ring.slot_tokens:,}")
         remedy.append(f"ring.slot_tokens={longest}")
-    if (needed := sessions(runs)) > report.max_sessions - len(report.sessions):
+    if (needed := sum(run.sessions for run in runs.values())) > report.max_sessions - len(report.sessions):
         problems.append(f"{needed} trainers, where {len(report.sessions)} of {report.max_sessions} are taken")
         remedy += [f"ring.max_sessions={needed + len(report.sessions)}"]
     if problems:

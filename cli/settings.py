@@ -124,15 +124,15 @@ def hosting_config(run: RunConfig, model: str, *, preset: str = "") -> DaemonCon
         raise ConfigError(f"settings: target.model={other!r}: expected {model!r}, as given by --model; leave it out")
     draft = registry.settings(run.method, run.draft, "settings")
     capture = registry.load(run.method).capture_config(draft)
-    sessions = 2 if run.validation.decode_every else 1  # whoever decodes has one of its own, of the target's dtype
-    dtype = capture.dtype if run.capture.dtype == "auto" or sessions > 1 else run.capture.dtype
+    # Whoever decodes has a session of the target's dtype, too.
+    dtype = capture.dtype if run.capture.dtype == "auto" or run.sessions > 1 else run.capture.dtype
     settings = {
         "target": {"device": run.train.device} | run.target | {"model": model},
         "capture": {"num_taps": capture.num_taps, "final": capture.final, "dtype": dtype},
         "ring": {
-            "slots": run.subscriber.depth + 1 + sessions,
+            "slots": run.subscriber.depth + 1 + run.sessions,
             "slot_tokens": run.data.batch_tokens,
-            "max_sessions": sessions,
+            "max_sessions": run.sessions,
             "payload_mib": MAX_PAYLOAD_BYTES >> 20,  # nobody else asks this daemon
         },
     }

@@ -352,3 +352,8 @@ class RunConfig(Config, kw_only=True, frozen=True):
     validation: ValidationConfig = ValidationConfig()
     log: LogConfig = LogConfig()
     subscriber: SubscriberConfig = SubscriberConfig()
+
+    @property
+    def sessions(self) -> int:
+        """How many it has with a daemon: decoding held-out prompts takes one of its own."""
+        return 1 + (self.validation.decode_every > 0)

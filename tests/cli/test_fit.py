@@ -8,7 +8,7 @@ import pytest
 from msgspec.structs import replace
 
 from daemons import REPORT
-from specd.cli.fit import captured, check_room, hosting, sessions, unlike
+from specd.cli.fit import captured, check_room, hosting, unlike
 from specd.config.load import convert
 from specd.config.settings import RunConfig
 from specd.errors import ConfigError
@@ -35,7 +35,7 @@ def test_what_runs_want_together() -> None:
     both = captured(RUNS, CONTRACT)
     assert (set(both.taps), both.final) == (taps, True)
     assert captured({"b": RUNS["b"]}, CONTRACT).final, "to decode"
-    assert sessions(RUNS) == 3
+    assert sum(run.sessions for run in RUNS.values()) == 3
     found = hosting(RUNS, CONTRACT)
     assert found == {
         "capture": {"num_taps": len(taps), "final": True},
