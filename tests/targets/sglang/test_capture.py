@@ -20,8 +20,7 @@ def test_a_part_of_the_rows_goes_where_the_whole_would() -> None:
     assert [(start, end) for start, end, _ in part.taps[1]] == [(0, 1), (1, 6)]
     assert [(start, end) for start, end, _ in part.final] == [(6, 7)]
     for start, end, out in (*part.taps[1], *part.final):
-        assert out.shape == (end - start, HIDDEN)
-        out.fill_(1)
+        out.copy_(torch.ones(end - start, HIDDEN))
     assert [slot.sum(1).tolist() for slot in slots] == [[0, 0, 4], [4] * 5, [4, 0]]
 
 
