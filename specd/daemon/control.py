@@ -342,7 +342,7 @@ class Control:
                     self._announce(lease, note.target_us, replayed=note.replayed)
             case channel.Saved():
                 self._ring.contents.lag.saved(note.number, note.ok)
-            case channel.Kept():
+            case channel.ReplayCounts():
                 for name, count in note.counts.items():
                     self.counters.add(REPLAY[name], count)
                 if (started := self._started) is not None and started.replay is not None:
