@@ -14,7 +14,7 @@ import zmq
 from msgspec.structs import replace
 
 from specd.config.settings import DaemonConfig
-from specd.daemon.account import REPLAY, Account
+from specd.daemon.account import Account
 from specd.daemon.admission import Unfit, admit_batch, admit_probe, check_attach, check_fetch, check_hello
 from specd.daemon.connections import Connection
 from specd.daemon.dispatch import Dispatch, Fill
@@ -281,8 +281,7 @@ class Control:
         layout = request.layout
         if layout.tensors:  # a probe is no batch
             session.served(layout)
-            for name, amount in (("batches", 1), ("tokens", layout.tensors[0].shape[0]), ("bytes", layout.nbytes)):
-                self.counters.add(name, amount)
+            self._account.served(layout)
             self._supervisor.productive()
         ready = request.ready(lease, self._epoch, self._ring.busy, target_us, replayed=replayed)
         self._send(lease.holder, ready)
@@ -343,8 +342,7 @@ class Control:
             case channel.Saved():
                 self._ring.contents.lag.saved(note.number, note.ok)
             case channel.ReplayCounts():
-                for name, count in note.counts.items():
-                    self.counters.add(REPLAY[name], count)
+                self._account.replay(note.counts)
                 if (started := self._started) is not None and started.replay is not None:
                     self._started = replace(started, replay=replace(started.replay, used=note.used))
             case channel.FillFailed():
