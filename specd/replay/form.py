@@ -22,7 +22,6 @@ import xxhash
 from specd.errors import ConfigError
 
 PAGE: Final = 4096
-KEY_BYTES: Final = 32
 VERSION: Final = 1
 """Raise it whenever bytes, or the states of a target under the same identity, become others."""
 _MAGIC: Final = b"specdrpl"
