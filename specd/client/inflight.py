@@ -52,11 +52,10 @@ TICK_S = 0.25
 
 
 class InFlight:
-    """Brings submitted batches home over any number of daemons, whatever dies on the way. places: of the endpoints.
+    """Brings submitted batches home over any number of daemons, whatever dies on the way.
 
-    keeping: which daemons may keep states over epochs.
-
-    Everything public is called from one thread, the training loop's.
+    places: of the endpoints. keeping: which daemons may keep states over epochs. Everything public is called from one
+    thread, the training loop's.
     """
 
     def __init__(
