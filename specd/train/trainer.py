@@ -224,8 +224,8 @@ def _train(
         ranks.agree(launcher.facts(own, device, settled.train.collectives))
         checkpoints = Checkpoints(directory.checkpoints, own, settled.train.keep)
         old = checkpoints if again else None
-        clock = partial(spent, directory.journal)
-        plan = Plan(**ranks.decide("plan", lambda: planned(old, loader, settled.train, clock)._asdict()))
+        spent_s = partial(spent, directory.journal)
+        plan = Plan(**ranks.decide("plan", lambda: planned(old, loader, settled.train, spent_s)._asdict()))
         steps, done = plan.steps, plan.done
         patience, wait = settled.train.peer_patience_s, first.subscriber.timeout_s + first.subscriber.connect_s + 60
         ranks.join(device, wait, collectives=settled.train.collectives, patience_s=patience)
@@ -240,9 +240,9 @@ def _train(
             what = f"no memory left on {device} for the draft and what it needs of {contract.model}"
             raise out_of_memory(what, error, "free some there or name another GPU in train.device") from None
 
-        def export(path: Path, step: int, planned: int = steps) -> None:
+        def export(path: Path, step: int, of: int = steps) -> None:
             objective.export(path, {name: data for name, data in files.items() if name not in TARGETS_OWN})
-            sign(path, facts, step, planned)
+            sign(path, facts, step, of)
 
         if settled.validation.decode_every and ranks.leads:
             source = stack.enter_context(_beside(first, subscriber, device, directory.path.name, host))
@@ -266,7 +266,7 @@ def _train(
                 done,
                 steps,
                 lambda: subscriber.stats().transports,
-                limit=TimeLimit(settled.train.max_minutes, clock(done)),
+                limit=TimeLimit(settled.train.max_minutes, spent_s(done)),
                 checkpoints=directory.checkpoints,
                 device=device,
                 keeps=subscriber.replay is not None,
