@@ -88,9 +88,11 @@ def start(
         str, typer.Option(help="What to serve: auto for all that works here, or cuda_ipc,shm,…", rich_help_panel=SHAPE)
     ] = "",
     replay: Annotated[
-        Path | None,
-        typer.Option("--replay", help="Keep states here over epochs, on a local disk.", rich_help_panel=REPLAY),
-    ] = None,
+        str,
+        typer.Option(
+            "--replay", metavar="<path>", help="Keep states here over epochs, on a local disk.", rich_help_panel=REPLAY
+        ),
+    ] = "",
     replay_gb: Annotated[
         float | None, typer.Option("--replay-gb", help="How much of that disk, in GB.", rich_help_panel=REPLAY)
     ] = None,
@@ -147,7 +149,7 @@ def start(
         },
         "ring": {"slots": slots, "slot_tokens": slot_tokens, "lag_gb": lag_gb} | _ring_for(trainers, depth, slots),
         "transports": [name.strip() for name in transports.split(",") if name.strip()],
-        "replay": {"dir": str(replay.absolute()) if replay else "", "gb": replay_gb, "ram_gb": replay_ram_gb},
+        "replay": {"dir": os.path.abspath(os.path.expanduser(replay)) if replay else "", "gb": replay_gb, "ram_gb": replay_ram_gb},
         "endpoint": endpoint,
         "insecure": insecure,
         "auth": {"key": key},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import threading
 from collections.abc import Callable
 from importlib import metadata
@@ -38,7 +39,7 @@ class Replay:
         if problem := config.problem():
             raise ConfigError(problem)
         self._config = config
-        self._place = Place(Path(config.dir), round(config.gb * GB), owner) if config.dir else None
+        self._place = Place(Path(os.path.expanduser(config.dir)), round(config.gb * GB), owner) if config.dir else None
         self._lanes: Lanes | None = None
         self._pipe: zmq.Socket[bytes] | None = None
         self._lock = threading.Lock()  # of the pipe, which all lanes use

@@ -28,6 +28,7 @@ from specd.protocol.contract import ReplayInfo
         (["--model", "smollm2-135m", "--trainers", "4", "--slots", "9"], "--slots 9 with --trainers 4: expected one"),
         (["--model", "smollm2-135m", "--replay", "states"], "states without a size: say how much"),
         (["--model", "smollm2-135m", "--replay-gb", "5"], "replay.gb=5 without a directory: say where"),
+        (["--model", "smollm2-135m", "--replay", "", "--replay-gb", "5"], "replay.gb=5 without a directory"),
         (["--model", "smollm2-135m", "--replay-ram-gb", "-1"], "replay.ram_gb"),
     ],
 )

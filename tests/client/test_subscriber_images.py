@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 import torch
 
 import vision
 from specd.client.subscriber import Subscriber
-from specd.config.settings import DaemonConfig, RingConfig, SubscriberConfig, TargetConfig
+from specd.config.settings import DaemonConfig, ReplayConfig, RingConfig, SubscriberConfig, TargetConfig
 from specd.daemon.serve import Embedded, embedded
 from specd.errors import BatchError, RejectedError
 from specd.protocol import payload
@@ -35,7 +36,7 @@ def settings(folder: Path, mib: int) -> DaemonConfig:
 
 @pytest.fixture(scope="module")
 def host(folder: Path) -> Iterator[Embedded]:
-    with embedded(settings(folder, 1)) as host:
+    with embedded(msgspec.structs.replace(settings(folder, 1), replay=ReplayConfig(ram_gb=0.001))) as host:
         yield host
 
 
@@ -59,9 +60,12 @@ def test_equal_tokens_with_other_images_never_meet(host: Embedded, folder: Path)
     batches = [batch(0, 1), batch(1, 2), batch(2, None), batch(3, 1, None, 2), batch(4, 1)]
     with subscriber(host) as source:
         found = [each.taps.clone() for each in source.stream(batches) if each.taps is not None]
+        kept = [each.taps.clone() for each in source.stream(batches) if each.taps is not None]
+        assert source.stats().replayed > 0
     one, two, none, three, again = found
     size = len(one)
     assert torch.equal(one, again)
+    assert all(map(torch.equal, kept, found))
     assert not torch.allclose(one, two, atol=0.1)
     assert not torch.allclose(one, none, atol=0.1)
     torch.testing.assert_close(three, torch.cat([one, none, two]), rtol=1e-5, atol=1e-5)
