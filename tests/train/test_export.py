@@ -16,8 +16,8 @@ from specd.train.directory import RunFacts, write_facts
 from specd.train.export import PROVENANCE, describe, export, find, measured, run_facts, sign
 
 CONFIG = {
-    "method": "dflash", "output": "runs/x", "draft": {"init": "", "loss": "dpace"}, "train": {"seed": 3}, "target": {"model": "tiny"},
-    "data": {"path": "/secret/rows.jsonl", "cache_dir": "/secret", "date": "2026-01-31"},
+    "method": "dflash", "output": "runs/x", "draft": {"init": "", "loss": "dpace"}, "train": {"seed": 3},
+    "target": {"model": "tiny"}, "data": {"path": "/secret/rows.jsonl", "cache_dir": "/secret", "date": "2026-01-31"},
     "subscriber": {"endpoints": ["tcp://gpu:1"]}, "capture": {"dtype": "float8_e4m3fn"},
 }  # fmt: skip
 FACTS = RunFacts(
