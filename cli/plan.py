@@ -117,7 +117,9 @@ def plan(
     if dtype != "auto" and not model:
         raise ConfigError(f"--dtype {dtype}: expected --model with it; what --from names has a dtype of its own")
     known = _of_preset(model, num_taps, dtype) if model else {}
-    known |= _measured(measured, draft=draft_tokens_per_s is None) if measured else {}
+    known |= (
+        _measured(measured, target=target_tokens_per_s is None, draft=draft_tokens_per_s is None) if measured else {}
+    )
     known |= {name: value for name, value in flags.items() if value is not None}
     asked = (daemons or 1, trainers or 1) if daemons or trainers else (0, 0)
     if (replay_gb is None) != (disk_gb_s is None):
@@ -160,13 +162,13 @@ def _of_preset(name: str, num_taps: int, dtype: str) -> dict[str, Any]:
     return {"bytes_per_token": spec.bytes_per_token(int(recipe.config["hidden_size"])), "batch_tokens": tokens}
 
 
-def _measured(path: Path, *, draft: bool) -> dict[str, Any]:
+def _measured(path: Path, *, target: bool, draft: bool) -> dict[str, Any]:
     """The rates a benchmark or a run has measured. Raises ConfigError for a path that holds neither.
 
-    draft: whether a run must give the draft's rate.
+    target, draft: whether a run must give that one's rate.
     """
     if path.is_dir():
-        return _of_run(path, draft=draft)
+        return _of_run(path, target=target, draft=draft)
     try:
         found = json.loads(path.read_bytes())["work"]
         if found is None:
@@ -181,7 +183,7 @@ def _measured(path: Path, *, draft: bool) -> dict[str, Any]:
         ) from None
 
 
-def _of_run(path: Path, *, draft: bool) -> dict[str, Any]:
+def _of_run(path: Path, *, target: bool, draft: bool) -> dict[str, Any]:
     """Rates of a run: its daemons' forward times and, for the draft's, its optimizer steps' own times.
 
     The forwards are as its daemons ran them, merged or not; steps with batches that needed none tell nothing of them.
@@ -198,9 +200,10 @@ def _of_run(path: Path, *, draft: bool) -> dict[str, Any]:
     forward_s = sum(step.forward_s for step in computed)
     batches = sum(len(step.batches) for step in steps)
     samples = sum(len(batch.samples) for step in steps for batch in step.batches)
-    if not (tokens and forward_s):
+    if not (tokens and (forward_s or not target)):
         raise ConfigError(
-            f"--from {str(path)!r}: its journal has no step with a forward time yet, all of whose batches needed one"
+            f"--from {str(path)!r}: its journal has no step with a forward time yet, all of whose batches needed one: "
+            f"name a run that shared none, or give --target-tokens-per-s"
         )
     dtype = facts.config.get("capture", {}).get("dtype", "auto")
     taps = str(facts.draft["taps"]).split(",")
@@ -213,7 +216,7 @@ def _of_run(path: Path, *, draft: bool) -> dict[str, Any]:
         dtype=plain(str(facts.target["dtype"])) if dtype == "auto" else dtype,
     )
     known: dict[str, Any] = {
-        "target_tokens_per_s": sum(step.tokens for step in computed) / forward_s,
+        **({"target_tokens_per_s": sum(step.tokens for step in computed) / forward_s} if forward_s else {}),
         "batch_tokens": tokens / batches,
         "tokens_per_sample": tokens / samples,
         "bytes_per_token": spec.bytes_per_token(int(facts.target["hidden size"])),
@@ -223,7 +226,7 @@ def _of_run(path: Path, *, draft: bool) -> dict[str, Any]:
     }
     if draft:
         known["draft_tokens_per_s"] = _draft_rate(path, steps)
-    if WITHIN_PROCESS in facts.transports.values():
+    if forward_s and WITHIN_PROCESS in facts.transports.values():
         known["colocated_target_tokens_per_s"] = known["target_tokens_per_s"]
     return known
 

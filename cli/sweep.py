@@ -60,6 +60,9 @@ def sweep(
     eval_prompts: Annotated[
         int, typer.Option(min=0, help="Then decode N prompts with each draft: acceptance with its interval.")
     ] = 0,
+    lag_gb: Annotated[
+        float, typer.Option(min=0, help="With --model: GB in which its daemon keeps what a slower run still needs.")
+    ] = 0.0,
     key: Annotated[str, typer.Option("--key", help="Over TCP: the trainers' key, by name or path.")] = "",
     server_key: Annotated[
         list[str] | None,
@@ -102,6 +105,11 @@ def sweep(
             f"sweep {str(file)!r}: target={target}: expected none, as a daemon's target is configured by `specd "
             f"start`; leave it out, or give --model NAME to start a daemon here"
         )
+    if lag_gb and not hosted:
+        raise ConfigError(
+            f"--lag-gb {lag_gb:g}: expected --model beside it, for a daemon that is started here; of one that runs it is "
+            f"a setting (specd start --lag-gb {lag_gb:g})"
+        )
     recipe = recipe_of(preset, "") if preset else None
     target = (recipe.target if recipe else {}) | target | ({"model": hosted} if hosted else {})
     runs = [
@@ -119,11 +127,12 @@ def sweep(
         "--devices": [devices],
         "-o": [str(output or "")],
         "--eval-prompts": [str(eval_prompts or "")],
+        "--lag-gb": [f"{lag_gb:g}" if lag_gb else ""],
         "--key": [key],
         "--server-key": server_key or [],
         "--set": settings or [],
     }
-    go(runs, target, place, eval_prompts, _again(file, options))
+    go(runs, target, place, eval_prompts, _again(file, options), lag_gb)
 
 
 def _again(file: Path, options: Mapping[str, Sequence[str]]) -> str:

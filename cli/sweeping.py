@@ -67,8 +67,10 @@ class Trainer(NamedTuple):
         return Path(self.first.output)
 
 
-def go(runs: Sequence[Trainer], target: Mapping[str, Any], place: Path, prompts: int, again: str) -> None:
-    """Train all, evaluate if that is asked for, and print the table."""
+def go(
+    runs: Sequence[Trainer], target: Mapping[str, Any], place: Path, prompts: int, again: str, lag_gb: float = 0.0
+) -> None:
+    """Train all, evaluate if that is asked for, and print the table. lag_gb: lag window of a daemon of its own."""
     from rich.console import Console
 
     from specd.cli.fleet import Command, Fleet
@@ -87,7 +89,7 @@ def go(runs: Sequence[Trainer], target: Mapping[str, Any], place: Path, prompts:
         shown = stack.enter_context(_live(console, partial(table, standings)))
         fleet = Fleet(children, partial(console.print, soft_wrap=True), shown)
         try:
-            endpoint = _daemon(runs, target, children, place, scratch) if target else ""
+            endpoint = _daemon(runs, target, lag_gb, children, place, scratch) if target else ""
             if not endpoint:
                 _see_daemons(runs)
             files = [_file(run, scratch, endpoint) for run in runs]
@@ -149,11 +151,14 @@ def _see_daemons(runs: Sequence[Trainer]) -> None:
             logger.warning("%s", line)
 
 
-def _daemon(runs: Sequence[Trainer], target: Mapping[str, Any], children: Children, place: Path, scratch: Path) -> str:
+def _daemon(
+    runs: Sequence[Trainer], target: Mapping[str, Any], lag_gb: float, children: Children, place: Path, scratch: Path
+) -> str:
     """Start a daemon for these runs alone; its endpoint. Raises ConfigError, DaemonError where it does not start."""
     known = {run.name: run.settle(str(target["model"])) for run in runs}
     endpoint = f"ipc://{scratch}/d.sock"
     asked = hosting(known, _contract(target)) | {"target": dict(target), "endpoint": endpoint}
+    asked["ring"]["lag_gb"] = lag_gb
     asked["ring"]["payload_mib"] = MAX_PAYLOAD_BYTES >> 20  # nobody else asks this daemon
     config = daemon_config(asked, {}, [], preset=runs[0].preset, where="sweep")
     for line in unlike(known):

@@ -144,19 +144,22 @@ def sign(draft: Path, facts: RunFacts, step: int, steps: int) -> None:
 def _portable(config: dict[str, Any]) -> dict[str, Any]:
     """The settings that say something of a draft elsewhere: no paths of its run, no daemons and keys."""
     data = {name: value for name, value in config.get("data", {}).items() if name not in ("path", "cache_dir")}
-    kept = {name: config[name] for name in ("method", "draft", "train", "target") if name in config}
+    kept = {name: config[name] for name in ("method", "draft", "capture", "train", "target") if name in config}
     return kept | {"data": data}
 
 
 def describe(draft: Path, facts: DraftFacts, evaluated: EvalFacts | None) -> None:
     """Bring the README of a draft up to date: how it was trained, and what was measured of it."""
     whole = "" if facts.step >= facts.steps else f" of {facts.steps:,} planned: the run was not finished"
+    states = facts.config.get("capture", {}).get("dtype", "auto")
     rows: dict[str, str] = {
         "steps": f"{facts.step:,}{whole}",
         "target": f"{facts.target.get('model', '')} ({facts.target.get('fingerprint', '')})",
         "revision of the target": str(facts.target.get("revision", "")),
         **{name: facts.data[name] for name in ("samples", "tokens", "trainable tokens") if name in facts.data},
         "digest of the data": facts.data.get("digest", ""),
+        "states": "" if states == "auto" else f"rounded to {states} on their way to the trainer",
+        "loss": str(facts.config.get("draft", {}).get("loss", "")),
         "changes": "; ".join(facts.changes),
         "made with": ", ".join(f"{name} {version}" for name, version in facts.machine.items()),
         "acceptance length": _measured(evaluated),

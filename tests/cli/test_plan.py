@@ -169,8 +169,10 @@ def test_one_that_waited_does_not_tell_it(wait: str, tmp_path: Path, capsys: pyt
 
 
 def test_a_run_without_forwards_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["plan", "--from", a_run(tmp_path, draft_s=0.05, train_s=0.05)]) == 2
+    path = a_run(tmp_path, draft_s=0.05, train_s=0.05)
+    assert run(["plan", "--from", path]) == 2
     assert "its journal has no step with a forward time yet" in capsys.readouterr().err
+    assert plan(capsys, "--from", path, "--target-tokens-per-s", "5000").work.target_tokens_per_s == 5000
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,7 @@ runs:
   eagle: {method: eagle3, draft: {num_steps: 3}}
 """
 SWEEP = [sys.executable, "-m", "specd", "sweep", "three.yaml", "-m", "synthetic:hidden=32,layers=8,vocab=256,ms=100"]
+SWEEP += ["--lag-gb", "0.01"]
 LIMIT_S = 120.0
 SHARED = 10
 """Batches for which another run made the forward, before one is killed."""
@@ -65,7 +66,7 @@ def test_one_is_killed_all_are_interrupted_and_all_go_on(tmp_path: Path) -> None
     said, errors = (text.decode() for text in process.communicate(timeout=LIMIT_S))
     assert process.returncode == 130, errors
     assert "interrupted: 2 runs end in order, each keeps what it has" in said
-    assert "go on:     specd sweep three.yaml -m synthetic:hidden=32,layers=8,vocab=256,ms=100 --resume" in errors
+    assert "go on:     specd sweep three.yaml -m synthetic:hidden=32,layers=8,vocab=256,ms=100 --lag-gb 0.01 --resume" in errors
     for name in ("narrow", "eagle"):
         if kept := len(steps_of(runs[name])):
             assert finished_checkpoints(runs[name] / "checkpoints")[-1][0] == kept

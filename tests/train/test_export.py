@@ -16,9 +16,9 @@ from specd.train.directory import RunFacts, write_facts
 from specd.train.export import PROVENANCE, describe, export, find, measured, run_facts, sign
 
 CONFIG = {
-    "method": "dflash", "output": "runs/x", "draft": {"init": ""}, "train": {"seed": 3}, "target": {"model": "tiny"},
-    "data": {"path": "/secret/rows.jsonl", "cache_dir": "/secret", "date": "2026-01-31"},
-    "subscriber": {"endpoints": ["tcp://gpu:1"]},
+    "method": "dflash", "output": "runs/x", "draft": {"init": "", "loss": "dpace"}, "train": {"seed": 3},
+    "target": {"model": "tiny"}, "data": {"path": "/secret/rows.jsonl", "cache_dir": "/secret", "date": "2026-01-31"},
+    "subscriber": {"endpoints": ["tcp://gpu:1"]}, "capture": {"dtype": "float8_e4m3fn"},
 }  # fmt: skip
 FACTS = RunFacts(
     started="then",
@@ -108,6 +108,8 @@ def test_the_readme_says_how_it_was_trained_and_what_was_measured(run: Path, tmp
         "| steps | 2 of 5 planned",
         "| digest of the data | abc |",
         "| revision of the target | c0ffee |",
+        "| states | rounded to float8_e4m3fn on their way",
+        "| loss | dpace |",
         "not mea",
     ):
         assert part in text
