@@ -13,7 +13,7 @@ SPEC = CaptureSpec(taps=(1,))
 
 
 def made(pace_s: float) -> tuple[Contents, Run, Run, Run, dict[str, int]]:
-    counters = dict.fromkeys(COUNTERS, 0)
+    counters: dict[str, int] = dict.fromkeys(COUNTERS, 0)
     shares = Shares(Clock(), pace_s)
     runs = [shares.enter(name, b"", share, SPEC) for name, share in ((A, "s"), (B, "s"), (C, ""))]
     return Contents(3, shares, counters), runs[0], runs[1], runs[2], counters
