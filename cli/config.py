@@ -12,7 +12,7 @@ import typer
 import yaml
 
 from specd.config.describe import meanings, section_of, summary
-from specd.config.load import convert, load_yaml, merge
+from specd.config.load import as_begun, convert, load_yaml, merge
 from specd.config.presets import recipe_of, run_config
 from specd.config.settings import DaemonConfig, RunConfig, TargetConfig
 from specd.drafts import registry
@@ -69,7 +69,7 @@ def run_file(path: Path) -> dict[str, Any]:
     """The settings in a file of a run: YAML, or a run.json, whose output another run does not take."""
     found = load_yaml(path)
     if "started" in found and isinstance(found.get("config"), dict):
-        found = {key: value for key, value in found["config"].items() if key != "output"}
+        found = {key: value for key, value in as_begun(found["config"]).items() if key != "output"}
     if not isinstance(found.get("target", {}), dict):
         raise ConfigError(f"config file {str(path)!r}: target is {found['target']!r}: expected settings of a target")
     return found

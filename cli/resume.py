@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import Annotated, Any
 
 import typer
 
@@ -20,8 +20,6 @@ EXAMPLES = (
     f"Examples: `specd resume runs/{registry.DEFAULT}` · `specd resume runs/{registry.DEFAULT} --epochs 10` · "
     f"`specd resume runs/{registry.DEFAULT} --endpoint tcp://gpu2:7070 --device cuda:1`"
 )
-OF_0_1_0: Final = {"method": "dflash", "draft": {"loss": "decay"}}
-"""What runs of specd 0.1.0 do not name, and did."""
 log = logging.getLogger(__name__)
 
 
@@ -68,7 +66,6 @@ def resume(
                 f"{str(run)!r} holds no run: expected the --output of a `specd train`, with {FACTS} in it"
             )
         facts = read_facts(run)
-        begun = facts.config if "method" in facts.config else merge(OF_0_1_0, facts.config)
         flags = given(
             {
                 "train": {"epochs": epochs, "max_steps": max_steps, "max_minutes": max_minutes, "device": device},
@@ -78,7 +75,7 @@ def resume(
                 },
             }
         )
-        asked: dict[str, Any] = merge(merge(begun, flags), overrides(settings or []))
+        asked: dict[str, Any] = merge(merge(facts.config, flags), overrides(settings or []))
         asked["output"] = str(run if Path(facts.directory) == Path.cwd() else run.absolute())
         target = asked.get("target") or {}
         if model and endpoint:

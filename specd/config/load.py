@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,33 +16,40 @@ from specd.errors import ConfigError
 from specd.paths import shown
 
 T = TypeVar("T")
+_OF_0_1_0: dict[str, Any] = {"method": "dflash", "draft": {"loss": "decay"}}
+"""What runs of specd 0.1.0 do not name, and did."""
 
 
 def convert(data: Any, kind: type[T], where: str) -> T:
     """`data` as `kind`. Raises ConfigError that names `where`, the key and what was expected."""
-    for key, text in _texts(data):
-        if shown(text) != text:
+    leaves = [*_leaves(data)]
+    for key, value in leaves:
+        if isinstance(value, str) and shown(value) != value:
             raise ConfigError(
-                f"{where}: {key} '{shown(text)}' is not UTF-8, as all is that is written about a run; give a path "
+                f"{where}: {key} '{shown(value)}' is not UTF-8, as all is that is written about a run; give a path "
                 f"that is, a link for instance"
             )
     try:
-        return msgspec.convert(data, kind)
+        found = msgspec.convert(data, kind)
     except msgspec.ValidationError as error:
         message = _with_key(_with_choices(_with_number(str(error), data), kind), kind)
         raise ConfigError(f"{where}: {message}") from None
+    for key, value in leaves:
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(f"{where}: {key} is {value}: expected a finite number")
+    return found
 
 
-def _texts(data: Any, key: str = "") -> Iterator[tuple[str, str]]:
-    """All texts in `data`, each with the path of its key."""
-    if isinstance(data, str):
-        yield key.removeprefix("."), data
-    elif isinstance(data, dict):
+def _leaves(data: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """All texts, numbers and other single values in `data`, each with the path of its key."""
+    if isinstance(data, dict):
         for name, item in data.items():
-            yield from _texts(item, f"{key}.{name}")
+            yield from _leaves(item, f"{key}.{name}")
     elif isinstance(data, (list, tuple)):
         for item in data:
-            yield from _texts(item, key)
+            yield from _leaves(item, key)
+    else:
+        yield key.removeprefix("."), data
 
 
 def _with_number(message: str, data: Any) -> str:
@@ -79,7 +87,15 @@ def _with_key(message: str, kind: Any) -> str:
 
 
 class _YamlLoader(yaml.SafeLoader):
-    """YAML 1.1, but a plain 3e-4 is a number and nothing is a date."""
+    """YAML 1.1, but a plain 3e-4 is a number, nothing is a date, and a key that is there twice is an error."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:  # the stubs take it for a dict
+        node = super().compose_mapping_node(anchor)
+        keys = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for number, key in enumerate(keys):
+            if any(key.value == other.value for other in keys[:number]):
+                raise yaml.MarkedYAMLError(problem=f"{key.value} is given twice: keep one", problem_mark=key.start_mark)
+        return node
 
 
 _YamlLoader.yaml_implicit_resolvers = {
@@ -110,8 +126,14 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"config file {str(path)!r} is not YAML: {error}") from None
     if not isinstance(data, dict):
-        raise ConfigError(f"config file {str(path)!r} holds a {type(data).__name__}, expected a mapping of settings")
+        kind = "nothing" if data is None else f"a {type(data).__name__}"
+        raise ConfigError(f"config file {str(path)!r} holds {kind}, expected a mapping of settings")
     return data
+
+
+def as_begun(config: dict[str, Any]) -> dict[str, Any]:
+    """The settings in a run.json, with those that its version did not name as they were then."""
+    return config if "method" in config else merge(_OF_0_1_0, config)
 
 
 def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:

@@ -13,7 +13,9 @@ from specd.config.settings import RunConfig
 from specd.errors import ConfigError
 
 SECTIONS = ("base", "runs")
-NAME = re.compile(r"\w[\w.+-]*")
+NAME = re.compile(r"\w[\w.+-]{0,99}")
+TAKEN = ("daemon", "daemon.log")
+"""What lies beside the runs."""
 
 
 def read_sweep(path: Path, over: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -34,10 +36,14 @@ def read_sweep(path: Path, over: Mapping[str, Any]) -> dict[str, dict[str, Any]]
     base = _nested(base, f"{where}: base")
     asked = {}
     for name, own in runs.items():
+        if isinstance(name, bool) or not isinstance(name, (str, int)):
+            raise ConfigError(f"{where}: run {name!r}: expected a name, in quotes where YAML reads another thing")
         if not NAME.fullmatch(str(name)):
             raise ConfigError(
-                f"{where}: run {name!r}: expected letters, digits, _, ., + and -, as it names a directory"
+                f"{where}: run {name!r}: expected letters, digits, _, ., + and -, at most 100, as it names a directory"
             )
+        if name in TAKEN or f"{name}".removesuffix(".log") in runs.keys() - {name}:
+            raise ConfigError(f"{where}: run {name!r}: a log has that name: choose another")
         own = _nested({} if own is None else own, f"{where}: run {name}")
         if "target" in own:
             raise ConfigError(f"{where}: run {name}: target: expected it under base, as all runs have the same")

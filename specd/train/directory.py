@@ -16,7 +16,7 @@ from typing import Any
 import msgspec
 from msgspec.structs import replace
 
-from specd.config.load import convert
+from specd.config.load import as_begun, convert
 from specd.config.settings import Config, RunConfig
 from specd.drafts.directory import digest, draft_directory
 from specd.drafts.initial import FACT, began_with
@@ -290,4 +290,5 @@ def write_facts(run: Path, facts: RunFacts) -> None:
 
 def read_facts(run: Path) -> RunFacts:
     """The facts of a run. Raises CheckpointError when there are none."""
-    return load_facts(run / FACTS, RunFacts)
+    facts = load_facts(run / FACTS, RunFacts)
+    return replace(facts, config=as_begun(facts.config))

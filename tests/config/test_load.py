@@ -64,6 +64,8 @@ def test_a_file_without_permission_is_named(tmp_path: Path) -> None:
     [
         ("- a\n- b\n", "holds a list, expected a mapping"),
         ("just words\n", "holds a str, expected a mapping"),
+        ("", "holds nothing, expected a mapping"),
+        ("a: {b: 1, 'b': 2}\n", "b is given twice: keep one"),
         ("a: [1,\n", "is not YAML"),
         ("a: 1\n\tb: 2\n", "is not YAML"),
         ("!!python/object/apply:os.system ['true']\n", "is not YAML"),
@@ -138,9 +140,11 @@ def test_merge_leaves_its_arguments_alone() -> None:
             r"run: data\.path '\\xff\.jsonl' is not UTF-8",
         ),
         ({"method": "x", "target": {"model": "\ud800"}}, r"run: target\.model '\\ud800' is not UTF-8"),
+        ({"method": "x", "train": {"max_minutes": float("inf")}}, r"run: train\.max_minutes is inf: expected a finite"),
+        ({"method": "x", "draft": {"loss_decay": float("nan")}}, r"run: draft\.loss_decay is nan: expected a finite"),
     ],
 )
-def test_texts_that_no_file_can_hold_are_refused(data: dict[str, object], said: str) -> None:
-    """A path of bytes that are not UTF-8 is one; run.json and messages to a daemon are UTF-8."""
+def test_what_no_file_can_hold_is_refused(data: dict[str, object], said: str) -> None:
+    """A path of bytes that are not UTF-8 is one; run.json and messages to a daemon are UTF-8, and JSON has no infinity."""
     with pytest.raises(ConfigError, match=f"^{said}"):
         convert(data, RunConfig, "run")
