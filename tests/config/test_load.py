@@ -145,6 +145,6 @@ def test_merge_leaves_its_arguments_alone() -> None:
     ],
 )
 def test_what_no_file_can_hold_is_refused(data: dict[str, object], said: str) -> None:
-    """A path of bytes that are not UTF-8 is one; run.json and messages to a daemon are UTF-8, and JSON has no infinity."""
+    """A path of bytes that are not UTF-8 is one; run.json and messages are UTF-8, and JSON has no infinity."""
     with pytest.raises(ConfigError, match=f"^{said}"):
         convert(data, RunConfig, "run")
