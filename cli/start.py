@@ -149,7 +149,11 @@ def start(
         },
         "ring": {"slots": slots, "slot_tokens": slot_tokens, "lag_gb": lag_gb} | _ring_for(trainers, depth, slots),
         "transports": [name.strip() for name in transports.split(",") if name.strip()],
-        "replay": {"dir": os.path.abspath(os.path.expanduser(replay)) if replay else "", "gb": replay_gb, "ram_gb": replay_ram_gb},
+        "replay": {
+            "dir": os.path.abspath(os.path.expanduser(replay)) if replay else "",
+            "gb": replay_gb,
+            "ram_gb": replay_ram_gb,
+        },
         "endpoint": endpoint,
         "insecure": insecure,
         "auth": {"key": key},
