@@ -113,7 +113,7 @@ def sweep(
     if lag_gb and not hosted:
         raise ConfigError(
             f"--lag-gb {lag_gb:g}: expected --model beside it, as it is of the daemon that is started here; of one that "
-            f"runs, specd start has --lag-gb"
+            "runs, specd start has --lag-gb"
         )
     recipe = recipe_of(preset, "") if preset else None
     target = (recipe.target if recipe else {}) | target | ({"model": hosted} if hosted else {})
