@@ -96,8 +96,10 @@ def _facts(report: StatusReport) -> Iterator[tuple[str, str]]:
         yield "lag window", f"{report.lag_used:,} of {report.lag_cells:,} batches"
     if report.replay is not None:
         yield "replay", f"{kept(report.replay)}; {replayed(report.counters)}"
+    absent = ("replay_",) * (report.replay is None) + ("lag_",) * (not report.lag_cells)
     counts = {name: count for name, count in report.counters.items() if not name.endswith("_us")}
-    yield "counters", ", ".join(f"{name} {count:,}" for name, count in counts.items()) or "–"
+    told = [f"{name} {count:,}" for name, count in counts.items() if count or not name.startswith(absent)]
+    yield "counters", ", ".join(told) or "–"
 
 
 def _shared(report: StatusReport) -> Iterator[tuple[str, str]]:

@@ -112,7 +112,7 @@ def sweep(
             )
     if lag_gb and not hosted:
         raise ConfigError(
-            f"--lag-gb {lag_gb:g}: expected --model beside it, as it is of the daemon that is started here; of one that "
+            f"--lag-gb {lag_gb:g}: expected --model beside it, as it is of a daemon that is started here; of one that "
             "runs, specd start has --lag-gb"
         )
     recipe = recipe_of(preset, "") if preset else None
@@ -125,14 +125,25 @@ def sweep(
     if dry_run:
         _rehearse(runs, target, resume)
         return
-    again = ["specd", "sweep", str(file), *(f"-e{each}" for each in endpoint or []), *(["-m", model] if model else [])]
-    again += [*(["--preset", preset] if preset else []), *(["--devices", devices] if devices else [])]
-    again += [*(["-o", str(output)] if output else []), *(["--key", key] if key else [])]
-    again += [part for each in server_key or [] for part in ("--server-key", each)]
-    again += [part for each in settings or [] for part in ("--set", each)]
-    again += [*(["--lag-gb", f"{lag_gb:g}"] if lag_gb else [])]
-    again += [*(["--eval-prompts", str(eval_prompts)] if eval_prompts else []), "--resume"]
-    go(runs, target, place, eval_prompts, shlex.join(again), lag_gb)
+    options: dict[str, Sequence[str]] = {
+        "-e": endpoint or [],
+        "-m": [model],
+        "--preset": [preset],
+        "--devices": [devices],
+        "-o": [str(output or "")],
+        "--lag-gb": [f"{lag_gb:g}" if lag_gb else ""],
+        "--eval-prompts": [str(eval_prompts or "")],
+        "--key": [key],
+        "--server-key": server_key or [],
+        "--set": settings or [],
+    }
+    go(runs, target, place, eval_prompts, _again(file, options), lag_gb)
+
+
+def _again(file: Path, options: Mapping[str, Sequence[str]]) -> str:
+    """The command that goes on, to be typed. options: their values by name; empty ones were not given."""
+    parts = (part for name, values in options.items() for value in values if value for part in (name, value))
+    return shlex.join(["specd", "sweep", str(file), *parts, "--resume"])
 
 
 def _placed(own: Mapping[str, Any], place: Path, name: str, device: str) -> dict[str, Any]:

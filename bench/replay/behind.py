@@ -27,9 +27,6 @@ from specd.config.settings import ReplayConfig, SubscriberConfig
 from specd.protocol.batch import Batch
 from specd.transports.registry import load
 
-MOST = 24
-"""Of batches under way: a daemon keeps 32 messages for a trainer that does not read, and ends its session then."""
-
 
 class Behind(msgspec.Struct, frozen=True, kw_only=True):
     """A daemon that keeps states. step_ms: of a trainer that is busy so long with each batch, 0 for one that is never.
@@ -123,7 +120,7 @@ class _Rounds:
 
     def __init__(self, settings: Settings, endpoint: str, step_ms: float) -> None:
         self._settings, self._endpoint, self._step_s = settings, endpoint, step_ms / 1e3
-        self._depth = min(settings.fed(settings.short), MOST)
+        self._depth = settings.fed(settings.short)
         self._nonce = 0
         with self._subscriber("nowhere") as link:
             self._vocab = link.contract.vocab_size

@@ -73,7 +73,7 @@ def rows(
             arena.tensor(slot).random_()
         if memory:
             progress("memory")
-            cells = Pinned(cells_in(memory, arena.stride), arena.stride, arena.device)
+            cells = Pinned(cells_in(memory, arena.stride), arena)
             yield _measure(arena, cells, asked, lambda: _raw_memory(arena, cells))
         if disk and directory is not None:
             progress("disk")

@@ -11,7 +11,7 @@ from specd.transports.base import SlotRef
 
 
 class SendSubmit(msgspec.Struct, Generic[S, B], frozen=True):
-    """Send SUBMIT. late: log that another daemon owes the batch for so many seconds, if it is not 0. keep: as there."""
+    """Send SUBMIT. late: seconds that another daemon has owed the batch, to be logged, or 0. keep: as in SUBMIT."""
 
     session: S
     pending: Pending[S, B]

@@ -33,10 +33,10 @@ log = logging.getLogger(__name__)
 class Subscriber:
     """A trainer's source of hidden states.
 
-    spec: what to capture, or a function that gives it for the target. dtype: gives what float8 states are delivered in,
-    else the target's. device: where deliveries go. fingerprint: the
-    target it must be, empty for any. payloads: names of the arrays that batches bring for the target beside their
-    tokens (`specd.protocol.payload`). context: of embedded daemons. run: 16 bytes that are equal on all `ranks` of one
+    spec: what to capture, or a function that gives it for the target. dtype: a function that gives what float8 states
+    are delivered in; without it, the target's. device: where deliveries go. fingerprint: the target it must be, empty
+    for any. payloads: names of the arrays that batches bring for the target beside their tokens
+    (`specd.protocol.payload`). context: of embedded daemons. run: 16 bytes that are equal on all `ranks` of one
     training, each of which has a subscriber; empty for one alone. seat: which of them this is, for `subscriber.place`;
     without it, every daemon is taken. keeping: which daemon may keep a batch's states over epochs, of those that do so:
     the one that made them (`anywhere`), always the same one (`home`), for batches that come again, or none (`nowhere`).

@@ -89,7 +89,7 @@ def _with_key(message: str, kind: Any) -> str:
 class _YamlLoader(yaml.SafeLoader):
     """YAML 1.1, but a plain 3e-4 is a number, nothing is a date, and a key that is there twice is an error."""
 
-    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:  # the stubs take it for a dict
         node = super().compose_mapping_node(anchor)
         keys = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
         for number, key in enumerate(keys):

@@ -198,9 +198,8 @@ class SubscriberConfig(Config, kw_only=True, frozen=True):
     one piece, such as final states alone. place: which daemons a rank takes where a training has several ranks. `near`
     means those on its own host, or all if none is, shared evenly among the ranks, and the rest only while none of these
     is up; `all` means every one. auth: keys, for TCP endpoints. insecure_data: with keys, also take transports from
-    another host that do not encrypt states (nccl, nixl).
-    share: trainers that name the same one, and train on the same batches, share forwards of the target, whatever layers
-    each of them wants; empty to share with nobody.
+    another host that do not encrypt states (nccl, nixl). share: trainers that name the same one, and train on the same
+    batches, share forwards of the target, whatever layers each of them wants; empty to share with nobody.
     """
 
     endpoints: tuple[str, ...] = ("auto",)
@@ -339,9 +338,8 @@ class RunConfig(Config, kw_only=True, frozen=True):
 
     method: which draft is trained. draft: its settings, those of its method. output: the run directory; empty is
     runs/METHOD. data: what it trains on. capture: how states come. train: the training loop. log: where its progress
-    goes. subscriber: where states come from.
-    target: settings of a target that the trainer hosts itself, as those of `specd start`; its device is the trainer's
-    unless named here. Daemons have settings of their own.
+    goes. subscriber: where states come from. target: settings of a target that the trainer hosts itself, as those of
+    `specd start`; its device is the trainer's unless named here. Daemons have settings of their own.
     """
 
     method: str

@@ -68,6 +68,22 @@ class Request:
             pieces = cut(lease.held, self.want, hidden_size, num_tokens)
         return SlotRef(lease.slot, lease.generation, self.layout.nbytes, pieces)
 
+    def ready(self, lease: Lease, epoch: bytes, busy_slots: int, target_us: int, *, replayed: bool) -> wire.Ready:
+        """What tells the trainer that its states are in place. replayed: they were kept from an earlier epoch."""
+        return wire.Ready(
+            epoch=epoch,
+            seq=lease.seq,
+            batch_id=lease.batch_id,
+            lease=lease.id,
+            slot=lease.slot,
+            generation=lease.generation,
+            layout=self.layout,
+            busy_slots=busy_slots,
+            target_us=target_us,
+            held=lease.held,
+            source="replay" if replayed and lease.source == "forward" else lease.source,
+        )
+
 
 class Unfit(Exception):
     """A well-formed request that this daemon can never serve; the message tells the trainer why."""

@@ -63,7 +63,7 @@ class Contents:
         None without room, or while its run is held, which it is not for a cell.
         """
         found, unlike = self.lag.find(ask), self._is_unlike(run, ask)
-        index = self._room(run, ask, held=found is None)
+        index = self._room(run, ask, may_wait=found is None)
         if index is None:
             return None
         self._counters["unlike"] += unlike
@@ -143,12 +143,12 @@ class Contents:
         slot.owed.clear()
         self._free.append(index)
 
-    def _room(self, run: Run, ask: Ask, *, held: bool) -> int | None:
-        """A FREE slot, made of a KEPT one if need be. held: whether the run may be held."""
+    def _room(self, run: Run, ask: Ask, *, may_wait: bool) -> int | None:
+        """A FREE slot, made of a KEPT one if need be. may_wait: whether the run may be held."""
         others = self._shares.others(run) if ask.want is not None else set()
-        if held and self._follows(others, ask.place) and self._shares.holds(run):
+        if may_wait and self._follows(others, ask.place) and self._shares.holds(run):
             return None
-        if not self._free and not self._evict(run, others, held=held):
+        if not self._free and not self._evict(run, others, may_wait=may_wait):
             return None
         return self._free.popleft()
 
@@ -164,11 +164,11 @@ class Contents:
             slot.asker in others and slot.place == ask.place and slot.batch_id != ask.batch_id for slot in self.slots
         )
 
-    def _evict(self, run: Run, others: set[Run], *, held: bool) -> bool:
+    def _evict(self, run: Run, others: set[Run], *, may_wait: bool) -> bool:
         """Free a KEPT slot; False without one, or while the run waits for others of its share to read them.
 
         One that the lag window has, or else the newest that nobody waits for; else the newest of all, and nobody waits
-        any more for those that are owed it. held: whether the run may be held.
+        any more for those that are owed it. may_wait: whether the run may be held.
         """
         kept = [index for index, slot in enumerate(self.slots) if slot.state is SlotState.KEPT]
         if not kept:
@@ -176,7 +176,7 @@ class Contents:
         safe = [index for index in kept if self._is_safe(index)]
         awaited = {other for other in others if not other.behind}
         free = safe or [index for index in kept if not self.slots[index].owed & awaited]
-        if not free and held and self._shares.holds(run):
+        if not free and may_wait and self._shares.holds(run):
             return False
         index = max(free or kept, key=lambda each: self.slots[each].serial)
         if not safe:

@@ -23,7 +23,7 @@ from specd.daemon.front import Front
 from specd.daemon.lag import LagWindow
 from specd.daemon.questions import Questions
 from specd.daemon.reads import Reads
-from specd.daemon.report import status_report, tell_epochs, welcome
+from specd.daemon.report import status_report, welcome
 from specd.daemon.ring import Ring
 from specd.daemon.sessions import Sessions, TrainerSession
 from specd.daemon.slots import Lease
@@ -180,7 +180,7 @@ class Control:
                 self._ring.renew(key)
                 if message.epoch_batches not in (0, session.epoch_batches):
                     session.epoch_batches = message.epoch_batches
-                    tell_epochs(self._supervisor, self._sessions, self._started)
+                    self._tell_epochs()
                 self._send(key, wire.Renewed(epoch=self._epoch))
             case wire.Attach():
                 self._attach(session, message)
@@ -206,7 +206,7 @@ class Control:
         session = over or self._sessions.open(key, hello, connection, self._clock())
         if isinstance(session, str):
             return wire.Reject(epoch=self._epoch, reason=session, retry_ms=RETRY_MS)
-        tell_epochs(self._supervisor, self._sessions, started)
+        self._tell_epochs()
         return welcome(session, self._ring, self._supervisor, started, self._settings.ring.lease_ttl_s)
 
     def _loading_ms(self) -> int:
@@ -277,28 +277,15 @@ class Control:
         session = self._sessions.get(lease.holder)
         if session is None:  # it was lost while its other leases were announced
             return
-        layout = session.requests[lease.seq].layout
+        request = session.requests[lease.seq]
+        layout = request.layout
         if layout.tensors:  # a probe is no batch
             session.served(layout)
             for name, amount in (("batches", 1), ("tokens", layout.tensors[0].shape[0]), ("bytes", layout.nbytes)):
                 self.counters.add(name, amount)
             self._supervisor.productive()
-        self._send(
-            lease.holder,
-            wire.Ready(
-                epoch=self._epoch,
-                seq=lease.seq,
-                batch_id=lease.batch_id,
-                lease=lease.id,
-                slot=lease.slot,
-                generation=lease.generation,
-                layout=layout,
-                busy_slots=self._ring.busy,
-                target_us=target_us,
-                held=lease.held,
-                source="replay" if replayed and lease.source == "forward" else lease.source,
-            ),
-        )
+        ready = request.ready(lease, self._epoch, self._ring.busy, target_us, replayed=replayed)
+        self._send(lease.holder, ready)
 
     def _fail(self, key: bytes, seq: int, identity: bytes, reason: str, *, retry: bool) -> None:
         self.counters.add("failed")
@@ -355,7 +342,7 @@ class Control:
                     self._announce(lease, note.target_us, replayed=note.replayed)
             case channel.Saved():
                 self._ring.contents.lag.saved(note.number, note.ok)
-            case channel.Kept():
+            case channel.ReplayCounts():
                 for name, count in note.counts.items():
                     self.counters.add(REPLAY[name], count)
                 if (started := self._started) is not None and started.replay is not None:
@@ -378,6 +365,11 @@ class Control:
                 data = wire.Artifact(epoch=self._epoch, name=note.name, offset=note.offset, data=note.data)
                 self._send(note.session, data)
 
+    def _tell_epochs(self) -> None:
+        """Tell a worker that keeps states how long one is of use that nobody asks for."""
+        if self._started is not None and (replay := self._started.replay) is not None:
+            self._supervisor.send(channel.Lasts(lookups=self._sessions.lookups(4 * replay.cells)))
+
     def _hung_at(self) -> float | None:
         """When the worker is to be killed unless it reports before."""
         return None if self._supervisor.killed else self._dispatch.hung_at()
@@ -396,6 +388,12 @@ class Control:
     def status(self) -> wire.StatusReport:
         """What `specd status` shows."""
         return status_report(
-            self._account, self._ring, self._sessions, self._supervisor, self.ending, self.endpoints, self._started,
+            self._account,
+            self._ring,
+            self._sessions,
+            self._supervisor,
+            self.ending,
+            self.endpoints,
+            self._started,
             self._loading_ms(),
-        )  # fmt: skip
+        )

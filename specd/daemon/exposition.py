@@ -45,7 +45,7 @@ COUNTS = {
     "replay_hit": Count("specd_replay_hits", "Batches read from what was kept, instead of computed."),
     "replay_miss": Count("specd_replay_misses", "Batches computed that may be kept."),
     "replay_wrote": Count("specd_replay_writes", "Batches that were kept."),
-    "replay_skipped": Count("specd_replay_skips", "Batches not kept, as the writer had not yet written others."),
+    "replay_skipped": Count("specd_replay_skips", "Batches that were not kept, though there was room."),
     "replay_damaged": Count("specd_replay_damaged_cells", "Cells found that were not as written."),
     "released": Count("specd_ring_releases", "Leases given back."),
     "expired": Count("specd_ring_expired_holders", "Sessions whose lease ran out."),

@@ -21,6 +21,8 @@ LISTEN_S = 0.01
 """Messages are taken for up to this long at a time, so that a flood does not delay the worker's."""
 OWN_FILES = 64
 """Descriptors that the daemon needs beside its connections and sessions."""
+UNREAD = 16
+"""Messages to one peer, beside one for each slot, that it may leave unread."""
 FEW_CONNECTIONS = 64
 """Fewest connections without a session that there must be room for."""
 
@@ -46,8 +48,9 @@ class Front:
         self.gate = Gate(keyed, context, clock) if keyed else None
         self._socket = context.socket(zmq.ROUTER)
         self._socket.set(zmq.ROUTER_MANDATORY, 1)
-        # What one connection may keep here, sent to it and not read, and said by it and not heard.
-        self._socket.set(zmq.SNDHWM, 32)
+        # What one connection may keep here, sent to it and not read, and said by it and not heard. All batches of a
+        # trainer may be announced at once, and libzmq says that messages left only once half of the mark have.
+        self._socket.set(zmq.SNDHWM, 2 * (UNREAD + settings.ring.slots))
         self._socket.set(zmq.RCVHWM, 16)
         self._socket.set(zmq.MAXMSGSIZE, largest_request(settings) + (OVERHEAD_BYTES if self.gate else 0))
         self._socket.set(zmq.LINGER, 500)  # before bind, as the supervisor's pipes

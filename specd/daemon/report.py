@@ -1,4 +1,4 @@
-"""What a daemon says: STATUS_REPORT to whoever asks, WELCOME to a trainer, and to its worker how long epochs are."""
+"""What a daemon says of itself: STATUS_REPORT to whoever asks, WELCOME to a trainer that is let in."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from specd.daemon.sessions import Sessions, TrainerSession
 from specd.daemon.supervisor import Supervisor
 from specd.protocol.messages import StatusReport, Welcome
 from specd.version import __version__
-from specd.worker.messages import Lasts, Started
+from specd.worker.messages import Started
 
 
 def status_report(
@@ -62,9 +62,3 @@ def welcome(session: TrainerSession, ring: Ring, supervisor: Supervisor, started
         sharing=ring.sharing(session.key),
         replay=started.replay,
     )
-
-
-def tell_epochs(supervisor: Supervisor, sessions: Sessions, started: Started | None) -> None:
-    """Tell a worker that keeps states how long one is of use that nobody asks for."""
-    if started is not None and started.replay is not None:
-        supervisor.send(Lasts(lookups=sessions.lookups(4 * started.replay.cells)))

@@ -8,6 +8,7 @@ import fcntl
 import logging
 import mmap
 import os
+import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -96,11 +97,19 @@ class Files:
                 f"--replay-gb {place.budget / GB:g} has no room for one batch: a slot has {cell_bytes / GB:.3f} GB here"
             )
         path = place.directory / NAME
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fd = _regular(path, os.O_RDWR | os.O_CREAT)
+        except OSError as error:
+            raise ConfigError(
+                f"--replay {place.directory} cannot be used: {path}: {error.strerror}; remove that, or give another"
+            ) from None
         try:
             there = _super_of(fd, place.directory)
             if there is not None:
                 _check_same(place.directory, there, identity, cell_bytes)
+                _check_kept(place, cls(fd, there.cells, cell_bytes, True), cells)
+            else:  # nobody knows whose states they are
+                os.ftruncate(fd, 0)
             _resize(fd, place, form.offset(cells, cell_bytes))
             os.pwrite(fd, form.pack_super(Super(identity, cells, cell_bytes)), 0)
             os.fsync(fd)
@@ -115,7 +124,7 @@ class Files:
         """A store that is only read. Raises ConfigError where there is none."""
         path = directory / NAME
         try:
-            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            fd = _regular(path, os.O_RDONLY)
         except OSError as error:
             raise ConfigError(
                 f"{directory} is no store of states ({error.strerror}): expected the DIR of specd start --replay DIR"
@@ -131,10 +140,10 @@ class Files:
         fd, direct = _direct(path, fd, os.O_RDONLY)
         return cls(fd, page.cells, page.cell_bytes, direct), page
 
-    def scan(self, stopped: Callable[[], bool] = lambda: False) -> Iterator[Found]:
-        """Every cell, in order, by its header alone. stopped: asked before each."""
+    def scan(self, stopped: Callable[[], bool] = lambda: False, first: int = 0) -> Iterator[Found]:
+        """Every cell from `first` on, in order, by its header alone. stopped: asked before each."""
         page = _page()
-        for cell in range(self.cells):
+        for cell in range(first, self.cells):
             if stopped():
                 return
             self._all(os.preadv, cell, [page])
@@ -186,10 +195,12 @@ class Files:
 def unused(directory: Path) -> Iterator[None]:
     """Nobody writes to a store meanwhile. Raises ConfigError while a daemon uses it."""
     try:
-        lock = os.open(directory / LOCK, os.O_RDWR | os.O_CLOEXEC)
+        lock = os.open(directory / LOCK, os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError:
         yield  # it was copied from elsewhere
         return
+    except OSError as error:
+        raise ConfigError(f"{directory / LOCK} cannot be read: {error.strerror}; run this as its user") from None
     try:
         if not _locked(lock):
             raise ConfigError(f"{_in_use(directory)}; stop that first")
@@ -212,10 +223,19 @@ def _in_use(directory: Path) -> str:
 
 
 def _no_room(directory: Path, room: int, budget: int) -> str:
+    free = f"{room / GB:,.1f}" if room >= GB else f"{room / GB:.3g}"
     return (
-        f"{directory} has {room / GB:,.1f} GB free, --replay-gb asks {budget / GB:g}: give fewer, free some, or take "
-        f"another disk"
+        f"{directory} has {free} GB free, --replay-gb asks {budget / GB:g}: give fewer, free some, or take another disk"
     )
+
+
+def _regular(path: Path, access: int) -> int:
+    """Open a file, without waiting for whoever is at the other end of what is none. Raises OSError."""
+    fd = os.open(path, access | os.O_CLOEXEC | os.O_NONBLOCK, 0o600)
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise OSError(errno.EINVAL, "it is no file")
+    return fd
 
 
 def _super_of(fd: int, directory: Path) -> Super | None:
@@ -229,14 +249,29 @@ def _super_of(fd: int, directory: Path) -> Super | None:
 
 def _check_same(directory: Path, there: Super, identity: Identity, cell_bytes: int) -> None:
     if unlike := identity.unlike(there.identity):
+        others = ", ".join(f"{name}: {getattr(identity, name)}, not {getattr(there.identity, name)}" for name in unlike)
         raise ConfigError(
-            f"{directory} holds states of {there.identity}; this daemon's are of {identity} (another "
-            f"{', '.join(unlike)}): give another --replay, or remove it"
+            f"{directory} holds states of {there.identity}; this daemon's are of another {others}: give another "
+            f"--replay, or remove it"
         )
     if cell_bytes != there.cell_bytes:
         raise ConfigError(
             f"{directory} has cells of {there.cell_bytes:,} bytes and this daemon's slots have {cell_bytes:,}: start "
             f"it with the same ring.slot_tokens and capture, give another --replay, or remove it"
+        )
+
+
+def _check_kept(place: Place, there: Files, cells: int) -> None:
+    """Refuse to give up cells that hold batches, which may have taken days."""
+    try:
+        lost = next((each.cell for each in there.scan(first=cells) if each.header is not None), None)
+    except OSError:  # the file is shorter than its first page says
+        return
+    if lost is not None:
+        least = -(-form.offset(there.cells, there.cell_bytes) * 1000 // GB) / 1000
+        raise ConfigError(
+            f"{place.directory} holds batches in {there.cells:,} cells, --replay-gb {place.budget / GB:g} has room for "
+            f"{cells:,}: give at least {least:g}, another --replay, or remove it"
         )
 
 

@@ -21,8 +21,6 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from specd.memory.arena import HostArena
 from specd.memory.cuda import Copier
 from specd.memory.device_arena import DeviceArena
@@ -88,7 +86,7 @@ class Lanes:
         self._lock = threading.Lock()  # of the stores, and of tiers
         self._tiers = [Tier(cells) for cells in tiers]
         self._disk = next((tier for tier in self._tiers if isinstance(tier.cells, Files)), None)
-        self._bounce = Pinned(WRITE_BUFFERS + READERS, arena.stride, arena.device) if self._disk else None
+        self._bounce = Pinned(WRITE_BUFFERS + READERS, arena) if self._disk else None
         self._buffers: queue.SimpleQueue[int] = queue.SimpleQueue()
         for buffer in range(WRITE_BUFFERS):
             self._buffers.put(buffer)
@@ -227,7 +225,7 @@ class Lanes:
                 self._lose(tier, entry, error)
                 self._missed(task)
                 continue
-            self._put(task, cells, cell, copier)
+            cells.load(cell, task.slot, task.generation, task.nbytes, copier)
             tier.errors = 0
             with self._lock:
                 tier.store.done(entry)
@@ -272,21 +270,12 @@ class Lanes:
                 yield task
             self._reads.put(None)  # for whom it was meant
 
-    def _put(self, task: Task, cells: Pinned, cell: int, copier: Copier) -> None:
-        """Fill a slot from a cell."""
-        self._arena.begin(task.slot)
-        if isinstance(self._arena, DeviceArena):
-            copier.copy(self._arena.tensor(task.slot)[: task.nbytes], cells.tensor(cell)[: task.nbytes])
-        else:
-            _copy(self._arena.slot(task.slot)[: task.nbytes], cells.view(cell)[: task.nbytes])
-        self._arena.seal(task.slot, task.generation, task.nbytes)
-
     def _copy_all(self) -> None:
         copier = Copier()
         while (item := self._copies.get()) is not None and not self._ending.is_set():
             task, tier, entry = item
             if isinstance(tier.cells, Pinned):
-                if self._copied(task, tier.cells, entry.cell, copier):
+                if tier.cells.save(entry.cell, task.slot, task.generation, task.nbytes, copier):
                     self._keep(tier, entry)
                 else:
                     self._give_up(tier, entry)
@@ -295,21 +284,11 @@ class Lanes:
             buffer = self._buffers.get()
             if self._ending.is_set():
                 return
-            if self._copied(task, self._bounce, buffer, copier):
+            if self._bounce.save(buffer, task.slot, task.generation, task.nbytes, copier):
                 self._writes.put((*item, buffer))
             else:
                 self._give_up(tier, entry)
                 self._buffers.put(buffer)
-
-    def _copied(self, task: Task, cells: Pinned, cell: int, copier: Copier) -> bool:
-        """Copy a slot; False if it was refilled before the last byte."""
-        if self._arena.generation(task.slot) != task.generation:
-            return False
-        if isinstance(self._arena, DeviceArena):
-            copier.copy(cells.tensor(cell)[: task.nbytes], self._arena.tensor(task.slot)[: task.nbytes])
-        else:
-            _copy(cells.view(cell)[: task.nbytes], self._arena.slot(task.slot)[: task.nbytes])
-        return self._arena.generation(task.slot) == task.generation
 
     def _write_all(self) -> None:
         assert self._bounce is not None
@@ -373,8 +352,3 @@ class Lanes:
         if amount:
             self.counters.add(name, amount)
             self._counted()
-
-
-def _copy(into: memoryview, source: memoryview) -> None:
-    """Copy bytes and let other threads run meanwhile."""
-    np.copyto(np.frombuffer(into, np.uint8), np.frombuffer(source, np.uint8))

@@ -1,4 +1,4 @@
-"""Cells in the memory of this host: page-locked where the ring is on a GPU, so that copies to and from it are fast."""
+"""Cells in the memory of this host for slots of a ring: page-locked where that is on a GPU, so that copies are fast."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ import numpy as np
 from specd.errors import ConfigError
 from specd.memory import cuda
 from specd.memory.arena import LINE, MAX_SLOTS, PAGE, HostArena
+from specd.memory.device_arena import DeviceArena
+from specd.replay.files import GB
 
 if TYPE_CHECKING:
     import torch
 
-GB = 10**9
-
 
 class Pinned:
-    """Equal cells of `cell_bytes`, all of them backed by memory. device: of the ring.
+    """Cells as large as the slots of `ring`, all of them backed by memory.
 
-    Which batch lies in which is a Store's to say. Raises TransportError where the memory cannot be had.
+    Which batch lies in which is a Store's to say, or control's. Raises TransportError where the memory cannot be had.
     """
 
-    def __init__(self, cells: int, cell_bytes: int, device: str) -> None:
-        self.cells, self.cell_bytes = cells, cell_bytes
-        self._device = device
-        self._arena = HostArena.create(cells, cell_bytes, None)
-        self._locked = device.startswith("cuda")
+    def __init__(self, cells: int, ring: HostArena | DeviceArena) -> None:
+        self.cells, self.cell_bytes = cells, ring.stride
+        self._ring = ring
+        self._arena = HostArena.create(cells, ring.stride, None)
+        self._locked = ring.device.startswith("cuda")
         try:
             if self._locked:
-                cuda.register(*self._arena.mapping, device)
+                cuda.register(*self._arena.mapping, ring.device)
             else:
                 _touch(self._arena)
         except BaseException:
@@ -46,15 +46,38 @@ class Pinned:
         """The same as uint8 [cell_bytes]."""
         return self._arena.tensor(cell)
 
+    def save(self, cell: int, slot: int, generation: int, nbytes: int, copier: cuda.Copier) -> bool:
+        """Copy the first `nbytes` bytes of a slot to a cell; False if it is not of that generation to the last byte.
+
+        copier: of this thread.
+        """
+        if self._ring.generation(slot) != generation:
+            return False
+        if isinstance(self._ring, DeviceArena):
+            copier.copy(self.tensor(cell)[:nbytes], self._ring.tensor(slot)[:nbytes])
+        else:
+            _copy(self.view(cell)[:nbytes], self._ring.slot(slot)[:nbytes])
+        # A refill that began under the copy has set it to 0 before it wrote.
+        return self._ring.generation(slot) == generation
+
+    def load(self, cell: int, slot: int, generation: int, nbytes: int, copier: cuda.Copier) -> None:
+        """Fill a slot with the first `nbytes` bytes of a cell, and seal it. copier: of this thread."""
+        self._ring.begin(slot)
+        if isinstance(self._ring, DeviceArena):
+            copier.copy(self._ring.tensor(slot)[:nbytes], self.tensor(cell)[:nbytes])
+        else:
+            _copy(self._ring.slot(slot)[:nbytes], self.view(cell)[:nbytes])
+        self._ring.seal(slot, generation, nbytes)
+
     def close(self) -> None:
         """Give the memory back, with no copy in flight. Idempotent."""
         if self._locked:
             self._locked = False
-            cuda.unregister(self._arena.mapping.address, self._device)
+            cuda.unregister(self._arena.mapping.address, self._ring.device)
         self._arena.close()
 
     def __repr__(self) -> str:
-        return f"Pinned({self.cells} cells × {self.cell_bytes} bytes, for {self._device})"
+        return f"Pinned({self.cells} cells × {self.cell_bytes} bytes, for {self._ring.device})"
 
 
 def cells_in(budget: int, cell_bytes: int, asked: str = "--replay-ram-gb") -> int:
@@ -88,3 +111,8 @@ def _touch(arena: HostArena) -> None:
     """Have the kernel back every page now: memory that is missing is missed at the start."""
     for slot in range(arena.num_slots):
         np.frombuffer(arena.slot(slot), np.uint8)[::PAGE] = 0
+
+
+def _copy(into: memoryview, source: memoryview) -> None:
+    """Copy bytes and let other threads run meanwhile."""
+    np.copyto(np.frombuffer(into, np.uint8), np.frombuffer(source, np.uint8))

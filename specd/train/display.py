@@ -39,7 +39,7 @@ class Display:
     transport in use, read at each refresh. every_s: seconds between two plain lines. limit: of the run's time, as it
     stands at `first`. checkpoints: their directory, if the age of the newest is to be shown. device: the trainer's,
     whose memory is shown. keeps: whether a daemon keeps states over epochs: then each epoch ends with a line of what
-    was replayed.
+    was replayed. in_share: as of Totals.
     """
 
     def __init__(
@@ -55,6 +55,7 @@ class Display:
         checkpoints: Path | None = None,
         device: str = "cpu",
         keeps: bool = False,
+        in_share: bool = False,
     ) -> None:
         self.title, self.first, self.steps = title, first, steps
         self._transports = transports
@@ -62,7 +63,7 @@ class Display:
         self._every_s = every_s
         self._limit = limit or TimeLimit(0.0)
         self._checkpoints, self._device, self._keeps = checkpoints, device, keeps
-        self._totals = Totals()
+        self._totals = Totals(in_share=in_share)
         self._recent = self._totals.recent
         self._began = time.monotonic()
         self._losses: list[float] = []

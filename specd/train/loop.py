@@ -29,12 +29,12 @@ from specd.protocol.batch import Batch
 from specd.train.checkpoint import Checkpoints, Position, RngStates, saved_tensors
 from specd.train.distributed import Ranks
 from specd.train.interrupt import Interrupt
-from specd.train.journal import Journal, Sink, StepRecord, TrainedBatch
+from specd.train.journal import Journal, Sink, StepRecord
 from specd.train.limit import TimeLimit, spent
 from specd.train.measurement import measured
 from specd.train.optimizer import apply_gradients, learning_rate, make_optimizer, total_steps
 from specd.train.shortage import no_memory_for, out_of_memory
-from specd.train.step import TOLD, Sums, Torn, UnloggedStep, Window, told_of
+from specd.train.step import TOLD, Sums, Torn, UnloggedStep, Window, host_facts, told_of
 from specd.train.validation import Validation, looked_at
 
 if TYPE_CHECKING:
@@ -140,7 +140,8 @@ class _Run:
         last = places[-1]
         self.position = Position(step=self.position.step + 1, epoch=last.epoch, index=last.index + 1)
         self.rng = RngStates.capture()
-        self._pending.append(UnloggedStep(window, sums, norm, self._facts(places, rate), self.position, self.rng))
+        facts = host_facts(self.position.step, places, rate, self._wall_s, self._spent)
+        self._pending.append(UnloggedStep(window, sums, norm, facts, self.position, self.rng))
         self.savable = True
         step = self.position.step
         if step % self.config.log_every == 0 or step == self.steps:
@@ -233,34 +234,6 @@ class _Run:
             for sink in self.sinks:
                 sink.step(record)
 
-    def _facts(self, places: Sequence[Place], rate: float) -> StepRecord:
-        """The host's part of a record: what was trained, and where the time since the last step went."""
-        wall, stats = self._wall_s, self._spent
-        batches = tuple(TrainedBatch(epoch=at.epoch, index=at.index, samples=at.samples) for at in places)
-        return StepRecord(
-            step=self.position.step,
-            epoch=places[-1].epoch,
-            batches=batches,
-            loss=None,
-            teacher_forced_accuracy=None,
-            teacher_forced_by_offset=(),
-            lr=rate,
-            grad_norm=None,
-            weight=0.0,
-            tokens=sum(at.tokens for at in places),
-            step_s=wall,
-            target_wait_s=stats.target_wait_s,
-            wire_wait_s=stats.wire_wait_s,
-            train_s=max(0.0, wall - stats.target_wait_s - stats.wire_wait_s),
-            forward_s=stats.forward_s,
-            busy_slots=stats.busy_slots,
-            num_slots=stats.num_slots,
-            resubmitted=stats.resubmitted,
-            reconnects=stats.reconnects,
-            shared=stats.shared,
-            replayed=stats.replayed,
-        )
-
 
 def train(
     config: TrainConfig,
@@ -280,8 +253,8 @@ def train(
 
     journal: path of the step records. ranks: this process among those that train together, None for one alone; rank 0
     alone reads and writes what the run leaves, and the others begin with its weights. validation: of held-out batches,
-    which `feed` packs, too; it may end the run early. On a SpecdError (running out of
-    GPU memory becomes one), also of another rank (PeerError), or a KeyboardInterrupt the last optimizer step is
+    which `feed` packs, too; it may end the run early, as `config.max_minutes` may. On a SpecdError (running out of GPU
+    memory becomes one), also of another rank (PeerError), or a KeyboardInterrupt the last optimizer step is
     checkpointed, unless the error is a non-finite loss or gradient, which no weight has seen, or came between the
     weights and the position of a step.
     """
@@ -312,18 +285,7 @@ def train(
                 if checks.due(run.position.step, steps):
                     _validate(run, objective, deliveries, checks)
             if checks.ended or run.late:
-                step = run.position.step
-                if checks.ended:
-                    logger.warning("%s", checks.why_ended(steps))
-                else:
-                    logger.info("%s", limit.why_ended(step, steps))
-                if isinstance(deliveries, Generator):  # what is under way is given up
-                    deliveries.close()
-                run.steps = step
-                if not checks.ended and checks.due(step, step):
-                    deliveries = source.stream(feed.packed(ranks.deal(checks.places)))
-                    _validate(run, objective, deliveries, checks)
-                run.save()
+                deliveries = _end_early(run, objective, feed, deliveries, checks)
             next(deliveries, None)  # it takes back the last one
             ranks.part()
         except (KeyboardInterrupt, SpecdError) as error:
@@ -356,6 +318,25 @@ def _steps(places: Iterator[Place], accumulation: int) -> Iterator[tuple[Place, 
     """Batches by optimizer step."""
     while step := tuple(islice(places, accumulation)):
         yield step
+
+
+def _end_early(
+    run: _Run, objective: Objective, feed: Feed, deliveries: Iterator[Delivery], checks: Validation
+) -> Iterator[Delivery]:
+    """End a run before its last step, as its held-out rows or its time say; returns the stream in use then."""
+    step = run.position.step
+    if checks.ended:
+        logger.warning("%s", checks.why_ended(run.steps))
+    else:
+        logger.info("%s", run.limit.why_ended(step, run.steps))
+    if isinstance(deliveries, Generator):  # what is under way is given up
+        deliveries.close()
+    run.steps = step
+    if not checks.ended and checks.due(step, step):
+        deliveries = run.source.stream(feed.packed(run.ranks.deal(checks.places)))
+        _validate(run, objective, deliveries, checks)
+    run.save()
+    return deliveries
 
 
 def _validate(run: _Run, objective: Objective, deliveries: Iterator[Delivery], checks: Validation) -> None:

@@ -27,10 +27,9 @@ class Rehearsal(msgspec.Struct, frozen=True, kw_only=True):
     """What a run will take. All sizes in bytes.
 
     batches: of all epochs. steps: of the whole run, done: those that it has behind it. max_minutes: of training, 0 for
-    no limit. parameters: trained ones.
-    trainer_bytes: masters, gradients, moments and the target's frozen parts on the trainer's device; activations come
-    on top. batch_bytes: states of the largest batch. staging_bytes: of the batches that a trainer holds.
-    checkpoint_bytes: one of them; `keep` stay, and one more while it is written.
+    no limit. parameters: trained ones. trainer_bytes: masters, gradients, moments and the target's frozen parts on the
+    trainer's device; activations come on top. batch_bytes: states of the largest batch. staging_bytes: of the
+    batches that a trainer holds. checkpoint_bytes: one of them; `keep` stay, and one more while it is written.
     """
 
     method: str

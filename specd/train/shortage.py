@@ -17,6 +17,7 @@ def out_of_memory(what: str, error: torch.OutOfMemoryError, remedy: str) -> Spec
 
 
 def no_memory_for(step: int, batch: Batch | None) -> str:
+    """What is missing for a step. batch: that it ran out at, None if it was behind the last one."""
     if batch is None:
         return f"step {step}: no memory left"
     return (

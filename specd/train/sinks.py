@@ -11,7 +11,7 @@ import logging
 import queue
 import threading
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from types import TracebackType
 from typing import Any, Self
 
@@ -98,7 +98,8 @@ class Behind:
 
     def __init__(self, name: str, tracker: Tracker) -> None:
         self._name, self._tracker = name, tracker
-        self._waiting: queue.Queue[StepRecord | Measurement | None] = queue.Queue(BEHIND)
+        # Ctrl-C in a put of queue.Queue would leave its lock held.
+        self._waiting: queue.SimpleQueue[StepRecord | Measurement | None] = queue.SimpleQueue()
         self._lost = 0
         self._finished = False
         self._thread = threading.Thread(target=self._run, name=f"specd-{name}", daemon=True)
@@ -113,9 +114,9 @@ class Behind:
         self._send(found)
 
     def _send(self, record: StepRecord | Measurement) -> None:
-        try:
-            self._waiting.put_nowait(record)
-        except queue.Full:
+        if self._waiting.qsize() < BEHIND:
+            self._waiting.put(record)
+        else:
             self._lose(f"{BEHIND:,} steps wait to be sent")
 
     def __enter__(self) -> Self:
@@ -125,8 +126,7 @@ class Behind:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._finished = kind is None
-        with suppress(queue.Full):
-            self._waiting.put(None, timeout=CLOSE_S)
+        self._waiting.put(None)
         self._thread.join(CLOSE_S)
         if self._thread.is_alive():
             logger.warning("%s did not take what was left within %.0f s; the journal has it", self._name, CLOSE_S)

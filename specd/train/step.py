@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from specd.data.batching import Place
 from specd.drafts.base import Loss
 from specd.drafts.device import to_device
 from specd.errors import SpecdError
@@ -165,6 +166,33 @@ class UnloggedStep:
             by_offset={name: means(sums, counted) for name, sums in zip(self._measured, measured, strict=False)},
         )
         return _of_all(record, told[0]) if told else record
+
+
+def host_facts(step: int, places: Sequence[Place], rate: float, step_s: float, stats: Stats) -> StepRecord:
+    """The host's part of a record: what was trained, and where time went. stats: of these `step_s` seconds alone."""
+    return StepRecord(
+        step=step,
+        epoch=places[-1].epoch,
+        batches=tuple(TrainedBatch(epoch=at.epoch, index=at.index, samples=at.samples) for at in places),
+        loss=None,
+        teacher_forced_accuracy=None,
+        teacher_forced_by_offset=(),
+        lr=rate,
+        grad_norm=None,
+        weight=0.0,
+        tokens=sum(at.tokens for at in places),
+        step_s=step_s,
+        target_wait_s=stats.target_wait_s,
+        wire_wait_s=stats.wire_wait_s,
+        train_s=max(0.0, step_s - stats.target_wait_s - stats.wire_wait_s),
+        forward_s=stats.forward_s,
+        busy_slots=stats.busy_slots,
+        num_slots=stats.num_slots,
+        resubmitted=stats.resubmitted,
+        reconnects=stats.reconnects,
+        shared=stats.shared,
+        replayed=stats.replayed,
+    )
 
 
 def told_of(stats: Stats, work_s: float, step_s: float) -> NDArray[np.float64]:

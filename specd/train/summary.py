@@ -37,9 +37,13 @@ class Epoch:
 
 
 class Totals:
-    """Sums over the steps of this process. recent: the last RECENT. epoch: the one that is trained."""
+    """Sums over the steps of this process. recent: the last RECENT. epoch: the one that is trained.
 
-    def __init__(self) -> None:
+    in_share: whether the run shares forwards, so that the summary says how, also if it led and had no others' itself.
+    """
+
+    def __init__(self, *, in_share: bool = False) -> None:
+        self.in_share = in_share
         self.held_out: Measurement | None = None
         self.recent: deque[StepRecord] = deque(maxlen=RECENT)
         self.epoch: Epoch | None = None
@@ -95,7 +99,7 @@ class Totals:
         split = ", ".join(f"{name} {spent / total:.0%}" for name, spent in parts.items())
         yield f"went to {split}: {bound(*parts.values())}-bound"
         yield f"memory  {memory}"
-        if self.shared:
+        if self.shared or self.in_share:
             own = self.batches - self.shared - self.replayed
             yield f"shared  {self.batches:,} batches from {own:,} forwards of its own and {self.shared:,} of others"
         if self.replayed:

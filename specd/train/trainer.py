@@ -176,10 +176,13 @@ def _train(
     def sent(contract: TargetContract) -> CaptureSpec:
         return travelling(recipe(contract)[0], wanted(contract))
 
+    def read_as(contract: TargetContract) -> StateDtype:
+        return wanted(contract).dtype
+
     with contextlib.ExitStack() as stack:
         keeping: Keeping = "home" if first.data.packing == "fixed" else "anywhere"
         subscriber = stack.enter_context(
-            _connect(first, sent, wanted, device, directory.path.name, host, ranks, keeping)
+            _connect(first, sent, read_as, device, directory.path.name, host, ranks, keeping)
         )
         contract = subscriber.contract
         known, draft = recipe(contract)
@@ -267,6 +270,7 @@ def _train(
                 checkpoints=directory.checkpoints,
                 device=device,
                 keeps=subscriber.replay is not None,
+                in_share=bool(first.subscriber.share),
             )
             sinks.append(stack.enter_context(shown))
         if ranks.leads:
@@ -300,29 +304,25 @@ def _train(
 
 def _connect(
     first: RunConfig,
-    sent: Callable[[TargetContract], CaptureSpec],
-    wanted: Callable[[TargetContract], CaptureSpec],
+    spec: CaptureSpec | Callable[[TargetContract], CaptureSpec],
+    dtype: Callable[[TargetContract], StateDtype] | None,
     device: str,
     name: str,
     host: LocalDaemon | None,
     ranks: Ranks,
     keeping: Keeping,
 ) -> Subscriber:
-    """The source of states: a daemon within this process is this rank's alone. wanted: as the draft reads them."""
-
-    def dtype(contract: TargetContract) -> StateDtype:
-        return wanted(contract).dtype
-
+    """The source of states: a daemon within this process is this rank's alone. spec, dtype: as of Subscriber."""
     link, launch = first.subscriber, ranks.launch
     if ranks.size > 1:
         name = f"{name}, rank {ranks.rank}"
     if host is not None:
         link = replace(link, endpoints=(host.endpoint,), transport=transports.WITHIN_PROCESS)
-        return Subscriber(link, sent, dtype=dtype, device=device, name=name, context=host.context, keeping=keeping)
+        return Subscriber(link, spec, dtype=dtype, device=device, name=name, context=host.context, keeping=keeping)
     seat = Seat(launch.rank, launch.local, launch.here) if ranks.size > 1 else None
     return Subscriber(
         link,
-        sent,
+        spec,
         dtype=dtype,
         device=device,
         name=name,
@@ -340,9 +340,7 @@ def _beside(first: RunConfig, subscriber: Subscriber, device: str, name: str, ho
     """
     own = replace(first, subscriber=replace(first.subscriber, depth=0, borrow=False, share=""))
     spec = replace(subscriber.spec, final=True, dtype=subscriber.dtype)
-    return _connect(
-        own, lambda contract: spec, lambda contract: spec, device, f"{name}, decoding", host, Ranks(), "nowhere"
-    )
+    return _connect(own, spec, None, device, f"{name}, decoding", host, Ranks(), "nowhere")
 
 
 def _facts(

@@ -11,13 +11,13 @@ import threading
 from collections.abc import Callable
 from typing import NamedTuple
 
-import numpy as np
 import zmq
 
 from specd.memory.arena import HostArena
 from specd.memory.cuda import Copier
 from specd.memory.device_arena import DeviceArena
-from specd.replay.pinned import GB, Pinned, cells_in
+from specd.replay.files import GB
+from specd.replay.pinned import Pinned, cells_in
 from specd.worker import messages as channel
 
 log = logging.getLogger(__name__)
@@ -43,10 +43,8 @@ class LagCells:
         outbox: Callable[[], zmq.Socket[bytes]],
         crashed: Callable[[str], None],
     ) -> None:
-        self._arena = arena
         self._crashed = crashed
-        cells = cells_in(round(gb * GB), arena.stride, "--lag-gb")
-        self._cells = Pinned(cells, arena.stride, arena.device)
+        self._cells = Pinned(cells_in(round(gb * GB), arena.stride, "--lag-gb"), arena)
         self._in_slot: dict[int, int] = {}
         self._in_cell: dict[int, int] = {}
         """How many bytes of each count. Both as of the messages that came so far, on the thread that hears them."""
@@ -79,16 +77,13 @@ class LagCells:
         pipe, copier = outbox(), Copier()
         try:
             while (copy := self._copies.get()) is not None:
-                note = copy.note
+                note, nbytes = copy
+                answer: channel.ToControl
                 if isinstance(note, channel.SaveSlot):
-                    self._move(copy, copier)
-                    # A refill that began under the copy has set it to 0 before it wrote.
-                    ok = self._arena.generation(note.slot) == note.generation
-                    answer: channel.ToControl = channel.Saved(number=note.number, ok=ok)
+                    ok = self._cells.save(note.cell, note.slot, note.generation, nbytes, copier)
+                    answer = channel.Saved(number=note.number, ok=ok)
                 else:
-                    self._arena.begin(note.slot)
-                    self._move(copy, copier)
-                    self._arena.seal(note.slot, note.generation, copy.nbytes)
+                    self._cells.load(note.cell, note.slot, note.generation, nbytes, copier)
                     answer = channel.Filled(slot=note.slot, generation=note.generation, target_us=0, replayed=True)
                 pipe.send(channel.encode(answer))
         except BaseException:
@@ -96,18 +91,6 @@ class LagCells:
             self._crashed("the lag window failed")
         finally:
             pipe.close(linger=1000)
-
-    def _move(self, copy: _Copy, copier: Copier) -> None:
-        """Copy a slot to a cell, or a cell to a slot."""
-        note, nbytes = copy
-        if isinstance(self._arena, DeviceArena):
-            slot, cell = self._arena.tensor(note.slot)[:nbytes], self._cells.tensor(note.cell)[:nbytes]
-            into, source = (cell, slot) if isinstance(note, channel.SaveSlot) else (slot, cell)
-            copier.copy(into, source)
-        else:
-            here, there = self._arena.slot(note.slot)[:nbytes], self._cells.view(note.cell)[:nbytes]
-            into_, source_ = (there, here) if isinstance(note, channel.SaveSlot) else (here, there)
-            np.copyto(np.frombuffer(into_, np.uint8), np.frombuffer(source_, np.uint8))  # lets other threads run
 
     def __repr__(self) -> str:
         return f"LagCells({self._cells})"

@@ -143,8 +143,8 @@ class Filled(Note, kw_only=True, frozen=True, tag="filled"):
     replayed: bool = False
 
 
-class Kept(Note, kw_only=True, frozen=True, tag="kept"):
-    """What became of batches that are, or could be, kept since the last such note. used: cells in use now.
+class ReplayCounts(Note, kw_only=True, frozen=True, tag="replay_counts"):
+    """What became of batches that are, or could be, kept over epochs, since the last such note. used: cells in use now.
 
     counts: by the names of `replay.store.COUNTS`.
     """
@@ -194,7 +194,7 @@ class ArtifactBytes(Note, kw_only=True, frozen=True, tag="artifact_bytes"):
 
 
 ToWorker = FillSlot | FillNoise | SaveSlot | LoadSlot | Accept | Publish | Drop | ReadArtifact | Lasts | Stop
-ToControl = Started | StartFailed | Filled | Kept | Saved | FillFailed | Accepted | Refused | ArtifactBytes
+ToControl = Started | StartFailed | Filled | ReplayCounts | Saved | FillFailed | Accepted | Refused | ArtifactBytes
 
 _decoder: msgspec.msgpack.Decoder[ToWorker | ToControl] = msgspec.msgpack.Decoder(ToWorker | ToControl)
 encode = msgspec.msgpack.Encoder().encode

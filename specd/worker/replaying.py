@@ -61,7 +61,7 @@ class Replay:
         cells: list[Files | Pinned] = []
         try:
             if budget := round(self._config.ram_gb * GB):
-                cells.append(Pinned(cells_in(budget, arena.stride), arena.stride, arena.device))
+                cells.append(Pinned(cells_in(budget, arena.stride), arena))
             if self._place is not None:
                 cells.append(Files.open(self._place, arena.stride, identity))
             self._lanes = Lanes(
@@ -113,7 +113,7 @@ class Replay:
             now = self._lanes.counters.values()
             counts = {name: count - self._told.get(name, 0) for name, count in now.items()}
             self._told = now
-        self._send(channel.Kept(used=self._lanes.used, counts=counts))
+        self._send(channel.ReplayCounts(used=self._lanes.used, counts=counts))
 
     def _send(self, note: channel.ToControl) -> None:
         assert self._pipe is not None

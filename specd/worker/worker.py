@@ -2,7 +2,8 @@
 
 Three threads. The service thread talks to control and the transports, and fills the slots of probes; the target thread
 loads the target and launches forwards; the announcer thread waits for forwards on a device, and copies their slots to
-the host while a trainer reads there. A slot is announced only when its bytes are in place.
+the host while a trainer reads there. What is kept has threads of its own (`replaying.py`, `lag.py`). A slot is
+announced only when its bytes are in place.
 """
 
 from __future__ import annotations

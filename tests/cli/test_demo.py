@@ -50,6 +50,21 @@ def test_demo_replaces_no_directory_that_holds_no_run(tmp_path: Path, capsys: py
     assert kept.exists()
 
 
+def test_demo_says_how_a_shell_finds_specd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    programs = tmp_path / "my env" / "bin"
+    programs.mkdir(parents=True)
+    for name in ("activate", "specd"):
+        (programs / name).touch(mode=0o755)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "prefix", str(programs.parent))
+    assert demo.activation() == [". 'my env/bin/activate'"]
+    monkeypatch.setenv("PATH", str(programs))
+    assert demo.activation() == []
+    (programs / "activate").unlink()
+    monkeypatch.setenv("PATH", "")
+    assert demo.activation() == [], "an environment of another kind"
+
+
 def test_demo_makes_room_where_an_earlier_run_lies(tmp_path: Path) -> None:
     earlier = tmp_path / "run"
     earlier.mkdir()

@@ -11,6 +11,7 @@ from msgspec.structs import replace
 from daemons import CONTRACT, REPORT, answering
 from faults import write_data
 from specd.cli.main import run
+from specd.cli.sweep import _again
 from step_records import make_run
 
 FILE = """
@@ -83,3 +84,10 @@ def test_a_dry_run_has_sizes_of_all(place: Path, capsys: pytest.CaptureFixture[s
     assert "3 min" in said
     assert "run b shares no forwards with a, as its batches are others: data.batch_tokens is 384, there 512" in said
     assert not (place / "runs").exists()
+
+
+def test_the_command_that_goes_on_has_what_was_given() -> None:
+    options = {"-e": ["ipc:///a.sock", "ipc:///b.sock"], "-m": [""], "--key": [], "--set": ["data.template={a: b}"]}
+    assert _again(Path("two.yaml"), options) == (
+        "specd sweep two.yaml -e ipc:///a.sock -e ipc:///b.sock --set 'data.template={a: b}' --resume"
+    )

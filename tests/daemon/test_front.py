@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import resource
 import subprocess
@@ -86,10 +87,14 @@ def test_a_flood_is_listened_to_for_a_moment_at_a_time(context: zmq.Context[zmq.
     assert sum(heard for _, heard in turns) > 100
 
 
+@pytest.mark.parametrize("slots", [4, 128])
 def test_a_peer_that_does_not_read_is_told_of_not_waited_for(
-    context: zmq.Context[zmq.Socket[bytes]], front: Front
+    slots: int, context: zmq.Context[zmq.Socket[bytes]], tmp_path: Path
 ) -> None:
-    with dealer(context, front) as socket:
+    """It is sent an announcement for each slot first: all of its batches may come at once."""
+    settings = msgspec.structs.replace(SETTINGS, ring=RingConfig(slots=slots, max_sessions=2, slot_tokens=64))
+    front = Front(settings, (f"ipc://{tmp_path}/s",), context, time.monotonic)
+    with contextlib.closing(front), dealer(context, front) as socket:
         socket.set(zmq.RCVHWM, 1)
         socket.send(b"hi")
         poller = zmq.Poller()
@@ -101,8 +106,8 @@ def test_a_peer_that_does_not_read_is_told_of_not_waited_for(
         message = wire.Artifact(name="lm_head", offset=0, data=bytes(limits.ARTIFACT_CHUNK_BYTES))
         sent = next(number for number in itertools.count() if front.send(heard[0], message))
         assert front.send(heard[0], message) == "it does not read its messages"
-        assert sent < 100
-    assert front.send(b"nobody", wire.Renewed()) == "its connection is gone"
+        assert slots < sent < 2 * slots + 100
+        assert front.send(b"nobody", wire.Renewed()) == "its connection is gone"
 
 
 def test_a_peer_that_has_just_read_is_sent_more_at_once(context: zmq.Context[zmq.Socket[bytes]], front: Front) -> None:
@@ -117,9 +122,9 @@ def test_a_peer_that_has_just_read_is_sent_more_at_once(context: zmq.Context[zmq
             messages = list(front.messages())
         key = messages[0][0]
         for turn in range(200):
-            for _ in range(32):
+            for _ in range(module.UNREAD + SETTINGS.ring.slots):
                 assert front.send(key, wire.Renewed()) == "", turn
-            for _ in range(32):
+            for _ in range(module.UNREAD + SETTINGS.ring.slots):
                 assert peer.poll(20_000)
                 peer.recv()
 

@@ -17,7 +17,7 @@ from specd.protocol.batch import Batch
 
 def strong(**settings: Any) -> DFlash:
     """A draft whose weights are ten times those at the start of training, so that all of it matters."""
-    objective = make_draft(msgspec.structs.replace(CONFIG, **settings))
+    objective = make_draft(msgspec.structs.replace(CONFIG, **{"loss": "decay"} | settings))
     with torch.no_grad():
         for parameter in objective.module.parameters():
             parameter.mul_(10) if parameter.dim() > 1 else parameter.add_(torch.linspace(-0.5, 0.5, parameter.numel()))

@@ -164,12 +164,12 @@ def test_a_cell_in_the_wrong_place_is_damage(disk: Disk) -> None:
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ({"fingerprint": "llama:65"}, "another fingerprint"),
+        ({"fingerprint": "llama:65"}, "another fingerprint: llama:65, not llama:64"),
         (
             {"exact": False, "backend": "sglang 0.5"},
-            "of tiny on sglang 0.5, merged, cpu, torch 2.9 .another backend, exact",
+            "another backend: sglang 0.5, not transformers 5.0, exact: False, not True",
         ),
-        ({"encoding": "fp8"}, "another encoding"),
+        ({"encoding": "fp8"}, "another encoding: fp8, not raw"),
     ],
 )
 def test_a_store_of_other_states_is_refused_and_stays(change: dict[str, Any], told: str, disk: Disk) -> None:
@@ -185,8 +185,10 @@ def test_other_cells_are_refused_and_another_budget_is_taken(disk: Disk) -> None
         again(disk, cell_bytes=2 * PAGE)
     with pytest.raises(ConfigError, match="no room for one batch"):
         again(disk, budget=CELL)
-    assert [bool(each.header) for each in again(disk, budget=form.offset(3, CELL)).scan()] == [True] * 3
-    assert [bool(each.header) for each in again(disk, budget=form.offset(9, CELL)).scan()] == [True] * 3 + [False] * 6
+    with pytest.raises(ConfigError, match=r"batches in 6 cells, --replay-gb .* room for 4: give at least 0.001,"):
+        again(disk, budget=form.offset(4, CELL))
+    assert [bool(each.header) for each in again(disk, budget=form.offset(5, CELL)).scan()] == [True] * 5
+    assert [bool(each.header) for each in again(disk, budget=form.offset(9, CELL)).scan()] == [True] * 5 + [False] * 4
 
 
 @pytest.mark.parametrize(
@@ -196,6 +198,8 @@ def test_a_first_page_that_is_not_whole_is_refused(at: int, told: str, disk: Dis
     disk.patch(at, b"\xff")
     with pytest.raises(ConfigError, match=rf"{told}.*remove it"):
         again(disk)
+    disk.patch(0, bytes(PAGE))
+    assert not any(each.header or each.damaged for each in again(disk).scan()), "whose states they are, nobody knows"
 
 
 def test_another_daemons_store_is_refused_and_a_dead_ones_is_not(disk: Disk) -> None:
@@ -230,9 +234,18 @@ def test_too_little_room_is_said_at_the_start(tmp_path: Path, monkeypatch: pytes
         with pytest.raises(ConfigError, match=r"no room for .* .No space left"):
             Files.open(place, CELL, IDENTITY)
     Files.open(place, CELL, IDENTITY).close()
+    for make in (lambda path: path.mkdir(), os.mkfifo, lambda path: path.symlink_to(tmp_path / "none" / "there")):
+        path = tmp_path / "new" / files.NAME
+        path.rmdir() if path.is_dir() else path.unlink()
+        make(path)
+        with pytest.raises(ConfigError, match=r"cannot be used: .*states: .*remove that, or give another"):
+            Files.open(place, CELL, IDENTITY)
+        with pytest.raises(ConfigError, match="is no store of states"):
+            Files.view(path.parent)
     place.close()
+    (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match="cannot be used: Not a directory"):
-        Place(tmp_path / "new" / files.NAME / "below", BUDGET, 1)
+        Place(tmp_path / "file" / "below", BUDGET, 1)
 
 
 def test_what_the_disk_says_is_raised_and_short_moves_go_on(disk: Disk, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ import pytest
 import fake_cuda
 from specd.memory.arena import PAGE, HostArena
 from specd.memory.device_arena import DeviceArena
-from specd.replay import files, lanes
+from specd.replay import files, lanes, pinned
 from specd.replay.files import Files, Place
 from specd.replay.form import Identity, offset
 from specd.replay.lanes import WRITE_BUFFERS, Lanes, Task
@@ -47,7 +47,7 @@ class Rig:
             else DeviceArena.create(SLOTS, SLOT, device, None, mirrored=False)
         )
         self.place = Place(directory, offset(disk, SLOT), os.getpid()) if disk else None
-        cells: list[Files | Pinned] = [Pinned(ram, SLOT, device)] if ram else []
+        cells: list[Files | Pinned] = [Pinned(ram, self.arena)] if ram else []
         if self.place is not None:
             cells.append(Files.open(self.place, SLOT, IDENTITY))
         self.filled: list[Task] = []
@@ -187,14 +187,14 @@ def test_many_at_once_are_all_right(make: Make) -> None:
 def test_a_slot_that_is_refilled_meanwhile_is_not_kept(
     sizes: dict[str, int], make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rig, copy = make(**sizes).start(), lanes._copy
+    rig, copy = make(**sizes).start(), pinned._copy
 
     def refilled(into: memoryview, source: memoryview) -> None:
         copy(into, source)
         rig.arena.begin(0)
 
     with monkeypatch.context() as patch:
-        patch.setattr(lanes, "_copy", refilled)
+        patch.setattr(pinned, "_copy", refilled)
         rig.compute(0)
         assert rig.counts(skipped=1)
     assert rig.lanes.used == 0
@@ -340,7 +340,7 @@ def test_a_disk_that_cannot_be_looked_through_is_not_used(
 
 def test_a_fault_of_its_own_is_told(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     rig = make(ram=2).start()
-    monkeypatch.setattr(lanes, "_copy", lambda into, source: 1 / 0)
+    monkeypatch.setattr(pinned, "_copy", lambda into, source: 1 / 0)
     rig.compute(0)
     rig.until(lambda: rig.crashes == ["the replay tier failed"])
 

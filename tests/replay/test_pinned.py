@@ -1,41 +1,85 @@
-"""Cells in memory: within the budget, page-locked for a GPU, and refused where the host has not as much."""
+"""Cells in memory: slots go there and back, within the budget, and a host without as much memory is told."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import fake_cuda
 from specd.errors import ConfigError, TransportError
 from specd.memory import cuda
-from specd.memory.arena import MAX_SLOTS, PAGE
+from specd.memory.arena import MAX_SLOTS, PAGE, HostArena
+from specd.memory.device_arena import DeviceArena
 from specd.replay import pinned
 from specd.replay.pinned import Pinned, available, cells_in
 
 
-def test_cells_hold_what_is_put_there() -> None:
-    cells = Pinned(3, 2 * PAGE, "cpu")
-    for cell in range(3):
-        cells.view(cell)[:] = bytes([cell]) * cells.cell_bytes
-    assert [set(cells.tensor(cell).tolist()) for cell in range(3)] == [{0}, {1}, {2}]
+@pytest.fixture(params=["cpu", "cuda:1"])
+def ring(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[HostArena | DeviceArena]:
+    fake_cuda.install(monkeypatch)
+    found: HostArena | DeviceArena = (
+        HostArena.create(3, 2 * PAGE, None)
+        if request.param == "cpu"
+        else DeviceArena.create(3, 2 * PAGE, request.param, None, mirrored=False)
+    )
+    with closing(found):
+        yield found
+
+
+def test_cells_hold_what_is_saved_and_slots_what_is_loaded(ring: HostArena | DeviceArena) -> None:
+    copier = cuda.Copier()
+    with closing(Pinned(3, ring)) as cells:
+        assert all(cells.view(cell).nbytes == ring.stride for cell in range(3))
+        ring.tensor(0)[:] = 7
+        ring.seal(0, 1, 100)
+        ring.tensor(1)[:] = 9
+        assert cells.save(2, 0, 1, 100, copier)
+        cells.load(2, 1, 5, 100, copier)
+        assert ring.generation(1) == 5
+        assert ring.tensor(1).tolist() == [7] * 100 + [9] * (2 * PAGE - 100)
     cells.close()
-    cells.close()
+
+
+def test_a_slot_that_is_refilled_before_or_under_the_copy_is_not_saved(
+    ring: HostArena | DeviceArena, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with closing(Pinned(3, ring)) as cells:
+        ring.seal(0, 2, 100)
+        assert not cells.save(0, 0, 1, 100, cuda.Copier())
+        view, tensor = cells.view, cells.tensor
+
+        def refilled(look: Callable[[int], Any]) -> Callable[[int], Any]:
+            def found(cell: int) -> Any:
+                ring.begin(0)
+                return look(cell)
+
+            return found
+
+        monkeypatch.setattr(cells, "view", refilled(view))
+        monkeypatch.setattr(cells, "tensor", refilled(tensor))
+        assert not cells.save(0, 0, 2, 100, cuda.Copier())
 
 
 def test_for_a_gpu_they_are_page_locked(monkeypatch: pytest.MonkeyPatch) -> None:
     fake_cuda.install(monkeypatch)
-    cells = Pinned(3, PAGE, "cuda:1")
-    assert sum(fake_cuda.registered.values()) == 4 * PAGE
-    cells.close()
-    assert not fake_cuda.registered
+    with closing(DeviceArena.create(1, PAGE, "cuda:1", None, mirrored=False)) as ring:
+        before = sum(fake_cuda.registered.values())
+        cells = Pinned(3, ring)
+        assert sum(fake_cuda.registered.values()) - before == 4 * PAGE
+        cells.close()
+        assert sum(fake_cuda.registered.values()) == before
 
-    def refused(*_: object) -> None:
-        raise TransportError("the driver does not page-lock it")
+        def refused(*_: object) -> None:
+            raise TransportError("the driver does not page-lock it")
 
-    monkeypatch.setattr(cuda, "register", refused)
-    with pytest.raises(TransportError, match="page-lock"):
-        Pinned(3, PAGE, "cuda:1")
+        with monkeypatch.context() as patch:
+            patch.setattr(cuda, "register", refused)
+            with pytest.raises(TransportError, match="page-lock"):
+                Pinned(3, ring)
 
 
 @pytest.mark.parametrize("cell_bytes", [PAGE, 9 * PAGE, 63 << 20])

@@ -21,7 +21,7 @@ from specd.config.settings import SubscriberConfig
 from specd.protocol.batch import Delivery
 from specd.protocol.capture import CaptureSpec
 
-PAIRS, BATCHES, SLICES, PACE_S = 30, 1000, 10, 0.002
+PAIRS, BATCHES, SLICES, PACE_S = 90, 1000, 10, 0.002
 """A pair is 1,000 batches with a reader and 1,000 without, at 500 a second, in slices that take turns: 4 s."""
 EVERY_S = 0.1
 READER = """
@@ -65,7 +65,7 @@ def draw(states: Iterator[Delivery], number: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_ten_scrapes_a_second_cost_control_less_than_a_hundredth(tmp_path: Path) -> None:
     spent: dict[bool, list[float]] = {True: [], False: []}
     with contextlib.ExitStack() as stack:

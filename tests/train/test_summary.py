@@ -52,6 +52,16 @@ def test_what_others_forwards_have_saved_is_said() -> None:
     assert f"shared  {batches} batches from {batches - 2} forwards of its own and 2 of others" in totals.lines(1.0, "")
 
 
+def test_a_leader_of_a_share_says_that_all_forwards_were_its_own() -> None:
+    alone, leader = Totals(), Totals(in_share=True)
+    for totals in (alone, leader):
+        totals.add(record(1))
+    batches = len(record(1).batches)
+    said = f"shared  {batches} batches from {batches} forwards of its own and 0 of others"
+    assert said in leader.lines(1.0, "")
+    assert not [line for line in alone.lines(1.0, "") if line.startswith("shared")]
+
+
 def test_what_daemons_had_kept_is_said_of_each_epoch_and_of_all() -> None:
     totals = Totals()
 

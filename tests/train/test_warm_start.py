@@ -170,8 +170,8 @@ def test_a_published_draft_is_as_good_as_an_own_one(host: Embedded, first: Train
 def test_an_eagle3_draft_keeps_its_vocabulary_from_run_to_run(
     host: Embedded, eagle: TrainedRun, tmp_path: Path
 ) -> None:
-    asked = settings(tmp_path, "second", 2, lr=1e-3) | {"method": "eagle3"}
-    asked |= {"draft": EAGLE | {"init": str(eagle.directory)}}
+    asked = settings(tmp_path, "second", 2, lr=1e-3)
+    asked |= {"method": "eagle3", "draft": EAGLE | {"init": str(eagle.directory)}}
     asked["data"] = asked["data"] | {"max_samples": 9}  # whose most frequent labels are others
     second = train_draft(asked, host=host)
     ours, theirs = (load_file(path / "model.safetensors") for path in (second.draft, eagle.draft))
@@ -183,8 +183,8 @@ def test_an_eagle3_draft_keeps_its_vocabulary_from_run_to_run(
 def test_an_eagle3_draft_is_compared_with_what_it_began_with_by_as_many_guesses(
     host: Embedded, eagle: TrainedRun, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    asked = settings(tmp_path, "second", 1) | {"method": "eagle3"}
-    asked |= {"draft": EAGLE | {"num_steps": 4, "init": str(eagle.directory)}}
+    asked = settings(tmp_path, "second", 1)
+    asked |= {"method": "eagle3", "draft": EAGLE | {"num_steps": 4, "init": str(eagle.directory)}}
     second = train_draft(asked, host=host)
     command = ["eval", "--draft", str(second.directory), "--model", str(model), "--untrained", "--limit", "1"]
     capsys.readouterr()

@@ -110,15 +110,15 @@ def test_a_cell_that_is_claimed_again_is_read_before(bench: Bench) -> None:
     assert bench.holds(0, b"second", 4096)
 
 
-def test_a_slot_that_is_filled_anew_under_the_copy_is_not_saved(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_slot_that_is_filled_anew_before_its_copy_is_not_saved(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     """The next fill is of another size, and announced before the copy begins: it says nothing of the bytes saved."""
-    go, move = threading.Event(), bench.cells._move
+    go, save_ = threading.Event(), bench.cells._cells.save
 
-    def late(*arguments: Any) -> None:
+    def late(*arguments: Any) -> bool:
         assert go.wait(10)
-        move(*arguments)
+        return save_(*arguments)
 
-    monkeypatch.setattr(bench.cells, "_move", late)
+    monkeypatch.setattr(bench.cells._cells, "save", late)
     bench.fill(0, 1, b"whole")
     bench.fill(1, 1, b"kept")
     bench.cells.copy(save(1, 0, 1, 0))
@@ -139,7 +139,7 @@ def test_a_fault_ends_the_worker(
     def fail(*arguments: Any) -> None:
         raise RuntimeError("an illegal address")
 
-    monkeypatch.setattr(bench.cells, "_move", fail)
+    monkeypatch.setattr(bench.cells._cells, "save", fail)
     bench.fill(0, 1, b"")
     bench.cells.copy(save(1, 0, 1, 0))
     bench.cells._thread.join(10)

@@ -22,7 +22,7 @@ from specd.protocol.capture import CaptureSpec
 from specd.replay.files import Place
 from specd.targets.registry import load_target
 from specd.version import __version__
-from specd.worker.messages import Filled, FillSlot, Kept, Lasts, Started, StartFailed, Stop
+from specd.worker.messages import Filled, FillSlot, Lasts, ReplayCounts, Started, StartFailed, Stop
 from specd.worker.replaying import identity_of
 from workers import MODEL, SPEC, Control, Known, expected, only_these
 
@@ -50,7 +50,7 @@ class Keeper(Control):
 
     def hear(self) -> Any:
         """The next note that is no count."""
-        while isinstance(note := super().hear(), Kept):
+        while isinstance(note := super().hear(), ReplayCounts):
             for name, count in note.counts.items():
                 self.counts[name] = self.counts.get(name, 0) + count
         return note
@@ -59,7 +59,7 @@ class Keeper(Control):
         """Wait for a count; nothing else is said meanwhile."""
         while self.counts.get(name, 0) < count:
             note = Control.hear(self)
-            assert isinstance(note, Kept), note
+            assert isinstance(note, ReplayCounts), note
             for key, more in note.counts.items():
                 self.counts[key] = self.counts.get(key, 0) + more
 
@@ -170,7 +170,7 @@ def test_a_store_in_use_or_of_other_states_keeps_a_worker_from_starting(run: Run
     failed = run("cuda:1", config).hear()
     assert isinstance(failed, StartFailed)
     assert "holds states of synthetic on synthetic of specd" in failed.reason
-    assert "(another device)" in failed.reason
+    assert "another device: " in failed.reason
 
 
 def test_whose_states_they_are(known: Known) -> None:

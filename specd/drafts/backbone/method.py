@@ -16,7 +16,7 @@ from specd.drafts.backbone.network import Backbone
 from specd.drafts.backbone.objective import BlockObjective
 from specd.drafts.backbone.shape import conflict, layer_types
 from specd.drafts.backbone.start import first_network, initial_shape, taps_of
-from specd.drafts.backbone.weighting import loss_decay
+from specd.drafts.backbone.weighting import check_loss
 from specd.drafts.backbone.workload import workload
 from specd.drafts.base import TargetParts, Tuning, Workload
 from specd.errors import ConfigError
@@ -43,7 +43,7 @@ class BlockMethod:
     def check(cls, settings: Any, target: str) -> None:
         """Raise ConfigError where settings contradict each other, or the draft they begin with; 0 is the target's."""
         initial_shape(settings, cls.form)
-        loss_decay(settings)
+        check_loss(settings)
         layer_types(settings)
         if cls.form.shape.names_causal and settings.sliding_window and settings.sliding_causal:
             raise ConfigError(

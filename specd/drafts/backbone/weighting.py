@@ -5,6 +5,7 @@ Shape legend: M blocks, b tokens a block, N = M·b, R predictions that count.
 
 from __future__ import annotations
 
+import msgspec
 import numpy as np
 import torch
 from torch import Tensor
@@ -13,6 +14,18 @@ from specd.drafts.backbone.settings import BlockConfig
 from specd.drafts.blocks import Blocks
 from specd.drafts.device import to_device
 from specd.errors import ConfigError
+
+
+def check_loss(config: BlockConfig) -> None:
+    """Raise ConfigError for weights that cannot be, or a setting of those that were not chosen."""
+    loss_decay(config)
+    usual = {field.name: field.default for field in msgspec.structs.fields(config)}
+    for name, loss in (("loss_decay", "decay"), ("dpace_alpha", "dpace")):
+        if config.loss != loss and (value := getattr(config, name)) != usual[name]:
+            raise ConfigError(
+                f"draft.{name}={value}: it is of draft.loss={loss}, and this draft's is {config.loss}; "
+                f"set draft.loss={loss}, or leave it out"
+            )
 
 
 def loss_decay(config: BlockConfig) -> float:

@@ -11,18 +11,17 @@ import contextlib
 import gc
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any, Final
 
-import msgspec
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from specd.errors import ConfigError, TargetError
-from specd.memory.fp8 import Rows, write_sum
 from specd.protocol.payload import Payload
+from specd.targets.sglang.capture import AllCaptured, Capture, Sink, head_hook, layer_hook
 from specd.targets.sglang.graphs import Source, record
 from specd.targets.sglang.images import Images
 from specd.targets.sglang.model import liven, parts
@@ -34,7 +33,6 @@ from specd.targets.sglang.touch_points import touch_points
 from specd.targets.sglang.versions import (
     UnusualResidual,
     graph_settings,
-    layer_output,
     make_batch,
     start_runner,
     uses_mrope,
@@ -48,10 +46,6 @@ MAX_SEQUENCES: Final = 2048
 
 SELF_CHECK: Final = 0.03
 """Largest difference between norm(last layer's tap) and `final`, relative to the largest of `final` (bfloat16)."""
-
-
-class _AllCaptured(BaseException):
-    """Ends a forward once everything is captured; never leaves this module. SGLang logs each Exception of a replay."""
 
 
 class Engine:
@@ -149,24 +143,24 @@ class Engine:
             source = self._graphs
 
         def end(*_: Any) -> None:
-            raise _AllCaptured
+            raise AllCaptured
 
         try:
             if source is not None:
                 source.use(sorted(capture.taps))
             else:
                 for tap, sink in capture.taps.items():
-                    hook = _layer_hook(sink, tokens.size, self.hidden_alone)
+                    hook = layer_hook(sink, tokens.size, self.hidden_alone)
                     handles.append(self.layers[tap].register_forward_hook(hook, with_kwargs=True))
             if stop != AT_HEAD and source is None:
                 handles.append(self.layers[stop].register_forward_hook(end))
             else:
-                hook = _head_hook(capture, source)
+                hook = head_hook(capture, source)
                 handles.append(self._parts.head.register_forward_pre_hook(hook, with_kwargs=True))
             with torch.inference_mode(), self._current():
                 self.runner.forward(batch)
             raise TargetError("SGLang's forward ended without a call of the layer or the logits_processor it ends at")
-        except _AllCaptured:
+        except AllCaptured:
             pass
         finally:
             for handle in handles:
@@ -338,63 +332,3 @@ class Engine:
                     "drafts are trained on here",
                     tap, type(self.model).__name__, difference, largest,
                 )  # fmt: skip
-
-
-Sink = list[tuple[int, int, torch.Tensor | Rows]]
-"""Where rows [start, end) of a forward's states go: [end − start, H] each."""
-
-
-class Capture(msgspec.Struct, frozen=True, kw_only=True):
-    """Where a forward's states go. taps: by layer. final: empty if not captured. brought: by each sequence, or ()."""
-
-    taps: dict[int, Sink]
-    final: Sink
-    brought: Sequence[Payload] = ()
-
-    def rows(self, start: int, end: int, brought: Sequence[Payload] = ()) -> Capture:
-        """The part of rows [start, end), for a forward of these alone."""
-        return Capture(
-            taps={tap: _within(sink, start, end) for tap, sink in self.taps.items()},
-            final=_within(self.final, start, end),
-            brought=brought,
-        )
-
-
-def _within(sink: Sink, start: int, end: int) -> Sink:
-    return [
-        (max(low, start) - start, min(high, end) - start, out[max(start - low, 0) : end - low])
-        for low, high, out in sink
-        if low < end and high > start
-    ]
-
-
-def _layer_hook(sink: Sink, num_tokens: int, hidden_alone: bool) -> Callable[..., Any]:
-    def hook(_module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        hidden, residual, returned = layer_output(args, kwargs, output)
-        if not isinstance(hidden, torch.Tensor) or hidden.ndim != 2 or hidden.shape[0] != num_tokens:
-            raise TargetError(
-                "SGLang's layers return neither (hidden, residual) nor hidden; use --backend transformers"
-            )
-        for start, end, out in sink:
-            if residual is None or hidden_alone:
-                out.copy_(hidden[start:end])
-            else:
-                write_sum(out, hidden[start:end], residual[start:end])
-        return returned
-
-    return hook
-
-
-def _head_hook(capture: Capture, source: Source | None) -> Callable[..., None]:
-    def hook(_module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if len(args) < 2 or not isinstance(args[1], torch.Tensor):
-            raise TargetError("SGLang's logits_processor got no (input_ids, hidden, …); use --backend transformers")
-        for start, end, out in capture.final:
-            out.copy_(args[1][start:end])
-        if source is not None:
-            for tap, states in zip(sorted(capture.taps), source.states(args, kwargs), strict=True):
-                for start, end, out in capture.taps[tap]:
-                    out.copy_(states[start:end])
-        raise _AllCaptured
-
-    return hook

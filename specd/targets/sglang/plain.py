@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from specd.targets.sglang.engine import Capture, Engine
+from specd.targets.sglang.capture import Capture
+from specd.targets.sglang.engine import Engine
 from specd.targets.sglang.setup import AT_HEAD
 
 

@@ -48,7 +48,8 @@ def main() -> None:
         return
     setup = msgspec.json.decode(frame, type=RankSetup)
     die_with(setup.parent_pid)
-    from specd.targets.sglang.engine import Capture, Engine
+    from specd.targets.sglang.capture import Capture
+    from specd.targets.sglang.engine import Engine
 
     engine = Engine(setup)
     engine.transforms(engine.weights()["embedding"])

@@ -23,7 +23,8 @@ from specd.protocol.payload import Payload
 from specd.targets.artifacts import Artifacts
 from specd.targets.base import CaptureJob, Launched, check, recurrent, slot_rows
 from specd.targets.digest import dummy_digest, weights_digest
-from specd.targets.sglang.engine import Capture, Engine
+from specd.targets.sglang.capture import Capture
+from specd.targets.sglang.engine import Engine
 from specd.targets.sglang.graphs import buckets
 from specd.targets.sglang.plain import handed_on
 from specd.targets.sglang.ranks import Ranks, free_port

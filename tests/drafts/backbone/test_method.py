@@ -32,6 +32,8 @@ def test_capture_spec_follows_the_target() -> None:
     ("changes", "message"),
     [
         ({"loss_decay": -3.0}, "loss_decay -3"),
+        ({"loss_decay": 4.0}, r"draft\.loss_decay=4\.0: it is of draft\.loss=decay, and this draft's is dpace"),
+        ({"loss": "decay", "dpace_alpha": 0.3}, r"draft\.dpace_alpha=0\.3: it is of draft\.loss=dpace"),
         ({"num_heads": 6, "num_kv_heads": 4}, "num_heads 6 is not a multiple of num_kv_heads 4"),
         ({"head_dim": 7}, "head_dim 7"),
         ({"sliding_window": 3}, "sliding_window 3 is shorter than a block of 4"),
