@@ -68,7 +68,8 @@ class Fleet:
                 while running:
                     for key, _ in ends.select(REFRESH_S):
                         ends.unregister(key.fd)
-                        self._ended(running.pop(key.fd))
+                        one = running.pop(key.fd)
+                        self._ended(one, bool(running))
                     self._look(each.command.run for each in running.values())
             except KeyboardInterrupt:
                 for each in running.values():
@@ -84,7 +85,7 @@ class Fleet:
                 self._say(f"{run.name}: step {run.totals.steps:,}, held-out loss {run.held_out:.4f}")
         self._refresh()
 
-    def _ended(self, one: Running) -> None:
+    def _ended(self, one: Running, others: bool) -> None:
         run, code = one.command.run, one.child.wait()
         self._children.end([one.child])  # what is left of its group
         run.look()
@@ -95,7 +96,7 @@ class Fleet:
         run.state = f"killed by {signal.Signals(-code).name}" if code < 0 else "failed"
         self.failed.append(run)
         reason = "" if code < 0 else f": {_reason(one.command.log, one.begin)}"
-        self._say(f"{run.name}: {run.state} after step {run.totals.steps:,}{reason}; the others go on")
+        self._say(f"{run.name}: {run.state} after step {run.totals.steps:,}{reason}{'; the others go on' * others}")
 
 
 def _reason(log: Path, begin: int) -> str:

@@ -105,10 +105,15 @@ def sweep(
             f"sweep {str(file)!r}: target={target}: expected none, as a daemon's target is configured by `specd "
             f"start`; leave it out, or give --model NAME to start a daemon here"
         )
+    for name, own in asked.items() if hosted else ():
+        if named := own.get("subscriber", {}).get("endpoints"):
+            raise ConfigError(
+                f"run {name}: --model {hosted} starts a daemon here, subscriber.endpoints={named} uses others: give one"
+            )
     if lag_gb and not hosted:
         raise ConfigError(
-            f"--lag-gb {lag_gb:g}: expected --model beside it, for a daemon that is started here; of one that runs it is "
-            f"a setting (specd start --lag-gb {lag_gb:g})"
+            f"--lag-gb {lag_gb:g}: expected --model beside it, as it is of a daemon that is started here; of one that "
+            "runs, specd start has --lag-gb"
         )
     recipe = recipe_of(preset, "") if preset else None
     target = (recipe.target if recipe else {}) | target | ({"model": hosted} if hosted else {})
@@ -126,6 +131,7 @@ def sweep(
         "--preset": [preset],
         "--devices": [devices],
         "-o": [str(output or "")],
+        "--lag-gb": [f"{lag_gb:g}" if lag_gb else ""],
         "--eval-prompts": [str(eval_prompts or "")],
         "--lag-gb": [f"{lag_gb:g}" if lag_gb else ""],
         "--key": [key],

@@ -142,12 +142,16 @@ def _see_daemons(runs: Sequence[Trainer]) -> None:
     from specd.client.line import identity
     from specd.endpoints import resolve_endpoint
 
-    link = runs[0].first.subscriber
-    for number, endpoint in enumerate(link.endpoints):
-        report = ask_status(endpoint, ASK_S, identity(link.auth, [endpoint]) if link.auth else None)
-        known = {run.name: run.settle(report.contract.model if report.contract else "") for run in runs}
+    asking: dict[str, list[Trainer]] = {}
+    for run in runs:
+        for endpoint in run.first.subscriber.endpoints:
+            asking.setdefault(endpoint, []).append(run)
+    for endpoint, askers in asking.items():
+        auth = askers[0].first.subscriber.auth
+        report = ask_status(endpoint, ASK_S, identity(auth, [endpoint]) if auth else None)
+        known = {run.name: run.settle(report.contract.model if report.contract else "") for run in askers}
         check_room(report, known, resolve_endpoint(endpoint))
-        for line in unlike(known) if not number else ():
+        for line in unlike(known) if endpoint in runs[0].first.subscriber.endpoints[:1] else ():
             logger.warning("%s", line)
 
 

@@ -40,6 +40,10 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (["--set", "data.path=none.jsonl"], "run a: no data at 'none.jsonl'"),
         (["--set", "target.dtype=float32"], "target={'dtype': 'float32'}: expected none"),
         (["-m", "smollm2-135m", "-e", "ipc:///d"], "--model smollm2-135m starts a daemon here, --endpoint ipc:///d"),
+        (
+            ["-m", "smollm2-135m", "--set", "subscriber.endpoints=[ipc:///d]"],
+            "subscriber.endpoints=['ipc:///d'] uses others",
+        ),
         (["--lag-gb", "2"], "--lag-gb 2: expected --model beside it"),
         (["--preset", "none"], "preset 'none': expected one of"),
         (["-o", "begun"], "run a: 'begun/a' exists: go on with --resume, or choose another --output"),

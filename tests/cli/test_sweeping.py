@@ -62,11 +62,15 @@ def test_one_is_killed_all_are_interrupted_and_all_go_on(tmp_path: Path) -> None
     while "wide: killed by SIGKILL after step" not in line:
         line = process.stdout.readline().decode()
         assert line, process.communicate()
+    assert line.endswith("; the others go on\n")
     process.send_signal(signal.SIGINT)
     said, errors = (text.decode() for text in process.communicate(timeout=LIMIT_S))
     assert process.returncode == 130, errors
     assert "interrupted: 2 runs end in order, each keeps what it has" in said
-    assert "go on:     specd sweep three.yaml -m synthetic:hidden=32,layers=8,vocab=256,ms=100 --lag-gb 0.01 --resume" in errors
+    assert (
+        "go on:     specd sweep three.yaml -m synthetic:hidden=32,layers=8,vocab=256,ms=100 --lag-gb 0.01 --resume"
+        in errors
+    )
     for name in ("narrow", "eagle"):
         if kept := len(steps_of(runs[name])):
             assert finished_checkpoints(runs[name] / "checkpoints")[-1][0] == kept

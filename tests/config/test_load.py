@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from specd.config.load import convert, load_yaml, merge, overrides
+from specd.config.load import as_begun, convert, load_yaml, merge, overrides
 from specd.config.settings import (
     RunConfig,
     SubscriberConfig,
@@ -118,6 +118,11 @@ def test_malformed_settings_are_refused_and_shown(setting: str) -> None:
     with pytest.raises(ConfigError) as caught:
         overrides([setting])
     assert f"--set {setting!r}" in str(caught.value)
+
+
+def test_a_run_of_0_1_0_is_what_it_was_then() -> None:
+    assert as_begun({"draft": {"num_layers": 2}}) == {"method": "dflash", "draft": {"loss": "decay", "num_layers": 2}}
+    assert as_begun({"method": "dflash"}) == {"method": "dflash"}
 
 
 def test_merge_leaves_its_arguments_alone() -> None:
