@@ -133,7 +133,6 @@ def sweep(
         "-o": [str(output or "")],
         "--lag-gb": [f"{lag_gb:g}" if lag_gb else ""],
         "--eval-prompts": [str(eval_prompts or "")],
-        "--lag-gb": [f"{lag_gb:g}" if lag_gb else ""],
         "--key": [key],
         "--server-key": server_key or [],
         "--set": settings or [],
