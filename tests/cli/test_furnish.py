@@ -134,7 +134,7 @@ def test_every_line_of_a_daemon_and_its_worker_is_json(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "place", "offered"),
     [
-        ("specd re", 1, {"resume", "report"}),
+        ("specd re", 1, {"replay", "resume", "report"}),
         ("specd train ", 2, set(registry.BUILTIN)),
         ("specd train dflash --model smol", 4, {"smollm2-135m"}),
         ("specd train dflash --dry", 3, {"--dry-run"}),

@@ -39,7 +39,15 @@ RING = RingConfig(slots=8, slot_tokens=256)
 DRAFTS: dict[str, tuple[type[Method], Config]] = {
     "dflash": (
         DFlashMethod,
-        DFlashConfig(num_layers=2, num_taps=3, block_size=4, num_anchors=6, attention="sdpa", mask_token_id=255),
+        DFlashConfig(
+            num_layers=2,
+            num_taps=3,
+            block_size=4,
+            num_anchors=6,
+            loss="decay",  # which falls as it learns
+            attention="sdpa",
+            mask_token_id=255,
+        ),
     ),
     "dflash2": (
         DFlash2Method,
