@@ -20,7 +20,7 @@ import torch
 from specd.memory.arena import HostArena
 from specd.memory.cuda import Copier
 from specd.memory.device_arena import DeviceArena
-from specd.replay.files import GB, NAME, Files, Place
+from specd.replay.files import GB, NAME, Files, StoreDirectory
 from specd.replay.form import Identity, offset
 from specd.replay.lanes import READERS, WRITE_BUFFERS, Lanes, Task
 from specd.replay.pinned import Pinned, cells_in
@@ -78,7 +78,7 @@ def rows(
             yield _measure(arena, cells, asked, lambda: _raw_memory(arena, cells))
         if disk and directory is not None:
             progress("disk")
-            with contextlib.closing(Place(directory, disk, os.getpid())) as place:
+            with contextlib.closing(StoreDirectory(directory, disk, os.getpid())) as place:
                 files = Files.open(place, arena.stride, IDENTITY)
                 try:
                     yield _measure(arena, files, asked, lambda: _raw_disk(directory / NAME, files))

@@ -62,8 +62,9 @@ class Contents:
 
         None without room, or while its run is held, which it is not for a cell.
         """
-        found, unlike = self.lag.find(ask), self._is_unlike(run, ask)
-        index = self._room(run, ask, may_wait=found is None)
+        others = self._shares.others(run) if ask.want is not None else set()
+        found, unlike = self.lag.find(ask), bool(others) and self._is_unlike(others, ask)
+        index = self._room(run, others, ask.place, may_wait=found is None)
         if index is None:
             return None
         self._counters["unlike"] += unlike
@@ -78,8 +79,7 @@ class Contents:
             slot.cell, slot.held, slot.owed, run.behind = found.cell, found.held, set(found.owed), False
         else:
             slot.cell, slot.held = None, self._shares.held(run, ask.want) if ask.cuts else ask.want
-            if ask.want is not None:
-                slot.owed = {other for other in self._shares.others(run) if other.reached <= ask.place}
+            slot.owed = {other for other in others if other.reached <= ask.place}
         self._resident.setdefault(ask.batch_id, []).append(index)
         return index
 
@@ -94,12 +94,12 @@ class Contents:
         if not self.lag.cells:
             return []
         found: list[Save] = []
-        kept = [slot for slot in self.slots if slot.state is SlotState.KEPT]
-        lost = [slot for slot in kept if not self.lag.has(slot.batch_id, slot.held, saved=False)]
+        kept = [(index, slot) for index, slot in enumerate(self.slots) if slot.state is SlotState.KEPT]
+        lost = [(index, slot) for index, slot in kept if not self.lag.has(slot.batch_id, slot.held, saved=False)]
         missing = self.spare - len(self._free) - (len(kept) - len(lost))
-        for slot in sorted(lost, key=lambda each: each.place, reverse=True):
+        for index, slot in sorted(lost, key=lambda each: each[1].place, reverse=True):
             if len(found) < missing and slot.refused != self.lag.freed:
-                if (save := self.lag.save(self.slots.index(slot), slot)) is not None:
+                if (save := self.lag.save(index, slot)) is not None:
                     found.append(save)
                 else:
                     slot.refused = self.lag.freed
@@ -143,10 +143,9 @@ class Contents:
         slot.owed.clear()
         self._free.append(index)
 
-    def _room(self, run: Run, ask: Ask, *, may_wait: bool) -> int | None:
-        """A FREE slot, made of a KEPT one if need be. may_wait: whether the run may be held."""
-        others = self._shares.others(run) if ask.want is not None else set()
-        if may_wait and self._follows(others, ask.place) and self._shares.holds(run):
+    def _room(self, run: Run, others: set[Run], place: int, *, may_wait: bool) -> int | None:
+        """A FREE slot, made of a KEPT one if need be. others: of its share. may_wait: whether the run may be held."""
+        if may_wait and self._follows(others, place) and self._shares.holds(run):
             return None
         if not self._free and not self._evict(run, others, may_wait=may_wait):
             return None
@@ -157,9 +156,8 @@ class Contents:
         filling = (slot for slot in self.slots if slot.state is SlotState.FILLING and slot.asker in others)
         return any(slot.place < place and slot.cell is None for slot in filling)
 
-    def _is_unlike(self, run: Run, ask: Ask) -> bool:
-        """Whether another run of a share has another batch at the same place of its plan."""
-        others = self._shares.others(run) if ask.want is not None else set()
+    def _is_unlike(self, others: set[Run], ask: Ask) -> bool:
+        """Whether one of the others has another batch at the same place of its plan."""
         return any(
             slot.asker in others and slot.place == ask.place and slot.batch_id != ask.batch_id for slot in self.slots
         )

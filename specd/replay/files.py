@@ -32,7 +32,7 @@ class Found(NamedTuple):
     damaged: bool
 
 
-class Place:
+class StoreDirectory:
     """A directory for one store, which no other process uses as long as this is open.
 
     owner: the process that a person would know as its user. Raises ConfigError for a directory that cannot be used, is
@@ -85,7 +85,7 @@ class Files:
         self.cells, self.cell_bytes, self.direct = cells, cell_bytes, direct
 
     @classmethod
-    def open(cls, place: Place, cell_bytes: int, identity: Identity) -> Files:
+    def open(cls, place: StoreDirectory, cell_bytes: int, identity: Identity) -> Files:
         """As many cells as the place's budget has room for; those that are there already keep their batches.
 
         Raises ConfigError for a store of other states or with other cells, and without enough room.
@@ -261,7 +261,7 @@ def _check_same(directory: Path, there: Super, identity: Identity, cell_bytes: i
         )
 
 
-def _check_kept(place: Place, there: Files, cells: int) -> None:
+def _check_kept(place: StoreDirectory, there: Files, cells: int) -> None:
     """Refuse to give up cells that hold batches, which may have taken days."""
     try:
         lost = next((each.cell for each in there.scan(first=cells) if each.header is not None), None)
@@ -275,7 +275,7 @@ def _check_kept(place: Place, there: Files, cells: int) -> None:
         )
 
 
-def _resize(fd: int, place: Place, size: int) -> None:
+def _resize(fd: int, place: StoreDirectory, size: int) -> None:
     """Give the file its size, backed by the disk, so that it is never full later."""
     before = os.fstat(fd).st_size
     try:

@@ -17,7 +17,7 @@ from specd.errors import ConfigError
 from specd.memory.arena import HostArena
 from specd.memory.device_arena import DeviceArena
 from specd.protocol.contract import ReplayInfo
-from specd.replay.files import GB, Files, Place
+from specd.replay.files import GB, Files, StoreDirectory
 from specd.replay.form import Identity
 from specd.replay.lanes import Lanes, Task
 from specd.replay.pinned import Pinned, cells_in
@@ -39,7 +39,9 @@ class Replay:
         if problem := config.problem():
             raise ConfigError(problem)
         self._config = config
-        self._place = Place(Path(os.path.expanduser(config.dir)), round(config.gb * GB), owner) if config.dir else None
+        self._place = (
+            StoreDirectory(Path(os.path.expanduser(config.dir)), round(config.gb * GB), owner) if config.dir else None
+        )
         self._lanes: Lanes | None = None
         self._pipe: zmq.Socket[bytes] | None = None
         self._lock = threading.Lock()  # of the pipe, which all lanes use
@@ -106,7 +108,8 @@ class Replay:
             self._place.close()
 
     def _filled(self, task: Task) -> None:
-        self._send(channel.Filled(slot=task.slot, generation=task.generation, target_us=0, replayed=True))
+        with self._lock:
+            self._send(channel.Filled(slot=task.slot, generation=task.generation, target_us=0, replayed=True))
 
     def _tell(self) -> None:
         assert self._lanes is not None
@@ -114,12 +117,12 @@ class Replay:
             now = self._lanes.counters.values()
             counts = {name: count - self._told.get(name, 0) for name, count in now.items()}
             self._told = now
-        self._send(channel.ReplayCounts(used=self._lanes.used, counts=counts))
+            self._send(channel.ReplayCounts(used=self._lanes.used, counts=counts))
 
     def _send(self, note: channel.ToControl) -> None:
+        """Under the lock: a later count of cells must not come before an earlier one."""
         assert self._pipe is not None
-        with self._lock:
-            self._pipe.send(channel.encode(note))
+        self._pipe.send(channel.encode(note))
 
 
 def identity_of(config: TargetConfig, target: Target) -> Identity:

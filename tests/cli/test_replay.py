@@ -11,7 +11,7 @@ import pytest
 from specd.cli.main import run
 from specd.cli.replay import kept, replayed
 from specd.protocol.contract import ReplayInfo
-from specd.replay.files import NAME, Files, Place
+from specd.replay.files import NAME, Files, StoreDirectory
 from specd.replay.form import PAGE, Identity, offset
 
 IDENTITY = Identity(model="tiny", fingerprint="llama:64", backend="sglang 0.5", torch="2.9", device="cpu", exact=True)
@@ -20,7 +20,7 @@ IDENTITY = Identity(model="tiny", fingerprint="llama:64", backend="sglang 0.5", 
 @pytest.fixture
 def store(tmp_path: Path) -> Path:
     """Three batches in five cells."""
-    place = Place(tmp_path, offset(5, 2 * PAGE), 1)
+    place = StoreDirectory(tmp_path, offset(5, 2 * PAGE), 1)
     cells = Files.open(place, 2 * PAGE, IDENTITY)
     for cell in (0, 1, 3):
         image = memoryview(mmap.mmap(-1, 2 * PAGE))
@@ -69,7 +69,7 @@ def test_what_is_damaged_is_found_by_its_header_or_by_every_byte(
 def test_what_is_no_store_or_is_used_is_one_clear_line(store: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["replay", str(store / "nowhere")]) == 2
     assert "expected the DIR of specd start --replay DIR" in capsys.readouterr().err
-    place = Place(store, 1, 4242)
+    place = StoreDirectory(store, 1, 4242)
     assert run(["replay", str(store)]) == 0
     assert run(["replay", str(store), "--check"]) == 2
     assert "another daemon (pid 4242) uses" in capsys.readouterr().err

@@ -23,7 +23,7 @@ import pytest
 import zmq
 
 from daemons import REPORT
-from exposed import samples
+from exposed import samples, served
 from samples import batch
 from specd.client.subscriber import Subscriber
 from specd.config.settings import DaemonConfig, RingConfig, TargetConfig
@@ -67,10 +67,7 @@ def test_it_ends_with_the_daemon_also_one_that_is_killed(tmp_path: Path) -> None
     command = [sys.executable, "-m", "specd", *arguments]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as daemon:
         try:
-            assert daemon.stdout is not None
-            assert daemon.stderr is not None
-            url = next(line.split(" at ")[1].strip() for line in daemon.stderr if "metrics at http" in line)
-            assert "ready" in daemon.stdout.readline()
+            url = served(daemon)
             assert samples(read(url))['specd_daemon_state{state="serving"}'] == 1
             assert samples(read(url))["process_start_time_seconds"] > 1e9
             (page,) = [pid for pid in children(daemon.pid) if "specd.daemon.exporter" in command_of(pid)]

@@ -17,7 +17,7 @@ from msgspec.structs import replace
 
 from specd.errors import ConfigError
 from specd.replay import files, form
-from specd.replay.files import Files, Place, unused
+from specd.replay.files import Files, StoreDirectory, unused
 from specd.replay.form import PAGE, DamageError, Identity
 
 CELL = 3 * PAGE
@@ -43,7 +43,7 @@ class Disk:
     """A store in a directory, with all cells but the last written: cell i holds batch i."""
 
     def __init__(self, directory: Path) -> None:
-        self.place = Place(directory, BUDGET, os.getpid())
+        self.place = StoreDirectory(directory, BUDGET, os.getpid())
         self.files = Files.open(self.place, CELL, IDENTITY)
         self.path = directory / files.NAME
         for cell in range(CELLS - 1):
@@ -86,7 +86,7 @@ def disk(tmp_path: Path) -> Iterator[Disk]:
 def again(disk: Disk, cell_bytes: int = CELL, identity: Identity = IDENTITY, budget: int = BUDGET) -> Files:
     """What the next daemon opens."""
     disk.close()
-    disk.place = Place(disk.path.parent, budget, 4242)
+    disk.place = StoreDirectory(disk.path.parent, budget, 4242)
     disk.files = Files.open(disk.place, cell_bytes, identity)
     return disk.files
 
@@ -204,31 +204,32 @@ def test_a_first_page_that_is_not_whole_is_refused(at: int, told: str, disk: Dis
 
 def test_another_daemons_store_is_refused_and_a_dead_ones_is_not(disk: Disk) -> None:
     with pytest.raises(ConfigError, match=rf"another daemon .pid {os.getpid()}. uses"):
-        Place(disk.path.parent, BUDGET, 1)
+        StoreDirectory(disk.path.parent, BUDGET, 1)
     with pytest.raises(ConfigError, match="stop that first"), unused(disk.path.parent):
         pass
     directory = disk.path.parent
     disk.close()
-    code = f"import sys, pathlib, specd.replay.files as f\np = f.Place(pathlib.Path({str(directory)!r}), {BUDGET}, 7)"
+    code = f"import sys, pathlib, specd.replay.files as f\np = pathlib.Path({str(directory)!r})"
+    code += f"\np = f.StoreDirectory(p, {BUDGET}, 7)"
     with subprocess.Popen(
         [sys.executable, "-c", f"{code}\nprint(1, flush=True)\nsys.stdin.read()"], stdin=-1, stdout=-1
     ) as other:
         assert other.stdout is not None
         assert other.stdout.readline()
         with pytest.raises(ConfigError, match=r"another daemon .pid 7. uses"):
-            Place(directory, BUDGET, 1)
+            StoreDirectory(directory, BUDGET, 1)
         other.kill()
     again(disk)
 
 
 def test_too_little_room_is_said_at_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match=r"has [\d,.]+ GB free, --replay-gb asks 1e\+06"):
-        Place(tmp_path / "new", 10**15, 1)
+        StoreDirectory(tmp_path / "new", 10**15, 1)
 
     def full(*_: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    place = Place(tmp_path / "new", BUDGET, 1)
+    place = StoreDirectory(tmp_path / "new", BUDGET, 1)
     with monkeypatch.context() as patch:
         patch.setattr(os, "posix_fallocate", full)
         with pytest.raises(ConfigError, match=r"no room for .* .No space left"):
@@ -245,7 +246,7 @@ def test_too_little_room_is_said_at_the_start(tmp_path: Path, monkeypatch: pytes
     place.close()
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match="cannot be used: Not a directory"):
-        Place(tmp_path / "file" / "below", BUDGET, 1)
+        StoreDirectory(tmp_path / "file" / "below", BUDGET, 1)
 
 
 def test_what_the_disk_says_is_raised_and_short_moves_go_on(disk: Disk, monkeypatch: pytest.MonkeyPatch) -> None:

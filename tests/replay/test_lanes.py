@@ -17,7 +17,7 @@ import fake_cuda
 from specd.memory.arena import PAGE, HostArena
 from specd.memory.device_arena import DeviceArena
 from specd.replay import files, lanes, pinned
-from specd.replay.files import Files, Place
+from specd.replay.files import Files, StoreDirectory
 from specd.replay.form import Identity, offset
 from specd.replay.lanes import WRITE_BUFFERS, Lanes, Task
 from specd.replay.pinned import Pinned
@@ -46,7 +46,7 @@ class Rig:
             if device == "cpu"
             else DeviceArena.create(SLOTS, SLOT, device, None, mirrored=False)
         )
-        self.place = Place(directory, offset(disk, SLOT), os.getpid()) if disk else None
+        self.place = StoreDirectory(directory, offset(disk, SLOT), os.getpid()) if disk else None
         cells: list[Files | Pinned] = [Pinned(ram, self.arena)] if ram else []
         if self.place is not None:
             cells.append(Files.open(self.place, SLOT, IDENTITY))

@@ -56,6 +56,15 @@ def promtool(page: str) -> list[str]:
     return [*done.stdout.splitlines(), *done.stderr.splitlines()]
 
 
+def served(daemon: subprocess.Popen[str]) -> str:
+    """The address of its page, once a `specd start --metrics` whose output and errors are pipes is ready."""
+    assert daemon.stdout is not None
+    assert daemon.stderr is not None
+    url = next(line.split(" at ")[1].strip() for line in daemon.stderr if "metrics at http" in line)
+    assert "ready" in daemon.stdout.readline()
+    return url
+
+
 def _families(page: str) -> Iterator[tuple[str, str, str]]:
     """Name, type and help of each family, as its lines have them."""
     helps = dict(re.findall(r"^# HELP (\S+) ?(.*)$", page, re.MULTILINE))

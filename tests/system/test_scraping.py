@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from exposed import served
 from samples import batch
 from specd.client.subscriber import Subscriber
 from specd.config.settings import SubscriberConfig
@@ -48,11 +49,7 @@ def daemon(place: Path) -> Iterator[tuple[str, int, str]]:
     command = [sys.executable, "-m", "specd", "start", *arguments, "--metrics", "0"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         try:
-            assert process.stdout is not None
-            assert process.stderr is not None
-            url = next(line.split(" at ")[1].strip() for line in process.stderr if "metrics at http" in line)
-            assert "ready" in process.stdout.readline()
-            yield endpoint, process.pid, url
+            yield endpoint, process.pid, served(process)
         finally:
             process.terminate()
 

@@ -19,7 +19,7 @@ from specd.config.settings import ReplayConfig, TargetConfig
 from specd.daemon.supervisor import ThreadHandle
 from specd.protocol.batch import slot_layout
 from specd.protocol.capture import CaptureSpec
-from specd.replay.files import Place
+from specd.replay.files import StoreDirectory
 from specd.targets.registry import load_target
 from specd.version import __version__
 from specd.worker.messages import Filled, FillSlot, Lasts, ReplayCounts, Started, StartFailed, Stop
@@ -155,7 +155,7 @@ def test_what_holds_other_states_of_the_same_content_is_another(run: Run, tmp_pa
 
 
 def test_a_store_in_use_or_of_other_states_keeps_a_worker_from_starting(run: Run, tmp_path: Path) -> None:
-    place = Place(tmp_path / "s", 10**6, 4242)
+    place = StoreDirectory(tmp_path / "s", 10**6, 4242)
     config = ReplayConfig(dir=str(tmp_path / "s"), gb=GB)
     failed = run("cpu", config).hear()
     assert isinstance(failed, StartFailed)
