@@ -72,7 +72,7 @@ class Connector:
                 said = True
 
         while not self._closing.is_set():
-            terms = self._terms._replace(ranks=link.place.ranks)
+            terms = self._terms._replace(ranks=link.role.ranks)
             try:
                 session = open_session(self._context, link.endpoint, terms, Waiting(self._closing, tell))
             except Later as later:
@@ -80,7 +80,7 @@ class Connector:
                 self._closing.wait(later.pause_s)
                 continue
             except TransportError as error:
-                if link.endpoint not in self._proven and not link.place.standby:
+                if link.endpoint not in self._proven and not link.role.standby:
                     raise
                 tell(error)
                 self._closing.wait(RETRY_S)

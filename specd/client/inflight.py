@@ -34,7 +34,7 @@ from specd.client.io import GONE, Closed, Lost, SocketLoop
 from specd.client.links import Link, Links
 from specd.client.peers import Keeping, Peers
 from specd.client.pending import State
-from specd.client.seats import Place
+from specd.client.seats import Role
 from specd.client.window import Window
 from specd.config.settings import SubscriberConfig
 from specd.endpoints import resolve_endpoint
@@ -54,7 +54,7 @@ TICK_S = 0.25
 class InFlight:
     """Brings submitted batches home over any number of daemons, whatever dies on the way.
 
-    places: of the endpoints. keeping: which daemons may keep states over epochs. Everything public is called from one
+    roles: of the endpoints. keeping: which daemons may keep states over epochs. Everything public is called from one
     thread, the training loop's.
     """
 
@@ -63,7 +63,7 @@ class InFlight:
         config: SubscriberConfig,
         terms: Terms,
         context: zmq.Context[zmq.Socket[bytes]],
-        places: Sequence[Place] = (),
+        roles: Sequence[Role] = (),
         keeping: Keeping = "anywhere",
     ) -> None:
         self._config = config
@@ -71,8 +71,8 @@ class InFlight:
         self._stats = Stats()
         self._lock = Changed()
         self._guard = Guard(self._lock)
-        self._links = Links([resolve_endpoint(endpoint) for endpoint in config.endpoints], places)
-        standby = [self._links.index(link) for link in self._links if link.place.standby]
+        self._links = Links([resolve_endpoint(endpoint) for endpoint in config.endpoints], roles)
+        standby = [self._links.index(link) for link in self._links if link.role.standby]
         daemons = [link.endpoint for link in self._links]
         self._window: Window[Session, torch.Tensor] = Window(Peers(daemons, standby, keeping), time.monotonic)
         self.artifacts = ArtifactReader(self._lock, config.timeout_s, self._ask)
@@ -257,7 +257,7 @@ class InFlight:
         with self._lock:
             if self._closing.is_set() or self._io.ended:
                 return False
-            if link.place.standby and self._links.near:
+            if link.role.standby and self._links.near:
                 link.dialled = False
                 return False
             if (first := self._links.session) is not None:  # two may have been met at the same moment
@@ -270,7 +270,7 @@ class InFlight:
                     self._guard.fail(RejectedError(served))
                     return False
             link.open(session)
-            if not link.place.standby:
+            if not link.role.standby:
                 self._send_off()
             self._io.wake()
             self._stats.num_slots = session.welcome.ring.num_slots
@@ -292,7 +292,7 @@ class InFlight:
     def _send_off(self) -> None:
         """End the sessions with daemons that stand by: one of the rank's own is up."""
         for link in self._links:
-            if link.place.standby and link.session is not None:
+            if link.role.standby and link.session is not None:
                 self._io.abandon(link.session, "a daemon that is this rank's own is up again")
 
     def _act(self, link: Link, event: Message | Lost | Closed) -> None:
@@ -320,7 +320,7 @@ class InFlight:
 
     def _lose(self, link: Link, reason: str) -> None:
         """Hang up a session that is over, retry its batches, and open it anew; one that stands by only when needed."""
-        left = link.place.standby and self._links.near
+        left = link.role.standby and self._links.near
         level, word = (logging.INFO, "left") if left else (logging.WARNING, "lost")
         log.log(level, "%s %s: %s", word, link.endpoint, reason)
         session = self._links.hang_up(link, reason)
@@ -328,7 +328,7 @@ class InFlight:
         self._stats.reconnects += not left
         self._carry_out(self._window.lost(session, reason))
         link.dialled = False
-        if not link.place.standby:
+        if not link.role.standby:
             self._dial()
 
     def _begin(self, pending: Item, session: Session) -> SlotRef | None:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 import zmq
 
 from specd.client.handshake import Session
-from specd.client.seats import Place
+from specd.client.seats import Role
 
 STANDBY_S = 2.0
 """How long none of a rank's own daemons is up before it turns to those that stand by."""
@@ -17,7 +17,7 @@ STANDBY_S = 2.0
 class Link:
     """One endpoint.
 
-    place: its part in a run of several ranks. dialled: whether a session is up, or looked for. monitor: tells of the
+    role: its part in a run of several ranks. dialled: whether a session is up, or looked for. monitor: tells of the
     end of the session's connection. problem: why there is no session. broken: why the session has to be opened anew, as
     a thread found that may not touch its socket; else empty. heard: when the daemon last answered, renew_at: when its
     leases are renewed next, loading_until: until when a daemon without a worker may take to load one, 0 if it does not,
@@ -25,16 +25,16 @@ class Link:
     """
 
     __slots__ = (
-        "broken", "dialled", "endpoint", "heard", "loading_until", "monitor", "place", "problem", "renew_at", "session",
+        "broken", "dialled", "endpoint", "heard", "loading_until", "monitor", "problem", "renew_at", "role", "session",
     )  # fmt: skip
 
-    def __init__(self, endpoint: str, place: Place) -> None:
+    def __init__(self, endpoint: str, role: Role) -> None:
         self.endpoint = endpoint
-        self.place = place
+        self.role = role
         self.dialled = False
         self.session: Session | None = None
         self.monitor: zmq.Socket[bytes] | None = None
-        self.problem = "it stands by" if place.standby else "not reached yet"
+        self.problem = "it stands by" if role.standby else "not reached yet"
         self.broken = ""
         self.renew_at = self.heard = self.loading_until = 0.0
 
@@ -60,12 +60,12 @@ class Link:
 class Links:
     """All endpoints of one subscriber, in the order they were given in.
 
-    places: one an endpoint; none for daemons that are all its own. down_since: when the last session ended.
+    roles: one an endpoint; none for daemons that are all its own. down_since: when the last session ended.
     away_since: when the last one ended of those that do not stand by.
     """
 
-    def __init__(self, endpoints: Sequence[str], places: Sequence[Place] = ()) -> None:
-        self._links = [Link(*each) for each in zip(endpoints, places or [Place()] * len(endpoints), strict=True)]
+    def __init__(self, endpoints: Sequence[str], roles: Sequence[Role] = ()) -> None:
+        self._links = [Link(*each) for each in zip(endpoints, roles or [Role()] * len(endpoints), strict=True)]
         self.down_since = self.away_since = time.monotonic()
 
     def __len__(self) -> int:
@@ -86,12 +86,12 @@ class Links:
     @property
     def near(self) -> bool:
         """Whether a session is up with a daemon that does not stand by."""
-        return any(link.session is not None and not link.place.standby for link in self._links)
+        return any(link.session is not None and not link.role.standby for link in self._links)
 
     def to_dial(self) -> list[Link]:
         """Those that a session is to be looked for with, which nobody does yet."""
         away = not self.near and time.monotonic() - self.away_since > STANDBY_S
-        return [link for link in self._links if not link.dialled and (away or not link.place.standby)]
+        return [link for link in self._links if not link.dialled and (away or not link.role.standby)]
 
     @property
     def num_up(self) -> int:
@@ -112,7 +112,7 @@ class Links:
         session = link.hang_up(reason)
         if self.session is None:
             self.down_since = time.monotonic()
-        if not (link.place.standby or self.near):
+        if not (link.role.standby or self.near):
             self.away_since = time.monotonic()
         return session
 

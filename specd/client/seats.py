@@ -16,8 +16,8 @@ class Seat(NamedTuple):
     local_ranks: int
 
 
-class Place(NamedTuple):
-    """One daemon, seen from one rank. ranks: how many come to it, as far as this one knows; at least 1.
+class Role(NamedTuple):
+    """What one daemon is to one rank. ranks: how many come to it, as far as this one knows; at least 1.
 
     standby: it is asked only while none of the others is up.
     """
@@ -26,8 +26,8 @@ class Place(NamedTuple):
     standby: bool = False
 
 
-def places(endpoints: Sequence[str], ranks: int, seat: Seat | None, *, near: bool) -> list[Place]:
-    """The place of each endpoint for one of `ranks`.
+def roles(endpoints: Sequence[str], ranks: int, seat: Seat | None, *, near: bool) -> list[Role]:
+    """The role of each endpoint for one of `ranks`.
 
     near: a rank takes the daemons on its own host, or all if there are none, and shares them evenly with those who take
     the same: every daemon serves its part of the ranks, or every rank has its part of the daemons. The rest stand by.
@@ -37,15 +37,15 @@ def places(endpoints: Sequence[str], ranks: int, seat: Seat | None, *, near: boo
     if seat is None or not near or ranks == 1:
         private = [not is_far(endpoint) for endpoint in endpoints]
         local = seat.local_ranks if seat is not None else ranks
-        return [Place(_reach(end, local if mine else ranks)) for end, mine in zip(endpoints, private, strict=True)]
+        return [Role(_reach(end, local if mine else ranks)) for end, mine in zip(endpoints, private, strict=True)]
     shared, index, count = here, seat.local_rank, seat.local_ranks
     if not here:
         shared, index, count = list(range(len(endpoints))), seat.rank, ranks
     own = share(len(shared), index, count)
     come = [sum(place in share(len(shared), each, count) for each in range(count)) for place in range(len(shared))]
-    found = [Place(standby=True) for _ in endpoints]
+    found = [Role(standby=True) for _ in endpoints]
     for order, place in enumerate(shared):
-        found[place] = Place(_reach(endpoints[place], max(1, come[order])), standby=order not in own)
+        found[place] = Role(_reach(endpoints[place], max(1, come[order])), standby=order not in own)
     return found
 
 

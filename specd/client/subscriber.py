@@ -16,7 +16,7 @@ from specd.client.inflight import InFlight
 from specd.client.line import identity
 from specd.client.peers import Keeping
 from specd.client.pending import Pending, place_of
-from specd.client.seats import Seat, places, thin
+from specd.client.seats import Seat, roles, thin
 from specd.client.states import States
 from specd.config.settings import SubscriberConfig
 from specd.endpoints import resolve_endpoint
@@ -91,8 +91,8 @@ class Subscriber:
             share=config.share,
         )
         endpoints = [resolve_endpoint(endpoint) for endpoint in config.endpoints]
-        seats = places(endpoints, ranks, seat, near=config.place == "near")
-        self._in_flight = InFlight(config, terms, self._context, seats, keeping)
+        found = roles(endpoints, ranks, seat, near=config.place == "near")
+        self._in_flight = InFlight(config, terms, self._context, found, keeping)
         try:
             session = self._in_flight.first_session()
         except BaseException:
@@ -101,14 +101,14 @@ class Subscriber:
         self._share = config.share
         self.sharing = session.welcome.sharing
         self.replay = session.welcome.replay
-        self.stands_by = any(each.standby for each in seats)
+        self.stands_by = any(each.standby for each in found)
         self.contract: TargetContract = session.welcome.contract
         self.ring: RingInfo = session.welcome.ring
         self.spec: CaptureSpec = session.spec
         read_as = dtype(self.contract) if dtype else self.contract.dtype
         self._states = States(self.spec, self.contract.hidden_size, read_as, terms.device)
         self.dtype = self._states.dtype
-        come = seats[endpoints.index(session.endpoint)].ranks
+        come = found[endpoints.index(session.endpoint)].ranks
         self.thin = thin(self.ring.num_slots, session.welcome.slots - 1, credits, come)
         if self.thin and (ranks == 1 or (seat is not None and seat.rank == 0)):
             log.warning("%s: %s", session.endpoint, self.thin)

@@ -32,8 +32,8 @@ class Save(NamedTuple):
     cell: int
 
 
-class Entry:
-    """A batch in a cell. held: its states. place: in the plan of who had it made. owed: the runs it is for."""
+class SlotCopy:
+    """A slot's batch in a cell. held: its states. place: in the plan of who had it made. owed: the runs it is for."""
 
     __slots__ = ("batch_id", "cell", "held", "number", "owed", "place", "saved")
 
@@ -44,7 +44,7 @@ class Entry:
         self.saved = False
 
     def __repr__(self) -> str:
-        return f"Entry({self.batch_id.hex()[:8]} in cell {self.cell}, for {len(self.owed)} runs)"
+        return f"SlotCopy({self.batch_id.hex()[:8]} in cell {self.cell}, for {len(self.owed)} runs)"
 
 
 class LagWindow:
@@ -53,8 +53,8 @@ class LagWindow:
     def __init__(self, cells: int = 0) -> None:
         self.cells = cells
         self._free = deque(range(cells))
-        self._entries: dict[int, Entry] = {}  # by number
-        self._by_content: dict[bytes, list[Entry]] = {}
+        self._copies: dict[int, SlotCopy] = {}  # by number
+        self._by_content: dict[bytes, list[SlotCopy]] = {}
         self._last = 0
         self.freed = 0
         """How many cells were freed so far: as long as that is the same, what found no cell need not ask again."""
@@ -68,67 +68,67 @@ class LagWindow:
         return self.cells - len(self._free)
 
     @property
-    def entries(self) -> list[Entry]:
+    def copies(self) -> list[SlotCopy]:
         """All that it has."""
-        return list(self._entries.values())
+        return list(self._copies.values())
 
-    def find(self, ask: Ask) -> Entry | None:
+    def find(self, ask: Ask) -> SlotCopy | None:
         """What a request can be read from."""
-        for entry in self._by_content.get(ask.batch_id, ()):
-            if entry.saved and (entry.held == ask.want or (ask.cuts and covers(entry.held, ask.want))):
-                return entry
+        for copy in self._by_content.get(ask.batch_id, ()):
+            if copy.saved and (copy.held == ask.want or (ask.cuts and covers(copy.held, ask.want))):
+                return copy
         return None
 
     def has(self, batch_id: bytes, held: CaptureSpec | None, *, saved: bool) -> bool:
         """Whether a slot's batch is here. saved: and can be read."""
-        return any(entry.held == held and (entry.saved or not saved) for entry in self._by_content.get(batch_id, ()))
+        return any(copy.held == held and (copy.saved or not saved) for copy in self._by_content.get(batch_id, ()))
 
     def save(self, index: int, slot: Slot) -> Save | None:
         """Have a KEPT slot copied; None without a cell for it."""
         if not self._free:
-            last = max(self._entries.values(), key=_ahead)
+            last = max(self._copies.values(), key=_ahead)
             if _ahead(last) <= _ahead(slot):
                 return None
             self._drop(last)
         self._last += 1
-        entry = self._entries[self._last] = Entry(self._last, self._free.popleft(), slot)
-        self._by_content.setdefault(entry.batch_id, []).append(entry)
-        return Save(entry.number, index, slot.generation, entry.cell)
+        copy = self._copies[self._last] = SlotCopy(self._last, self._free.popleft(), slot)
+        self._by_content.setdefault(copy.batch_id, []).append(copy)
+        return Save(copy.number, index, slot.generation, copy.cell)
 
     def saved(self, number: int, ok: bool) -> None:
         """The worker has copied, or could not. Ignored for what is not wanted any more."""
-        entry = self._entries.get(number)
-        if entry is None:
+        copy = self._copies.get(number)
+        if copy is None:
             return
         if ok:
-            entry.saved = True
+            copy.saved = True
         else:
-            self._drop(entry)
+            self._drop(copy)
 
     def paid(self, batch_id: bytes, run: Run) -> None:
         """A run has a lease on a batch."""
-        for entry in list(self._by_content.get(batch_id, ())):
-            self._pay(entry, run)
+        for copy in list(self._by_content.get(batch_id, ())):
+            self._pay(copy, run)
 
     def forget(self, run: Run) -> None:
         """Nothing is owed a run any more."""
-        for entry in self.entries:
-            self._pay(entry, run)
+        for copy in self.copies:
+            self._pay(copy, run)
 
-    def _pay(self, entry: Entry, run: Run) -> None:
-        entry.owed.discard(run)
-        if not entry.owed:
-            self._drop(entry)
+    def _pay(self, copy: SlotCopy, run: Run) -> None:
+        copy.owed.discard(run)
+        if not copy.owed:
+            self._drop(copy)
 
-    def _drop(self, entry: Entry) -> None:
-        del self._entries[entry.number]
-        self._by_content[entry.batch_id].remove(entry)
-        if not self._by_content[entry.batch_id]:
-            del self._by_content[entry.batch_id]
-        self._free.append(entry.cell)
+    def _drop(self, copy: SlotCopy) -> None:
+        del self._copies[copy.number]
+        self._by_content[copy.batch_id].remove(copy)
+        if not self._by_content[copy.batch_id]:
+            del self._by_content[copy.batch_id]
+        self._free.append(copy.cell)
         self.freed += 1
 
 
-def _ahead(one: Entry | Slot) -> float:
+def _ahead(one: SlotCopy | Slot) -> float:
     """How many batches the nearest of the runs that are owed it has before it; infinite if all have come past it."""
     return min((one.place - run.reached for run in one.owed if run.reached <= one.place), default=inf)

@@ -18,7 +18,7 @@ from specd.client.guard import Guard
 from specd.client.handshake import Session, Terms
 from specd.client.interrupt import Interrupt
 from specd.client.links import Link
-from specd.client.seats import Place
+from specd.client.seats import Role
 from specd.errors import RejectedError, TransportError
 from specd.transports.base import SlotRef
 
@@ -60,10 +60,10 @@ class Opening:
         self.up.append((link, session))
         return self.wanted
 
-    def connect(self, *outcomes: Exception | str, place: Place | None = None) -> Link:
+    def connect(self, *outcomes: Exception | str, role: Role | None = None) -> Link:
         """Have a session opened, and wait until it is, or never will be."""
         self.outcomes += outcomes
-        link = Link("ipc://here", place or Place())
+        link = Link("ipc://here", role or Role())
         self.connector.connect(link)
         self.connector.join()
         return link

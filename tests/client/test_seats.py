@@ -12,7 +12,7 @@ import zmq
 
 from samples import batch
 from scripted import EXPECT_S, SPEC, Daemon, make, wait_for
-from specd.client.seats import Place, Seat, places, share, thin
+from specd.client.seats import Role, Seat, roles, share, thin
 from specd.client.subscriber import Subscriber
 from specd.config.settings import SubscriberConfig
 from specd.errors import BatchError
@@ -22,7 +22,7 @@ from specd.protocol.contract import ReplayInfo
 FAR = tuple(f"tcp://240.0.0.{number}:7070" for number in range(1, 6))  # reserved: no host has them
 
 
-def taken(found: list[Place]) -> list[int]:
+def taken(found: list[Role]) -> list[int]:
     """The daemons that do not stand by."""
     return [place for place, each in enumerate(found) if not each.standby]
 
@@ -41,7 +41,7 @@ def test_everybody_takes_an_even_share_and_nothing_is_left(size: int, count: int
 @pytest.mark.parametrize("ranks", range(2, 9))
 @pytest.mark.parametrize("daemons", range(1, 6))
 def test_a_daemon_is_told_how_many_ranks_come(ranks: int, daemons: int) -> None:
-    found = [places(FAR[:daemons], ranks, Seat(rank, 0, 1), near=True) for rank in range(ranks)]
+    found = [roles(FAR[:daemons], ranks, Seat(rank, 0, 1), near=True) for rank in range(ranks)]
     come = Counter(place for each in found for place in taken(each))
     for place in range(daemons):
         assert {each[place].ranks for each in found} == {come[place]}, "all ranks say the same"
@@ -49,18 +49,18 @@ def test_a_daemon_is_told_how_many_ranks_come(ranks: int, daemons: int) -> None:
 
 def test_daemons_of_the_own_host_come_first() -> None:
     mixed = (FAR[0], "ipc:///run/a.sock", "tcp://127.0.0.1:7070", FAR[1])
-    found = [places(mixed, 8, Seat(4 + local, local, 4), near=True) for local in range(4)]
+    found = [roles(mixed, 8, Seat(4 + local, local, 4), near=True) for local in range(4)]
     assert [taken(each) for each in found] == [[1], [1], [2], [2]]
     assert [each.ranks for each in found[0]] == [1, 2, 2, 1]
-    assert taken(places(mixed, 8, Seat(4, 0, 1), near=True)) == [1, 2], "one rank on this host, two daemons on it"
+    assert taken(roles(mixed, 8, Seat(4, 0, 1), near=True)) == [1, 2], "one rank on this host, two daemons on it"
 
 
 def test_all_daemons_are_taken_when_asked_for_and_by_one_rank() -> None:
     mixed = (FAR[0], "ipc:///run/a.sock", "inproc://own")
-    assert places(mixed, 8, Seat(5, 1, 4), near=False) == [Place(8), Place(4), Place(1)]
-    assert places(mixed, 8, None, near=True) == [Place(8), Place(8), Place(1)]
-    assert places(mixed, 1, Seat(0, 0, 1), near=True) == [Place()] * 3
-    assert places(("inproc://own",), 4, Seat(1, 1, 4), near=True) == [Place()], "each rank hosts its own target"
+    assert roles(mixed, 8, Seat(5, 1, 4), near=False) == [Role(8), Role(4), Role(1)]
+    assert roles(mixed, 8, None, near=True) == [Role(8), Role(8), Role(1)]
+    assert roles(mixed, 1, Seat(0, 0, 1), near=True) == [Role()] * 3
+    assert roles(("inproc://own",), 4, Seat(1, 1, 4), near=True) == [Role()], "each rank hosts its own target"
 
 
 def test_a_thin_ring_is_told_with_the_ring_that_is_deep_enough() -> None:

@@ -54,7 +54,7 @@ class Bench:
     @property
     def cells(self) -> dict[int, int]:
         """Places of what lies in the window, and for how many it is."""
-        return {entry.place: len(entry.owed) for entry in self.lag.entries}
+        return {copy.place: len(copy.owed) for copy in self.lag.copies}
 
 
 def test_who_lags_reads_what_was_saved_and_the_leader_never_waits() -> None:
@@ -165,17 +165,17 @@ def test_a_late_answer_of_a_save_that_was_given_up_changes_nothing() -> None:
     (second,) = bench.ring.contents.saves()
     assert (second.cell, second.number) == (first.cell, first.number + 1), "C, who is far, gave it up"
     bench.lag.saved(first.number, True)
-    assert not [entry for entry in bench.lag.entries if entry.saved]
+    assert not [copy for copy in bench.lag.copies if copy.saved]
     bench.lag.saved(second.number, True)
-    assert [entry.place for entry in bench.lag.entries if entry.saved] == [201]
+    assert [copy.place for copy in bench.lag.copies if copy.saved] == [201]
 
 
 def test_a_run_without_a_share_reads_what_covers_its_own_and_nothing_else() -> None:
     bench = Bench(cells=20, num_slots=5, names=(A, B, C))
     bench.ring.open(C, 3, spec=SPEC)
     bench.lead(*range(6))
-    (entry,) = [entry for entry in bench.lag.entries if entry.place == 5]
-    bench.ring.contents.vacate(next(i for i, s in enumerate(bench.ring.contents.slots) if s.batch_id == entry.batch_id))
+    (copy,) = [copy for copy in bench.lag.copies if copy.place == 5]
+    bench.ring.contents.vacate(next(i for i, s in enumerate(bench.ring.contents.slots) if s.batch_id == copy.batch_id))
     assert bench.read(C, 5) == "kept"
     assert bench.read(C, 4, MORE) == "forward"
     assert bench.lag.used == 6, "it pays nobody's"

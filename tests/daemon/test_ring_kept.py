@@ -123,7 +123,7 @@ class KeptWalk(RuleBasedStateMachine):
         orphans = any(slot.state is SlotState.FILLING and not slot.leases for slot in ring.contents.slots)
         idle = [name for name in self.members if ring.outstanding(name) and not ring.leases(name)]
         self.told.extend(ring.contents.saves())
-        lag = [(entry.batch_id, entry.held) for entry in ring.contents.lag.entries if entry.saved]
+        lag = [(copy.batch_id, copy.held) for copy in ring.contents.lag.copies if copy.saved]
         result = ring.schedule()
         for grant in result.fills:
             self.content[grant.slot, grant.generation] = grant.batch_id, grant.held
@@ -253,11 +253,11 @@ class KeptWalk(RuleBasedStateMachine):
     @invariant()
     def the_window_adds_up(self) -> None:
         lag = self.ring.contents.lag
-        cells = [entry.cell for entry in lag.entries]
+        cells = [copy.cell for copy in lag.copies]
         assert len(set(cells)) == len(cells) == lag.used <= lag.cells
-        for entry in lag.entries:
-            assert entry.owed
-            assert {(run.share, run.name) for run in entry.owed} <= self.runs(), "a run that ended is owed a cell"
+        for copy in lag.copies:
+            assert copy.owed
+            assert {(run.share, run.name) for run in copy.owed} <= self.runs(), "a run that ended is owed a cell"
 
     @invariant()
     def nobody_is_held_too_long(self) -> None:

@@ -27,7 +27,7 @@ from specd.client.guard import Guard
 from specd.client.handshake import Terms
 from specd.client.interrupt import Interrupt
 from specd.client.links import Link
-from specd.client.seats import Place
+from specd.client.seats import Role
 from specd.client.subscriber import Subscriber
 from specd.config.settings import SubscriberConfig
 from specd.protocol.capture import CaptureSpec
@@ -113,7 +113,7 @@ def test_close_does_not_wait_for_a_bulk_connection_that_is_not_there_yet(
     wire.cut()
     terms = Terms(name="test", spec=lambda contract: SPEC, credits=1, transport="bytes", device="cpu")
     connector = Connector(context, terms, lambda link, session: False, closing, guard)
-    connector.connect(Link(endpoint, Place()))
+    connector.connect(Link(endpoint, Role()))
     wait_for(lambda: wire.accepted == 1)
     begin = time.monotonic()
     closing.set()

@@ -17,7 +17,7 @@ from specd.errors import ConfigError
 logger = logging.getLogger(__name__)
 
 
-class Entry(msgspec.Struct, frozen=True, kw_only=True):
+class LogLine(msgspec.Struct, frozen=True, kw_only=True):
     """A line of the log. key: of the question."""
 
     key: str
@@ -68,13 +68,13 @@ class AnswerLog:
 
     def __getitem__(self, key: str) -> Reply:
         self._file.seek(self._places[key])
-        return msgspec.json.decode(self._file.readline(), type=Entry).reply
+        return msgspec.json.decode(self._file.readline(), type=LogLine).reply
 
     def __setitem__(self, key: str, reply: Reply) -> None:
         """Keep an answer: it is there even if this process is killed next."""
         with self.writing():
             place = self._file.seek(0, 2)
-            self._file.write(msgspec.json.encode(Entry(key=key, reply=reply)) + b"\n")
+            self._file.write(msgspec.json.encode(LogLine(key=key, reply=reply)) + b"\n")
             self._file.flush()
         self._places[key] = place
 
@@ -128,7 +128,7 @@ class AnswerLog:
                 self._file.truncate(place)
                 return
             try:
-                self._places[msgspec.json.decode(line, type=Entry).key] = place
+                self._places[msgspec.json.decode(line, type=LogLine).key] = place
             except msgspec.DecodeError as error:
                 raise ConfigError(
                     f"{str(self.path)!r} is damaged at byte {place} ({error}); remove it, or cut it off there to "
