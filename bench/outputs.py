@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from specd.errors import ConfigError
+from specd.paths import being_written, replacing
 
 
 def check(option: str, path: Path) -> None:
@@ -14,8 +15,8 @@ def check(option: str, path: Path) -> None:
     if path.is_dir():
         raise ConfigError(f"{option} {str(path)!r}: it is a directory; name a file in it")
     try:
-        _part(path).touch()
-        _part(path).unlink()
+        being_written(path).touch()
+        being_written(path).unlink()
     except OSError as error:
         raise ConfigError(
             f"{option} {str(path)!r}: it cannot be written ({error.strerror}); name another file"
@@ -24,10 +25,5 @@ def check(option: str, path: Path) -> None:
 
 def write(path: Path, content: bytes) -> None:
     """Replace the file at `path` at once. Raises OSError."""
-    _part(path).write_bytes(content)
-    _part(path).replace(path)
-
-
-def _part(path: Path) -> Path:
-    """Where the content lies until it is whole."""
-    return path.with_name(f"{path.name}.part")
+    with replacing(path) as file:
+        file.write(content)

@@ -46,8 +46,12 @@ def config(
     """Print settings as YAML that `--config FILE` takes, each with what it means."""
     if sum((defaults, bool(preset), run is not None, reference)) != 1:
         raise ConfigError("expected one of --defaults, --preset NAME, --run RUN and --reference")
-    if method and run is not None:
-        raise ConfigError(f"--method {method} with --run: a run has the draft that it trains; leave one out")
+    fixed = {"--run": run is not None, "--daemon": daemon, "--reference": reference}
+    if method and (other := next((option for option, given in fixed.items() if given), "")):
+        raise ConfigError(
+            f"--method {method} with {other}: a run has the draft that it trains, a daemon none, the reference all; "
+            f"leave one out"
+        )
     if reference:
         typer.echo(page(), nl=False)
     elif daemon:

@@ -16,6 +16,7 @@ from specd.config.settings import DataConfig
 from specd.data.rows import HELDOUT
 from specd.drafts import registry
 from specd.errors import CheckpointError, ConfigError
+from specd.paths import replacing
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -134,7 +135,8 @@ def evaluate(
     if facts and own:
         for name, result in results.items():
             try:
-                (home / EVALS[name]).write_bytes(msgspec.json.encode(result) + b"\n")
+                with replacing(home / EVALS[name]) as file:
+                    file.write(msgspec.json.encode(result) + b"\n")
             except OSError as error:
                 raise CheckpointError(
                     f"cannot write {home / EVALS[name]}: {error.strerror}; the figures are those above, and the report "

@@ -1,11 +1,14 @@
-"""Directories of this user: sockets of daemons, caches."""
+"""Directories of this user, for sockets of daemons and caches, and files that are there whole or not at all."""
 
 from __future__ import annotations
 
 import os
 import re
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from specd.errors import ConfigError
 
@@ -83,6 +86,29 @@ def cache_dir() -> Path:
     if caches := os.environ.get("XDG_CACHE_HOME"):
         return Path(caches) / "specd"
     return home_dir("SPECD_CACHE") / ".cache" / "specd"
+
+
+def being_written(path: Path) -> Path:
+    """Where `replacing` writes what is to lie at `path`; a killed process leaves it behind."""
+    return path.with_name(f".{path.name}.new")
+
+
+@contextmanager
+def replacing(path: Path, mode: int = 0o666) -> Iterator[BinaryIO]:
+    """A file that takes the place of `path`, whole and on the disk, at the end of a block that does not raise.
+
+    mode: of the file, less the umask. For one writer at a time. Raises OSError.
+    """
+    fresh = being_written(path)
+    fresh.unlink(missing_ok=True)
+    try:
+        with open(os.open(fresh, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, mode), "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        fresh.replace(path)
+    finally:
+        fresh.unlink(missing_ok=True)
 
 
 def shown(path: str | os.PathLike[str]) -> str:

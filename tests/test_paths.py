@@ -1,4 +1,4 @@
-"""Directories of this user."""
+"""Directories of this user, and files that are there whole or not at all."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 from specd.client.ask import ask_status
 from specd.curve.keys import config_dir
 from specd.errors import ConfigError
-from specd.paths import cache_dir, check_private, check_socket, shown
+from specd.paths import being_written, cache_dir, check_private, check_socket, replacing, shown
 
 needs_root = pytest.mark.skipif(os.getuid() != 0, reason="needs root, to make what belongs to another user")
 NOBODY = 65534
@@ -49,6 +49,20 @@ def test_a_name_that_is_not_utf8_can_be_shown() -> None:
     assert shown(Path(os.fsdecode(b"a/caf\xe9"))) == "a/caf\\xe9"
     assert shown("\ud800") == "\\ud800"
     assert shown(Path("café.jsonl")) == "café.jsonl"
+
+
+def test_a_file_is_replaced_when_the_new_one_is_whole(tmp_path: Path) -> None:
+    file = tmp_path / "x.json"
+    being_written(file).write_bytes(b"of a killed process, and longer")
+    for content, mode in ((b"one", 0o666), (b"two", 0o600)):
+        with replacing(file, mode) as new:
+            new.write(content)
+            new.flush()
+            assert file.exists() == (content == b"two"), "before it is whole nobody sees it"
+        assert (file.read_bytes(), file.stat().st_mode & 0o077 == 0) == (content, mode == 0o600)
+    with pytest.raises(OSError, match="full"), replacing(file) as new:
+        raise OSError("full")
+    assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("x.json", b"two")]
 
 
 @pytest.fixture

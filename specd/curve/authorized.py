@@ -6,12 +6,12 @@ import contextlib
 import fcntl
 import logging
 import os
-import secrets
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from specd.curve.keys import check_name, check_public, config_dir, make_directory, read_lines, unwritable
 from specd.errors import ConfigError
+from specd.paths import replacing
 
 log = logging.getLogger(__name__)
 
@@ -153,21 +153,10 @@ def _changing(path: Path) -> Iterator[list[str]]:
         after = list(before)
         yield after
         if after != before:
-            _replace(path.resolve(), "".join(f"{line}\n" for line in after))
+            with replacing(path.resolve(), 0o600) as file:
+                file.write("".join(f"{line}\n" for line in after).encode())
             os.fsync(directory)
     except OSError as error:
         raise unwritable(path, error) from None
     finally:
         os.close(directory)
-
-
-def _replace(path: Path, text: str) -> None:
-    fresh = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    try:
-        with open(os.open(fresh, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600), "w") as out:
-            out.write(text)
-            out.flush()
-            os.fsync(out.fileno())
-        os.replace(fresh, path)
-    finally:
-        fresh.unlink(missing_ok=True)

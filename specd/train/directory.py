@@ -22,6 +22,7 @@ from specd.drafts.directory import digest, draft_directory
 from specd.drafts.initial import FACT, began_with
 from specd.errors import CheckpointError, ConfigError, ProtocolError, writing
 from specd.evaluate.results import EVALS, load_facts
+from specd.paths import being_written, replacing
 from specd.protocol.contract import TEMPLATES, TargetContract, is_file_name
 from specd.train.checkpoint import Identity
 from specd.train.journal import read
@@ -31,7 +32,6 @@ from specd.version import __version__
 logger = logging.getLogger(__name__)
 
 FACTS, JOURNAL, VALIDATION = "run.json", "metrics.jsonl", "validation.jsonl"
-_NEW_FACTS = f".{FACTS}.new"
 
 FREE: dict[str, set[str]] = {
     "capture": set(),
@@ -96,7 +96,7 @@ class RunDirectory:
             if self.journal.exists():
                 read(self.journal)
             return True
-        if any(path.name not in (LOCK, _NEW_FACTS) for path in self.path.iterdir()):
+        if any(path not in (self.path / LOCK, being_written(self.path / FACTS)) for path in self.path.iterdir()):
             go_on = f"go on with that run by `specd resume {shlex.quote(str(self.path))}`, "
             remedy = go_on if self.begun else "it holds no run to resume: " * resume
             raise ConfigError(
@@ -283,9 +283,8 @@ def utc() -> str:
 
 def write_facts(run: Path, facts: RunFacts) -> None:
     """Write run.json, which the report reads beside the journal; it is there whole or not at all."""
-    with writing(run / FACTS):
-        (run / _NEW_FACTS).write_bytes(msgspec.json.format(msgspec.json.encode(facts), indent=1) + b"\n")
-        (run / _NEW_FACTS).replace(run / FACTS)
+    with writing(run / FACTS), replacing(run / FACTS) as file:
+        file.write(msgspec.json.format(msgspec.json.encode(facts), indent=1) + b"\n")
 
 
 def read_facts(run: Path) -> RunFacts:

@@ -20,6 +20,7 @@ from specd.drafts.directory import read_config
 from specd.drafts.files import sync
 from specd.errors import CheckpointError, ConfigError, writing
 from specd.evaluate.results import EVALS, EvalFacts, load_facts
+from specd.paths import replacing
 from specd.train.checkpoint import STATE, finished_checkpoints
 from specd.train.directory import FACTS, RunFacts, read_facts, utc
 
@@ -224,7 +225,5 @@ def export(found: Found, to: Path) -> None:
 
 def _write(path: Path, content: bytes) -> None:
     """Write a file whole, in place of what is there."""
-    with writing(path, AGAIN):
-        new = path.with_name(f".{path.name}.new")
-        new.write_bytes(content)
-        new.replace(path)
+    with writing(path, AGAIN), replacing(path) as file:
+        file.write(content)

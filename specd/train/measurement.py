@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from specd.errors import CheckpointError, writing
+from specd.paths import replacing
 
 if TYPE_CHECKING:
     from specd.train.step import Sums
@@ -99,10 +100,8 @@ def read(path: Path) -> list[Measurement]:
 
 
 def write(path: Path, found: Sequence[Measurement]) -> None:
-    fresh = path.with_name(f".{path.name}.new")
-    with writing(path):
-        fresh.write_bytes(b"".join(msgspec.json.encode(one) + b"\n" for one in found))
-        fresh.replace(path)
+    with writing(path), replacing(path) as file:
+        file.write(b"".join(msgspec.json.encode(one) + b"\n" for one in found))
 
 
 def append(path: Path, one: Measurement) -> None:

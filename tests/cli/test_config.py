@@ -80,6 +80,7 @@ def test_settings_of_a_run_begin_another(tmp_path: Path, capsys: pytest.CaptureF
         (["--preset", "qwen9"], "preset 'qwen9': expected one of"),
         (["--run", "x", "--daemon"], "a run does not know the settings of its daemon"),
         (["--run", "x", "--method", "eagle3"], "--method eagle3 with --run: a run has the draft that it trains"),
+        (["--defaults", "--daemon", "--method", "eagle3"], "--method eagle3 with --daemon: "),
         (["--defaults", "--method", "eagle9"], "unknown draft method 'eagle9'"),
     ],
 )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections.abc import Callable, Container, Generator, Mapping
 from contextlib import closing
@@ -20,6 +19,7 @@ from specd.data.regenerate.log import AnswerLog, unfinished
 from specd.data.regenerate.questions import Question, Questions, read_questions
 from specd.data.regenerate.talk import Reply, following
 from specd.errors import ConfigError, DataError
+from specd.paths import replacing
 
 logger = logging.getLogger(__name__)
 
@@ -149,14 +149,10 @@ class _Job:
         if not self._samples:
             first = "".join(f"; {fault.rows} × {fault.kind}: {fault.first}" for fault in self._faults.found())
             raise DataError(f"none of the {self._rows} rows of {self._path} can be answered{first}")
-        scratch = out.with_name(out.name + ".new")
-        with self._log.writing(), scratch.open("wb") as file:
+        with self._log.writing(), replacing(out) as file:
             for number, key in enumerate(self._questions.keys):
                 if key in self._log:
                     file.write(_line(self._questions[number], self._log[key]))
-            file.flush()
-            os.fsync(file.fileno())
-            os.replace(scratch, out)
         self._log.remove()
 
     def progress(self) -> Progress:
