@@ -99,6 +99,8 @@ def _ring(report: StatusReport) -> Iterator[Metric]:
         yield GaugeMetricFamily("specd_replay_cells", "Batches that can be kept over epochs.", value=replay.cells)
         yield GaugeMetricFamily("specd_replay_used_cells", "Batches that are kept now.", value=replay.used)
         yield GaugeMetricFamily("specd_replay_cell_bytes", "Largest batch that can be kept.", value=replay.cell_bytes)
+        failed = "1 if the disk that batches are kept on is switched off."
+        yield GaugeMetricFamily("specd_replay_disk_failed", failed, value=bool(replay.failed))
     yield GaugeMetricFamily("specd_queued_requests", "Requests that wait for a slot.", value=report.queued)
 
 

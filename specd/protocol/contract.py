@@ -96,12 +96,14 @@ class TargetContract(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 class ReplayInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The states that a daemon keeps over epochs, as of now. used: how many of its cells hold a batch.
 
-    cell_bytes: most bytes of states in one cell; a batch fills one, however small it is.
+    cell_bytes: most bytes of states in one cell; a batch fills one, however small it is. failed: why its disk is not
+    used any more, empty while it is.
     """
 
     cells: U64
     used: U64
     cell_bytes: U64
+    failed: Reason = ""
 
 
 class RingInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -95,6 +95,8 @@ class Lanes:
         self._writes: queue.SimpleQueue[tuple[Task, Tier, Entry, int] | None] = queue.SimpleQueue()
         self._reading: dict[int, tuple[Task, float]] = {}  # by its buffer: what is read from the disk, and since when
         self._ending = threading.Event()
+        self.failed = ""
+        """As of ReplayInfo."""
         self.scanned = threading.Event()
         """Whether it is known what lies on the disk."""
         self._threads: list[threading.Thread] = []
@@ -194,6 +196,7 @@ class Lanes:
                     found[cell.cell] = cell.header.key
                     tokens += cell.header.tokens
         except OSError as error:
+            self.failed = f"it cannot be read: {error.strerror or error}"
             log.warning("the disk of the replay tier cannot be read, so it is not used: %s", error)
         else:
             with self._lock:
@@ -255,6 +258,7 @@ class Lanes:
                     for tier in self._tiers:
                         tier.on = False
             if late:
+                self.failed = f"it has not answered for {STALL_S:.0f} s"
                 log.warning("the replay tier is switched off: its disk has not answered for %.0f s", STALL_S)
             for task in (*late.values(), *(self._unread() if late else ())):
                 self._count("miss")
@@ -346,6 +350,7 @@ class Lanes:
         log.info("replay: the disk failed: %s", error)
         if tier.errors >= ERRORS and tier.on:
             tier.on = False
+            self.failed = f"{tier.errors} errors in a row: {error.strerror or error}"
             log.warning("the disk of the replay tier is switched off after %d errors in a row: %s", tier.errors, error)
 
     def _count(self, name: str, amount: int = 1) -> None:

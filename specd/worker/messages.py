@@ -146,11 +146,12 @@ class Filled(Note, kw_only=True, frozen=True, tag="filled"):
 class ReplayCounts(Note, kw_only=True, frozen=True, tag="replay_counts"):
     """What became of batches that are, or could be, kept over epochs, since the last such note. used: cells in use now.
 
-    counts: by the names of `replay.store.COUNTS`.
+    counts: by the names of `replay.store.COUNTS`. failed: as of ReplayInfo.
     """
 
     used: int
     counts: dict[str, int]
+    failed: str = ""
 
 
 class Saved(Note, kw_only=True, frozen=True, tag="saved"):

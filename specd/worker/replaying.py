@@ -17,6 +17,7 @@ from specd.errors import ConfigError
 from specd.memory.arena import HostArena
 from specd.memory.device_arena import DeviceArena
 from specd.protocol.contract import ReplayInfo
+from specd.protocol.limits import MAX_REASON_CHARS
 from specd.replay.files import GB, Files, StoreDirectory
 from specd.replay.form import Identity
 from specd.replay.lanes import Lanes, Task
@@ -81,7 +82,12 @@ class Replay:
             raise
         self._lanes.start()
         self._lanes.scanned.wait(SCAN_S)
-        return ReplayInfo(cells=sum(each.cells for each in cells), used=self._lanes.used, cell_bytes=arena.stride)
+        return ReplayInfo(
+            cells=sum(each.cells for each in cells),
+            used=self._lanes.used,
+            cell_bytes=arena.stride,
+            failed=self._failed,
+        )
 
     def take(self, fill: channel.FillSlot) -> bool:
         """Whether a batch is kept: it is then read into its slot, and announced."""
@@ -117,7 +123,11 @@ class Replay:
             now = self._lanes.counters.values()
             counts = {name: count - self._told.get(name, 0) for name, count in now.items()}
             self._told = now
-            self._send(channel.ReplayCounts(used=self._lanes.used, counts=counts))
+            self._send(channel.ReplayCounts(used=self._lanes.used, counts=counts, failed=self._failed))
+
+    @property
+    def _failed(self) -> str:
+        return self._lanes.failed[:MAX_REASON_CHARS] if self._lanes is not None else ""
 
     def _send(self, note: channel.ToControl) -> None:
         """Under the lock: a later count of cells must not come before an earlier one."""

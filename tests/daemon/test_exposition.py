@@ -32,8 +32,10 @@ def test_everything_a_daemon_says_is_a_sample() -> None:
     assert found['specd_ring_slots{state="free"}'] == 5
     assert found['specd_ring_slots{state="kept"}'] == 0
     assert found['specd_daemon_state{state="serving"}'] == 1
-    keeping = samples(page(msgspec.structs.replace(REPORT, replay=ReplayInfo(cells=9, used=3, cell_bytes=4096))))
-    assert [keeping[f"specd_replay_{name}"] for name in ("cells", "used_cells", "cell_bytes")] == [9, 3, 4096]
+    kept = ReplayInfo(cells=9, used=3, cell_bytes=4096, failed="3 errors in a row: Input/output error")
+    keeping = samples(page(msgspec.structs.replace(REPORT, replay=kept)))
+    names = ("cells", "used_cells", "cell_bytes", "disk_failed")
+    assert [keeping[f"specd_replay_{name}"] for name in names] == [9, 3, 4096, 1]
     assert found["specd_batches_total"] == 1234
     session = 'session="abababababababababababababababab",trainer="trainer-1",transport="shm"'
     assert found[f"specd_session_served_bytes_total{{{session}}}"] == 5 << 30

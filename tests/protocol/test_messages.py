@@ -132,7 +132,7 @@ rings = st.builds(
     RingInfo, num_slots=positive, slot_bytes=st.integers(1, 2**64 - 1), slot_tokens=positive,
     payload_bytes=st.integers(0, limits.MAX_PAYLOAD_BYTES),
 )  # fmt: skip
-replays = st.none() | st.builds(ReplayInfo, cells=u64, used=u64, cell_bytes=u64)
+replays = st.none() | st.builds(ReplayInfo, cells=u64, used=u64, cell_bytes=u64, failed=text)
 finite = st.floats(allow_nan=False)
 sessions = st.builds(
     wire.SessionStatus, session=text, name=text, transport=text, gpus=names, credits=u64, outstanding=u64, leases=u64,

@@ -270,6 +270,7 @@ def test_a_disk_that_fails_three_times_in_a_row_is_switched_off(
         rig.compute(7)
         rig.until(lambda: rig.count("skipped") == 1)
     assert "switched off after 3 errors in a row: [Errno 5] Input/output error" in caplog.text
+    assert rig.lanes.failed == "3 errors in a row: Input/output error"
     assert [rig.replay(number) for number in (2, 5)] == [None, None]
     rig.compute(9)
     assert rig.counts(wrote=6, hit=1, miss=6, skipped=1)
@@ -293,6 +294,7 @@ def test_what_a_disk_does_not_answer_is_computed_and_what_still_comes_goes_nowhe
     assert all(rig.lanes.take(task) for task in tasks)
     rig.until(lambda: len(rig.missed) == len(tasks))
     assert "switched off: its disk has not answered for 0 s" in caplog.text
+    assert rig.lanes.failed == "it has not answered for 0 s"
     assert rig.replay(0) is None, "nor from memory, whose readers wait with it"
     for task in tasks:
         rig.arena.begin(task.slot)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 import signal
@@ -17,14 +18,15 @@ from msgspec.structs import replace
 
 from exact import daemon_config, write_model
 from faults import ASKED, SEED
-from members import SPECS, digest, follow, own_process, together
+from members import SPECS, SYNTHETIC, digest, follow, own_process, together
 from samples import batch
 from specd.cli.main import run
 from specd.client.ask import ask_status
 from specd.client.subscriber import Subscriber
-from specd.config.settings import CaptureConfig, ReplayConfig, SubscriberConfig
+from specd.config.settings import CaptureConfig, DaemonConfig, ReplayConfig, RingConfig, SubscriberConfig, TargetConfig
 from specd.daemon.serve import embedded
 from specd.protocol.capture import CaptureSpec
+from specd.protocol.contract import ReplayInfo
 from specd.replay.files import NAME, Files
 from specd.replay.form import offset
 
@@ -194,3 +196,27 @@ def test_members_of_a_share_and_a_real_target_in_memory(tmp_path: Path) -> None:
             again = [stream(spec, 10) for spec in specs]
     assert [one.digests for one in alone] == [one.digests for one in again] == expected
     assert all(now.stats.forward_s < before.stats.forward_s / 2 for now, before in zip(again, alone, strict=True))
+
+
+def test_of_a_disk_that_fails_the_daemon_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ring, target = RingConfig(slots=4, max_sessions=2, slot_tokens=64), TargetConfig(model=SYNTHETIC)
+    config = DaemonConfig(target=target, ring=ring, replay=ReplayConfig(dir=str(tmp_path / "s"), gb=0.01))
+
+    def broken(*_: object) -> int:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with embedded(config) as here:
+        link = SubscriberConfig(endpoints=(here.endpoint,), depth=2, timeout_s=60)
+
+        def said() -> ReplayInfo:
+            with Subscriber(link, SPECS[0], context=here.context) as source:
+                assert source.replay is not None
+                return source.replay
+
+        stream = partial(follow, here.endpoint, "inproc", SPECS[0], 10, context=here.context)
+        digests = stream().digests
+        while said().used < 6:
+            assert not said().failed
+        monkeypatch.setattr(os, "preadv", broken)
+        assert stream().digests == digests
+        assert (said().failed, said().used) == ("3 errors in a row: Input/output error", 0)
