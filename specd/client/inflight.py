@@ -68,6 +68,8 @@ class InFlight:
     ) -> None:
         self._config = config
         self._device = terms.device
+        self._wider_told = not config.share
+        """Whether it was said that slots of the share hold more than this run reads."""
         self._stats = Stats()
         self._lock = Changed()
         self._guard = Guard(self._lock)
@@ -301,6 +303,10 @@ class InFlight:
         match event:
             case wire.Ready():
                 self._stats.busy_slots = event.busy_slots
+                if not self._wider_told and event.held is not None and event.held != session.spec:
+                    self._wider_told = True
+                    share, wide, own = self._config.share, event.held.title, session.spec.title
+                    log.info("%s: share %s captures %s, this run reads %s", link.endpoint, share, wide, own)
                 self._carry_out(self._window.ready(session, event))
             case wire.Failed() if not event.retry:
                 self._carry_out(self._window.failed(session, event.seq, event.reason))

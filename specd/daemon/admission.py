@@ -233,10 +233,9 @@ def _unlike_share(
         return f"{share} captures {others.pop()}, this trainer wants {hello.spec.dtype}: give it another share, or none"
     spec = union([hello.spec, *wanted])
     if slot_bytes(spec, contract.hidden_size, ring.slot_tokens) > ring.slot_bytes:
-        taps, final = len(spec.taps), " + final" * spec.final
         return (
-            f"{share} would capture {taps} taps{final} = {spec.bytes_per_token(contract.hidden_size):,} bytes a token; "
-            f"slots hold {ring.slot_bytes // ring.slot_tokens:,}: specd start --set capture.num_taps={taps} "
+            f"{share} would capture {spec.title} = {spec.bytes_per_token(contract.hidden_size):,} bytes a token; "
+            f"slots hold {ring.slot_bytes // ring.slot_tokens:,}: specd start --set capture.num_taps={len(spec.taps)} "
             f"--set capture.final={str(spec.final).lower()}"
         )
     return None

@@ -44,6 +44,11 @@ class CaptureSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         """Whether its states are codes that have scales."""
         return self.dtype == FP8
 
+    @property
+    def title(self) -> str:
+        """As in `5 taps + final`."""
+        return f"{len(self.taps)} tap{'s' * (len(self.taps) != 1)}{' + final' * self.final}"
+
     def problem(self, num_layers: int) -> str | None:
         """Why this spec cannot be captured from a target of `num_layers` layers, or None if it can."""
         if not self.taps and not self.final:

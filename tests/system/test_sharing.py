@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -159,7 +160,7 @@ def test_what_is_always_captured_must_be_layers_of_the_target() -> None:
         pass
 
 
-def test_a_real_target_within_one_process(tmp_path: Path) -> None:
+def test_a_real_target_within_one_process(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Exact forwards of a transformer, over inproc; a trainer without a share takes what covers its own."""
     settings = replace(daemon_config(write_model(tmp_path)), capture=CaptureConfig(num_taps=6, final=True))
     with zmq.Context() as context, embedded(settings, context) as here:
@@ -171,7 +172,10 @@ def test_a_real_target_within_one_process(tmp_path: Path) -> None:
         stream = partial(follow, here.endpoint, "inproc", context=context)
         expected = [stream(spec, 10) for spec in specs]
         meet = threading.Barrier(2)
-        found = together([partial(stream, spec, 10, share="s", meet=meet) for spec in specs])
+        with caplog.at_level(logging.INFO, "specd.client.inflight"):
+            found = together([partial(stream, spec, 10, share="s", meet=meet) for spec in specs])
+    said = [record.getMessage().partition(": ")[2] for record in caplog.records if "captures" in record.getMessage()]
+    assert said == ["share s captures 2 taps + final, this run reads 1 tap"], "once, by the one that reads less"
     assert [one.digests for one in found] == [one.digests for one in expected]
     assert sum(one.stats.shared for one in found) == 10
 
