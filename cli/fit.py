@@ -65,22 +65,13 @@ def check_room(report: StatusReport, runs: Runs, endpoint: str) -> None:
 
     Nothing is checked of a daemon whose target is not there yet.
     """
-    from specd.protocol.batch import slot_bytes
+    from specd.client.seats import narrow
 
     contract, ring = report.contract, report.ring
     if contract is None or ring is None:
         return
-    spec, problems, remedy = captured(runs, contract), [], []
-    if slot_bytes(spec, contract.hidden_size, ring.slot_tokens) > ring.slot_bytes:
-        have = ring.slot_bytes // ring.slot_tokens
-        problems.append(
-            f"{len(spec.taps)} taps{' + final' * spec.final} = {spec.bytes_per_token(contract.hidden_size):,} bytes a "
-            f"token, where slots hold {have:,}"
-        )
-        remedy += [f"capture.num_taps={len(spec.taps)}", f"capture.final={str(spec.final).lower()}"]
-    if (longest := max(run.data.batch_tokens for run in runs.values())) > ring.slot_tokens:
-        problems.append(f"batches of {longest:,} tokens, where a slot has {ring.slot_tokens:,}")
-        remedy.append(f"ring.slot_tokens={longest}")
+    longest = max(run.data.batch_tokens for run in runs.values())
+    problems, remedy = narrow(ring, captured(runs, contract), contract.hidden_size, longest)
     if (needed := sum(run.sessions for run in runs.values())) > report.max_sessions - len(report.sessions):
         problems.append(f"{needed} trainers, where {len(report.sessions)} of {report.max_sessions} are taken")
         remedy += [f"ring.max_sessions={needed + len(report.sessions)}"]

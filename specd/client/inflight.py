@@ -42,6 +42,7 @@ from specd.errors import DaemonError, ProtocolError, RejectedError, TransportErr
 from specd.memory.streams import Point, reached
 from specd.metrics import Stats
 from specd.protocol import messages as wire
+from specd.protocol.contract import RingInfo
 from specd.protocol.messages import Message
 from specd.transports.base import SlotRef
 
@@ -101,6 +102,13 @@ class InFlight:
                 self._check()
                 self._lock.wait(0.5)
             return session
+
+    def rings(self) -> list[RingInfo]:
+        """Of all daemons that are up; none while one is not that may bring a batch."""
+        with self._lock:
+            if any(link.session is None and not link.role.standby for link in self._links):
+                return []
+            return [link.session.welcome.ring for link in self._links if link.session is not None]
 
     def tell_epoch(self, batches: int) -> None:
         """Tell all daemons how many batches an epoch has."""

@@ -6,6 +6,9 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from specd.endpoints import is_far, is_here
+from specd.protocol.batch import slot_bytes
+from specd.protocol.capture import CaptureSpec
+from specd.protocol.contract import RingInfo
 
 
 class Seat(NamedTuple):
@@ -67,6 +70,22 @@ def thin(num_slots: int, pool: int, wanted: int, ranks: int) -> str:
         f"credits {depth + 1} of {wanted} wanted: a ring of {num_slots} slots serves {served} at depth {depth}; specd "
         f"start … --trainers {ranks} --depth {wanted - 1} ({ranks * wanted} slots)"
     )
+
+
+def narrow(ring: RingInfo, spec: CaptureSpec, hidden_size: int, longest: int) -> tuple[list[str], list[str]]:
+    """What is wrong with slots for batches of up to `longest` tokens, and the settings of a daemon that mend it.
+
+    Both empty if nothing is.
+    """
+    problems, remedy = [], []
+    if slot_bytes(spec, hidden_size, ring.slot_tokens) > ring.slot_bytes:
+        need, have = spec.bytes_per_token(hidden_size), ring.slot_bytes // ring.slot_tokens
+        problems.append(f"{spec.title} = {need:,} bytes a token, where slots hold {have:,}")
+        remedy += [f"capture.num_taps={len(spec.taps)}", f"capture.final={str(spec.final).lower()}"]
+    if longest > ring.slot_tokens:
+        problems.append(f"batches of {longest:,} tokens, where a slot has {ring.slot_tokens:,}")
+        remedy.append(f"ring.slot_tokens={longest}")
+    return problems, remedy
 
 
 def _reach(endpoint: str, ranks: int) -> int:

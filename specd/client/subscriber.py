@@ -16,7 +16,7 @@ from specd.client.inflight import InFlight
 from specd.client.line import identity
 from specd.client.peers import Keeping
 from specd.client.pending import Pending, place_of
-from specd.client.seats import Seat, roles, thin
+from specd.client.seats import Seat, narrow, roles, thin
 from specd.client.states import States
 from specd.config.settings import SubscriberConfig
 from specd.endpoints import resolve_endpoint
@@ -156,6 +156,19 @@ class Subscriber:
         as many batches as it holds.
         """
         self._in_flight.tell_epoch(batches)
+
+    def check_slots(self, longest: int) -> None:
+        """Raise ConfigError where a batch of `longest` tokens fits no daemon's slots, as far as they are known."""
+        hidden, rings = self.contract.hidden_size, self._in_flight.rings()
+        need = slot_layout(self.spec, hidden, longest).nbytes
+        if rings and not any(
+            need <= ring.slot_bytes and (longest <= ring.slot_tokens or not self._share) for ring in rings
+        ):
+            problems, remedy = narrow(max(rings, key=lambda ring: ring.slot_bytes), self.spec, hidden, longest)
+            given = " ".join(f"--set {setting}" for setting in remedy)
+            raise ConfigError(
+                f"{'; '.join(problems)}: start the daemon with {given}, or train with a smaller data.batch_tokens"
+            )
 
     def artifact(self, name: str) -> bytes:
         """The bytes of one artifact of the target.

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import islice
 from typing import NamedTuple, Protocol
 
 from msgspec.structs import replace
 
 from specd import units
 from specd.config.settings import TrainConfig
+from specd.data.batching import Loader, Place
 from specd.errors import CheckpointError
 from specd.train.checkpoint import PLAN, Checkpoints
 from specd.train.limit import TimeLimit
@@ -33,6 +35,16 @@ class Plan(NamedTuple):
     steps: int
     done: int = 0
     change: str = ""
+
+
+def longest(batches: Loader, held: Sequence[Place], plan: Plan, accumulation: int) -> int:
+    """Tokens of the largest batch that a run is about to train: in the epoch that it is in, and held out of it."""
+    epoch, index = 0, plan.done * accumulation
+    while epoch < batches.epochs and index >= (size := batches.plan.num_batches(epoch)):
+        epoch, index = epoch + 1, index - size
+    coming = batches.places_of(epoch, index) if epoch < batches.epochs else ()
+    coming = islice(coming, (plan.steps - plan.done) * accumulation)
+    return max((place.tokens for place in (*coming, *held)), default=0)
 
 
 def planned(

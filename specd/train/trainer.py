@@ -50,7 +50,7 @@ from specd.train.journal import Sink, read, tell_unless_trained
 from specd.train.limit import TimeLimit, spent
 from specd.train.loop import train
 from specd.train.owner import owned
-from specd.train.plan import Plan, planned
+from specd.train.plan import Plan, longest, planned
 from specd.train.preparation import (
     data_facts,
     prepared,
@@ -227,6 +227,7 @@ def _train(
         spent_s = partial(spent, directory.journal)
         plan = Plan(**ranks.decide("plan", lambda: planned(old, loader, settled.train, spent_s)._asdict()))
         steps, done = plan.steps, plan.done
+        subscriber.check_slots(longest(loader, validation.places, plan, settled.train.accumulation))
         patience, wait = settled.train.peer_patience_s, first.subscriber.timeout_s + first.subscriber.connect_s + 60
         ranks.join(device, wait, collectives=settled.train.collectives, patience_s=patience)
         dtype: torch.dtype = getattr(torch, settled.train.dtype)

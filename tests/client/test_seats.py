@@ -15,7 +15,7 @@ from scripted import EXPECT_S, SPEC, Daemon, make, wait_for
 from specd.client.seats import Role, Seat, roles, share, thin
 from specd.client.subscriber import Subscriber
 from specd.config.settings import SubscriberConfig
-from specd.errors import BatchError
+from specd.errors import BatchError, ConfigError
 from specd.protocol import messages as wire
 from specd.protocol.contract import ReplayInfo
 
@@ -115,11 +115,12 @@ def test_a_batch_that_fits_no_own_daemon_is_refused_though_others_stand_by(
     monkeypatch.setattr("specd.client.handshake.load", lambda name: made)
     with Daemon(context, slot_bytes=64) as own, Daemon(context) as other:
         config = SubscriberConfig(endpoints=(own.endpoint, other.endpoint), transport="scripted", timeout_s=EXPECT_S)
-        with (
-            Subscriber(config, SPEC, context=context, run=bytes(16), ranks=2, seat=Seat(0, 0, 2)) as source,
-            pytest.raises(BatchError, match=r"the largest slot of any daemon has 64"),
-        ):
-            next(source.stream([batch(0, (30,))]))
+        with Subscriber(config, SPEC, context=context, run=bytes(16), ranks=2, seat=Seat(0, 0, 2)) as source:
+            source.check_slots(4)
+            with pytest.raises(ConfigError, match=r"1 tap = 16 bytes a token, .* --set capture.num_taps=1 --set"):
+                source.check_slots(5)
+            with pytest.raises(BatchError, match=r"the largest slot of any daemon has 64"):
+                next(source.stream([batch(0, (30,))]))
 
 
 def test_batches_that_come_again_may_be_kept_by_one_daemon_alone_and_are_counted_when_replayed(

@@ -11,10 +11,10 @@ import pytest
 from msgspec.structs import replace
 
 from specd.config.settings import TrainConfig
-from specd.data.batching import BatchPlan, Loader
+from specd.data.batching import BatchPlan, Loader, Place
 from specd.errors import CheckpointError
 from specd.train.checkpoint import Identity, Position
-from specd.train.plan import Plan, planned
+from specd.train.plan import Plan, longest, planned
 
 CONFIG = TrainConfig(epochs=2, accumulation=3)
 
@@ -45,6 +45,16 @@ def test_a_new_run_and_one_that_goes_on_as_it_was() -> None:
     assert planned(None, batches(2), CONFIG, lambda step: 0.0) == Plan(7)
     assert planned(None, batches(2), replace(CONFIG, max_steps=5), lambda step: 0.0) == Plan(5)
     assert resumed(CONFIG) == Plan(7, 4)
+
+
+def test_of_the_batches_of_an_epoch_those_that_come_are_looked_at() -> None:
+    nothing: Any = SimpleNamespace()
+    two = Loader(nothing, BatchPlan([*[4] * 10, 9], 9, 1, seed=5, packing="fixed"), epochs=2)
+    first, second = ([place.tokens for place in two.places_of(epoch)].index(9) for epoch in range(2))
+    assert 0 < first < second < 10
+    plans = Plan(22), Plan(first), Plan(22, first), Plan(22, first + 1), Plan(22, 11 + second), Plan(22, 22)
+    assert [longest(two, (), plan, 1) for plan in plans] == [9, 4, 9, 4, 9, 0]
+    assert longest(two, [Place(0, 0, (0,), 6)], Plan(first), 1) == 6
 
 
 def test_another_length_is_another_plan_and_is_said(caplog: pytest.LogCaptureFixture) -> None:
