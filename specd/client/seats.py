@@ -1,4 +1,4 @@
-"""Seats: which daemons a rank of a run takes its batches from, and how many ranks come to each of them."""
+"""Seats: which daemons a rank of a run takes its batches from, how many ranks come to each, and what its ring lacks."""
 
 from __future__ import annotations
 

@@ -91,8 +91,8 @@ class Subscriber:
             share=config.share,
         )
         endpoints = [resolve_endpoint(endpoint) for endpoint in config.endpoints]
-        found = roles(endpoints, ranks, seat, near=config.place == "near")
-        self._in_flight = InFlight(config, terms, self._context, found, keeping)
+        daemons = roles(endpoints, ranks, seat, near=config.place == "near")
+        self._in_flight = InFlight(config, terms, self._context, daemons, keeping)
         try:
             session = self._in_flight.first_session()
         except BaseException:
@@ -101,14 +101,14 @@ class Subscriber:
         self._share = config.share
         self.sharing = session.welcome.sharing
         self.replay = session.welcome.replay
-        self.stands_by = any(each.standby for each in found)
+        self.stands_by = any(each.standby for each in daemons)
         self.contract: TargetContract = session.welcome.contract
         self.ring: RingInfo = session.welcome.ring
         self.spec: CaptureSpec = session.spec
         read_as = dtype(self.contract) if dtype else self.contract.dtype
         self._states = States(self.spec, self.contract.hidden_size, read_as, terms.device)
         self.dtype = self._states.dtype
-        come = found[endpoints.index(session.endpoint)].ranks
+        come = daemons[endpoints.index(session.endpoint)].ranks
         self.thin = thin(self.ring.num_slots, session.welcome.slots - 1, credits, come)
         if self.thin and (ranks == 1 or (seat is not None and seat.rank == 0)):
             log.warning("%s: %s", session.endpoint, self.thin)

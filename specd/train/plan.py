@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from itertools import islice
+from itertools import chain, islice
 from typing import NamedTuple, Protocol
 
 from msgspec.structs import replace
@@ -43,8 +43,8 @@ def longest(batches: Loader, held: Sequence[Place], plan: Plan, accumulation: in
     while epoch < batches.epochs and index >= (size := batches.plan.num_batches(epoch)):
         epoch, index = epoch + 1, index - size
     coming = batches.places_of(epoch, index) if epoch < batches.epochs else ()
-    coming = islice(coming, (plan.steps - plan.done) * accumulation)
-    return max((place.tokens for place in (*coming, *held)), default=0)
+    trained = islice(coming, (plan.steps - plan.done) * accumulation)
+    return max((place.tokens for place in chain(trained, held)), default=0)
 
 
 def planned(
