@@ -51,6 +51,7 @@ class Coder:
         self._scratch: torch.Tensor | None = None
         if isinstance(ring, DeviceArena):
             self._scratch = device_arena.private_memory(self.cell_bytes, ring.device)
+        _prepare(hidden_size, dtype, ring.device)
 
     def encode(self, slot: torch.Tensor, cell: torch.Tensor, coded: Coded, copier: cuda.Copier) -> None:
         """Fill a cell from a slot, both uint8. copier: of this thread."""
@@ -71,6 +72,23 @@ class Coder:
         with self._turn, copier.on(slot.device):
             self._scratch[:nbytes].copy_(cell[:nbytes], non_blocking=True)
             _decode(self._scratch, slot, coded)
+
+
+def _prepare(hidden_size: int, dtype: StateDtype, device: str) -> None:
+    """Load, and compile for a GPU, what the first batches would wait for; scales may begin at odd places."""
+    import torch
+
+    spec = CaptureSpec(taps=(0, 1), final=True, dtype=dtype)
+    for num_tokens in (16, 17):
+        layout = slot_layout(spec, hidden_size, num_tokens)
+        coded = Coded.of(spec, layout)
+        assert coded is not None
+        if device == "cpu":
+            slot, image = (torch.empty(each.nbytes, dtype=torch.uint8) for each in coded)
+        else:
+            slot, image = (device_arena.private_memory(each.nbytes, device) for each in coded)
+        _encode(slot, image, coded)
+        _decode(image, slot, coded)
 
 
 def _encode(slot: torch.Tensor, image: torch.Tensor, coded: Coded) -> None:
