@@ -5,7 +5,7 @@ them. Whoever asks never waits: a slot that is to be kept is copied by one threa
 buffer that another thread writes to the disk. One that is refilled before is skipped, and kept the next time it comes
 by: bursts, as of forwards that many batches share, wait in the ring's own slots.
 
-    RAM of a disk's lanes: WRITE_BUFFERS + READERS slots, page-locked where the ring is on a GPU
+    RAM of a disk's lanes: WRITE_BUFFERS + READERS cells, page-locked where the ring is on a GPU
 
 A disk's bytes come to a slot by such a buffer, on the CPU, too: so what it does not answer can be computed into that
 slot, as whatever still comes from there comes to no slot.

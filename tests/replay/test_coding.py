@@ -43,9 +43,11 @@ def ring(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
     found: Ring = (
         HostArena.create(2, size, None)
         if request.param == "cpu"
-        else DeviceArena.create(2, size, request.param, None, mirrored=False)
+        else DeviceArena.create(2, size, request.param, None, mirrored=True)
     )
     with closing(found):
+        if isinstance(found, DeviceArena):
+            found.read_on_host(b"trainer", True)
         yield found
 
 
@@ -87,6 +89,7 @@ def test_what_is_loaded_is_what_the_codes_of_what_was_saved_say(ring: Ring, spec
     assert not read[6].any()
     assert not any(slot[gap].any() for gap in coded.states.gaps())
     assert slot[nbytes:].eq(0xA5).all()
+    assert torch.equal(ring.ledger.tensor(1)[:nbytes], slot[:nbytes])
 
 
 def test_a_slot_that_is_refilled_while_it_is_encoded_is_not_saved(ring: Ring, monkeypatch: pytest.MonkeyPatch) -> None:

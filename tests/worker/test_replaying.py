@@ -172,6 +172,19 @@ def test_what_holds_other_states_of_the_same_content_is_another(run: Run, tmp_pa
     assert not control.replayed(2, 3)
 
 
+def test_among_codes_a_slot_of_codes_is_kept_as_it_lies(known: Known, run: Run) -> None:
+    control = run("cpu", ReplayConfig(ram_gb=GB, encoding=FP8))
+    control.hear()
+    task = control.ask(0, 1, content(1), replace(SPEC, dtype=FP8))
+    assert not control.replayed(0, 1)
+    control.until("wrote", 1)
+    control.ask(1, 1, content(1), task.spec)
+    assert control.replayed(1, 1)
+    one, other = (known["shm"].arena.tensor(slot)[: task.layout.nbytes] for slot in (0, 1))
+    assert one.any()
+    assert torch.equal(one, other)
+
+
 def test_a_store_in_use_or_of_other_states_keeps_a_worker_from_starting(run: Run, tmp_path: Path) -> None:
     place = StoreDirectory(tmp_path / "s", 10**6, 4242)
     config = ReplayConfig(dir=str(tmp_path / "s"), gb=GB)
