@@ -99,6 +99,10 @@ def start(
     replay_ram_gb: Annotated[
         float | None, typer.Option("--replay-ram-gb", help="Keep states in so much memory.", rich_help_panel=REPLAY)
     ] = None,
+    replay_encoding: Annotated[
+        str,
+        typer.Option("--replay-encoding", help="raw, or float8_e4m3fn: twice as many.", rich_help_panel=REPLAY),
+    ] = "",
     endpoint: Annotated[
         str, typer.Option("--endpoint", "-e", help="ipc://… or tcp://ADDRESS:PORT.", rich_help_panel=PLACE)
     ] = "",
@@ -153,6 +157,7 @@ def start(
             "dir": os.path.abspath(os.path.expanduser(replay)) if replay else "",
             "gb": replay_gb,
             "ram_gb": replay_ram_gb,
+            "encoding": replay_encoding,
         },
         "endpoint": endpoint,
         "insecure": insecure,
@@ -161,7 +166,7 @@ def start(
         "metrics": metrics,
     }
     daemon = daemon_config(load_yaml(config) if config else {}, given(flags), settings or [], preset=preset)
-    if problem := daemon.replay.problem():
+    if problem := daemon.problem():
         raise ConfigError(problem)
     if detach:
         raise typer.Exit(_detach(daemon))

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from msgspec.structs import replace
 
-from specd.memory.fp8 import decode
+from specd.memory.states import decode, views
 from specd.memory.streams import allocate
-from specd.protocol.batch import FINAL_SCALE, TAPS_SCALE, Layout, slot_layout
+from specd.protocol.batch import Layout, slot_layout
 from specd.protocol.capture import CaptureSpec, PlainDtype, plain
 
 
@@ -33,16 +33,13 @@ class States:
 
         They stay until the next call, or as long as `fetched` where nothing is decoded.
         """
-        found = _views(fetched, layout)
+        found = views(fetched, layout)
         if not self._scaled:
             return found
         num_tokens = layout.tensors[0].shape[0]
         own = slot_layout(self._spec, self._hidden_size, num_tokens)
-        states = _views(self._room(own.nbytes), own)
-        if "taps" in states:
-            decode(found["taps"], found[TAPS_SCALE], states["taps"])
-        if "final" in states:
-            decode(found["final"][:, None], found[FINAL_SCALE][None], states["final"][:, None])
+        states = views(self._room(own.nbytes), own)
+        decode(found, states)
         return states
 
     def _room(self, nbytes: int) -> torch.Tensor:
@@ -51,11 +48,3 @@ class States:
             self._buffer = None  # before there is a larger one
             self._buffer = allocate(nbytes, self._device)
         return self._buffer
-
-
-def _views(buffer: torch.Tensor, layout: Layout) -> dict[str, torch.Tensor]:
-    """The tensors of one batch in its buffer."""
-    return {
-        ref.name: buffer[ref.offset : ref.offset + ref.nbytes].view(getattr(torch, ref.dtype)).view(ref.shape)
-        for ref in layout.tensors
-    }

@@ -120,25 +120,41 @@ class ReplayConfig(Config, kw_only=True, frozen=True):
     """States that are kept over epochs, to be read instead of computed; only trainings with data.packing=fixed profit.
 
     dir: on a local disk, for this daemon alone; empty for no disk. gb: size of its file, in 10⁹ bytes. ram_gb: memory
-    that keeps states, too, for the life of the worker; 0 for none.
+    that keeps states, too, for the life of the worker; 0 for none. encoding: how they are kept: `raw`, to the bit, or
+    as float8_e4m3fn with a scale for each tap of a token: about half of bfloat16, and rounded where they are read.
     """
 
     dir: str = ""
     gb: Annotated[float, Meta(ge=0, le=1e9)] = 0.0
     ram_gb: Annotated[float, Meta(ge=0, le=1e6)] = 0.0
+    encoding: Literal["raw", "float8_e4m3fn"] = "raw"
 
     @property
     def on(self) -> bool:
         """Whether anything is kept."""
         return bool(self.dir or self.ram_gb)
 
-    def problem(self) -> str | None:
-        """Why this cannot be meant, or None if it can."""
-        if bool(self.dir) == bool(self.gb):
-            return None
-        if self.dir:
+    def problem(self, *, exact: bool, dtype: str) -> str | None:
+        """Why this cannot be meant, or None if it can. exact: as of the target. dtype: that the slots are sized for."""
+        if self.dir and not self.gb:
             return f"replay.dir={self.dir} without a size: say how much of that disk may be used, as --replay-gb 500"
-        return f"replay.gb={self.gb:g} without a directory: say where, as --replay DIR, or use --replay-ram-gb"
+        if self.gb and not self.dir:
+            return f"replay.gb={self.gb:g} without a directory: say where, as --replay DIR, or use --replay-ram-gb"
+        if self.encoding == "raw":
+            return None
+        asked = f"replay.encoding={self.encoding}"
+        if not self.on:
+            return f"{asked}, and nothing is kept: say where, as --replay DIR or --replay-ram-gb, or leave it out"
+        if exact:
+            return (
+                f"{asked} rounds the states that are read, and the target is exact: leave out --exact, or keep them raw"
+            )
+        if dtype == self.encoding:
+            return (
+                f"{asked} with capture.dtype={dtype}: slots hold codes already, which are kept as they are: leave out "
+                f"replay.encoding"
+            )
+        return None
 
 
 class DaemonAuth(Config, kw_only=True, frozen=True):
@@ -175,6 +191,10 @@ class DaemonConfig(Config, kw_only=True, frozen=True):
     insecure: bool = False
     insecure_data: bool = False
     metrics: str = ""
+
+    def problem(self) -> str | None:
+        """Why these settings cannot be meant together, or None if they can."""
+        return self.replay.problem(exact=self.target.exact, dtype=self.capture.dtype)
 
 
 class TrainerAuth(Config, kw_only=True, frozen=True):

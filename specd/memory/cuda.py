@@ -243,18 +243,23 @@ class Copier:
 
     def copies(self, pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> None:
         """Copy into the first of each pair from the second, all of them between the same two devices."""
+        pairs = list(pairs)
+        with self.on(*{tensor.device for pair in pairs for tensor in pair}):
+            for into, source in pairs:
+                into.copy_(source, non_blocking=True)
+
+    @contextlib.contextmanager
+    def on(self, *devices: torch.device) -> Iterator[None]:
+        """What is launched inside runs on its streams of these devices, and is complete on leaving, for any stream."""
         import torch
 
-        pairs = list(pairs)
-        devices = {tensor.device for pair in pairs for tensor in pair}
         streams = [self._stream(device) for device in devices if device.type == "cuda"]
         with contextlib.ExitStack() as stack:
             if streams:  # a stream's context restores the device before it, even one that was never opened
                 stack.enter_context(torch.cuda.device(streams[0].device))
             for stream in streams:
                 stack.enter_context(torch.cuda.stream(stream))
-            for into, source in pairs:
-                into.copy_(source, non_blocking=True)
+            yield
         for stream in streams:
             stream.synchronize()
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Annotated
 
 import msgspec
@@ -68,6 +68,12 @@ class Layout(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     tensors: Annotated[tuple[TensorRef, ...], Meta(max_length=MAX_TENSORS)]
     nbytes: int
+
+    def gaps(self) -> Iterator[slice]:
+        """The bytes between the tensors. They are sent and hold no states: another batch's may lie there."""
+        ends = [0, *(ref.offset + ref.nbytes for ref in self.tensors)]
+        begins = [*(ref.offset for ref in self.tensors), self.nbytes]
+        return (slice(end, begin) for end, begin in zip(ends, begins, strict=True) if end < begin)
 
 
 def slot_layout(spec: CaptureSpec, hidden_size: int, num_tokens: int) -> Layout:

@@ -94,7 +94,7 @@ class Files:
         cells = (place.budget - PAGE) // form.stride(cell_bytes)
         if cells < 1:
             raise ConfigError(
-                f"--replay-gb {place.budget / GB:g} has no room for one batch: a slot has {cell_bytes / GB:.3f} GB here"
+                f"--replay-gb {place.budget / GB:g} has no room for one batch: it takes {cell_bytes / GB:.3f} GB here"
             )
         path = place.directory / NAME
         try:
@@ -256,7 +256,7 @@ def _check_same(directory: Path, there: Super, identity: Identity, cell_bytes: i
         )
     if cell_bytes != there.cell_bytes:
         raise ConfigError(
-            f"{directory} has cells of {there.cell_bytes:,} bytes and this daemon's slots have {cell_bytes:,}: start "
+            f"{directory} has cells of {there.cell_bytes:,} bytes and this daemon's have {cell_bytes:,}: start "
             f"it with the same ring.slot_tokens and capture, give another --replay, or remove it"
         )
 

@@ -5,7 +5,7 @@
     cell i    begins at PAGE + i · (PAGE + cell_bytes)
       header  magic 8s · cell u64 · key 32s · nbytes u64 · tokens u64 · xxh3-64 of key and image u64 · zeros · in the
               last 8 bytes the xxh3-64 of all before them; all zeros where there is no batch
-      image   the slot's `nbytes` bytes, zeros up to a whole page
+      image   `nbytes` bytes, zeros up to a whole page
 
 There is no index: what a cell holds stands in its header, with its own number, so that one in a wrong place is damage.
 What was torn fails a checksum, so nothing has to be flushed.
@@ -37,7 +37,8 @@ class Identity(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """Whose states a store holds: all that their bytes depend on beside a batch and what is captured of it.
 
     model: for people. fingerprint: of the target. backend, torch: with their versions. device: what computes. exact,
-    tp, attention, graphs: settings of the target. encoding: of the images; `raw` are the bytes of a slot.
+    tp, attention, graphs: settings of the target. encoding: of the images; `raw` are the bytes of a slot,
+    float8_e4m3fn those of the same batch in that dtype.
     """
 
     model: str
@@ -53,7 +54,8 @@ class Identity(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     def __str__(self) -> str:
         how = f"{'exact' if self.exact else 'merged'}{f', tp {self.tp}' if self.tp > 1 else ''}"
-        return f"{self.model} on {self.backend}, {how}, {self.device}, torch {self.torch}"
+        kept = "" if self.encoding == "raw" else f", kept as {self.encoding}"
+        return f"{self.model} on {self.backend}, {how}, {self.device}, torch {self.torch}{kept}"
 
     def unlike(self, other: Identity) -> list[str]:
         """The names of what differs."""

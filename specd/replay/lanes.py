@@ -5,7 +5,7 @@ them. Whoever asks never waits: a slot that is to be kept is copied by one threa
 buffer that another thread writes to the disk. One that is refilled before is skipped, and kept the next time it comes
 by: bursts, as of forwards that many batches share, wait in the ring's own slots.
 
-    RAM of a disk's lanes: WRITE_BUFFERS + READERS slots, page-locked where the ring is on a GPU
+    RAM of a disk's lanes: WRITE_BUFFERS + READERS cells, page-locked where the ring is on a GPU
 
 A disk's bytes come to a slot by such a buffer, on the CPU, too: so what it does not answer can be computed into that
 slot, as whatever still comes from there comes to no slot.
@@ -25,6 +25,7 @@ from specd.memory.arena import HostArena
 from specd.memory.cuda import Copier
 from specd.memory.device_arena import DeviceArena
 from specd.metrics import Counters
+from specd.replay.coding import Coded, Coder
 from specd.replay.files import Files
 from specd.replay.form import DamageError, whole_pages
 from specd.replay.pinned import Pinned
@@ -39,10 +40,17 @@ ERRORS = 3
 END_S = 10.0
 STALL_S = 10.0
 """A disk that does not answer a read for so long is not used any more, nor is memory, whose readers wait with it."""
+_LARGER = (
+    "replay: a batch of %d tokens takes %s bytes and a cell has %s: such are not kept; start with a larger "
+    "ring.slot_tokens, or train with a smaller data.batch_tokens"
+)
 
 
 class Task(NamedTuple):
-    """A batch and its slot. key: content and what is held of it. keep: whether it comes again. note: the caller's."""
+    """A batch and its slot. key: content and what is held of it. nbytes: of its image. keep: whether it comes again.
+
+    coded: how it is encoded, None where its image is the slot as it lies. note: the caller's.
+    """
 
     key: bytes
     slot: int
@@ -50,6 +58,7 @@ class Task(NamedTuple):
     nbytes: int
     tokens: int
     keep: bool = True
+    coded: Coded | None = None
     note: Any = None
 
 
@@ -66,14 +75,16 @@ class Tier:
 class Lanes:
     """The tiers of one ring, and their threads. `take` and `offer` may be called by any thread, and wait for nothing.
 
-    filled: called once a taken task's bytes are in its slot, which is sealed. missed: called if they could not be had,
-    so that it is computed. counted: called after anything in `counters` changed. crashed: a thread ended by a fault.
+    coder: the tiers', of tasks that are coded. filled: called once a taken task's bytes are in its slot, which is
+    sealed. missed: called if they could not be had, so that it is computed. counted: called after anything in
+    `counters` changed. crashed: a thread ended by a fault.
     """
 
     def __init__(
         self,
         arena: HostArena | DeviceArena,
         tiers: list[Files | Pinned],
+        coder: Coder | None = None,
         *,
         filled: Callable[[Task], None],
         missed: Callable[[Task], None],
@@ -86,7 +97,7 @@ class Lanes:
         self._lock = threading.Lock()  # of the stores, and of tiers
         self._tiers = [Tier(cells) for cells in tiers]
         self._disk = next((tier for tier in self._tiers if isinstance(tier.cells, Files)), None)
-        self._bounce = Pinned(WRITE_BUFFERS + READERS, arena) if self._disk else None
+        self._bounce = Pinned(WRITE_BUFFERS + READERS, arena, coder) if self._disk else None
         self._buffers: queue.SimpleQueue[int] = queue.SimpleQueue()
         for buffer in range(WRITE_BUFFERS):
             self._buffers.put(buffer)
@@ -94,6 +105,7 @@ class Lanes:
         self._copies: queue.SimpleQueue[tuple[Task, Tier, Entry] | None] = queue.SimpleQueue()
         self._writes: queue.SimpleQueue[tuple[Task, Tier, Entry, int] | None] = queue.SimpleQueue()
         self._reading: dict[int, tuple[Task, float]] = {}  # by its buffer: what is read from the disk, and since when
+        self._larger = False  # a batch that no cell has room for was met
         self._ending = threading.Event()
         self.failed = ""
         """As of ReplayInfo."""
@@ -143,6 +155,12 @@ class Lanes:
     def offer(self, task: Task) -> None:
         """Keep a batch whose slot is announced, if there is room for it."""
         if not task.keep:
+            return
+        if task.nbytes > (most := self._tiers[0].cells.cell_bytes):
+            if not self._larger:
+                self._larger = True
+                log.warning(_LARGER, task.tokens, f"{task.nbytes:,}", f"{most:,}")
+            self._count("skipped")
             return
         with self._lock:
             claimed = self._claim(task.key)
@@ -228,7 +246,7 @@ class Lanes:
                 self._lose(tier, entry, error)
                 self._missed(task)
                 continue
-            cells.load(cell, task.slot, task.generation, task.nbytes, copier)
+            cells.load(cell, task.slot, task.generation, task.nbytes, copier, task.coded)
             tier.errors = 0
             with self._lock:
                 tier.store.done(entry)
@@ -279,7 +297,7 @@ class Lanes:
         while (item := self._copies.get()) is not None and not self._ending.is_set():
             task, tier, entry = item
             if isinstance(tier.cells, Pinned):
-                if tier.cells.save(entry.cell, task.slot, task.generation, task.nbytes, copier):
+                if tier.cells.save(entry.cell, task.slot, task.generation, task.nbytes, copier, task.coded):
                     self._keep(tier, entry)
                 else:
                     self._give_up(tier, entry)
@@ -288,7 +306,7 @@ class Lanes:
             buffer = self._buffers.get()
             if self._ending.is_set():
                 return
-            if self._bounce.save(buffer, task.slot, task.generation, task.nbytes, copier):
+            if self._bounce.save(buffer, task.slot, task.generation, task.nbytes, copier, task.coded):
                 self._writes.put((*item, buffer))
             else:
                 self._give_up(tier, entry)

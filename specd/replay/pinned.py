@@ -12,6 +12,7 @@ from specd.errors import ConfigError
 from specd.memory import cuda
 from specd.memory.arena import LINE, MAX_SLOTS, PAGE, HostArena
 from specd.memory.device_arena import DeviceArena
+from specd.replay.coding import Coded, Coder
 from specd.replay.files import GB
 
 if TYPE_CHECKING:
@@ -19,15 +20,15 @@ if TYPE_CHECKING:
 
 
 class Pinned:
-    """Cells as large as the slots of `ring`, all of them backed by memory.
+    """Cells as large as the slots of `ring`, or as their images by `coder`, all of them backed by memory.
 
     Which batch lies in which is a Store's to say, or control's. Raises TransportError where the memory cannot be had.
     """
 
-    def __init__(self, cells: int, ring: HostArena | DeviceArena) -> None:
-        self.cells, self.cell_bytes = cells, ring.stride
-        self._ring = ring
-        self._arena = HostArena.create(cells, ring.stride, None)
+    def __init__(self, cells: int, ring: HostArena | DeviceArena, coder: Coder | None = None) -> None:
+        self.cells, self.cell_bytes = cells, coder.cell_bytes if coder is not None else ring.stride
+        self._ring, self._coder = ring, coder
+        self._arena = HostArena.create(cells, self.cell_bytes, None)
         self._locked = ring.device.startswith("cuda")
         try:
             if self._locked:
@@ -46,24 +47,35 @@ class Pinned:
         """The same as uint8 [cell_bytes]."""
         return self._arena.tensor(cell)
 
-    def save(self, cell: int, slot: int, generation: int, nbytes: int, copier: cuda.Copier) -> bool:
+    def save(
+        self, cell: int, slot: int, generation: int, nbytes: int, copier: cuda.Copier, coded: Coded | None = None
+    ) -> bool:
         """Copy the first `nbytes` bytes of a slot to a cell; False if it is not of that generation to the last byte.
 
-        copier: of this thread.
+        copier: of this thread. coded: how the slot is encoded, instead, which takes a coder.
         """
         if self._ring.generation(slot) != generation:
             return False
-        if isinstance(self._ring, DeviceArena):
+        if coded is not None:
+            assert self._coder is not None
+            self._coder.encode(self._ring.tensor(slot), self.tensor(cell), coded, copier)
+        elif isinstance(self._ring, DeviceArena):
             copier.copy(self.tensor(cell)[:nbytes], self._ring.tensor(slot)[:nbytes])
         else:
             _copy(self.view(cell)[:nbytes], self._ring.slot(slot)[:nbytes])
         # A refill that began under the copy has set it to 0 before it wrote.
         return self._ring.generation(slot) == generation
 
-    def load(self, cell: int, slot: int, generation: int, nbytes: int, copier: cuda.Copier) -> None:
-        """Fill a slot with the first `nbytes` bytes of a cell, and seal it. copier: of this thread."""
+    def load(
+        self, cell: int, slot: int, generation: int, nbytes: int, copier: cuda.Copier, coded: Coded | None = None
+    ) -> None:
+        """Fill a slot with the first `nbytes` bytes of a cell, and seal it. copier, coded: as of `save`."""
         self._ring.begin(slot)
-        if isinstance(self._ring, DeviceArena):
+        if coded is not None:
+            assert self._coder is not None
+            self._coder.decode(self.tensor(cell), self._ring.tensor(slot), coded, copier)
+            nbytes = coded.states.nbytes
+        elif isinstance(self._ring, DeviceArena):
             copier.copy(self._ring.tensor(slot)[:nbytes], self.tensor(cell)[:nbytes])
         else:
             _copy(self._ring.slot(slot)[:nbytes], self.view(cell)[:nbytes])
@@ -90,9 +102,7 @@ def cells_in(budget: int, cell_bytes: int, asked: str = "--replay-ram-gb") -> in
     # An arena has a line a slot, and one more, in pages of their own.
     cells = min(MAX_SLOTS, (budget - 2 * PAGE) // (cell_bytes + LINE))
     if cells < 1:
-        raise ConfigError(
-            f"{asked} {budget / GB:g} has no room for one batch: a slot has {cell_bytes / GB:.3f} GB here"
-        )
+        raise ConfigError(f"{asked} {budget / GB:g} has no room for one batch: it takes {cell_bytes / GB:.3f} GB here")
     return cells
 
 

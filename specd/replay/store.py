@@ -19,7 +19,7 @@ from collections.abc import Mapping
 
 COUNTS = ("hit", "miss", "wrote", "skipped", "damaged")
 """hit: batches read from the tier. miss: batches computed that it would keep. wrote: batches kept. skipped: those that
-were not, though there was room. damaged: cells whose bytes were not what was written."""
+were not, though there was room, or as no cell is so large. damaged: cells whose bytes were not what was written."""
 
 
 class State(enum.Enum):

@@ -160,11 +160,10 @@ def slot_tensors(fill: CaptureJob) -> dict[str, torch.Tensor]:
     """A slot's tensors, as views of the slot."""
     import torch
 
+    from specd.memory.states import views
+
     slot = fill.slot if isinstance(fill.slot, torch.Tensor) else torch.frombuffer(fill.slot, dtype=torch.uint8)
-    return {
-        ref.name: slot[ref.offset : ref.offset + ref.nbytes].view(getattr(torch, ref.dtype)).view(ref.shape)
-        for ref in fill.layout.tensors
-    }
+    return views(slot, fill.layout)
 
 
 class SlotRows(NamedTuple):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from specd.protocol.batch import FINAL_SCALE, TAPS_SCALE, Layout
@@ -13,18 +12,11 @@ if TYPE_CHECKING:
 
 def blank(slot: memoryview | torch.Tensor, layout: Layout) -> None:
     """Zero what no target writes, and make every scale NaN, so that a target that does not know of scales is found."""
-    for span in gaps(layout):
+    for span in layout.gaps():
         _fill(slot, span, 0)
     for ref in layout.tensors:
         if ref.name in (TAPS_SCALE, FINAL_SCALE):
             _fill(slot, slice(ref.offset, ref.offset + ref.nbytes), 0xFF)
-
-
-def gaps(layout: Layout) -> Iterator[slice]:
-    """The bytes between a slot's tensors. They are sent and no target writes them: another trainer's may lie there."""
-    ends = [0, *(ref.offset + ref.nbytes for ref in layout.tensors)]
-    begins = [*(ref.offset for ref in layout.tensors), layout.nbytes]
-    return (slice(end, begin) for end, begin in zip(ends, begins, strict=True) if end < begin)
 
 
 def _fill(slot: memoryview | torch.Tensor, span: slice, byte: int) -> None:

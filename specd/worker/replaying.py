@@ -13,11 +13,12 @@ import msgspec
 import zmq
 
 from specd.config.settings import ReplayConfig, TargetConfig
-from specd.errors import ConfigError
 from specd.memory.arena import HostArena
 from specd.memory.device_arena import DeviceArena
+from specd.protocol.capture import FP8, StateDtype
 from specd.protocol.contract import ReplayInfo
 from specd.protocol.limits import MAX_REASON_CHARS
+from specd.replay.coding import Coded, Coder
 from specd.replay.files import GB, Files, StoreDirectory
 from specd.replay.form import Identity
 from specd.replay.lanes import Lanes, Task
@@ -33,12 +34,11 @@ SCAN_S = 1.0
 class Replay:
     """The replay tier of one worker; made before the target is loaded, which takes long.
 
-    owner: the process that a person knows. Raises ConfigError for a directory that cannot be used.
+    config: one that is `on`. owner: the process that a person knows.
+    Raises ConfigError for a directory that cannot be used.
     """
 
     def __init__(self, config: ReplayConfig, owner: int) -> None:
-        if problem := config.problem():
-            raise ConfigError(problem)
         self._config = config
         self._place = (
             StoreDirectory(Path(os.path.expanduser(config.dir)), round(config.gb * GB), owner) if config.dir else None
@@ -52,25 +52,30 @@ class Replay:
         self,
         arena: HostArena | DeviceArena,
         identity: Identity,
+        hidden_size: int,
+        dtype: StateDtype,
         pipe: zmq.Socket[bytes],
         missed: Callable[[channel.FillSlot], None],
         crashed: Callable[[str], None],
     ) -> ReplayInfo:
-        """Begin to keep the slots of `arena`. pipe: to control, from now on used and closed here.
+        """Begin to keep the slots of `arena`, which are sized for `dtype`. pipe: to control, used and closed here.
 
         missed: called for a batch of `take` that has to be computed after all. crashed: as of Lanes.
         Raises ConfigError for a store of other states, and without enough room.
         """
         self._pipe = pipe
+        coder = Coder(arena, hidden_size, dtype) if identity.encoding == FP8 else None
+        cell_bytes = coder.cell_bytes if coder is not None else arena.stride
         cells: list[Files | Pinned] = []
         try:
             if budget := round(self._config.ram_gb * GB):
-                cells.append(Pinned(cells_in(budget, arena.stride), arena))
+                cells.append(Pinned(cells_in(budget, cell_bytes), arena, coder))
             if self._place is not None:
-                cells.append(Files.open(self._place, arena.stride, identity))
+                cells.append(Files.open(self._place, cell_bytes, identity))
             self._lanes = Lanes(
                 arena,
                 cells,
+                coder,
                 filled=self._filled,
                 missed=lambda task: missed(task.note),
                 counted=self._tell,
@@ -85,19 +90,19 @@ class Replay:
         return ReplayInfo(
             cells=sum(each.cells for each in cells),
             used=self._lanes.used,
-            cell_bytes=arena.stride,
+            cell_bytes=cell_bytes,
             failed=self._failed,
         )
 
     def take(self, fill: channel.FillSlot) -> bool:
         """Whether a batch is kept: it is then read into its slot, and announced."""
         assert self._lanes is not None
-        return self._lanes.take(_task(fill))
+        return self._lanes.take(self._task(fill))
 
     def offer(self, fill: channel.FillSlot) -> None:
         """Keep a batch that was computed and announced."""
         assert self._lanes is not None
-        self._lanes.offer(_task(fill))
+        self._lanes.offer(self._task(fill))
 
     def lasts(self, lookups: int) -> None:
         """See Lanes."""
@@ -112,6 +117,20 @@ class Replay:
             self._pipe.close(linger=1000)
         if self._place is not None:
             self._place.close()
+
+    def _task(self, fill: channel.FillSlot) -> Task:
+        held = hashlib.blake2b(msgspec.json.encode(fill.spec), digest_size=16).digest()
+        coded = Coded.of(fill.spec, fill.layout) if self._config.encoding == FP8 else None
+        return Task(
+            key=fill.content + held,
+            slot=fill.slot,
+            generation=fill.generation,
+            nbytes=(coded.codes if coded is not None else fill.layout).nbytes,
+            tokens=len(fill.tokens) // 4,
+            keep=fill.keep,
+            coded=coded,
+            note=fill,
+        )
 
     def _filled(self, task: Task) -> None:
         with self._lock:
@@ -135,8 +154,8 @@ class Replay:
         self._pipe.send(channel.encode(note))
 
 
-def identity_of(config: TargetConfig, target: Target) -> Identity:
-    """Whose states a target's are."""
+def identity_of(config: TargetConfig, target: Target, encoding: str = "raw") -> Identity:
+    """Whose states a target's are, and how they are kept."""
     device = target.device
     if device.startswith("cuda"):
         import torch
@@ -152,6 +171,7 @@ def identity_of(config: TargetConfig, target: Target) -> Identity:
         tp=config.tp,
         attention=config.attention_backend,
         graphs=str(config.prefill_graphs),
+        encoding=encoding,
     )
 
 
@@ -163,16 +183,3 @@ def _software(target: type) -> str:
         return f"{name} {metadata.version(name)}"
     except metadata.PackageNotFoundError:
         return f"{name} of specd {__version__}"
-
-
-def _task(fill: channel.FillSlot) -> Task:
-    held = hashlib.blake2b(msgspec.json.encode(fill.spec), digest_size=16).digest()
-    return Task(
-        key=fill.content + held,
-        slot=fill.slot,
-        generation=fill.generation,
-        nbytes=fill.layout.nbytes,
-        tokens=len(fill.tokens) // 4,
-        keep=fill.keep,
-        note=fill,
-    )

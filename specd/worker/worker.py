@@ -225,6 +225,8 @@ class Worker:
     def _start(self) -> channel.Started:
         config = self._config.daemon
         begin = time.monotonic()
+        if problem := config.problem():
+            raise ConfigError(problem)
         if config.replay.on:  # before the target is loaded, which takes long
             self._replay = Replay(config.replay, self._config.parent_pid or os.getpid())
         self._target = target = load_target(config.target)
@@ -234,7 +236,8 @@ class Worker:
             raise ConfigError(f"capture.always: {problem}")
         if config.ring.payload_mib and not contract.payloads:
             log.info("ring.payload_mib is not used: %s takes text alone here", contract.model)
-        nbytes = slot_bytes(capture_of(config, contract), contract.hidden_size, config.ring.slot_tokens)
+        sized = capture_of(config, contract)
+        nbytes = slot_bytes(sized, contract.hidden_size, config.ring.slot_tokens)
         self._arena, self._servers, self._on_host = open_ring(
             config, nbytes, target.device, self._config.epoch, self._config.serving
         )
@@ -242,8 +245,15 @@ class Worker:
             self._lag = LagCells(self._arena, config.ring.lag_gb, self._outbox, self._fail)
         replay = None
         if self._replay is not None:
-            identity = identity_of(config.target, target)
-            replay = self._replay.open(self._arena, identity, self._outbox(), self._tasks.put, self._fail)
+            replay = self._replay.open(
+                self._arena,
+                identity_of(config.target, target, config.replay.encoding),
+                contract.hidden_size,
+                sized.dtype,
+                self._outbox(),
+                self._tasks.put,
+                self._fail,
+            )
         return channel.Started(
             contract=contract,
             ring=RingInfo(

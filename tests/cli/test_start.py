@@ -14,7 +14,10 @@ from specd.cli import start
 from specd.cli.main import run
 from specd.client.seats import thin
 from specd.config.settings import DaemonConfig
+from specd.protocol.capture import FP8
 from specd.protocol.contract import ReplayInfo
+
+KEPT_AS_FP8 = ["--model", "smollm2-135m", "--replay-ram-gb", "1", "--replay-encoding", FP8]
 
 
 @pytest.mark.parametrize(
@@ -30,6 +33,10 @@ from specd.protocol.contract import ReplayInfo
         (["--model", "smollm2-135m", "--replay-gb", "5"], "replay.gb=5 without a directory: say where"),
         (["--model", "smollm2-135m", "--replay", "", "--replay-gb", "5"], "replay.gb=5 without a directory"),
         (["--model", "smollm2-135m", "--replay-ram-gb", "-1"], "replay.ram_gb"),
+        (["--model", "smollm2-135m", "--replay-encoding", "fp4"], "`$.replay.encoding`"),
+        (["--model", "smollm2-135m", "--replay-encoding", FP8], "float8_e4m3fn, and nothing is kept: say where, as"),
+        ([*KEPT_AS_FP8, "--exact"], "rounds the states that are read, and the target is exact: leave out --exact"),
+        ([*KEPT_AS_FP8, "--set", f"capture.dtype={FP8}"], "slots hold codes already, which are kept as they are"),
     ],
 )
 def test_start_refuses_wrong_settings(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -181,7 +181,7 @@ def test_a_store_of_other_states_is_refused_and_stays(change: dict[str, Any], to
 
 
 def test_other_cells_are_refused_and_another_budget_is_taken(disk: Disk) -> None:
-    with pytest.raises(ConfigError, match=r"cells of 12,288 bytes and this daemon's slots have 8,192"):
+    with pytest.raises(ConfigError, match=r"cells of 12,288 bytes and this daemon's have 8,192"):
         again(disk, cell_bytes=2 * PAGE)
     with pytest.raises(ConfigError, match="no room for one batch"):
         again(disk, budget=CELL)

@@ -6,6 +6,7 @@ import pytest
 from msgspec.structs import replace
 
 from specd.errors import ConfigError
+from specd.protocol.capture import FP8
 from specd.replay import form
 from specd.replay.form import PAGE, DamageError, Header, Identity, Super
 
@@ -45,6 +46,7 @@ def test_what_an_identity_tells_apart() -> None:
         if name != "model":
             assert IDENTITY.unlike(replace(IDENTITY, **{name: "another"})) == [name]
     assert str(IDENTITY) == "tiny on x 1, exact, tp 2, cpu, torch 2.9"
+    assert str(replace(IDENTITY, encoding=FP8)) == f"{IDENTITY}, kept as float8_e4m3fn"
     with pytest.raises(ConfigError, match="at most"):
         form.pack_super(Super(replace(IDENTITY, fingerprint="f" * PAGE), 1, PAGE))
 

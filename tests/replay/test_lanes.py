@@ -233,6 +233,15 @@ def test_what_another_daemon_keeps_is_neither_kept_nor_missed(make: Make) -> Non
     assert rig.counts(wrote=1, hit=1)
 
 
+def test_what_is_larger_than_a_cell_is_not_kept_and_said_once(make: Make, caplog: pytest.LogCaptureFixture) -> None:
+    rig = make(ram=1, disk=1).start()
+    for number in (1, 2):
+        rig.lanes.offer(rig.task(number)._replace(nbytes=SLOT + 1))
+    assert rig.counts(skipped=2)
+    assert caplog.text.count("a batch of 10 tokens takes 12,289 bytes and a cell has 12,288") == 1
+    rig.keep(3, 4)
+
+
 def test_a_damaged_batch_is_computed_and_kept_again(make: Make, caplog: pytest.LogCaptureFixture) -> None:
     rig = make(disk=2).start()
     rig.keep(0, 1)

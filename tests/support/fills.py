@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from specd.memory.fp8 import decode, encode
 from specd.protocol.batch import slot_layout
 from specd.protocol.capture import CaptureSpec
 from specd.targets.base import CaptureJob
@@ -43,3 +44,12 @@ def read(fill: CaptureJob) -> dict[str, torch.Tensor]:
         ).view(ref.shape)
         for ref in fill.layout.tensors
     }
+
+
+def rounded(states: torch.Tensor) -> torch.Tensor:
+    """Rows [..., H] that went to float8 and back."""
+    rows = states.reshape(-1, states.shape[-1])
+    codes, scales = torch.empty(rows.shape, dtype=torch.float8_e4m3fn), torch.empty(len(rows))
+    encode(rows, codes, scales)
+    decode(codes[:, None], scales[None], (out := torch.empty_like(rows))[:, None])
+    return out.view(states.shape)

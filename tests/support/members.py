@@ -20,6 +20,7 @@ import torch
 import zmq
 
 from faults import private_directory
+from fills import rounded
 from samples import batch
 from specd.client.subscriber import Subscriber
 from specd.config.settings import SubscriberConfig
@@ -56,6 +57,12 @@ def digest(delivery: Delivery) -> str:
     return found.hexdigest()
 
 
+def digest_rounded(delivery: Delivery) -> str:
+    """Of the same states once they were kept as float8."""
+    taps, final = (None if states is None else rounded(states.cpu()) for states in (delivery.taps, delivery.final))
+    return digest(Delivery(delivery.batch, taps, final))
+
+
 def follow(
     endpoint: str,
     transport: str,
@@ -70,10 +77,11 @@ def follow(
     context: zmq.Context[zmq.Socket[bytes]] | None = None,
     meet: threading.Barrier | None = None,
     pause_s: float = 0.0,
+    of: Callable[[Delivery], str] = digest,
 ) -> Member:
     """Train on batches `first` to `count` of a plan that is alike for all.
 
-    meet: passed once it is in. pause_s: before the tenth batch.
+    meet: passed once it is in. pause_s: before the tenth batch. of: makes a delivery's digest.
     """
     config = SubscriberConfig(
         endpoints=(endpoint,), transport=transport, depth=2, timeout_s=60, share=share, borrow=borrow
@@ -85,7 +93,7 @@ def follow(
         begin = time.monotonic()
         digests: list[str] = []
         for delivery in source.stream(batch(index) for index in range(first, count)):
-            digests.append(digest(delivery))
+            digests.append(of(delivery))
             step.wait(step_s + pause_s * (len(digests) == 10))
         return Member(digests, source.stats(), time.monotonic() - begin, source.sharing)
 

@@ -14,13 +14,13 @@ from msgspec.structs import replace
 
 from exact import Context, learns, losses, write_model
 from exact import daemon_config as exact_config
+from fills import rounded
 from members import SYNTHETIC, digest, follow, own_process, together
 from samples import batch
 from specd.client.subscriber import Subscriber
 from specd.config.settings import CaptureConfig, DaemonConfig, RingConfig, SubscriberConfig, TargetConfig
 from specd.daemon.serve import embedded
 from specd.errors import ConfigError, RejectedError
-from specd.memory.fp8 import decode, encode
 from specd.protocol.batch import Delivery
 from specd.protocol.capture import FP8, CaptureSpec
 
@@ -44,16 +44,6 @@ def threads() -> Iterator[tuple[Context, str]]:
         yield context, here.endpoint
 
 
-def rounded(states: torch.Tensor) -> torch.Tensor:
-    """States [T, N, H] there and back."""
-    tokens, count, _ = states.shape
-    codes, scales = torch.empty(states.shape, dtype=torch.float8_e4m3fn), torch.empty(count, tokens)
-    for k in range(count):
-        encode(states[:, k], codes[:, k], scales[k])
-    decode(codes, scales, out := torch.empty_like(states))
-    return out
-
-
 @pytest.fixture(scope="module")
 def expected(threads: tuple[Context, str]) -> list[str]:
     """The digests of the target's own states, rounded here."""
@@ -64,7 +54,7 @@ def expected(threads: tuple[Context, str]) -> list[str]:
         for each in source.stream(map(batch, range(COUNT))):
             assert each.taps is not None
             assert each.final is not None
-            final = rounded(each.final[:, None])[:, 0]
+            final = rounded(each.final)
             assert not torch.equal(final, each.final)
             found.append(digest(Delivery(each.batch, rounded(each.taps), final)))
     return found

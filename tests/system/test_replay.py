@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import zmq
@@ -18,14 +19,21 @@ from msgspec.structs import replace
 
 from exact import daemon_config, write_model
 from faults import ASKED, SEED
-from members import SPECS, SYNTHETIC, digest, follow, own_process, together
+from members import SPECS, SYNTHETIC, digest, digest_rounded, follow, own_process, together
 from samples import batch
 from specd.cli.main import run
 from specd.client.ask import ask_status
 from specd.client.subscriber import Subscriber
-from specd.config.settings import CaptureConfig, DaemonConfig, ReplayConfig, RingConfig, SubscriberConfig, TargetConfig
+from specd.config.settings import (
+    CaptureConfig,
+    DaemonConfig,
+    ReplayConfig,
+    RingConfig,
+    SubscriberConfig,
+    TargetConfig,
+)
 from specd.daemon.serve import embedded
-from specd.protocol.capture import CaptureSpec
+from specd.protocol.capture import FP8, CaptureSpec
 from specd.protocol.contract import ReplayInfo
 from specd.replay.files import NAME, Files
 from specd.replay.form import offset
@@ -220,3 +228,45 @@ def test_of_a_disk_that_fails_the_daemon_says_so(tmp_path: Path, monkeypatch: py
         monkeypatch.setattr(os, "preadv", broken)
         assert stream().digests == digests
         assert (said().failed, said().used) == ("3 errors in a row: Input/output error", 0)
+
+
+@pytest.mark.parametrize("where", ["disk", "ram"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_is_kept_as_float8_is_computed_states_first_and_what_their_codes_say_ever_after(
+    where: str, dtype: Literal["float32", "bfloat16"], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    specs = [replace(spec, dtype=dtype) for spec in SPECS[:2]]
+    plain = DaemonConfig(
+        target=TargetConfig(model="synthetic:hidden=256,layers=8,vocab=128", dtype=dtype),
+        ring=RingConfig(slots=12, slot_tokens=64),
+        capture=CaptureConfig(num_taps=6, final=True),
+    )
+    kept = ReplayConfig(dir=str(tmp_path / "s"), gb=0.02) if where == "disk" else ReplayConfig(ram_gb=0.02)
+    with zmq.Context() as context:
+        with embedded(plain, context) as here:
+            ways = [[partial(follow, here.endpoint, "inproc", spec, COUNT, context=context, of=of)().digests
+                     for of in (digest, digest_rounded)] for spec in specs]  # fmt: skip
+        with embedded(replace(plain, replay=replace(kept, encoding=FP8)), context) as here:
+            stream = partial(follow, here.endpoint, "inproc", count=COUNT, context=context)
+            for spec, (computed, coded) in zip(specs, ways, strict=True):
+                assert stream(spec=spec).digests == computed
+                for _ in range(9):
+                    seen = stream(spec=spec)
+                    assert all(found in each for found, *each in zip(seen.digests, computed, coded, strict=True))
+                    if seen.stats.replayed == COUNT:
+                        assert seen.digests == coded
+                        break
+                assert stream(spec=spec).digests == coded
+            for _ in range(9):
+                meet = threading.Barrier(2)
+                shared = together([partial(stream, spec=spec, share="s", meet=meet) for spec in specs])
+                for one, (computed, coded) in zip(shared, ways, strict=True):
+                    assert all(found in each for found, *each in zip(one.digests, computed, coded, strict=True))
+                if all(one.digests == coded for one, (_, coded) in zip(shared, ways, strict=True)):
+                    break
+            else:
+                raise AssertionError("a share never read all of it")
+    assert not any(set(computed) & set(coded) for computed, coded in ways)
+    if where == "disk":
+        assert run(["replay", str(tmp_path / "s"), "--check"]) == 0
+        assert ", kept as float8_e4m3fn\n" in capsys.readouterr().out

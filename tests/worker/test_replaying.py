@@ -10,15 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import zmq
 from msgspec.structs import replace
 
 import fake_cuda
-from fills import HIDDEN, draw_tokens
+from fills import HIDDEN, draw_tokens, rounded
 from specd.config.settings import ReplayConfig, TargetConfig
 from specd.daemon.supervisor import ThreadHandle
+from specd.memory.states import views
 from specd.protocol.batch import slot_layout
-from specd.protocol.capture import CaptureSpec
+from specd.protocol.capture import FP8, CaptureSpec
 from specd.replay.files import StoreDirectory
 from specd.targets.registry import load_target
 from specd.version import __version__
@@ -34,7 +36,8 @@ class Keeper(Control):
     """Control's end of a worker that keeps states, which runs on a thread."""
 
     def __init__(self, context: zmq.Context[zmq.Socket[bytes]], device: str, config: ReplayConfig) -> None:
-        super().__init__(context, f"inproc://{secrets.token_hex(4)}", device, "shm", replay=config)
+        exact = config.encoding == "raw"
+        super().__init__(context, f"inproc://{secrets.token_hex(4)}", device, "shm", exact=exact, replay=config)
         self.counts: dict[str, int] = {}
         self._handle: ThreadHandle | None = ThreadHandle(self.worker, context)
 
@@ -109,21 +112,35 @@ def content(number: int) -> bytes:
     return bytes([number]) * 16
 
 
+def coded(task: FillSlot) -> bytes:
+    """What a slot has of the same batch once it was kept as float8."""
+    slot = torch.frombuffer(bytearray(expected(task)), dtype=torch.uint8)
+    for states in views(slot, task.layout).values():
+        states.copy_(rounded(states))
+    return slot.numpy().tobytes()
+
+
 @pytest.mark.parametrize("device", ["cpu", "cuda:1"])
 @pytest.mark.parametrize("where", ["disk", "ram"])
-def test_a_kept_batch_is_announced_with_the_bytes_it_was_computed_with(
-    device: str, where: str, known: Known, run: Run, tmp_path: Path
+@pytest.mark.parametrize("encoding", ["raw", FP8])
+def test_a_kept_batch_is_announced_with_the_bytes_it_was_computed_with_or_those_of_its_codes(
+    device: str, where: str, encoding: Any, known: Known, run: Run, tmp_path: Path
 ) -> None:
-    config = ReplayConfig(dir=str(tmp_path / "s"), gb=GB) if where == "disk" else ReplayConfig(ram_gb=GB)
-    control = run(device, config)
+    kept = ReplayConfig(dir=str(tmp_path / "s"), gb=GB) if where == "disk" else ReplayConfig(ram_gb=GB)
+    control = run(device, replace(kept, encoding=encoding))
     started = control.hear()
     assert isinstance(started, Started), started
     assert started.replay is not None
-    assert 5 < started.replay.cells <= GB * 1e9 / started.ring.slot_bytes
+    # 3 rows of 64 · 4 bytes, or of 64 codes and a scale and a page for each tensor but the first.
+    cell_bytes = 64 * 3 * 256 if encoding == "raw" else 16384 + 3 * 4096
+    assert started.replay.cell_bytes == cell_bytes
+    assert 0 <= GB * 1e9 - started.replay.cells * cell_bytes < 5 * 4096 + cell_bytes + 4096 * started.replay.cells
     assert started.replay.used == 0
     for number in (1, 2):
         task = control.ask(number, number, content(number))
         assert not control.replayed(number, number)
+        if device == "cpu":
+            assert known["shm"].arena.tensor(number)[: task.layout.nbytes].numpy().tobytes() == expected(task)
     control.until("wrote", 2)
     for slot, number in ((0, 2), (1, 1)):
         task = control.ask(slot, 7, content(number))
@@ -131,7 +148,8 @@ def test_a_kept_batch_is_announced_with_the_bytes_it_was_computed_with(
         arena = known["shm"].arena
         slots = arena.tensor(slot) if device == "cpu" else None
         if slots is not None:
-            assert slots[: task.layout.nbytes].numpy().tobytes() == expected(task)
+            again = expected(task) if encoding == "raw" else coded(task)
+            assert slots[: task.layout.nbytes].numpy().tobytes() == again
         assert arena.generation(slot) == (7 if device == "cpu" else 0)
     control.until("hit", 2)
     assert control.counts == {"hit": 2, "miss": 2, "wrote": 2, "skipped": 0, "damaged": 0}
@@ -154,6 +172,19 @@ def test_what_holds_other_states_of_the_same_content_is_another(run: Run, tmp_pa
     assert not control.replayed(2, 3)
 
 
+def test_among_codes_a_slot_of_codes_is_kept_as_it_lies(known: Known, run: Run) -> None:
+    control = run("cpu", ReplayConfig(ram_gb=GB, encoding=FP8))
+    control.hear()
+    task = control.ask(0, 1, content(1), replace(SPEC, dtype=FP8))
+    assert not control.replayed(0, 1)
+    control.until("wrote", 1)
+    control.ask(1, 1, content(1), task.spec)
+    assert control.replayed(1, 1)
+    one, other = (known["shm"].arena.tensor(slot)[: task.layout.nbytes] for slot in (0, 1))
+    assert one.any()
+    assert torch.equal(one, other)
+
+
 def test_a_store_in_use_or_of_other_states_keeps_a_worker_from_starting(run: Run, tmp_path: Path) -> None:
     place = StoreDirectory(tmp_path / "s", 10**6, 4242)
     config = ReplayConfig(dir=str(tmp_path / "s"), gb=GB)
@@ -167,6 +198,9 @@ def test_a_store_in_use_or_of_other_states_keeps_a_worker_from_starting(run: Run
     control = run("cpu", config)
     assert isinstance(control.hear(), Started)
     control.end()
+    failed = run("cpu", replace(config, encoding=FP8)).hear()
+    assert isinstance(failed, StartFailed)
+    assert "another exact: False, not True, encoding: float8_e4m3fn, not raw: give another --replay" in failed.reason
     failed = run("cuda:1", config).hear()
     assert isinstance(failed, StartFailed)
     assert "holds states of synthetic on synthetic of specd" in failed.reason
