@@ -61,22 +61,22 @@ def warm_up(
     settings: Settings, subscriber: Subscriber, step: TrainingStep, draw: Draw, progress: Callable[[str], None]
 ) -> None:
     """Run target and draft over all lengths once: their kernels are compiled by shape."""
-    taps = made_up(settings, subscriber.spec, subscriber.contract.hidden_size)
+    states = made_up(settings, subscriber.spec, subscriber.contract.hidden_size)
     for lengths in settings.lengths:
         progress(f"warming up, {lengths} lengths")
         clock(subscriber.stream(draw(lengths)), None)
-        clock(given(draw(lengths), taps), step)
+        clock(given(draw(lengths), states), step)
 
 
 def draft_alone(
     settings: Settings, spec: CaptureSpec, hidden: int, step: TrainingStep, draw: Draw, progress: Callable[[str], None]
 ) -> dict[Lengths, float]:
     """Milliseconds of an optimizer step on states that are in memory already, by lengths."""
-    taps = made_up(settings, spec, hidden)
+    states = made_up(settings, spec, hidden)
     found: dict[Lengths, float] = {}
     for lengths in settings.lengths:
         progress(f"the draft alone, {lengths} lengths")
-        found[lengths] = round(clock(given(draw(lengths), taps), step, settings.warmup).mean_s * 1e3, 3)
+        found[lengths] = round(clock(given(draw(lengths), states), step, settings.warmup).mean_s * 1e3, 3)
     return found
 
 

@@ -1,9 +1,9 @@
 """`origin`: the protocol of SpecForge's pull request 569, which specd set out to replace, emulated.
 
 A batch is an HTTP request, one in flight. The serving process runs the target, waits for the whole device, answers, and
-sends every tap and the echoed token ids and masks with torch.distributed, one tensor after the other; the trainer
-receives them in that order and waits for its whole device. This module is run as that process: it takes a JSON line on
-standard input, and measures the bare target before it serves.
+sends every tap, the final state where it is captured, and the echoed token ids and masks with torch.distributed, one
+tensor after the other; the trainer receives them in that order and waits for its whole device. This module is run as
+that process: it takes a JSON line on standard input, and measures the bare target before it serves.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from specd.bench.pipeline.rows import row_of
 from specd.bench.pipeline.settings import Settings
 from specd.bench.pipeline.step import Draw, TrainingStep, clock, synchronize
 from specd.errors import DaemonError, SpecdError, TransportError
+from specd.memory.states import views
 from specd.protocol.batch import Batch, Delivery, slot_layout
 from specd.protocol.capture import CaptureSpec
 from specd.protocol.contract import TargetContract
@@ -59,8 +60,8 @@ class OriginServing(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def payload_bytes(spec: CaptureSpec, hidden: int) -> int:
-    """Bytes a token takes: its taps in bfloat16, and what is echoed."""
-    return len(spec.taps) * hidden * 2 + ECHOED * 8
+    """Bytes a token takes: its states in bfloat16, and what is echoed."""
+    return (len(spec.taps) + spec.final) * hidden * 2 + ECHOED * 8
 
 
 class OriginClient:
@@ -109,18 +110,17 @@ class OriginClient:
         text = answer.read()
         if answer.status != 200:
             raise TransportError(f"the emulated server failed: {text.decode(errors='replace')}")
-        taps = []
-        for _ in self._spec.taps:
-            tap = torch.empty(batch.num_tokens, self._hidden, dtype=torch.bfloat16, device=self._wire)
-            self._receive(tap)
-            taps.append(tap.to(self._device))
+        taps = [self._receive(torch.bfloat16, batch.num_tokens, self._hidden) for _ in self._spec.taps]
+        final = self._receive(torch.bfloat16, batch.num_tokens, self._hidden) if self._spec.final else None
         for _ in range(ECHOED):
-            self._receive(torch.empty(batch.num_tokens, dtype=torch.int64, device=self._wire))
+            self._receive(torch.int64, batch.num_tokens)
         synchronize(self._device)
-        return Delivery(batch, torch.stack(taps, 1))
+        return Delivery(batch, torch.stack(taps, 1) if taps else None, final)
 
-    def _receive(self, into: torch.Tensor) -> None:
+    def _receive(self, dtype: torch.dtype, *shape: int) -> torch.Tensor:
+        into = torch.empty(shape, dtype=dtype, device=self._wire)
         self._group.recv([into], SERVER, 0).wait()
+        return into.to(self._device)
 
 
 class OriginHandler(http.server.BaseHTTPRequestHandler):
@@ -213,9 +213,9 @@ def serve(job: OriginJob, answer: Callable[[msgspec.Struct], None]) -> None:
             completion.wait()
         synchronize(target.device)
         raw = place if isinstance(place, torch.Tensor) else torch.frombuffer(place, dtype=torch.uint8)
-        ref = slot_layout(job.spec, hidden, batch.num_tokens).tensors[0]
-        taps = raw[ref.offset : ref.offset + ref.nbytes].view(getattr(torch, ref.dtype)).view(ref.shape)
-        states = [taps[:, index].to(torch.bfloat16).contiguous().to(wire) for index in range(len(job.spec.taps))]
+        found = views(raw, slot_layout(job.spec, hidden, batch.num_tokens))
+        parts = [*(found["taps"].unbind(1) if job.spec.taps else ()), *([found["final"]] if job.spec.final else [])]
+        states = [part.to(torch.bfloat16).contiguous().to(wire) for part in parts]
         echo = [torch.from_numpy(part.astype(np.int64)).to(wire) for part in (tokens, np.ones_like(tokens), mask)]
         return [*states, *echo]
 

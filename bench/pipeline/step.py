@@ -6,7 +6,7 @@ import json
 import time
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import msgspec
 import numpy as np
@@ -193,16 +193,26 @@ def clock(
     return Clocked(seconds=tuple(seconds), samples=samples, tokens=tokens, stats=stats().difference(earlier))
 
 
-def given(batches: Iterable[Batch], taps: torch.Tensor) -> Iterator[Delivery]:
-    """Deliveries of states that are in memory already. taps: [T, N, H] for at least the longest batch."""
+class States(NamedTuple):
+    """Of at least the longest batch: taps [T, N, H] and final states [T, H], None where they are not captured."""
+
+    taps: torch.Tensor | None
+    final: torch.Tensor | None = None
+
+
+def given(batches: Iterable[Batch], states: States) -> Iterator[Delivery]:
+    """Deliveries of states that are in memory already."""
     for batch in batches:
-        yield Delivery(batch, taps[: batch.num_tokens])
+        yield Delivery(batch, *(None if part is None else part[: batch.num_tokens] for part in states))
 
 
-def made_up(settings: Settings, spec: CaptureSpec, hidden: int) -> torch.Tensor:
+def made_up(settings: Settings, spec: CaptureSpec, hidden: int) -> States:
     """Random states for `given`, on the trainer's device: values make no difference to the time."""
-    shape = (settings.batch_tokens, len(spec.taps), hidden)
-    return torch.randn(shape, dtype=getattr(torch, spec.dtype), device=settings.trainer)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(settings.batch_tokens, *shape, dtype=getattr(torch, spec.dtype), device=settings.trainer)
+
+    return States(random(len(spec.taps), hidden) if spec.taps else None, random(hidden) if spec.final else None)
 
 
 def synchronize(device: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -20,18 +21,34 @@ FAST, SLOW = 10, 200
 WARM, COUNT = 10, 80
 
 
-@pytest.fixture(scope="module")
-def endpoints() -> Iterator[dict[str, str]]:
-    """Those of two fast daemons and a slow one, by name."""
+class Host(NamedTuple):
+    """Two fast daemons and a slow one, and their trainer's device."""
+
+    endpoints: dict[str, str]
+    device: str
+
+
+@pytest.fixture(scope="module", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu(2))])
+def host(request: pytest.FixtureRequest) -> Iterator[Host]:
+    """On GPUs the fast ones lie on another than the slow one and the trainer, whose batches have 8 MB."""
+    small = request.param == "cpu"
+    first, second = ("cpu", "cpu") if small else ("cuda:0", "cuda:1")
+    hidden = 32 if small else 16384
     with private_directory() as place:
         started = {
-            name: Daemon(place, name, lease_s=30.0, target=f"synthetic:hidden=32,layers=8,vocab=256,ms={milliseconds}")
-            for name, milliseconds in (("fast", FAST), ("equal", FAST), ("slow", SLOW))
+            name: Daemon(
+                place,
+                name,
+                lease_s=30.0,
+                target=f"synthetic:hidden={hidden},layers=8,vocab=256,ms={milliseconds}",
+                device=device,
+            )
+            for name, milliseconds, device in (("fast", FAST, first), ("equal", FAST, first), ("slow", SLOW, second))
         }
         try:
             for daemon in started.values():
                 daemon.status()
-            yield {name: daemon.endpoint for name, daemon in started.items()}
+            yield Host({name: daemon.endpoint for name, daemon in started.items()}, second)
         finally:
             for daemon in started.values():
                 daemon.close()
@@ -49,9 +66,11 @@ def batches() -> Iterator[Batch]:
         )
 
 
-def rate(depth: int, *endpoints: str, count: int = COUNT, warm: int = WARM) -> float:
+def rate(host: Host, depth: int, *names: str, count: int = COUNT, warm: int = WARM) -> float:
     """Batches a second."""
-    with Subscriber(SubscriberConfig(endpoints=endpoints, depth=depth), CaptureSpec(taps=(1, 5))) as source:
+    endpoints = tuple(host.endpoints[name] for name in names)
+    link = SubscriberConfig(endpoints=endpoints, depth=depth)
+    with Subscriber(link, CaptureSpec(taps=(1, 5)), device=host.device) as source:
         limit = time.monotonic() + 30
         while len(source.stats().transports) < len(endpoints):
             assert time.monotonic() < limit
@@ -68,15 +87,15 @@ def rate(depth: int, *endpoints: str, count: int = COUNT, warm: int = WARM) -> f
 
 
 @pytest.mark.parametrize("depth", [2, 4, 8])
-def test_a_slow_daemon_takes_nothing_from_a_fast_one(endpoints: dict[str, str], depth: int) -> None:
-    alone = rate(depth, endpoints["fast"])
-    both = rate(depth, endpoints["slow"], endpoints["fast"])
+def test_a_slow_daemon_takes_nothing_from_a_fast_one(host: Host, depth: int) -> None:
+    alone = rate(host, depth, "fast")
+    both = rate(host, depth, "slow", "fast")
     print(f"depth {depth}: fast alone {alone:.1f}/s, with a slow one {both:.1f}/s, {both / alone:.2f} ×")
     assert both >= 0.9 * alone
 
 
-def test_two_equal_daemons_share_the_work(endpoints: dict[str, str]) -> None:
-    alone = rate(4, endpoints["fast"])
-    both = rate(4, endpoints["fast"], endpoints["equal"])
+def test_two_equal_daemons_share_the_work(host: Host) -> None:
+    alone = rate(host, 4, "fast")
+    both = rate(host, 4, "fast", "equal")
     print(f"fast alone {alone:.1f}/s, with its equal {both:.1f}/s, {both / alone:.2f} ×")
     assert both >= 1.4 * alone

@@ -13,7 +13,7 @@ from specd.bench.pipeline import apart, ranks
 from specd.bench.pipeline.defaults import defaults
 from specd.bench.pipeline.ranks import RanksAnswer, RanksJob, RanksTimes, collect, met
 from specd.bench.pipeline.settings import batches
-from specd.bench.pipeline.step import Clocked, OptimizerStep, given, make_step
+from specd.bench.pipeline.step import Clocked, OptimizerStep, States, given, make_step
 from specd.config.settings import TargetConfig, TrainConfig
 from specd.errors import DaemonError
 from specd.targets.registry import load_target
@@ -46,7 +46,7 @@ def test_ranks_train_one_step_together(tmp_path: Path) -> None:
     """They begin with the weights of rank 0, and each step leaves the same ones on all."""
     target = load_target(TargetConfig(model=TINY))
     settings = msgspec.structs.replace(SETTINGS, draft="dflash")
-    taps = torch.randn(256, 3, 32)
+    states = States(torch.randn(256, 3, 32))
     found: dict[int, list[torch.Tensor]] = {}
 
     def one(rank: int) -> None:
@@ -58,7 +58,7 @@ def test_ranks_train_one_step_together(tmp_path: Path) -> None:
         with met(job, "2", 2) as both:
             both.join("cpu", 60.0)
             step.join(both)
-            (delivery,) = given(batches(settings, "fixed", 64, 1, rank), taps)
+            (delivery,) = given(batches(settings, "fixed", 64, 1, rank), states)
             step(delivery, wait=True)
         found[rank] = [parameter.detach().clone() for parameter in step.parameters]
 

@@ -13,7 +13,7 @@ import torch
 from specd.bench.pipeline.defaults import defaults
 from specd.bench.pipeline.rows import row_of
 from specd.bench.pipeline.settings import SleepConfig, batches
-from specd.bench.pipeline.step import OptimizerStep, SleepingStep, clock, given, make_step
+from specd.bench.pipeline.step import OptimizerStep, SleepingStep, States, clock, given, made_up, make_step
 from specd.client.subscriber import Subscriber
 from specd.config.settings import DaemonConfig, RingConfig, SubscriberConfig, TargetConfig
 from specd.daemon.serve import embedded
@@ -26,15 +26,15 @@ TINY = "synthetic:hidden=32,layers=8,vocab=64"
 SETTINGS = defaults(True, 1, TINY, {})
 
 
-def test_a_real_draft_learns_on_given_states() -> None:
+@pytest.mark.parametrize("draft", ["dflash", "eagle3"])
+def test_a_real_draft_learns_on_given_states(draft: str) -> None:
     target = load_target(TargetConfig(model=TINY))
-    settings = msgspec.structs.replace(SETTINGS, draft="dflash")
+    settings = defaults(True, 1, TINY, {"draft": draft})
     step = make_step(settings, target.contract, lambda name: bytes(target.artifact(name)), "cpu")
     assert isinstance(step, OptimizerStep)
     before = [parameter.detach().clone() for parameter in step.parameters]
-    spec = settings.capture(target.contract)
-    taps = torch.randn(256, len(spec.taps), 32)
-    clocked = clock(given(batches(settings, "fixed", 64, 4, 1), taps), step, 1)
+    states = made_up(settings, settings.capture(target.contract), 32)
+    clocked = clock(given(batches(settings, "fixed", 64, 4, 1), states), step, 1)
     assert (len(clocked.seconds), clocked.samples, clocked.tokens) == (3, 12, 3 * 256)
     changed = [not torch.equal(old, new) for old, new in zip(before, step.parameters, strict=True)]
     assert all(changed)
@@ -97,5 +97,5 @@ def test_without_overlap_a_step_ends_when_it_is_done(
         return SimpleNamespace(synchronize=lambda: found.append(number))
 
     monkeypatch.setattr("specd.bench.pipeline.step.reached", reached)
-    clock(given(batches(settings, "fixed", 64, 4, 1), torch.randn(256, 3, 32)), step, 1, overlap)
+    clock(given(batches(settings, "fixed", 64, 4, 1), States(torch.randn(256, 3, 32))), step, 1, overlap)
     assert found == waited
