@@ -25,7 +25,7 @@ import torch.distributed
 from specd.config.settings import Collectives
 from specd.errors import ConfigError, PeerError, SpecdError, first_line
 from specd.memory import cuda
-from specd.train.gradients import Gradients
+from specd.train.gradients import Gradients, exchanged
 from specd.train.launcher import Launch, launched
 from specd.train.meeting import MEET_S, POLL_S, meet, put, read
 from specd.train.peers import HEARD, Ending, Member, Watch, exit_code, tell
@@ -303,7 +303,7 @@ class Ranks:
         rows[self.rank, 0] = word
         rows[self.rank, 1:] = row
         if self.size > 1:
-            self.finish(self._sum([rows]))
+            self.finish([self._sum([rows])])
         intact = (rows[:, 0] == word).all()
         if self._nccl:
             # Read when the stream comes to it: once `_abort` has begun, whatever the kernels before it left behind.
@@ -320,10 +320,8 @@ class Ranks:
         except RuntimeError as error:
             raise self._broken(error) from None
 
-    def _sum(self, tensors: list[torch.Tensor]) -> list[Any]:
-        if self._nccl or not tensors[0].is_cuda:
-            return [self._begin(partial(self._group.allreduce_coalesced, tensors))]
-        return [self._begin(partial(self._group.allreduce, [tensor])) for tensor in tensors]
+    def _sum(self, tensors: list[torch.Tensor]) -> Any:
+        return exchanged(tensors, lambda one: self._begin(partial(self._group.allreduce, [one])))
 
     def _begin(self, exchange: Callable[[], Any]) -> Any:
         self._check()

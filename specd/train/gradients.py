@@ -22,7 +22,7 @@ class Gradients:
     """
 
     def __init__(
-        self, parameters: Sequence[torch.nn.Parameter], reduce: Callable[[list[torch.Tensor]], list[Any]] | None
+        self, parameters: Sequence[torch.nn.Parameter], reduce: Callable[[list[torch.Tensor]], Any] | None
     ) -> None:
         self._reduce = reduce
         self._buckets = _buckets(parameters)
@@ -65,7 +65,36 @@ class Gradients:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
         self._sent += 1
-        self._works += self._reduce([parameter.grad for parameter in bucket if parameter.grad is not None])
+        self._works.append(self._reduce([parameter.grad for parameter in bucket if parameter.grad is not None]))
+
+
+def exchanged(tensors: list[torch.Tensor], exchange: Callable[[torch.Tensor], Any]) -> Any:
+    """Start one exchange of tensors of one dtype, in place; returns what to wait for. exchange: starts that of one."""
+    return exchange(tensors[0]) if len(tensors) == 1 else _Packed(tensors, exchange)
+
+
+class _Packed:
+    """An exchange of several tensors as one, which they are given the values of when it is over.
+
+    Not torch's own coalesced one: over nccl a peer that is lost while it is being started ends the process there, as
+    its C++ throws a second time while it unwinds (seen with torch 2.11).
+    """
+
+    def __init__(self, tensors: list[torch.Tensor], exchange: Callable[[torch.Tensor], Any]) -> None:
+        self._tensors = tensors
+        self._flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+        self._work = exchange(self._flat)
+
+    def is_completed(self) -> bool:
+        return bool(self._work.is_completed())
+
+    def wait(self) -> None:
+        """On the host over gloo, on the current stream over nccl."""
+        self._work.wait()
+        parts = torch.split(self._flat, [tensor.numel() for tensor in self._tensors])
+        torch._foreach_copy_(
+            self._tensors, [part.view_as(into) for part, into in zip(parts, self._tensors, strict=True)]
+        )
 
 
 def _buckets(parameters: Sequence[torch.nn.Parameter]) -> list[list[torch.nn.Parameter]]:

@@ -16,7 +16,7 @@ from specd.bench.transport.raw_nccl import RawRank
 from specd.errors import TransportError
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def stand_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     fake_cuda.install(monkeypatch)
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
@@ -29,6 +29,7 @@ def rank(number: int, unique_id: bytes, lives: bool = True) -> RawRank:
     return RawRank(fake_nccl.LIBRARY, "cpu", number, unique_id, 5000, 2, lambda: lives)
 
 
+@pytest.mark.usefixtures("stand_in")
 def test_what_one_rank_sends_the_other_receives() -> None:
     unique_id = fake_nccl.NCCL.get_unique_id()
     ended: list[bool] = []
@@ -52,6 +53,7 @@ def test_what_one_rank_sends_the_other_receives() -> None:
     assert int(receiver._buffers[0][3000:].sum()) == 0
 
 
+@pytest.mark.usefixtures("stand_in")
 def test_a_peer_that_ended_is_not_waited_for() -> None:
     with pytest.raises(TransportError, match="the other process of the raw NCCL loop ended"):
         rank(raw_nccl.RECEIVER, fake_nccl.NCCL.get_unique_id(), lives=False)
