@@ -1,4 +1,7 @@
-"""A sweep on one GPU: three methods beside their target for equal time, over cuda_ipc, forwards shared."""
+"""A sweep on one GPU: three methods beside their target for equal time, over cuda_ipc, forwards shared.
+
+Plain attention, as nothing is compiled then: steps come at once.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +21,7 @@ FILE = f"""
 base:
   data: {{path: tokens.jsonl, batch_tokens: 512, max_length: 40}}
   train: {{epochs: 500, max_minutes: {MINUTES}}}
+  draft.attention: sdpa
   validation.share: 0.1
 runs:
   flash: {{method: dflash, draft: {{num_layers: 1, num_taps: 3, block_size: 4, num_anchors: 64, mask_token_id: 255}}}}
@@ -32,7 +36,7 @@ def test_three_methods_train_for_equal_time_on_one_gpu(tmp_path: Path) -> None:
     write_data(tmp_path / "tokens.jsonl")
     (tmp_path / "three.yaml").write_text(FILE)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(os.path.abspath, filter(None, sys.path)))}
-    command = [sys.executable, "-m", "specd", "sweep", "three.yaml", "-m", TARGET, "--devices", "0"]
+    command = [sys.executable, "-m", "specd", "sweep", "three.yaml", "-m", TARGET, "--lag-gb", "1", "--devices", "0"]
     done = subprocess.run(
         command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=400, check=False
     )
