@@ -19,7 +19,6 @@ from specd.memory import cuda
 from specd.memory.arena import MAX_SLOTS, HostArena
 from specd.transports.base import ServerContext, SlotRef, Traits
 from specd.transports.checks import cancelled, check_into, check_ref, stale, unwrap, wrap
-from specd.transports.pieces import pairs
 
 if TYPE_CHECKING:
     import torch
@@ -111,15 +110,11 @@ class _MappedRing:
             raise TransportError(
                 f"slot {ref.slot} has these states in {len(ref.pieces)} pieces: they have to be copied"
             )
-        return self.slot(ref.slot)[begin : begin + ref.nbytes]
-
-    def slot(self, slot: int) -> torch.Tensor:
-        """All bytes of a slot in place."""
-        whole = self._views.get(slot)
+        whole = self._views.get(ref.slot)
         if whole is None:
             offer = self.offer
-            whole = self._views[slot] = self.mapping.tensor(slot * offer.stride, offer.slot_bytes)
-        return whole
+            whole = self._views[ref.slot] = self.mapping.tensor(ref.slot * offer.stride, offer.slot_bytes)
+        return whole[begin : begin + ref.nbytes]
 
     def close(self) -> None:
         """Unmap it all, except lent slots, which stay mapped as long as their views live."""
@@ -140,7 +135,6 @@ class CudaIpcClient:
         self._lock = threading.Lock()
         """Held while memory is used: attach, fetch and close may come from different threads."""
         self._ring: _MappedRing | None = None
-        self._copier = cuda.Copier()
         self._cancelled = False
 
     def hello(self) -> bytes:
@@ -169,18 +163,8 @@ class CudaIpcClient:
             check_ref(ref, offer.num_slots, offer.slot_bytes, cuts=True)
             check_into(ref, into)
             ring.check(ref)
-            if ref.pieces and offer.gpu == self._gpu:
-                self._cut(ring, ref, into)
-            else:
-                ring.mapping.read(ref.slot * offer.stride, ref.nbytes, into.data_ptr(), ref.pieces)
+            ring.mapping.read(ref.slot * offer.stride, ref.nbytes, into.data_ptr(), ref.pieces)
             ring.check(ref)
-
-    def _cut(self, ring: _MappedRing, ref: SlotRef, into: torch.Tensor) -> None:
-        """By kernels: within one GPU the driver's copies of rows reach two thirds of their rate."""
-        try:
-            self._copier.copies(pairs(ref.pieces, into, ring.slot(ref.slot)))
-        except RuntimeError as error:
-            raise TransportError(f"the copy to {self._device} failed: {error}", lost=True) from None
 
     def view(self, ref: SlotRef) -> torch.Tensor:
         """See Borrower; the bytes stay mapped as long as the view lives, but only the lease keeps them as they are."""
