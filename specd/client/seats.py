@@ -77,11 +77,12 @@ def narrow(ring: RingInfo, spec: CaptureSpec, hidden_size: int, longest: int) ->
 
     Both empty if nothing is.
     """
-    problems, remedy = [], []
+    problems: list[str] = []
+    remedy: list[str] = []
     if slot_bytes(spec, hidden_size, ring.slot_tokens) > ring.slot_bytes:
         need, have = spec.bytes_per_token(hidden_size), ring.slot_bytes // ring.slot_tokens
         problems.append(f"{spec.title} = {need:,} bytes a token, where slots hold {have:,}")
-        remedy += [f"capture.num_taps={len(spec.taps)}", f"capture.final={str(spec.final).lower()}"]
+        remedy += spec.sizing
     if longest > ring.slot_tokens:
         problems.append(f"batches of {longest:,} tokens, where a slot has {ring.slot_tokens:,}")
         remedy.append(f"ring.slot_tokens={longest}")

@@ -235,8 +235,7 @@ def _unlike_share(
     if slot_bytes(spec, contract.hidden_size, ring.slot_tokens) > ring.slot_bytes:
         return (
             f"{share} would capture {spec.title} = {spec.bytes_per_token(contract.hidden_size):,} bytes a token; "
-            f"slots hold {ring.slot_bytes // ring.slot_tokens:,}: specd start --set capture.num_taps={len(spec.taps)} "
-            f"--set capture.final={str(spec.final).lower()}"
+            f"slots hold {ring.slot_bytes // ring.slot_tokens:,}: specd start --set {' --set '.join(spec.sizing)}"
         )
     return None
 

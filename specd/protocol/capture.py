@@ -49,6 +49,15 @@ class CaptureSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         """As in `5 taps + final`."""
         return f"{len(self.taps)} tap{'s' * (len(self.taps) != 1)}{' + final' * self.final}"
 
+    @property
+    def sizing(self) -> tuple[str, ...]:
+        """The settings of a daemon whose slots hold it."""
+        return (
+            f"capture.num_taps={len(self.taps)}",
+            f"capture.final={str(self.final).lower()}",
+            f"capture.dtype={self.dtype}",
+        )
+
     def problem(self, num_layers: int) -> str | None:
         """Why this spec cannot be captured from a target of `num_layers` layers, or None if it can."""
         if not self.taps and not self.final:

@@ -57,8 +57,8 @@ def test_a_daemon_without_room_is_told_what_to_change() -> None:
     assert str(error.value) == (
         f"ipc://d has no room for these runs: {count} taps + final = {32 * (count + 1)} bytes a token, where slots "
         f"hold {small.slot_bytes // 32}; batches of 64 tokens, where a slot has 32; 3 trainers, where 0 of 2 are "
-        f"taken: specd start … --set capture.num_taps={count} --set capture.final=true --set ring.slot_tokens=64 "
-        f"--set ring.max_sessions=3"
+        f"taken: specd start … --set capture.num_taps={count} --set capture.final=true --set capture.dtype=float32 "
+        f"--set ring.slot_tokens=64 --set ring.max_sessions=3"
     )
 
 

@@ -109,7 +109,7 @@ def test_a_share_that_no_slot_can_hold_is_refused() -> None:
     assert check_hello(hello, CONTRACT, RING, [SPEC]) is None
     assert check_hello(hello, CONTRACT, RING, [wide]) == (
         "share s would capture 4 taps + final = 160 bytes a token; slots hold 64: specd start --set capture.num_taps=4 "
-        "--set capture.final=true"
+        "--set capture.final=true --set capture.dtype=float32"
     )
     other = check_hello(hello, CONTRACT, RING, [CaptureSpec(taps=(1,))])
     assert other == "share s captures bfloat16, this trainer wants float32: give it another share, or none"
