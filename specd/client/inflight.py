@@ -104,7 +104,7 @@ class InFlight:
             return session
 
     def rings(self) -> list[RingInfo]:
-        """Of all daemons that are up; none while one is not that may bring a batch."""
+        """Of all daemons that are up; empty while one that may bring batches is not."""
         with self._lock:
             if any(link.session is None and not link.role.standby for link in self._links):
                 return []
@@ -293,7 +293,7 @@ class InFlight:
                     session.welcome.ring.payload_bytes,
                     borrow=session.borrow,
                     announce=session.needs_recv_ready,
-                    keeps=session.welcome.replay is not None,
+                    keeps=(kept := session.welcome.replay) is not None and kept.cells > 0,
                 )
             )
             self._lock.notify_all()

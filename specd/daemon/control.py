@@ -344,7 +344,8 @@ class Control:
             case channel.ReplayCounts():
                 self._account.replay(note.counts)
                 if (started := self._started) is not None and started.replay is not None:
-                    self._started = replace(started, replay=replace(started.replay, used=note.used, failed=note.failed))
+                    now = replace(started.replay, cells=note.cells, used=note.used, failed=note.failed)
+                    self._started = replace(started, replay=now)
             case channel.FillFailed():
                 self._dispatch.done(note.slot, note.generation)
                 for lease in self._ring.failed(note.slot, note.generation):

@@ -94,10 +94,10 @@ class TargetContract(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 
 
 class ReplayInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The states that a daemon keeps over epochs, as of now. used: how many of its cells hold a batch.
+    """The states that a daemon keeps over epochs, as of now.
 
-    cell_bytes: most bytes of states in one cell; a batch fills one, however small it is. failed: why its disk is not
-    used any more, empty while it is.
+    cells: for one batch each, however small it is; none of a disk that is not used any more. used: those that hold one.
+    cell_bytes: most bytes of states in one. failed: why its disk is not used any more, empty while it is.
     """
 
     cells: U64

@@ -126,6 +126,12 @@ class Lanes:
             self._run("scan", self._scan, self._disk)
 
     @property
+    def cells(self) -> int:
+        """Cells that a batch can be kept in, without those of what is switched off."""
+        with self._lock:
+            return sum(tier.cells.cells for tier in self._tiers if tier.on or not self.failed)
+
+    @property
     def used(self) -> int:
         """Cells that hold a batch."""
         with self._lock:
@@ -322,7 +328,7 @@ class Lanes:
             try:
                 tier.cells.write(entry.cell, task.key, image, task.nbytes, task.tokens)
             except OSError as error:
-                self._failed(tier, error)
+                self._disk_failed(tier, error)
                 self._give_up(tier, entry)
             else:
                 tier.errors = 0
@@ -359,10 +365,10 @@ class Lanes:
             log.warning("replay: %s; it is computed again", error)
             self._count("damaged")
         else:
-            self._failed(tier, error)
+            self._disk_failed(tier, error)
         self._count("miss")
 
-    def _failed(self, tier: Tier, error: OSError) -> None:
+    def _disk_failed(self, tier: Tier, error: OSError) -> None:
         """The disk failed; after ERRORS times in a row it is not used any more."""
         tier.errors += 1
         log.info("replay: the disk failed: %s", error)

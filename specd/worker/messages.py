@@ -144,11 +144,12 @@ class Filled(Note, kw_only=True, frozen=True, tag="filled"):
 
 
 class ReplayCounts(Note, kw_only=True, frozen=True, tag="replay_counts"):
-    """What became of batches that are, or could be, kept over epochs, since the last such note. used: cells in use now.
+    """What became of batches that are, or could be, kept over epochs, since the last such note.
 
-    counts: by the names of `replay.store.COUNTS`. failed: as of ReplayInfo.
+    counts: by the names of `replay.store.COUNTS`. The rest as of ReplayInfo.
     """
 
+    cells: int
     used: int
     counts: dict[str, int]
     failed: str = ""

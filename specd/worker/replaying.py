@@ -88,7 +88,7 @@ class Replay:
         self._lanes.start()
         self._lanes.scanned.wait(SCAN_S)
         return ReplayInfo(
-            cells=sum(each.cells for each in cells),
+            cells=self._lanes.cells,
             used=self._lanes.used,
             cell_bytes=cell_bytes,
             failed=self._failed,
@@ -142,7 +142,7 @@ class Replay:
             now = self._lanes.counters.values()
             counts = {name: count - self._told.get(name, 0) for name, count in now.items()}
             self._told = now
-            self._send(channel.ReplayCounts(used=self._lanes.used, counts=counts, failed=self._failed))
+            self._send(channel.ReplayCounts(cells=self._lanes.cells, used=self._lanes.used, counts=counts, failed=self._failed))
 
     @property
     def _failed(self) -> str:

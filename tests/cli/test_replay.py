@@ -84,8 +84,8 @@ def test_what_is_no_store_or_is_used_is_one_clear_line(store: Path, capsys: pyte
 def test_what_became_of_batches_in_words() -> None:
     info = ReplayInfo(cells=7936, used=36, cell_bytes=63 << 20)
     assert kept(info) == "36 of 7,936 cells hold a batch, 63 MiB each"
-    off = msgspec.structs.replace(info, used=0, failed="3 errors in a row: Input/output error")
-    assert kept(off).startswith("its disk is switched off (3 errors in a row: Input/output error); 0 of 7,936 cells")
+    off = msgspec.structs.replace(info, cells=0, used=0, failed="3 errors in a row: Input/output error")
+    assert kept(off).startswith("its disk is switched off (3 errors in a row: Input/output error); 0 of 0 cells hold")
     assert replayed({}) == "0 of 0 batches replayed, 0 written"
     counts = {"replay_hit": 96, "replay_miss": 4, "replay_wrote": 3, "replay_skipped": 1, "replay_damaged": 2}
     assert replayed(counts) == "96 of 100 batches replayed (96%), 3 written, 1 skipped, 2 damaged"

@@ -227,7 +227,7 @@ def test_of_a_disk_that_fails_the_daemon_says_so(tmp_path: Path, monkeypatch: py
             assert not said().failed
         monkeypatch.setattr(os, "preadv", broken)
         assert stream().digests == digests
-        assert (said().failed, said().used) == ("3 errors in a row: Input/output error", 0)
+        assert (said().failed, said().cells, said().used) == ("3 errors in a row: Input/output error", 0, 0)
 
 
 @pytest.mark.parametrize("where", ["disk", "ram"])
