@@ -157,9 +157,14 @@ class Subscriber:
         """
         self._in_flight.tell_epoch(batches)
 
+    @property
+    def rings(self) -> list[RingInfo]:
+        """Of all daemons that are up; empty while one that may bring batches is not."""
+        return self._in_flight.rings()
+
     def check_slots(self, longest: int) -> None:
         """Raise ConfigError where a batch of `longest` tokens fits no daemon's slots, as far as they are known."""
-        hidden, rings = self.contract.hidden_size, self._in_flight.rings()
+        hidden, rings = self.contract.hidden_size, self.rings
         need = slot_layout(self.spec, hidden, longest).nbytes
         if rings and not any(
             need <= ring.slot_bytes and (longest <= ring.slot_tokens or not self._share) for ring in rings

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -30,8 +30,11 @@ class ImagePayloads:
         self._dtype = contract.dtype
         self._processor = Processor(directory)
 
-    def check(self, contract: TargetContract, ring: RingInfo, batch_tokens: int) -> None:
-        """Raise ConfigError where the target takes no images, or not as many as a batch may have."""
+    def check(self, contract: TargetContract, rings: Iterable[RingInfo], batch_tokens: int) -> None:
+        """Raise ConfigError where the target takes no images, or no daemon as many as a batch may have.
+
+        rings: of all daemons, none where they are not known.
+        """
         samples = f"{self._dataset.report.illustrated:,} samples have images"
         if missing := sorted(set(NAMES) - set(contract.payloads)):
             takes = f"takes no {', '.join(missing)}" if contract.payloads else "takes text alone here"
@@ -40,11 +43,11 @@ class ImagePayloads:
                 f"images (--backend transformers)"
             )
         need = batch_tokens * self._processor.bytes_per_token(contract.dtype)
-        if need > ring.payload_bytes:
+        if need > (most := max((ring.payload_bytes for ring in rings), default=need)):
             mib = -(-need >> 20)
             raise ConfigError(
-                f"{samples}, of which a batch of data.batch_tokens={batch_tokens} may bring {mib} MiB, and the daemon "
-                f"takes {ring.payload_bytes >> 20} (ring.payload_mib): start it with --set ring.payload_mib={mib} (at "
+                f"{samples}, of which a batch of data.batch_tokens={batch_tokens} may bring {mib} MiB, and a daemon "
+                f"takes {most >> 20} (ring.payload_mib): start it with --set ring.payload_mib={mib} (at "
                 f"most 256), or lower data.batch_tokens"
             )
 

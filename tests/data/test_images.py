@@ -151,7 +151,7 @@ def test_another_file_under_the_same_name_is_noticed(target: Path, tmp_path: Pat
     [
         ({"payloads": ()}, RING, "1 samples have images, and tiny-vl takes text alone here: .*--backend transformers"),
         ({"payloads": ("pixel_values",)}, RING, "takes no image_grid_thw, mm_token_type_ids"),
-        ({}, RingInfo(num_slots=4, slot_bytes=99, slot_tokens=64), r"may bring 2 MiB, and the daemon takes 0 .*mib=2"),
+        ({}, RingInfo(num_slots=4, slot_bytes=99, slot_tokens=64), r"may bring 2 MiB, and a daemon takes 0 .*mib=2"),
     ],
 )
 def test_a_target_or_daemon_that_takes_no_such_images_is_refused_before_training(
@@ -162,8 +162,10 @@ def test_a_target_or_daemon_that_takes_no_such_images_is_refused_before_training
     wanted = _with(**contract)
     images = ImagePayloads(dataset, target, wanted)
     with pytest.raises(ConfigError, match=said):
-        images.check(wanted, ring, 64)
-    images.check(CONTRACT, RingInfo(num_slots=4, slot_bytes=99, slot_tokens=64, payload_bytes=2 << 20), 64)
+        images.check(wanted, [ring, ring], 64)
+    enough = RingInfo(num_slots=4, slot_bytes=99, slot_tokens=64, payload_bytes=2 << 20)
+    for rings in ([ring, enough], []):
+        images.check(CONTRACT, rings, 64)
 
 
 BAD: dict[str, tuple[dict[str, Any], str]] = {

@@ -65,7 +65,7 @@ def test_a_daemon_that_takes_too_few_is_named_before_training(target: Path, tmp_
     config = DaemonConfig(
         target=TargetConfig(model=f"{target}/", device="cpu"), ring=RingConfig(slots=4, slot_tokens=3072, payload_mib=1)
     )
-    with embedded(config) as host, pytest.raises(ConfigError, match=r"may bring \d+ MiB, and the daemon takes 1 "):
+    with embedded(config) as host, pytest.raises(ConfigError, match=r"may bring \d+ MiB, and a daemon takes 1 "):
         train_draft(settings, host=host)
 
 
