@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 import typer
+from msgspec.structs import replace
 
 from specd import units
 from specd.cli.hosting import laid_out
@@ -14,22 +19,32 @@ from specd.config.settings import RunConfig
 from specd.errors import ConfigError, DaemonError
 
 if TYPE_CHECKING:
+    from specd.protocol.messages import StatusReport
     from specd.targets.source import Source
     from specd.train.rehearsal import Rehearsal
 
+CHECKPOINTS = ("auto", "sglang", "transformers")
+"""Backends whose targets are checkpoints."""
+CONNECT_S = 10.0
+"""How long a dry run waits for a daemon that has answered."""
+
 
 def rehearsed(job: Job) -> Rehearsal:
-    """Check a run. A daemon is asked for its target if it is there."""
+    """Check a run. A daemon that is there, and has a session free, is asked as by the run, but for states."""
     from specd.targets.source import pick_dtype
-    from specd.train.rehearsal import rehearse
+    from specd.train.rehearsal import contract_of, rehearse
 
-    first = job.first
-    source = _source(job.model or _of_daemon(first) or job.preset, first)
-    name = source.name
+    first, served = job.first, ""
+    if not job.model and (report := _asked(first)) is not None and report.contract is not None:
+        if len(report.sessions) < report.max_sessions:
+            return _with_daemon(job)
+        served = report.contract.model
+    source = _source(job.model or served or job.preset, first)
     asked = str(first.target.get("dtype", "auto"))
     dtype = str(pick_dtype(asked, source)).removeprefix("torch.")
+    contract = contract_of(source.name, source.config, dtype)
     with laid_out(source) as files:
-        return rehearse(job.settle, name, source.config, files, dtype, resume=job.resume, show=True)
+        return rehearse(job.settle, contract, source.config, files, resume=job.resume, show=True)
 
 
 def rehearse(job: Job) -> None:
@@ -41,17 +56,35 @@ def rehearse(job: Job) -> None:
     typer.echo("all checks passed; nothing was loaded, nothing was written")
 
 
-def _of_daemon(config: RunConfig) -> str:
-    """The target of the daemon that the run would use, empty where none answers."""
+def _asked(config: RunConfig) -> StatusReport | None:
+    """What the daemon that the run would use says of itself, None where none answers."""
     from specd.client.ask import ask_status
     from specd.client.line import identity
 
     endpoint, auth = config.subscriber.endpoints[0], config.subscriber.auth
     try:
-        report = ask_status(endpoint, 2.0, identity(auth, [endpoint]) if auth else None)
+        return ask_status(endpoint, 2.0, identity(auth, [endpoint]) if auth else None)
     except DaemonError:
-        return ""
-    return report.contract.model if report.contract else ""
+        return None
+
+
+def _with_daemon(job: Job) -> Rehearsal:
+    """Check a run with what its daemons say; no batch is asked for, and its share is not joined."""
+    from specd.client.subscriber import Subscriber
+    from specd.train.directory import target_files
+    from specd.train.rehearsal import captured, rehearse
+
+    link = job.first.subscriber
+    link = replace(link, transport="auto", borrow=False, share="", connect_s=min(link.connect_s, CONNECT_S))
+    with (
+        Subscriber(link, partial(captured, job.settle), name="dry run") as source,
+        TemporaryDirectory(prefix="specd-target-") as scratch,
+    ):
+        files = Path(scratch)
+        config = json.loads(target_files(source.contract, source.artifact, files)["config.json"])
+        found = rehearse(job.settle, source.contract, config, files, resume=job.resume, show=True)
+        source.check_slots(found.longest)
+    return found
 
 
 def _source(name: str, config: RunConfig) -> Source:
@@ -61,10 +94,19 @@ def _source(name: str, config: RunConfig) -> Source:
     endpoint = config.subscriber.endpoints[0]
     if not name:
         raise ConfigError(
-            f"--dry-run has to know the target, and no daemon answers at {resolve_endpoint(endpoint)}: give "
+            f"--dry-run has to know the target, and no daemon serves one at {resolve_endpoint(endpoint)}: give "
             f"--preset NAME or --model NAME, or start the daemon"
         )
-    return with_tokenizer(resolve(name, need="tokenizer"), str(config.target.get("tokenizer", "")))
+    try:
+        source = resolve(name, need="tokenizer")
+    except ConfigError:
+        if config.target.get("backend", "auto") in CHECKPOINTS and name.partition(":")[0] != "synthetic":
+            raise
+        raise ConfigError(
+            f"--dry-run of {name}: it is no checkpoint, so what it is shows only once it runs: give --endpoint of a "
+            f"daemon that serves it and has a session free"
+        ) from None
+    return with_tokenizer(source, str(config.target.get("tokenizer", "")))
 
 
 def _rows(found: Rehearsal) -> Iterator[tuple[str, str]]:

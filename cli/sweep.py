@@ -6,7 +6,7 @@ import hashlib
 import logging
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,13 +16,13 @@ import typer
 from specd.cli.dry_run import rehearsed
 from specd.cli.fit import unlike
 from specd.cli.settings import complete_preset, given, servers_of
-from specd.cli.sweeping import Trainer, go
+from specd.cli.sweeping import Trainer, go, see_daemons
 from specd.cli.training import Job
 from specd.config.load import merge, overrides
 from specd.config.presets import recipe_of
 from specd.config.settings import RunConfig
 from specd.config.sweep import read_sweep
-from specd.errors import ConfigError, SpecdError
+from specd.errors import ConfigError, DaemonError, SpecdError
 
 logger = logging.getLogger(__name__)
 EXAMPLES = (
@@ -205,6 +205,9 @@ def _rehearse(runs: Sequence[Trainer], target: Mapping[str, Any], resume: bool) 
     found: dict[str, RunConfig] = {}
     taps: set[int] = set()
     final = False
+    if not target:
+        with suppress(DaemonError):  # what is not there yet is not looked at
+            see_daemons(runs)
     for run in runs:
 
         def settle(name: str, run: Trainer = run) -> RunConfig:

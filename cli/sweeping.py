@@ -91,7 +91,8 @@ def go(
         try:
             endpoint = _daemon(runs, target, lag_gb, children, place, scratch) if target else ""
             if not endpoint:
-                _see_daemons(runs)
+                for line in see_daemons(runs):
+                    logger.warning("%s", line)
             files = [_file(run, scratch, endpoint) for run in runs]
             fleet.run(
                 [
@@ -133,8 +134,8 @@ def _live(console: Console, drawn: Callable[[], Table]) -> Iterator[Callable[[],
         yield lambda: live.update(drawn(), refresh=True)
 
 
-def _see_daemons(runs: Sequence[Trainer]) -> None:
-    """See that each daemon has room for all runs; say which of these share nothing.
+def see_daemons(runs: Sequence[Trainer]) -> list[str]:
+    """See that each daemon has room for all runs; returns which of these share nothing, and why.
 
     Raises DaemonError where none answers, ConfigError as `check_room` does.
     """
@@ -143,6 +144,7 @@ def _see_daemons(runs: Sequence[Trainer]) -> None:
     from specd.endpoints import resolve_endpoint
 
     asking: dict[str, list[Trainer]] = {}
+    apart: list[str] = []
     for run in runs:
         for endpoint in run.first.subscriber.endpoints:
             asking.setdefault(endpoint, []).append(run)
@@ -151,8 +153,9 @@ def _see_daemons(runs: Sequence[Trainer]) -> None:
         report = ask_status(endpoint, ASK_S, identity(auth, [endpoint]) if auth else None)
         known = {run.name: run.settle(report.contract.model if report.contract else "") for run in askers}
         check_room(report, known, resolve_endpoint(endpoint))
-        for line in unlike(known) if endpoint in runs[0].first.subscriber.endpoints[:1] else ():
-            logger.warning("%s", line)
+        if endpoint in runs[0].first.subscriber.endpoints[:1]:
+            apart += unlike(known)
+    return apart
 
 
 def _daemon(

@@ -15,11 +15,12 @@ from specd.drafts import registry
 from specd.drafts.base import TargetParts
 from specd.errors import ConfigError
 from specd.protocol.batch import slot_bytes
-from specd.protocol.capture import plain
+from specd.protocol.capture import CaptureSpec, plain
 from specd.protocol.contract import TargetContract
 from specd.train.asked import Settle, check, check_recipe, output_of, travelling
 from specd.train.checkpoint import finished_checkpoints
 from specd.train.optimizer import total_steps
+from specd.train.plan import Plan, longest
 from specd.train.preparation import prepared, warn_of_length, with_data, with_dtype
 
 
@@ -28,8 +29,9 @@ class Rehearsal(msgspec.Struct, frozen=True, kw_only=True):
 
     batches: of all epochs. steps: of the whole run, done: those that it has behind it. max_minutes: of training, 0 for
     no limit. parameters: trained ones. trainer_bytes: masters, gradients, moments and the target's frozen parts on the
-    trainer's device; activations come on top. batch_bytes: states of the largest batch. staging_bytes: of the
-    batches that a trainer holds. checkpoint_bytes: one of them; `keep` stay, and one more while it is written.
+    trainer's device; activations come on top. longest: tokens of the largest batch of the epoch that it is in.
+    batch_bytes: states of a batch as large as it may be. staging_bytes: of the batches that a trainer holds.
+    checkpoint_bytes: one of them; `keep` stay, and one more while it is written.
     """
 
     method: str
@@ -49,6 +51,7 @@ class Rehearsal(msgspec.Struct, frozen=True, kw_only=True):
     warmup: int
     parameters: int
     trainer_bytes: int
+    longest: int
     batch_bytes: int
     staging_bytes: int
     checkpoint_bytes: int
@@ -57,20 +60,26 @@ class Rehearsal(msgspec.Struct, frozen=True, kw_only=True):
     final: bool
 
 
+def captured(settle: Settle, contract: TargetContract) -> CaptureSpec:
+    """The states that a run asks of a daemon. Raises ConfigError for a run that does not suit the target."""
+    known = settle(contract.model)
+    draft = check_recipe(known, contract.model)
+    return travelling(known, registry.load(known.method).capture(draft, contract))
+
+
 def rehearse(
     settle: Settle,
-    name: str,
+    contract: TargetContract,
     config: Mapping[str, Any],
     files: Path,
-    state_dtype: str,
     *,
     resume: bool = False,
     show: bool = False,
 ) -> Rehearsal:
     """Check a run as `train_draft` would, prepare its data, and make its draft; nothing of the run is written.
 
-    name, config: the target and its config.json. files: directory of its tokenizer. state_dtype: that it runs in.
-    What only a running target shows is not looked at: how it scales its embedding and logits, and its fingerprint.
+    contract, config: of the target, and its config.json. files: directory of its tokenizer. What only a running target
+    shows is not looked at: how it scales its embedding and logits, and its fingerprint.
     Raises as `train_draft` does before its first batch.
     """
     first = settle("")
@@ -78,10 +87,10 @@ def rehearse(
     directory = output_of(first)
     if directory.path.exists():
         resume = directory.check(resume)
+    name = contract.model
     known = settle(name)
     draft = check_recipe(known, name)
     settled = with_data(with_dtype(known, device), name)
-    contract = contract_of(name, config, state_dtype)
     method = registry.load(settled.method)
     wanted = method.capture(draft, contract)
     spec = travelling(settled, wanted)
@@ -110,7 +119,8 @@ def rehearse(
     parameters = sum(parameter.numel() for parameter in trained)
     frozen = embedding.nbytes * (1 if head is embedding else 2)
     steps = total_steps(settled.train, loader.num_batches)
-    kept = finished_checkpoints(directory.checkpoints) if directory.begun else []
+    kept = finished_checkpoints(directory.checkpoints) if directory.begun and resume else []
+    done = kept[-1][0] if kept else 0
     batch, decoded = (slot_bytes(one, contract.hidden_size, settled.data.batch_tokens) for one in (spec, wanted))
     return Rehearsal(
         method=settled.method,
@@ -126,10 +136,11 @@ def rehearse(
         epochs=settled.train.epochs,
         steps=steps,
         max_minutes=settled.train.max_minutes,
-        done=kept[-1][0] if kept and resume else 0,
+        done=done,
         warmup=ceil(settled.train.warmup_ratio * steps),
         parameters=parameters,
         trainer_bytes=16 * parameters + frozen,
+        longest=longest(loader, (), Plan(steps, done), settled.train.accumulation),
         batch_bytes=batch,
         staging_bytes=batch * (settled.subscriber.depth + 1) + decoded * spec.scaled,
         checkpoint_bytes=parameters * (12 + dtype.itemsize),

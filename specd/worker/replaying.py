@@ -142,7 +142,9 @@ class Replay:
             now = self._lanes.counters.values()
             counts = {name: count - self._told.get(name, 0) for name, count in now.items()}
             self._told = now
-            self._send(channel.ReplayCounts(cells=self._lanes.cells, used=self._lanes.used, counts=counts, failed=self._failed))
+            self._send(
+                channel.ReplayCounts(cells=self._lanes.cells, used=self._lanes.used, counts=counts, failed=self._failed)
+            )
 
     @property
     def _failed(self) -> str:

@@ -141,11 +141,24 @@ def test_unknown_transport(endpoint: str, data: Path, tmp_path: Path) -> None:
 
 
 def test_a_batch_longer_than_a_slot(endpoint: str, data: Path, tmp_path: Path) -> None:
-    code, said = train(tmp_path / "run", "--endpoint", endpoint, "--data", str(data))
-    assert code == 2
-    assert "start the daemon with --set ring.slot_tokens=" in said
-    assert "or train with a smaller data.batch_tokens" in said
+    for further in ([], ["--dry-run"]):
+        code, said = train(tmp_path / "run", "--endpoint", endpoint, "--data", str(data), *further)
+        assert code == 2
+        assert "start the daemon with --set ring.slot_tokens=" in said
+        assert "or train with a smaller data.batch_tokens" in said
     assert not (tmp_path / "run").exists(), "nothing is begun"
+
+
+def test_a_dry_run_knows_of_a_target_what_its_daemon_says(
+    endpoint: str, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--data", str(data), "--dry-run", "--share", "s"]
+    assert train(tmp_path / "run", "--endpoint", endpoint, *arguments, data__batch_tokens=32) == (0, "")
+    assert "dflash draft for synthetic in " in (said := capsys.readouterr().out)
+    assert "12 over 12 batches in 1 epochs" in said
+    code, said = train(tmp_path / "run", "--model", TARGET, *arguments)
+    assert code == 2
+    assert f"--dry-run of {TARGET}: it is no checkpoint, so what it is shows only once it runs: give --end" in said
 
 
 def test_no_daemon(data: Path, tmp_path: Path) -> None:

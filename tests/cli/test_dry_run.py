@@ -1,4 +1,4 @@
-"""`specd train --dry-run` on a terminal of 80 columns, and with a daemon that names its target."""
+"""`specd train --dry-run` on a terminal of 80 columns."""
 
 from __future__ import annotations
 
@@ -6,11 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from daemons import REPORT
-from specd.cli import dry_run
 from specd.cli.main import run
-from specd.config.settings import RunConfig
-from specd.errors import ConfigError
 
 
 def test_it_fits_on_a_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -21,15 +17,3 @@ def test_it_fits_on_a_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert lines[-1] == "all checks passed; nothing was loaded, nothing was written"
     assert max(len(line) for line in lines[1:]) <= 80
     assert not (tmp_path / "x").exists()
-
-
-def test_a_daemon_is_asked_for_its_target(
-    daemon: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def source(name: str, config: RunConfig) -> None:
-        raise ConfigError(f"looked for {name}")
-
-    monkeypatch.setattr(dry_run, "_source", source)
-    assert run(["-q", "train", "dflash", "--endpoint", daemon, "--dry-run"]) == 2
-    assert REPORT.contract is not None
-    assert f"looked for {REPORT.contract.model}\n" in capsys.readouterr().err

@@ -65,10 +65,11 @@ def test_a_daemon_without_room_is_refused_before_anything_is_begun(
 ) -> None:
     (place / "two.yaml").write_text(FILE.replace("eagle3", "eagle3, train.seed: 1"))
     with answering(endpoint, replace(REPORT, contract=replace(CONTRACT, num_layers=30), max_sessions=2)):
-        assert run(["-q", "sweep", "two.yaml", "-e", endpoint]) == 2
-    said = capsys.readouterr().err
-    assert f"{endpoint} has no room for these runs: " in said
-    assert "2 trainers, where 1 of 2 are taken: specd start … --set capture." in said
+        for further in ([], ["--dry-run"]):
+            assert run(["-q", "sweep", "two.yaml", "-e", endpoint, *further]) == 2
+            said = capsys.readouterr().err
+            assert f"{endpoint} has no room for these runs: " in said
+            assert "2 trainers, where 1 of 2 are taken: specd start … --set capture." in said
     assert not (place / "runs").exists()
 
 

@@ -112,7 +112,7 @@ def test_what_was_trained_is_decoded_one_after_the_other(
                 self.failed.append(commands[1].run)
 
     monkeypatch.setattr("specd.cli.fleet.Fleet", Noted)
-    monkeypatch.setattr(sweeping, "_see_daemons", lambda runs: None)
+    monkeypatch.setattr(sweeping, "see_daemons", lambda runs: [])
     runs = [
         Trainer(name, {"method": "dflash", "output": str(tmp_path / name)}, "smollm2-135m", device)
         for name, device in (("a", "cpu"), ("b", "cpu"), ("c", "cuda:3"))

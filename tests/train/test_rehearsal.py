@@ -97,7 +97,7 @@ def test_what_the_run_would_refuse_is_refused(
 
 def test_a_target_has_to_be_known(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["-q", "train", "dflash", "--endpoint", f"ipc://{tmp_path}/none.sock", "--dry-run"]) == 2
-    assert "no daemon answers at ipc://" in capsys.readouterr().err
+    assert "no daemon serves one at ipc://" in capsys.readouterr().err
     with pytest.raises(ConfigError, match=r"of x does not say 'hidden_size'.*leave --dry-run out"):
         contract_of("x", {"model_type": "x"}, "float32")
     nested: dict[str, Any] = {"text_config": {"hidden_size": 8, "num_hidden_layers": 2, "vocab_size": 9}}
