@@ -14,6 +14,8 @@ def check(option: str, path: Path) -> None:
         raise ConfigError(f"{option} {str(path)!r}: its directory does not exist")
     if path.is_dir():
         raise ConfigError(f"{option} {str(path)!r}: it is a directory; name a file in it")
+    if path.exists() and not path.is_file():
+        raise ConfigError(f"{option} {str(path)!r}: it is no plain file, and one would take its place; name another")
     try:
         being_written(path).touch()
         being_written(path).unlink()
