@@ -92,7 +92,7 @@ class _Packed:
         """On the host over gloo, on the current stream over nccl."""
         self._work.wait()
         parts = torch.split(self._flat, [tensor.numel() for tensor in self._tensors])
-        torch._foreach_copy_(
+        torch._foreach_copy_(  # pyright: ignore[reportPrivateImportUsage]
             self._tensors, [part.view_as(into) for part, into in zip(parts, self._tensors, strict=True)]
         )
 
