@@ -103,12 +103,12 @@ class InFlight:
                 self._lock.wait(0.5)
             return session
 
-    def rings(self) -> list[RingInfo]:
-        """Of all daemons that are up; empty while one that may bring batches is not."""
+    def rings(self) -> dict[str, RingInfo]:
+        """Of all daemons that are up, by endpoint; empty while one that may bring batches is not."""
         with self._lock:
             if any(link.session is None and not link.role.standby for link in self._links):
-                return []
-            return [link.session.welcome.ring for link in self._links if link.session is not None]
+                return {}
+            return {link.endpoint: link.session.welcome.ring for link in self._links if link.session is not None}
 
     def tell_epoch(self, batches: int) -> None:
         """Tell all daemons how many batches an epoch has."""

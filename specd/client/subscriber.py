@@ -158,8 +158,8 @@ class Subscriber:
         self._in_flight.tell_epoch(batches)
 
     @property
-    def rings(self) -> list[RingInfo]:
-        """Of all daemons that are up; empty while one that may bring batches is not."""
+    def rings(self) -> dict[str, RingInfo]:
+        """Of all daemons that are up, by endpoint; empty while one that may bring batches is not."""
         return self._in_flight.rings()
 
     def check_slots(self, longest: int) -> None:
@@ -167,12 +167,14 @@ class Subscriber:
         hidden, rings = self.contract.hidden_size, self.rings
         need = slot_layout(self.spec, hidden, longest).nbytes
         if rings and not any(
-            need <= ring.slot_bytes and (longest <= ring.slot_tokens or not self._share) for ring in rings
+            need <= ring.slot_bytes and (longest <= ring.slot_tokens or not self._share) for ring in rings.values()
         ):
-            problems, remedy = narrow(max(rings, key=lambda ring: ring.slot_bytes), self.spec, hidden, longest)
+            widest = max(rings, key=lambda endpoint: rings[endpoint].slot_bytes)
+            problems, remedy = narrow(rings[widest], self.spec, hidden, longest)
             given = " ".join(f"--set {setting}" for setting in remedy)
             raise ConfigError(
-                f"{'; '.join(problems)}: start the daemon with {given}, or train with a smaller data.batch_tokens"
+                f"{widest}: {'; '.join(problems)}: start the daemon with {given}, or train with a smaller "
+                f"data.batch_tokens"
             )
 
     def artifact(self, name: str) -> bytes:

@@ -214,7 +214,7 @@ def _train(
             eos = ends_of(Path(scratch)) if settled.validation.decode_every else []
             images = ImagePayloads(dataset, Path(scratch), contract) if dataset.illustrated else None
         if images:
-            images.check(contract, subscriber.rings, settled.data.batch_tokens)
+            images.check(contract, subscriber.rings.values(), settled.data.batch_tokens)
         batches = dataset.plan(settled.data, settled.train.seed, held.samples)
         if settled.data.packing == "fixed":
             subscriber.tell_epoch(batches.num_batches(0))

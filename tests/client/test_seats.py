@@ -117,7 +117,7 @@ def test_a_batch_that_fits_no_own_daemon_is_refused_though_others_stand_by(
         config = SubscriberConfig(endpoints=(own.endpoint, other.endpoint), transport="scripted", timeout_s=EXPECT_S)
         with Subscriber(config, SPEC, context=context, run=bytes(16), ranks=2, seat=Seat(0, 0, 2)) as source:
             source.check_slots(4)
-            with pytest.raises(ConfigError, match=r"1 tap = 16 bytes a token, .* --set capture.num_taps=1 --set"):
+            with pytest.raises(ConfigError, match=rf"^{own.endpoint}: 1 tap = 16 bytes a token, .*=1 --set"):
                 source.check_slots(5)
             with pytest.raises(BatchError, match=r"the largest slot of any daemon has 64"):
                 next(source.stream([batch(0, (30,))]))
