@@ -83,7 +83,7 @@ def _with_daemon(job: Job) -> Rehearsal:
         files = Path(scratch)
         config = json.loads(target_files(source.contract, source.artifact, files)["config.json"])
         found = rehearse(job.settle, source.contract, config, files, resume=job.resume, show=True)
-        source.check_slots(found.longest)
+        source.check_slots(found.longest, shared=bool(job.first.subscriber.share))
     return found
 
 

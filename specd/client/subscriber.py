@@ -162,12 +162,16 @@ class Subscriber:
         """Of all daemons that are up, by endpoint; empty while one that may bring batches is not."""
         return self._in_flight.rings()
 
-    def check_slots(self, longest: int) -> None:
-        """Raise ConfigError where a batch of `longest` tokens fits no daemon's slots, as far as they are known."""
+    def check_slots(self, longest: int, *, shared: bool = False) -> None:
+        """Raise ConfigError where a batch of `longest` tokens fits no daemon's slots, as far as they are known.
+
+        shared: as in a share, whose slots hold what others want, too.
+        """
+        shared = shared or bool(self._share)
         hidden, rings = self.contract.hidden_size, self.rings
         need = slot_layout(self.spec, hidden, longest).nbytes
         if rings and not any(
-            need <= ring.slot_bytes and (longest <= ring.slot_tokens or not self._share) for ring in rings.values()
+            need <= ring.slot_bytes and (longest <= ring.slot_tokens or not shared) for ring in rings.values()
         ):
             widest = max(rings, key=lambda endpoint: rings[endpoint].slot_bytes)
             problems, remedy = narrow(rings[widest], self.spec, hidden, longest)

@@ -152,10 +152,13 @@ def test_a_batch_longer_than_a_slot(endpoint: str, data: Path, tmp_path: Path) -
 def test_a_dry_run_knows_of_a_target_what_its_daemon_says(
     endpoint: str, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = ["--data", str(data), "--dry-run", "--share", "s"]
-    assert train(tmp_path / "run", "--endpoint", endpoint, *arguments, data__batch_tokens=32) == (0, "")
+    arguments = ["--data", str(data), "--dry-run"]
+    assert train(tmp_path / "run", "--endpoint", endpoint, *arguments, draft__num_taps=1) == (0, "")
     assert "dflash draft for synthetic in " in (said := capsys.readouterr().out)
-    assert "12 over 12 batches in 1 epochs" in said
+    assert "6 over 6 batches in 1 epochs" in said
+    code, said = train(tmp_path / "run", "--endpoint", endpoint, *arguments, "--share", "s", draft__num_taps=1)
+    assert code == 2, "58 tokens of one layer fit a slot for 32 of two, unless another run may want the other"
+    assert "batches of 58 tokens, where a slot has 32: start the daemon with --set ring.slot_tokens=58, or" in said
     code, said = train(tmp_path / "run", "--model", TARGET, *arguments)
     assert code == 2
     assert f"--dry-run of {TARGET}: it is no checkpoint, so what it is shows only once it runs: give --end" in said
