@@ -58,7 +58,8 @@ def replay(
 def kept(info: ReplayInfo) -> str:
     """How many of a daemon's cells hold a batch."""
     failed = f"its disk is switched off ({info.failed}); " if info.failed else ""
-    return f"{failed}{info.used:,} of {info.cells:,} cells hold a batch, {units.size(info.cell_bytes)} each"
+    encoded = f" as {info.encoding}" if info.encoding != "raw" else ""
+    return f"{failed}{info.used:,} of {info.cells:,} cells hold a batch{encoded}, {units.size(info.cell_bytes)} each"
 
 
 def replayed(counts: Mapping[str, int]) -> str:

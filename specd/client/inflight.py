@@ -280,6 +280,9 @@ class InFlight:
                     self._guard.fail(RejectedError(served))
                     return False
             link.open(session)
+            kept = session.welcome.replay
+            if kept is not None and kept.encoding not in ("raw", session.spec.dtype):
+                log.info("%s keeps states as %s: those that it reads are rounded", link.endpoint, kept.encoding)
             if not link.role.standby:
                 self._send_off()
             self._io.wake()
@@ -293,7 +296,7 @@ class InFlight:
                     session.welcome.ring.payload_bytes,
                     borrow=session.borrow,
                     announce=session.needs_recv_ready,
-                    keeps=(kept := session.welcome.replay) is not None and kept.cells > 0,
+                    keeps=kept is not None and kept.cells > 0,
                 )
             )
             self._lock.notify_all()

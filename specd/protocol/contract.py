@@ -97,13 +97,15 @@ class ReplayInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """The states that a daemon keeps over epochs, as of now.
 
     cells: for one batch each, however small it is; none of a disk that is not used any more. used: those that hold one.
-    cell_bytes: most bytes of states in one. failed: why its disk is not used any more, empty while it is.
+    cell_bytes: most bytes of states in one. failed: why its disk is not used any more, empty while it is. encoding: how
+    they are kept, `raw` to the bit.
     """
 
     cells: U64
     used: U64
     cell_bytes: U64
     failed: Reason = ""
+    encoding: Name = "raw"
 
 
 class RingInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -92,6 +92,7 @@ class Replay:
             used=self._lanes.used,
             cell_bytes=cell_bytes,
             failed=self._failed,
+            encoding=self._config.encoding,
         )
 
     def take(self, fill: channel.FillSlot) -> bool:

@@ -11,6 +11,7 @@ import pytest
 
 from specd.cli.main import run
 from specd.cli.replay import kept, replayed
+from specd.protocol.capture import FP8
 from specd.protocol.contract import ReplayInfo
 from specd.replay.files import NAME, Files, StoreDirectory
 from specd.replay.form import PAGE, Identity, offset
@@ -86,6 +87,7 @@ def test_what_became_of_batches_in_words() -> None:
     assert kept(info) == "36 of 7,936 cells hold a batch, 63 MiB each"
     off = msgspec.structs.replace(info, cells=0, used=0, failed="3 errors in a row: Input/output error")
     assert kept(off).startswith("its disk is switched off (3 errors in a row: Input/output error); 0 of 0 cells hold")
+    assert " cells hold a batch as float8_e4m3fn, 63 MiB" in kept(msgspec.structs.replace(info, encoding=FP8))
     assert replayed({}) == "0 of 0 batches replayed, 0 written"
     counts = {"replay_hit": 96, "replay_miss": 4, "replay_wrote": 3, "replay_skipped": 1, "replay_damaged": 2}
     assert replayed(counts) == "96 of 100 batches replayed (96%), 3 written, 1 skipped, 2 damaged"

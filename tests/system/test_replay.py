@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import random
 import signal
@@ -233,8 +234,13 @@ def test_of_a_disk_that_fails_the_daemon_says_so(tmp_path: Path, monkeypatch: py
 @pytest.mark.parametrize("where", ["disk", "ram"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_what_is_kept_as_float8_is_computed_states_first_and_what_their_codes_say_ever_after(
-    where: str, dtype: Literal["float32", "bfloat16"], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    where: str,
+    dtype: Literal["float32", "bfloat16"],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
+    caplog.set_level(logging.INFO, "specd.client.inflight")
     specs = [replace(spec, dtype=dtype) for spec in SPECS[:2]]
     plain = DaemonConfig(
         target=TargetConfig(model="synthetic:hidden=256,layers=8,vocab=128", dtype=dtype),
@@ -267,6 +273,7 @@ def test_what_is_kept_as_float8_is_computed_states_first_and_what_their_codes_sa
             else:
                 raise AssertionError("a share never read all of it")
     assert not any(set(computed) & set(coded) for computed, coded in ways)
+    assert " keeps states as float8_e4m3fn: those that it reads are rounded" in caplog.text
     if where == "disk":
         assert run(["replay", str(tmp_path / "s"), "--check"]) == 0
         assert ", kept as float8_e4m3fn\n" in capsys.readouterr().out
