@@ -101,7 +101,9 @@ def start(
     ] = None,
     replay_encoding: Annotated[
         str,
-        typer.Option("--replay-encoding", help="raw, or float8_e4m3fn: twice as many.", rich_help_panel=REPLAY),
+        typer.Option(
+            "--replay-encoding", help="raw, or float8_e4m3fn: twice as many, rounded.", rich_help_panel=REPLAY
+        ),
     ] = "",
     endpoint: Annotated[
         str, typer.Option("--endpoint", "-e", help="ipc://… or tcp://ADDRESS:PORT.", rich_help_panel=PLACE)
