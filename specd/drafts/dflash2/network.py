@@ -72,7 +72,7 @@ class Mix(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:
         x, base, asked = ctx.saved_tensors
         rows, kernels = _by_block(x, base, asked, ctx.block_size)
-        grad, by_x = grad_outputs[0].view(rows.shape), torch.zeros_like(rows)
+        grad, by_x = _blocks(grad_outputs[0], ctx.block_size).view(rows.shape), torch.zeros_like(rows)
         by_base, by_asked = [], []
         for tap, kernel in enumerate(kernels):
             # Of the row `tap` behind each: what it did with this one.
@@ -86,9 +86,17 @@ class Mix(torch.autograd.Function):
 def _by_block(x: Tensor, base: Tensor, asked: Tensor, block_size: int) -> tuple[Tensor, list[Tensor]]:
     """x as [blocks, b, G, g], and for each tap the kernels of its rows, of the same shape."""
     taps, groups = asked.shape[1:]
-    rows, by_row = x.view(-1, block_size, groups, x.shape[1] // groups), asked.view(-1, block_size, taps, groups)
+    rows, by_row = torch.unflatten(_blocks(x, block_size), 2, (groups, -1)), _blocks(asked, block_size)
     own = base.to(x.dtype).view(taps, groups, -1)
     return rows, [own[tap] + by_row[:, :, tap, :, None] for tap in range(taps)]
+
+
+def _blocks(x: Tensor, size: int) -> Tensor:
+    """Rows [N, …] as [blocks, size, …].
+
+    `view` would do, but compilers take its second dimension for N // blocks, which they do not know to be `size`.
+    """
+    return x.unfold(0, size, size).movedim(-1, 1)
 
 
 def _earlier(rows: Tensor, tap: int) -> Tensor:

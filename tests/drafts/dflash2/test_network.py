@@ -15,7 +15,7 @@ from drafts import CONFIG as DFLASH
 from drafts import HIDDEN, deliver, make_batch, make_draft
 from specd.drafts.base import Tuning
 from specd.drafts.block_attention import BlockLayout, plain_attention
-from specd.drafts.dflash2.network import ConvolvedLayer, Selector
+from specd.drafts.dflash2.network import ConvolvedLayer, Mix, Selector
 from specd.errors import ConfigError
 
 
@@ -85,6 +85,21 @@ def test_blocks_do_not_touch() -> None:
     changed = objective.draft(taps, torch.arange(9), noise, places, attend)
     same = (states == changed).all(-1).view(3, size).all(-1)
     assert same.tolist() == [True, False, True]
+
+
+def test_compilers_know_how_long_a_block_is() -> None:
+    """Else every kernel divides sizes to find out, and every call is guarded by what they have to be."""
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    def step(x: torch.Tensor, base: torch.Tensor, asked: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        mixed = Mix.apply(x, base, asked, 16)  # type: ignore[no-untyped-call]
+        return torch.autograd.grad(mixed.sum(), (x, base, asked))
+
+    shapes = ((6 * 16, 12), (2, 12), (6 * 16, 2, 4))
+    graph = make_fx(step, tracing_mode="symbolic")(*(torch.randn(shape, requires_grad=True) for shape in shapes)).graph
+    values = [node.meta["val"] for node in graph.nodes if "val" in node.meta]
+    blocks = {str(part.shape[1]) for part in values if isinstance(part, torch.Tensor) and part.ndim == 4}
+    assert blocks == {"16", "15", "2"}  # rows of a block, all but its last or first, taps of its kernels
 
 
 @pytest.mark.filterwarnings("ignore")  # torch's compiler warns about torch
