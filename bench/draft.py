@@ -18,6 +18,7 @@ import torch
 
 from specd.bench.device_clock import DeviceClock, matmul_tflop_per_s, median_ms
 from specd.bench.machine import machine
+from specd.bench.made_up import MadeUp, made_up
 from specd.config.settings import Config, TrainConfig
 from specd.drafts import registry
 from specd.drafts.base import Method, Objective, TargetParts, Tuning
@@ -192,7 +193,6 @@ class _Trained(NamedTuple):
     spec: CaptureSpec
     hidden: int
     vocab: int
-    dtype: torch.dtype
     device: torch.device
 
     @classmethod
@@ -216,18 +216,11 @@ class _Trained(NamedTuple):
         target_parts = TargetParts(contract, target, embedding, head, counts)
         objective = method.objective(settings, target_parts, device, dtype, tuning=way.tuning)
         spec = method.capture(settings, contract)
-        return cls(method, objective, spec, contract.hidden_size, contract.vocab_size, dtype, device)
+        return cls(method, objective, spec, contract.hidden_size, contract.vocab_size, device)
 
-    def states(self, tokens: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """Random taps [T, n, H] and final states [T, H], as far as the draft wants them."""
-        generator = torch.Generator(self.device).manual_seed(1)
-        dtype: torch.dtype = getattr(torch, self.spec.dtype)
-
-        def random(*shape: int) -> torch.Tensor:
-            return torch.randn(shape, device=self.device, dtype=dtype, generator=generator)
-
-        taps = random(tokens, len(self.spec.taps), self.hidden) if self.spec.taps else None
-        return taps, random(tokens, self.hidden) if self.spec.final else None
+    def states(self, tokens: int) -> MadeUp:
+        """Random ones of so many tokens, as far as the draft wants them."""
+        return made_up(self.spec, tokens, self.hidden, self.device)
 
 
 def _settings(name: str, target: dict[str, Any], way: Variant) -> Config:
@@ -246,7 +239,7 @@ def _row(variant: str, trained: _Trained, num_context: int, steps: int) -> Draft
         loss_mask=np.ones(num_context, np.bool_),
         samples=(0,),
     )
-    taps, final = trained.states(num_context)
+    states = trained.states(num_context)
     optimizer = make_optimizer(objective.module, TrainConfig())
     halted, marks = torch.zeros((), device=device), []
     # The forward's own stretch, without the inputs before and the head behind it; if the module is called as a whole.
@@ -259,7 +252,7 @@ def _row(variant: str, trained: _Trained, num_context: int, steps: int) -> Draft
         nonlocal halted
         marks.clear()
         marks.append(clock.mark())
-        loss = objective.loss(Delivery(msgspec.structs.replace(batch, epoch=number), taps, final))
+        loss = objective.loss(Delivery(msgspec.structs.replace(batch, epoch=number), *states))
         marks.append(clock.mark())
         loss.sum.backward()  # type: ignore[no-untyped-call]
         marks.append(clock.mark())

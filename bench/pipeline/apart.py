@@ -8,9 +8,10 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Final
 
+from specd.bench.made_up import made_up
 from specd.bench.pipeline.processes import daemon
 from specd.bench.pipeline.settings import Lengths, Settings
-from specd.bench.pipeline.step import Clocked, Draw, TrainingStep, clock, given, made_up
+from specd.bench.pipeline.step import Clocked, Draw, TrainingStep, clock, given
 from specd.client.seats import Seat
 from specd.client.subscriber import Subscriber
 from specd.config.settings import SubscriberConfig
@@ -61,7 +62,8 @@ def warm_up(
     settings: Settings, subscriber: Subscriber, step: TrainingStep, draw: Draw, progress: Callable[[str], None]
 ) -> None:
     """Run target and draft over all lengths once: their kernels are compiled by shape."""
-    states = made_up(settings, subscriber.spec, subscriber.contract.hidden_size)
+    hidden = subscriber.contract.hidden_size
+    states = made_up(subscriber.spec, settings.batch_tokens, hidden, settings.trainer)
     for lengths in settings.lengths:
         progress(f"warming up, {lengths} lengths")
         clock(subscriber.stream(draw(lengths)), None)
@@ -72,7 +74,7 @@ def draft_alone(
     settings: Settings, spec: CaptureSpec, hidden: int, step: TrainingStep, draw: Draw, progress: Callable[[str], None]
 ) -> dict[Lengths, float]:
     """Milliseconds of an optimizer step on states that are in memory already, by lengths."""
-    states = made_up(settings, spec, hidden)
+    states = made_up(spec, settings.batch_tokens, hidden, settings.trainer)
     found: dict[Lengths, float] = {}
     for lengths in settings.lengths:
         progress(f"the draft alone, {lengths} lengths")

@@ -6,19 +6,19 @@ import json
 import time
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import msgspec
 import numpy as np
 import torch
 
+from specd.bench.made_up import MadeUp
 from specd.bench.pipeline.settings import Lengths, Settings, SleepConfig
 from specd.config.settings import TrainConfig
 from specd.drafts.base import TargetParts
 from specd.memory.streams import Point, reached
 from specd.metrics import Stats
 from specd.protocol.batch import Batch, Delivery
-from specd.protocol.capture import CaptureSpec
 from specd.protocol.contract import TargetContract
 from specd.train.distributed import Ranks
 from specd.train.optimizer import apply_gradients, make_optimizer
@@ -193,26 +193,10 @@ def clock(
     return Clocked(seconds=tuple(seconds), samples=samples, tokens=tokens, stats=stats().difference(earlier))
 
 
-class States(NamedTuple):
-    """Of at least the longest batch: taps [T, N, H] and final states [T, H], None where they are not captured."""
-
-    taps: torch.Tensor | None
-    final: torch.Tensor | None = None
-
-
-def given(batches: Iterable[Batch], states: States) -> Iterator[Delivery]:
-    """Deliveries of states that are in memory already."""
+def given(batches: Iterable[Batch], states: MadeUp) -> Iterator[Delivery]:
+    """Deliveries of states that are in memory already, of at least the longest batch."""
     for batch in batches:
         yield Delivery(batch, *(None if part is None else part[: batch.num_tokens] for part in states))
-
-
-def made_up(settings: Settings, spec: CaptureSpec, hidden: int) -> States:
-    """Random states for `given`, on the trainer's device: values make no difference to the time."""
-
-    def random(*shape: int) -> torch.Tensor:
-        return torch.randn(settings.batch_tokens, *shape, dtype=getattr(torch, spec.dtype), device=settings.trainer)
-
-    return States(random(len(spec.taps), hidden) if spec.taps else None, random(hidden) if spec.final else None)
 
 
 def synchronize(device: str) -> None:

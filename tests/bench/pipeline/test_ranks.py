@@ -9,11 +9,12 @@ import msgspec
 import pytest
 import torch
 
+from specd.bench.made_up import MadeUp
 from specd.bench.pipeline import apart, ranks
 from specd.bench.pipeline.defaults import defaults
 from specd.bench.pipeline.ranks import RanksAnswer, RanksJob, RanksTimes, collect, met
 from specd.bench.pipeline.settings import batches
-from specd.bench.pipeline.step import Clocked, OptimizerStep, States, given, make_step
+from specd.bench.pipeline.step import Clocked, OptimizerStep, given, make_step
 from specd.config.settings import TargetConfig, TrainConfig
 from specd.errors import DaemonError
 from specd.targets.registry import load_target
@@ -46,7 +47,7 @@ def test_ranks_train_one_step_together(tmp_path: Path) -> None:
     """They begin with the weights of rank 0, and each step leaves the same ones on all."""
     target = load_target(TargetConfig(model=TINY))
     settings = msgspec.structs.replace(SETTINGS, draft="dflash")
-    states = States(torch.randn(256, 3, 32))
+    states = MadeUp(torch.randn(256, 3, 32))
     found: dict[int, list[torch.Tensor]] = {}
 
     def one(rank: int) -> None:

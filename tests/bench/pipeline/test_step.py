@@ -10,10 +10,11 @@ import msgspec
 import pytest
 import torch
 
+from specd.bench.made_up import MadeUp, made_up
 from specd.bench.pipeline.defaults import defaults
 from specd.bench.pipeline.rows import row_of
 from specd.bench.pipeline.settings import SleepConfig, batches
-from specd.bench.pipeline.step import OptimizerStep, SleepingStep, States, clock, given, made_up, make_step
+from specd.bench.pipeline.step import OptimizerStep, SleepingStep, clock, given, make_step
 from specd.client.subscriber import Subscriber
 from specd.config.settings import DaemonConfig, RingConfig, SubscriberConfig, TargetConfig
 from specd.daemon.serve import embedded
@@ -33,7 +34,7 @@ def test_a_real_draft_learns_on_given_states(draft: str) -> None:
     step = make_step(settings, target.contract, lambda name: bytes(target.artifact(name)), "cpu")
     assert isinstance(step, OptimizerStep)
     before = [parameter.detach().clone() for parameter in step.parameters]
-    states = made_up(settings, settings.capture(target.contract), 32)
+    states = made_up(settings.capture(target.contract), 256, 32, "cpu")
     clocked = clock(given(batches(settings, "fixed", 64, 4, 1), states), step, 1)
     assert (len(clocked.seconds), clocked.samples, clocked.tokens) == (3, 12, 3 * 256)
     changed = [not torch.equal(old, new) for old, new in zip(before, step.parameters, strict=True)]
@@ -97,5 +98,5 @@ def test_without_overlap_a_step_ends_when_it_is_done(
         return SimpleNamespace(synchronize=lambda: found.append(number))
 
     monkeypatch.setattr("specd.bench.pipeline.step.reached", reached)
-    clock(given(batches(settings, "fixed", 64, 4, 1), States(torch.randn(256, 3, 32))), step, 1, overlap)
+    clock(given(batches(settings, "fixed", 64, 4, 1), MadeUp(torch.randn(256, 3, 32))), step, 1, overlap)
     assert found == waited
