@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from specd.errors import ConfigError, TransportError, pip_install
+from specd.memory import rows
 from specd.protocol.cut import Piece
 
 if TYPE_CHECKING:
@@ -26,8 +27,6 @@ LAZY_PEER_ACCESS = 1
 """cudaIpcMemLazyEnablePeerAccess, the only flag cudaIpcOpenMemHandle takes."""
 MEMCPY_DEFAULT = 4
 """cudaMemcpyDefault: the driver tells from the addresses which way to copy."""
-STREAM_NON_BLOCKING = 1
-"""cudaStreamNonBlocking: it does not wait for the legacy default stream, where models run."""
 
 
 def resolve(device: str) -> str:
@@ -180,10 +179,13 @@ class Mapping:
         self.device = device
         self._opened: _Opened | None = _Opened(handle, device)
         self._address = self._opened.address
+        from cupy.cuda import Stream
+
         with _current(device):
-            # Of its own: torch's come from a pool of 32 and are shared once more were asked for.
+            # Of its own: torch's come from a pool of 32 and are shared once more were asked for. It does not wait for
+            # the legacy default stream, where models run.
             try:
-                self._stream = int(self._runtime.streamCreateWithFlags(STREAM_NON_BLOCKING))
+                self._stream: Any = Stream(non_blocking=True)
             except self._runtime.CUDARuntimeError as error:
                 raise TransportError(f"{device} gives no stream to copy on: {error}") from None
 
@@ -194,18 +196,18 @@ class Mapping:
         It waits for nothing but its copy: no kernel may still be using `into`. Raises TransportError, as lost, when the
         driver or the device reports a fault.
         """
-        cuda = self._runtime
+        cuda, stream = self._runtime, self._stream.ptr
         source = self._address + offset
         try:
             # On a thread that has no device yet, the calls would open device 0.
             with contextlib.nullcontext() if cuda.getDevice() == self._index else _current(self.device):
                 if not pieces:
-                    cuda.memcpyAsync(into, source, nbytes, MEMCPY_DEFAULT, self._stream)
-                for piece in pieces:
+                    cuda.memcpyAsync(into, source, nbytes, MEMCPY_DEFAULT, stream)
+                for piece in rows.queue(source, into, pieces, self._stream) if pieces else ():
                     there, here = source + piece.source, into + piece.target
                     size = piece.width, piece.rows
-                    cuda.memcpy2DAsync(here, piece.step, there, piece.pitch, *size, MEMCPY_DEFAULT, self._stream)
-            cuda.streamSynchronize(self._stream)
+                    cuda.memcpy2DAsync(here, piece.step, there, piece.pitch, *size, MEMCPY_DEFAULT, stream)
+            cuda.streamSynchronize(stream)
         except cuda.CUDARuntimeError as error:
             raise TransportError(f"the copy to {self.device} failed: {error}", lost=True) from None
 
@@ -217,10 +219,7 @@ class Mapping:
 
     def close(self) -> None:
         """Unmap it, as soon as none of its tensors is left. Idempotent."""
-        if self._opened is not None:
-            self._opened = None
-            with _current(self.device), contextlib.suppress(self._runtime.CUDARuntimeError):
-                self._runtime.streamDestroy(self._stream)
+        self._opened = self._stream = None
 
     def __repr__(self) -> str:
         return f"Mapping(on {self.device}{'' if self._opened else ', closed'})"

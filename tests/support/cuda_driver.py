@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import threading
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 from specd.memory import cuda
 
@@ -64,13 +64,11 @@ class Driver(ModuleType):
     def deviceSynchronize(self) -> None:
         self.note("deviceSynchronize")
 
-    def streamCreateWithFlags(self, flags: int) -> int:
-        assert flags == 1
-        self.note("streamCreateWithFlags")
-        return 77
-
-    def streamDestroy(self, stream: int) -> None:
-        self.note("streamDestroy", stream)
+    def stream(self, *, non_blocking: bool) -> SimpleNamespace:
+        """cupy.cuda.Stream."""
+        assert non_blocking
+        self.note("Stream")
+        return SimpleNamespace(ptr=77)
 
     def memcpyAsync(self, into: int, source: int, nbytes: int, kind: int, stream: int) -> None:
         assert kind == 4
