@@ -8,13 +8,16 @@ import re
 import select
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import fake_sglang
 from fake_sglang import HIDDEN, LAYERS, VERSIONS, VOCAB, ModelRunner
@@ -117,6 +120,55 @@ def test_too_much_for_one_forward_is_refused(target: SGLangTarget, lengths: tupl
     with pytest.raises(TargetError, match=said):
         target.run([make_fill(lengths, SPEC)])
     target.run([make_fill((3,), SPEC)])
+
+
+def test_what_sglang_compiled_runs_while_a_trainer_compiles_in_the_same_process(
+    config: TargetConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch marks the whole process as tracing, where a compiled function refuses to be called."""
+    compiled = torch.compile(torch.neg, backend="eager")
+
+    class Compiled(fake_sglang.Layer):
+        def forward(self, hidden: Any, residual: torch.Tensor | None, *, batch: Any) -> Any:
+            compiled(torch.ones(1))
+            return super().forward(hidden, residual, batch=batch)
+
+    monkeypatch.setattr(ModelRunner, "layer", Compiled)
+    inside, over = threading.Event(), threading.Event()
+
+    def compiled_elsewhere(number: torch.Tensor) -> torch.Tensor:
+        inside.set()
+        assert over.wait(60)
+        return number * 2
+
+    target = load_target(config)
+    assert isinstance(target, SGLangTarget)
+    trainer = threading.Thread(target=make_fx(compiled_elsewhere), args=(torch.ones(1),))
+    trainer.start()
+    try:
+        assert inside.wait(60)
+        fill = make_fill((7, 5), SPEC)
+        target.run([fill])
+        torch.testing.assert_close(read(fill), plain(target, fill))
+    finally:
+        over.set()
+        trainer.join()
+        target.close()
+
+
+def test_a_load_that_fails_leaves_no_process_group_behind(
+    config: TargetConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended: list[str] = []
+    state = sys.modules["sglang.srt.distributed.parallel_state"]
+    for name in ("destroy_model_parallel", "destroy_distributed_environment"):
+        monkeypatch.setattr(state, name, partial(ended.append, name))
+    monkeypatch.setattr(ModelRunner, "fail", RuntimeError("no memory"))
+    with pytest.raises(TargetError, match="no memory"):
+        load_target(config)
+    assert ended == ["destroy_model_parallel", "destroy_distributed_environment"]
+    monkeypatch.setattr(ModelRunner, "fail", None)
+    load_target(config).close()
 
 
 def test_a_failed_forward_leaves_the_target_alive(target: SGLangTarget, monkeypatch: pytest.MonkeyPatch) -> None:

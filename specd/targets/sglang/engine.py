@@ -17,6 +17,7 @@ from typing import Any, Final
 
 import numpy as np
 import torch
+import torch._dynamo
 from numpy.typing import NDArray
 
 from specd.errors import ConfigError, TargetError
@@ -55,8 +56,20 @@ class Engine:
     """
 
     def __init__(self, setup: RankSetup) -> None:
-        sg = self._sg = touch_points()
+        self._sg = touch_points()
         self._setup = setup
+        try:
+            self._load(setup)
+        except BaseException:
+            self._leave_groups()
+            raise
+
+    def _load(self, setup: RankSetup) -> None:
+        """Load the model, and check that its states are what its layers say."""
+        sg = self._sg
+        # A trainer that compiles in this process has torch trace in all threads (torch 2.9–2.13): what SGLang has
+        # compiled runs as it was written meanwhile, where it would raise.
+        torch._dynamo.config.error_on_nested_fx_trace = False
         on_gpu = setup.device == "cuda"
         self._device = torch.device("cuda", setup.gpu + setup.rank) if on_gpu else torch.device("cpu")
         if setup.tp > 1:
@@ -215,11 +228,15 @@ class Engine:
         """Free what SGLang holds, its process groups too. No other engine may live in this process."""
         del self.runner, self.model, self.layers, self._parts, self._official, self._source, self._table, self._graphs
         del self.states
-        self._sg["destroy_model_parallel"]()
-        self._sg["destroy_distributed_environment"]()
+        self._leave_groups()
         gc.collect()
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
+
+    def _leave_groups(self) -> None:
+        """End SGLang's process groups, so that this process can load a model again."""
+        self._sg["destroy_model_parallel"]()
+        self._sg["destroy_distributed_environment"]()
 
     def _current(self) -> contextlib.AbstractContextManager[object]:
         return torch.cuda.device(self._device) if self._device.type == "cuda" else contextlib.nullcontext()
