@@ -107,13 +107,15 @@ def plain_logging() -> Iterator[None]:
     os.environ.pop("SPECD_LOG", None)
 
 
-@pytest.fixture
-def own_compiler() -> Iterator[None]:
-    """Compile in this process: torch's compile workers outlive the tests."""
+@pytest.fixture(scope="session")
+def own_compiler(clean_machine: None) -> Iterator[None]:
+    """Compile in this process, or, where kernels are compiled for a GPU, with workers that end before the session."""
+    import torch._inductor.async_compile
     import torch._inductor.config
 
-    with torch._inductor.config.patch(compile_threads=1):
+    with torch._inductor.config.patch(compile_threads=8 if torch.cuda.is_available() else 1):
         yield
+        torch._inductor.async_compile.shutdown_compile_workers()
 
 
 @pytest.fixture
