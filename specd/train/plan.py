@@ -30,16 +30,20 @@ class Counted(Protocol):
 
 
 class Plan(NamedTuple):
-    """steps: of the whole run. done: how many a resumed run has behind it. change: what it changed, for people."""
+    """steps: of the whole run. done, trained: how many, and batches, a resumed run has behind it.
+
+    change: what it changed, for people.
+    """
 
     steps: int
     done: int = 0
+    trained: int = 0
     change: str = ""
 
 
 def longest(batches: Loader, held: Sequence[Place], plan: Plan, accumulation: int) -> int:
     """Tokens of the largest batch that a run is about to train: in the epoch that it is in, and held out of it."""
-    epoch, index = 0, plan.done * accumulation
+    epoch, index = 0, plan.trained
     while epoch < batches.epochs and index >= (size := batches.plan.num_batches(epoch)):
         epoch, index = epoch + 1, index - size
     coming = batches.places_of(epoch, index) if epoch < batches.epochs else ()
@@ -76,7 +80,7 @@ def planned(
             f"`specd export` gives the draft as it is"
         )
     if not changed:
-        return Plan(steps, step)
+        return Plan(steps, step, trained)
     old = replace(
         config,
         epochs=before["train.epochs"],
@@ -92,4 +96,4 @@ def planned(
         "; ".join(changed), f"{steps} steps in place of {had}" if steps != had else f"at most {steps} steps",
         step + 1, *rates,
     )  # fmt: skip
-    return Plan(steps, step, f"at step {step}: {'; '.join(changed)}")
+    return Plan(steps, step, trained, f"at step {step}: {'; '.join(changed)}")

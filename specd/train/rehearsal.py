@@ -22,6 +22,7 @@ from specd.train.checkpoint import finished_checkpoints
 from specd.train.optimizer import total_steps
 from specd.train.plan import Plan, longest
 from specd.train.preparation import prepared, warn_of_length, with_data, with_dtype
+from specd.train.validation import places_of
 
 
 class Rehearsal(msgspec.Struct, frozen=True, kw_only=True):
@@ -29,9 +30,9 @@ class Rehearsal(msgspec.Struct, frozen=True, kw_only=True):
 
     batches: of all epochs. steps: of the whole run, done: those that it has behind it. max_minutes: of training, 0 for
     no limit. parameters: trained ones. trainer_bytes: masters, gradients, moments and the target's frozen parts on the
-    trainer's device; activations come on top. longest: tokens of the largest batch of the epoch that it is in.
-    batch_bytes: states of a batch as large as it may be. staging_bytes: of the batches that a trainer holds.
-    checkpoint_bytes: one of them; `keep` stay, and one more while it is written.
+    trainer's device; activations come on top. longest: tokens of the largest batch of the epoch that it is in, or of
+    those held out. batch_bytes: states of a batch as large as it may be. staging_bytes: of the batches that a trainer
+    holds. checkpoint_bytes: one of them; `keep` stay, and one more while it is written.
     """
 
     method: str
@@ -120,7 +121,7 @@ def rehearse(
     frozen = embedding.nbytes * (1 if head is embedding else 2)
     steps = total_steps(settled.train, loader.num_batches)
     kept = finished_checkpoints(directory.checkpoints) if directory.begun and resume else []
-    done = kept[-1][0] if kept else 0
+    done, accumulation = kept[-1][0] if kept else 0, settled.train.accumulation
     batch, decoded = (slot_bytes(one, contract.hidden_size, settled.data.batch_tokens) for one in (spec, wanted))
     return Rehearsal(
         method=settled.method,
@@ -140,7 +141,9 @@ def rehearse(
         warmup=ceil(settled.train.warmup_ratio * steps),
         parameters=parameters,
         trainer_bytes=16 * parameters + frozen,
-        longest=longest(loader, (), Plan(steps, done), settled.train.accumulation),
+        longest=longest(
+            loader, places_of(settled, dataset, held), Plan(steps, done, done * accumulation), accumulation
+        ),
         batch_bytes=batch,
         staging_bytes=batch * (settled.subscriber.depth + 1) + decoded * spec.scaled,
         checkpoint_bytes=parameters * (12 + dtype.itemsize),

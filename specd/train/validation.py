@@ -208,12 +208,17 @@ def looked_at(
     rng.restore()
 
 
+def places_of(run: RunConfig, dataset: Dataset, held: Held) -> list[Place]:
+    """The batches of what is held out."""
+    return list(dataset.plan_of(held.samples, run.data, run.train.seed).places(0)) if held.rows else []
+
+
 def planned(run: RunConfig, dataset: Dataset, held: Held, plan: BatchPlan, path: Path) -> Validation:
     """The measurements of a run. run: with a share that is settled. plan: what it trains."""
     settings = run.validation
     if not held.rows:
         return Validation((), 0, 0, path)
-    places = list(dataset.plan_of(held.samples, run.data, run.train.seed).places(0))
+    places = places_of(run, dataset, held)
     tokens = sum(place.tokens for place in places)
     epoch = [place.tokens for place in plan.places(0)] or [run.data.batch_tokens]
     a_step = run.train.accumulation * sum(epoch) / len(epoch)

@@ -44,7 +44,7 @@ def resumed(now: TrainConfig, before: TrainConfig = CONFIG, spent_s: float = 60.
 def test_a_new_run_and_one_that_goes_on_as_it_was() -> None:
     assert planned(None, batches(2), CONFIG, lambda step: 0.0) == Plan(7)
     assert planned(None, batches(2), replace(CONFIG, max_steps=5), lambda step: 0.0) == Plan(5)
-    assert resumed(CONFIG) == Plan(7, 4)
+    assert resumed(CONFIG) == Plan(7, 4, 12)
 
 
 def test_of_the_batches_of_an_epoch_those_that_come_are_looked_at() -> None:
@@ -52,17 +52,20 @@ def test_of_the_batches_of_an_epoch_those_that_come_are_looked_at() -> None:
     two = Loader(nothing, BatchPlan([*[4] * 10, 9], 9, 1, seed=5, packing="fixed"), epochs=2)
     first, second = ([place.tokens for place in two.places_of(epoch)].index(9) for epoch in range(2))
     assert 0 < first < second < 10
-    plans = Plan(22), Plan(first), Plan(22, first), Plan(22, first + 1), Plan(22, 11 + second), Plan(22, 22)
+    done = first, first + 1, 11 + second, 22
+    plans = Plan(22), Plan(first), *(Plan(22, count, count) for count in done)
     assert [longest(two, (), plan, 1) for plan in plans] == [9, 4, 9, 4, 9, 0]
+    # A run that goes on behind its end may have had fewer batches in its last step.
+    assert [longest(two, (), Plan(8, 7, trained), 1) for trained in (first, first + 1)] == [9, 4]
     assert longest(two, [Place(0, 0, (0,), 6)], Plan(first), 1) == 6
 
 
 def test_another_length_is_another_plan_and_is_said(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.WARNING)
-    assert resumed(replace(CONFIG, epochs=3)) == Plan(10, 4, "at step 4: train.epochs was 2, is 3")
+    assert resumed(replace(CONFIG, epochs=3)) == Plan(10, 4, 12, "at step 4: train.epochs was 2, is 3")
     assert "train.epochs was 2, is 3: 10 steps in place of 7; the learning rate follows the new plan" in caplog.text
     limited = replace(CONFIG, max_minutes=2.0)
-    assert resumed(limited) == Plan(7, 4, "at step 4: train.max_minutes was 0.0, is 2.0")
+    assert resumed(limited) == Plan(7, 4, 12, "at step 4: train.max_minutes was 0.0, is 2.0")
     assert "at most 7 steps; the learning rate" in caplog.text
 
 

@@ -12,9 +12,11 @@ import torch
 
 from chats import talk, write_rows, write_target
 from specd.cli.main import run
+from specd.data.batching import Loader, Place
 from specd.errors import ConfigError
 from specd.train.export import find
 from specd.train.journal import read
+from specd.train.plan import Plan, longest
 from specd.train.rehearsal import contract_of
 
 SMALL = ("num_layers=1", "num_taps=2", "block_size=4", "num_anchors=4", "mask_token_id=9")
@@ -58,6 +60,22 @@ def test_the_run_is_as_it_was_said(
     assert "exists and is not empty: go on with that run by `specd resume " in capsys.readouterr().err
     assert run([*command, "--dry-run", "--resume"]) == 0
     assert f"{steps} of them are done" in capsys.readouterr().out
+
+
+def test_batches_that_are_held_out_are_looked_at_too(
+    command: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They may be the largest, and a slot has to take them."""
+    held: list[int] = []
+
+    def looked_at(batches: Loader, places: list[Place], plan: Plan, accumulation: int) -> int:
+        held.extend(place.tokens for place in places)
+        return longest(batches, places, plan, accumulation)
+
+    monkeypatch.setattr("specd.train.rehearsal.longest", looked_at)
+    assert run([*command, "--dry-run", "--set", "validation.share=0.2"]) == 0, capsys.readouterr().err
+    assert held
+    assert min(held) > 0
 
 
 def test_a_run_of_float8_states_decodes_with_the_targets_own(
