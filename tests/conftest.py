@@ -108,14 +108,21 @@ def plain_logging() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def own_compiler(clean_machine: None) -> Iterator[None]:
-    """Compile in this process, or, where kernels are compiled for a GPU, with workers that end before the session."""
+def no_compile_workers_left(clean_machine: None) -> Iterator[None]:
+    """torch's compile workers outlive the tests; these end before the session."""
+    yield
     import torch._inductor.async_compile
+
+    torch._inductor.async_compile.shutdown_compile_workers()
+
+
+@pytest.fixture
+def few_compile_workers(no_compile_workers_left: None) -> Iterator[None]:
+    """Compile in this process, but with several workers where kernels are compiled for a GPU."""
     import torch._inductor.config
 
     with torch._inductor.config.patch(compile_threads=8 if torch.cuda.is_available() else 1):
         yield
-        torch._inductor.async_compile.shutdown_compile_workers()
 
 
 @pytest.fixture

@@ -73,7 +73,7 @@ class DeviceCopy:
         self._stream = 0
         try:
             with self._current():
-                self._stream = int(self._cuda.streamCreateWithFlags(self._cuda.streamNonBlocking))
+                self._stream = int(self._cuda.streamCreateWithFlags(cuda.STREAM_NON_BLOCKING))
                 if "cpu" not in (source, target) and source != target:
                     self._enable_peer(source, target)
             self._pairs = [(self._memory(target, nbytes), self._memory(source, nbytes)) for _ in range(count)]

@@ -27,6 +27,8 @@ LAZY_PEER_ACCESS = 1
 """cudaIpcMemLazyEnablePeerAccess, the only flag cudaIpcOpenMemHandle takes."""
 MEMCPY_DEFAULT = 4
 """cudaMemcpyDefault: the driver tells from the addresses which way to copy."""
+STREAM_NON_BLOCKING = 1
+"""cudaStreamNonBlocking: it does not wait for the legacy default stream, where models run."""
 
 
 def resolve(device: str) -> str:
@@ -179,13 +181,10 @@ class Mapping:
         self.device = device
         self._opened: _Opened | None = _Opened(handle, device)
         self._address = self._opened.address
-        from cupy.cuda import Stream
-
         with _current(device):
-            # Of its own: torch's come from a pool of 32 and are shared once more were asked for. It does not wait for
-            # the legacy default stream, where models run.
+            # Of its own: torch's come from a pool of 32 and are shared once more were asked for.
             try:
-                self._stream: Any = Stream(non_blocking=True)
+                self._stream = int(self._runtime.streamCreateWithFlags(STREAM_NON_BLOCKING))
             except self._runtime.CUDARuntimeError as error:
                 raise TransportError(f"{device} gives no stream to copy on: {error}") from None
 
@@ -196,19 +195,23 @@ class Mapping:
         It waits for nothing but its copy: no kernel may still be using `into`. Raises TransportError, as lost, when the
         driver or the device reports a fault.
         """
-        cuda, stream = self._runtime, self._stream.ptr
+        assert self._opened is not None
+        cuda, stream = self._runtime, self._stream
         source = self._address + offset
         try:
             # On a thread that has no device yet, the calls would open device 0.
             with contextlib.nullcontext() if cuda.getDevice() == self._index else _current(self.device):
                 if not pieces:
                     cuda.memcpyAsync(into, source, nbytes, MEMCPY_DEFAULT, stream)
-                for piece in rows.queue(source, into, pieces, self._stream) if pieces else ():
-                    there, here = source + piece.source, into + piece.target
-                    size = piece.width, piece.rows
-                    cuda.memcpy2DAsync(here, piece.step, there, piece.pitch, *size, MEMCPY_DEFAULT, stream)
+                else:
+                    for piece in rows.queue(source, into, pieces, self._index, stream):
+                        there, here = source + piece.source, into + piece.target
+                        size = piece.width, piece.rows
+                        cuda.memcpy2DAsync(here, piece.step, there, piece.pitch, *size, MEMCPY_DEFAULT, stream)
             cuda.streamSynchronize(stream)
-        except cuda.CUDARuntimeError as error:
+        except RuntimeError as error:  # cupy's, of CUDA's runtime or of the driver
+            with contextlib.suppress(RuntimeError):  # what was queued before it still writes
+                cuda.streamSynchronize(stream)
             raise TransportError(f"the copy to {self.device} failed: {error}", lost=True) from None
 
     def tensor(self, offset: int, nbytes: int) -> torch.Tensor:
@@ -219,7 +222,10 @@ class Mapping:
 
     def close(self) -> None:
         """Unmap it, as soon as none of its tensors is left. Idempotent."""
-        self._opened = self._stream = None
+        if self._opened is not None:
+            self._opened = None
+            with _current(self.device), contextlib.suppress(self._runtime.CUDARuntimeError):
+                self._runtime.streamDestroy(self._stream)
 
     def __repr__(self) -> str:
         return f"Mapping(on {self.device}{'' if self._opened else ', closed'})"

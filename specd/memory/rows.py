@@ -10,7 +10,7 @@ import functools
 import logging
 import struct
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -20,23 +20,22 @@ log = logging.getLogger(__name__)
 
 WORD = 16
 """Bytes that a thread moves at once: addresses, widths and distances must be multiples of it."""
-MOST = 16
-"""Pieces of a launch."""
 THREADS = 256
-"""Of a block, at most; where no row has so many words, it has fewer."""
-ROWS = 4
-"""That a block reads before it writes."""
-WORDS = MOST * len(Piece._fields)
-PACK = struct.Struct(f"{WORDS}q")
-TABLE = np.dtype((np.void, PACK.size))
-"""Pieces with the addresses of their first rows, widths and distances in words, as the kernel takes them: by value."""
+"""Most threads of a block: one for each word of a row, or for each of several."""
+ROWS_A_BLOCK = 4
+"""Rows that a block reads before it writes any."""
+PIECES_A_LAUNCH = 16
+FIELDS = len(Piece._fields)
+TABLE = struct.Struct(f"{PIECES_A_LAUNCH * FIELDS}q")
+"""The kernel's argument: pieces with the addresses of their first rows; widths and distances in words."""
 SOURCE = """
 struct Piece { const uint4* source; uint4* target; long long rows, width, pitch, step; };
-struct Table { Piece pieces[MOST]; };
+struct Table { Piece pieces[PIECES]; };
 
 extern "C" __global__ void copy_rows(const __grid_constant__ Table table) {
     const Piece& piece = table.pieces[blockIdx.y];
     const long long first = (long long)blockIdx.x * ROWS;
+    if (first >= piece.rows) return;
     const uint4* source = piece.source + first * piece.pitch;
     uint4* target = piece.target + first * piece.step;
     for (long long at = threadIdx.x; at < piece.width; at += blockDim.x) {
@@ -52,42 +51,49 @@ extern "C" __global__ void copy_rows(const __grid_constant__ Table table) {
 """
 
 
-def queue(source: int, target: int, pieces: Sequence[Piece], stream: Any) -> Sequence[Piece]:
-    """Queue copies of pieces between two addresses on cupy's `stream`, which is one of the current device.
+class _Stream(NamedTuple):
+    """A stream of the driver, as cupy's launch takes it (13, 14)."""
+
+    ptr: int
+
+
+def queue(source: int, target: int, pieces: Sequence[Piece], device: int, stream: int) -> Sequence[Piece]:
+    """Queue copies of pieces between two addresses on a stream of `device`, the ordinal of the current one.
 
     Returns those that the driver should copy: of one row, or not of whole words, or all where there is no such kernel.
+    Raises cupy's CUDADriverError for a launch that fails.
     """
-    words: list[int] = []
+    numbers: list[int] = []
     others: list[Piece] = []
     for piece in pieces:
         at, to, rows, width, pitch, step = piece
         at, to = source + at, target + to
         if rows > 1 and not (at | to | width | pitch | step) % WORD:
-            words += at, to, rows, width // WORD, pitch // WORD, step // WORD
+            numbers += at, to, rows, width // WORD, pitch // WORD, step // WORD
         else:
             others.append(piece)
-    kernel = _kernel() if words else None
-    if kernel is None:
+    launch = _kernel(device) if numbers else None
+    if launch is None:
         return pieces
-    for begin in range(0, len(words), WORDS):
-        some = words[begin : begin + WORDS]
-        widest = max(some[3 :: len(Piece._fields)])
-        blocks = -(-max(some[2 :: len(Piece._fields)]) // ROWS), len(some) // len(Piece._fields)
-        table = np.frombuffer(PACK.pack(*some, *[0] * (WORDS - len(some))), TABLE)
-        kernel.kernel(blocks, (min(THREADS, -(-widest // 32) * 32),), (table,), 0, stream)
+    for begin in range(0, len(numbers), PIECES_A_LAUNCH * FIELDS):
+        some = numbers[begin : begin + PIECES_A_LAUNCH * FIELDS]
+        longest, widest = max(some[2::FIELDS]), max(some[3::FIELDS])
+        blocks = -(-longest // ROWS_A_BLOCK), len(some) // FIELDS
+        packed = TABLE.pack(*some, *[0] * (PIECES_A_LAUNCH * FIELDS - len(some)))
+        # One element of a numpy array is passed by value.
+        table = np.frombuffer(packed, np.dtype((np.void, TABLE.size)))
+        launch(blocks, (min(THREADS, -(-widest // 32) * 32),), (table,), 0, _Stream(stream))
     return others
 
 
 @functools.cache
-def _kernel() -> Any:
-    """Compiled once a process; None where it cannot be, which costs speed alone."""
+def _kernel(device: int) -> Any:
+    """The kernel on the current device, `device`; None where it cannot be had, which costs speed alone."""
     try:
         import cupy
 
-        kernel = cupy.RawKernel(SOURCE, "copy_rows", (f"-DROWS={ROWS}", f"-DMOST={MOST}"))
-        kernel.compile()
+        return cupy.RawKernel(SOURCE, "copy_rows", (f"-DROWS={ROWS_A_BLOCK}", f"-DPIECES={PIECES_A_LAUNCH}")).kernel
     except Exception as error:  # noqa: BLE001  whatever CUDA's compiler, its headers and its cache may raise
         reason = str(error).strip().splitlines()
         log.warning("rows are copied by the driver, at less than half the rate: %s", reason[-1] if reason else error)
         return None
-    return kernel

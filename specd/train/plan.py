@@ -30,7 +30,7 @@ class Counted(Protocol):
 
 
 class Plan(NamedTuple):
-    """steps: of the whole run. done, trained: how many, and batches, a resumed run has behind it.
+    """steps: of the whole run. done, trained: steps and batches that a resumed run has behind it.
 
     change: what it changed, for people.
     """

@@ -9,7 +9,7 @@ from specd.errors import ConfigError
 
 
 @pytest.mark.filterwarnings("ignore")  # torch's compiler warns about torch
-@pytest.mark.usefixtures("own_compiler")
+@pytest.mark.usefixtures("few_compile_workers")
 def test_a_machine_without_a_compiler_is_told_what_is_missing_and_what_works_without() -> None:
     import torch._inductor.config
 

@@ -21,8 +21,8 @@ import torch
 
 from cuda_driver import HANDLE, SIZE, Device, Driver
 from specd.errors import ConfigError, TransportError
-from specd.memory import cuda
-from specd.protocol.cut import Piece
+from specd.memory import cuda, rows
+from specd.protocol.cut import Piece, gather
 
 
 @pytest.fixture
@@ -36,9 +36,9 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[Driver]:
         return memory
 
     namespace = ModuleType("cupy.cuda")
-    vars(namespace).update(runtime=driver, Stream=driver.stream)
-    vars(namespace).update(UnownedMemory=unowned, MemoryPointer=lambda memory, offset: memory)
+    vars(namespace).update(runtime=driver, UnownedMemory=unowned, MemoryPointer=lambda memory, offset: memory)
     cupy = ModuleType("cupy")
+    vars(cupy).update(RawKernel=driver.copy_rows)
     vars(cupy).update(cuda=namespace, uint8=np.uint8, ndarray=lambda shape, dtype, memory: np.frombuffer(memory, dtype))
     for name, module in {"cupy": cupy, "cupy.cuda": namespace, "cupy.cuda.runtime": driver}.items():
         monkeypatch.setitem(sys.modules, name, module)
@@ -48,7 +48,9 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[Driver]:
     monkeypatch.setattr(torch.cuda, "device", lambda index: Device(driver, index))
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties[index])
     monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda device, peer: (device, peer) == (1, 0))
+    rows._kernel.cache_clear()
     yield driver
+    rows._kernel.cache_clear()
     assert driver.getDevice() == 0, "another device was left current"
 
 
@@ -140,10 +142,10 @@ def test_a_mapping_copies_on_a_stream_of_its_own_device(driver: Driver) -> None:
     mapping.close()
     address = ctypes.addressof(driver.exported)
     assert driver.calls == [
-        ("ipcOpenMemHandle", 1), ("Stream", 1),
+        ("ipcOpenMemHandle", 1), ("streamCreateWithFlags", 1),
         ("memcpyAsync", 100, 77, 1), ("streamSynchronize", 77, 0),
         ("memcpyAsync", 50, 77, 1), ("streamSynchronize", 77, 1),
-        ("ipcCloseMemHandle", address, 1),
+        ("ipcCloseMemHandle", address, 1), ("streamDestroy", 77, 1),
     ]  # fmt: skip
 
 
@@ -154,9 +156,46 @@ def test_a_mapping_copies_pieces_and_waits_for_them_once(driver: Driver) -> None
     mapping.close()
     rows = [list(driver.exported[12 + 8 * row : 15 + 8 * row]) for row in range(5)]
     assert list(into) == [*[byte for row in rows for byte in (*row, 0)], *driver.exported[70:80]]
-    assert driver.calls[2:-1] == [
+    assert driver.calls[2:-2] == [
         ("memcpy2DAsync", 5, 77, 1), ("memcpy2DAsync", 1, 77, 1), ("streamSynchronize", 77, 0),
     ]  # fmt: skip
+
+
+@pytest.fixture
+def aligned(driver: Driver) -> tuple[int, int, Any]:
+    """An offset of the exported memory and an address that are multiples of a word, and what lies at that address."""
+    memory = np.zeros(600, np.uint8)
+    return -driver.malloc(0) % rows.WORD, memory.ctypes.data + -memory.ctypes.data % rows.WORD, memory
+
+
+def test_pieces_of_whole_words_go_through_the_kernel_and_others_through_the_driver(
+    driver: Driver, aligned: tuple[int, int, Any]
+) -> None:
+    offset, into, memory = aligned
+    odd = Piece(480, 240, 3, 5, 32, 8)
+    pieces = (Piece(16, 0, 5, 32, 64, 48), odd, Piece(400, 300, 1, 64, 64, 64), Piece(800, 384, 2, 16, 32, 16))
+    mapping = cuda.Mapping(HANDLE, "cuda:1")
+    driver.calls.clear()
+    mapping.read(offset, 500, into, pieces)
+    found = memory[into - memory.ctypes.data :][:500]
+    exported = memoryview(driver.exported)[offset:]
+    assert bytes(found) == bytes(gather(exported, pieces, 0, 500))
+    assert [call[0] for call in driver.calls] == [
+        "RawKernel", "copy_rows", "memcpy2DAsync", "memcpy2DAsync", "streamSynchronize",
+    ]  # fmt: skip
+    assert driver.calls[0][1:] == (f"-DROWS={rows.ROWS_A_BLOCK}", f"-DPIECES={rows.PIECES_A_LAUNCH}", 1)
+    assert driver.calls[1][1:] == (2, 2, 77, 1)
+    mapping.close()
+
+
+def test_a_launch_that_fails_loses_the_client(driver: Driver, aligned: tuple[int, int, Any]) -> None:
+    offset, into, _ = aligned
+    mapping = cuda.Mapping(HANDLE, "cuda:0")
+    driver.refusals = {"copy_rows": "CUDA_ERROR_ILLEGAL_ADDRESS: an illegal memory access was encountered"}
+    with pytest.raises(TransportError, match="the copy to cuda:0 failed: CUDA_ERROR_ILLEGAL_ADDRESS") as failure:
+        mapping.read(offset, 256, into, (Piece(0, 0, 4, 16, 32, 16),))
+    assert failure.value.lost
+    mapping.close()
 
 
 def test_a_mapping_stays_as_long_as_a_view_of_it(driver: Driver) -> None:
@@ -195,7 +234,7 @@ def test_a_mapping_that_is_refused_says_what_is_missing(driver: Driver, text: st
 
 
 def test_a_mapping_without_a_stream_is_unmapped(driver: Driver) -> None:
-    driver.refusals = {"Stream": "cudaErrorMemoryAllocation: out of memory"}
+    driver.refusals = {"streamCreateWithFlags": "cudaErrorMemoryAllocation: out of memory"}
     with pytest.raises(TransportError, match="no stream to copy on"):
         cuda.Mapping(HANDLE, "cuda:0")
     gc.collect()

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+import struct
 import threading
+from collections.abc import Sequence
 from types import ModuleType, SimpleNamespace
+from typing import Any
 
-from specd.memory import cuda
+from specd.memory import cuda, rows
 
 HANDLE = b"h" * cuda.HANDLE_BYTES
 SIZE = 4096
@@ -64,11 +67,13 @@ class Driver(ModuleType):
     def deviceSynchronize(self) -> None:
         self.note("deviceSynchronize")
 
-    def stream(self, *, non_blocking: bool) -> SimpleNamespace:
-        """cupy.cuda.Stream."""
-        assert non_blocking
-        self.note("Stream")
-        return SimpleNamespace(ptr=77)
+    def streamCreateWithFlags(self, flags: int) -> int:
+        assert flags == 1
+        self.note("streamCreateWithFlags")
+        return 77
+
+    def streamDestroy(self, stream: int) -> None:
+        self.note("streamDestroy", stream)
 
     def memcpyAsync(self, into: int, source: int, nbytes: int, kind: int, stream: int) -> None:
         assert kind == 4
@@ -82,6 +87,27 @@ class Driver(ModuleType):
         self.note("memcpy2DAsync", rows, stream)
         for row in range(rows):
             ctypes.memmove(into + row * step, source + row * pitch, width)
+
+    def copy_rows(self, source: str, name: str, options: tuple[str, ...]) -> SimpleNamespace:
+        """cupy.RawKernel of `memory.rows`, which copies on the host."""
+        self.note("RawKernel", *options)
+
+        def launch(blocks: Sequence[int], threads: Sequence[int], given: tuple[Any], shared: int, stream: Any) -> None:
+            self.note("copy_rows", *blocks, stream.ptr)
+            (table,) = given
+            assert table.size == 1, "what cupy passes by value"
+            assert (name in source, shared) == (True, 0)
+            assert 0 < threads[0] <= rows.THREADS
+            assert threads[0] % 32 == 0
+            count, size = blocks[1], rows.TABLE.size // rows.PIECES_A_LAUNCH
+            for index in range(count):
+                there, here, lines, width, pitch, step = struct.unpack_from("6q", table.tobytes(), index * size)
+                assert blocks[0] * rows.ROWS_A_BLOCK >= lines
+                for line in range(lines):
+                    at = rows.WORD * line
+                    ctypes.memmove(here + at * step, there + at * pitch, rows.WORD * width)
+
+        return SimpleNamespace(kernel=launch)
 
     def streamSynchronize(self, stream: int) -> None:
         self.note("streamSynchronize", stream)

@@ -34,6 +34,11 @@ class Process:
     published: Any = None
     groups: list[str] = []  # noqa: RUF012  # replaced by install
     states: int | None = None
+    joined = False
+
+
+def destroy_model_parallel() -> None:
+    Process.joined = False
 
 
 class Layer(torch.nn.Module):
@@ -174,6 +179,8 @@ class ModelRunner:
     suits = True
 
     def __init__(self, *, server_args: ServerArgs, **given: Any) -> None:
+        assert not Process.joined, "tensor model parallel group is already initialized"
+        Process.joined = True
         assert ("ps" in given) == (WRAPPED <= Process.version < PUBLISHED)
         assert ("pp_size" in given) == (Process.version < WRAPPED)
         if Process.version >= PUBLISHED:
@@ -344,6 +351,7 @@ def install(monkeypatch: pytest.MonkeyPatch, version: str = "0.5.14") -> None:
     monkeypatch.setattr(Process, "published", None)
     monkeypatch.setattr(Process, "groups", [])
     monkeypatch.setattr(Process, "states", None)
+    monkeypatch.setattr(Process, "joined", False)
     package: Any = types.ModuleType("sglang")
     package.__version__ = version
     monkeypatch.setitem(sys.modules, "sglang", package)
@@ -356,7 +364,14 @@ def install(monkeypatch: pytest.MonkeyPatch, version: str = "0.5.14") -> None:
         ResidualStream,
         PrefillCudaGraphRunner,
     )
-    functions = (publish, init_parallel_runtime, init_layer_runtime, get_context, mambaish_config)
+    functions = (
+        publish,
+        init_parallel_runtime,
+        init_layer_runtime,
+        get_context,
+        mambaish_config,
+        destroy_model_parallel,
+    )
     pieces: dict[str, Any] = {piece.__name__: piece for piece in (*classes, *functions)}
     pieces["ForwardBatch"] = LateBatch if Process.version >= PUBLISHED else EarlyBatch
     for touch in TOUCH_POINTS:

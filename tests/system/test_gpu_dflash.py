@@ -57,7 +57,7 @@ def moved(delivery: Delivery, dtype: torch.dtype) -> Delivery:
 
 
 @pytest.mark.gpu(1)
-@pytest.mark.usefixtures("own_compiler")
+@pytest.mark.usefixtures("few_compile_workers")
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", KINDS)
 def test_loss_on_a_gpu_equals_the_cpu_and_never_waits_for_the_device(kind: str) -> None:
@@ -78,7 +78,7 @@ def test_loss_on_a_gpu_equals_the_cpu_and_never_waits_for_the_device(kind: str) 
 
 
 @pytest.mark.gpu(1)
-@pytest.mark.usefixtures("own_compiler")
+@pytest.mark.usefixtures("few_compile_workers")
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", KINDS)
 def test_optimizer_steps_on_a_gpu_never_wait_and_are_the_same_from_run_to_run(kind: str) -> None:
@@ -110,7 +110,7 @@ def test_optimizer_steps_on_a_gpu_never_wait_and_are_the_same_from_run_to_run(ki
 
 
 @pytest.mark.gpu(1)
-@pytest.mark.usefixtures("own_compiler")
+@pytest.mark.usefixtures("few_compile_workers")
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_batch_that_was_compiled_for_does_not_show_in_the_gradients(kind: str) -> None:

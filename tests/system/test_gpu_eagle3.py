@@ -21,7 +21,7 @@ from specd.drafts.eagle3.settings import Eagle3Config
 from specd.protocol.batch import Delivery
 from specd.train.optimizer import apply_gradients, make_optimizer
 
-pytestmark = [pytest.mark.gpu(1), pytest.mark.usefixtures("own_compiler"), pytest.mark.filterwarnings("ignore")]
+pytestmark = [pytest.mark.gpu(1), pytest.mark.usefixtures("few_compile_workers"), pytest.mark.filterwarnings("ignore")]
 CONFIG = Eagle3Config(num_steps=5, draft_vocab_size=60, loss_chunk=128, head_dim=64)
 
 

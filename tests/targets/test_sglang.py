@@ -8,19 +8,16 @@ import re
 import select
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch.fx.experimental.proxy_tensor import make_fx
 
 import fake_sglang
-from fake_sglang import HIDDEN, LAYERS, VERSIONS, VOCAB, ModelRunner
+from fake_sglang import HIDDEN, LAYERS, VOCAB, ModelRunner
 from fake_sglang_stream import Gated
 from fills import draw_tokens, make_fill, read
 from specd.cli import start as start_verb
@@ -36,21 +33,6 @@ from specd.targets.sglang.touch_points import TOUCH_POINTS, touch_points
 
 SPEC = CaptureSpec(taps=(0, 2), final=True, dtype="float32")
 TAPS_ONLY = CaptureSpec(taps=(0, 2), dtype="float32")
-
-
-@pytest.fixture
-def checkpoint(tmp_path: Path) -> Path:
-    config = {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "max_position_embeddings": 64}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    (tmp_path / "model.safetensors").write_bytes((8).to_bytes(8, "little") + b"{}      ")
-    return tmp_path
-
-
-@pytest.fixture(params=VERSIONS)
-def config(request: pytest.FixtureRequest, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> TargetConfig:
-    fake_sglang.install(monkeypatch, request.param)
-    monkeypatch.setenv("SGLANG_USE_CPU_ENGINE", "1")
-    return TargetConfig(model=f"{checkpoint}/", backend="sglang", device="cpu", max_forward_tokens=100)
 
 
 @pytest.fixture
@@ -120,55 +102,6 @@ def test_too_much_for_one_forward_is_refused(target: SGLangTarget, lengths: tupl
     with pytest.raises(TargetError, match=said):
         target.run([make_fill(lengths, SPEC)])
     target.run([make_fill((3,), SPEC)])
-
-
-def test_what_sglang_compiled_runs_while_a_trainer_compiles_in_the_same_process(
-    config: TargetConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """torch marks the whole process as tracing, where a compiled function refuses to be called."""
-    compiled = torch.compile(torch.neg, backend="eager")
-
-    class Compiled(fake_sglang.Layer):
-        def forward(self, hidden: Any, residual: torch.Tensor | None, *, batch: Any) -> Any:
-            compiled(torch.ones(1))
-            return super().forward(hidden, residual, batch=batch)
-
-    monkeypatch.setattr(ModelRunner, "layer", Compiled)
-    inside, over = threading.Event(), threading.Event()
-
-    def compiled_elsewhere(number: torch.Tensor) -> torch.Tensor:
-        inside.set()
-        assert over.wait(60)
-        return number * 2
-
-    target = load_target(config)
-    assert isinstance(target, SGLangTarget)
-    trainer = threading.Thread(target=make_fx(compiled_elsewhere), args=(torch.ones(1),))
-    trainer.start()
-    try:
-        assert inside.wait(60)
-        fill = make_fill((7, 5), SPEC)
-        target.run([fill])
-        torch.testing.assert_close(read(fill), plain(target, fill))
-    finally:
-        over.set()
-        trainer.join()
-        target.close()
-
-
-def test_a_load_that_fails_leaves_no_process_group_behind(
-    config: TargetConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    ended: list[str] = []
-    state = sys.modules["sglang.srt.distributed.parallel_state"]
-    for name in ("destroy_model_parallel", "destroy_distributed_environment"):
-        monkeypatch.setattr(state, name, partial(ended.append, name))
-    monkeypatch.setattr(ModelRunner, "fail", RuntimeError("no memory"))
-    with pytest.raises(TargetError, match="no memory"):
-        load_target(config)
-    assert ended == ["destroy_model_parallel", "destroy_distributed_environment"]
-    monkeypatch.setattr(ModelRunner, "fail", None)
-    load_target(config).close()
 
 
 def test_a_failed_forward_leaves_the_target_alive(target: SGLangTarget, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -61,15 +61,18 @@ class Engine:
         try:
             self._load(setup)
         except BaseException:
-            self._leave_groups()
+            if setup.tp == 1:  # else the other ranks would have to leave, too, and may be gone or hang
+                with contextlib.suppress(Exception):  # it is not why the load failed
+                    self._leave_groups()
             raise
 
     def _load(self, setup: RankSetup) -> None:
         """Load the model, and check that its states are what its layers say."""
         sg = self._sg
-        # A trainer that compiles in this process has torch trace in all threads (torch 2.9–2.13): what SGLang has
-        # compiled runs as it was written meanwhile, where it would raise.
+        # Where a trainer compiles in this process, torch takes all threads for tracing (2.9–2.13), in which what SGLang
+        # has compiled must not be called. So on this thread, where forwards run, that runs uncompiled meanwhile.
         torch._dynamo.config.error_on_nested_fx_trace = False
+        _collect()  # what a target held that failed here before
         on_gpu = setup.device == "cuda"
         self._device = torch.device("cuda", setup.gpu + setup.rank) if on_gpu else torch.device("cpu")
         if setup.tp > 1:
@@ -229,9 +232,7 @@ class Engine:
         del self.runner, self.model, self.layers, self._parts, self._official, self._source, self._table, self._graphs
         del self.states
         self._leave_groups()
-        gc.collect()
-        if self._device.type == "cuda":
-            torch.cuda.empty_cache()
+        _collect()
 
     def _leave_groups(self) -> None:
         """End SGLang's process groups, so that this process can load a model again."""
@@ -349,3 +350,9 @@ class Engine:
                     "drafts are trained on here",
                     tap, type(self.model).__name__, difference, largest,
                 )  # fmt: skip
+
+
+def _collect() -> None:
+    """Give back the memory of what is no longer used."""
+    gc.collect()
+    torch.cuda.empty_cache()  # nothing where there is no GPU

@@ -96,25 +96,26 @@ class SGLangTarget:
                 prefill_graphs=graphs,
             )
             self._ranks = Ranks(setup)
+            self._engine: Engine | None = None
             try:
                 with _explained(source.name, self.device):
-                    self._engine: Engine | None = Engine(setup)
+                    self._engine = Engine(setup)
                     self._check_states(source)
                     tensors = self._engine.weights()
                     self._artifacts = Artifacts(source, published, tensors)
                     transforms = self._engine.transforms(tensors["embedding"])
+                text = self._engine.runner.model_config.hf_text_config
+                if dummy or source.path is None:
+                    digest = dummy_digest(published, f"sglang-{place.type}-{config.tp}")
+                else:
+                    digest = weights_digest(source.path)
+                dtype = str(self._engine.runner.dtype).removeprefix("torch.")
+                kind = str(source.config["model_type"])
+                contract = self._artifacts.contract(source, text, kind, dtype, digest, transforms)
+                self.contract = msgspec.structs.replace(contract, payloads=self._engine.images.names)
             except BaseException:
-                self._ranks.close()
+                self._release()
                 raise
-        text = self._engine.runner.model_config.hf_text_config
-        if dummy or source.path is None:
-            digest = dummy_digest(published, f"sglang-{place.type}-{config.tp}")
-        else:
-            digest = weights_digest(source.path)
-        dtype = str(self._engine.runner.dtype).removeprefix("torch.")
-        kind = str(source.config["model_type"])
-        contract = self._artifacts.contract(source, text, kind, dtype, digest, transforms)
-        self.contract = msgspec.structs.replace(contract, payloads=self._engine.images.names)
 
     def run(self, fills: Sequence[CaptureJob]) -> Launched | None:
         """See Target.run. With several ranks a failed forward ends the process: the others would wait for ever."""
@@ -180,12 +181,16 @@ class SGLangTarget:
 
     def close(self) -> None:
         """See Target.close."""
-        if self._engine is not None:
-            engine, self._engine = self._engine, None
-            self._artifacts.close()
-            self._ranks.release()
+        self._artifacts.close()
+        self._release()
+
+    def _release(self) -> None:
+        """End the ranks and the engine, if there is one. Idempotent."""
+        engine, self._engine = self._engine, None
+        self._ranks.release()
+        if engine is not None:
             engine.close()
-            self._ranks.close()
+        self._ranks.close()
 
     def _check_states(self, source: Source) -> None:
         assert self._engine is not None

@@ -140,7 +140,7 @@ def test_flex_attention_is_traced_once_for_all_batches_with_lengths_known_to_be_
 
 
 @pytest.mark.gpu(1)
-@pytest.mark.usefixtures("own_compiler")
+@pytest.mark.usefixtures("few_compile_workers")
 @pytest.mark.filterwarnings("ignore")  # torch's compiler warns about torch
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-3), (torch.bfloat16, 2e-2)])
 @pytest.mark.parametrize(("group", "dim"), [(2, 64), (8, 128), (1, 16)])
