@@ -183,8 +183,8 @@ def test_pieces_of_whole_words_go_through_the_kernel_and_others_through_the_driv
     assert [call[0] for call in driver.calls] == [
         "RawKernel", "copy_rows", "memcpy2DAsync", "memcpy2DAsync", "streamSynchronize",
     ]  # fmt: skip
-    assert driver.calls[0][1:] == (f"-DROWS={rows.ROWS_A_BLOCK}", f"-DPIECES={rows.PIECES_A_LAUNCH}", 1)
-    assert driver.calls[1][1:] == (2, 2, 77, 1)
+    assert driver.calls[0][1:] == (f"-DPIECES={rows.PIECES_A_LAUNCH}", 1)
+    assert driver.calls[1][1:] == (5, 2, 77, 1)
     mapping.close()
 
 

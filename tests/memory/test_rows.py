@@ -49,7 +49,7 @@ def test_more_pieces_than_a_launch_takes_are_several_launches(driver: Driver) ->
     here, there = (tensor.data_ptr() + -tensor.data_ptr() % rows.WORD for tensor in (target, source))
     pieces = [Piece(64 * index, 96 * index, 3, 16, 64, 32) for index in range(rows.PIECES_A_LAUNCH + 1)]
     assert rows.queue(there, here, pieces, 0, 77) == []
-    assert [call[1:4] for call in driver.calls[1:]] == [(1, rows.PIECES_A_LAUNCH, 77), (1, 1, 77)]
+    assert [call[1:4] for call in driver.calls[1:]] == [(3, rows.PIECES_A_LAUNCH, 77), (3, 1, 77)]
     held = source[there - source.data_ptr() :].numpy().data
     expected = torch.frombuffer(gather(held, pieces, 0, 2000), dtype=torch.uint8)
     assert torch.equal(target[here - target.data_ptr() :][:2000], expected)

@@ -102,7 +102,7 @@ class Driver(ModuleType):
             count, size = blocks[1], rows.TABLE.size // rows.PIECES_A_LAUNCH
             for index in range(count):
                 there, here, lines, width, pitch, step = struct.unpack_from("6q", table.tobytes(), index * size)
-                assert blocks[0] * rows.ROWS_A_BLOCK >= lines
+                assert blocks[0] >= lines
                 for line in range(lines):
                     at = rows.WORD * line
                     ctypes.memmove(here + at * step, there + at * pitch, rows.WORD * width)
