@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -50,6 +50,30 @@ class Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         weight = self.weight.to(x.dtype) if self.rounded is None else self.rounded
         return F.linear(x, weight, None if self.bias is None else self.bias.to(x.dtype))
+
+
+def lookup(table: Tensor, ids: Tensor) -> Tensor:
+    """Rows of a trained table [V, r] for ids [...] -> [..., r], with the same gradient to the bit from call to call."""
+    found: Tensor = _Lookup.apply(table, ids) if table.is_cuda else F.embedding(ids, table)  # type: ignore[no-untyped-call]
+    return found
+
+
+class _Lookup(torch.autograd.Function):
+    """Where a row is looked up many times, CUDA's backward of an embedding adds in a changing order (torch 2.11).
+
+    `index_put_` there adds in a fixed one; on a CPU it is the other way round.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, table: Tensor, ids: Tensor) -> Tensor:
+        ctx.save_for_backward(ids)
+        ctx.shape = table.shape
+        return F.embedding(ids, table)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor, None]:
+        (ids,), (grad,) = ctx.saved_tensors, grad_outputs
+        return grad.new_zeros(ctx.shape).index_put_((ids,), grad, accumulate=True), None
 
 
 @contextlib.contextmanager

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.nn import functional as F
 from transformers import LlamaConfig
 from transformers.models.llama import modeling_llama as llama
 
-from specd.drafts.layers import MLP, Linear, RMSNorm, draw, sharing
+from specd.drafts.layers import MLP, Linear, RMSNorm, _Lookup, draw, lookup, sharing
 
 
 def test_norm_and_mlp_are_those_of_llama() -> None:
@@ -72,3 +73,23 @@ def test_calls_that_share_a_rounded_weight_compute_what_others_do(dtype: torch.d
         torch.testing.assert_close(one, other, rtol=2e-2 if dtype == torch.bfloat16 else 1e-6, atol=1e-2)
     assert (len(few), len(many)) == (3, 3 if dtype == torch.float32 else 6)
     assert mlp.up_proj.rounded is None
+
+
+def test_rows_that_are_looked_up_and_their_gradient_are_those_of_an_embedding() -> None:
+    ids, table = torch.randint(0, 7, (40, 3)), torch.randn(9, 4, requires_grad=True)
+    up = torch.randn(40, 3, 4)
+    as_on_a_gpu: torch.Tensor = _Lookup.apply(table, ids)  # type: ignore[no-untyped-call]
+    wanted = F.embedding(ids, table)
+    (gradient,) = torch.autograd.grad(wanted, table, up, retain_graph=True)
+    for rows in (as_on_a_gpu, lookup(table, ids)):
+        assert torch.equal(rows, wanted)
+        torch.testing.assert_close(torch.autograd.grad(rows, table, up)[0], gradient)
+
+
+@pytest.mark.gpu(1)
+def test_the_gradient_of_a_table_is_the_same_each_time_on_a_gpu() -> None:
+    """Few rows, each many times: there CUDA's own backward of an embedding is not."""
+    table = torch.zeros(97, 24, device="cuda", requires_grad=True)
+    ids, up = torch.randint(0, 97, (5000, 8), device="cuda"), torch.randn(5000, 8, 24, device="cuda")
+    first, *more = (torch.autograd.grad(lookup(table, ids), table, up)[0] for _ in range(20))
+    assert all(torch.equal(first, other) for other in more)

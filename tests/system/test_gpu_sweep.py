@@ -22,6 +22,7 @@ base:
   data: {{path: tokens.jsonl, batch_tokens: 512, max_length: 40}}
   train: {{epochs: 500, max_minutes: {MINUTES}}}
   draft.attention: sdpa
+  target.device: cuda:0
   validation.share: 0.1
 runs:
   flash: {{method: dflash, draft: {{num_layers: 1, num_taps: 3, block_size: 4, num_anchors: 64, mask_token_id: 255}}}}

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from specd.drafts.backbone.network import Backbone, Layer
 from specd.drafts.backbone.shape import BlockShape
-from specd.drafts.layers import KeyValue, Linear, Rope, beside, draw
+from specd.drafts.layers import KeyValue, Linear, Rope, beside, draw, lookup
 
 
 class DFlash2Shape(BlockShape, kw_only=True, frozen=True, forbid_unknown_fields=True):
@@ -167,10 +167,9 @@ class Selector(nn.Module):
 
     def forward(self, states: Tensor, before: Tensor, candidates: Tensor) -> Tensor:
         """States [R, H], tokens before them int64 [R], candidates int64 [R, K] -> what these gain, float32 [R, K]."""
-        # Looked up and then rounded: the codebooks are as long as the vocabulary. The backward of an embedding adds in
-        # a fixed order, which a resumed run needs.
-        asked = F.embedding(before, self.predecessor_codebook).to(states.dtype) * self.hidden_projection(states)
-        offered = F.embedding(candidates, self.successor_codebook).to(states.dtype)
+        # Looked up and then rounded: the codebooks are as long as the vocabulary.
+        asked = lookup(self.predecessor_codebook, before).to(states.dtype) * self.hidden_projection(states)
+        offered = lookup(self.successor_codebook, candidates).to(states.dtype)
         return torch.bmm(offered, asked[:, :, None])[:, :, 0].float()
 
 

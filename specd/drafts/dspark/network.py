@@ -10,11 +10,10 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from specd.drafts.backbone.network import Backbone
 from specd.drafts.backbone.shape import BlockShape
-from specd.drafts.layers import Linear, beside, draw
+from specd.drafts.layers import Linear, beside, draw, lookup
 
 
 class DSparkShape(BlockShape, kw_only=True, frozen=True, forbid_unknown_fields=True):
@@ -46,7 +45,7 @@ class MarkovHead(nn.Module):
     def before(self, tokens: Tensor, dtype: torch.dtype) -> Tensor:
         """Tokens int64 [R] -> their rows of W1 [R, r]."""
         # Looked up and then rounded: the table is as long as the vocabulary.
-        return F.embedding(tokens, self.markov_w1.weight).to(dtype)
+        return lookup(self.markov_w1.weight, tokens).to(dtype)
 
 
 class ConfidenceHead(nn.Module):
