@@ -114,7 +114,7 @@ def test_optimizer_steps_on_a_gpu_never_wait_and_are_the_same_from_run_to_run(ki
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_batch_that_was_compiled_for_does_not_show_in_the_gradients(kind: str) -> None:
-    """A resumed run meets another batch first than the run it goes on with; both are warmed up before."""
+    """A resumed run meets another batch first than the run it goes on with."""
     small, large = on_gpu((90,)), on_gpu((700, 300))
 
     def gradients(first: Delivery) -> torch.Tensor:
@@ -122,7 +122,6 @@ def test_the_batch_that_was_compiled_for_does_not_show_in_the_gradients(kind: st
         make, config = KINDS[kind]
         draft = make(config, parts(), "cuda", torch.bfloat16)
         with torch._inductor.config.patch(force_disable_caches=True):
-            draft.warm_up(torch.bfloat16)
             draft.loss(first).sum.backward()  # type: ignore[no-untyped-call]
             draft.module.zero_grad()
             draft.loss(small).sum.backward()  # type: ignore[no-untyped-call]
