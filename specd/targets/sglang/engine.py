@@ -72,8 +72,9 @@ class Engine:
         # Where a trainer compiles in this process, torch takes all threads for tracing (2.9–2.13), in which what SGLang
         # has compiled must not be called. So on this thread, where forwards run, that runs uncompiled meanwhile.
         torch._dynamo.config.error_on_nested_fx_trace = False
-        _collect()  # what a target held that failed here before
         on_gpu = setup.device == "cuda"
+        if on_gpu:
+            _collect()  # what a target held that failed here before
         self._device = torch.device("cuda", setup.gpu + setup.rank) if on_gpu else torch.device("cpu")
         if setup.tp > 1:
             os.environ.setdefault("NCCL_NVLS_ENABLE", "0")  # as SGLang's own launcher does
