@@ -186,25 +186,26 @@ def test_among_codes_a_slot_of_codes_is_kept_as_it_lies(known: Known, run: Run) 
 
 
 def test_a_store_in_use_or_of_other_states_keeps_a_worker_from_starting(run: Run, tmp_path: Path) -> None:
+    def refused(device: str, config: ReplayConfig) -> str:
+        control = run(device, config)
+        failed = control.hear()
+        control.end()  # it gives the store back a moment after it has said why
+        assert isinstance(failed, StartFailed)
+        return failed.reason
+
     place = StoreDirectory(tmp_path / "s", 10**6, 4242)
     config = ReplayConfig(dir=str(tmp_path / "s"), gb=GB)
-    failed = run("cpu", config).hear()
-    assert isinstance(failed, StartFailed)
-    assert failed.reason.startswith("another daemon (pid 4242) uses")
+    assert refused("cpu", config).startswith("another daemon (pid 4242) uses")
     place.close()
-    failed = run("cpu", ReplayConfig(dir=str(tmp_path / "s"))).hear()
-    assert isinstance(failed, StartFailed)
-    assert "without a size" in failed.reason
+    assert "without a size" in refused("cpu", ReplayConfig(dir=str(tmp_path / "s")))
     control = run("cpu", config)
     assert isinstance(control.hear(), Started)
     control.end()
-    failed = run("cpu", replace(config, encoding=FP8)).hear()
-    assert isinstance(failed, StartFailed)
-    assert "another exact: False, not True, encoding: float8_e4m3fn, not raw: give another --replay" in failed.reason
-    failed = run("cuda:1", config).hear()
-    assert isinstance(failed, StartFailed)
-    assert "holds states of synthetic on synthetic of specd" in failed.reason
-    assert "another device: " in failed.reason
+    reason = refused("cpu", replace(config, encoding=FP8))
+    assert "another exact: False, not True, encoding: float8_e4m3fn, not raw: give another --replay" in reason
+    reason = refused("cuda:1", config)
+    assert "holds states of synthetic on synthetic of specd" in reason
+    assert "another device: " in reason
 
 
 def test_whose_states_they_are(known: Known) -> None:
