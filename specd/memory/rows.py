@@ -50,9 +50,10 @@ class _Stream(NamedTuple):
 
 
 def queue(source: int, target: int, pieces: Sequence[Piece], device: int, stream: int) -> Sequence[Piece]:
-    """Queue copies of pieces between two addresses on a stream of `device`, the ordinal of the current one.
+    """Queue copies of pieces between two addresses in device memory on a stream of `device`, the current one's ordinal.
 
-    Returns those that the driver should copy: of one row, or not of whole words, or all where there is no such kernel.
+    stream: its handle, as CUDA's runtime knows it. Returns those pieces that the driver should copy: of one row, or not
+    of whole words, or all where there is no such kernel.
     Raises cupy's CUDADriverError for a launch that fails.
     """
     numbers: list[int] = []

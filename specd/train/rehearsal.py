@@ -121,7 +121,9 @@ def rehearse(
     frozen = embedding.nbytes * (1 if head is embedding else 2)
     steps = total_steps(settled.train, loader.num_batches)
     kept = finished_checkpoints(directory.checkpoints) if directory.begun and resume else []
-    done, accumulation = kept[-1][0] if kept else 0, settled.train.accumulation
+    done = kept[-1][0] if kept else 0
+    accumulation = settled.train.accumulation
+    plan = Plan(steps, done, done * accumulation)
     batch, decoded = (slot_bytes(one, contract.hidden_size, settled.data.batch_tokens) for one in (spec, wanted))
     return Rehearsal(
         method=settled.method,
@@ -141,9 +143,7 @@ def rehearse(
         warmup=ceil(settled.train.warmup_ratio * steps),
         parameters=parameters,
         trainer_bytes=16 * parameters + frozen,
-        longest=longest(
-            loader, places_of(settled, dataset, held), Plan(steps, done, done * accumulation), accumulation
-        ),
+        longest=longest(loader, places_of(settled, dataset, held), plan, accumulation),
         batch_bytes=batch,
         staging_bytes=batch * (settled.subscriber.depth + 1) + decoded * spec.scaled,
         checkpoint_bytes=parameters * (12 + dtype.itemsize),

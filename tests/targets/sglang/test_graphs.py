@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -28,14 +27,6 @@ from specd.targets.sglang.versions import SGLang
 
 SPEC = CaptureSpec(taps=(0, 2, LAYERS - 2), final=True, dtype="float32")
 TAPS_ONLY = CaptureSpec(taps=(1,), dtype="float32")
-
-
-@pytest.fixture
-def checkpoint(tmp_path: Path) -> Path:
-    config = {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "max_position_embeddings": 64}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    (tmp_path / "model.safetensors").write_bytes((8).to_bytes(8, "little") + b"{}      ")
-    return tmp_path
 
 
 @pytest.fixture(params=["0.5.17", "0.5.23"])
