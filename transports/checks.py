@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
@@ -10,6 +11,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from specd.errors import TransportError
+from specd.protocol.cut import Piece
 from specd.transports.base import SlotRef
 from specd.transports.pieces import pairs
 
@@ -55,14 +57,22 @@ def check_ref(ref: SlotRef, num_slots: int, slot_bytes: int, *, cuts: bool = Fal
             f"slot {ref.slot}, generation {ref.generation}, {ref.nbytes} bytes: expected a slot below {num_slots}, a "
             f"generation from 1 and 1 to {slot_bytes} bytes"
         )
-    for piece in ref.pieces:
+    if (piece := _outside(ref.pieces, slot_bytes, ref.nbytes)) is not None:
+        raise TransportError(
+            f"{piece}: expected rows within the {slot_bytes} bytes of a slot, and within {ref.nbytes} where they go"
+        )
+
+
+@functools.lru_cache(maxsize=256)  # batches of one shape have the same pieces
+def _outside(pieces: tuple[Piece, ...], slot_bytes: int, nbytes: int) -> Piece | None:
+    """A piece whose rows are not all within a slot and within the bytes at home, or overlap."""
+    for piece in pieces:
         source, target, rows, width, pitch, step = piece
         ordered = min(source, target) >= 0 and min(rows, width) >= 1 and min(pitch, step) >= width
         here, home = source + (rows - 1) * pitch + width, target + (rows - 1) * step + width
-        if not (ordered and here <= slot_bytes and home <= ref.nbytes):
-            raise TransportError(
-                f"{piece}: expected rows within the {slot_bytes} bytes of a slot, and within {ref.nbytes} where they go"
-            )
+        if not (ordered and here <= slot_bytes and home <= nbytes):
+            return piece
+    return None
 
 
 def check_into(ref: SlotRef, into: torch.Tensor) -> None:

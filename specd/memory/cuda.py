@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from specd.errors import ConfigError, TransportError, pip_install
@@ -188,7 +188,7 @@ class Mapping:
             except self._runtime.CUDARuntimeError as error:
                 raise TransportError(f"{device} gives no stream to copy on: {error}") from None
 
-    def read(self, offset: int, nbytes: int, into: int, pieces: Sequence[Piece] = ()) -> None:
+    def read(self, offset: int, nbytes: int, into: int, pieces: tuple[Piece, ...] = ()) -> None:
         """Copy `nbytes` bytes at `offset` to the address `into`; on return they are there, for any stream.
 
         With pieces, these of what lies at `offset`, which make `nbytes` bytes with what is between them.

@@ -7,12 +7,14 @@ moves a row a block, 16 bytes a thread at a time, and leaves the caches to other
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
 import struct
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from specd.protocol.cut import Piece
 
@@ -25,20 +27,21 @@ THREADS = 256
 PIECES_A_LAUNCH = 8
 FIELDS = len(Piece._fields)
 TABLE = struct.Struct(f"{PIECES_A_LAUNCH * FIELDS}q")
-"""The kernel's argument: pieces with the addresses of their first rows; widths and distances in words."""
+"""The kernel's first argument: pieces, with everything but their number of rows in words."""
 BY_VALUE = np.dtype((np.void, TABLE.size))
 """Of a numpy array with one element, which a launch passes by value."""
 SOURCE = """
-struct Piece { const uint4* source; uint4* target; long long rows, width, pitch, step; };
+struct Piece { long long source, target, rows, width, pitch, step; };
 struct Table { Piece pieces[PIECES]; };
 
-extern "C" __global__ void copy_rows(const __grid_constant__ Table table) {
+extern "C" __global__ void copy_rows(const __grid_constant__ Table table, const uint4* source, uint4* target) {
     const Piece& piece = table.pieces[blockIdx.y];
     const long long row = blockIdx.x;
     if (row >= piece.rows) return;
-    const uint4* source = piece.source + row * piece.pitch;
-    uint4* target = piece.target + row * piece.step;
-    for (long long at = threadIdx.x; at < piece.width; at += blockDim.x) __stcs(target + at, __ldcs(source + at));
+    source += piece.source + row * piece.pitch;
+    target += piece.target + row * piece.step;
+    const int width = piece.width;
+    for (int at = threadIdx.x; at < width; at += blockDim.x) __stcs(target + at, __ldcs(source + at));
 }
 """
 
@@ -49,31 +52,54 @@ class _Stream(NamedTuple):
     ptr: int
 
 
-def queue(source: int, target: int, pieces: Sequence[Piece], device: int, stream: int) -> Sequence[Piece]:
+class _Launch(NamedTuple):
+    """Up to PIECES_A_LAUNCH pieces. blocks: the most rows that one of them has, and how many pieces."""
+
+    blocks: tuple[int, int]
+    threads: tuple[int]
+    table: NDArray[np.void]
+
+
+def queue(source: int, target: int, pieces: tuple[Piece, ...], device: int, stream: int) -> Sequence[Piece]:
     """Queue copies of pieces between two addresses in device memory on a stream of `device`, the current one's ordinal.
 
     stream: its handle, as CUDA's runtime knows it. Returns those pieces that the driver should copy: of one row, or not
-    of whole words, or all where there is no such kernel.
+    of whole words, or all where there is no such kernel or one of the addresses is of no whole word.
     Raises cupy's CUDADriverError for a launch that fails.
     """
-    numbers: list[int] = []
+    launches, others = _planned(pieces) if not (source | target) % WORD else ((), pieces)
+    kernel = _kernel(device) if launches else None
+    if kernel is None:
+        return pieces
+    for blocks, threads, table in launches:
+        kernel(blocks, threads, (table, source, target), 0, _Stream(stream))
+    return others
+
+
+@functools.lru_cache(maxsize=256)  # what a launch takes of Python counts: batches of one shape have the same pieces
+def _planned(pieces: tuple[Piece, ...]) -> tuple[tuple[_Launch, ...], tuple[Piece, ...]]:
+    """The launches, and the pieces that are for the driver."""
+    in_words: list[Piece] = []
     others: list[Piece] = []
     for piece in pieces:
-        at, to, rows, width, pitch, step = piece
-        at, to = source + at, target + to
-        if rows > 1 and not (at | to | width | pitch | step) % WORD:
-            numbers += at, to, rows, width // WORD, pitch // WORD, step // WORD
+        source, target, rows, width, pitch, step = piece
+        if rows > 1 and not (source | target | width | pitch | step) % WORD:
+            in_words.append(Piece(source // WORD, target // WORD, rows, width // WORD, pitch // WORD, step // WORD))
         else:
             others.append(piece)
-    launch = _kernel(device) if numbers else None
-    if launch is None:
-        return pieces
-    for begin in range(0, len(numbers), PIECES_A_LAUNCH * FIELDS):
-        some = numbers[begin : begin + PIECES_A_LAUNCH * FIELDS]
-        blocks, widest = (max(some[2::FIELDS]), len(some) // FIELDS), max(some[3::FIELDS])
-        table = np.frombuffer(TABLE.pack(*some, *[0] * (PIECES_A_LAUNCH * FIELDS - len(some))), BY_VALUE)
-        launch(blocks, (min(THREADS, -(-widest // 32) * 32),), (table,), 0, _Stream(stream))
-    return others
+    launches: list[_Launch] = []
+    for begin in range(0, len(in_words), PIECES_A_LAUNCH):
+        some = in_words[begin : begin + PIECES_A_LAUNCH]
+        widest = max(piece.width for piece in some)
+        table = TABLE.pack(*itertools.chain(*some), *[0] * (FIELDS * (PIECES_A_LAUNCH - len(some))))
+        launches.append(
+            _Launch(
+                blocks=(max(piece.rows for piece in some), len(some)),
+                threads=(min(THREADS, -(-widest // 32) * 32),),
+                table=np.frombuffer(table, BY_VALUE),
+            )
+        )
+    return tuple(launches), tuple(others)
 
 
 @functools.cache

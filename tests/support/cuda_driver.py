@@ -10,6 +10,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 from specd.memory import cuda, rows
+from specd.protocol.cut import Piece
 
 HANDLE = b"h" * cuda.HANDLE_BYTES
 SIZE = 4096
@@ -88,24 +89,27 @@ class Driver(ModuleType):
         for row in range(rows):
             ctypes.memmove(into + row * step, source + row * pitch, width)
 
-    def copy_rows(self, source: str, name: str, options: tuple[str, ...]) -> SimpleNamespace:
+    def copy_rows(self, code: str, name: str, options: tuple[str, ...]) -> SimpleNamespace:
         """cupy.RawKernel of `memory.rows`, which copies on the host."""
         self.note("RawKernel", *options)
 
-        def launch(blocks: Sequence[int], threads: Sequence[int], given: tuple[Any], shared: int, stream: Any) -> None:
+        def launch(
+            blocks: Sequence[int], threads: Sequence[int], given: tuple[Any, ...], shared: int, stream: Any
+        ) -> None:
             self.note("copy_rows", *blocks, stream.ptr)
-            (table,) = given
+            table, source, target = given
             assert table.size == 1, "what cupy passes by value"
-            assert (name in source, shared) == (True, 0)
+            assert (name in code, shared) == (True, 0)
             assert 0 < threads[0] <= rows.THREADS
             assert threads[0] % 32 == 0
             count, size = blocks[1], rows.TABLE.size // rows.PIECES_A_LAUNCH
             for index in range(count):
-                there, here, lines, width, pitch, step = struct.unpack_from("6q", table.tobytes(), index * size)
-                assert blocks[0] >= lines
-                for line in range(lines):
-                    at = rows.WORD * line
-                    ctypes.memmove(here + at * step, there + at * pitch, rows.WORD * width)
+                piece = Piece(*struct.unpack_from("6q", table.tobytes(), index * size))
+                assert blocks[0] >= piece.rows
+                for row in range(piece.rows):
+                    there = source + rows.WORD * (piece.source + row * piece.pitch)
+                    here = target + rows.WORD * (piece.target + row * piece.step)
+                    ctypes.memmove(here, there, rows.WORD * piece.width)
 
         return SimpleNamespace(kernel=launch)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
@@ -131,7 +131,7 @@ def test_cuda_ipc_is_refilled_under_the_copy(monkeypatch: pytest.MonkeyPatch) ->
     host.fill(0, 1, b"old", 5000)
     read = cuda.Mapping.read
 
-    def refilled(self: cuda.Mapping, offset: int, nbytes: int, into: int, pieces: Sequence[Piece] = ()) -> None:
+    def refilled(self: cuda.Mapping, offset: int, nbytes: int, into: int, pieces: tuple[Piece, ...] = ()) -> None:
         host.fill(0, 2, b"new", 5000)
         read(self, offset, nbytes, into, pieces)
 
@@ -150,7 +150,7 @@ def test_cuda_ipc_closes_only_between_two_copies(monkeypatch: pytest.MonkeyPatch
     host.fill(0, 1, b"whole", 5000)
     read, reading, closing = cuda.Mapping.read, threading.Event(), threading.Event()
 
-    def slow(self: cuda.Mapping, offset: int, nbytes: int, into: int, pieces: Sequence[Piece] = ()) -> None:
+    def slow(self: cuda.Mapping, offset: int, nbytes: int, into: int, pieces: tuple[Piece, ...] = ()) -> None:
         reading.set()
         assert closing.wait(10)
         read(self, offset, nbytes, into, pieces)
