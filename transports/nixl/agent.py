@@ -233,11 +233,15 @@ class NixlAgent:
 
 
 class Destinations:
-    """The tensors that READs go to, each registered at its first use and until it is gone."""
+    """The tensors that READs go to, each registered at its first use and until it is gone.
+
+    Its memory stays until it is deregistered, which the next use of another does: a driver would still take whatever
+    comes to lie there, of this agent or another one, for what was registered.
+    """
 
     def __init__(self, agent: NixlAgent) -> None:
         self._agent = agent
-        self._known: list[tuple[weakref.ref[torch.Tensor], Region, Any]] = []
+        self._known: list[tuple[weakref.ref[torch.Tensor], torch.UntypedStorage, Region, Any]] = []
 
     def region(self, into: torch.Tensor) -> Region:
         """Where a contiguous uint8 vector lies, registered. Raises TransportError when that is refused."""
@@ -249,15 +253,20 @@ class Destinations:
         )
         covered = False
         for entry in list(self._known):
-            tensor, known, handle = entry
+            tensor, _, known, handle = entry
             if tensor() is None or (known.overlaps(wanted) and not known.covers(wanted)):
                 self._known.remove(entry)
                 self._agent.deregister(handle)
             else:
                 covered = covered or known.covers(wanted)
         if not covered:
-            self._known.append((weakref.ref(into), wanted, self._agent.register(wanted)))
+            handle = self._agent.register(wanted)
+            self._known.append((weakref.ref(into), into.untyped_storage(), wanted, handle))
         return wanted
+
+    def forget(self) -> None:
+        """Let go of all memory: the agent is closed."""
+        self._known.clear()
 
     def __len__(self) -> int:
         return len(self._known)

@@ -206,6 +206,7 @@ class NixlClient:
         with self._lock:
             self._offer = None
             self._agent.close()
+            self._destinations.forget()
 
     def _usable(self) -> None:
         if self._cancelled:

@@ -52,9 +52,12 @@ class Rig:
             self.host.publish(session, ref)
 
     def destination(self, nbytes: int) -> torch.Tensor:
+        """Memory as a subscriber's, on pages of its own."""
         import torch
 
-        into = torch.full((nbytes + GUARD,), 0xA5, dtype=torch.uint8, device=self.device)
+        from specd.memory.streams import allocate
+
+        into = allocate(nbytes + GUARD, self.device)[: nbytes + GUARD].fill_(0xA5)
         if into.is_cuda:  # a transfer waits for no stream but its own
             torch.cuda.synchronize(into.device)
         return into
