@@ -42,9 +42,9 @@ class RowHead(torch.autograd.Function):
         ctx: Any, hidden: Tensor, head: Tensor, labels: Tensor, chunk: int, top_k: int, fused: bool, softcap: float
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         num_rows, device = hidden.shape[0], hidden.device
-        losses = torch.empty(num_rows, device=device)
+        losses = torch.empty(num_rows, dtype=torch.float32, device=device)
         correct = torch.empty(num_rows, dtype=torch.bool, device=device)
-        values = torch.empty(num_rows, top_k, device=device)
+        values = torch.empty(num_rows, top_k, dtype=torch.float32, device=device)
         ids = torch.empty(num_rows, top_k, dtype=torch.int64, device=device)
         grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         buffer = hidden.new_empty(min(chunk, num_rows), head.shape[0])

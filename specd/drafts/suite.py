@@ -7,6 +7,8 @@ class TestMine(DraftConformance):
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -37,6 +39,17 @@ CONFIG: dict[str, Any] = {
 }  # fmt: skip
 
 
+@contextlib.contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """torch's, as of a process that has set another."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
 class DraftConformance:
     """The contract of `specd.drafts.base.Method` and of what it makes, on a CPU in float32."""
 
@@ -45,7 +58,7 @@ class DraftConformance:
 
     def objective(self, seed: int = 0) -> Objective:
         """A fresh draft beside a tiny target."""
-        head = torch.randn(VOCAB, HIDDEN, generator=torch.Generator().manual_seed(1))
+        head = torch.randn(VOCAB, HIDDEN, dtype=torch.float32, generator=torch.Generator().manual_seed(1))
         counts = np.random.default_rng(1).integers(1, 9, VOCAB)
         return self.method.objective(
             self.settings, TargetParts(CONTRACT, CONFIG, head, head, counts), "cpu", torch.float32, seed
@@ -68,7 +81,7 @@ class DraftConformance:
         spec = self.method.capture(self.settings, CONTRACT)
         places = np.concatenate([np.arange(size) for size in batch.lengths])
         width = len(spec.taps) + spec.final
-        table = torch.randn(VOCAB, width, HIDDEN, generator=torch.Generator().manual_seed(2))
+        table = torch.randn(VOCAB, width, HIDDEN, dtype=torch.float32, generator=torch.Generator().manual_seed(2))
         drift = torch.from_numpy(places).float()[:, None, None].mul(0.1).sin()
         states = table[torch.from_numpy(batch.tokens).long()] + drift
         final = states[:, -1] if spec.final else None
@@ -100,16 +113,19 @@ class DraftConformance:
         assert self.method.free <= set(self.method.settings.__struct_fields__)
 
     def test_every_parameter_is_trained_and_the_same_seed_gives_the_same_bits(self) -> None:
+        """Whatever came before, and whatever dtype torch gives to tensors of none."""
         delivery = self.deliver(self.batch(24, 5, 17))
         found: list[list[torch.Tensor]] = []
-        for around in range(2):
+        for around, default in enumerate((torch.float32, torch.bfloat16)):
             torch.manual_seed(around)
-            objective = self.objective(seed=3)
-            if around:  # of a held-out batch, which leaves no trace
-                objective.loss(self.deliver(self.batch(9, 11)))
-            loss = objective.loss(delivery)
-            found.append([loss.sum.detach(), loss.weight, *self.gradients(objective, loss)])
+            with _default_dtype(default):
+                objective = self.objective(seed=3)
+                if around:  # of a held-out batch, which leaves no trace
+                    objective.loss(self.deliver(self.batch(9, 11)))
+                loss = objective.loss(delivery)
+                found.append([loss.sum.detach(), loss.weight, *self.gradients(objective, loss)])
             assert len(found[-1]) == 2 + len(self.trained(objective)), "a parameter has no gradient"
+            assert {value.dtype for value in found[-1]} == {torch.float32}
         assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
         three, four = (self.trained(self.objective(seed)) for seed in (3, 4))
         assert any(not torch.equal(a, b) for a, b in zip(three, four, strict=True))
@@ -175,7 +191,7 @@ class DraftConformance:
         config = msgspec.json.decode((tmp_path / "draft" / "config.json").read_bytes())
         assert set(config["architectures"]) & set(self.method.architectures)
         draft = self.method.load(tmp_path / "draft")
-        head = torch.randn(VOCAB, HIDDEN, generator=torch.Generator().manual_seed(1))
+        head = torch.randn(VOCAB, HIDDEN, dtype=torch.float32, generator=torch.Generator().manual_seed(1))
         tokens = torch.arange(30, 41)
         with torch.inference_mode():
             guesses = []

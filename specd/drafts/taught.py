@@ -55,7 +55,8 @@ class TaughtLoss(torch.autograd.Function):
         them guessed it.
         """
         head, device, sizes = master.to(hidden.dtype), hidden.device, [places.size for places in taught]
-        found = torch.zeros(3, hidden.shape[0], device=device)  # of each prediction: loss, whether it counts, is right
+        # Of each prediction: loss, whether it counts, is right.
+        found = torch.zeros(3, hidden.shape[0], dtype=torch.float32, device=device)
         grad = torch.zeros_like(hidden) if ctx.needs_input_grad[0] else None
         grad_head = torch.zeros_like(master) if ctx.needs_input_grad[1] else None
         # All predictions of a teacher's chunk, of whatever step, together.

@@ -76,7 +76,7 @@ def score(logits: Tensor, shares: Tensor, teachers: Tensor, places: Tensor, weig
     places: of the teacher's best token in the draft vocabulary, int64 [C]. weights: of the gradient, float32 [C].
     """
     num_rows, vocab = logits.shape
-    losses, right = torch.empty(2, num_rows, device=logits.device)
+    losses, right = torch.empty(2, num_rows, dtype=torch.float32, device=logits.device)
     with torch.cuda.device(logits.device):
         _score[(num_rows,)](
             logits,

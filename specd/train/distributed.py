@@ -59,7 +59,7 @@ class Ranks:
         self._watch: Watch | None = None
         self._group: Any = None
         self._nccl = False
-        self._alive = torch.ones(1)
+        self._alive = torch.ones(1, dtype=torch.float32)
         self._device = "cpu"
 
     @classmethod
@@ -242,7 +242,7 @@ class Ranks:
         options = distributed.ProcessGroupNCCL.Options()
         options._timeout = timeout
         group = distributed.ProcessGroupNCCL(meeting, self.rank, self.size, options)
-        group.allreduce([torch.zeros(1, device=self._device)]).wait()
+        group.allreduce([torch.zeros(1, dtype=torch.float32, device=self._device)]).wait()
         torch.cuda.synchronize(self._device)
         return group
 

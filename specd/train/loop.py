@@ -108,7 +108,7 @@ class _Run:
         self.device = str(optimizer.param_groups[0]["params"][0].device)
         # 1 from the first non-finite step on: no later step changes a weight, though the host sees it only when it
         # logs.
-        self._halted = torch.zeros((), device=self.device)
+        self._halted = torch.zeros((), dtype=torch.float32, device=self.device)
         self._stats = self._spent = source.stats()
         self._mark, self._wall_s = time.perf_counter(), 0.0
 

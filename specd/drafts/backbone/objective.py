@@ -145,9 +145,10 @@ class BlockObjective(ABC):
 
     def by_offset(self, blocks: Blocks, rows: Tensor, **sums: Tensor) -> dict[str, Tensor]:
         """Metrics float32 [guesses]: each of `sums` [R] by offset, and how many were `counted`. rows: of `blocks`."""
-        columns = torch.stack([*(part.float() for part in sums.values()), torch.ones(len(rows), device=self.device)])
+        one = torch.ones(len(rows), dtype=torch.float32, device=self.device)
+        columns = torch.stack([*(part.float() for part in sums.values()), one])
         # Through zeros, as atomic additions would round in another order from run to run.
-        dense = torch.zeros(len(columns), len(blocks.tokens), device=self.device).index_copy(1, rows, columns)
+        dense = columns.new_zeros(len(columns), len(blocks.tokens)).index_copy(1, rows, columns)
         found = dense.view(len(columns), -1, blocks.layout.block_size).sum(1)[:, self.draft.shape.first :]
         return dict(zip((*sums, "counted"), found, strict=True))
 

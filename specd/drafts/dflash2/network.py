@@ -115,7 +115,7 @@ class Convolution(nn.Module):
         super().__init__()
         size, self.taps, self.group = shape.hidden_size, shape.conv_kernel_size, shape.conv_group_size
         self.block_size = shape.block_size
-        self.base_kernel = nn.Parameter(torch.zeros(2, self.taps, size))
+        self.base_kernel = nn.Parameter(torch.zeros(2, self.taps, size, dtype=torch.float32))
         self.kernel_projection = Linear(size, 2 * self.taps * (size // self.group))
         with torch.no_grad():
             self.base_kernel[:, 0] = 1.0
@@ -158,8 +158,9 @@ class Selector(nn.Module):
 
     def __init__(self, shape: DFlash2Shape, seed: int) -> None:
         super().__init__()
-        self.predecessor_codebook = nn.Parameter(torch.empty(shape.vocab_size, shape.selector_rank))
-        self.successor_codebook = nn.Parameter(torch.empty(shape.vocab_size, shape.selector_rank))
+        size = shape.vocab_size, shape.selector_rank
+        self.predecessor_codebook = nn.Parameter(torch.empty(size, dtype=torch.float32))
+        self.successor_codebook = nn.Parameter(torch.empty(size, dtype=torch.float32))
         self.hidden_projection = Linear(shape.hidden_size, shape.selector_rank)
         draw(self, seed)
         with torch.no_grad():

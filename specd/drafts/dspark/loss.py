@@ -65,7 +65,8 @@ class DistanceLoss(torch.autograd.Function):
         weights: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         head, second, device = teacher.head, master.to(hidden.dtype), hidden.device
-        found = torch.zeros(3, hidden.shape[0], device=device)  # of each row: cross-entropy, L1 distance, is right
+        # Of each row: cross-entropy, L1 distance, is right.
+        found = torch.zeros(3, hidden.shape[0], dtype=torch.float32, device=device)
         grad, grad_before, grad_master = (
             torch.zeros_like(part) if needed else None
             for part, needed in zip((hidden, before, master), ctx.needs_input_grad, strict=False)

@@ -107,7 +107,7 @@ def score(
     whose, int64 [C]. labels: int64 [C]. weights: of the gradient, float32 [C].
     """
     num_rows, vocab = logits.shape
-    found = torch.empty(3, num_rows, device=logits.device)
+    found = torch.empty(3, num_rows, dtype=torch.float32, device=logits.device)
     with torch.cuda.device(logits.device):
         _score[(num_rows,)](
             logits,

@@ -35,7 +35,7 @@ class MarkovHead(nn.Module):
 
     def __init__(self, shape: DSparkShape, seed: int) -> None:
         super().__init__()
-        table = torch.empty(shape.vocab_size, shape.markov_rank)
+        table = torch.empty(shape.vocab_size, shape.markov_rank, dtype=torch.float32)
         self.markov_w1 = nn.Embedding.from_pretrained(table, freeze=False)  # type: ignore[no-untyped-call]
         self.markov_w2 = Linear(shape.markov_rank, shape.vocab_size)
         draw(self, seed)

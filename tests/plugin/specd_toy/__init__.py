@@ -50,7 +50,7 @@ class Toy:
         labels = torch.from_numpy(batch.tokens.astype(np.int64)).to(self._device)[rows + 2]
         logits = F.linear(self.module(taps.flatten(1).float()[rows]), self._head)
         right = (logits.argmax(-1) == labels).sum().float()[None]
-        weight = torch.tensor(float(len(rows)), device=self._device)
+        weight = torch.tensor(len(rows), dtype=torch.float32, device=self._device)
         total = F.cross_entropy(logits, labels, reduction="sum") if len(rows) else (self.module.weight * 0).sum()
         return Loss(total, weight, {"correct": right, "counted": weight[None]})
 
@@ -157,7 +157,7 @@ class ToyMethod:
 
 
 def _matrix(size: int, scale: float, seed: int) -> torch.nn.Linear:
-    module = torch.nn.Linear(size, size, bias=False)
+    module = torch.nn.Linear(size, size, bias=False, dtype=torch.float32)
     with torch.no_grad():
         module.weight.normal_(0, scale, generator=torch.Generator().manual_seed(seed))
     return module
