@@ -53,6 +53,13 @@ def plan(
         float | None,
         typer.Option(help="What a target computes that runs batches one by one, unmerged.", rich_help_panel=RATES),
     ] = None,
+    colocated_tokens_per_s: Annotated[
+        float | None,
+        typer.Option(
+            help="What GPUs train that have both, as many as one of them takes; else one after the other.",
+            rich_help_panel=RATES,
+        ),
+    ] = None,
     wire_gb_per_s: Annotated[
         float | None, typer.Option(help="10⁹ bytes a second to one trainer; 0 for enough.", rich_help_panel=RATES)
     ] = None,
@@ -121,6 +128,9 @@ def plan(
         _measured(measured, target=target_tokens_per_s is None, draft=draft_tokens_per_s is None) if measured else {}
     )
     known |= {name: value for name, value in flags.items() if value is not None}
+    if colocated_tokens_per_s is not None:
+        group = max(known.get("gpus_per_daemon", 1), known.get("gpus_per_trainer", 1))
+        known["colocated_tokens_per_s"] = {group: colocated_tokens_per_s}
     asked = (daemons or 1, trainers or 1) if daemons or trainers else (0, 0)
     if (replay_gb is None) != (disk_gb_s is None):
         raise ConfigError(f"--replay-gb {replay_gb} --disk-gb-s {disk_gb_s}: expected both, or neither")
@@ -173,7 +183,7 @@ def _measured(path: Path, *, target: bool, draft: bool) -> dict[str, Any]:
         found = json.loads(path.read_bytes())["work"]
         if found is None:
             raise ConfigError(f"--from {str(path)!r}: this benchmark ended before it had rates; run it again")
-        return msgspec.to_builtins(msgspec.convert(found, Work))  # type: ignore[no-any-return]
+        return msgspec.structs.asdict(msgspec.convert(found, Work, str_keys=True))
     except OSError as error:
         raise ConfigError(f"--from {str(path)!r} cannot be read: {error.strerror}") from None
     except (ValueError, KeyError, TypeError) as error:
@@ -187,7 +197,7 @@ def _of_run(path: Path, *, target: bool, draft: bool) -> dict[str, Any]:
     """Rates of a run: its daemons' forward times and, for the draft's, its optimizer steps' own times.
 
     The forwards are as its daemons ran them, merged or not; steps with batches that needed none tell nothing of them.
-    A co-located run's are unmerged: they give both rates.
+    A co-located run's are unmerged: they give both rates, and on one device its steps say what both take together.
     Raises ConfigError for a journal without these times.
     """
     from specd.train.directory import JOURNAL, read_facts
@@ -228,6 +238,11 @@ def _of_run(path: Path, *, target: bool, draft: bool) -> dict[str, Any]:
         known["draft_tokens_per_s"] = _draft_rate(path, steps)
     if forward_s and WITHIN_PROCESS in facts.transports.values():
         known["colocated_target_tokens_per_s"] = known["target_tokens_per_s"]
+        hosted, device = facts.config.get("target"), facts.config["train"].get("device")
+        if hosted and hosted.get("device", device) == device:
+            together = [step for step in computed if step.ranks == computed[-1].ranks]
+            rate = sum(step.tokens for step in together) / sum(step.step_s for step in together)
+            known["colocated_tokens_per_s"] = {computed[-1].ranks: rate}
     return known
 
 
@@ -277,7 +292,9 @@ def render(found: Balance) -> list[RenderableType]:
         f"{judged.name} trains {judged.over_one:.2f} × the samples/s of {_gpus(found.colocated.gpus)} co-located, and "
         f"{judged.over_parallel:.2f} × those of {_gpus(judged.gpus)}, as many as it has",
         f"co-locate unless a target that runs batches alone takes over {found.pays_from_s * 1e3:,.1f} ms for one: here "
-        f"{found.colocated_target_s * 1e3:,.1f} ms",
+        f"{found.colocated_target_s * 1e3:,.1f} ms"
+        if not work.colocated_tokens_per_s
+        else f"co-location as measured: {found.overlapped:.2f} of target and draft one after the other",
         f"verdict: {found.better}",
         *(f"· {reason}" for reason in found.why),
     ]

@@ -2,7 +2,8 @@
 
 Per GPU-second a perfectly balanced disaggregation costs what co-location costs: every batch needs its target's forward
 and its draft's step, wherever they run. It can only win where a daemon's forwards are cheaper than co-located ones, and
-it loses whatever one side idles.
+it loses whatever one side idles. Co-location gains where a step fills the gaps of a forward: how much, only a
+measurement tells.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ class Work(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     target_tokens_per_s: of one daemon. draft_tokens_per_s: of one trainer, the whole optimizer step.
     colocated_target_tokens_per_s: of a target that runs each batch alone, on as many GPUs as a daemon; 0 for the same:
     a daemon merges small batches of several requests into one forward, a co-located target cannot.
+    colocated_tokens_per_s: of target and draft on the same GPUs, by how many these are, where it was measured; else one
+    is taken to run after the other. efficiency: of a pipeline, its bound over what it took, where it was measured.
     batch_tokens: of one trainer batch. tokens_per_sample: on average. bytes_per_token: of the captured states.
     wire_gb_per_s: 10⁹ bytes a second to one trainer; 0 if it never waits for the wire. depth: batches in flight beyond
     the one in use.
@@ -37,6 +40,8 @@ class Work(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     batch_tokens: float
     bytes_per_token: int
     colocated_target_tokens_per_s: float = 0.0
+    colocated_tokens_per_s: dict[int, float] = {}
+    efficiency: float = 1.0
     wire_gb_per_s: float = 0.0
     tokens_per_sample: float = 0.0
     samples: int = 0
@@ -87,7 +92,8 @@ class Balance(msgspec.Struct, frozen=True, kw_only=True):
     within 2 % of the least GPU time a sample. asked: the one that was asked for, if one was. colocated: on the GPUs of
     one daemon or trainer. data_parallel: co-located on as many GPUs as the one that is judged: `asked`, or else
     `balanced`. better: that, or co-location. pays_from_s: it is that from a target on which a batch alone takes longer,
-    in seconds; 0 for any. why: in words.
+    in seconds; 0 for any, and where co-location was measured. overlapped: what a batch took there, over one after the
+    other; 1 if it was not. why: in words.
     """
 
     work: Work
@@ -107,6 +113,7 @@ class Balance(msgspec.Struct, frozen=True, kw_only=True):
     why: tuple[str, ...]
     asked: Placement | None = None
     pays_from_s: float = 0.0
+    overlapped: float = 1.0
 
 
 def balance(work: Work, daemons: int = 0, trainers: int = 0) -> Balance:
@@ -121,7 +128,7 @@ def balance(work: Work, daemons: int = 0, trainers: int = 0) -> Balance:
     alone_s = work.batch_tokens / (work.colocated_target_tokens_per_s or work.target_tokens_per_s)
 
     def placement(daemons: int, trainers: int) -> Placement:
-        batch_s = max(target_s / daemons, draft_s / trainers, wire_s / trainers)
+        batch_s = max(target_s / daemons, draft_s / trainers, wire_s / trainers) / work.efficiency
         gpus = daemons * work.gpus_per_daemon + trainers * work.gpus_per_trainer
         return _placement(work, f"{daemons} : {trainers}", daemons, trainers, gpus, batch_s)
 
@@ -133,14 +140,23 @@ def balance(work: Work, daemons: int = 0, trainers: int = 0) -> Balance:
     judged = asked or balanced
     # Co-location at its best: no GPU idles, also where target and draft take different numbers of GPUs.
     needed_s = work.gpus_per_daemon * alone_s + work.gpus_per_trainer * draft_s
+    measured = work.colocated_tokens_per_s
+
+    def together_s(gpus: int) -> float:
+        """Between two batches of co-located training on so many GPUs; as fast a GPU as the most of them measured."""
+        if not measured:
+            return needed_s / gpus
+        known = max((count for count in measured if count <= gpus), default=min(measured))
+        return work.batch_tokens / measured[known] * known / gpus
+
     group = max(work.gpus_per_daemon, work.gpus_per_trainer)
-    colocated = _placement(work, "co-located", 0, 1, group, needed_s / group)
+    colocated = _placement(work, "co-located", 0, 1, group, together_s(group))
     replicas = judged.gpus // group
-    parallel = _placement(work, f"co-located × {replicas}", 0, replicas, judged.gpus, needed_s / judged.gpus)
+    parallel = _placement(work, f"co-located × {replicas}", 0, replicas, judged.gpus, together_s(judged.gpus))
 
     def beside(one: Placement) -> Placement:
         """The placement with what it trains beside co-located GPUs."""
-        over_one, over_parallel = needed_s / group / one.batch_s, needed_s / one.gpus / one.batch_s
+        over_one, over_parallel = (together_s(gpus) / one.batch_s for gpus in (group, one.gpus))
         return msgspec.structs.replace(one, over_one=over_one, over_parallel=over_parallel)
 
     slower = max(target_s, draft_s)
@@ -149,7 +165,7 @@ def balance(work: Work, daemons: int = 0, trainers: int = 0) -> Balance:
         starves = "wire"
     elif abs(target_s - draft_s) > EVEN * slower:
         starves = "draft" if target_s > draft_s else "target"
-    gain = colocated.gpu_s_per_sample / judged.gpu_s_per_sample - 1
+    gain = parallel.gpu_s_per_sample / judged.gpu_s_per_sample - 1
     better: Literal["disaggregated", "co-located", "equal"] = "equal"
     if abs(gain) > EVEN:
         better = "disaggregated" if gain > 0 else "co-located"
@@ -171,9 +187,10 @@ def balance(work: Work, daemons: int = 0, trainers: int = 0) -> Balance:
         colocated=beside(colocated),
         data_parallel=beside(parallel),
         better=better,
-        why=_why(work, judged, colocated, target_s, draft_s, wire_s, alone_s, better),
+        why=_why(work, judged, parallel, target_s, draft_s, wire_s, alone_s, needed_s, better),
         asked=beside(asked) if asked else None,
-        pays_from_s=max(0.0, pays_from_s),
+        pays_from_s=0.0 if measured else max(0.0, pays_from_s),
+        overlapped=group * colocated.batch_s / needed_s,
     )
 
 
@@ -197,19 +214,24 @@ def _placement(work: Work, name: str, daemons: int, trainers: int, gpus: int, ba
 def _why(
     work: Work,
     judged: Placement,
-    colocated: Placement,
+    parallel: Placement,
     target_s: float,
     draft_s: float,
     wire_s: float,
     alone_s: float,
+    serial_s: float,
     better: str,
 ) -> tuple[str, ...]:
     """The verdict's reasons, the decisive one first."""
     target_busy = target_s / (judged.daemons * judged.batch_s)
     draft_busy = draft_s / (judged.trainers * judged.batch_s)
     reasons = []
-    ratio = judged.gpu_s_per_sample / colocated.gpu_s_per_sample
-    if better == "disaggregated":
+    ratio = judged.gpu_s_per_sample / parallel.gpu_s_per_sample
+    if better == "disaggregated" and work.colocated_tokens_per_s:
+        reasons.append(
+            f"{judged.name} takes {1 - ratio:.0%} less GPU time a sample than co-location does on as many GPUs"
+        )
+    elif better == "disaggregated":
         reasons.append(
             f"a daemon's forwards take {target_s * 1e3:.1f} ms a batch where a co-located target takes "
             f"{alone_s * 1e3:.1f} ms: worth more than what its GPUs idle, {1 - ratio:.0%} less GPU time a sample"
@@ -231,7 +253,14 @@ def _why(
         reasons.append("a daemon only merges batches that wait: give trainers a depth of as many as a forward takes")
     if wire_s > max(target_s, draft_s):
         reasons.append(f"the wire needs {wire_s * 1e3:.1f} ms a batch, more than target and draft: take a faster one")
-    if not work.colocated_target_tokens_per_s:
+    if not work.colocated_tokens_per_s and better != "co-located":
+        least = judged.gpus * judged.batch_s
+        reasons.append(
+            f"a co-located GPU was taken to run target and draft one after the other, {serial_s * 1e3:,.1f} ms of GPU "
+            f"time a batch. Where they overlap it takes less, 0.6 to 0.8 of that on H200s: under {least * 1e3:,.1f} ms "
+            f"it is the better choice; measure it with `specd bench pipeline`, or give --colocated-tokens-per-s"
+        )
+    if not (work.colocated_target_tokens_per_s or work.colocated_tokens_per_s):
         reasons.append(
             "a co-located target was taken to be as fast as a daemon's; with short samples it is not, because only a "
             "daemon merges several batches into a forward: measure it, and give --colocated-target-tokens-per-s"
@@ -249,7 +278,7 @@ def _check(work: Work, daemons: int, trainers: int) -> None:
     """Raise ConfigError that names the first value out of range."""
     if min(daemons, trainers) < 0 or (daemons > 0) != (trainers > 0):
         raise ConfigError(f"--daemons {daemons} --trainers {trainers}: expected both at least 1, or neither given")
-    positive = ("target_tokens_per_s", "draft_tokens_per_s", "batch_tokens", "bytes_per_token", "epochs")
+    positive = ("target_tokens_per_s", "draft_tokens_per_s", "batch_tokens", "bytes_per_token", "epochs", "efficiency")
     whole = ("gpus_per_daemon", "gpus_per_trainer")
     not_negative = ("colocated_target_tokens_per_s", "wire_gb_per_s", "tokens_per_sample", "samples", "depth")
     for names, least, expected in (
@@ -261,6 +290,9 @@ def _check(work: Work, daemons: int, trainers: int) -> None:
             value = float(getattr(work, name))
             if not math.isfinite(value) or value < least or (value == 0 and names is positive):
                 raise ConfigError(f"--{name.replace('_', '-')} {value:g}: expected a number, {expected}")
+    for gpus, rate in work.colocated_tokens_per_s.items():
+        if not math.isfinite(rate) or rate <= 0 or gpus < 1:
+            raise ConfigError(f"--colocated-tokens-per-s {rate:g} on {gpus} GPUs: expected a number, more than 0")
     if work.tokens_per_sample > work.batch_tokens:
         raise ConfigError(
             f"--tokens-per-sample {work.tokens_per_sample:g} is more than --batch-tokens {work.batch_tokens:g}: a "

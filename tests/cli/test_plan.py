@@ -77,6 +77,7 @@ def test_a_benchmark_gives_the_rates_and_flags_win(tmp_path: Path, capsys: pytes
     work = Work(
         target_tokens_per_s=80_000,
         colocated_target_tokens_per_s=7_500,
+        colocated_tokens_per_s={1: 7_000, 2: 13_000},
         draft_tokens_per_s=50_000,
         batch_tokens=512,
         bytes_per_token=20_480,
@@ -84,8 +85,16 @@ def test_a_benchmark_gives_the_rates_and_flags_win(tmp_path: Path, capsys: pytes
     path = tmp_path / "pipeline.json"
     path.write_bytes(msgspec.json.encode({"rows": [], "work": work}))
     assert plan(capsys, "--from", str(path)).work == work
-    found = plan(capsys, "--from", str(path), "--target-tokens-per-s", "60000", "--depth", "8")
+    pair = ["--daemons", "1", "--trainers", "1"]
+    found = plan(capsys, "--from", str(path), "--target-tokens-per-s", "60000", "--depth", "8", *pair)
     assert (found.work.target_tokens_per_s, found.work.depth, found.better) == (60_000, 8, "disaggregated")
+    assert found.data_parallel.samples_per_s == pytest.approx(13_000 / 512)
+    found = plan(capsys, "--from", str(path), "--colocated-tokens-per-s", "30000", *pair)
+    assert (found.work.colocated_tokens_per_s, found.better) == ({1: 30_000}, "co-located")
+    assert run(["plan", "--from", str(path), *pair]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "co-location as measured: 0.93 of target and draft one after the other" in out
+    assert "less GPU time a sample than co-location does on as many GPUs" in out
 
 
 def test_a_benchmark_that_was_cut_short_has_no_rates(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -93,6 +102,15 @@ def test_a_benchmark_that_was_cut_short_has_no_rates(tmp_path: Path, capsys: pyt
     path.write_text('{"rows": [], "work": null}')
     assert run(["plan", "--from", str(path)]) == 2
     assert "this benchmark ended before it had rates; run it again" in capsys.readouterr().err
+
+
+def test_a_co_located_run_tells_what_both_take_together(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    times = {"forward_s": 0.02, "draft_s": 0.05, "train_s": 0.055, "target_wait_s": 0.005}
+    for name, (target, found) in enumerate(
+        (({"model": "tiny"}, {1: pytest.approx(400 / 0.06)}), ({"model": "tiny", "device": "cuda:1"}, {}), (None, {}))
+    ):
+        run_directory = a_run(tmp_path / str(name), {"target": target} if target else {}, **times)
+        assert plan(capsys, "--from", run_directory).work.colocated_tokens_per_s == found
 
 
 def a_run(path: Path, method: dict[str, object] | None = None, /, **times: float) -> str:

@@ -13,7 +13,7 @@ from specd.plan.balance import EVEN, MOST_PROCESSES, Work, balance
 EQUAL = Work(target_tokens_per_s=50_000, draft_tokens_per_s=50_000, batch_tokens=3000, bytes_per_token=20_480)
 
 
-def with_(work: Work = EQUAL, **changes: float) -> Work:
+def with_(work: Work = EQUAL, **changes: float | dict[int, float]) -> Work:
     return msgspec.structs.replace(work, **changes)
 
 
@@ -100,6 +100,35 @@ def test_co_location_is_left_exactly_where_a_lone_batch_takes_longer() -> None:
     assert found.ring.slots == 9
 
 
+def test_what_co_location_was_measured_to_take_decides() -> None:
+    """DFlash2 on two H200, docs/benchmarks.md: a forward and a step that fill each other's gaps."""
+    apart = with_(
+        batch_tokens=3072, target_tokens_per_s=3072 / 0.0543, draft_tokens_per_s=3072 / 0.054,
+        colocated_target_tokens_per_s=3072 / 0.0612,
+    )  # fmt: skip
+    guessed = balance(apart)
+    assert (guessed.better, guessed.overlapped) == ("disaggregated", 1.0)
+    assert any("one after the other, 115.2 ms of GPU time a batch" in reason for reason in guessed.why)
+    assert any("under 108.6 ms it is the better choice; measure it" in reason for reason in guessed.why)
+    found = balance(with_(apart, colocated_tokens_per_s={1: 3072 / 0.0916, 2: 3072 / 0.051}, efficiency=0.5))
+    assert found.colocated.batch_s == pytest.approx(0.0916)
+    assert found.data_parallel.batch_s == pytest.approx(0.051)
+    assert found.one_to_one.batch_s == pytest.approx(2 * 0.0543)
+    assert found.one_to_one.over_one == pytest.approx(0.0916 / (2 * 0.0543))
+    assert found.one_to_one.over_parallel == pytest.approx(0.051 / (2 * 0.0543))
+    assert (found.better, found.pays_from_s) == ("co-located", 0.0)
+    assert found.overlapped == pytest.approx(0.0916 / 0.1152)
+    assert not any("measure it" in reason for reason in found.why)
+
+
+@pytest.mark.parametrize(("placement", "seconds"), [((1, 1), 0.05), ((1, 3), 0.03), ((2, 6), 0.015)])
+def test_more_gpus_than_were_measured_are_as_fast_as_the_most(placement: tuple[int, int], seconds: float) -> None:
+    """One takes 0.1 s a batch, four take 0.03: two are two of the one, eight twice the four."""
+    measured = {1: 3000 / 0.1, 4: 3000 / 0.03}
+    found = balance(with_(colocated_tokens_per_s=measured), *placement)
+    assert found.data_parallel.batch_s == pytest.approx(seconds)
+
+
 @pytest.mark.parametrize("asked", [(0, 2), (2, 0), (-1, 1)])
 def test_half_a_placement_is_refused(asked: tuple[int, int]) -> None:
     with pytest.raises(ConfigError, match=r"--daemons -?\d --trainers \d: expected both"):
@@ -116,9 +145,11 @@ def test_half_a_placement_is_refused(asked: tuple[int, int]) -> None:
         ({"wire_gb_per_s": -2}, "--wire-gb-per-s -2: expected a number, 0 or more"),
         ({"tokens_per_sample": 4000}, "a sample has to fit in a batch"),
         ({"colocated_target_tokens_per_s": 60_000}, "it runs the same forwards"),
+        ({"colocated_tokens_per_s": {1: 0.0}}, "--colocated-tokens-per-s 0 on 1 GPUs: expected a number, more than 0"),
+        ({"efficiency": 0.0}, "--efficiency 0: expected a number, more than 0"),
     ],
 )
-def test_impossible_work_is_refused_by_name(changes: dict[str, float], message: str) -> None:
+def test_impossible_work_is_refused_by_name(changes: dict[str, float | dict[int, float]], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         balance(with_(EQUAL, **changes))
 

@@ -83,4 +83,14 @@ def test_a_plan_takes_the_rates_of_the_first_lengths(record: Record) -> None:
     assert (work.target_tokens_per_s, work.colocated_target_tokens_per_s) == (16_000, 8_000)
     assert (work.draft_tokens_per_s, work.batch_tokens, work.tokens_per_sample) == (12_800, 256, 64)
     assert work.bytes_per_token == 2 * 32 * 4
+    assert (work.colocated_tokens_per_s, work.efficiency) == ({}, 1.0)
+    record.rows = [
+        row("disaggregated", 0, 60.0), row("disaggregated", 4, 25.0), row("disaggregated", 2, 30.0),
+        row("co-located", 0, 9.0, "log-normal"), row("origin", 1, 10.0), row("co-located", 0, 40.0),
+        row("co-located", 2, 32.0), row("co-located data-parallel", 2, 40.0, parallel=2),
+    ]  # fmt: skip
+    work = record.result().work
+    assert work is not None
+    assert work.colocated_tokens_per_s == {1: 2_000, 2: 3_200}
+    assert (work.efficiency, work.depth) == (0.8, 4)  # of a draft that takes 20 ms, its target 16
     assert work.wire_gb_per_s == pytest.approx(2.0)
