@@ -58,11 +58,10 @@ def times(axes: Axes, rows: Sequence[PipelineRow]) -> None:
         for ms, colour in shares:
             axes.barh(place, ms / row.parallel, left=left, color=colour, height=0.7, zorder=2)
             left += ms / row.parallel
-        axes.text(left, place, f" {row.iteration_ms / row.parallel:.1f}", va="center", fontsize=ENDS)
-        if row.bound_ms is not None:
-            axes.plot(
-                [row.bound_ms / row.parallel] * 2, [place - 0.42, place + 0.42], color=INK, linewidth=1.6, zorder=3
-            )
+        bound = (row.bound_ms or 0.0) / row.parallel
+        axes.text(max(left, bound), place, f" {row.iteration_ms / row.parallel:.1f}", va="center", fontsize=ENDS)
+        if bound:
+            axes.plot([bound] * 2, [place - 0.42, place + 0.42], color=INK, linewidth=1.6, zorder=3)
     _frame(axes, rows, room=0.15)
 
 

@@ -76,7 +76,7 @@ class OptimizerStep:
         self._device = device
         self._count = 0
         self._optimizer = make_optimizer(objective.module, TrainConfig())
-        self._halted = torch.zeros((), device=device)
+        self._halted = torch.zeros((), dtype=torch.float32, device=device)
         self._before: Point | None = None
         self.parameters = [parameter for parameter in objective.module.parameters() if parameter.requires_grad]
         self.join(Ranks())

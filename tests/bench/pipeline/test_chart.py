@@ -23,15 +23,16 @@ def test_it_is_drawn(tmp_path: Path) -> None:
 
 
 def test_a_bar_is_of_one_batch() -> None:
-    """Also where an iteration trains several, as its title says."""
-    rows = both_lengths().rows[:6]
+    """Also where an iteration trains several, as its title says; and no mark goes through its figure."""
+    rows = list(both_lengths().rows[:6])
+    rows[1] = msgspec.structs.replace(rows[1], bound_ms=20.0)
     axes = Figure().subplots()
     chart.times(axes, rows)
     ends = [text.get_position()[0] for text in axes.texts]
-    assert ends == pytest.approx([row.iteration_ms / row.parallel for row in rows])
+    assert ends == pytest.approx([40.0, 20.0, 44.0, 26.0, 25.0, 15.0])
     assert [text.get_text() for text in axes.texts] == [" 40.0", " 16.0", " 44.0", " 26.0", " 25.0", " 15.0"]
     marks = [np.asarray(line.get_xdata()).tolist() for line in axes.lines]
-    assert marks == [[15.0, 15.0]] * 2, "one where there is a bound"
+    assert marks == [[15.0, 15.0], [20.0, 20.0]], "one where there is a bound"
 
 
 def test_a_cost_is_of_one_sample() -> None:
