@@ -27,7 +27,7 @@ from specd.protocol.cut import Piece, gather
 from specd.transports.base import ServerContext, SlotRef
 from specd.transports.checks import pattern, wrap
 from specd.transports.nixl import cutting
-from specd.transports.nixl.agent import Destinations, Region
+from specd.transports.nixl.agent import Region
 from specd.transports.nixl.transport import Nixl, NixlServer, checked
 from specd.transports.testing.hosts import LocalHost
 from specd.transports.testing.spawned import SpawnedHost
@@ -248,23 +248,6 @@ class TestAroundNixl(TransportConformance):
     """All that is ours: offers, addresses, generation words, destinations, threads."""
 
     transport = Nixl
-
-
-def test_memory_stays_until_it_is_deregistered() -> None:
-    """A driver would take what comes to lie there for what was registered, whoever reads into it."""
-    agent = Loopback("cpu")
-    known = Destinations(agent)  # type: ignore[arg-type]
-    first, second = np.zeros(4096, np.uint8), np.zeros(4096, np.uint8)
-    gone = [weakref.ref(array) for array in (first, second)]
-    known.region(torch.from_numpy(first))
-    del first
-    assert gone[0]() is not None
-    known.region(torch.from_numpy(second))
-    del second
-    assert gone[0]() is None
-    assert len(agent.known) == 1
-    known.forget()
-    assert gone[1]() is None
 
 
 @pytest.mark.usefixtures("loopback")

@@ -14,6 +14,7 @@ import weakref
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -66,6 +67,37 @@ def test_destinations_are_registered_once_and_until_they_are_gone() -> None:
         del part, whole
         known.region(first)
         assert len(known) == 1
+
+
+class Registrar:
+    """What of an agent `Destinations` needs."""
+
+    def __init__(self) -> None:
+        self.known: list[Region] = []
+
+    def register(self, region: Region) -> Region:
+        self.known.append(region)
+        return region
+
+    def deregister(self, region: Region) -> None:
+        self.known.remove(region)
+
+
+def test_memory_stays_until_it_is_deregistered() -> None:
+    """A driver would take what comes to lie there for what was registered, whoever reads into it."""
+    agent = Registrar()
+    known = Destinations(agent)  # type: ignore[arg-type]
+    first, second = np.zeros(4096, np.uint8), np.zeros(4096, np.uint8)
+    gone = [weakref.ref(array) for array in (first, second)]
+    known.region(torch.from_numpy(first))
+    del first
+    assert gone[0]() is not None
+    known.region(torch.from_numpy(second))
+    del second
+    assert gone[0]() is None
+    assert len(agent.known) == 1
+    known.forget()
+    assert gone[1]() is None
 
 
 class FakeEngine:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +17,7 @@ from specd.bench.pipeline.run import run
 from specd.bench.pipeline.settings import Settings
 from specd.cli.main import run as command
 from specd.errors import DaemonError, TransportError
-from specd.plan.balance import balance
+from specd.plan.balance import Balance, balance
 
 TINY = "synthetic:hidden=32,layers=8,vocab=64"
 SETTINGS = defaults(True, 1, TINY, {})
@@ -104,7 +103,7 @@ def test_a_plan_reads_it(result: PipelineResult, tmp_path: Path, capsys: Any) ->
     path.write_bytes(msgspec.json.encode(result))
     assert msgspec.json.decode(path.read_bytes(), type=PipelineResult).rows == result.rows
     assert command(["plan", "--from", str(path), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["work"] == msgspec.to_builtins(result.work)
+    assert msgspec.json.decode(capsys.readouterr().out, type=Balance).work == result.work
     assert result.work is not None
     assert (result.work.batch_tokens, result.work.tokens_per_sample) == (256, 64)
     assert balance(result.work).starves == "target"
