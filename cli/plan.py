@@ -34,6 +34,10 @@ WARM_UP = 0.1
 """Share of a journal's first steps that is left out of its rates: they compile and load."""
 MOST_WAITS = 0.05
 """Steps without draft_s give the draft's rate only if they waited less than this share of their time."""
+MEASURED_WITH = (
+    "target_tokens_per_s", "draft_tokens_per_s", "batch_tokens", "gpus_per_daemon", "gpus_per_trainer",
+)  # fmt: skip
+"""What co-location and a pipeline were measured with."""
 STARVING = {
     "target": "the target starves: the draft is slower",
     "draft": "the draft starves: the target is slower",
@@ -56,7 +60,7 @@ def plan(
     colocated_tokens_per_s: Annotated[
         float | None,
         typer.Option(
-            help="What GPUs train that have both, as many as one of them takes; else one after the other.",
+            help="What GPUs that hold both train, as many as the larger one takes [default: one after the other].",
             rich_help_panel=RATES,
         ),
     ] = None,
@@ -127,6 +131,8 @@ def plan(
     known |= (
         _measured(measured, target=target_tokens_per_s is None, draft=draft_tokens_per_s is None) if measured else {}
     )
+    if any(flags[name] is not None for name in MEASURED_WITH):  # what was measured with others says nothing of these
+        known = {name: value for name, value in known.items() if name not in ("colocated_tokens_per_s", "efficiency")}
     known |= {name: value for name, value in flags.items() if value is not None}
     if colocated_tokens_per_s is not None:
         group = max(known.get("gpus_per_daemon", 1), known.get("gpus_per_trainer", 1))
@@ -247,9 +253,9 @@ def _of_run(path: Path, *, target: bool, draft: bool) -> dict[str, Any]:
 
 
 def _draft_rate(path: Path, steps: Sequence[StepRecord]) -> float:
-    """Tokens a second of optimizer steps. Raises ConfigError where the time without waits is unknown."""
+    """Tokens a second of one rank's optimizer steps. Raises ConfigError where the time without waits is unknown."""
     if timed := [step for step in steps if step.draft_s]:
-        return sum(step.tokens for step in timed) / sum(step.draft_s for step in timed)
+        return sum(step.tokens / step.ranks for step in timed) / sum(step.draft_s for step in timed)
     wall_s, wait_s = sum(step.step_s for step in steps), sum(step.target_wait_s + step.wire_wait_s for step in steps)
     # A GPU goes on with its step while the host waits for the next batch: wall time without waits is too short.
     if wait_s >= MOST_WAITS * wall_s:
@@ -258,7 +264,7 @@ def _draft_rate(path: Path, steps: Sequence[StepRecord]) -> float:
             f"when a GPU may have trained: give --draft-tokens-per-s, or --from with the JSON of `specd bench "
             f"pipeline` or with a run whose journal has draft_s"
         )
-    return sum(step.tokens for step in steps) / (wall_s - wait_s)
+    return sum(step.tokens / step.ranks for step in steps) / (wall_s - wait_s)
 
 
 def render(found: Balance) -> list[RenderableType]:
@@ -295,6 +301,7 @@ def render(found: Balance) -> list[RenderableType]:
         f"{found.colocated_target_s * 1e3:,.1f} ms"
         if not work.colocated_tokens_per_s
         else f"co-location as measured: {found.overlapped:.2f} of target and draft one after the other",
+        *([f"pipelines as measured: {work.efficiency:.2f} of what these rates allow"] if work.efficiency != 1 else ()),
         f"verdict: {found.better}",
         *(f"· {reason}" for reason in found.why),
     ]

@@ -181,7 +181,7 @@ def rows(
                 for depth in (0, 1):
                     progress(f"origin, {lengths} lengths, depth {depth}")
                     stream = client.stream(draw(lengths), overlap=depth > 0)
-                    clocked = clock(stream, step, settings.warmup, depth > 0)
+                    clocked = clock(stream, step, settings.warmup, depth > 0, steps=settings.steps)
                     nbytes = payload_bytes(job.spec, contract.hidden_size) * clocked.tokens
                     devices = settings.tp + (not settings.shared)
                     row = row_of("origin", lengths, depth, backend, devices, clocked)

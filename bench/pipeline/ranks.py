@@ -161,7 +161,7 @@ class Trainer:
                 with self._subscribed(depth, ranks) as subscriber:
                     apart.wait_for_all(subscriber, len(share(max(1, len(job.endpoints)), ranks.rank, ranks.size)))
                     stream = subscriber.stream(self._draw(lengths))
-                    clocked = clock(stream, self._step, settings.warmup, depth > 0, subscriber.stats)
+                    clocked = clock(stream, self._step, settings.warmup, depth > 0, subscriber.stats, settings.steps)
                 yield RanksTimes(lengths=lengths, depth=depth, clocked=clocked)
 
     def _subscribed(self, depth: int, ranks: Ranks) -> Subscriber:
@@ -173,8 +173,7 @@ class Trainer:
 
     def _draw(self, lengths: Lengths) -> list[Batch]:
         settings = self._settings
-        count = settings.warmup + settings.steps
-        return batches(settings, lengths, self._vocab, count, next(self._nonces), self._job.rank)
+        return batches(settings, lengths, self._vocab, settings.drawn, next(self._nonces), self._job.rank)
 
 
 def run(job: RanksJob, answer: Callable[[msgspec.Struct], None]) -> None:

@@ -55,7 +55,7 @@ def measure(
         warmup = max(settings.warmup, depth + 1)
         with subscriber(depth) as link:
             # The last batches find an emptier queue, as no requests follow: they are not timed.
-            seconds = clock(link.stream(draw(warmup + count + depth + 1)), None, warmup).seconds[:count]
+            seconds = clock(link.stream(draw(warmup + count + depth + 1)), None, warmup, steps=count).seconds
         rates = [tokens * len(block) / sum(block) for block in _blocks(seconds, merged)]
         low, high = np.percentile(rates, (25, 75)).tolist()
         rate = tokens * len(seconds) / sum(seconds)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import msgspec
@@ -16,7 +16,7 @@ from specd.bench.pipeline.result import PipelineResult, PipelineRow
 from specd.bench.pipeline.rows import COLOCATED, settle
 from specd.bench.pipeline.settings import Lengths, Settings
 from specd.bench.pipeline.step import Clocked
-from specd.plan.balance import Work
+from specd.plan.balance import Work, balance
 from specd.protocol.capture import CaptureSpec
 from specd.protocol.contract import TargetContract
 
@@ -114,7 +114,8 @@ class Record:
 
     def _work(self) -> Work | None:
         """The rates of this run as `specd plan` takes them, of the first lengths; None while one is missing."""
-        lengths = self._settings.lengths[0]
+        settings = self._settings
+        lengths = settings.lengths[0]
         if not self.clocked.get(lengths) or not (self.bare or self.fed):
             return None
         first = self.clocked[lengths][0]
@@ -132,29 +133,23 @@ class Record:
                 together[row.devices] = max(row.tokens_per_s, together.get(row.devices, 0.0))
         stats = [clocked.stats for found in self.clocked.values() for clocked in found]
         fetch_s = sum(one.fetch_s for one in stats)
-        efficiency, depth = self._nearest(rows, tokens / merged * 1e3, self.draft_ms[lengths])
-        return Work(
+        work = Work(
             target_tokens_per_s=merged,
             draft_tokens_per_s=tokens / self.draft_ms[lengths] * 1e3,
             colocated_target_tokens_per_s=alone,
             colocated_tokens_per_s=together,
-            efficiency=efficiency,
-            depth=depth,
             batch_tokens=tokens,
             tokens_per_sample=first.tokens / first.samples,
             bytes_per_token=self._spec.bytes_per_token(self._contract.hidden_size),
-            gpus_per_daemon=self._settings.tp,
+            gpus_per_daemon=settings.tp,
             wire_gb_per_s=sum(one.nbytes for one in stats) / fetch_s / 1e9 if fetch_s else 0.0,
         )
-
-    def _nearest(self, rows: Sequence[PipelineRow], target_ms: float, draft_ms: float) -> tuple[float, int]:
-        """The efficiency, at most 1, and the depth of the daemons' row that comes closest to its bound."""
-        settings = self._settings
-        # On a shared device their bound is another one than a plan's, whose daemons have devices of their own.
-        found = [
-            (max(target_ms * row.parallel / len(settings.devices), draft_ms) / row.iteration_ms, row.depth)
+        # The daemons' row that comes closest to what a plan expects of as many; on a shared device it expects another.
+        reached = [
+            (planned.batch_s * 1e3 * row.parallel / row.iteration_ms, row.depth)
             for row in rows
-            if row.mode == "disaggregated" and not settings.shared
+            if row.mode == "disaggregated" and row.transport == settings.transports[0] and not settings.shared
+            if (planned := balance(work, len(settings.devices), row.parallel).asked) is not None
         ]
-        efficiency, depth = max(found, default=(1.0, max(settings.depths)))
-        return round(min(1.0, efficiency), 4), depth
+        efficiency, depth = max(reached, default=(1.0, work.depth))
+        return msgspec.structs.replace(work, efficiency=round(efficiency, 4), depth=depth)

@@ -17,8 +17,9 @@ class PipelineRow(msgspec.Struct, frozen=True, kw_only=True):
 
     devices: how many it occupies. parallel: batches that every iteration trains, one of each rank. iteration_ms: mean
     of the timed iterations, each ended when the step before it is done, at depth 0 its own; p10_ms … p90_ms:
-    percentiles of the same. bound_ms: what no overlap can beat; efficiency: bound over measured. target_wait_ms,
-    wire_wait_ms: what an iteration waited for the target, or for a batch that was READY; trainer_ms: the rest.
+    percentiles of the same. bound_ms: of a pipeline its slower side, on one device the sum of both; efficiency: bound
+    over measured. target_wait_ms, wire_wait_ms: what an iteration waited for the target, or for a batch that was READY;
+    trainer_ms: the rest.
     forward_ms: the target's time for a batch, as it reports it. bytes_per_sample: of the states, or of everything that
     `origin` sends. *_memory_bytes: in use at the end on all devices of a side, beyond what was in use before; on the
     CPU the peak resident size of its processes; co-located, all of it is the trainer's. over_origin: samples per second

@@ -73,7 +73,7 @@ def _changes(
         merged = settings.merged(settings.under_way(row.depth, row.parallel), row.lengths)
         target = min(ms for size, ms in bare.batch_ms[row.lengths].items() if size <= merged)
         draft = draft_ms[row.lengths]
-        # On one device waiting costs nothing, and only gaps of the one can be filled by the other.
+        # On one device waiting costs nothing, and an overlap gains only what either leaves idle.
         bound = target + draft if settings.shared else max(target * row.parallel / len(settings.devices), draft)
         yield "bound_ms", round(bound, 3)
         yield "efficiency", round(bound / row.iteration_ms, 4)

@@ -24,7 +24,7 @@ from specd.bench.pipeline.memory import held, in_use
 from specd.bench.pipeline.record import Record, Timeline
 from specd.bench.pipeline.result import PipelineResult
 from specd.bench.pipeline.rows import row_of
-from specd.bench.pipeline.settings import Lengths, Settings, batches
+from specd.bench.pipeline.settings import COLOCATED_DEPTH, Lengths, Settings, batches
 from specd.bench.pipeline.step import Draw, TrainingStep, make_step
 from specd.client.ask import ask_status
 from specd.protocol.batch import Batch
@@ -87,7 +87,7 @@ def _trainer(settings: Settings, endpoints: Sequence[str], timeline: Timeline) -
         contract = subscriber.contract
 
         def draw(lengths: Lengths) -> list[Batch]:
-            return batches(settings, lengths, contract.vocab_size, settings.warmup + settings.steps, next(nonces))
+            return batches(settings, lengths, contract.vocab_size, settings.drawn, next(nonces))
 
         step = make_step(settings, contract, subscriber.artifact, settings.trainer)
         apart.warm_up(settings, subscriber, step, draw, timeline)
@@ -169,7 +169,7 @@ def _train_elsewhere(settings: Settings, directory: Path, record: Record) -> Non
         record.skipped["co-located"] = "a target over several GPUs runs in processes of its own"
         return
     # A target that sleeps leaves the device to the draft: overlapping the two would show what no device can do.
-    depths = (0,) if settings.model.startswith("synthetic") else (0, 2)
+    depths = (0,) if settings.model.startswith("synthetic") else (0, COLOCATED_DEPTH)
     places = [*dict.fromkeys((*settings.devices, *settings.trainer_devices))]
     if settings.trainer == "cpu":
         places = ["cpu"] * settings.num_devices

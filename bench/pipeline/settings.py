@@ -25,6 +25,8 @@ Lengths = Literal["fixed", "log-normal"]
 SPREAD: Final = 0.8
 """Standard deviation of the logarithm of the log-normal lengths: the longest fifth is four times the shortest."""
 SHORTEST: Final = 16
+COLOCATED_DEPTH: Final = 2
+"""Batches under way where target and draft share a device, and overlap."""
 
 
 class SleepConfig(Config, kw_only=True, frozen=True):
@@ -109,6 +111,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         fed = max(self.fed(self.batch_tokens), self.fed(self.short * self.many))
         alone = max(*self.depths, self.merge_depth, fed) + 2 + self.trainers - 1
         return max(alone, self.trainers * (max(self.depths) + 1))
+
+    @property
+    def drawn(self) -> int:
+        """Batches of a row: those that warm up, those that are timed, and as many as are under way behind them."""
+        return self.warmup + self.steps + max(*self.depths, COLOCATED_DEPTH) + 1
 
     @property
     def slot_tokens(self) -> int:

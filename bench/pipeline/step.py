@@ -28,7 +28,7 @@ PERCENTILES = (10, 25, 50, 75, 90)
 
 
 Draw = Callable[[Lengths], list[Batch]]
-"""Draws the batches of one row, warm-up included: other tokens each time, so that no ring still has them."""
+"""Draws the batches of one row, as many as `Settings.drawn`: other tokens each time, so that no ring still has them."""
 
 
 class TrainingStep(Protocol):
@@ -169,28 +169,35 @@ def clock(
     warmup: int = 0,
     overlap: bool = True,
     stats: Callable[[], Stats] = Stats,
+    steps: int | None = None,
 ) -> Clocked:
-    """Train on every delivery; time all iterations but the first `warmup`.
+    """Train on every delivery; time `steps` iterations after the first `warmup`, or all the others.
 
-    overlap: whether the next delivery may be asked for while the device still trains this one. stats: of the subscriber
-    whose stream it is.
+    Those that come after keep the target at work until the last one is timed. overlap: whether the next delivery may be
+    asked for while the device still trains this one. stats: of the subscriber whose stream it is.
     """
     coming = iter(deliveries)
-    for delivery in islice(coming, warmup):
+
+    def train(delivery: Delivery) -> None:
         if step is not None:
             step(delivery, not overlap)
+
+    for delivery in islice(coming, warmup):
+        train(delivery)
     seconds: list[float] = []
     samples = tokens = 0
     earlier, mark = stats(), time.perf_counter()
-    for delivery in coming:
-        if step is not None:
-            step(delivery, not overlap)
+    for delivery in islice(coming, steps):
+        train(delivery)
         now = time.perf_counter()
         seconds.append(now - mark)
         samples += len(delivery.batch.samples)
         tokens += delivery.batch.num_tokens
         mark = now
-    return Clocked(seconds=tuple(seconds), samples=samples, tokens=tokens, stats=stats().difference(earlier))
+    found = Clocked(seconds=tuple(seconds), samples=samples, tokens=tokens, stats=stats().difference(earlier))
+    for delivery in coming:
+        train(delivery)
+    return found
 
 
 def given(batches: Iterable[Batch], states: MadeUp) -> Iterator[Delivery]:

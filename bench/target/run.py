@@ -231,7 +231,7 @@ class Found:
         count, edge = MORE * self._plan.forwards * share, depth + 1
         drawn = short_batches(settings, self._target["vocab"], 1, edge + count + edge, next(self._nonces))
         with self._subscriber(depth) as link:
-            return clock(link.stream(drawn), None, edge).seconds[:count]
+            return clock(link.stream(drawn), None, edge, steps=count).seconds
 
     def _subscriber(self, depth: int) -> Subscriber:
         """A trainer that reads slots in place where it shares the target's GPU: a copy would take the GPU's time."""

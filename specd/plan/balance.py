@@ -29,7 +29,8 @@ class Work(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     colocated_target_tokens_per_s: of a target that runs each batch alone, on as many GPUs as a daemon; 0 for the same:
     a daemon merges small batches of several requests into one forward, a co-located target cannot.
     colocated_tokens_per_s: of target and draft on the same GPUs, by how many these are, where it was measured; else one
-    is taken to run after the other. efficiency: of a pipeline, its bound over what it took, where it was measured.
+    is taken to run after the other. efficiency: of a pipeline, what these rates allow over what it took, where that was
+    measured.
     batch_tokens: of one trainer batch. tokens_per_sample: on average. bytes_per_token: of the captured states.
     wire_gb_per_s: 10⁹ bytes a second to one trainer; 0 if it never waits for the wire. depth: batches in flight beyond
     the one in use.
@@ -257,8 +258,9 @@ def _why(
         least = judged.gpus * judged.batch_s
         reasons.append(
             f"a co-located GPU was taken to run target and draft one after the other, {serial_s * 1e3:,.1f} ms of GPU "
-            f"time a batch. Where they overlap it takes less, 0.6 to 0.8 of that on H200s: under {least * 1e3:,.1f} ms "
-            f"it is the better choice; measure it with `specd bench pipeline`, or give --colocated-tokens-per-s"
+            f"time a batch. Where they overlap it takes less, 0.6 to 0.9 of that in two runs on H200s: under "
+            f"{least * 1e3:,.1f} ms it is the better choice; measure it with `specd bench pipeline`, or give "
+            f"--colocated-tokens-per-s"
         )
     if not (work.colocated_target_tokens_per_s or work.colocated_tokens_per_s):
         reasons.append(
@@ -278,7 +280,7 @@ def _check(work: Work, daemons: int, trainers: int) -> None:
     """Raise ConfigError that names the first value out of range."""
     if min(daemons, trainers) < 0 or (daemons > 0) != (trainers > 0):
         raise ConfigError(f"--daemons {daemons} --trainers {trainers}: expected both at least 1, or neither given")
-    positive = ("target_tokens_per_s", "draft_tokens_per_s", "batch_tokens", "bytes_per_token", "epochs", "efficiency")
+    positive = ("target_tokens_per_s", "draft_tokens_per_s", "batch_tokens", "bytes_per_token", "epochs")
     whole = ("gpus_per_daemon", "gpus_per_trainer")
     not_negative = ("colocated_target_tokens_per_s", "wire_gb_per_s", "tokens_per_sample", "samples", "depth")
     for names, least, expected in (
@@ -290,6 +292,8 @@ def _check(work: Work, daemons: int, trainers: int) -> None:
             value = float(getattr(work, name))
             if not math.isfinite(value) or value < least or (value == 0 and names is positive):
                 raise ConfigError(f"--{name.replace('_', '-')} {value:g}: expected a number, {expected}")
+    if not math.isfinite(work.efficiency) or work.efficiency <= 0:
+        raise ConfigError(f"an efficiency of {work.efficiency:g}: expected a number, more than 0")
     for gpus, rate in work.colocated_tokens_per_s.items():
         if not math.isfinite(rate) or rate <= 0 or gpus < 1:
             raise ConfigError(f"--colocated-tokens-per-s {rate:g} on {gpus} GPUs: expected a number, more than 0")

@@ -78,6 +78,7 @@ def test_a_benchmark_gives_the_rates_and_flags_win(tmp_path: Path, capsys: pytes
         target_tokens_per_s=80_000,
         colocated_target_tokens_per_s=7_500,
         colocated_tokens_per_s={1: 7_000, 2: 13_000},
+        efficiency=0.9,
         draft_tokens_per_s=50_000,
         batch_tokens=512,
         bytes_per_token=20_480,
@@ -88,12 +89,14 @@ def test_a_benchmark_gives_the_rates_and_flags_win(tmp_path: Path, capsys: pytes
     pair = ["--daemons", "1", "--trainers", "1"]
     found = plan(capsys, "--from", str(path), "--target-tokens-per-s", "60000", "--depth", "8", *pair)
     assert (found.work.target_tokens_per_s, found.work.depth, found.better) == (60_000, 8, "disaggregated")
-    assert found.data_parallel.samples_per_s == pytest.approx(13_000 / 512)
+    assert (found.work.colocated_tokens_per_s, found.work.efficiency) == ({}, 1.0), "measured with another target"
+    assert plan(capsys, "--from", str(path), *pair).data_parallel.samples_per_s == pytest.approx(13_000 / 512)
     found = plan(capsys, "--from", str(path), "--colocated-tokens-per-s", "30000", *pair)
     assert (found.work.colocated_tokens_per_s, found.better) == ({1: 30_000}, "co-located")
     assert run(["plan", "--from", str(path), *pair]) == 0
     out = " ".join(capsys.readouterr().out.split())
     assert "co-location as measured: 0.93 of target and draft one after the other" in out
+    assert "pipelines as measured: 0.90 of what these rates allow" in out
     assert "less GPU time a sample than co-location does on as many GPUs" in out
 
 
@@ -111,6 +114,19 @@ def test_a_co_located_run_tells_what_both_take_together(tmp_path: Path, capsys: 
     ):
         run_directory = a_run(tmp_path / str(name), {"target": target} if target else {}, **times)
         assert plan(capsys, "--from", run_directory).work.colocated_tokens_per_s == found
+
+
+def test_a_run_of_several_ranks_tells_what_one_of_them_trains(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The tokens of a step are those of all; the time of a draft's step is one's own."""
+    run_directory = a_run(tmp_path, {"target": {"model": "tiny"}}, forward_s=0.04, draft_s=0.05, train_s=0.06)
+    journal = tmp_path / "metrics.jsonl"
+    journal.write_text(journal.read_text().replace('"ranks":1', '"ranks":2'))
+    found = plan(capsys, "--from", run_directory).work
+    assert found.draft_tokens_per_s == pytest.approx(400 / 2 / 0.05)
+    assert found.target_tokens_per_s == pytest.approx(400 / 0.04)
+    assert found.colocated_tokens_per_s == {2: pytest.approx(400 / 0.06)}
 
 
 def a_run(path: Path, method: dict[str, object] | None = None, /, **times: float) -> str:

@@ -101,7 +101,7 @@ def test_co_location_is_left_exactly_where_a_lone_batch_takes_longer() -> None:
 
 
 def test_what_co_location_was_measured_to_take_decides() -> None:
-    """DFlash2 on two H200, docs/benchmarks.md: a forward and a step that fill each other's gaps."""
+    """A forward and a step that fill each other's gaps, on one GPU and on two."""
     apart = with_(
         batch_tokens=3072, target_tokens_per_s=3072 / 0.0543, draft_tokens_per_s=3072 / 0.054,
         colocated_target_tokens_per_s=3072 / 0.0612,
@@ -146,7 +146,7 @@ def test_half_a_placement_is_refused(asked: tuple[int, int]) -> None:
         ({"tokens_per_sample": 4000}, "a sample has to fit in a batch"),
         ({"colocated_target_tokens_per_s": 60_000}, "it runs the same forwards"),
         ({"colocated_tokens_per_s": {1: 0.0}}, "--colocated-tokens-per-s 0 on 1 GPUs: expected a number, more than 0"),
-        ({"efficiency": 0.0}, "--efficiency 0: expected a number, more than 0"),
+        ({"efficiency": 0.0}, "an efficiency of 0: expected a number, more than 0"),
     ],
 )
 def test_impossible_work_is_refused_by_name(changes: dict[str, float | dict[int, float]], message: str) -> None:

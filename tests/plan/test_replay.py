@@ -41,6 +41,8 @@ def test_a_fast_disk_that_holds_all_frees_the_target_from_the_second_epoch_on() 
     assert found.later_s == pytest.approx(2048 / 6.5)
     assert found.hours * 3600 == pytest.approx(found.first_s + 5 * found.later_s)
     assert found.hours_without * 3600 == pytest.approx(6 * found.first_s)
+    slower = with_(efficiency=0.8)
+    assert saved(2500, 6.5, work=slower).hours_without == pytest.approx(placed(work=slower).hours)
     assert found.why[0].startswith("later epochs take 5 min 15 s in place of 18 min 42 s, 3.56 × faster, and 83% of")
     assert "its GPUs are free" in found.why[1]
     assert saved(2500, 55).later_s == pytest.approx(250), "the draft is what is left"

@@ -235,8 +235,8 @@ class NixlAgent:
 class Destinations:
     """The tensors that READs go to, each registered at its first use and until it is gone.
 
-    Its memory stays until it is deregistered, which the next use of another does: a driver would still take whatever
-    comes to lie there, of this agent or another one, for what was registered.
+    The memory of one that is gone stays until it is deregistered, which the next READ does: a driver would still take
+    whatever comes to lie there, of this agent or another one, for what was registered.
     """
 
     def __init__(self, agent: NixlAgent) -> None:
@@ -255,8 +255,8 @@ class Destinations:
         for entry in list(self._known):
             tensor, _, known, handle = entry
             if tensor() is None or (known.overlaps(wanted) and not known.covers(wanted)):
-                self._known.remove(entry)
                 self._agent.deregister(handle)
+                self._known.remove(entry)
             else:
                 covered = covered or known.covers(wanted)
         if not covered:

@@ -48,8 +48,10 @@ def test_a_draft_that_chooses_a_vocabulary_gets_one() -> None:
     assert 16 * 32 in [parameter.numel() for parameter in step.parameters]
 
 
-def test_the_clock_leaves_warm_up_out() -> None:
-    drawn = batches(SETTINGS, "fixed", 64, 5, 1)
+@pytest.mark.parametrize("steps", [None, 3])
+def test_the_clock_leaves_warm_up_out_and_what_comes_behind(steps: int | None) -> None:
+    """The target is at work until the last iteration that is timed."""
+    drawn = batches(SETTINGS, "fixed", 64, 5 if steps is None else 8, 1)
     seen: list[int] = []
 
     def coming() -> Iterator[Delivery]:
@@ -57,7 +59,8 @@ def test_the_clock_leaves_warm_up_out() -> None:
             seen.append(batch.index)
             yield Delivery(batch, None)
 
-    clocked = clock(coming(), None, 2, stats=lambda: Stats(batches=len(seen), transports={"a": "b"}))
+    clocked = clock(coming(), None, 2, stats=lambda: Stats(batches=len(seen), transports={"a": "b"}), steps=steps)
+    assert seen == list(range(len(drawn)))
     assert (len(clocked.seconds), clocked.tokens, clocked.stats) == (
         3,
         3 * 256,
