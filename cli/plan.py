@@ -132,7 +132,8 @@ def plan(
         _measured(measured, target=target_tokens_per_s is None, draft=draft_tokens_per_s is None) if measured else {}
     )
     if any(flags[name] is not None for name in MEASURED_WITH):  # what was measured with others says nothing of these
-        known = {name: value for name, value in known.items() if name not in ("colocated_tokens_per_s", "efficiency")}
+        known.pop("colocated_tokens_per_s", None)
+        known.pop("efficiency", None)
     known |= {name: value for name, value in flags.items() if value is not None}
     if colocated_tokens_per_s is not None:
         group = max(known.get("gpus_per_daemon", 1), known.get("gpus_per_trainer", 1))
@@ -143,7 +144,7 @@ def plan(
     found = balance(_work(known), *asked)
     saved = None
     if replay_gb is not None and disk_gb_s is not None:
-        saved = saving(found.work, found.asked or found.balanced, Store(gb=replay_gb, disk_gb_per_s=disk_gb_s))
+        saved = saving(found.work, found.judged, Store(gb=replay_gb, disk_gb_per_s=disk_gb_s))
     if as_json:
         facts = msgspec.to_builtins(found) | ({} if saved is None else {"replay": msgspec.to_builtins(saved)})
         typer.echo(msgspec.json.format(msgspec.json.encode(facts), indent=2).decode())
@@ -287,7 +288,7 @@ def render(found: Balance) -> list[RenderableType]:
     placements = {placement.name: placement for placement in (*apart, found.colocated, found.data_parallel)}
     for placement in placements.values():
         placed.add_row(*_cells(placement))
-    judged = found.asked or found.balanced
+    judged = found.judged
     needed = found.daemons_per_trainer
     per = f"{needed:.2f} daemons a trainer" if needed >= 1 else f"{1 / needed:.2f} trainers a daemon"
     ring = found.ring

@@ -16,7 +16,7 @@ from specd.bench.pipeline.result import PipelineResult, PipelineRow
 from specd.bench.pipeline.rows import COLOCATED, settle
 from specd.bench.pipeline.settings import Lengths, Settings
 from specd.bench.pipeline.step import Clocked
-from specd.plan.balance import Work, balance
+from specd.plan.balance import Work, pipeline
 from specd.protocol.capture import CaptureSpec
 from specd.protocol.contract import TargetContract
 
@@ -146,10 +146,12 @@ class Record:
         )
         # The daemons' row that comes closest to what a plan expects of as many; on a shared device it expects another.
         reached = [
-            (planned.batch_s * 1e3 * row.parallel / row.iteration_ms, row.depth)
+            (
+                pipeline(work, len(settings.devices), row.parallel).batch_s * 1e3 * row.parallel / row.iteration_ms,
+                row.depth,
+            )
             for row in rows
             if row.mode == "disaggregated" and row.transport == settings.transports[0] and not settings.shared
-            if (planned := balance(work, len(settings.devices), row.parallel).asked) is not None
         ]
         efficiency, depth = max(reached, default=(1.0, work.depth))
         return msgspec.structs.replace(work, efficiency=round(efficiency, 4), depth=depth)

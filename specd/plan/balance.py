@@ -9,6 +9,7 @@ measurement tells.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Literal
 
 import msgspec
@@ -50,6 +51,43 @@ class Work(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     gpus_per_daemon: int = 1
     gpus_per_trainer: int = 1
     depth: int = 2
+
+    @property
+    def target_s(self) -> float:
+        """Of a batch on one daemon."""
+        return self.batch_tokens / self.target_tokens_per_s
+
+    @property
+    def draft_s(self) -> float:
+        """Of a batch on one trainer."""
+        return self.batch_tokens / self.draft_tokens_per_s
+
+    @property
+    def wire_s(self) -> float:
+        """Of a batch on one wire, 0 if that is not counted."""
+        return self.batch_tokens * self.bytes_per_token / (self.wire_gb_per_s * 1e9) if self.wire_gb_per_s else 0.0
+
+    @property
+    def alone_s(self) -> float:
+        """Of a batch on a target that runs it alone."""
+        return self.batch_tokens / (self.colocated_target_tokens_per_s or self.target_tokens_per_s)
+
+    @property
+    def serial_s(self) -> float:
+        """GPU-seconds of a batch's forward, alone, and then of its step."""
+        return self.gpus_per_daemon * self.alone_s + self.gpus_per_trainer * self.draft_s
+
+    def together_s(self, gpus: int) -> float:
+        """Between two batches of co-located training on so many GPUs, each as fast as of the most that were measured.
+
+        Where none were, it is at its best as long as one runs after the other: no GPU idles, also where target and
+        draft take different numbers of them.
+        """
+        measured = self.colocated_tokens_per_s
+        if not measured:
+            return self.serial_s / gpus
+        known = max((count for count in measured if count <= gpus), default=min(measured))
+        return self.batch_tokens / measured[known] * known / gpus
 
 
 class Placement(msgspec.Struct, frozen=True, kw_only=True):
@@ -93,8 +131,7 @@ class Balance(msgspec.Struct, frozen=True, kw_only=True):
     within 2 % of the least GPU time a sample. asked: the one that was asked for, if one was. colocated: on the GPUs of
     one daemon or trainer. data_parallel: co-located on as many GPUs as the one that is judged: `asked`, or else
     `balanced`. better: that, or co-location. pays_from_s: it is that from a target on which a batch alone takes longer,
-    in seconds; 0 for any, and where co-location was measured. overlapped: what a batch took there, over one after the
-    other; 1 if it was not. why: in words.
+    in seconds; 0 for any, and where co-location was measured. why: in words.
     """
 
     work: Work
@@ -114,7 +151,16 @@ class Balance(msgspec.Struct, frozen=True, kw_only=True):
     why: tuple[str, ...]
     asked: Placement | None = None
     pays_from_s: float = 0.0
-    overlapped: float = 1.0
+
+    @property
+    def judged(self) -> Placement:
+        """The placement that is held against co-location."""
+        return self.asked or self.balanced
+
+    @property
+    def overlapped(self) -> float:
+        """What a batch takes co-located, over its forward and then its step: 1 unless it was measured."""
+        return self.colocated.gpus * self.colocated.batch_s / self.work.serial_s
 
 
 def balance(work: Work, daemons: int = 0, trainers: int = 0) -> Balance:
@@ -123,76 +169,62 @@ def balance(work: Work, daemons: int = 0, trainers: int = 0) -> Balance:
     Raises ConfigError for rates and sizes out of range.
     """
     _check(work, daemons, trainers)
-    target_s = work.batch_tokens / work.target_tokens_per_s
-    draft_s = work.batch_tokens / work.draft_tokens_per_s
-    wire_s = work.batch_tokens * work.bytes_per_token / (work.wire_gb_per_s * 1e9) if work.wire_gb_per_s else 0.0
-    alone_s = work.batch_tokens / (work.colocated_target_tokens_per_s or work.target_tokens_per_s)
-
-    def placement(daemons: int, trainers: int) -> Placement:
-        batch_s = max(target_s / daemons, draft_s / trainers, wire_s / trainers) / work.efficiency
-        gpus = daemons * work.gpus_per_daemon + trainers * work.gpus_per_trainer
-        return _placement(work, f"{daemons} : {trainers}", daemons, trainers, gpus, batch_s)
-
-    choices = [placement(d, t) for d in range(1, MOST_PROCESSES) for t in range(1, MOST_PROCESSES + 1 - d)]
+    choices = [pipeline(work, d, t) for d in range(1, MOST_PROCESSES) for t in range(1, MOST_PROCESSES + 1 - d)]
     least = min(choice.gpu_s_per_sample for choice in choices)
     # The smallest within noise of the best: a few per cent are not worth eight more GPUs.
     balanced = min((c for c in choices if c.gpu_s_per_sample <= least * (1 + EVEN)), key=lambda c: c.gpus)
-    asked = placement(daemons, trainers) if daemons else None
+    asked = pipeline(work, daemons, trainers) if daemons else None
     judged = asked or balanced
-    # Co-location at its best: no GPU idles, also where target and draft take different numbers of GPUs.
-    needed_s = work.gpus_per_daemon * alone_s + work.gpus_per_trainer * draft_s
-    measured = work.colocated_tokens_per_s
-
-    def together_s(gpus: int) -> float:
-        """Between two batches of co-located training on so many GPUs; as fast a GPU as the most of them measured."""
-        if not measured:
-            return needed_s / gpus
-        known = max((count for count in measured if count <= gpus), default=min(measured))
-        return work.batch_tokens / measured[known] * known / gpus
-
     group = max(work.gpus_per_daemon, work.gpus_per_trainer)
-    colocated = _placement(work, "co-located", 0, 1, group, together_s(group))
+    colocated = _placement(work, "co-located", 0, 1, group, work.together_s(group))
     replicas = judged.gpus // group
-    parallel = _placement(work, f"co-located × {replicas}", 0, replicas, judged.gpus, together_s(judged.gpus))
+    parallel = _placement(work, f"co-located × {replicas}", 0, replicas, judged.gpus, work.together_s(judged.gpus))
 
     def beside(one: Placement) -> Placement:
         """The placement with what it trains beside co-located GPUs."""
-        over_one, over_parallel = (together_s(gpus) / one.batch_s for gpus in (group, one.gpus))
+        over_one, over_parallel = (work.together_s(gpus) / one.batch_s for gpus in (group, one.gpus))
         return msgspec.structs.replace(one, over_one=over_one, over_parallel=over_parallel)
 
-    slower = max(target_s, draft_s)
+    slower = max(work.target_s, work.draft_s)
     starves: Side = "none"
-    if wire_s > slower * (1 + EVEN):
+    if work.wire_s > slower * (1 + EVEN):
         starves = "wire"
-    elif abs(target_s - draft_s) > EVEN * slower:
-        starves = "draft" if target_s > draft_s else "target"
+    elif abs(work.target_s - work.draft_s) > EVEN * slower:
+        starves = "draft" if work.target_s > work.draft_s else "target"
     gain = parallel.gpu_s_per_sample / judged.gpu_s_per_sample - 1
     better: Literal["disaggregated", "co-located", "equal"] = "equal"
     if abs(gain) > EVEN:
         better = "disaggregated" if gain > 0 else "co-located"
     slot_bytes = math.ceil(work.batch_tokens * work.bytes_per_token / 4096) * 4096
     in_flight = math.ceil(judged.trainers * (work.depth + 1) / judged.daemons)
-    pays_from_s = (judged.gpus * judged.batch_s - work.gpus_per_trainer * draft_s) / work.gpus_per_daemon
-    return Balance(
+    pays_from_s = (judged.gpus * judged.batch_s - work.gpus_per_trainer * work.draft_s) / work.gpus_per_daemon
+    found = Balance(
         work=work,
-        target_s=target_s,
-        draft_s=draft_s,
-        wire_s=wire_s,
-        colocated_target_s=alone_s,
+        target_s=work.target_s,
+        draft_s=work.draft_s,
+        wire_s=work.wire_s,
+        colocated_target_s=work.alone_s,
         starves=starves,
-        daemons_per_trainer=target_s / max(draft_s, wire_s),
+        daemons_per_trainer=work.target_s / max(work.draft_s, work.wire_s),
         bytes_per_sample=round(work.bytes_per_token * (work.tokens_per_sample or work.batch_tokens)),
         ring=RingSize(slots=max(in_flight, judged.trainers), slot_bytes=slot_bytes),
-        one_to_one=beside(placement(1, 1)),
+        one_to_one=beside(pipeline(work, 1, 1)),
         balanced=beside(balanced),
         colocated=beside(colocated),
         data_parallel=beside(parallel),
         better=better,
-        why=_why(work, judged, parallel, target_s, draft_s, wire_s, alone_s, needed_s, better),
+        why=(),
         asked=beside(asked) if asked else None,
-        pays_from_s=0.0 if measured else max(0.0, pays_from_s),
-        overlapped=group * colocated.batch_s / needed_s,
+        pays_from_s=0.0 if work.colocated_tokens_per_s else max(0.0, pays_from_s),
     )
+    return msgspec.structs.replace(found, why=tuple(_why(found)))
+
+
+def pipeline(work: Work, daemons: int, trainers: int) -> Placement:
+    """So many daemons and trainers, beside nothing yet: as fast as the slowest of targets, drafts and wires allows."""
+    batch_s = max(work.target_s / daemons, work.draft_s / trainers, work.wire_s / trainers) / work.efficiency
+    gpus = daemons * work.gpus_per_daemon + trainers * work.gpus_per_trainer
+    return _placement(work, f"{daemons} : {trainers}", daemons, trainers, gpus, batch_s)
 
 
 def _placement(work: Work, name: str, daemons: int, trainers: int, gpus: int, batch_s: float) -> Placement:
@@ -212,68 +244,52 @@ def _placement(work: Work, name: str, daemons: int, trainers: int, gpus: int, ba
     )
 
 
-def _why(
-    work: Work,
-    judged: Placement,
-    parallel: Placement,
-    target_s: float,
-    draft_s: float,
-    wire_s: float,
-    alone_s: float,
-    serial_s: float,
-    better: str,
-) -> tuple[str, ...]:
+def _why(found: Balance) -> Iterator[str]:
     """The verdict's reasons, the decisive one first."""
-    target_busy = target_s / (judged.daemons * judged.batch_s)
-    draft_busy = draft_s / (judged.trainers * judged.batch_s)
-    reasons = []
-    ratio = judged.gpu_s_per_sample / parallel.gpu_s_per_sample
-    if better == "disaggregated" and work.colocated_tokens_per_s:
-        reasons.append(
-            f"{judged.name} takes {1 - ratio:.0%} less GPU time a sample than co-location does on as many GPUs"
+    work, judged = found.work, found.judged
+    ratio = judged.gpu_s_per_sample / found.data_parallel.gpu_s_per_sample
+    measured = bool(work.colocated_tokens_per_s)
+    if found.better == "disaggregated" and measured:
+        yield f"{judged.name} takes {1 - ratio:.0%} less GPU time a sample than co-location does on as many GPUs"
+    elif found.better == "disaggregated":
+        yield (
+            f"a daemon's forwards take {work.target_s * 1e3:.1f} ms a batch where a co-located target takes "
+            f"{work.alone_s * 1e3:.1f} ms: worth more than what its GPUs idle, {1 - ratio:.0%} less GPU time a sample"
         )
-    elif better == "disaggregated":
-        reasons.append(
-            f"a daemon's forwards take {target_s * 1e3:.1f} ms a batch where a co-located target takes "
-            f"{alone_s * 1e3:.1f} ms: worth more than what its GPUs idle, {1 - ratio:.0%} less GPU time a sample"
-        )
-    elif better == "co-located":
-        reasons.append(
-            f"co-location is the better choice: {judged.daemons} : {judged.trainers} takes {ratio:.2f} × its GPU "
-            f"time a sample, and as many GPUs co-located train faster"
+    elif found.better == "co-located":
+        yield (
+            f"co-location is the better choice: {judged.name} takes {ratio:.2f} × its GPU time a sample, and as many "
+            f"GPUs co-located train faster"
         )
     else:
-        reasons.append(
+        yield (
             "no difference in GPU time a sample: balanced, a disaggregation costs what co-location costs, and "
             "co-location has fewer parts; take it unless one of the reasons below counts"
         )
-    idle = [(1 - busy, name) for busy, name in ((target_busy, "daemons"), (draft_busy, "trainers")) if busy < 1 - EVEN]
-    for share, name in idle:
-        reasons.append(f"the {name}' GPUs idle {share:.0%} of the time")
-    if alone_s > target_s * (1 + EVEN):
-        reasons.append("a daemon only merges batches that wait: give trainers a depth of as many as a forward takes")
-    if wire_s > max(target_s, draft_s):
-        reasons.append(f"the wire needs {wire_s * 1e3:.1f} ms a batch, more than target and draft: take a faster one")
-    if not work.colocated_tokens_per_s and better != "co-located":
-        least = judged.gpus * judged.batch_s
-        reasons.append(
-            f"a co-located GPU was taken to run target and draft one after the other, {serial_s * 1e3:,.1f} ms of GPU "
-            f"time a batch. Where they overlap it takes less, 0.6 to 0.9 of that in two runs on H200s: under "
-            f"{least * 1e3:,.1f} ms it is the better choice; measure it with `specd bench pipeline`, or give "
-            f"--colocated-tokens-per-s"
+    for name, busy_s in (("daemons", work.target_s / judged.daemons), ("trainers", work.draft_s / judged.trainers)):
+        if (busy := busy_s / judged.batch_s) < 1 - EVEN:
+            yield f"the {name}' GPUs idle {1 - busy:.0%} of the time"
+    if work.alone_s > work.target_s * (1 + EVEN):
+        yield "a daemon only merges batches that wait: give trainers a depth of as many as a forward takes"
+    if work.wire_s > max(work.target_s, work.draft_s):
+        yield f"the wire needs {work.wire_s * 1e3:.1f} ms a batch, more than target and draft: take a faster one"
+    if found.better != "co-located" and not measured:
+        yield (
+            f"a co-located GPU was taken to run target and draft one after the other, {work.serial_s * 1e3:,.1f} ms of "
+            f"GPU time a batch. Where they overlap it takes less, and under {judged.gpus * judged.batch_s * 1e3:,.1f} "
+            f"ms it is the better choice: measure it with `specd bench pipeline`, or give --colocated-tokens-per-s"
         )
-    if not (work.colocated_target_tokens_per_s or work.colocated_tokens_per_s):
-        reasons.append(
+    if not (work.colocated_target_tokens_per_s or measured):
+        yield (
             "a co-located target was taken to be as fast as a daemon's; with short samples it is not, because only a "
             "daemon merges several batches into a forward: measure it, and give --colocated-target-tokens-per-s"
         )
-    if better != "disaggregated":
-        reasons.append(
+    if found.better != "disaggregated":
+        yield (
             "reasons for a daemon all the same: target and draft do not fit in one GPU together, the target needs "
             "tensor parallelism and the draft does not, several trainers draw from one target, or targets and trainers "
             "come and go on their own"
         )
-    return tuple(reasons)
 
 
 def _check(work: Work, daemons: int, trainers: int) -> None:

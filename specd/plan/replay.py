@@ -62,7 +62,7 @@ def saving(work: Work, placement: Placement, store: Store) -> Saving:
     read_s = nbytes / (daemons * store.disk_gb_per_s * 1e9)
     draft_s = tokens / (trainers * work.draft_tokens_per_s)
     wire_s = nbytes / (trainers * work.wire_gb_per_s * 1e9) if work.wire_gb_per_s else 0.0
-    first_s = max(computed_s, draft_s, wire_s) / work.efficiency
+    first_s = tokens / work.batch_tokens * placement.batch_s
     later_s = max((1 - held) * computed_s, held * read_s, draft_s, wire_s) / work.efficiency
     outcome: Literal["pays", "saves forwards alone", "does not pay"] = "saves forwards alone"
     if abs(first_s / later_s - 1) > EVEN:

@@ -109,7 +109,7 @@ def test_what_co_location_was_measured_to_take_decides() -> None:
     guessed = balance(apart)
     assert (guessed.better, guessed.overlapped) == ("disaggregated", 1.0)
     assert any("one after the other, 115.2 ms of GPU time a batch" in reason for reason in guessed.why)
-    assert any("under 108.6 ms it is the better choice; measure it" in reason for reason in guessed.why)
+    assert any("under 108.6 ms it is the better choice: measure it" in reason for reason in guessed.why)
     found = balance(with_(apart, colocated_tokens_per_s={1: 3072 / 0.0916, 2: 3072 / 0.051}, efficiency=0.5))
     assert found.colocated.batch_s == pytest.approx(0.0916)
     assert found.data_parallel.batch_s == pytest.approx(0.051)

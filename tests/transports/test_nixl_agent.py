@@ -100,6 +100,16 @@ def test_memory_stays_until_it_is_deregistered() -> None:
     assert gone[1]() is None
 
 
+def test_a_part_that_is_registered_gives_way_to_the_whole() -> None:
+    """Among others that are in use: regions that overlap are not registered twice."""
+    agent = Registrar()
+    known = Destinations(agent)  # type: ignore[arg-type]
+    other, whole = (torch.zeros(4096, dtype=torch.uint8) for _ in range(2))
+    part = whole[:10]
+    regions = [known.region(tensor) for tensor in (other, part, whole)]
+    assert agent.known == [regions[0], regions[2]]
+
+
 class FakeEngine:
     """What a nixl_agent drives."""
 

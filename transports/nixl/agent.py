@@ -22,7 +22,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, TypeVar
 
 import msgspec
 
@@ -232,6 +232,15 @@ class NixlAgent:
         return f"NixlAgent({self.name}, {'closed' if self.closed else self._peer or 'no peer'})"
 
 
+class _Known(NamedTuple):
+    """What is registered: `region`, of `tensor`, in `storage`. handle: for `deregister`."""
+
+    tensor: weakref.ref[torch.Tensor]
+    storage: torch.UntypedStorage
+    region: Region
+    handle: Any
+
+
 class Destinations:
     """The tensors that READs go to, each registered at its first use and until it is gone.
 
@@ -241,7 +250,7 @@ class Destinations:
 
     def __init__(self, agent: NixlAgent) -> None:
         self._agent = agent
-        self._known: list[tuple[weakref.ref[torch.Tensor], torch.UntypedStorage, Region, Any]] = []
+        self._known: list[_Known] = []
 
     def region(self, into: torch.Tensor) -> Region:
         """Where a contiguous uint8 vector lies, registered. Raises TransportError when that is refused."""
@@ -252,16 +261,15 @@ class Destinations:
             device=into.get_device() if into.is_cuda else 0,
         )
         covered = False
-        for entry in list(self._known):
-            tensor, _, known, handle = entry
-            if tensor() is None or (known.overlaps(wanted) and not known.covers(wanted)):
-                self._agent.deregister(handle)
-                self._known.remove(entry)
+        for known in list(self._known):
+            if known.tensor() is None or (known.region.overlaps(wanted) and not known.region.covers(wanted)):
+                self._agent.deregister(known.handle)
+                self._known = [one for one in self._known if one is not known]  # to compare is to compare tensors
             else:
-                covered = covered or known.covers(wanted)
+                covered = covered or known.region.covers(wanted)
         if not covered:
             handle = self._agent.register(wanted)
-            self._known.append((weakref.ref(into), into.untyped_storage(), wanted, handle))
+            self._known.append(_Known(weakref.ref(into), into.untyped_storage(), wanted, handle))
         return wanted
 
     def forget(self) -> None:
